@@ -1,0 +1,306 @@
+"""A loopback server that speaks the OpenAI, DashScope and vLLM protocols, and misbehaves on demand.
+
+The tests point the real SDKs at it. What each call gets back is decided by one function, `answer`:
+
+    with Api(lambda call: "Paris." if call.model == "gpt-4o" else Fault(429)) as api:
+        subprocess.run([...], env=api.env())
+    assert api.count("gpt-4o") == 3 and api.peak <= 8
+
+`python tests/server.py --port 8000` serves the deterministic `demo_world` until Ctrl-C.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+OPENAI_KEY, DASHSCOPE_KEY = "sk-test-openai-5e1f0c77a9", "sk-test-dashscope-b84d2260f3"
+PROTOCOLS = {
+    "/v1/chat/completions": "openai",
+    "/api/v1/services/aigc/text-generation/generation": "dashscope",
+    "/api/v1/services/aigc/multimodal-generation/generation": "multimodal",
+    "/classify": "reward",
+    "/v1/classify": "reward",
+}
+CODES = {  # what OpenAI and DashScope call a status; any other goes by the 500
+    400: ("invalid_value", "InvalidParameter"),
+    401: ("invalid_api_key", "InvalidApiKey"),
+    404: ("model_not_found", "ModelNotFound"),
+    429: ("rate_limit_exceeded", "Throttling.RateQuota"),
+    500: ("server_error", "InternalError"),
+}
+JSON, HTML = "application/json", "text/html"
+PAGE = "<html><head><title>Gateway</title></head><body><h1>Something went wrong</h1></body></html>"
+
+
+@dataclass
+class Call:
+    """One request as it arrived: contents flattened to text, header names in lower case."""
+
+    protocol: str  # openai, dashscope, multimodal or reward
+    model: str
+    messages: list[dict]
+    params: dict
+    headers: dict
+    time: float = field(default_factory=time.monotonic)
+
+    @property
+    def prompt(self) -> str:
+        """The last thing the user said."""
+        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
+
+
+@dataclass
+class Reply:
+    """A good answer. Tokens left out are estimated; `content`, if given, goes into the message as it is."""
+
+    text: str
+    finish: str = "stop"
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    content: object = ...
+
+
+@dataclass
+class Fault:
+    """A bad answer; without a code it has the protocol's usual one for its status. Kinds:
+
+    error    a JSON error in the protocol's own shape    html           an HTML page with the status
+    garbage  200 and JSON that breaks off                not_json_type  200 and an HTML page
+    empty    200 and no body                             no_choices     200 and an empty list of choices
+    cut      200, closed before the promised length      null_content   200 and a message without content
+    close, reset: the connection ends before a byte, by FIN or by RST
+    hang, drip: no end, with silence or a byte every 0.2 s, until the client leaves
+    """
+
+    status: int = 500
+    code: str = ""
+    message: str = "scripted fault"
+    headers: dict = field(default_factory=dict)
+    kind: str = "error"
+
+
+def parse(protocol: str, body: dict, headers) -> Call:
+    """The JSON of a request -> Call. Each text given to a reward model becomes a user message."""
+
+    def flat(content) -> str:
+        parts = content if isinstance(content, list) else [content or ""]
+        return "".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
+
+    given = body.get("input", body)
+    if not isinstance(given, dict):
+        texts = given if isinstance(given, list) else [given]
+        given = {"messages": [{"role": "user", "content": text} for text in texts]}
+    messages = [{"role": m["role"], "content": flat(m["content"])} for m in given["messages"]]
+    params = {key: body[key] for key in body.keys() - {"model", "messages", "input", "parameters"}}
+    params |= body.get("parameters", {})
+    return Call(protocol, body.get("model", ""), messages, params, {k.lower(): v for k, v in headers.items()})
+
+
+def success(call: Call, reply: Reply, choices: bool = True) -> dict:
+    """The JSON of a 200. A reward model's text is its number; for several inputs, as many numbers."""
+    content = reply.text if reply.content is ... else reply.content
+    size = sum(len(message["content"]) for message in call.messages)
+    used_in = size // 4 + 1 if reply.tokens_in is None else reply.tokens_in
+    used_out = len(reply.text) // 4 + 1 if reply.tokens_out is None else reply.tokens_out
+    head = {"id": os.urandom(16).hex(), "created": int(time.time()), "model": call.model}
+    usage = {"prompt_tokens": used_in, "completion_tokens": used_out, "total_tokens": used_in + used_out}
+    if call.protocol == "reward":
+        probs = [None] if content is None else [float(number) for number in content.split()]
+        data = [{"index": i, "label": "LABEL_0", "probs": [p], "num_classes": 1} for i, p in enumerate(probs)]
+        return head | {"object": "list", "data": data if choices else [], "usage": usage}
+    if call.protocol == "multimodal" and isinstance(content, str):
+        content = [{"text": content}]
+    message = {"role": "assistant", "content": content}
+    made = [{"index": 0, "finish_reason": reply.finish, "message": message}] if choices else []
+    if call.protocol == "openai":
+        return head | {"object": "chat.completion", "choices": made, "usage": usage}
+    usage = {"input_tokens": used_in, "output_tokens": used_out, "total_tokens": used_in + used_out}
+    return {"output": {"choices": made}, "usage": usage, "request_id": head["id"]}
+
+
+def failure(protocol: str, fault: Fault) -> dict:
+    """The JSON of an error."""
+    dashscope = protocol in ("dashscope", "multimodal")
+    code = fault.code or CODES.get(fault.status, CODES[500])[dashscope]
+    if dashscope:
+        return {"code": code, "message": fault.message, "request_id": os.urandom(16).hex()}
+    return {"error": {"message": fault.message, "type": code, "code": code, "param": None}}
+
+
+async def misbehave(request: web.Request, call: Call, fault: Fault) -> web.StreamResponse:
+    """Do what the fault says: return a bad response, or ruin the connection it would go out on."""
+    bodies = {
+        "error": (fault.status, JSON, json.dumps(failure(call.protocol, fault))),
+        "html": (fault.status, HTML, PAGE),
+        "not_json_type": (200, HTML, PAGE),
+        "garbage": (200, JSON, '{"choices": [{"mess'),
+        "empty": (200, JSON, ""),
+        "no_choices": (200, JSON, json.dumps(success(call, Reply(""), choices=False))),
+        "null_content": (200, JSON, json.dumps(success(call, Reply("", content=None)))),
+    }
+    if fault.kind in bodies:
+        status, kind, text = bodies[fault.kind]
+        return web.Response(text=text, status=status, content_type=kind, headers=fault.headers)
+    response = web.StreamResponse(headers={"Content-Type": JSON, "Content-Length": "4096", **fault.headers})
+    match fault.kind:
+        case "cut" | "drip":
+            with suppress(ConnectionError):
+                await response.prepare(request)
+                await response.write(b"{")
+                while fault.kind == "drip":
+                    await asyncio.sleep(0.2)
+                    await response.write(b" ")
+        case "hang":
+            await asyncio.Event().wait()
+        case "reset":  # a socket that lingers for zero seconds closes with RST
+            linger = struct.pack("ii", 1, 0)
+            request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        case other if other != "close":
+            raise ValueError(f"no such kind of fault: {other}")
+    request.transport.close()
+    return response
+
+
+class Api:
+    """The server, alive inside a `with`, on a thread of its own.
+
+    answer(call) -> str | number | Reply | Fault, plain or async. It runs on the server's loop: it may keep
+    plain state, and must not block. What it raises is answered with 500 and raised again by the `with`.
+    latency: seconds added to each answer. limit: calls in any one second; more are refused with 429.
+    """
+
+    def __init__(self, answer, latency: float = 0.0, limit: int | None = None, port: int = 0):
+        self._answer, self._latency, self._port = answer, latency, port
+        self._accepted: deque[float] = deque(maxlen=limit)
+        self.calls: list[Call] = []  # in order of arrival, the refused too
+        self.errors: list[Exception] = []
+        self.in_flight = self.peak = 0
+
+    def __enter__(self) -> "Api":
+        listener = socket.create_server(("127.0.0.1", self._port), backlog=1024)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.openai_url, self.dashscope_url = f"{self.url}/v1", f"{self.url}/api/v1"
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._start(listener), self._loop).result()
+        return self
+
+    def __exit__(self, *_) -> None:
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        if self.errors:
+            raise self.errors[0]
+
+    def count(self, model: str | None = None) -> int:
+        """How many calls arrived, for one model or for all."""
+        return sum(model in (None, call.model) for call in self.calls)
+
+    def env(self, **more) -> dict[str, str]:
+        """An environment in which a script finds only this server; `NAME=None` leaves a variable out."""
+        ours = {"OPENAI_BASE_URL": self.openai_url, "OPENAI_API_KEY": OPENAI_KEY, "PYTHONUTF8": "1"}
+        ours |= {"DASHSCOPE_HTTP_BASE_URL": self.dashscope_url, "DASHSCOPE_API_KEY": DASHSCOPE_KEY} | more
+        foreign = re.compile(r"(OPENAI|DASHSCOPE)_.*|.*_PROXY", re.IGNORECASE)
+        kept = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
+        return {name: value for name, value in (kept | ours).items() if value is not None}
+
+    async def _start(self, listener: socket.socket) -> None:
+        app = web.Application(client_max_size=2**28)
+        app.add_routes([web.post(path, self._handle) for path in PROTOCOLS])
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.05)
+        await self._runner.setup()
+        await web.SockSite(self._runner, listener, backlog=1024).start()
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        body, protocol = await request.read(), PROTOCOLS[request.path]
+        self.in_flight += 1
+        self.peak = max(self.peak, self.in_flight)
+        try:
+            call = parse(protocol, json.loads(body), request.headers)
+            self.calls.append(call)
+            if len(self._accepted) == self._accepted.maxlen and call.time < self._accepted[0] + 1:
+                return await misbehave(request, call, Fault(429, message="rate limit"))
+            self._accepted.append(call.time)
+            reply = self._answer(call)
+            if asyncio.iscoroutine(reply):
+                reply = await reply
+            await asyncio.sleep(self._latency)
+            if isinstance(reply, Fault):
+                return await misbehave(request, call, reply)
+            if isinstance(reply, str | int | float):
+                reply = Reply(str(reply))
+            return web.json_response(success(call, reply))
+        except Exception as error:
+            self.errors.append(error)
+            return web.json_response(failure(protocol, Fault(message=repr(error))), status=500)
+        finally:  # before the response is sent, or the client's next call would overlap with this one
+            self.in_flight -= 1
+
+
+def shown(call: Call) -> list[tuple[str, str]]:
+    """The (id, text) of each fenced answer in a judge's prompt, in the order shown.
+
+    One prompt has one nonce, that of its last fence; a fence with another is part of somebody's text.
+    """
+    nonces = re.findall(r'^</answer nonce="([^"\n]+)">$', call.prompt, re.MULTILINE) or [""]
+    nonce = f'nonce="{re.escape(nonces[-1])}"'
+    fence = rf'^<answer id="([^"\n]+)" {nonce}>\n(.*?)\n</answer {nonce}>$'
+    return re.findall(fence, call.prompt, re.MULTILINE | re.DOTALL)
+
+
+def is_judge(call: Call) -> bool:
+    """Whether the prompt shows answers to be judged."""
+    return bool(shown(call))
+
+
+def judge_reply(call: Call, score) -> str:
+    """The JSON of a judge whose opinion is score(text, slot), slot 0 the first shown, kept to 1..10."""
+    scores = {name: score(text, slot) for slot, (name, text) in enumerate(shown(call))}
+    scores = {name: round(min(10, max(1, value)), 1) for name, value in scores.items()}
+    return json.dumps({"reason": "scripted", "scores": scores})
+
+
+def demo_world(call: Call) -> str:
+    """Answers with a hidden quality, 25 to 65 or for strong models 55 to 95, and judges who can read it."""
+
+    def quality(text: str, slot: int = 0) -> int:
+        found = re.search(r"in (\d+) of 100 cases", text)
+        return int(found[1]) if found else 50
+
+    if is_judge(call):
+        return judge_reply(call, lambda text, slot: 1 + quality(text) * 0.09)
+    if call.protocol == "reward":
+        return " ".join(str(quality(message["content"]) / 100) for message in call.messages)
+    luck = random.Random(f"{call.model}\n{call.prompt}")
+    strong = "mini" not in call.model and ("max" in call.model or "gpt-4o" in call.model)
+    advice = luck.choice(["Start with the simplest version", "Write the steps down", "Measure it first"])
+    return f"{advice}: it works in {luck.randint(25, 65) + 30 * strong} of 100 cases."
+
+
+def main() -> None:
+    """Serve the demo world; the first line printed is the URL."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--latency", type=float, default=0.0)
+    options = parser.parse_args()
+    with suppress(KeyboardInterrupt), Api(demo_world, options.latency, port=options.port) as api:
+        print(api.url, flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
