@@ -278,7 +278,7 @@ def demo_world(call: Call) -> str:
     """Answers with a hidden quality, 25 to 65 or for strong models 55 to 95, and judges who can read it."""
 
     def quality(text: str, slot: int = 0) -> int:
-        found = re.search(r"in (\d+) of 100 cases", text)
+        found = re.search(r"(?:in|有) (\d+) (?:of 100 cases|次)", text)
         return int(found[1]) if found else 50
 
     if is_judge(call):
@@ -287,8 +287,12 @@ def demo_world(call: Call) -> str:
         return " ".join(str(quality(message["content"]) / 100) for message in call.messages)
     luck = random.Random(f"{call.model}\n{call.prompt}")
     strong = "mini" not in call.model and ("max" in call.model or "gpt-4o" in call.model)
+    works = luck.randint(25, 65) + 30 * strong
+    if not call.prompt.isascii():
+        advice = luck.choice(["先从最简单的做法开始", "把步骤逐条写下来", "动手之前先量一量现状"])
+        return f"{advice}，这样做一百次里大约有 {works} 次能够成功。"
     advice = luck.choice(["Start with the simplest version", "Write the steps down", "Measure it first"])
-    return f"{advice}: it works in {luck.randint(25, 65) + 30 * strong} of 100 cases."
+    return f"{advice}: it works in {works} of 100 cases."
 
 
 def main() -> None:
