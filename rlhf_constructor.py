@@ -163,9 +163,10 @@ class Failed(Exception):
 
     `curable`: the cause may be gone next time, so the same command may still get a pair out of it."""
 
-    def __init__(self, stage: str, reason: str, curable: bool = False):
+    def __init__(self, stage: str, reason: str, curable: bool = False, record: Record | None = None):
         super().__init__(stage, reason)
         self.stage, self.reason, self.curable = stage, reason, curable
+        self.record = record  # as far as it could be read
 
 
 class Pending(Exception):
@@ -251,7 +252,8 @@ REFERENCE_FIELDS = ("output", "completion", "answer", "response", "reference")
 @register(INPUTS)
 def from_conversation(row: dict) -> list[Record] | None:
     """`messages` (OpenAI), `conversations` (ShareGPT): all turns are kept, a last answer is the reference"""
-    turns = row.get("messages") or row.get("conversations")
+    nested = row["input"].get("messages") if isinstance(row.get("input"), dict) else None
+    turns = row.get("messages") or row.get("conversations") or nested
     if not isinstance(turns, list):
         return None
     if text_of(row, "system") and turns[:1] != [] and role_of(turns[0]) != "system":
@@ -289,6 +291,8 @@ def from_prompt(row: dict) -> list[Record] | None:
         return [conversation(row[name])]
     if not name or not isinstance(row[name], str):
         return None
+    if row[name].startswith("\n\nHuman:"):
+        return [conversation(human_turns(row[name]))]
     record = asked(row[name], "", reference_of(row))
     if text_of(row, "system"):
         record.messages.insert(0, {"role": "system", "content": row["system"]})
@@ -352,11 +356,18 @@ def parse_row(row, with_answers: bool = False) -> list[Record]:
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise Failed("input", f"not a record: a {type(row).__name__} instead of an object")
+    row = in_plain_names(row)
     records = next(filter(None, (adapter(row) for adapter in INPUTS.values())), None)
     if records is None:
         raise Failed("input", f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}")
     if any(not record.messages[-1]["content"] for record in records):
         raise Failed("input", "empty prompt")
+    if with_answers:
+        try:
+            add_answers(records[0], row)
+        except Failed as error:
+            error.record = records[0]
+            raise
     return records
 
 
@@ -369,7 +380,7 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
             if isinstance(row, dict) and rename:
                 row = {rename.get(name, name): value for name, value in row.items()}
             records = parse_row(row, with_answers)
-        except (Failed, RecursionError, TypeError, AttributeError) as error:
+        except (Failed, RecursionError, TypeError, AttributeError, LookupError, ValueError) as error:
             broken = Failed("input", f"malformed record: {error}")  # junk nested where a text should be
             records = [error if isinstance(error, Failed) else broken]
         for record in records:
@@ -449,6 +460,254 @@ def table_rows(file, delimiter: str):
         raise UserError(f"{file.name}: not UTF-8; convert it, e.g. iconv -f gb18030 -t utf-8") from None
     except csv.Error as error:
         yield reader.line_num, Failed("input", f"not a table row: {error}")
+
+
+# --- Answers that exist already, and what says which of them is better (for rank_responses).
+# One name, one direction, never a guess: a higher score, a lower rank, an earlier index in `order` wins.
+
+# name -> (kind, width of the scale in points, 0 = unknown). Objects and suffixed fields carry the name, lists
+# also its plural or all_...s. The first that is there counts: UltraFeedback's overall_score had errors.
+SIGNALS = {
+    "votes": ("score", 9.0),  # what --candidates-path writes: one number per judge and order
+    "fine-grained_score": ("score", 4.0),
+    "score": ("score", 0.0),
+    "rm_score": ("score", 0.0),
+    "reward": ("score", 0.0),
+    "rating": ("score", 4.0),
+    "overall_score": ("score", 9.0),
+    "rank": ("rank", 0.0),
+    "order": ("order", 0.0),
+}
+LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers", "summaries")
+TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
+STEMS = ("response", "answer", "output", "completion", "generation", "human_ref", "summary", "text")
+SIGNS = [mark + run for mark in ("_", "") for run in ("abcdefgh", "ABCDEFGH", "01234567", "12345678")]
+CHOICES = ("winner", "choice", "better_response_id")  # the better answer's name, or its index from 0
+ASIDE = {"tie", "draw", "both", "neither", "none", "null", "n/a", "nan", "", "error"}
+
+# Data sets whose names mislead: a field that gives one away -> the row's fields in plain names. `lead` is by
+# how much the second answer is better, in points of `scale`.
+DATA_SETS = {
+    "human_ref_A": lambda r: {"prompt": r["history"], "winner": {1: 0, 0: 1}.get(number(r["labels"]))},  # SHP
+    "preference": lambda r: {"lead": r["preference"], "even": 1.5, "scale": 0.5},  # AlpacaEval: 1 to 2
+    "preference_strength": lambda r: {"lead": r["preference_strength"], "scale": 3.0},  # HelpSteer2
+    "overall_preference": lambda r: {"prompt": r["context"], "lead": r["overall_preference"], "scale": 3.0},
+    "question": lambda r: {"prompt": r["question"]["full_text"]},  # WebGPT
+    "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"]},  # summarize comparisons
+    "safer_response_id": lambda r: {"winner": agreed(r["better_response_id"], r["safer_response_id"])},  # PKU
+    "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"]),  # Chatbot Arena 33k, 140k
+    "winner_model_a": lambda r: {  # Chatbot Arena 55k: texts are JSON lists in a string
+        **{name: only_turn(r[name]) for name in ("prompt", "response_a", "response_b")},
+        "winner": "a" if number(r["winner_model_a"]) else "b" if number(r["winner_model_b"]) else "tie",
+    },
+}
+
+
+def in_plain_names(row: dict) -> dict:
+    """The row, with a misleading data set's fields under plain names; chats without a prompt are split."""
+    for sign, plain in DATA_SETS.items():
+        misled = {"preference": "output_1" in row, "question": isinstance(row.get("question"), dict)}
+        if row.get(sign) is not None and misled.get(sign, True):
+            return row | plain(row)
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list) and not {"prompt", "messages"} & row.keys():
+        return row | battle(chosen, rejected)
+    if isinstance(chosen, str) and chosen.startswith("\n\nHuman:") and "prompt" not in row:  # HH-RLHF
+        return row | battle(human_turns(chosen), human_turns(rejected))
+    return row
+
+
+def battle(one: list, two: list) -> dict:
+    """Two conversations -> their common history as `messages`, and the two last answers."""
+    a, b = conversation(one), conversation(two)
+    if a.messages != b.messages:
+        raise Failed("input", "histories differ: not two answers to one prompt")
+    last = {
+        "response_a": a.reference,
+        "response_b": b.reference,
+        "chosen": a.reference,
+        "rejected": b.reference,
+    }
+    return {"messages": a.messages} | last
+
+
+def human_turns(text: str) -> list[dict]:
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar) -> messages, less a last empty answer."""
+    parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
+    turns = [
+        {"role": "user" if who == "Human" else "assistant", "content": said}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return turns[:-1] if turns and not turns[-1]["content"].strip() else turns
+
+
+def agreed(one, two):
+    """Two verdicts on one pair -> the verdict; raises Failed where they differ: the user must rename one."""
+    if one != two:
+        raise Failed("input", "contradictory signals: better_response_id and safer_response_id")
+    return one
+
+
+def only_turn(text: str) -> str:
+    """'["text"]' -> "text"; raises Failed for several turns, whose histories differ."""
+    turns = json.loads(text) if text.startswith("[") else [text]
+    if len(turns) != 1 or not isinstance(turns[0], str):
+        raise Failed("input", "histories differ: not two answers to one prompt")
+    return turns[0]
+
+
+def add_answers(record: Record, row: dict):
+    """Give the record the row's own answers, their votes, the kind of signal and the width of its scale.
+
+    Raises Failed("input", ...) for a tie, for no preference, and for signals that contradict each other."""
+    if isinstance(row.get("ranking"), list):
+        raise Failed("input", "ambiguous `ranking`: name it order (indices, best first) or ranks (1 = best)")
+    columns = ready_pair(row) or answer_lists(row) or suffixed(row)
+    models = columns.get("model") or itertools.repeat("")
+    texts = (text_of({"answer": text}, "answer").strip() for text in columns["text"])
+    record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=False)]
+    signals = [signal for signal in (verdict(row, columns), *measures(columns)) if signal]
+    if not signals:
+        return
+    record.signal, record.scale, votes = signals[0]
+    if not all(follows(values, votes, ties=True) for _, _, values in signals):
+        raise Failed("input", "contradictory signals")
+    rated = [i for i, vote in enumerate(votes) if vote is not None]
+    if len(rated) < 2:
+        raise Failed("input", "no preference: fewer than two answers are rated")
+    if len({votes[i] for i in rated}) == 1:
+        raise Failed("input", "tie")
+    scores = [values for kind, _, values in signals if kind == "score" and follows(values, votes)]
+    exported = scores[0] if scores and "lead" not in row else None
+    record.answers = [replace(record.answers[i], votes=votes[i]) for i in rated]
+    for i, answer in zip(rated, record.answers, strict=True):
+        answer.score = statistics.fmean(exported[i]) if exported else None
+
+
+def ready_pair(row: dict) -> dict | None:
+    """`chosen` and `rejected` (or OpenAI's names), as texts, messages or lists of messages -> columns."""
+    for names in (("chosen", "rejected"), ("preferred_output", "non_preferred_output")):
+        if all(row.get(name) is not None for name in names) and "winner" not in row:
+            texts = [row[name] for name in names]
+            texts = [text[-1] if isinstance(text, list) and text else text for text in texts]
+            texts = [
+                text.get("content", text.get("value")) if isinstance(text, dict) else text for text in texts
+            ]
+            scores = [next(filter(None, map(row.get, score_names(name))), None) for name in names]
+            models = [row.get(f"{name}_model") for name in names]
+            return {"text": texts, "choice": [1.0, 0.0], "model": models, "score": scores}
+    return None
+
+
+def score_names(side: str) -> tuple:
+    """What `chosen`'s score is called out there."""
+    return f"score_{side}", f"{side}_score", f"{side}-rating", f"{side}_rating"
+
+
+def answer_lists(row: dict) -> dict | None:
+    """A list of texts beside lists of scores or ranks, or a list of objects that hold both -> columns."""
+    items = next((row[name] for name in LISTS if isinstance(row.get(name), list)), None)
+    if not items:
+        return None
+    if isinstance(items[0], dict):
+        items = [item if isinstance(item, dict) else {} for item in items]
+        columns = {name: [item.get(name) for item in items] for name in ("model", *SIGNALS)}
+        return columns | {"text": [next((item[n] for n in TEXTS if item.get(n)), "") for item in items]}
+    columns = {"text": items, "model": row.get("models") or row.get("generation_models")}
+    for name in SIGNALS:
+        columns[name] = next(
+            (row[n] for n in (f"{name}s", name, f"all_{name}s") if isinstance(row.get(n), list)), None
+        )
+    if any(column and len(column) != len(items) for column in columns.values()):
+        raise Failed("input", f"lists of unequal length: {len(items)} answers")
+    return columns
+
+
+def suffixed(row: dict) -> dict:
+    """`response_a`, `response_b`, ... with `score_a`, ... or a verdict -> columns; raises Failed."""
+    for stem, signs in itertools.product(STEMS, SIGNS):
+        mark = "_" * signs.startswith("_")
+        ends = [mark + sign for sign in signs.strip("_")]
+        ends = ends[: next((i for i, end in enumerate(ends) if stem + end not in row), len(ends))]
+        if len(ends) >= 2:
+            columns = {name: [row.get(name + end) for end in ends] for name in ("model", *SIGNALS)}
+            return columns | {
+                "text": [row[stem + end] for end in ends],
+                "ends": [end.strip("_") for end in ends],
+            }
+    raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}")
+
+
+def verdict(row: dict, columns: dict) -> tuple | None:
+    """Who won, or by how much -> ("choice" or "score", scale, votes), None if nobody said."""
+    count = len(columns["text"])
+    if "choice" in columns:
+        return "choice", 0.0, [(vote,) for vote in columns["choice"]]
+    if "lead" in row:
+        said = number(row["lead"])
+        lead = None if said is None else said - row.get("even", 0)
+        if not lead or abs(lead) > row["scale"]:  # 0: a tie; -100: neither
+            raise Failed("input", "tie" if lead == 0 else "no preference")
+        return "score", row["scale"], [(max(0.0, -lead),), (max(0.0, lead),)]
+    said = next((row[name] for name in CHOICES if name in row), "absent")
+    if said == "absent":
+        return None
+    index = winner_index(said, row, columns)
+    if index is None or not 0 <= index < count:
+        raise Failed("input", f"no preference: the winner is {str(said)[:40]!r}")
+    return "choice", 0.0, [(float(i == index),) for i in range(count)]
+
+
+def winner_index(said, row: dict, columns: dict) -> int | None:
+    """A verdict (index from 0, `model_a`, `a`, a model's name) -> index; raises Failed for a tie."""
+    if number(said) is not None and not isinstance(said, str):
+        return int(said) if said == int(said) else None
+    said = str(said).strip().lower()
+    if re.match(r"(tie|draw|both|neither)", said):
+        raise Failed("input", "both bad" if "bad" in said or said == "neither" else "tie")
+    models = [str(model).lower() for model in columns.get("model") or []]
+    ends = [end.lower() for end in columns.get("ends") or []]
+    named = re.fullmatch(r"(?:(?:model|response|answer|output|assistant)_?)?(\w)", said)
+    if named and named[1] in ends:
+        return ends.index(named[1])
+    return models.index(said) if models.count(said) == 1 else None
+
+
+def measures(columns: dict) -> list[tuple]:
+    """Columns of scores and ranks -> [(kind, scale, votes)], higher is better; at most one of each kind."""
+    found = {}
+    for name, (kind, scale) in SIGNALS.items():
+        column = columns.get(name)
+        if not column or all(value is None for value in column) or kind in found:
+            continue
+        if kind == "order":
+            column, kind = ranks_of(column), "rank"
+        rows = [value if isinstance(value, list) else [value] for value in column]
+        votes = [tuple(map(number, row)) if row and None not in map(number, row) else None for row in rows]
+        if kind == "rank" and any(vote and not 0 <= vote[0] <= len(column) for vote in votes):
+            raise Failed("input", "ranks out of range")
+        votes = [tuple(-v for v in vote) if kind == "rank" and vote else vote for vote in votes]
+        found.setdefault(kind, (kind, scale, votes))
+    return list(found.values())
+
+
+def ranks_of(order: list) -> list[int]:
+    """Indices, best first -> the rank of each answer; raises Failed unless every index stands there once."""
+    if sorted(map(str, order)) != sorted(map(str, range(len(order)))):
+        raise Failed("input", "order is not a list of all indices from 0")
+    return [list(map(str, order)).index(str(i)) for i in range(len(order))]
+
+
+def follows(values: list, votes: list, ties: bool = False) -> bool:
+    """True if `values` order every two answers as `votes` do (`ties`: or not at all, or do not say)."""
+    for i, j in itertools.permutations(range(len(votes)), 2):
+        if votes[i] is not None and votes[j] is not None and votes[i] > votes[j]:
+            if values[i] is None or values[j] is None:
+                if not ties:
+                    return False
+            elif values[i] < values[j] or (values[i] == values[j] and not ties):
+                return False
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -707,7 +966,7 @@ def pair_up(record: Record, answers: list[Answer], run) -> list[Pair]:
     pairs = [pair for pair in pairs if beats(pair.chosen, pair.rejected)]
     if not pairs:
         tied = ranked[0].value == ranked[-1].value
-        raise Failed("judge", "tie" if tied else "orders disagree")
+        raise Failed("input" if record.signal else "judge", "tie" if tied else "orders disagree")
     return pairs
 
 
@@ -913,13 +1172,15 @@ def gap(pair: Pair, run) -> str | None:
     """chosen is not significantly better: the gap, less any length penalty, is under --min-score-gap"""
     if pair.human or pair.gap is None:
         return None
-    return "gap too small" if pair.gap - pair.penalty < run.needed_gap(pair.record) else None
+    return "gap too small" if pair.gap - pair.penalty < run.needed_gap(pair) else None
 
 
 @register(FILTERS, on="pair")
 def floor(pair: Pair, run) -> str | None:
     """chosen's own score is under --min-chosen-score"""
     least, score = run.min_chosen_score, pair.chosen.score
+    if run.args.output_format == "kto":  # there the score is the label
+        return None
     return "chosen too poor" if least is not None and score is not None and score < least else None
 
 
@@ -944,6 +1205,48 @@ def as_standard(pair: Pair, run) -> list[dict]:
 def as_basic(pair: Pair, run) -> list[dict]:
     """exactly prompt, chosen, rejected, as texts"""
     return [{"prompt": pair.record.prompt, "chosen": pair.chosen.text, "rejected": pair.rejected.text}]
+
+
+@register(OUTPUTS)
+def as_conversational(pair: Pair, run) -> list[dict]:
+    """prompt, chosen, rejected as lists of messages, turns kept: best for TRL, OpenRLHF with a template"""
+    chosen, rejected = said(pair.chosen), said(pair.rejected)
+    return [{"prompt": pair.record.messages, "chosen": [chosen], "rejected": [rejected]}]
+
+
+@register(OUTPUTS)
+def as_chatml(pair: Pair, run) -> list[dict]:
+    """messages, chosen and rejected as one message each: Bailian (Model Studio), LLaMA-Factory, Axolotl"""
+    return [{"messages": pair.record.messages, "chosen": said(pair.chosen), "rejected": said(pair.rejected)}]
+
+
+@register(OUTPUTS)
+def as_openai(pair: Pair, run) -> list[dict]:
+    """input, preferred_output, non_preferred_output: OpenAI and Azure, Together, Fireworks"""
+    chosen, rejected = said(pair.chosen), said(pair.rejected)
+    turns = {"messages": pair.record.messages}
+    return [{"input": turns, "preferred_output": [chosen], "non_preferred_output": [rejected]}]
+
+
+@register(OUTPUTS)
+def as_kto(pair: Pair, run) -> list[dict]:
+    """prompt, completion, label: chosen true, rejected false, or each by --min-chosen-score (TRL KTO)"""
+    least, rows = run.min_chosen_score, []
+    for answer, label in ((pair.chosen, True), (pair.rejected, False)):
+        label = answer.score >= least if least is not None and answer.score is not None else label
+        rows.append({"prompt": pair.record.prompt, "completion": answer.text, "label": label})
+    return rows
+
+
+@register(OUTPUTS)
+def as_prompts(pair: Pair, run) -> list[dict]:
+    """only the prompt, as messages: GRPO, RLOO and online DPO, which sample their own answers"""
+    return [{"prompt": pair.record.messages}]
+
+
+def said(answer: Answer) -> dict:
+    """An answer as a message."""
+    return {"role": "assistant", "content": answer.text}
 
 
 # ==========================================================================================================
@@ -1704,16 +2007,16 @@ class Run:
         """The reference answer that judges see, "" with --no-reference."""
         return "" if self.args.no_reference else record.reference
 
-    def needed_gap(self, record: Record) -> float:
+    def needed_gap(self, pair: Pair) -> float:
         """Points by which chosen must lead: --min-score-gap, or the default of the signal or the method."""
-        given = self.args.min_score_gap
+        given, record = self.args.min_score_gap, pair.record
         if record.signal == "rank":  # two ranks apart from four answers on, where one pair stands for all
             return 2.0 if len(record.answers) >= 4 and self.strategy in ("best_worst", "best_random") else 0.0
-        if given is not None and record.signal != "choice":
+        if record.signal == "choice":  # kept; a gap can be asked of those that carry scores
+            return given or 0.0 if pair.chosen.score is not None else 0.0
+        if given is not None:
             return given
-        if record.signal:
-            return SCORE_GAP_SHARE * record.scale if record.signal == "score" else 0.0
-        return getattr(self.method, "gap", 1.0)
+        return SCORE_GAP_SHARE * record.scale if record.signal else getattr(self.method, "gap", 1.0)
 
     async def outcome(self, record) -> Outcome:
         """A record's fate: the method's pairs that keep the law of direction and pass the filters."""
@@ -1728,8 +2031,8 @@ class Run:
             kept = [pair for pair, objection in zip(pairs, objections, strict=False) if not objection]
             return Outcome(record, kept, *(() if kept else objections[0]))
         except Failed as error:
-            unread = Record([]) if isinstance(record, Failed) else record
-            return Outcome(unread, [], error.stage, error.reason, error.curable)
+            record = error.record or Record([]) if isinstance(record, Failed) else record
+            return Outcome(record, [], error.stage, error.reason, error.curable)
 
     def objection(self, pair: Pair) -> tuple[str, str] | None:
         """(stage, reason) against a pair, or None. Direction comes first and cannot be switched off."""
@@ -1812,6 +2115,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--test-fraction", float, 0.0, "X", "share (0..1) of prompts whose pairs go to <output>.test.jsonl")
     group = parser.add_argument_group("method")
     flag("--num-candidates", int, 4, "N", "generate_pairs: answers per prompt, 2 to 8")
+    flag("--candidates-path", str, None, "FILE", "every answer with its score; an input for rank_responses")
     flag("--strategy", STRATEGIES, "best_worst", "S", f"which answers form pairs: {', '.join(STRATEGIES)}")
     group = parser.add_argument_group("models")
     flag("--candidate-models", "list", None, "MODEL", "generate_pairs: who answers; default: high and low")
@@ -1936,6 +2240,14 @@ def check(args) -> Run:
         raise UserError(
             f"--high-model and --low-model are both {run.high.name}: name two, or use --method generate_pairs"
         )
+    if (
+        args.output_format == "kto"
+        and args.strategy in ("all_pairs", "adjacent")
+        and args.min_chosen_score is None
+    ):
+        raise UserError(
+            "kto would label one answer both ways: use --strategy best_worst, or --min-chosen-score"
+        )
     if getattr(run.method, "needs_judge", False) and not run.judges:
         raise UserError(f"{args.method} needs a judge: leave out --judge-model none, or name a model")
     if args.judge_model and "none" in args.judge_model and len(args.judge_model) > 1:
@@ -1971,7 +2283,9 @@ def check_paths(args):
         raise UserError(f"--output-path {target}: name a .jsonl file")
     if args.cache_path is None:
         args.cache_path = os.path.join(os.path.dirname(target), ".rlhf_cache.sqlite")
-    written = [*written_paths(target), args.cache_path]
+    written = [*filter(None, written_paths(args)), args.cache_path]
+    if len(set(map(os.path.realpath, written))) < len(written):
+        raise UserError("two of the files to write are the same: " + ", ".join(written))
     for path in {source, args.exclude_prompts} - {None, "-"}:
         if any(os.path.realpath(path) == os.path.realpath(other) for other in written):
             raise UserError(f"{path} is an input and would be written over: choose another --output-path")
@@ -1980,10 +2294,10 @@ def check_paths(args):
         raise UserError(f"{folder}: cannot be written to; choose another --output-path")
 
 
-def written_paths(target: str) -> list[str]:
-    """The output, the dropped records and the test split."""
-    stem = re.sub(r"\.jsonl?$", "", target)
-    return [target, f"{stem}.dropped.jsonl", f"{stem}.test.jsonl"]
+def written_paths(args) -> list[str]:
+    """The output, the dropped records, the test split, the candidates ("" if not asked for)."""
+    stem = re.sub(r"\.jsonl?$", "", args.output_path)
+    return [args.output_path, f"{stem}.dropped.jsonl", f"{stem}.test.jsonl", args.candidates_path or ""]
 
 
 def nearest(path: str) -> str:
@@ -2044,10 +2358,12 @@ def records_of(path: str, run: Run):
             words = [(m["role"], " ".join(m["content"].split())) for m in record.messages]
             key = int(digest(words, answers)[:16], 16)  # 8 bytes a record is all that is kept
             if key in seen:
-                record = Failed("input", "repeated prompt" + (" and answers" if answers else ""))
-            elif excluded.holds(record):
-                record = Failed("input", "excluded prompt")
+                reason = "repeated prompt" + " and answers" * bool(answers)
+            else:
+                reason = "excluded prompt" if excluded.holds(record) else ""
             seen.add(key)
+            if reason:
+                record = Failed("input", reason, record=record)
         yield line, record
 
 
@@ -2134,10 +2450,11 @@ class Files:
     """What a run writes: `<name>.part` until all is done, locked against a second run."""
 
     def __init__(self, args):
-        self.args, self.paths = args, written_paths(args.output_path)
-        self.open, self.rows = {}, Counter()
+        self.args, self.paths = args, written_paths(args)
+        self.open, self.rows, self.warned = {}, Counter(), False
         os.makedirs(os.path.dirname(args.output_path) or ".", exist_ok=True)
-        for path in self.paths[: 3 if args.test_fraction else 2]:
+        wanted = (True, True, args.test_fraction, args.candidates_path)
+        for path in itertools.compress(self.paths, wanted):
             self.open[path] = open(path + ".part", "a+", encoding="utf-8", newline="\n")  # noqa: SIM115
         if not lock(self.open[self.paths[0]]):
             raise UserError(f"{args.output_path}: another run is writing it")
@@ -2147,15 +2464,23 @@ class Files:
     def add(self, outcome: Outcome, run: Run):
         """Write a record's rows, or its line among the dropped."""
         record = outcome.record
-        output, dropped, test = self.paths
+        output, dropped, test, candidates = self.paths
+        if self.args.candidates_path and record.answers:
+            self.write(candidates, candidates_row(record))
         if not outcome.pairs:
             return self.write(dropped, dropped_row(outcome))
         fraction = int(digest(run.seed, record.messages)[:8], 16) / 16**8
+        rows = []
         for pair in outcome.pairs:
-            for row in OUTPUTS[self.args.output_format](pair, run):
-                if not pair.human and "score_chosen" in row and row["score_chosen"] <= row["score_rejected"]:
-                    raise AssertionError(f"line {record.line}: a pair without a lead reached the writer")
-                self.write(test if fraction < self.args.test_fraction else output, row)
+            leads = pair.human or pair.chosen.score is None or pair.chosen.score > pair.rejected.score
+            if not leads:
+                raise AssertionError(f"line {record.line}: a pair without a lead reached the writer")
+            rows += [row for row in OUTPUTS[self.args.output_format](pair, run) if row not in rows]
+        for row in rows:
+            self.write(test if fraction < self.args.test_fraction else output, row)
+        if len(record.messages) > 1 and isinstance(rows[0]["prompt"], str) and not self.warned:
+            self.warned = True
+            note(f"line {record.line}: turns become one text; --output-format conversational keeps them")
 
     def write(self, path: str, row: dict):
         """One JSON line; what kind of row it is (with scores or without) is counted."""
@@ -2217,6 +2542,14 @@ def without_scores(file):
             row = {k: v for k, v in json.loads(line).items() if k not in ("score_chosen", "score_rejected")}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
+
+
+def candidates_row(record: Record) -> dict:
+    """Every answer made for a record, with model, score and votes: an input for rank_responses."""
+    answers = [
+        {"model": a.model, "response": a.text, "score": a.score, "votes": a.votes} for a in record.answers
+    ]
+    return {"prompt": record.messages, "prompt_id": record.prompt_id, "completions": answers}
 
 
 def dropped_row(outcome: Outcome) -> dict:
