@@ -1,0 +1,351 @@
+"""§7 MODELS: the real SDKs over real HTTP, and a server that misbehaves."""
+
+import asyncio
+import json
+
+import pytest
+
+import rlhf_constructor as rc
+from tests.server import DASHSCOPE_KEY, OPENAI_KEY, Api, Fault, Reply, is_judge, judge_reply
+
+OPENAI = ("--provider", "openai", "--high-model", "strong", "--low-model", "weak", "--max-retries", 2)
+DASHSCOPE = ("--provider", "dashscope", *OPENAI[2:])
+PROMPTS = [{"prompt": f"What is {n} plus {n}?"} for n in range(6)]
+
+
+def world(call):
+    """The strong model is right, the weak one is not, and the judge can tell."""
+    if is_judge(call):
+        return judge_reply(call, lambda text, slot: 9 if "right" in text else 3)
+    return f"A {'right' if call.model == 'strong' else 'mistaken'} answer to: {call.prompt}"
+
+
+def faulty(fault, when):
+    """The world, but calls for which `when` is true meet the fault."""
+    return lambda call: fault if when(call) else world(call)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """No real waiting between tries."""
+    real = asyncio.wait_for
+    monkeypatch.setattr(rc.asyncio, "wait_for", lambda task, seconds: real(task, min(seconds, 0.01)))
+
+
+KINDS = "error html garbage empty cut close reset not_json_type no_choices null_content".split()
+
+
+@pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_passing_fault_is_retried_and_a_lasting_one_costs_its_record_only(rlhf, kind, sdk):
+    seen = []
+
+    def answer(call):
+        if call.model == "weak" and "2 plus" in call.prompt:
+            return Fault(kind=kind)
+        if call.model == "weak" and "3 plus" in call.prompt and not seen:
+            seen.append(call)
+            return Fault(kind=kind)
+        return world(call)
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS, *sdk, api=api)
+    assert (result.status, len(result.pairs), len(result.dropped)) == (1, 5, 1)
+    assert result.dropped[0]["stage"] == "model" and result.dropped[0]["line"] == 3
+    assert all("right" in pair["chosen"] for pair in result.pairs)
+
+
+@pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
+@pytest.mark.parametrize("kind", ["hang", "drip"])
+def test_a_call_that_never_ends_times_out_and_is_tried_once_more(rlhf, kind, sdk):
+    fault = faulty(Fault(kind=kind), lambda call: call.model == "weak" and "2 plus" in call.prompt)
+    with Api(fault) as api:
+        result = rlhf(PROMPTS, *sdk, "--timeout", 0.5, "--max-retries", 5, api=api)
+        assert sum("2 plus" in call.prompt and call.model == "weak" for call in api.calls) == 2
+    assert result.reasons[0].startswith("model: no reply timeout")
+
+
+@pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
+@pytest.mark.parametrize("code", ["invalid_value", "content_policy_violation", "DataInspectionFailed"])
+def test_a_prompt_that_is_rejected_costs_one_record_and_one_call(rlhf, sdk, code):
+    with Api(faulty(Fault(400, code=code), lambda c: c.model == "strong" and "2 plus" in c.prompt)) as api:
+        result = rlhf(PROMPTS, *sdk, api=api)
+    assert (result.status, len(result.pairs), len(result.dropped)) == (0, 5, 1)
+    assert api.count("strong") == 6 + 2 * 5
+
+
+@pytest.mark.parametrize(
+    "status, code, says",
+    [
+        (401, "invalid_api_key", "key was refused"),
+        (401, "InvalidApiKey", "key was refused"),
+        (403, "AccessDenied.Unpurchased", "key was refused"),
+        (429, "insufficient_quota", "used up"),
+        (400, "Arrearage", "used up"),
+        (403, "AllocationQuota.FreeTierOnly", "used up"),
+        (404, "model_not_found", "no such model"),
+        (400, "ModelNotFound", "no such model"),
+        (404, "", "no such model"),
+        (403, "Forbidden", "no such model or address"),
+    ],
+)
+@pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
+def test_what_every_call_would_meet_stops_the_run_after_one_call_of_each_model(rlhf, sdk, status, code, says):
+    with Api(lambda call: Fault(status, code=code)) as api:
+        result = rlhf(PROMPTS * 1, *sdk, api=api)
+        assert api.count() <= 2
+    assert result.status == 3 and says in result.err and not result.output.exists()
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(rlhf):
+    broke = faulty(Fault(429, code="insufficient_quota"), lambda call: api.count() > 10)
+    with Api(broke) as api:
+        assert rlhf(PROMPTS, *OPENAI, "--concurrency", 2, api=api).status == 3
+    paid = api.count()
+    with Api(world) as api:
+        result = rlhf(PROMPTS, *OPENAI, "--base-url", broke_url(api), api=api)
+        assert result.status == 0 and len(result.pairs) == 6 and paid >= 10
+
+
+def broke_url(api):
+    return api.openai_url
+
+
+def test_the_words_of_an_empty_purse_are_a_throttle_where_the_code_says_so(rlhf):
+    calls = []
+
+    def answer(call):
+        calls.append(call)
+        if len(calls) % 5 == 3:
+            return Fault(429, code="Throttling", message="You exceeded your current quota")
+        return world(call)
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS, *DASHSCOPE, "--max-retries", 0, api=api)
+    assert (result.status, len(result.pairs)) == (0, 6)
+
+
+@pytest.mark.parametrize("after", ["0.01", "1", "Wed, 21 Oct 2026 07:28:00 GMT", "soon"])
+def test_a_429_is_no_retry_whatever_its_retry_after_says(rlhf, after):
+    calls = []
+
+    def answer(call):
+        calls.append(call)
+        return Fault(429, headers={"Retry-After": after}) if len(calls) % 3 == 0 else world(call)
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS, *OPENAI, "--max-retries", 0, api=api)
+    assert (result.status, len(result.pairs)) == (0, 6)
+
+
+def test_nothing_but_429_stops_the_run(rlhf, monkeypatch):
+    monkeypatch.setattr(rc, "PATIENCE", 0.05)
+    with Api(lambda call: Fault(429)) as api:
+        result = rlhf(PROMPTS, *OPENAI, api=api)
+    assert result.status == 3 and "nothing but 429" in result.err
+
+
+def test_twenty_failures_alike_in_a_row_stop_the_run(rlhf):
+    prompts = [{"prompt": f"Question {n}"} for n in range(200)]
+    with Api(faulty(Fault(500), lambda call: call.model == "weak")) as api:
+        result = rlhf(prompts, *OPENAI, "--max-retries", 0, "--concurrency", 4, api=api)
+        assert result.status == 3 and "20 calls in a row failed alike" in result.err
+        assert api.count("weak") <= 20 + 4
+
+
+def test_a_server_that_is_not_there_stops_the_run(rlhf):
+    with Api(world) as api:
+        gone = api.openai_url
+    result = rlhf(PROMPTS, *OPENAI, "--base-url", gone, "--max-retries", 0)
+    assert result.status == 3 and "cannot be reached" in result.err
+
+
+def refuses_option(name, message):
+    """A server that refuses requests with the option `name`."""
+
+    def answer(call):
+        if name in call.params:
+            return Fault(400, code="unsupported_parameter", message=message)
+        return world(call)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "sdk, name, message",
+    [
+        (OPENAI, "max_tokens", "Unsupported parameter: use 'max_completion_tokens' instead."),
+        (OPENAI, "max_tokens", "max_tokens is not supported"),
+        (OPENAI, "temperature", "Unsupported value: 'temperature' does not support 0.7 with this model."),
+        (DASHSCOPE, "enable_thinking", "parameter.enable_thinking is not supported by this model"),
+    ],
+)
+def test_a_refused_option_is_changed_once_for_each_model(rlhf, sdk, name, message):
+    with Api(refuses_option(name, message)) as api:
+        result = rlhf(PROMPTS, *sdk, api=api)
+        assert (result.status, len(result.pairs)) == (0, 6)
+        assert sum(name in call.params for call in api.calls) == 2  # once for strong, once for weak
+        calls = api.count()
+        assert rlhf(PROMPTS, *sdk, api=api).status == 0 and api.count() == calls  # the key is what was asked
+
+
+def test_hybrid_models_do_not_think_at_dashscope_unless_asked_to(rlhf):
+    with Api(world) as api:
+        rlhf(PROMPTS[:1], *DASHSCOPE, api=api)
+        rlhf(PROMPTS[:1], *DASHSCOPE, "--model-option", "strong:enable_thinking=true", api=api)
+    assert api.calls[0].params["enable_thinking"] is False
+    thinking = [call for call in api.calls if call.params["enable_thinking"]]
+    assert {call.model for call in thinking} == {"strong"}
+
+
+def test_models_behind_the_multimodal_address_are_found_there(rlhf):
+    def answer(call):
+        if call.model == "strong" and call.protocol != "multimodal":
+            return Fault(400, code="InvalidParameter", message="url error, please check url!")
+        return world(call)
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS, *DASHSCOPE, api=api)
+    assert len(result.pairs) == 6
+    assert sum(call.model == "strong" and call.protocol == "dashscope" for call in api.calls) == 1
+
+
+@pytest.mark.parametrize("text", ["half an ans", ""], ids=["cut", "all spent on thinking"])
+def test_a_cut_answer_is_asked_for_once_more_with_twice_the_limit(rlhf, text):
+    def answer(call):
+        short = call.model == "weak" and call.params["max_tokens"] < 8192
+        return Reply(text, finish="length") if short else world(call)
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS[:1], *OPENAI, api=api)
+        assert len(result.pairs) == 1 and api.count("weak") == 2
+
+
+def test_an_answer_cut_twice_is_dropped_and_not_paid_for_again(rlhf):
+    with Api(faulty(Reply("half an ans", finish="length"), lambda call: call.model == "weak")) as api:
+        assert rlhf(PROMPTS[:1], *OPENAI, api=api).reasons == ["filter: truncated"]
+        calls = api.count()
+        rlhf(PROMPTS[:1], *OPENAI, api=api)
+        assert api.count() == calls
+
+
+def test_thinking_is_no_part_of_an_answer(rlhf):
+    def answer(call):
+        reply = world(call)
+        return f"<think>the other is right? </think>\n\n{reply}" if not is_judge(call) else f"<think>{{}}</think>{reply}"
+
+    with Api(answer) as api:
+        [pair] = rlhf(PROMPTS[:1], *OPENAI, api=api).pairs
+    assert pair["chosen"] == "A right answer to: What is 0 plus 0?"
+
+
+def test_an_unreadable_verdict_is_asked_for_twice_more_then_the_record_is_dropped(rlhf):
+    def answer(call):
+        return "I like both." if is_judge(call) else world(call)
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS[:1], *OPENAI, api=api)
+    assert result.reasons[0].startswith("judge: unreadable verdict")
+    assert sum(map(is_judge, api.calls)) == 2 * 3
+
+
+def test_a_reward_model_scores_each_answer_once(rlhf):
+    def answer(call):
+        if call.protocol == "reward":
+            return 2.25 if "right" in call.messages[-1]["content"] else -1.5
+        return world(call)
+
+    with Api(answer) as api:
+        [pair] = rlhf(PROMPTS[:1], *OPENAI, "--judge-model", f"reward:rm@{api.url}", api=api).pairs
+    assert (pair["score_chosen"], pair["score_rejected"]) == (2.25, -1.5)
+
+
+def test_servers_can_be_mixed_and_one_on_this_machine_gets_no_key(rlhf):
+    with Api(world) as cloud, Api(world) as local:
+        low = f"openai:weak@{local.openai_url}"
+        result = rlhf(PROMPTS, *DASHSCOPE, "--low-model", low, api=cloud)
+    assert len(result.pairs) == 6 and local.count("weak") == 6 == len(local.calls)
+    assert not any(key in str(call.headers) for call in local.calls for key in (OPENAI_KEY, DASHSCOPE_KEY))
+
+
+def test_the_reference_can_be_the_strong_model(rlhf):
+    records = [{"instruction": "2 + 2?", "output": "The right answer is 4."}]
+    flags = ("--provider", "openai", "--high-model", "reference", "--low-model", "weak")
+    with Api(world) as api:
+        assert rlhf(records, *flags, api=api).status == 2  # who judges?
+        [pair] = rlhf(records, *flags, "--judge-model", "strong", api=api).pairs
+        assert pair["chosen_model"] == "reference" and api.count("weak") == 1
+
+
+@pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
+def test_no_key_reaches_a_file_or_a_message(rlhf, sdk, tmp_path):
+    keys = f"{OPENAI_KEY} {DASHSCOPE_KEY}"
+
+    def answer(call):
+        if "2 plus" in call.prompt:
+            return Fault(400, code="bad", message=f"your key {keys} is fine")
+        return f"{world(call)} {keys}" if not is_judge(call) else world(call)
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS, *sdk, api=api)
+        stopped = rlhf(PROMPTS, *sdk, "--seed", 1, "--cache-path", "none", api=api)
+    with Api(lambda call: Fault(401, message=f"Incorrect API key provided: {keys}")) as api:
+        refused = rlhf([{"prompt": "new"}], *sdk, api=api)
+    said = result.out + result.err + stopped.err + refused.err
+    said += "".join(path.read_text(errors="ignore") for path in tmp_path.iterdir())
+    assert OPENAI_KEY not in said and DASHSCOPE_KEY not in said and "[key]" in said
+
+
+def test_the_first_call_to_each_model_goes_alone(rlhf):
+    early = []
+
+    async def answer(call):
+        if not early:
+            early.append(call.model)
+            await asyncio.sleep(0.2)
+            assert sum(c.model == call.model for c in api.calls) == 1
+        return world(call)
+
+    with Api(answer) as api:
+        assert len(rlhf(PROMPTS, *OPENAI, api=api).pairs) == 6
+
+
+def test_pacing_settles_under_the_limit_and_loses_nothing(rlhf, monkeypatch):
+    monkeypatch.undo()
+    prompts = [{"prompt": f"Question {n}"} for n in range(60)]
+    flags = ("--judge-model", "none", "--concurrency", 32, "--max-retries", 0)
+    with Api(world, limit=60) as api:
+        result = rlhf(prompts, *OPENAI[:6], *flags, "--cache-path", "none", "--base-url", api.openai_url)
+    assert (result.status, len(result.pairs)) == (0, 60)
+    assert api.count() < 2 * 120, "more calls were refused than answered"
+
+
+def test_the_cache_key_is_everything_that_changes_the_answer():
+    one = ["openai", "http://a/v1", "m", [{"role": "user", "content": "q"}], {"temperature": 0.7}, 0]
+    changed = [one[:i] + [f"other {part}"] + one[i + 1 :] for i, part in enumerate(one)]
+    assert len({rc.digest(*key) for key in [one, *changed]}) == 7
+
+
+def test_errors_are_never_cached(rlhf):
+    with Api(faulty(Fault(500), lambda call: call.model == "weak")) as api:
+        rlhf(PROMPTS[:2], *OPENAI, "--max-retries", 0, api=api)
+        api._answer = world
+        result = rlhf(PROMPTS[:2], *OPENAI, api=api)
+    assert (result.status, len(result.pairs)) == (0, 2)
+
+
+def test_a_proxy_of_the_environment_is_used(rlhf, monkeypatch):
+    for sdk, url in ((OPENAI, "http://models.invalid/v1"), (DASHSCOPE, "http://models.invalid/api/v1")):
+        with Api(world) as proxy:  # a forwarding proxy is asked for whole addresses; aiohttp.web takes their path
+            env = {"HTTP_PROXY": proxy.url, "http_proxy": proxy.url, "NO_PROXY": "", "no_proxy": ""}
+            result = rlhf(PROMPTS[:1], *sdk, "--base-url", url, "--cache-path", "none", **env)
+            assert len(result.pairs) == 1 and proxy.count() == 4
+
+
+def test_replies_are_kept_as_text_and_nothing_else(rlhf, tmp_path):
+    with Api(world) as api:
+        rlhf(PROMPTS[:1], *OPENAI, api=api)
+    cache = tmp_path / ".rlhf_cache.sqlite"
+    assert cache.stat().st_mode & 0o777 == 0o600
+    kept = rc.sqlite3.connect(cache).execute("SELECT text FROM replies").fetchall()
+    assert len(kept) == 4 and sum("scores" in json.loads(text) for (text,) in kept if text[0] == "{") == 2
