@@ -2488,10 +2488,13 @@ class Files:
         self.rows[path] += 1
         self.rows[path, "score_chosen" in row] += 1
 
-    def finish(self):
-        """Rename every part; a former output that differs stays as .bak, former drops of another run go."""
+    def close(self, done: bool):
+        """When all is done rename every part; a former output that differs stays as .bak, former drops go."""
         for path, file in self.open.items():
             file.flush()
+            if not done:
+                file.close()
+                continue
             if self.rows[path, True] and self.rows[path, False] and path != self.paths[1]:
                 note(
                     f"{path}: some pairs have no scores, so the score columns are left out of the whole file"
@@ -2724,8 +2727,7 @@ async def construct(args) -> int:
         await in_order(records_of(path, run), work, emit, args.concurrency, models)
     bar.close()
     await models.close()
-    if not models.stop:
-        files.finish()
+    files.close(done=not models.stop)
     print("\n".join(summary(tally, files, models, models.stop)))
     cache.close()
     if models.stop:

@@ -28,10 +28,10 @@ def faulty(fault, when):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """No real waiting between tries."""
-    real = asyncio.wait_for
-    monkeypatch.setattr(rc.asyncio, "wait_for", lambda task, seconds: real(task, min(seconds, 0.01)))
+    monkeypatch.setattr(asyncio, "wait_for", lambda task, seconds: WAIT_FOR(task, min(seconds, 0.01)))
 
 
+WAIT_FOR = asyncio.wait_for
 KINDS = "error html garbage empty cut close reset not_json_type no_choices null_content".split()
 
 
@@ -101,14 +101,10 @@ def test_a_stopped_run_goes_on_where_it_stopped(rlhf):
     broke = faulty(Fault(429, code="insufficient_quota"), lambda call: api.count() > 10)
     with Api(broke) as api:
         assert rlhf(PROMPTS, *OPENAI, "--concurrency", 2, api=api).status == 3
-    paid = api.count()
-    with Api(world) as api:
-        result = rlhf(PROMPTS, *OPENAI, "--base-url", broke_url(api), api=api)
-        assert result.status == 0 and len(result.pairs) == 6 and paid >= 10
-
-
-def broke_url(api):
-    return api.openai_url
+        refused, api._answer = api.count() - 10, world
+        result = rlhf(PROMPTS, *OPENAI, "--concurrency", 2, api=api)
+        assert result.status == 0 and len(result.pairs) == 6
+        assert api.count() == 4 * 6 + refused and refused <= 4
 
 
 def test_the_words_of_an_empty_purse_are_a_throttle_where_the_code_says_so(rlhf):
@@ -232,7 +228,11 @@ def test_an_answer_cut_twice_is_dropped_and_not_paid_for_again(rlhf):
 def test_thinking_is_no_part_of_an_answer(rlhf):
     def answer(call):
         reply = world(call)
-        return f"<think>the other is right? </think>\n\n{reply}" if not is_judge(call) else f"<think>{{}}</think>{reply}"
+        return (
+            f"<think>the other is right? </think>\n\n{reply}"
+            if not is_judge(call)
+            else f"<think>{{}}</think>{reply}"
+        )
 
     with Api(answer) as api:
         [pair] = rlhf(PROMPTS[:1], *OPENAI, api=api).pairs
@@ -311,7 +311,7 @@ def test_the_first_call_to_each_model_goes_alone(rlhf):
 
 
 def test_pacing_settles_under_the_limit_and_loses_nothing(rlhf, monkeypatch):
-    monkeypatch.undo()
+    monkeypatch.setattr(asyncio, "wait_for", WAIT_FOR)
     prompts = [{"prompt": f"Question {n}"} for n in range(60)]
     flags = ("--judge-model", "none", "--concurrency", 32, "--max-retries", 0)
     with Api(world, limit=60) as api:
@@ -336,7 +336,9 @@ def test_errors_are_never_cached(rlhf):
 
 def test_a_proxy_of_the_environment_is_used(rlhf, monkeypatch):
     for sdk, url in ((OPENAI, "http://models.invalid/v1"), (DASHSCOPE, "http://models.invalid/api/v1")):
-        with Api(world) as proxy:  # a forwarding proxy is asked for whole addresses; aiohttp.web takes their path
+        with Api(
+            world
+        ) as proxy:  # a forwarding proxy is asked for whole addresses; aiohttp.web takes their path
             env = {"HTTP_PROXY": proxy.url, "http_proxy": proxy.url, "NO_PROXY": "", "no_proxy": ""}
             result = rlhf(PROMPTS[:1], *sdk, "--base-url", url, "--cache-path", "none", **env)
             assert len(result.pairs) == 1 and proxy.count() == 4
