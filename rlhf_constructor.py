@@ -1553,13 +1553,14 @@ class Cache:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
-            with contextlib.suppress(sqlite3.OperationalError):  # some network file systems have no WAL
-                self.db.execute(f"PRAGMA {pragma}")
-        columns = (
-            "key TEXT PRIMARY KEY, text TEXT, finish TEXT, tokens_in INTEGER, tokens_out INTEGER, model TEXT"
-        )
-        self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
+        columns = "key TEXT PRIMARY KEY, text TEXT, finish TEXT, tokens_in INT, tokens_out INT, model TEXT"
+        try:
+            for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
+                with contextlib.suppress(sqlite3.OperationalError):  # some network file systems have no WAL
+                    self.db.execute(f"PRAGMA {pragma}")
+            self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{path}: is no cache ({error}); name another --cache-path") from None
 
     def get(self, key: str) -> Reply | None:
         """The reply stored under `key`, if there is one."""
@@ -2252,12 +2253,6 @@ def check(args) -> Run:
         raise UserError(f"{args.method} needs a judge: leave out --judge-model none, or name a model")
     if args.judge_model and "none" in args.judge_model and len(args.judge_model) > 1:
         raise UserError("--judge-model none goes alone")
-    for model in asked if not args.dry_run else ():
-        variable = PROVIDERS[model.provider].key
-        if variable and not model.url and not key_of(model):
-            raise UserError(
-                f"{variable} is not set: export {variable}=sk-..., or try without a key: --provider offline"
-            )
     unpriced = [
         model.name for model in asked if model.provider != "offline" and model.name not in args.prices
     ]
@@ -2265,6 +2260,12 @@ def check(args) -> Run:
         raise UserError(
             f"--max-cost needs the price of {unpriced[0]}: --price {unpriced[0]}=IN/OUT (per million tokens)"
         )
+    for model in asked if not args.dry_run else ():
+        variable = PROVIDERS[model.provider].key
+        if variable and not model.url and not key_of(model):
+            raise UserError(
+                f"{variable} is not set: export {variable}=sk-..., or try without a key: --provider offline"
+            )
     return run
 
 
