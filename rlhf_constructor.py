@@ -288,7 +288,9 @@ def from_prompt(row: dict) -> list[Record] | None:
     """`prompt`, `question`, `query`, `text`: a string or a list of messages; `answer` is the reference"""
     name = next((n for n in PROMPT_FIELDS if row.get(n)), None)
     if name and isinstance(row[name], list):
-        return [conversation(row[name])]
+        record = conversation(row[name])
+        record.reference = record.reference or reference_of(row)
+        return [record]
     if not name or not isinstance(row[name], str):
         return None
     if row[name].startswith("\n\nHuman:"):
@@ -359,7 +361,9 @@ def parse_row(row, with_answers: bool = False) -> list[Record]:
     row = in_plain_names(row)
     records = next(filter(None, (adapter(row) for adapter in INPUTS.values())), None)
     if records is None:
-        raise Failed("input", f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}")
+        blank = any(not str(row.get(name, "?") or "").strip() for name in ("instruction", *PROMPT_FIELDS))
+        known = f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
+        raise Failed("input", "empty prompt" if blank else known)
     if any(not record.messages[-1]["content"] for record in records):
         raise Failed("input", "empty prompt")
     if with_answers:
@@ -380,7 +384,7 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
             if isinstance(row, dict) and rename:
                 row = {rename.get(name, name): value for name, value in row.items()}
             records = parse_row(row, with_answers)
-        except (Failed, RecursionError, TypeError, AttributeError, LookupError, ValueError) as error:
+        except (Failed, RecursionError, TypeError, AttributeError, LookupError, ValueError, OverflowError) as error:
             broken = Failed("input", f"malformed record: {error}")  # junk nested where a text should be
             records = [error if isinstance(error, Failed) else broken]
         for record in records:
@@ -411,23 +415,17 @@ def json_rows(file, path: str):
         raise UserError(f"{path}: is UTF-16; save it as UTF-8")
     if head[:1] == b"[" or head.strip() == b"{":
         whole = parse_json(head + b"".join(raw for _, raw in lines))
-        lists = [v for v in whole.values() if isinstance(v, list)] if isinstance(whole, dict) else []
-        rows = (
-            whole
-            if isinstance(whole, list)
-            else lists[0]
-            if len(lists) == len(whole or " ") == 1
-            else [whole]
-        )
-        yield from enumerate(map(scrub, rows), 1)
+        if isinstance(whole, dict) and len(whole) == 1 and not {"messages", "conversations"} & whole.keys():
+            [whole] = whole.values() if isinstance(*whole.values(), list) else [whole]  # {"data": [...]}
+        yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
     elif head:
-        yield from ((n, scrub(parse_json(raw))) for n, raw in itertools.chain([(first[0], head)], lines))
+        yield from ((n, parse_json(raw)) for n, raw in itertools.chain([(first[0], head)], lines))
 
 
 def parse_json(raw: bytes):
     """bytes -> value, or (not raised) Failed, so that one broken line costs one record."""
     try:
-        return json.loads(raw.decode("utf-8"))
+        return scrub(json.loads(raw.decode("utf-8")))
     except UnicodeDecodeError:
         return Failed("input", "not UTF-8: convert the file, e.g. iconv -f gb18030 -t utf-8")
     except (ValueError, RecursionError) as error:
@@ -495,40 +493,37 @@ DATA_SETS = {
     "question": lambda r: {"prompt": r["question"]["full_text"]},  # WebGPT
     "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"]},  # summarize comparisons
     "safer_response_id": lambda r: {"winner": agreed(r["better_response_id"], r["safer_response_id"])},  # PKU
-    "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"]),  # Chatbot Arena 33k, 140k
+    "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"], ("response_a", "response_b")),  # Arena 33k
     "winner_model_a": lambda r: {  # Chatbot Arena 55k: texts are JSON lists in a string
         **{name: only_turn(r[name]) for name in ("prompt", "response_a", "response_b")},
-        "winner": "a" if number(r["winner_model_a"]) else "b" if number(r["winner_model_b"]) else "tie",
+        "winner": one_hot(r),
     },
 }
 
 
 def in_plain_names(row: dict) -> dict:
     """The row, with a misleading data set's fields under plain names; chats without a prompt are split."""
+    misled = {"preference": "output_1" in row, "question": isinstance(row.get("question"), dict)}
+    misled["summaries"] = isinstance(row.get("info"), dict)
     for sign, plain in DATA_SETS.items():
-        misled = {"preference": "output_1" in row, "question": isinstance(row.get("question"), dict)}
         if row.get(sign) is not None and misled.get(sign, True):
             return row | plain(row)
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, list) and isinstance(rejected, list) and not {"prompt", "messages"} & row.keys():
-        return row | battle(chosen, rejected)
+    if isinstance(chosen, list) and isinstance(rejected, list):  # whole chats say more than a `prompt` beside
+        chats = min(len(chosen), len(rejected)) > 1 and role_of(chosen[0]) != "assistant"
+        if chats or not {"prompt", "messages", "input"} & row.keys():
+            return row | battle(chosen, rejected)
     if isinstance(chosen, str) and chosen.startswith("\n\nHuman:") and "prompt" not in row:  # HH-RLHF
         return row | battle(human_turns(chosen), human_turns(rejected))
     return row
 
 
-def battle(one: list, two: list) -> dict:
-    """Two conversations -> their common history as `messages`, and the two last answers."""
+def battle(one: list, two: list, names=("chosen", "rejected")) -> dict:
+    """Two conversations -> their common history as `messages`, and the two last answers by these names."""
     a, b = conversation(one), conversation(two)
     if a.messages != b.messages:
         raise Failed("input", "histories differ: not two answers to one prompt")
-    last = {
-        "response_a": a.reference,
-        "response_b": b.reference,
-        "chosen": a.reference,
-        "rejected": b.reference,
-    }
-    return {"messages": a.messages} | last
+    return {"messages": a.messages, names[0]: a.reference, names[1]: b.reference}
 
 
 def human_turns(text: str) -> list[dict]:
@@ -546,6 +541,13 @@ def agreed(one, two):
     if one != two:
         raise Failed("input", "contradictory signals: better_response_id and safer_response_id")
     return one
+
+
+def one_hot(row: dict) -> str | None:
+    """a, b or tie, whichever is flagged; None unless exactly one is."""
+    flags = {"a": "winner_model_a", "b": "winner_model_b", "tie": "winner_tie"}
+    said = [name for name, flag in flags.items() if row.get(flag) is True or number(row.get(flag)) == 1]
+    return said[0] if len(said) == 1 else None
 
 
 def only_turn(text: str) -> str:
@@ -580,23 +582,35 @@ def add_answers(record: Record, row: dict):
     scores = [values for kind, _, values in signals if kind == "score" and follows(values, votes)]
     exported = scores[0] if scores and "lead" not in row else None
     record.answers = [replace(record.answers[i], votes=votes[i]) for i in rated]
+    combined = columns["score"] if any(columns.get("votes") or ()) else None  # by the judges' own rule
     for i, answer in zip(rated, record.answers, strict=True):
         answer.score = statistics.fmean(exported[i]) if exported else None
+        if combined and number(combined[i]) is not None:
+            answer.score = number(combined[i])
 
 
 def ready_pair(row: dict) -> dict | None:
     """`chosen` and `rejected` (or OpenAI's names), as texts, messages or lists of messages -> columns."""
     for names in (("chosen", "rejected"), ("preferred_output", "non_preferred_output")):
         if all(row.get(name) is not None for name in names) and "winner" not in row:
-            texts = [row[name] for name in names]
-            texts = [text[-1] if isinstance(text, list) and text else text for text in texts]
-            texts = [
-                text.get("content", text.get("value")) if isinstance(text, dict) else text for text in texts
-            ]
-            scores = [next(filter(None, map(row.get, score_names(name))), None) for name in names]
+            texts = [only_answer(row[name]) for name in names]
+            scores = [next((row[n] for n in score_names(name) if row.get(n) is not None), None) for name in names]
+            if number(scores[0]) is not None and number(scores[0]) == number(scores[1]):
+                raise Failed("input", "tie")
             models = [row.get(f"{name}_model") for name in names]
             return {"text": texts, "choice": [1.0, 0.0], "model": models, "score": scores}
     return None
+
+
+def only_answer(said):
+    """A text, a message, or a list of one of them -> its text; raises Failed for other turns."""
+    if isinstance(said, list):
+        if len(said) != 1:
+            raise Failed("input", f"not one answer: a list of {len(said)}")
+        said = said[0]
+    if isinstance(said, dict) and role_of(said) != "assistant":
+        raise Failed("input", f"not an answer: a {role_of(said)} turn")
+    return said.get("content", said.get("value")) if isinstance(said, dict) else said
 
 
 def score_names(side: str) -> tuple:
@@ -611,7 +625,7 @@ def answer_lists(row: dict) -> dict | None:
         return None
     if isinstance(items[0], dict):
         items = [item if isinstance(item, dict) else {} for item in items]
-        columns = {name: [item.get(name) for item in items] for name in ("model", *SIGNALS)}
+        columns = {name: [item.get(name) for item in items] for name in ("model", *SIGNALS) if name != "order"}
         return columns | {"text": [next((item[n] for n in TEXTS if item.get(n)), "") for item in items]}
     columns = {"text": items, "model": row.get("models") or row.get("generation_models")}
     for name in SIGNALS:
@@ -630,7 +644,8 @@ def suffixed(row: dict) -> dict:
         ends = [mark + sign for sign in signs.strip("_")]
         ends = ends[: next((i for i, end in enumerate(ends) if stem + end not in row), len(ends))]
         if len(ends) >= 2:
-            columns = {name: [row.get(name + end) for end in ends] for name in ("model", *SIGNALS)}
+            names = [name for name in ("model", *SIGNALS) if name != "order"]  # that is a list's alone
+            columns = {name: [row.get(name + end) for end in ends] for name in names}
             return columns | {
                 "text": [row[stem + end] for end in ends],
                 "ends": [end.strip("_") for end in ends],
@@ -660,13 +675,15 @@ def verdict(row: dict, columns: dict) -> tuple | None:
 
 def winner_index(said, row: dict, columns: dict) -> int | None:
     """A verdict (index from 0, `model_a`, `a`, a model's name) -> index; raises Failed for a tie."""
-    if number(said) is not None and not isinstance(said, str):
-        return int(said) if said == int(said) else None
+    ends, place = [end.lower() for end in columns.get("ends") or []], number(said)
+    if place is not None and ends[:1] == ["1"]:
+        raise Failed("input", f"ambiguous winner: {said} of answers 1 and 2; name it response_1 or response_2")
+    if place is not None:
+        return int(place) if place == int(place) else None
     said = str(said).strip().lower()
     if re.match(r"(tie|draw|both|neither)", said):
         raise Failed("input", "both bad" if "bad" in said or said == "neither" else "tie")
     models = [str(model).lower() for model in columns.get("model") or []]
-    ends = [end.lower() for end in columns.get("ends") or []]
     named = re.fullmatch(r"(?:(?:model|response|answer|output|assistant)_?)?(\w)", said)
     if named and named[1] in ends:
         return ends.index(named[1])
@@ -678,16 +695,18 @@ def measures(columns: dict) -> list[tuple]:
     found = {}
     for name, (kind, scale) in SIGNALS.items():
         column = columns.get(name)
-        if not column or all(value is None for value in column) or kind in found:
+        if not column or all(value in (None, []) for value in column) or kind in found:
             continue
-        if kind == "order":
-            column, kind = ranks_of(column), "rank"
+        column = ranks_of(column) if kind == "order" else column
         rows = [value if isinstance(value, list) else [value] for value in column]
         votes = [tuple(map(number, row)) if row and None not in map(number, row) else None for row in rows]
-        if kind == "rank" and any(vote and not 0 <= vote[0] <= len(column) for vote in votes):
+        if len({len(vote) for vote in votes if vote}) > 1:
+            raise Failed("input", "votes of unequal length")
+        if kind == "rank" and not all(0 <= v <= len(column) for vote in votes for v in vote or ()):
             raise Failed("input", "ranks out of range")
-        votes = [tuple(-v for v in vote) if kind == "rank" and vote else vote for vote in votes]
-        found.setdefault(kind, (kind, scale, votes))
+        if kind != "score":
+            votes = [vote and tuple(-v for v in vote) for vote in votes]
+        found[kind] = ("score" if kind == "score" else "rank", scale, votes)
     return list(found.values())
 
 
@@ -963,7 +982,7 @@ def pair_up(record: Record, answers: list[Answer], run) -> list[Pair]:
         raise Failed("input", "fewer than two answers")
     ranked = sorted(answers, key=lambda a: (-a.value, digest(run.seed, record.messages, a.text)))
     pairs = [Pair(record, a, b, penalty(a, b, run)) for a, b in STRATEGIES[run.strategy](ranked, record, run)]
-    pairs = [pair for pair in pairs if beats(pair.chosen, pair.rejected)]
+    pairs = [pair for pair in pairs if beats(pair.chosen, pair.rejected) and pair.gap > 0]
     if not pairs:
         tied = ranked[0].value == ranked[-1].value
         raise Failed("input" if record.signal else "judge", "tie" if tied else "orders disagree")
