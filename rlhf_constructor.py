@@ -39,12 +39,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
+import base64
+import bisect
 import contextlib
 import csv
 import difflib
 import functools
 import gzip
 import hashlib
+import heapq
+import html
+import importlib.util
 import inspect
 import io
 import itertools
@@ -60,15 +66,19 @@ import statistics
 import string
 import sys
 import tempfile
+import textwrap
 import time
+import traceback
 import types
 import unicodedata
 import urllib.parse
 import urllib.request
 import zlib
-from collections import Counter, deque
+from array import array
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 # ----------------------------------------------------------------------------------------------------------
 # §1 SETTINGS AND TYPES: constants to edit; Record, Answer, Pair; Failed, Pending, Stop, UserError; register
@@ -237,6 +247,11 @@ class Outcome:
     reason: str = ""
     curable: bool = False  # see Failed
 
+    @property
+    def answers(self) -> list[Answer]:
+        """The whole pool, judged where a judge was reached."""
+        return self.record.answers
+
 
 # ----------------------------------------------------------------------------------------------------------
 # §2 INPUTS: from_conversation, from_self_instruct, from_alpaca, from_prompt; read_rows, read_records
@@ -375,6 +390,9 @@ def parse_row(row, with_answers: bool = False) -> list[Record]:
     return records
 
 
+JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
+
+
 def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # noqa: B006 (never changed)
     """Yields (line, Record or Failed) for every record of a file, in order, without holding the file."""
     for line, row in read_rows(path):
@@ -384,7 +402,7 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
             if isinstance(row, dict) and rename:
                 row = {rename.get(name, name): value for name, value in row.items()}
             records = parse_row(row, with_answers)
-        except (Failed, RecursionError, TypeError, AttributeError, LookupError, ValueError, OverflowError) as error:
+        except (Failed, *JUNK) as error:
             broken = Failed("input", f"malformed record: {error}")  # junk nested where a text should be
             records = [error if isinstance(error, Failed) else broken]
         for record in records:
@@ -481,10 +499,11 @@ TEXTS = ("text", "response", "answer", "content", "completion", "generation", "o
 STEMS = ("response", "answer", "output", "completion", "generation", "human_ref", "summary", "text")
 SIGNS = [mark + run for mark in ("_", "") for run in ("abcdefgh", "ABCDEFGH", "01234567", "12345678")]
 CHOICES = ("winner", "choice", "better_response_id")  # the better answer's name, or its index from 0
-ASIDE = {"tie", "draw", "both", "neither", "none", "null", "n/a", "nan", "", "error"}
+OWN = ("model", *(name for name in SIGNALS if name != "order"))  # what an answer can say of itself
 
 # Data sets whose names mislead: a field that gives one away -> the row's fields in plain names. `lead` is by
 # how much the second answer is better, in points of `scale`.
+ENDS_AB = ("response_a", "response_b")
 DATA_SETS = {
     "human_ref_A": lambda r: {"prompt": r["history"], "winner": {1: 0, 0: 1}.get(number(r["labels"]))},  # SHP
     "preference": lambda r: {"lead": r["preference"], "even": 1.5, "scale": 0.5},  # AlpacaEval: 1 to 2
@@ -493,7 +512,7 @@ DATA_SETS = {
     "question": lambda r: {"prompt": r["question"]["full_text"]},  # WebGPT
     "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"]},  # summarize comparisons
     "safer_response_id": lambda r: {"winner": agreed(r["better_response_id"], r["safer_response_id"])},  # PKU
-    "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"], ("response_a", "response_b")),  # Arena 33k
+    "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"], ENDS_AB),  # Arena 33k, 140k
     "winner_model_a": lambda r: {  # Chatbot Arena 55k: texts are JSON lists in a string
         **{name: only_turn(r[name]) for name in ("prompt", "response_a", "response_b")},
         "winner": one_hot(r),
@@ -518,7 +537,7 @@ def in_plain_names(row: dict) -> dict:
     return row
 
 
-def battle(one: list, two: list, names=("chosen", "rejected")) -> dict:
+def battle(one: list, two: list, names: tuple = ("chosen", "rejected")) -> dict:
     """Two conversations -> their common history as `messages`, and the two last answers by these names."""
     a, b = conversation(one), conversation(two)
     if a.messages != b.messages:
@@ -568,7 +587,7 @@ def add_answers(record: Record, row: dict):
     models = columns.get("model") or itertools.repeat("")
     texts = (text_of({"answer": text}, "answer").strip() for text in columns["text"])
     record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=False)]
-    signals = [signal for signal in (verdict(row, columns), *measures(columns)) if signal]
+    signals = [signal for signal in (declared(row, columns), *measures(columns)) if signal]
     if not signals:
         return
     record.signal, record.scale, votes = signals[0]
@@ -594,7 +613,8 @@ def ready_pair(row: dict) -> dict | None:
     for names in (("chosen", "rejected"), ("preferred_output", "non_preferred_output")):
         if all(row.get(name) is not None for name in names) and "winner" not in row:
             texts = [only_answer(row[name]) for name in names]
-            scores = [next((row[n] for n in score_names(name) if row.get(n) is not None), None) for name in names]
+            scored = [[row[n] for n in score_names(name) if row.get(n) is not None] for name in names]
+            scores = [found[0] if found else None for found in scored]
             if number(scores[0]) is not None and number(scores[0]) == number(scores[1]):
                 raise Failed("input", "tie")
             models = [row.get(f"{name}_model") for name in names]
@@ -625,7 +645,7 @@ def answer_lists(row: dict) -> dict | None:
         return None
     if isinstance(items[0], dict):
         items = [item if isinstance(item, dict) else {} for item in items]
-        columns = {name: [item.get(name) for item in items] for name in ("model", *SIGNALS) if name != "order"}
+        columns = {name: [item.get(name) for item in items] for name in OWN}
         return columns | {"text": [next((item[n] for n in TEXTS if item.get(n)), "") for item in items]}
     columns = {"text": items, "model": row.get("models") or row.get("generation_models")}
     for name in SIGNALS:
@@ -644,8 +664,7 @@ def suffixed(row: dict) -> dict:
         ends = [mark + sign for sign in signs.strip("_")]
         ends = ends[: next((i for i, end in enumerate(ends) if stem + end not in row), len(ends))]
         if len(ends) >= 2:
-            names = [name for name in ("model", *SIGNALS) if name != "order"]  # that is a list's alone
-            columns = {name: [row.get(name + end) for end in ends] for name in names}
+            columns = {name: [row.get(name + end) for end in ends] for name in OWN}
             return columns | {
                 "text": [row[stem + end] for end in ends],
                 "ends": [end.strip("_") for end in ends],
@@ -653,7 +672,7 @@ def suffixed(row: dict) -> dict:
     raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}")
 
 
-def verdict(row: dict, columns: dict) -> tuple | None:
+def declared(row: dict, columns: dict) -> tuple | None:
     """Who won, or by how much -> ("choice" or "score", scale, votes), None if nobody said."""
     count = len(columns["text"])
     if "choice" in columns:
@@ -677,7 +696,7 @@ def winner_index(said, row: dict, columns: dict) -> int | None:
     """A verdict (index from 0, `model_a`, `a`, a model's name) -> index; raises Failed for a tie."""
     ends, place = [end.lower() for end in columns.get("ends") or []], number(said)
     if place is not None and ends[:1] == ["1"]:
-        raise Failed("input", f"ambiguous winner: {said} of answers 1 and 2; name it response_1 or response_2")
+        raise Failed("input", f"ambiguous winner: {said} of 1 and 2; write response_1 or response_2")
     if place is not None:
         return int(place) if place == int(place) else None
     said = str(said).strip().lower()
@@ -784,7 +803,8 @@ def without_thinking(text: str) -> str:
     text = THINKING.sub("", text, count=1)
     if re.match(r"\s*<think(?:ing)?>", text):
         return ""
-    return text.split("</think>", 1)[1] if "<think>" not in text and "</think>" in text else text
+    end = None if "<think" in text else re.search(r"(?<!`)</think(?:ing)?>", text)
+    return text[end.end() :] if end else text
 
 
 def defused(text: str) -> str:
@@ -837,11 +857,12 @@ def parse_scores(reply: str, ids: list[str]) -> list[float] | None:
     starts = [match.start() for match in re.finditer(r"\{", text)]
     for start in reversed(starts[-50:]):
         try:
-            found, _ = json.JSONDecoder(object_pairs_hook=no_duplicates).raw_decode(text[start:])
+            found, end = json.JSONDecoder(object_pairs_hook=no_duplicates).raw_decode(text[start:])
         except (ValueError, RecursionError):
             continue
-        if "scores" in found:
-            return checked_scores(found["scores"], ids)
+        if "scores" in found:  # what follows a draft and cannot be read was the verdict: no score, then
+            draft = re.search(r'"scores"\s*:', text[start + end :])
+            return None if draft else checked_scores(found["scores"], ids)
     return None
 
 
@@ -919,10 +940,14 @@ async def graded(record, answers, judge, order, run) -> tuple:
 
 
 async def together(tasks: list) -> list:
-    """Results in order. Every call ends before anything is raised: a paid reply is never thrown away."""
+    """Results in order. Every call ends before anything is raised: a paid reply is never thrown away.
+
+    A Failed that a task returns is a result like any other: only what was raised is raised here."""
+    tasks = [asyncio.ensure_future(task) for task in tasks]
     results = await asyncio.gather(*tasks, return_exceptions=True)
+    raised = [e for task, e in zip(tasks, results, strict=True) if task.cancelled() or task.exception()]
     for kind in (Stop, Pending, Failed, BaseException):
-        for error in results:
+        for error in raised:
             if isinstance(error, kind):
                 raise error
     return results
@@ -984,7 +1009,7 @@ def pair_up(record: Record, answers: list[Answer], run) -> list[Pair]:
     pairs = [Pair(record, a, b, penalty(a, b, run)) for a, b in STRATEGIES[run.strategy](ranked, record, run)]
     pairs = [pair for pair in pairs if beats(pair.chosen, pair.rejected) and pair.gap > 0]
     if not pairs:
-        tied = ranked[0].value == ranked[-1].value
+        tied = ranked[0].votes == ranked[-1].votes
         raise Failed("input" if record.signal else "judge", "tie" if tied else "orders disagree")
     return pairs
 
@@ -1033,7 +1058,7 @@ STRATEGIES = {f.__name__: f for f in (best_worst, best_random, all_pairs, adjace
 # `on="pair"`: rule(pair, run). `fixed=True`: --skip-filter does not take it. Cheap bounds come first, because
 # these rules run on every text; each has a counter-example in the tests, a good pair that looks bad.
 
-CODE = re.compile(r"```.*?```|`[^`\n]+`|https?://\S+|\$[^$\n]+\$", re.S)
+CODE = re.compile(r"```.*?```|`[^`\n]+`|https?://\S+|\$\$.*?\$\$|\$[^$\n]+\$|\\\[.*?\\\]|\\\(.*?\\\)", re.S)
 CONTROL = re.compile(
     r"<\|[a-zA-Z_][^|\n<>]{0,40}\|>|\[/?INST\]|</?think>|<</?SYS>>|^(?:Human|Assistant): ", re.M
 )
@@ -1056,13 +1081,19 @@ REFUSAL_SAYS = re.compile(
     re.I,
 )
 LANGUAGE_ASKED = re.compile(
-    r"英语|英文|翻译|译成|译为|法语|日语|德语|韩语|俄语|西班牙语|中文|汉语|代码|函数|程序|编写|translat|english|chinese"
+    r"英语|英文|翻译|译成|译为|法语|日语|德语|韩语|俄语|西班牙语|中文|汉语|代码|函数|程序|编写|算法|排序|脚本|命令|公式|translat|english|chinese"
     r"|french|japanese|korean|german|spanish|russian|italian|language|python|java|sql|code",
     re.I,
 )
-REPEAT_ASKED = re.compile(r"\b(?:repeat|times|again and again|lines of)|重复|遍|[次行]", re.I)
+REPEAT_ASKED = re.compile(  # "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not
+    r"\brepeat|again and again|lines of|\b(?:\d+|three|four|five|six|seven|eight|nine|t[ew]\w+"
+    r"|\w+ty|\w+teen|hundred) times\b(?! *\d)|\b(?:songs?|lyrics|poems?|refrain|chorus|chant|rhymes?)\b|重复|反复|(?<!谷)歌|诗"
+    r"|(?<![第\d])(?:\d+|[二三四五六七八九十百千两几]+) *[遍次行]",
+    re.I,
+)
 ERROR_TEXT = re.compile(
-    r"^\s*(?:\*\*(?:API REQUEST|NETWORK) ERROR|NETWORK ERROR DUE TO|\$(?:ERROR|MODERATION)\$|生成失败)"
+    r"^\s*(?:\*\*(?:API REQUEST|NETWORK) ERROR|NETWORK ERROR DUE TO|\$(?:ERROR|MODERATION)\$"
+    r"|生成失败\s*(?:$|[:：!！。]|[,，]\s*请))"
 )
 
 
@@ -1087,10 +1118,12 @@ def error_text(record: Record, answer: Answer) -> str | None:
 @register(FILTERS, on="answer")
 def control_tokens(record: Record, answer: Answer) -> str | None:
     """marks of a chat template stand in the answer, outside code, and the prompt has none of them"""
-    if not any(mark in answer.text for mark in ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")):
-        return None
-    marks = set(CONTROL.findall(CODE.sub("", answer.text)))
-    return "control tokens" if any(mark not in record.prompt for mark in marks) else None
+    kinds = [kind for kind in ("<|", "inst]", "think>", "sys>", "human:", "assistant:")
+             if kind in answer.text.lower()]  # fmt: skip
+    asked = "\n".join(message["content"] for message in record.messages).lower() if kinds else ""
+    foreign = [kind for kind in kinds if kind.rstrip(":") not in asked]  # a dialogue may be asked for
+    marks = CONTROL.findall(CODE.sub("", answer.text)) if foreign else []
+    return "control tokens" if any(kind in mark.lower() for kind in foreign for mark in marks) else None
 
 
 @register(FILTERS, on="answer")
@@ -1115,7 +1148,7 @@ def tail_repeats(text: str) -> bool:
 
 def repeated_share(text: str) -> float:
     """Share (0..1) of tokens in a run of 10 words (20 Chinese characters) that occurs more than once."""
-    words = tokens(text)
+    words = tokens(re.sub(r"```.*?```|<[^<>\n]+>", " ", text, flags=re.S))  # code and markup repeat rightly
     size = 20 if sum(len(w) == 1 and not w.isascii() for w in words) > 0.3 * len(words) else 10
     runs = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
     counts = Counter(runs)
@@ -1179,10 +1212,11 @@ def wrong_language(pair: Pair, run) -> str | None:
 
 
 def chinese_share(text: str) -> tuple[float, int]:
-    """(share of Chinese characters among them and Latin words of two letters or more, how many both are)"""
-    if text.isascii():
-        return 0.0, len(re.findall(r"[A-Za-z]{2,}", text))
-    chinese, latin = len(re.findall(rf"[{CJK}]", text)), len(re.findall(r"[A-Za-z\u00c0-\u024f]{2,}", text))
+    """(share of Chinese characters among them and small-letter words of two or more, how many both are)
+
+    Words that begin with a capital are no sign of a language: most of them are names."""
+    chinese = 0 if text.isascii() else len(re.findall(rf"[{CJK}]", text))
+    latin = len(re.findall(r"(?<![A-Za-z\u00c0-\u024f])[a-z\u00df-\u00ff][A-Za-z\u00c0-\u024f]+", text))
     return chinese / max(1, chinese + latin), chinese + latin
 
 
@@ -1284,6 +1318,7 @@ class Model:
     provider: str
     name: str
     url: str = ""
+    keyless: bool = field(default=False, compare=False)  # an @URL on this machine or network gets no key
 
     @property
     def is_reward(self) -> bool:
@@ -1348,7 +1383,7 @@ def replied(content, finish, tokens_in, tokens_out) -> Reply:
 # EDIT HERE to add one.
 
 
-@register(PROVIDERS, key="OPENAI_API_KEY", url_variable="OPENAI_BASE_URL", defaults={})
+@register(PROVIDERS, key="OPENAI_API_KEY", url_variable="OPENAI_BASE_URL", defaults={}, package="openai")
 class ask_openai:
     """OpenAI, and every server that speaks its protocol (--base-url): Ollama, vLLM, llama.cpp, LM Studio"""
 
@@ -1375,6 +1410,7 @@ class ask_openai:
     PROVIDERS,
     key="DASHSCOPE_API_KEY",
     url_variable="DASHSCOPE_HTTP_BASE_URL",
+    package="dashscope",
     defaults={"enable_thinking": False},
 )
 class ask_dashscope:
@@ -1668,7 +1704,8 @@ class Models:
         text = flatten(messages)
         chinese = len(re.findall(rf"[{CJK}]", text))
         number_of = f" {hints['sample'] + 1}" if hints["sample"] else ""
-        self.first_prompts.append((f"{model.name} as {role}", messages))
+        if len(self.first_prompts) < 20:
+            self.first_prompts.append((f"{model.name} as {role}", messages))
         expected = round(0.7 * chinese + 0.25 * (len(text) - chinese))
         return Reply(
             f"<answer{number_of} of {model.name}>", "stop", expected, GUESSED_TOKENS[role], pending=True
@@ -1710,7 +1747,7 @@ class Models:
                 lane.answered()
                 return reply
             except ApiError as error:
-                error.message = redacted(error.message)
+                error.code, error.message = redacted(error.code), redacted(error.message)
                 fix = next((fix for fix in FIXES if re.search(fix[0], error.message, re.I | re.S)), None)
                 if error.status in (400, 404, 422) and fix and fix not in fixes:
                     self.learn(lane, fix)
@@ -1791,7 +1828,7 @@ class Models:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stopping.wait(), seconds)
         limit = self.args.max_cost
-        if limit is not None and not self.stop and self.next_cost() > limit:
+        if limit is not None and not self.stop and self.next_cost() >= limit:
             self.halt(f"--max-cost {limit:g} is reached: raise it and run the same command to go on")
         if self.stop:
             raise self.stop
@@ -1799,7 +1836,7 @@ class Models:
     def next_cost(self) -> float:
         """Money spent in this run, once the calls in flight and one more have come back at the mean price."""
         spent = sum(
-            cost(self.prices, model, u.fresh_in, u.fresh_out) or 0 for (model, _), u in self.usage.items()
+            price_of(self.prices, model, u.fresh_in, u.fresh_out) or 0 for (model, _), u in self.usage.items()
         )
         calls = sum(usage.calls for (model, _), usage in self.usage.items() if model.provider != "offline")
         return spent * (1 + (self.in_flight + 1) / max(1, calls))
@@ -1809,9 +1846,13 @@ class Models:
         return [
             {"model": model.name, "role": role, "calls": u.calls, "cached": u.cached,
              "tokens_in": u.tokens_in, "tokens_out": u.tokens_out,
-             "money": cost(self.prices, model, u.tokens_in, u.tokens_out)}
+             "money": price_of(self.prices, model, u.tokens_in, u.tokens_out)}
             for (model, role), u in self.usage.items() if model.provider != "offline"
         ]  # fmt: skip
+
+    def tokens(self) -> int:
+        """All tokens used so far."""
+        return sum(usage.tokens_in + usage.tokens_out for usage in self.usage.values())
 
     async def close(self):
         """Close every client once."""
@@ -1819,15 +1860,15 @@ class Models:
             await provider.close()
 
 
-def cost(prices: dict, model: Model, tokens_in: int, tokens_out: int) -> float | None:
+def price_of(prices: dict, model: Model, tokens_in: int, tokens_out: int) -> float | None:
     """Money for tokens at --price (per million), None without one."""
     price = prices.get(model.name)
     return (tokens_in * price[0] + tokens_out * price[1]) / PRICE_UNIT if price else None
 
 
 def key_of(model: Model) -> str:
-    """The key from the environment, "" if there is none or the address is a loopback or private one."""
-    if is_private(model.url):
+    """The key from the environment, "" if there is none or the model's own @URL is a private one."""
+    if model.keyless:
         return ""
     return os.environ.get(PROVIDERS[model.provider].key, "").strip() if PROVIDERS[model.provider].key else ""
 
@@ -1846,6 +1887,9 @@ def redacted(text: str) -> str:
         key = os.environ.get(name, "").strip()
         text = text.replace(key, "[key]") if len(key) >= 8 else text
     return text
+
+
+ADDRESS = re.compile(r"https?://(\[[0-9a-f:]+\]|[^/:@?#]+)(:\d+)?(/|$)", re.I)
 
 
 def parse_model(spec: str, args) -> Model:
@@ -1870,7 +1914,12 @@ def parse_model(spec: str, args) -> Model:
         raise UserError(f"{url} speaks the OpenAI protocol: use --provider openai with it")
     if provider == "offline" and name not in ("weakened", "heuristic"):
         raise UserError(f"offline has no model {name!r}: reference, weakened, heuristic")
-    return Model(provider, name, url.rstrip("/"))
+    bare = re.search(r"@(localhost|[\w.-]+:\d)", name)
+    if bare or (url and not ADDRESS.match(url)):
+        raise UserError(
+            f"{name if bare else url}: an address is written http://HOST:PORT/v1 or https://HOST/v1"
+        )
+    return Model(provider, name, url.rstrip("/"), keyless=bool(at) and is_private(url))
 
 
 class Run:
@@ -1891,6 +1940,7 @@ class Run:
         self.candidates = [(pool[i % len(pool)], i // len(pool)) for i in range(args.num_candidates)]
         self.judges = self.choose_judges()
         self.models: Models = None  # set when the run starts: it needs the event loop
+        self.annotations = read_annotations(args.annotations) if args.annotations else None
 
     def choose_judges(self) -> list[Model]:
         """--judge-model, or: the high model; heuristic if all is offline; none for rank_responses."""
@@ -2047,15 +2097,21 @@ class Run:
             pairs = await (
                 self.method(record, self) if in_loop else asyncio.to_thread(self.method, record, self)
             )
-            objections = [self.objection(pair) for pair in pairs] or [("filter", "the method made no pair")]
-            kept = [pair for pair, objection in zip(pairs, objections, strict=False) if not objection]
-            return Outcome(record, kept, *(() if kept else objections[0]))
+            results = [self.standing(pair) for pair in pairs] or [("filter", "the method made no pair")]
+            kept = [result for result in results if isinstance(result, Pair)]
+            return Outcome(record, kept, *(() if kept else results[0]))
         except Failed as error:
             record = error.record or Record([]) if isinstance(record, Failed) else record
             return Outcome(record, [], error.stage, error.reason, error.curable)
 
-    def objection(self, pair: Pair) -> tuple[str, str] | None:
-        """(stage, reason) against a pair, or None. Direction comes first and cannot be switched off."""
+    def standing(self, pair: Pair) -> Pair | tuple[str, str]:
+        """The pair, turned round if people say so; or (stage, reason) against it.
+
+        People come first; then direction, which cannot be switched off; then the filters."""
+        try:
+            pair = (self.annotations and self.annotations.decide(pair)) or pair
+        except Failed as error:
+            return error.stage, error.reason
         if pair.chosen.votes and not pair.human and not beats(pair.chosen, pair.rejected):
             return "judge", "orders disagree"
         for name, rule in FILTERS.items():
@@ -2063,8 +2119,1168 @@ class Run:
                 reason = rule(pair, self)
                 if reason:
                     return "filter", reason
-        return None
+        return pair
 
+
+# BEGIN-REPORT
+# ----------------------------------------------------------------------------------------------------------
+# §9 REPORT: Report (counts every outcome, then the numbers), report_lines, report_html
+# ----------------------------------------------------------------------------------------------------------
+
+REPORT_SAMPLE = 20_000  # pairs, at most, whose texts are kept for the metrics that need texts
+SAMPLE_CHARACTERS = 4_000_000  # of all kept texts, at most: about 4,400 pairs of 450-character answers
+SAMPLE_TEXT = 4_000  # characters of one text that are kept
+DIVERSITY_TEXTS = 1_000  # texts, at most, that are compared with each other
+DIVERSITY_TOKENS = 20_000  # distinct-n falls with the amount of text, so it is always taken of as much
+LONG_ENOUGH = 10  # tokens; shorter texts (labels, numbers) repeat by nature and count in no diversity metric
+SHOWN_PAIRS, SHOWN_TEXT = 3, 1_200  # sample pairs of each kind on the page; characters of each of their texts
+Z = 1.96  # standard errors to either side: 95 % intervals
+FOLDS = 5
+RATIOS = (1.1, 1.25, 1.5, 2.0)  # of the longer to the shorter answer: steps of the length curve
+LENGTHS = (0, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # characters: steps of the length histogram
+STAGES = ("input", "model", "judge", "filter", "human")
+# How the names of one family's models begin.
+FAMILIES = (
+    "gpt chatgpt o1 o3 o4",
+    "qwen qwq qvq",
+    "gemini gemma",
+    "claude",
+    "llama meta-llama",
+    "glm chatglm",
+)
+FAMILIES += ("mistral mixtral", "deepseek", "kimi moonshot", "doubao", "ernie", "baichuan", "hunyuan", "yi-")
+HEADLINES = (
+    "longer",
+    "flips",
+    "identity",
+    "words",
+    "compression_chosen",
+    "repeated_prompts",
+)  # in a terminal
+
+# Looked for in an answer whose code blocks are reduced to their fence (after FastChat's style control).
+FORMATS = {
+    "headers": re.compile(r"^#{1,6}[ \t]", re.M),
+    "lists": re.compile(r"^[ \t]*(?:\d{1,3}[.、)]|[-*+•])[ \t]", re.M),
+    "bold": re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__"),
+    "code": re.compile("```"),
+    "tables": re.compile(r"^[ \t]*\|.*\|[ \t]*$", re.M),
+    "emoji": re.compile("[\u2600-\u27bf\U0001f300-\U0001faff]"),
+    "links": re.compile(r"https?://|\]\("),
+    "exclamation marks": re.compile("[!！]"),
+}
+CODE_BLOCK = re.compile(r"```.*?```", re.S)
+
+ADVICE = {  # topic of a metric -> what to do about it
+    "yield": "Few records give a pair: raise --temperature or --num-candidates, or name a weaker --low-model.",
+    "scores": "The judge hardly tells answers apart: anchor its scale with --rubric, or change --judge-model.",
+    "length": "A model learns length from this: raise --length-penalty, or say in --rubric that it earns nothing.",
+    "order": "The judge follows the order: keep --judge-orders 2, raise --min-score-gap, change --judge-model.",
+    "format": "A model learns decoration from this: let --rubric refuse it, or ask for plain --system-prompt style.",
+    "writer": "Labels say who wrote it: --method generate_pairs, more --candidate-models, --when-low-wins flip.",
+    "family": "The judge may favour its own family: add a --judge-model of another one.",
+    "words": "Wording gives labels away (see the words): change --system-prompt, or try --method generate_pairs.",
+    "prompts": "Prompts repeat: mix in other sources, cap one with --max-samples, or take --strategy best_worst.",
+    "answers": "Answers follow a template: raise --temperature, add --candidate-models, change --system-prompt.",
+}
+SIDES = {"chosen": "answers", "rejected": "answers", "prompts": "prompts"}  # texts -> topic
+ANY = math.inf
+
+
+class Metric(NamedTuple):
+    """A row of the verdict table: it warns when a value's whole 95 % interval lies outside of (low, high)."""
+
+    key: str
+    label: str
+    unit: str  # "%": a share 0..1; else what stands behind the number
+    warn: tuple[float, float]
+    critical: tuple[float, float]
+    topic: str  # of ADVICE
+    needs: int = 30  # cases; with fewer there is no verdict
+
+
+# Where the thresholds come from: AlpacaEval refuses judges that prefer the longer answer in over 70 %, people do
+# in 64 %; sound labels are guessed from words in 57..70 %, labels of who wrote it in 94..99 %; order flips GPT-4
+# in 35 % of close pairs; good answers compress 2.2..3.0 times, templates over 3.5.
+METRICS = [
+    Metric("kept", "records that give a pair", "%", (0.30, ANY), (0.05, ANY), "yield"),
+    Metric("same_score", "votes at the most frequent score", "%", (-ANY, 0.45), (-ANY, 0.70), "scores"),
+    Metric("longer", "chosen is longer", "%", (0.40, 0.60), (0.30, 0.70), "length"),
+    Metric("length_ratio", "length of chosen / rejected, median", "×", (0.67, 1.5), (0.5, 2.0), "length"),
+    Metric("length_gap", "rank correlation of gap and length ratio", "", (-0.3, 0.3), (-0.5, 0.5), "length"),
+    Metric("flips", "verdicts that flip with the order", "%", (-ANY, 0.25), (-ANY, 0.40), "order"),
+    Metric("first_slot", "first-shown answer beats the last", "%", (0.40, 0.60), (0.30, 0.70), "order"),
+    Metric("slot_effect", "what an answer gains by standing first", "points", (-0.5, 0.5), (-1, 1), "order"),
+    *(
+        Metric(f"format_{name}", f"if one side has {name}: chosen", "%", (0.40, 0.60), (0.25, 0.75), "format")
+        for name in FORMATS
+    ),
+    Metric("identity", "label guessed from the model's name", "%", (-ANY, 0.80), (-ANY, 0.95), "writer"),
+    Metric("own_family", "the judge's own family wins", "%", (-ANY, 0.60), (-ANY, ANY), "family"),
+    Metric("words", "label guessed from the words", "%", (-ANY, 0.70), (-ANY, 0.85), "words", 100),
+    Metric("opening", "label guessed from the first 3 words", "%", (-ANY, 0.65), (-ANY, 0.80), "words", 100),
+    Metric(
+        "repeated_prompts", "records with a prompt seen before", "%", (-ANY, 0.05), (-ANY, 0.5), "prompts"
+    ),
+    *(
+        Metric(f"{key}_{side}", f"{label}, {side}", unit, warn, critical, topic, needs)
+        for side, topic in SIDES.items()
+        for key, label, unit, warn, critical, needs in (
+            ("near_duplicates", "near-duplicates", "%", (-ANY, 0.05), (-ANY, 0.25), 30),
+            ("self_repetition", "share a passage with 3 others", "%", (-ANY, 0.15), (-ANY, 0.50), 30),
+            ("compression", "compression ratio", "×", (-ANY, 3.5), (-ANY, 5.0), 30),
+            ("distinct_1", "distinct words", "%", (-ANY, ANY), (-ANY, ANY), 30),
+            ("distinct_2", "distinct pairs of words", "%", (-ANY, ANY), (-ANY, ANY), 30),
+            ("distinct_4", "distinct runs of 4 words", "%", (0.85, ANY), (0.70, ANY), 10_000),
+        )
+    ),
+]
+
+
+class Measured(NamedTuple):
+    """A value, its 95 % interval, and the number of cases it comes from."""
+
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    n: int = 0
+
+
+def share(k: float, n: int) -> Measured:
+    """k of n cases -> their share 0..1 with Wilson's interval; k may hold halves (ties)."""
+    if not n:
+        return Measured()
+    p, z2 = k / n, Z * Z / n
+    centre = (p + z2 / 2) / (1 + z2)
+    half = math.sqrt(p * (1 - p) * z2 + z2 * z2 / 4) / (1 + z2)
+    return Measured(p, (max(0.0, centre - half), min(1.0, centre + half)), n)
+
+
+def rate(counts: Counter) -> Measured:
+    """How often True was counted, of True and False."""
+    return share(counts[True], counts[True] + counts[False])
+
+
+def mean(counts: Counter) -> Measured:
+    """The mean of counted numbers, plus and minus 1.96 standard errors."""
+    n = counts.total()
+    if n < 2:
+        return Measured()
+    centre = sum(x * k for x, k in counts.items()) / n
+    error = math.sqrt(sum(k * (x - centre) ** 2 for x, k in counts.items()) / (n - 1) / n)
+    return Measured(centre, (centre - Z * error, centre + Z * error), n)
+
+
+def sign_test(k: int, n: int) -> float:
+    """Two-sided p of k heads in n throws of a fair coin: exact up to n = 1,000, then by the normal curve."""
+    if n > 1000:
+        return math.erfc(max(0.0, abs(k - n / 2) - 0.5) / math.sqrt(n / 2))
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(k, n - k) + 1)) / 2**n)
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Rank of each value from 1; equal values share the mean of their ranks."""
+    order = sorted(values)
+    return [(bisect.bisect_left(order, x) + bisect.bisect_right(order, x) + 1) / 2 for x in values]
+
+
+def spearman(xs: list[float], ys: list[float]) -> Measured:
+    """Rank correlation -1..1; the interval is Fisher's z with Bonett and Wright's variance."""
+    n = len(xs)
+    if n < 4 or len(set(xs)) < 2 or len(set(ys)) < 2:
+        return Measured()
+    rho = statistics.correlation(ranks(xs), ranks(ys))
+    z = math.atanh(max(-0.999999, min(0.999999, rho)))
+    half = Z * math.sqrt((1 + rho * rho / 2) / (n - 3))
+    return Measured(rho, (math.tanh(z - half), math.tanh(z + half)), n)
+
+
+def spread(name: str, values: list[float]) -> dict:
+    """How numbers lie: n, mean and quantiles (interpolated) of at least one value."""
+    cuts = statistics.quantiles(values * (2 if len(values) == 1 else 1), n=20, method="inclusive")
+    quantiles = {"p5": cuts[0], "p25": cuts[4], "median": cuts[9], "p75": cuts[14], "p95": cuts[18]}
+    return {"numbers": name, "n": len(values), "mean": statistics.fmean(values), **quantiles}
+
+
+def ngrams(words: list[str], n: int):
+    """All runs of n words."""
+    return zip(*(words[i:] for i in range(n)), strict=False)
+
+
+def distinct(texts: list[list[str]], n: int) -> Measured:
+    """Share of different n-grams among the first DIVERSITY_TOKENS n-grams (Li et al., arXiv 1510.03055)."""
+    grams = (gram for words in texts for gram in ngrams(words, n))
+    grams = list(itertools.islice(grams, DIVERSITY_TOKENS))
+    return share(len(set(grams)), len(grams))
+
+
+def compression(texts: list[str]) -> Measured:
+    """Bytes to zlib-compressed bytes of all texts in a row (arXiv 2403.00553); as a ratio it has no interval."""
+    data = "\n".join(texts).encode()
+    return Measured(len(data) / len(zlib.compress(data, 9)), None, len(texts)) if data else Measured()
+
+
+def self_repetition(texts: list[list[str]]) -> Measured:
+    """Share of texts with a run of 10 words (20 if over 30 % are CJK characters) that 3 other texts hold too."""
+    sets = []
+    for words in texts:
+        cjk = sum(word >= "\u3040" for word in words) > 0.3 * len(words)
+        sets.append(set(map(hash, ngrams(words, 20 if cjk else 10))))
+    holders = Counter(gram for grams in sets for gram in grams)
+    common = {gram for gram, n in holders.items() if n > 3}
+    return share(sum(not common.isdisjoint(grams) for grams in sets), len(sets))
+
+
+def shingles(text: str) -> set[str]:
+    """The text's runs of 5 characters, without case and white space."""
+    text = "".join(text.lower().split())
+    return {text[i : i + 5] for i in range(max(1, len(text) - 4))}
+
+
+def near_duplicates(texts: list[str]) -> Measured:
+    """Share of texts whose 5-grams have a Jaccard similarity >= NEAR_DUPLICATE with those of an earlier one.
+
+    Compared are texts that share one of their two smallest hashes: at a similarity of .8 about 19 in 20 do."""
+    found, earlier = 0, defaultdict(list)
+    for text in texts:
+        grams = shingles(text)
+        keys = heapq.nsmallest(2, (zlib.crc32(gram.encode()) for gram in grams))
+        others = (shingles(other) for key in keys for other in earlier[key][:5])
+        if any(len(grams & other) >= NEAR_DUPLICATE * len(grams | other) for other in others):
+            found += 1
+            continue
+        for key in keys:
+            earlier[key].append(text)
+    return share(found, len(texts))
+
+
+class Sampled(NamedTuple):
+    """What the sample keeps of a pair; texts are cut at SAMPLE_TEXT."""
+
+    prompt_id: str
+    prompts: str
+    chosen: str
+    rejected: str
+    models: tuple[str, str]  # of chosen and rejected
+    scores: tuple[float | None, float | None]
+    gap: float | None  # points; None where nothing measured it, or a person decided
+    lengths: tuple[int, int]  # characters of the whole answers
+    ratio: float  # of those lengths
+
+
+def formats(text: str) -> set[str]:
+    """Names of the FORMATS that a text uses."""
+    plain = CODE_BLOCK.sub("```", text)
+    return {name for name, pattern in FORMATS.items() if pattern.search(plain)}
+
+
+def opening(text: str) -> set[str]:
+    """The first three words, each with its place."""
+    return {f"{place} {word}" for place, word in enumerate(tokens(text[:100])[:3])}
+
+
+# What a model could read off a pair instead of quality: marks of the chosen and of the rejected side.
+MARKS = {
+    "format": lambda row: (formats(row.chosen), formats(row.rejected)),
+    "words": lambda row: (set(tokens(row.chosen)), set(tokens(row.rejected))),
+    "opening": lambda row: (opening(row.chosen), opening(row.rejected)),
+    "identity": lambda row: ({row.models[0]}, {row.models[1]}) if all(row.models) else (set(), set()),
+}
+
+
+def one_sided(rows: list[Sampled], marks) -> list[tuple[int, tuple, tuple]]:
+    """Pairs whose sides differ -> (fold by prompt, marks of chosen only, marks of rejected only)."""
+    found = []
+    for row in rows:
+        chosen, rejected = marks(row)
+        if chosen != rejected:
+            only = [tuple(map(sys.intern, side)) for side in (chosen - rejected, rejected - chosen)]
+            found.append((int(row.prompt_id, 16) % FOLDS, *only))
+    return found
+
+
+def tally(sides: list[tuple]) -> tuple[Counter, Counter]:
+    """How often each mark stands in the chosen answer only, and in the rejected one only."""
+    chosen = Counter(mark for _, ours, _ in sides for mark in ours)
+    return chosen, Counter(mark for _, _, theirs in sides for mark in theirs)
+
+
+def log_odds(chosen: Counter, rejected: Counter) -> dict[str, float]:
+    """Mark -> ln((chosen + 1) / (rejected + 1)), for marks that were one-sided at least 5 times."""
+    marks = (mark for mark in chosen.keys() | rejected.keys() if chosen[mark] + rejected[mark] >= 5)
+    return {mark: math.log((chosen[mark] + 1) / (rejected[mark] + 1)) for mark in marks}
+
+
+def held_out(sides: list[tuple]) -> Measured:
+    """How often a sum of log-odds, learned from the other four folds, points at the chosen answer (tie: half)."""
+    whole, right = tally(sides), 0.0
+    for number in range(FOLDS):
+        fold = [side for side in sides if side[0] == number]
+        chosen, rejected = (every - own for every, own in zip(whole, tally(fold), strict=True))
+        weights = log_odds(chosen, rejected)
+        for _, ours, theirs in fold:
+            # fsum: the sum must not hang on the order of a set, which differs from run to run
+            score = math.fsum([weights.get(m, 0.0) for m in ours] + [-weights.get(m, 0.0) for m in theirs])
+            right += 0.5 + 0.5 * ((score > 0) - (score < 0))
+    return share(right, len(sides))
+
+
+def family(model: str) -> str:
+    """The family of `[provider:][owner/]model[@URL]`: the first name of its row in FAMILIES, or ""."""
+    parts = re.split("[:/]", model.partition("@")[0].lower())
+    rows = (names.split() for names in FAMILIES)
+    return next((names[0] for names in rows if any(part.startswith(tuple(names)) for part in parts)), "")
+
+
+def judged(metric: Metric, measured: Measured) -> dict:
+    """The report's row of one metric; the verdict hangs on the end of the interval nearer to the healthy range."""
+    row = {"metric": metric.key, "label": metric.label, "unit": metric.unit, **measured._asdict()}
+    low, high = measured.interval or (measured.value, measured.value)
+    if measured.value is None or measured.n < metric.needs:
+        return row | {"verdict": "not enough data", "advice": ""}
+    outside = [high < floor or low > ceiling for floor, ceiling in (metric.warn, metric.critical)]
+    verdict = "critical" if outside[1] else "warn" if outside[0] else "ok"
+    return row | {"verdict": verdict, "advice": "" if verdict == "ok" else ADVICE[metric.topic]}
+
+
+class Report:
+    """Counts every outcome, and keeps the texts of a seeded sample of pairs only."""
+
+    def __init__(self, seed: int, orders: int = 2):
+        self.random, self.orders = random.Random(seed), orders
+        self.records, self.kept, self.pairs, self.prompts = 0, 0, 0, set()
+        self.counts = defaultdict(Counter)  # name of a question -> its answers, counted
+        self.sample, self.limit, self.characters = [], 1.0, 0
+
+    def add(self, outcome: Outcome) -> None:
+        """Count what became of one record; a dropped one counts for what the judges said of its answers."""
+        self.records += 1
+        if len(outcome.answers) > 1:
+            self._add_votes([a for a in outcome.answers if a.votes and len(a.votes) == len(a.slots)])
+        if not outcome.pairs:
+            self.counts["dropped"][outcome.stage, outcome.reason.partition(":")[0]] += 1
+            return
+        self.kept += 1
+        prompt = int(outcome.record.prompt_id, 16)
+        self.counts["repeated"][prompt in self.prompts] += 1
+        self.prompts.add(prompt)
+        for pair in outcome.pairs:
+            self._add_pair(pair)
+
+    def _add_votes(self, pool: list[Answer]) -> None:
+        """What the judges said of one pool of answers, by the place where each answer stood."""
+        if len(pool) < 2 or len({len(answer.votes) for answer in pool}) > 1:
+            return
+        for answer in pool:
+            self.counts["votes"].update(answer.votes)
+            own = sum(answer.votes) / len(answer.votes)
+            for vote, slot in zip(answer.votes, answer.slots, strict=True):
+                self.counts["slot", slot][round(vote - own, 2)] += 1
+        for call in range(len(pool[0].votes)):
+            # first and last place change hands in the second order, so a fair judge favours neither
+            places = sorted((answer.slots[call], answer.votes[call]) for answer in pool)
+            first, last = places[0][1], places[-1][1]
+            if first != last:
+                self.counts["first"][first > last] += 1
+        if self.orders > 1:
+            for start in range(0, len(pool[0].votes), self.orders):
+                self._add_orders([answer.votes[start:] for answer in pool], [a.slots[start:] for a in pool])
+
+    def _add_orders(self, votes: list[tuple], slots: list[tuple]) -> None:
+        """Of one judge: do the first order's best and worst change places? Does standing first pay?"""
+        best, worst = max(votes, key=lambda v: v[0]), min(votes, key=lambda v: v[0])
+        if best[0] != worst[0] and best[1] != worst[1]:
+            self.counts["flips"][best[1] < worst[1]] += 1
+        for vote, slot in zip(votes, slots, strict=True):
+            if sorted(slot[:2]) == [0, len(votes) - 1]:
+                self.counts["gain"][vote[0] - vote[1] if slot[0] == 0 else vote[1] - vote[0]] += 1
+
+    def _add_pair(self, pair: Pair) -> None:
+        """Counts over all pairs; then the texts, if the pair is drawn into the sample."""
+        self.pairs += 1
+        chosen, rejected = pair.chosen, pair.rejected
+        models, lengths = (chosen.model, rejected.model), (len(chosen.text), len(rejected.text))
+        ratio = max(1, lengths[0]) / max(1, lengths[1])
+        self.counts["wins"][models] += 1
+        if ratio != 1:
+            longer, step = ratio > 1, bisect.bisect(RATIOS, max(ratio, 1 / ratio))
+            self.counts["longer"][longer] += 1
+            self.counts["longer", step][longer] += 1
+        # Every pair draws a number; the smallest ones stay, as many as the limits allow.
+        draw = self.random.random()
+        if draw < self.limit:
+            texts = (pair.record.prompt, chosen.text, rejected.text)
+            texts = [text[:SAMPLE_TEXT].encode("utf-8", "replace").decode() for text in texts]
+            scores, gap = (chosen.value, rejected.value), None if pair.human else pair.gap
+            row = Sampled(pair.record.prompt_id, *texts, models, scores, gap, lengths, ratio)
+            heapq.heappush(self.sample, (-draw, self.pairs, row))
+            self.characters += sum(map(len, texts))
+        while len(self.sample) > REPORT_SAMPLE or self.characters > SAMPLE_CHARACTERS:
+            draw, _, row = heapq.heappop(self.sample)
+            self.limit = -draw
+            self.characters -= len(row.prompts) + len(row.chosen) + len(row.rejected)
+
+    def numbers(self, settings: dict, usage: list[dict], human: dict | None = None) -> dict:
+        """All numbers of the report, ready for JSON; report_lines and report_html show these and no others.
+
+        `usage`: a row per model and role; `human`: {"metrics", "lines"} of the review, as they are to be shown."""
+        rows = [row for _, _, row in sorted(self.sample, reverse=True)]
+        sides = {name: one_sided(rows, marks) for name, marks in MARKS.items()}
+        judges = {family(name) for name in settings.get("judges", [])} - {""}
+        related = sorted({m for pair in self.counts["wins"] for m in pair if family(m) in judges})
+        measured = self._counted(judges) | measure_sides(rows, sides) | measure_texts(rows)
+        metrics = [judged(metric, measured[metric.key]) for metric in METRICS]
+        notes = [
+            f"A judge is of the family of {m} and may favour it: add another --judge-model." for m in related
+        ]
+        if human:
+            metrics, notes = metrics + human.get("metrics", []), notes + human.get("lines", [])
+        alarms = [row for level in ("critical", "warn") for row in metrics if row["verdict"] == level]
+        dropped = [
+            {"stage": s, "reason": r, "records": n} for (s, r), n in self.counts["dropped"].most_common()
+        ]
+        longer, numbers = self.counts["longer"], columns(rows)
+        return {
+            "warnings": [{"level": row["verdict"], **row} for row in alarms],
+            "notes": notes,
+            "funnel": {"records": self.records, "kept": self.kept, "pairs": self.pairs, "dropped": dropped},
+            "metrics": metrics,
+            "sign_test": {
+                "longer": longer[True],
+                "n": longer.total(),
+                "p": sign_test(longer[True], longer.total()),
+            },
+            "spreads": [spread(name, values) for name, values in numbers.items() if values],
+            "models": self._models(),
+            "words": strongest(sides["words"]),
+            "charts": self._charts() + histograms(numbers),
+            "samples": examples(rows),
+            "sample": {
+                "pairs": len(rows),
+                "of": self.pairs,
+                "text": SAMPLE_TEXT,
+                "diversity": DIVERSITY_TEXTS,
+            },
+            "cost": cost(usage, self.pairs),
+            "usage": usage,
+            "settings": settings,
+        }
+
+    def _counted(self, judges: set[str]) -> dict[str, Measured]:
+        """The metrics that are exact counts of all records; `judges` are families."""
+        own, votes = Counter(), self.counts["votes"]
+        for models, n in self.counts["wins"].items():
+            chosen, rejected = (family(model) in judges for model in models)
+            if all(models) and chosen != rejected:
+                own[chosen] += n
+        return {
+            "kept": share(self.kept, self.records),
+            "same_score": share(max(votes.values(), default=0), votes.total()),
+            "longer": rate(self.counts["longer"]),
+            "flips": rate(self.counts["flips"]),
+            "first_slot": rate(self.counts["first"]),
+            "slot_effect": mean(self.counts["gain"]),
+            "own_family": rate(own),
+            "repeated_prompts": rate(self.counts["repeated"]),
+        }
+
+    def _models(self) -> list[dict]:
+        """How often each model's answer was chosen over another model's; the 20 most frequent models."""
+        met = defaultdict(Counter)
+        for (chosen, rejected), n in self.counts["wins"].items():
+            if chosen != rejected:
+                met[chosen][True] += n
+                met[rejected][False] += n
+        top = sorted(met, key=lambda model: (-met[model].total(), model))[:20]
+        return [{"model": model, "unit": "%", **rate(met[model])._asdict()} for model in top]
+
+    def _charts(self) -> list[dict]:
+        """The charts of exact counts: funnel, reasons, length curve, judge slots."""
+        dropped, left = self.counts["dropped"], self.records
+        funnel, reasons = {"read": Measured(left)}, {}
+        for stage in STAGES:
+            reasons |= {f"{at}: {reason}": Measured(n) for (at, reason), n in dropped.items() if at == stage}
+            lost = sum(n for (at, _), n in dropped.items() if at == stage)
+            left -= lost
+            funnel |= {f"after {stage}": Measured(left)} if lost else {}
+        steps = [f"up to {edge:g}×" for edge in RATIOS] + [f"over {RATIOS[-1]:g}×"]
+        curve = {name: rate(self.counts["longer", step]) for step, name in enumerate(steps)}
+        slots = sorted(key for key in self.counts if key[0] == "slot")
+        places = {f"place {key[1] + 1}": mean(self.counts[key]) for key in slots}
+        return [
+            chart("From records to pairs", "records left after each stage", "", {"": funnel}),
+            chart("Why records were dropped", "records, by stage and reason", "", {"": reasons}),
+            chart(
+                "Does length win?", "longer answer chosen, by how much longer it is", "%", {"": curve}, 0.5
+            ),
+            chart("Does place count?", "score in a place, less the answer's mean", "points", {"": places}, 0),
+        ]
+
+
+def measure_sides(rows: list[Sampled], sides: dict[str, list]) -> dict[str, Measured]:
+    """The metrics that compare the two sides of sampled pairs; `sides`: what one_sided says of each of MARKS."""
+    scored = [row for row in rows if row.gap is not None]
+    chosen, rejected = tally(sides["format"])
+    return {
+        "length_ratio": Measured(statistics.median(row.ratio for row in rows), None, len(rows))
+        if rows
+        else Measured(),
+        "length_gap": spearman([row.gap for row in scored], [row.ratio for row in scored]),
+        **{f"format_{name}": share(chosen[name], chosen[name] + rejected[name]) for name in FORMATS},
+        **{name: held_out(sides[name]) for name in ("identity", "words", "opening")},
+    }
+
+
+def measure_texts(rows: list[Sampled]) -> dict[str, Measured]:
+    """The diversity of prompts, chosen and rejected answers apart, from one pair per prompt."""
+    rows, found = list({row.prompt_id: row for row in rows}.values())[:DIVERSITY_TEXTS], {}
+    for side in SIDES:
+        texts = [(text, tokens(text)) for text in (getattr(row, side) for row in rows)]
+        texts = [(text, words) for text, words in texts if len(words) >= LONG_ENOUGH]
+        whole, split = [text for text, _ in texts], [words for _, words in texts]
+        found[f"near_duplicates_{side}"] = near_duplicates(whole)
+        found[f"self_repetition_{side}"] = self_repetition(split)
+        found[f"compression_{side}"] = compression(whole)
+        found |= {f"distinct_{n}_{side}": distinct(split, n) for n in (1, 2, 4)}
+    return found
+
+
+def columns(rows: list[Sampled]) -> dict[str, list[float]]:
+    """The sample's numbers by name: scores and gap in points, lengths in characters and tokens."""
+    numbers = {"gap": [row.gap for row in rows if row.gap is not None], "ratio": [row.ratio for row in rows]}
+    for place, side in enumerate(("chosen", "rejected")):
+        numbers[f"score {side}"] = [row.scores[place] for row in rows if row.scores[place] is not None]
+        numbers[f"characters {side}"] = [row.lengths[place] for row in rows]
+        numbers[f"tokens {side}"] = [len(tokens(getattr(row, side))) for row in rows[:DIVERSITY_TEXTS]]
+    return numbers
+
+
+def strongest(sides: list[tuple], most: int = 10) -> list[dict]:
+    """The words that speak most clearly for either side; counts are of pairs with the word on one side only."""
+    chosen, rejected = tally(sides)
+    weights = log_odds(chosen, rejected)
+    order = sorted(weights, key=lambda word: (-weights[word], word))
+    kinds = {"chosen": order[:most], "rejected": order[::-1][:most]}
+    sign = {"chosen": 1, "rejected": -1}
+    return [
+        {"speaks for": kind, "word": word, "chosen": chosen[word], "rejected": rejected[word]}
+        for kind, words in kinds.items()
+        for word in words
+        if weights[word] * sign[kind] > 0
+    ]
+
+
+def chart(
+    title: str, note: str, unit: str, series: dict[str, dict[str, Measured]], mark: float | None = None
+):
+    """Data of one chart, all series with the same labels; `mark`: where a line says what would be fair."""
+    return {"title": title, "note": note, "unit": unit, "series": series, "mark": mark}
+
+
+def even_edges(values: list[float]) -> list[float]:
+    """About 5 to 10 round steps from the least value to the 99th percentile."""
+    values = sorted(values) or [0.0]
+    width = values[int(0.99 * (len(values) - 1))] - values[0] or 1.0
+    power = 10.0 ** math.floor(math.log10(width))
+    step = power * (1 if width > 5 * power else 0.5 if width > 2 * power else 0.2)
+    first = math.floor(values[0] / step)
+    return [round((first + i) * step, 9) for i in range(int(width / step) + 1)]
+
+
+def histogram(title: str, note: str, series: dict[str, list[float]], edges: list[float]) -> dict:
+    """Share of each series from each edge to the next (the last bin is open); no bars if all values are equal."""
+    every = sorted(itertools.chain(*series.values()))
+    place = lambda value: max(0, bisect.bisect(edges, value) - 1)
+    labels = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)] + [f"from {edges[-1]:g}"]
+    bins = range(place(every[0]), place(every[-1]) + 1) if len(set(every)) > 1 else ()
+    counts = {name: Counter(map(place, values)) for name, values in series.items()}
+    shares = {
+        name: {labels[i]: share(found[i], found.total()) for i in bins} for name, found in counts.items()
+    }
+    return chart(title, note, "%", shares)
+
+
+def histograms(numbers: dict[str, list[float]]) -> list[dict]:
+    """The charts of the sample: scores, gaps, what a higher --min-score-gap would keep, lengths."""
+    both = lambda what: {side: numbers[f"{what} {side}"] for side in ("chosen", "rejected")}
+    scores, gaps, edges = both("score"), numbers["gap"], even_edges(numbers["gap"])
+    some = edges if len(set(gaps)) > 1 else []
+    left = {f"{edge:g}": share(sum(gap >= edge for gap in gaps), len(gaps)) for edge in some if edge > 0}
+    return [
+        histogram("Scores", "share of answers", scores, even_edges(scores["chosen"] + scores["rejected"])),
+        histogram("Gap", "score of chosen less score of rejected, share of pairs", {"": gaps}, edges),
+        chart("A higher --min-score-gap", "share of these pairs that it would keep", "%", {"": left}),
+        histogram("Length", "characters, share of answers", both("characters"), LENGTHS),
+    ]
+
+
+def examples(rows: list[Sampled]) -> list[dict]:
+    """SHOWN_PAIRS pairs each of the lowest gap, the highest gap, and at random (as the sample's order is)."""
+    by_gap = sorted((row for row in rows if row.gap is not None), key=lambda row: row.gap)
+    kinds = {"lowest gap": by_gap, "highest gap": by_gap[::-1], "random": rows}
+    texts = lambda row: {side: getattr(row, side)[:SHOWN_TEXT] for side in SIDES}
+    return [
+        {"kind": kind, "gap": row.gap, "models": row.models, "scores": row.scores, **texts(row)}
+        for kind, some in kinds.items()
+        for row in some[:SHOWN_PAIRS]
+    ]
+
+
+def cost(usage: list[dict], pairs: int) -> dict:
+    """Sums over all models, and per kept pair; money is None if any model has no price."""
+    keys = ("calls", "cached", "tokens_in", "tokens_out", "money")
+    total = {
+        key: None if any(row[key] is None for row in usage) else sum(r[key] for r in usage) for key in keys
+    }
+    each = {
+        f"{key}_per_pair": total[key] / pairs if pairs and total[key] is not None else None for key in keys
+    }
+    return total | each
+
+
+def shown(value, unit: str = "") -> str:
+    """A value as people read it: `62 %`, `1.25 ×`, `1,204`; an interval as `58 % to 66 %`; a dash if unknown."""
+    if value is None:
+        return "–"
+    if isinstance(value, list | tuple):
+        return " to ".join(shown(bound, unit) for bound in value)
+    if not isinstance(value, int | float):
+        return str(value)
+    if unit == "%":
+        return f"{100 * value:.0f} %"
+    return (
+        f"{value:,.0f} {unit}".rstrip()
+        if abs(value) >= 100 or value == int(value)
+        else f"{value:.3g} {unit}".rstrip()
+    )
+
+
+def report_lines(numbers: dict) -> list[str]:
+    """The report for a terminal: at most 25 lines of 110 columns, warnings first."""
+    funnel, total, alarms, found = numbers["funnel"], numbers["cost"], numbers["warnings"], []
+    for row in alarms[:6]:
+        value = f"{shown(row['value'], row.get('unit', ''))}, n {row['n']:,}"
+        found.append(f"{row['level'].upper()} {row['label']}: {value}. {row['advice']}")
+    found.append(f"{len(alarms)} warnings in all, see the page." if len(alarms) > 6 else "")
+    found[-1] = found[-1] or ("" if alarms else "No warnings.")
+    reasons = ", ".join(f"{row['reason'] or row['stage']} {row['records']:,}" for row in funnel["dropped"])
+    found.append(
+        f"{funnel['records']:,} records: {funnel['kept']:,} kept as {funnel['pairs']:,} pairs; dropped: {reasons or 'none'}"
+    )
+    for row in numbers["spreads"][:2]:
+        quartiles = shown((row["p25"], row["p75"]))
+        found.append(f"{row['numbers']}: median {shown(row['median'])}, half of the pairs {quartiles}")
+    for row in numbers["metrics"]:
+        if row["metric"] in HEADLINES and row["value"] is not None:
+            interval = f" ({shown(row['interval'], row['unit'])})" if row["interval"] else ""
+            found.append(
+                f"{row['label']}: {shown(row['value'], row['unit'])}{interval}, n {row['n']:,}: {row['verdict']}"
+            )
+    words = ", ".join(f"{key.replace('_', ' ')} {shown(total[key])}" for key in total if total[key])
+    found.append(f"cost: {words}" if words else "")
+    wrapped = (
+        textwrap.wrap(x, 110, subsequent_indent="    ", max_lines=2, placeholder=" ...") for x in found
+    )
+    return list(itertools.chain(*wrapped))
+
+
+def bars(chart: dict) -> str:
+    """One chart as a figure: a row per label, a bar per series, whiskers for intervals; its text says all values."""
+    series, unit, mark = chart["series"], chart["unit"], chart["mark"]
+    labels = list(next(iter(series.values())))
+    if not labels:
+        return ""
+    whiskers = len(series) == 1
+    ends = [0.0, mark or 0.0]
+    for value, interval, _ in itertools.chain(*(row.values() for row in series.values())):
+        ends += [value or 0.0, *((interval or ()) if whiskers else ())]
+    low, high = min(ends), max(ends) or 1.0
+    left, step = 16 + 6.2 * min(24, max(map(len, labels))), 13 * len(series) + 7
+    at = lambda x: left + (x - low) / (high - low) * (300 - left)
+    parts, said = [], []
+    for i, (label, (k, name)) in enumerate(itertools.product(labels, enumerate(series))):
+        value, interval, _ = series[name][label]
+        top = 4 + i // len(series) * step + 13 * k
+        start, end = sorted((at(0), at(value or 0)))
+        if not k:
+            shift = top + 6.5 * len(series) + 3
+            parts.append(
+                f'<text x="{left - 8:.0f}" y="{shift}" class="label">{html.escape(label[:24])}</text>'
+            )
+        parts.append(
+            f'<rect x="{start:.1f}" y="{top}" width="{end - start:.1f}" height="11" rx="2" class="s{k}"/>'
+        )
+        if interval and whiskers:
+            parts.append(
+                f'<path d="M{at(interval[0]):.1f} {top + 5.5}H{at(interval[1]):.1f}" class="whisker"/>'
+            )
+        parts.append(f'<text x="358" y="{top + 9.5}" class="value">{shown(value, unit)}</text>')
+        said.append(f"{name} {label}: {shown(value, unit)}")
+    height = len(labels) * step + 4
+    if mark is not None:
+        parts.append(f'<path d="M{at(mark):.1f} 0V{height}" class="mark"/>')
+    keys = "".join(f'<i class="s{k}">{name}</i>' for k, name in enumerate(series) if name)
+    title, text = html.escape(chart["title"]), html.escape("; ".join(said))
+    caption = f"<figcaption><h3>{title}</h3>{html.escape(chart['note'])} {keys}</figcaption>"
+    svg = f'<svg viewBox="0 0 360 {height}" role="img"><title>{title}</title><desc>{text}</desc>{"".join(parts)}</svg>'
+    return f"<figure>{caption}{svg}</figure>"
+
+
+def table(rows: list[dict], *columns: str) -> str:
+    """Rows as an HTML table of these keys (all, if none are named); a row's verdict is its class."""
+    columns = columns or tuple(rows[0]) if rows else ()
+    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
+    body = ""
+    for row in rows:
+        cells = (html.escape(shown(row[key], row.get("unit", "") if key != "n" else "")) for key in columns)
+        body += f'<tr class="{html.escape(row.get("verdict", ""))}"><td>{"</td><td>".join(cells)}</td></tr>'
+    return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def example_html(row: dict) -> str:
+    """One sample pair, side by side; texts in their own direction and as they are."""
+    escape, facts = html.escape, f"{row['kind']}, gap {shown(row['gap'])}"
+    sides = "".join(
+        f'<div class="{side}"><h4>{side} <small>{escape(model)} {shown(score)}</small></h4>'
+        f'<p class="text" dir="auto">{escape(row[side])}</p></div>'
+        for side, model, score in zip(("chosen", "rejected"), row["models"], row["scores"], strict=True)
+    )
+    prompt = f'<p class="text" dir="auto">{escape(row["prompts"])}</p>'
+    return f'<article><h3>{facts}</h3>{prompt}<div class="pair">{sides}</div></article>'
+
+
+def report_html(numbers: dict) -> str:
+    """The report as one page that loads nothing and runs nothing; what a model wrote enters it only escaped."""
+    escape, sample = html.escape, numbers["sample"]
+    alarms = "".join(
+        f'<li class="{escape(row["level"])}"><b>{escape(row["level"])}</b> {escape(row["label"])}: '
+        f"{shown(row['value'], row.get('unit', ''))} <small>95 %: {shown(row['interval'], row.get('unit', ''))}, "
+        f"n {row['n']:,}</small><p>{escape(row['advice'])}</p></li>"
+        for row in numbers["warnings"]
+    )
+    funnel, settings = (
+        numbers["funnel"],
+        [{"setting": k, "value": str(v)} for k, v in numbers["settings"].items()],
+    )
+    style = REPORT_PAGE.partition("<style>")[2].partition("</style>")[0]
+    parts = {
+        "HASH": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        "SUMMARY": f"{funnel['pairs']:,} pairs from {funnel['kept']:,} of {funnel['records']:,} records",
+        "WARNINGS": alarms or '<li class="ok"><b>ok</b> No warnings.</li>',
+        "NOTES": "".join(f"<p>{escape(note)}</p>" for note in numbers["notes"]),
+        "CHARTS": "".join(map(bars, numbers["charts"])),
+        "METRICS": table(numbers["metrics"], "label", "value", "interval", "n", "verdict"),
+        "SAMPLE": f"Texts: {sample['pairs']:,} of {sample['of']:,} pairs, {sample['text']:,} characters each at most; "
+        f"diversity: {sample['diversity']:,} prompts at most.",
+        "SPREADS": table(numbers["spreads"]),
+        "MODELS": table(numbers["models"], "model", "value", "interval", "n"),
+        "WORDS": table(numbers["words"]),
+        "PAIRS": "".join(map(example_html, numbers["samples"])),
+        "COST": table(numbers["usage"]),
+        "SETTINGS": table(settings),
+    }
+    return re.sub("<!--([A-Z]+)-->", lambda mark: parts[mark[1]], REPORT_PAGE)
+
+
+# END-REPORT
+# BEGIN-REVIEW
+# ----------------------------------------------------------------------------------------------------------
+# §10 REVIEW: FLAGS, ReviewQueue, pair_id; read_annotations, Annotations; kappa, trusted_gap
+# ----------------------------------------------------------------------------------------------------------
+
+REVIEW_SAMPLE = 200  # pairs in a page: half of them at random, a quarter narrow and a quarter flagged
+ENOUGH = 30  # reviewed pairs under which a rate gets no verdict
+TRUSTED = 0.95  # share of right pairs for which a --min-score-gap is advised
+CHOICES_OF_PEOPLE = ("chosen", "rejected", "tie", "bad")
+QUEUES = ("in doubt", "random")
+
+BAIT = re.compile(
+    r"ignore (?:all|previous)|as the judge|score (?:this|me)|10/10|best (?:answer|response)"
+    r"|评委|打分|给(?:我|出)?(?:满分|10 ?分)|忽略(?:以上|之前)",
+    re.IGNORECASE,
+)
+IDENTITY = re.compile(
+    r"\b(?:I am|I['’]m|my name is) (?:ChatGPT|GPT|Claude|Qwen|Gemini|Bard|Llama|Vicuna|DeepSeek|Mistral|Kimi)"
+    r"|(?:trained|developed|made|created) by (?:OpenAI|Anthropic|Alibaba|Google|Meta|DeepSeek|Mistral|Baidu)"
+    r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱|Kimi|Qwen|DeepSeek|ChatGPT|Claude)"
+    r"|由(?:阿里|百度|腾讯|字节|智谱|深度求索|OpenAI|Anthropic)[^。]{0,10}(?:开发|训练|研发|创造)",
+    re.IGNORECASE,
+)
+ASKS_IDENTITY = re.compile(
+    r"who are you|what are you|your name|(?:what|which) model|yourself|你是谁|你叫|你的名字|自我介绍|什么模型|介绍.{0,4}自己",
+    re.IGNORECASE,
+)
+
+# Why a kept pair may need a second look, though its votes agree.
+FLAGS = {
+    "judge bait": lambda pair: BAIT.search(pair.chosen.text) or BAIT.search(pair.rejected.text),
+    "identity leak": lambda pair: (
+        IDENTITY.search(pair.chosen.text) and not ASKS_IDENTITY.search(pair.record.prompt)
+    ),
+    "chosen refuses": lambda pair: refuses(pair.chosen.text),
+    "more than twice as long": lambda pair: len(pair.chosen.text) > 2 * len(pair.rejected.text),
+}
+
+
+def flagged(pair: Pair) -> list[str]:
+    """The names of the FLAGS that the pair raises."""
+    return [name for name, raised in FLAGS.items() if raised(pair)]
+
+
+def margin(pair: Pair) -> float | None:
+    """Points by which the least convinced vote prefers chosen; None if only a choice is known.
+
+    Kept pairs win in every vote, so an order flip can only show as a vote that nearly went the other way."""
+    if pair.gap is None or pair.record.signal == "choice":
+        return None
+    votes = zip(pair.chosen.votes, pair.rejected.votes, strict=False)
+    return min([better - worse for better, worse in votes], default=pair.gap)
+
+
+def pair_id(prompt: str, chosen: str, rejected: str) -> str:
+    """16 hex digits that name a pair and its direction; `prompt` is the flattened text."""
+    return digest(prompt, chosen, rejected)[:16]
+
+
+def id_of(pair: Pair) -> str:
+    """The pair_id of a pair."""
+    return pair_id(pair.record.prompt, pair.chosen.text, pair.rejected.text)
+
+
+def chosen_is_left(salt: str, name: str) -> bool:
+    """Whether answer A of the page is the chosen one: FNV-1a (32 bit) of salt and pair_id, folded, is odd.
+
+    The page's script holds the same lines, and runs them only when a verdict is given."""
+    h = 0x811C9DC5
+    for byte in (salt + name).encode():
+        h = (h ^ byte) * 0x01000193 & 0xFFFFFFFF
+    return (h ^ h >> 16) & 1 == 1  # folded: the lowest bit alone is only the parity of the characters
+
+
+class Smallest:
+    """Of all pairs offered, each once, the REVIEW_SAMPLE with the smallest keys."""
+
+    def __init__(self):
+        self.best = {}  # pair_id -> (key, pair)
+
+    def offer(self, key: tuple, name: str, pair: Pair):
+        """Keep the pair if its key is small enough; twice the sample is held, so that sorting is rare."""
+        self.best[name] = (key, pair)
+        if len(self.best) > 2 * REVIEW_SAMPLE:
+            self.best = dict(self.in_order())
+
+    def in_order(self) -> list[tuple]:
+        """[(pair_id, (key, pair)), ...], smallest key first."""
+        return sorted(self.best.items(), key=lambda item: item[1][0])[:REVIEW_SAMPLE]
+
+
+class ReviewQueue:
+    """Chooses pairs to review, in one pass and bounded memory.
+
+    Half of the page is a random sample of all kept pairs: the only half that rates are estimated from. The other
+    half is in doubt: narrow pairs, then flagged ones. Dropped records are no candidates: a verdict on a pair that
+    is not in the output could not be applied to it."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.drawn, self.narrow, self.flagged = Smallest(), Smallest(), Smallest()
+
+    def add(self, outcome: Outcome) -> None:
+        """Consider the kept pairs of one record."""
+        for pair in outcome.pairs:
+            name, least = id_of(pair), margin(pair)
+            draw = digest(self.seed, name)
+            self.drawn.offer((draw,), name, pair)
+            if least is not None:
+                self.narrow.offer((least, draw), name, pair)
+            if flags := flagged(pair):
+                self.flagged.offer((-len(flags), math.inf if least is None else least, draw), name, pair)
+
+    def selected(self) -> list[tuple[str, str, Pair]]:
+        """[(pair_id, queue, pair), ...] in the order of the page: in doubt, narrowest first; then the random ones.
+
+        A pair that is in doubt and drawn counts as random: without it the sample would look better than the data."""
+        drawn, narrow, flags = (dict(best.in_order()) for best in (self.drawn, self.narrow, self.flagged))
+        turns = itertools.chain(
+            *itertools.zip_longest(narrow, flags)
+        )  # one narrow, one flagged, one narrow, ...
+        doubtful = [name for name in dict.fromkeys(turns) if name]
+        for taken in range((len(drawn) + 1) // 2, len(drawn) + 1):  # more at random if too few are in doubt
+            sample = list(drawn)[:taken]
+            doubt = [name for name in doubtful if name not in sample][: len(drawn) - taken]
+            if len(doubt) + taken == len(drawn):
+                break
+        doubt.sort(key=lambda name: narrow[name][0] if name in narrow else (math.inf,))
+        return [(name, "in doubt", (narrow | flags)[name][1]) for name in doubt] + [
+            (name, "random", drawn[name][1]) for name in sample
+        ]
+
+    def page(self) -> str:
+        """The HTML page: texts already on their sides; no model, score, reason or word that tells which is which."""
+        rows = self.selected()
+        salt, pairs = digest("review", self.seed, [name for name, _, _ in rows])[:16], []
+        for name, queue, pair in rows:
+            texts = [pair.chosen.text, pair.rejected.text]
+            a, b = texts if chosen_is_left(salt, name) else texts[::-1]
+            shown = {"messages": pair.record.messages, "a": a, "b": b}
+            pairs.append({"pair_id": name, "prompt_id": pair.record.prompt_id, "queue": queue} | shown)
+        return filled_page(REVIEW_PAGE, {"salt": salt, "pairs": pairs})
+
+
+def filled_page(page: str, data) -> str:
+    """A template of §12 with its data and its policy: its own script and style may run, nothing can be requested.
+
+    Data stands in a block of JSON, where no text can end the block or become markup."""
+    unsafe = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+    text = unsafe.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(data, ensure_ascii=False))
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    for tag in ("script", "style"):
+        for body in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL):
+            code = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+            policy += f"; {tag}-src 'sha256-{code}'"
+    return page.replace("{{POLICY}}", policy).replace(
+        "{{DATA}}", text
+    )  # data last: it may hold a mark itself
+
+
+class Opinion(NamedTuple):
+    """One annotator's verdict on one pair."""
+
+    choice: str  # of CHOICES_OF_PEOPLE; "" if taken back, because the annotator said two different things
+    queue: str  # of QUEUES
+    where: str  # "file:line", for messages
+
+
+def read_annotations(paths: list) -> "Annotations":
+    """Files that the review page wrote -> their verdicts; lines that cannot be used are in `.problems`.
+
+    Raises UserError for a file that cannot be read, or that has no valid line."""
+    found = Annotations()
+    for path in paths:
+        try:
+            lines = Path(path).read_bytes().split(b"\n")
+        except OSError as error:
+            raise UserError(f"--annotations {path}: {error.strerror}") from None
+        if not sum([found.add(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]):
+            hint = next((f" ({p})" for p in found.problems if p.startswith(f"{path}:")), "")
+            raise UserError(f"--annotations {path}: no line of it is a verdict of the review page{hint}")
+    return found
+
+
+def fault(row) -> str:
+    """Why a line of an annotations file cannot be used; "" if it can."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    if not re.fullmatch("[0-9a-f]{16}", str(row.get("pair_id"))):
+        return "pair_id is not 16 hex digits"
+    for key, known in (("choice", CHOICES_OF_PEOPLE), ("queue", QUEUES)):
+        if row.get(key) not in known:
+            return f"{key} is {json.dumps(row.get(key))[:40]}, not one of {', '.join(known)}"
+    return "" if isinstance(row.get("annotator"), str) and row["annotator"].strip() else "no annotator"
+
+
+def majority(choices: list[str]) -> str:
+    """What more than half of them say; "" if there is no such choice."""
+    choice, count = Counter(choices).most_common(1)[0]
+    return choice if 2 * count > len(choices) else ""
+
+
+class Annotations:
+    """What people said about pairs: applied with `decide`, summed up by `numbers`."""
+
+    def __init__(self):
+        self.problems = []  # one-line messages: broken lines, double verdicts
+        self.opinions = {}  # pair_id -> {annotator: Opinion}
+        self.met = {}  # pair_id -> gap of the reviewed pairs that came by, None where it is unknown
+        self.gaps = array("d")  # of all pairs that came by and have one
+        self.pairs = 0  # that came by
+
+    def add(self, raw: bytes, where: str) -> bool:
+        """Take in one line; False (and a message) if it is broken."""
+        try:
+            row = json.loads(raw.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            row = None
+        if problem := fault(row):
+            self.problems.append(f"{where}: not used: {problem}")
+            return False
+        opinion = Opinion(row["choice"], row["queue"], where)
+        said, name = self.opinions.setdefault(row["pair_id"], {}), row["annotator"].strip()
+        if first := said.get(name):
+            same = first.choice == opinion.choice
+            outcome = "counted once" if same else "with another choice: neither is used"
+            self.problems.append(f"{where}: {name!r} judged this pair in {first.where} already, {outcome}")
+            opinion = first if same else first._replace(choice="")
+        said[name] = opinion
+        return True
+
+    def said_of(self, name: str) -> dict[str, str]:
+        """Annotator -> choice, for one pair_id; in the order of the names."""
+        said = self.opinions.get(name, {})
+        return {who: said[who].choice for who in sorted(said) if said[who].choice}
+
+    def decide(self, pair: Pair) -> Pair | None:
+        """What people make of a pair: None (not reviewed: it stays), the pair, or the pair turned round.
+
+        Scores stay with their answers. Raises Failed("human", ...) if most people see no difference, if most find
+        both bad, and if no choice has more than half of the annotators."""
+        name = id_of(pair)
+        gap = None if margin(pair) is None else pair.gap - pair.penalty  # what --min-score-gap looks at
+        self.pairs += 1
+        if gap is not None:
+            self.gaps.append(gap)
+        said = self.said_of(name)
+        if not said:
+            return None
+        self.met[name] = gap
+        choice = majority(list(said.values()))
+        if choice == "chosen":
+            return replace(pair, human=True)
+        if choice == "rejected":
+            return replace(pair, chosen=pair.rejected, rejected=pair.chosen, penalty=0.0, human=True)
+        reasons = {"tie": "tie", "bad": "both bad", "": "annotators disagree"}
+        raise Failed("human", reasons[choice], [pair.chosen, pair.rejected])
+
+    def unused(self) -> list[str]:
+        """One message for each verdict whose pair never came by, as after a flip that was applied before."""
+        return [
+            f"{said.where}: not used: pair {name} is not in the input"
+            for name, opinions in self.opinions.items()
+            for said in opinions.values()
+            if name not in self.met and said.choice
+        ]
+
+    def numbers(self) -> dict:
+        """For the report: {"rows": [{metric, label, value, interval, n, verdict, advice}], "lines": [sentence]}.
+
+        Values are shares 0..1, kappas -1..1, gaps in points; intervals (low, high) of 95 %, or None. A label is right
+        where people prefer chosen, wrong where they prefer rejected; a tie is neither. Agreement is over all that
+        was reviewed; error, precision and gap over the random half only, since it alone stands for the file."""
+        said = {name: list(self.said_of(name).values()) for name in self.met}
+        final = {name: majority(choices) for name, choices in said.items()}
+        right = {
+            name: choice == "chosen" for name, choice in final.items() if choice in ("chosen", "rejected")
+        }
+        drawn = [name for name in right if any(o.queue == "random" for o in self.opinions[name].values())]
+        sample = [(self.met[name], right[name]) for name in drawn if self.met[name] is not None]
+        labels = [("chosen", choice) for choice in final.values() if choice]
+        people = [both for choices in said.values() for both in itertools.combinations(choices, 2)]
+        shared = sum(len(choices) > 1 for choices in said.values())
+        rows = [
+            review_row("human_agreement", share(sum(right.values()), len(right))),
+            review_row("human_kappa", kappa(labels, len(labels))),
+            review_row("annotator_agreement", agreement(people, shared)),
+            review_row("annotator_kappa", kappa(people, shared)),
+            review_row("label_error", share(sum(not right[name] for name in drawn), len(drawn))),
+        ]
+        gap_rows, sentence = gap_advice(sample, self.gaps)
+        count = Counter(final.values())
+        summary = (
+            f"People reviewed {len(final)} of {self.pairs} pairs: {count['chosen']} confirmed, "
+            f"{count['rejected']} flipped, {count['tie']} dropped as a tie, {count['bad']} as both bad, "
+            f"{count['']} because annotators disagree."
+        )
+        return {"rows": rows + precision_rows(sample) + gap_rows, "lines": [summary, sentence]}
+
+
+# metric: label, limits of warn and critical (falling: a good value is high), advice. People agree among themselves
+# in 66 % (AlpacaEval) to 81 % (MT-bench), and with a good judge in up to 85 % (MT-bench).
+REVIEW_ROWS = {
+    "human_agreement": ("people agree with the labels", 0.80, 0.65, "try another or a second --judge-model"),
+    "human_kappa": ("people and labels, Cohen's kappa", 0.60, 0.40, "try another or a second --judge-model"),
+    "annotator_agreement": ("annotators agree", 0.65, 0.50, "settle on examples of what better means"),
+    "annotator_kappa": ("annotators, Cohen's kappa", 0.40, 0.20, "settle on examples of what better means"),
+    "label_error": ("wrong labels", 0.05, 0.20, "raise --min-score-gap"),
+    "precision_by_gap": ("right labels", 0.80, 0.65, "raise --min-score-gap"),
+    "gap_to_trust": ("smallest gap to trust", None, None, ""),
+    "gap_yield": ("pairs with at least that gap", None, None, ""),
+}
+
+
+def review_row(metric: str, measured: tuple, detail: str = "") -> dict:
+    """A row of the report from (value, interval, n): an alarm if the whole interval lies beyond a limit."""
+    (label, warn, critical, advice), (value, interval, n) = REVIEW_ROWS[metric], measured
+    verdict = "" if value is not None and n >= ENOUGH else "not enough data"
+    if not verdict and warn is not None:
+        low, high = interval
+        beyond = (lambda limit: low > limit) if warn < critical else (lambda limit: high < limit)
+        verdict = "critical" if beyond(critical) else "warn" if beyond(warn) else "ok"
+    row = {"metric": metric, "label": label + detail, "value": value, "interval": interval, "n": n}
+    return row | {"verdict": verdict, "advice": advice if verdict in ("warn", "critical") else ""}
+
+
+def agreement(said: list[tuple[str, str]], cases: int) -> tuple:
+    """Share of equal choices, as (value, interval, cases): cases is the number of pairs they are about."""
+    return share(cases * sum(one == two for one, two in said) / max(len(said), 1), cases)
+
+
+def kappa(said: list[tuple[str, str]], cases: int) -> tuple:
+    """Cohen's kappa of two raters, (agreement - chance) / (1 - chance), as (value, interval, cases).
+
+    Its categories are what a rater saw: A, B, tie, bad. Over "chosen" and "rejected" it would say nothing, since a
+    label always says "chosen". A fair coin put chosen on A or B, so by design a rater's share of A is half of his
+    choices of a side. Interval: Wilson's of agreement, with chance taken as it is."""
+    value, interval, _ = agreement(said, cases)
+    chance = 0.0
+    for kinds in (("chosen", "rejected"), ("tie",), ("bad",)):
+        one, two = (sum(both[rater] in kinds for both in said) / max(len(said), 1) for rater in (0, 1))
+        chance += one * two / len(kinds)
+    if value is None or chance == 1:  # nothing said, or nothing but one of "tie" and "bad"
+        return None, None, cases
+    value, low, high = ((x - chance) / (1 - chance) for x in (value, *interval))
+    return value, (low, high), cases
+
+
+def precision_rows(sample: list[tuple[float, bool]]) -> list[dict]:
+    """(gap, right or wrong) of reviewed pairs -> rows of at most four groups of equal size, ENOUGH in each."""
+    gaps, groups = sorted(gap for gap, _ in sample), min(4, len(sample) // ENOUGH)
+    edges = sorted({gaps[len(gaps) * i // groups] for i in range(groups)})
+    rows = []
+    for low, high in itertools.pairwise([*edges, math.inf]):
+        inside = [right for gap, right in sample if low <= gap < high]
+        detail = f", gap {low:.3g} " + (f"to {high:.3g}" if high < math.inf else "and more")
+        rows.append(review_row("precision_by_gap", share(sum(inside), len(inside)), detail))
+    return rows
+
+
+def trusted_gap(sample: list[tuple[float, bool]]) -> tuple:
+    """(gap, right or wrong) of reviewed pairs -> the smallest gap to trust: (best, (low, high), n). None: no such.
+
+    best: the first gap from which ENOUGH pairs (n) or more are right in TRUSTED of cases; an estimate. The true one
+    lies between low, the first gap where Wilson's interval of that share reaches up to TRUSTED, and high, the first
+    where all of it lies above."""
+    steps = sorted({float(f"{gap:.3g}") for gap, _ in sample})
+    shares = [(step, [right for gap, right in sample if gap >= step]) for step in steps]
+    shares = [(step, *share(sum(inside), len(inside))) for step, inside in shares if inside]
+    best, n = next(((step, n) for step, value, _, n in shares if value >= TRUSTED and n >= ENOUGH), (None, 0))
+    low = next((step for step, _, interval, _ in shares if interval[1] >= TRUSTED), None)
+    high = next((step for step, _, interval, _ in shares if interval[0] >= TRUSTED), None)
+    return best, (low, high), n
+
+
+def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]:
+    """The smallest --min-score-gap to trust, its yield (share of all `gaps`): two rows, and a sentence about them."""
+    if len(sample) < ENOUGH:
+        needed = f"{ENOUGH} random pairs with a gap and a preferred side, of which there are {len(sample)}"
+        return (
+            [],
+            f"Not enough data to advise a --min-score-gap: that takes {needed} (they come last in the page).",
+        )
+    best, (low, high), n = trusted_gap(sample)
+    if best is None:
+        return [], f"On the reviewed sample no --min-score-gap makes {TRUSTED:.0%} of the labels right."
+    kept = share(sum(gap >= best for gap in gaps), len(gaps))[0]
+    rows = [
+        review_row("gap_to_trust", (best, (low, high), n)),
+        review_row("gap_yield", (kept, None, len(gaps))),
+    ]
+    to = f"{high:g}" if high is not None else "more than this sample can show"
+    return rows, (
+        f"--min-score-gap {best:g} is the smallest whose labels are right in {TRUSTED:.0%} of cases ({n} reviewed; "
+        f"95 % interval {low:g} to {to}); it keeps {kept:.0%} of the pairs."
+    )
+
+
+# END-REVIEW
 
 # ----------------------------------------------------------------------------------------------------------
 # §11 CLI: build_parser, check, records_of, Plan, Files, Tally, construct, main
@@ -2163,6 +3379,10 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--dry-run", bool, help="call nobody, write nothing: show calls, tokens, price, the first prompts")
     flag("--price", price, [], "MODEL=IN/OUT", "money per million tokens in and out; repeatable")
     flag("--max-cost", float, None, "X", "stop before this run spends more (needs every model's --price)")
+    group = parser.add_argument_group("report and review")
+    flag("--report-path", str, None, "FILE", "page and .json of numbers; default <output>.report.html; or none")
+    flag("--review-path", str, None, "FILE", "a page to judge pairs by hand, blind")
+    flag("--annotations", str, [], "FILE", "rank_responses: what people said on that page; repeatable")
     # fmt: on
     return parser
 
@@ -2245,6 +3465,9 @@ def check(args) -> Run:
         "temperature": (0, 2),
         "length_penalty": (0, 100),
         "timeout": (0.01, 10**6),
+        "max_cost": (0, 10**9),
+        "min_score_gap": (0, 10**6),
+        "min_chosen_score": (-(10**6), 10**6),
     }
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
@@ -2280,7 +3503,9 @@ def check(args) -> Run:
             f"--max-cost needs the price of {unpriced[0]}: --price {unpriced[0]}=IN/OUT (per million tokens)"
         )
     for model in asked if not args.dry_run else ():
-        variable = PROVIDERS[model.provider].key
+        variable, package = PROVIDERS[model.provider].key, getattr(PROVIDERS[model.provider], "package", "")
+        if package and not importlib.util.find_spec(package):
+            raise UserError(f"the package {package} is missing: pip install -r requirements.txt")
         if variable and not model.url and not key_of(model):
             raise UserError(
                 f"{variable} is not set: export {variable}=sk-..., or try without a key: --provider offline"
@@ -2299,7 +3524,7 @@ def check_paths(args):
         raise UserError(
             f"--exclude-prompts {args.exclude_prompts}: no such file{nearest(args.exclude_prompts)}"
         )
-    if os.path.isdir(target) or target.endswith((".gz", ".csv", "/")):
+    if os.path.isdir(target) or target.endswith((".gz", ".csv", "/")) or not target:
         raise UserError(f"--output-path {target}: name a .jsonl file")
     if args.cache_path is None:
         args.cache_path = os.path.join(os.path.dirname(target), ".rlhf_cache.sqlite")
@@ -2309,15 +3534,22 @@ def check_paths(args):
     for path in {source, args.exclude_prompts} - {None, "-"}:
         if any(os.path.realpath(path) == os.path.realpath(other) for other in written):
             raise UserError(f"{path} is an input and would be written over: choose another --output-path")
-    folder = next(p for p in Path(target).absolute().parents if p.exists())
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder}: cannot be written to; choose another --output-path")
+    for path in written:
+        folder = next(p for p in Path(path).absolute().parents if p.exists())
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{path}: is no file; choose another")
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"{path}: {folder} cannot be written to; choose another folder")
 
 
 def written_paths(args) -> list[str]:
-    """The output, the dropped records, the test split, the candidates ("" if not asked for)."""
+    """Output, drops, test split, candidates, report page and numbers, review page; "" if not asked for."""
     stem = re.sub(r"\.jsonl?$", "", args.output_path)
-    return [args.output_path, f"{stem}.dropped.jsonl", f"{stem}.test.jsonl", args.candidates_path or ""]
+    report = re.sub(r"\.(html|json)$", "", args.report_path or f"{stem}.report")
+    reports = ["", ""] if args.report_path == "none" else [f"{report}.html", f"{report}.json"]
+    split = f"{stem}.test.jsonl" if args.test_fraction else ""
+    drops = f"{stem}.dropped.jsonl"
+    return [args.output_path, drops, split, args.candidates_path or "", *reports, args.review_path or ""]
 
 
 def nearest(path: str) -> str:
@@ -2335,6 +3567,7 @@ def spooled(args) -> str:
     if args.input_file != "-":
         return args.input_file
     with tempfile.NamedTemporaryFile(suffix=".jsonl", delete=False) as file:
+        atexit.register(Path(file.name).unlink, missing_ok=True)
         shutil.copyfileobj(sys.stdin.buffer, file)
     return file.name
 
@@ -2421,8 +3654,6 @@ async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
             await run.outcome(record)
         asking += sum(usage.calls + usage.cached for usage in models.usage.values()) > before
         total += 1
-        if len(models.first_prompts) > 12 and not run.args.dry_run:
-            models.first_prompts.clear()
     return total, asking, models
 
 
@@ -2472,9 +3703,9 @@ class Files:
     def __init__(self, args):
         self.args, self.paths = args, written_paths(args)
         self.open, self.rows, self.warned = {}, Counter(), False
-        os.makedirs(os.path.dirname(args.output_path) or ".", exist_ok=True)
-        wanted = (True, True, args.test_fraction, args.candidates_path)
-        for path in itertools.compress(self.paths, wanted):
+        for path in filter(None, self.paths):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        for path in filter(None, self.paths[:4]):
             self.open[path] = open(path + ".part", "a+", encoding="utf-8", newline="\n")  # noqa: SIM115
         if not lock(self.open[self.paths[0]]):
             raise UserError(f"{args.output_path}: another run is writing it")
@@ -2484,7 +3715,7 @@ class Files:
     def add(self, outcome: Outcome, run: Run):
         """Write a record's rows, or its line among the dropped."""
         record = outcome.record
-        output, dropped, test, candidates = self.paths
+        output, dropped, test, candidates = self.paths[:4]
         if self.args.candidates_path and record.answers:
             self.write(candidates, candidates_row(record))
         if not outcome.pairs:
@@ -2567,6 +3798,14 @@ def without_scores(file):
         file.flush()
 
 
+def write_whole(path: str, text: str):
+    """Write a page or its numbers at once: nobody ever reads half a file."""
+    if path:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        Path(path + ".part").write_text(text, "utf-8", newline="\n")
+        os.replace(path + ".part", path)
+
+
 def candidates_row(record: Record) -> dict:
     """Every answer made for a record, with model, score and votes: an input for rank_responses."""
     answers = [
@@ -2593,8 +3832,8 @@ def dropped_row(outcome: Outcome) -> dict:
     }
 
 
-class Tally:
-    """The books: every record read is one with pairs or one dropped, and the numbers add up."""
+class Books:
+    """Every record read is one with pairs or one dropped, and the numbers add up."""
 
     def __init__(self):
         self.read = self.paired = self.pairs = self.curable = 0
@@ -2609,14 +3848,22 @@ class Tally:
             self.dropped[outcome.stage, outcome.reason.split(":")[0]] += 1
             self.curable += outcome.curable
 
+    def counts(self) -> dict[str, int]:
+        """For the progress bar."""
+        return {"pairs": self.pairs, "drops": self.dropped.total(), "failures": self.curable}
+
     def lines(self) -> list[str]:
-        """The summary's first lines."""
+        """The summary's first lines: the sums, the reasons, and what to do where fewer than 30 % gave a pair."""
         share = f" ({self.paired / self.read:.0%})" if self.read else ""
-        lines = [f"{self.read} records read: {self.paired}{share} gave {self.pairs} pairs, "
-                 f"{self.dropped.total()} dropped"]  # fmt: skip
-        return lines + [
-            f"  {count:6}  {stage}: {reason}" for (stage, reason), count in self.dropped.most_common()
-        ]
+        sums = f"{self.paired}{share} gave {self.pairs} pairs, {self.dropped.total()} dropped"
+        reasons = [((at, why), n) for (at, why), n in self.dropped.most_common(6)]
+        lines = [f"{self.read} records read: {sums}", *(f"  {n:6}  {at}: {why}" for (at, why), n in reasons)]
+        others = self.dropped.total() - sum(n for _, n in reasons)
+        lines += [f"  {others:6}  other reasons"] if others else []
+        if self.read and self.paired < 0.3 * self.read:
+            advice = dict.fromkeys(REMEDIES[why] for (_, why), _ in reasons[:3] if why in REMEDIES)
+            lines += ["few pairs came out; what helps:", *(f"  {text}" for text in advice)] if advice else []
+        return lines
 
 
 # Why few pairs came out -> what to type about it. All of it is served from the cache but for new answers.
@@ -2632,41 +3879,21 @@ REMEDIES = {
 }
 
 
-def few_pairs(tally: Tally) -> list[str]:
-    """Advice where fewer than 30 % of the records gave a pair."""
-    if not tally.read or tally.paired >= 0.3 * tally.read:
-        return []
-    reasons = [reason for (_, reason), _ in tally.dropped.most_common(3) if reason in REMEDIES]
-    advice = dict.fromkeys(f"  {REMEDIES[reason]}" for reason in reasons)
-    return ["Few pairs came out. What helps:", *advice] if advice else []
-
-
-def summary(tally: Tally, files: Files, models: Models, stopped: Stop | None) -> list[str]:
-    """What is printed on stdout when a run ends."""
-    lines = tally.lines() + few_pairs(tally)
-    rows = models.rows()
-    if rows:
-        total = {key: sum(row[key] for row in rows) for key in ("calls", "cached", "tokens_in", "tokens_out")}
-        lines.append(
-            "{calls} calls made, {cached} replies cached, {tokens_in:,} tokens in, {tokens_out:,} out".format(
-                **total
-            )
-        )
-    if stopped:
-        part = f"{files.paths[0]}.part holds what was ready"
-        return [
-            *lines,
-            f"{part}; the same command goes on from here"
-            + ("" if models.cache.db else " (but without a cache it pays again)"),
-        ]
-    lines += [
-        f"  {files.rows[path]:6} rows  {path}"
-        for path in files.open
-        if files.rows[path] or path != files.paths[1]
-    ]
-    if not tally.pairs:
-        return [*lines, "next: look at the reasons in " + files.paths[1]]
-    return [*lines, f"next: head -n 1 {files.paths[0]}"]
+def last_lines(books: Books, files: Files, models: Models) -> list[str]:
+    """Calls and tokens, the files written, the next command."""
+    lines, used = [], models.rows()
+    if used:
+        keys = ("calls", "cached", "tokens_in", "tokens_out")
+        calls, cached, sent, got = (sum(row[key] for row in used) for key in keys)
+        lines.append(f"{calls} calls made, {cached} replies cached, {sent:,} tokens in, {got:,} out")
+    if models.stop:
+        again = "goes on from here" if models.cache.db else "pays for all again: there was no cache"
+        return [*lines, f"{files.paths[0]}.part holds what was ready; the same command {again}"]
+    for path in files.paths[:4]:
+        if path and (files.rows[path] or path != files.paths[1]):
+            lines.append(f"{files.rows[path]:8} rows  {path}")
+    lines += [f"         page  {path}" for path in files.paths[4::2] if path]
+    return [*lines, f"next: head -n 1 {files.paths[0 if books.pairs else 1]}"]
 
 
 async def in_order(source, work, emit, workers: int, models: Models):
@@ -2677,6 +3904,8 @@ async def in_order(source, work, emit, workers: int, models: Models):
         nonlocal emitted
         while not models.stop:
             await room.acquire()
+            if models.stop:
+                return
             try:
                 index, item = next(numbered)
             except StopIteration:
@@ -2693,66 +3922,107 @@ async def in_order(source, work, emit, workers: int, models: Models):
             await worker()
         except (Stop, UserError, OSError, sqlite3.Error) as error:
             models.halt(str(error), getattr(error, "status", 2 if isinstance(error, UserError) else 3))
+        except BaseException as error:  # a bug: nobody goes on
+            models.halt(repr(error))
+            raise
         finally:
-            while room.locked() and models.stop:
+            for _ in range(workers if models.stop else 0):
                 room.release()  # whoever waits for room shall see the stop
 
     await together([guarded() for _ in range(workers)])
 
 
 async def construct(args) -> int:
-    """One whole run -> exit status."""
+    """One whole command -> exit status: check, plan, then carry out."""
     run = check(args)
     path = spooled(args)
     check_input(path, run)
-    exists = os.path.exists(args.cache_path) or not args.dry_run
-    cache = Cache(args.cache_path if args.cache_path != "none" and exists and run.pays() else None)
-    total = None
+    kept = args.cache_path != "none" and run.pays() and (os.path.exists(args.cache_path) or not args.dry_run)
+    cache, total = Cache(args.cache_path if kept else None), None
     if args.dry_run or run.pays():
         total, asking, planned = await plan(path, run, cache)
         if args.dry_run:
             show_plan(total, asking, planned)
             return 0
         note(plan_line(asking, planned))
-    files, tally = Files(args), Tally()
-    run.models = models = Models(args, cache)
+    try:
+        return await carry_out(path, run, cache, total)
+    finally:
+        cache.close()
+
+
+async def carry_out(path: str, run: Run, cache: Cache, total: int | None) -> int:
+    """The run itself: records through the method, outcomes into files, books, report and review page."""
+    args, books = run.args, Books()
+    files, run.models = Files(args), Models(args, cache)
+    report, review = Report(run.seed, run.orders), ReviewQueue(run.seed)
     bar = progress(total)
 
-    async def work(item):
+    async def work(item) -> Outcome:
         line, record = item
         try:
             outcome = await run.outcome(record)
-        except (Stop, Pending, UserError):
+        except (Stop, UserError):
             raise
         except Exception as error:  # a bug in a method of one's own: say where, keep the progress
-            import traceback
-
             traceback.print_exc()
-            raise Stop(
-                f"{args.input_file}:{line}: {args.method} raised {type(error).__name__}: {error}"
-            ) from None
+            raise Stop(f"{args.input_file}:{line}: {args.method} raised {error!r}") from None
         outcome.record.line = line
         return outcome
 
     def emit(outcome: Outcome):
+        for taker in (books, report, review):
+            taker.add(outcome)
         files.add(outcome, run)
-        tally.add(outcome)
-        used = sum(usage.tokens_in + usage.tokens_out for usage in models.usage.values())
-        bar.set_postfix(
-            pairs=tally.pairs, drops=tally.dropped.total(), failures=tally.curable, tokens=used, refresh=False
-        )
+        bar.set_postfix(books.counts() | {"tokens": run.models.tokens()}, refresh=False)
         bar.update()
 
-    with interruptible(models):
-        await in_order(records_of(path, run), work, emit, args.concurrency, models)
-    bar.close()
-    await models.close()
-    files.close(done=not models.stop)
-    print("\n".join(summary(tally, files, models, models.stop)))
-    cache.close()
-    if models.stop:
-        raise models.stop
-    return 1 if tally.curable or not tally.pairs else 0
+    try:
+        with interruptible(run.models):
+            await in_order(records_of(path, run), work, emit, args.concurrency, run.models)
+    finally:
+        bar.close()
+        await run.models.close()
+    stopped = run.models.stop
+    files.close(done=not stopped)
+    lines = [] if stopped else report_out(path, run, files, report, review)
+    print("\n".join(books.lines() + lines + last_lines(books, files, run.models)))
+    if stopped:
+        raise stopped
+    return 1 if books.curable or not books.pairs else 0
+
+
+def report_out(path: str, run: Run, files: Files, report: Report, review: ReviewQueue) -> list[str]:
+    """Write the report's page and numbers and the review page -> the terminal's lines."""
+    page, data, review_page = files.paths[4:]
+    write_whole(review_page, review.page() if review_page else "")
+    if not page:
+        return []
+    said = run.annotations.numbers() if run.annotations else {"rows": [], "lines": []}
+    human = {"metrics": said["rows"], "lines": said["lines"]}
+    numbers = report.numbers(settings_of(path, run), run.models.rows(), human)
+    write_whole(data, json.dumps(numbers, ensure_ascii=False, indent=1) + "\n")
+    write_whole(page, report_html(numbers))
+    return report_lines(numbers)
+
+
+def settings_of(path: str, run: Run) -> dict:
+    """How the data was made, for the report: no key, no date, so that a rerun gives the same bytes."""
+    with open(path, "rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    flags = {name: value for name, value in vars(run.args).items() if value not in (None, [], "", False)}
+    own = {"rubric": digest(run.args.rubric)[:16]} if run.args.rubric else {}
+    import importlib.metadata  # an eighth of the time that --help takes
+
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in ("openai", "dashscope"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    models = {
+        "models": [m.name for m in run.asked() if m not in run.judges],
+        "judges": [m.name for m in run.judges],
+    }
+    return flags | own | models | {"versions": versions, "input_sha256": checksum}
 
 
 def progress(total: int | None):
@@ -2764,7 +4034,9 @@ def progress(total: int | None):
             total=total, unit=" records", file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 10
         )
     except ImportError:
-        return types.SimpleNamespace(set_postfix=lambda **_: None, update=lambda: None, close=lambda: None)
+        return types.SimpleNamespace(
+            set_postfix=lambda *_, **__: None, update=lambda: None, close=lambda: None
+        )
 
 
 @contextlib.contextmanager
@@ -2814,9 +4086,297 @@ def main(argv: list[str] | None = None) -> int:
     except Stop as stop:
         note(f"{PROGRAM}: stopped: {redacted(str(stop))}")
         return stop.status
+    except OSError as error:
+        note(f"{PROGRAM}: stopped: {error}; with room on the disk the same command goes on from here")
+        return 3
     except KeyboardInterrupt:
         note(f"{PROGRAM}: interrupted; the same command goes on from here")
         return 130
+
+
+# ----------------------------------------------------------------------------------------------------------
+# §12 PAGES: REPORT_PAGE, REVIEW_PAGE
+# ----------------------------------------------------------------------------------------------------------
+
+REPORT_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'sha256-<!--HASH-->'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Preference data report</title>
+<style>
+:root { --paper: #faf9f6; --card: #fff; --ink: #22262b; --soft: #5c646d; --line: #e3e0d9;
+  --chosen: #2f6f9f; --rejected: #c98a3c; --ok: #2d7a4b; --warn: #99650b; --critical: #b3322b }
+@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --card: #1d2126; --ink: #e4e6e8; --soft: #9ca5ae;
+  --line: #31373e; --chosen: #6fb0dd; --rejected: #dba45c; --ok: #6cc390; --warn: #e5b454; --critical: #f28b82 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, "Noto Sans", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif }
+h1 { font-size: 1.7rem; letter-spacing: -.01em; line-height: 1.2; margin: 0 }
+h2 { font-size: 1.15rem; margin: 2.75rem 0 .75rem }
+h3, h4 { font-size: .95rem; margin: 0 }
+small, header p, .note, figcaption { color: var(--soft); font-size: .86rem; font-weight: 400 }
+header p { font-size: 1.05rem; margin: .25rem 0 1.5rem }
+ul { display: grid; gap: .6rem; list-style: none; margin: 0; padding: 0 }
+li { background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--ok); border-radius: 8px;
+  padding: .65rem .9rem }
+li p { margin: .15rem 0 0; font-size: .92rem }
+li b { color: var(--ok); font-size: .75rem; letter-spacing: .06em; margin-right: .4rem; text-transform: uppercase }
+li.warn { border-left-color: var(--warn) } li.warn b, .warn td:last-child { color: var(--warn) }
+li.critical { border-left-color: var(--critical) } li.critical b, .critical td:last-child { color: var(--critical) }
+.ok td:last-child { color: var(--ok) } .warn td, .critical td { font-weight: 600 }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }
+figure, article, .wide { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0;
+  padding: 1rem }
+figcaption h3 { color: var(--ink) }
+figcaption i { border-left: .8em solid var(--chosen); font-style: normal; margin-left: .6em; padding-left: .35em }
+figcaption i.s1 { border-color: var(--rejected) }
+svg { display: block; height: auto; margin-top: .6rem; width: 100% }
+svg text { fill: var(--soft); font-size: 11.5px } svg .label { text-anchor: end } svg .value { fill: var(--ink);
+  text-anchor: end } .s0 { fill: var(--chosen) } .s1 { fill: var(--rejected) }
+.whisker { stroke: var(--ink); stroke-width: 1.5; opacity: .55 }
+.mark { stroke: var(--critical); stroke-dasharray: 3 3 }
+.wide { overflow-x: auto; padding: .25rem 1rem }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100% }
+th, td { border-bottom: 1px solid var(--line); overflow-wrap: anywhere; padding: .4rem .8rem .4rem 0;
+  text-align: left; vertical-align: top }
+th { color: var(--soft); font-weight: 500 } tr:last-child td { border: 0 }
+article { margin-bottom: 1rem }
+.pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
+.pair > div { border-top: 3px solid var(--chosen); padding-top: .5rem } .pair > .rejected { border-color: var(--rejected) }
+.text { font-size: .92rem; margin: .4rem 0 1rem; overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap }
+@media (max-width: 40rem) { body { padding: 1.25rem .8rem 3rem } table { font-size: .8rem } th, td { padding-right: .5rem } }
+</style>
+</head>
+<body>
+<header><h1>Is this preference data fit to train on?</h1><p><!--SUMMARY--></p></header>
+<main>
+<ul><!--WARNINGS--></ul>
+<!--NOTES-->
+<h2>The data at a glance</h2><div class="grid"><!--CHARTS--></div>
+<h2>Every metric and its verdict</h2><!--METRICS--><p class="note"><!--SAMPLE--></p>
+<h2>Distributions</h2><!--SPREADS-->
+<h2>Who wins</h2><!--MODELS-->
+<h2>Words that give a side away</h2><!--WORDS-->
+<h2>Pairs to read</h2><!--PAIRS-->
+<h2>Cost</h2><!--COST-->
+<h2>Settings</h2><!--SETTINGS-->
+</main>
+</body>
+</html>
+"""
+
+REVIEW_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{POLICY}}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Which answer is better?</title>
+<style>
+:root { color-scheme: light dark; --back: #f3f4f6; --card: #ffffff; --ink: #1b212b; --soft: #545d6b;
+  --edge: #767f8d; --line: #d9dde3; --mark: #1a56c4; --on: #ffffff; --warn: #8f1d14; }
+@media (prefers-color-scheme: dark) { :root { --back: #13161b; --card: #1c2129; --ink: #e6e9ee; --soft: #a6afbd;
+  --edge: #7f8998; --line: #323945; --mark: #8ab4f8; --on: #10141a; --warn: #ffb4a9; } }
+* { box-sizing: border-box; margin: 0; }
+body { height: 100dvh; display: flex; flex-direction: column; background: var(--back); color: var(--ink);
+  font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif; }
+header, footer { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center; padding: 8px 16px; }
+h1, h2, h3 { font-size: 1rem; }
+header h1 { flex: 1; white-space: nowrap; }
+progress { width: 8rem; accent-color: var(--mark); }
+header, h3 { color: var(--soft); font-size: 0.875rem; }
+main { flex: 1; min-height: 0; display: grid; grid-template: minmax(4rem, auto) minmax(0, 1fr) / 1fr 1fr; gap: 12px;
+  padding: 0 16px; }
+section { overflow: auto; padding: 12px 16px; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; }
+#turns { grid-column: 1 / 3; max-height: 30dvh; }
+section p { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; contain: content; }
+p + h3 { margin-top: 8px; }
+button, input { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--edge);
+  border-radius: 6px; padding: 6px 12px; min-height: 40px; }
+button { cursor: pointer; }
+footer button { flex: 1 0 auto; }
+button[aria-pressed=true], #start button { background: var(--mark); border-color: var(--mark); color: var(--on); }
+:focus-visible { outline: 3px solid var(--mark); outline-offset: 2px; }
+kbd { font: 0.75rem ui-monospace, monospace; color: var(--soft); margin-left: 6px; }
+[aria-pressed=true] kbd { color: inherit; }
+#number { width: 4.5rem; }
+footer label { flex: 2 1 14rem; display: flex; align-items: center; gap: 8px; }
+#note { flex: 1; min-width: 0; }
+#problem { color: var(--warn); font-weight: 600; padding: 0 16px 8px; }
+#problem:empty { display: none; }
+dialog { margin: auto; max-width: 36rem; padding: 24px; color: inherit; background: var(--card);
+  border: 1px solid var(--edge); border-radius: 12px; }
+dialog::backdrop { background: rgb(0 0 0 / 50%); }
+dialog form > * { display: block; margin-bottom: 12px; }
+@media (max-width: 700px) {
+  main { display: block; overflow: auto; }
+  section { margin-bottom: 12px; max-height: 60dvh; }
+  header, footer { padding: 6px 8px; gap: 6px; }
+  header h1, header progress, kbd { display: none; }
+  footer button { padding: 6px 4px; }
+}
+</style>
+<header>
+  <h1>Which answer is better?</h1>
+  <form id="jump"><label>Pair <input id="number" type="number" min="1"></label> of <span id="total"></span></form>
+  <progress id="bar" aria-label="Pairs judged"></progress>
+  <span id="status" role="status" aria-live="polite"></span>
+  <button data-do="download" aria-keyshortcuts="d">Download<kbd>D</kbd></button>
+  <button data-do="help" aria-keyshortcuts="?">Help<kbd>?</kbd></button>
+</header>
+<p id="problem" role="alert"></p>
+<main>
+  <section id="turns" tabindex="0" aria-label="Conversation"></section>
+  <section tabindex="0" aria-label="Answer A"><h3>Answer A</h3><p id="a" dir="auto"></p></section>
+  <section tabindex="0" aria-label="Answer B"><h3>Answer B</h3><p id="b" dir="auto"></p></section>
+</main>
+<footer>
+  <button data-do="a" aria-keyshortcuts="ArrowLeft a">A is better<kbd>← A</kbd></button>
+  <button data-do="tie" aria-keyshortcuts="t">Tie<kbd>T</kbd></button>
+  <button data-do="bad" aria-keyshortcuts="x">Both bad<kbd>X</kbd></button>
+  <button data-do="b" aria-keyshortcuts="ArrowRight b">B is better<kbd>→ B</kbd></button>
+  <button data-do="skip" aria-keyshortcuts="s">Skip<kbd>S</kbd></button>
+  <button data-do="undo" aria-keyshortcuts="u">Undo<kbd>U</kbd></button>
+  <label>Note<kbd>N</kbd> <input id="note" autocomplete="off"></label>
+</footer>
+<dialog id="start" aria-labelledby="hello">
+  <form method="dialog">
+    <h2 id="hello">Which answer is better?</h2>
+    <p>Read the conversation, then both answers. Prefer the one that helps more: right first, then complete and
+      clear. Length and decoration earn nothing. If you see no difference say Tie; if neither should be learned from,
+      Both bad.</p>
+    <p>Keys: ← or A, → or B, T tie, X both bad, S skip, U undo, N note (Enter leaves it), J jump to a pair,
+      ↑ ↓ scroll both answers, D download, ? this help. Buttons do the same.</p>
+    <p>Every verdict is kept in this browser at once, under your name; nothing is sent anywhere. Download the file
+      when you are done, or at any time.</p>
+    <label>Your name <input id="name" required maxlength="60" autocomplete="off"></label>
+    <button>Start</button>
+  </form>
+</dialog>
+<script type="application/json" id="data">{{DATA}}</script>
+<script>
+"use strict";
+const $ = id => document.getElementById(id), {salt, pairs} = JSON.parse($("data").textContent);
+let me = "", at = 0, since = 0, kept = new Map();  // pair_id -> {seen, choice, note, seconds, when}; last judged last
+
+const store = (...names) => ["rlhf-review", salt, ...names].join(":");
+const judged = pair => Boolean(kept.get(pair.pair_id)?.choice);
+const visible = text => text.replace(/[\0-\x08\x0b-\x1f\x7f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g,
+  sign => sign === "\r" ? "" : "⟦U+" + sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0") + "⟧");
+
+function oddHash(text) {  // FNV-1a, folded: whether A was the label's choice; asked only about a verdict just given
+  let h = 0x811c9dc5;
+  for (const letter of text) h = Math.imul(h ^ letter.charCodeAt(0), 0x01000193) >>> 0;
+  return (h ^ h >>> 16) & 1;
+}
+
+function remember(name, value) {
+  try { localStorage.setItem(name, value); }
+  catch { $("problem").textContent = "This browser refuses to store verdicts: download them before you close the tab."; }
+}
+
+function recall(name) { try { return localStorage.getItem(name); } catch { return null; } }
+
+function enter(name) {
+  me = name;
+  remember("rlhf-review:name", me);
+  const found = pairs.map(pair => [pair.pair_id, JSON.parse(recall(store(pair.pair_id, me)))]);
+  kept = new Map(found.filter(([, entry]) => entry).sort((x, y) => x[1].when - y[1].when));
+  show(following(pairs.length - 1));
+}
+
+function keep(pair, change) {
+  const entry = {seen: "", choice: "", note: "", seconds: 0, when: 0, ...kept.get(pair.pair_id), ...change};
+  if (change.choice) kept.delete(pair.pair_id);
+  kept.set(pair.pair_id, entry);
+  remember(store(pair.pair_id, me), JSON.stringify(entry));
+}
+
+function following(index) {  // the next pair without a verdict; the next one of all when everything is judged
+  const order = pairs.map((_, step) => (index + 1 + step) % pairs.length);
+  return order.find(i => !judged(pairs[i])) ?? order[0];
+}
+
+function show(index) {
+  at = index; since = performance.now();
+  const pair = pairs[at], entry = kept.get(pair.pair_id), done = pairs.filter(judged).length;
+  $("turns").replaceChildren(...pair.messages.flatMap(turn => {
+    const who = document.createElement("h3"), text = document.createElement("p");
+    who.textContent = turn.role; text.textContent = visible(turn.content); text.dir = "auto";
+    return [who, text];
+  }));
+  for (const side of ["a", "b"]) $(side).textContent = visible(pair[side]);
+  for (const part of document.querySelectorAll("section")) part.scrollTop = 0;
+  for (const side of ["a", "b", "tie", "bad"])
+    document.querySelector(`[data-do=${side}]`).setAttribute("aria-pressed", entry?.seen === side);
+  $("number").value = at + 1; $("note").value = entry?.note ?? ""; $("bar").value = done;
+  $("status").textContent = done === pairs.length ? "All judged: download them" : `${done} judged by ${me}`;
+}
+
+function judge(seen) {
+  const pair = pairs[at], [a, b] = oddHash(salt + pair.pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
+  const seconds = (kept.get(pair.pair_id)?.seconds ?? 0) + (performance.now() - since) / 1000;
+  keep(pair, {seen, choice: {a, b}[seen] ?? seen, seconds: Math.round(10 * seconds) / 10, when: Date.now()});
+  show(following(at));
+}
+
+function undo() {
+  const last = pairs.findIndex(pair => pair.pair_id === [...kept].filter(([, entry]) => entry.choice).at(-1)?.[0]);
+  if (last < 0) return;
+  keep(pairs[last], {seen: "", choice: ""});
+  show(last);
+}
+
+function download() {
+  const lines = pairs.filter(judged).map(({pair_id, prompt_id, queue}) => {
+    const {choice, note, seconds} = kept.get(pair_id);
+    return JSON.stringify({pair_id, prompt_id, choice, queue, note, annotator: me, seconds}) + "\n";
+  });
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob(lines, {type: "application/jsonl"}));
+  link.download = `annotations-${me.replace(/[^\p{L}\p{N}]+/gu, "-")}.jsonl`;
+  link.click();
+}
+
+const scrolled = by => document.querySelectorAll("section + section").forEach(part => part.scrollBy(0, by));
+const actions = {
+  a: () => judge("a"), b: () => judge("b"), tie: () => judge("tie"), bad: () => judge("bad"), undo, download,
+  skip: () => show(following(at)), note: () => $("note").focus(), jump: () => $("number").select(),
+  help: () => { $("name").value = me; $("start").showModal(); }, up: () => scrolled(-80), down: () => scrolled(80),
+};
+const keys = {arrowleft: "a", a: "a", arrowright: "b", b: "b", t: "tie", x: "bad", s: "skip", u: "undo", n: "note",
+  j: "jump", d: "download", "?": "help", arrowup: "up", arrowdown: "down"};
+
+document.addEventListener("keydown", event => {
+  const {target, key} = event, name = keys[key.toLowerCase()], scrolls = name === "up" || name === "down";
+  if (event.ctrlKey || event.metaKey || event.altKey || $("start").open) return;
+  if (target.matches("input")) {
+    if (key === "Escape" || (key === "Enter" && target.id === "note")) target.blur();
+  } else if (name && !(event.repeat && !scrolls) && !(scrolls && target.matches("section"))) {
+    event.preventDefault();  // a key held down judges once; a focused text scrolls by itself
+    actions[name]();
+  }
+});
+for (const button of document.querySelectorAll("[data-do]")) button.onclick = actions[button.dataset.do];
+$("note").oninput = () => keep(pairs[at], {note: $("note").value});
+$("jump").onsubmit = event => { event.preventDefault(); $("number").blur(); show($("number").value - 1); };
+$("start").onclose = () => {
+  const name = $("name").value.trim();
+  if (!name) $("start").showModal();
+  else if (name !== me) enter(name);
+};
+
+if (pairs.length) {
+  $("total").textContent = $("number").max = $("bar").max = pairs.length;
+  $("name").value = recall("rlhf-review:name") ?? "";
+  $("start").showModal();
+} else $("problem").textContent = "There is no pair to review.";
+</script>
+</html>
+"""
 
 
 if __name__ == "__main__":

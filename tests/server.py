@@ -153,7 +153,7 @@ async def misbehave(request: web.Request, call: Call, fault: Fault) -> web.Strea
     if fault.kind in bodies:
         status, kind, text = bodies[fault.kind]
         return web.Response(text=text, status=status, content_type=kind, headers=fault.headers)
-    response = web.StreamResponse(headers={"Content-Type": JSON, "Content-Length": "4096", **fault.headers})
+    response = web.StreamResponse(headers={"Content-Type": JSON, "Content-Length": "999999", **fault.headers})
     match fault.kind:
         case "cut" | "drip":
             with suppress(ConnectionError):

@@ -1,0 +1,522 @@
+"""§2, §4: whatever says that one answer is better is read in one direction; what does not say it gives no pair."""
+
+import copy
+import json
+import math
+import random
+import re
+
+import pytest
+
+RANK = ("--method", "rank_responses", "--provider", "offline")
+A, B = "Rain falls when a cloud grows too heavy.", "The gods are weeping again."
+Q = "Why does it rain?"
+GOOD = {"prompt": "Is ice cold?", "responses": ["Yes, it is at zero degrees or below.", "Never."], "scores": [200, 1]}
+
+
+@pytest.fixture
+def fate(rlhf):
+    """fate(record, *flags): what the program makes of it: (chosen, rejected), or `stage: reason` of its drop."""
+
+    def run(record, *flags):
+        result = rlhf([GOOD, record], *RANK, *flags)
+        assert result.status == 0 and result.pairs[0]["chosen"] == GOOD["responses"][0]
+        made = [(row["chosen"], row["rejected"]) for row in result.pairs[1:]]
+        return made[0] if len(made) == 1 else made or result.reasons[-1]
+
+    return run
+
+
+def user(text, role="user"):
+    return {"role": role, "content": text}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+def parts(text, role="assistant"):
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+LOW = "abcdefghijklmnopqrstuvwxyz"
+
+
+def chat(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def hh(*texts):
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {text}" for i, text in enumerate(texts))
+
+
+def two(name, texts=(A, B), **fields):
+    """Two answer objects: two("text", rank=[1, 2])."""
+    return [{name: text} | {key: values[i] for key, values in fields.items()} for i, text in enumerate(texts)]
+
+
+# --- Every shape, in both directions. A shape is a function of who is to win, 0 for A and 1 for B.
+# hi(w, 9, 2) -> [9, 2] if A is to win, [2, 9] if B is.
+
+
+def hi(winner, better, worse):
+    return [better, worse] if winner == 0 else [worse, better]
+
+
+def ready(winner, shape):
+    """A ready pair: `shape` wraps each text."""
+    better, worse = hi(winner, A, B)
+    return {"chosen": shape(better), "rejected": shape(worse)}
+
+
+# fmt: off
+SHAPES = {
+    # parallel lists
+    "responses, scores": lambda w: {"prompt": Q, "responses": [A, B], "scores": hi(w, 9, 2)},
+    "scores that are numeric strings": lambda w: {"prompt": Q, "responses": [A, B], "scores": hi(w, "10", "9.5")},
+    "negative scores": lambda w: {"prompt": Q, "responses": [A, B], "scores": hi(w, -0.5, -3)},
+    "distilabel: generations, ratings": lambda w: {"instruction": Q, "generations": [A, B], "ratings": hi(w, 5, 2), "generation_models": ["m", "n"]},
+    "distilabel: rating, strings": lambda w: {"instruction": Q, "generations": [A, B], "rating": hi(w, "4", "1")},
+    "SimPO: all_rm_scores": lambda w: {"prompt": Q, "all_generated_responses": [A, B], "all_rm_scores": hi(w, 0.1, -0.2)},
+    "completions, rewards": lambda w: {"prompt": Q, "completions": [A, B], "rewards": hi(w, 0.0, -1.0)},
+    "ranks: 1 is best": lambda w: {"prompt": Q, "responses": [A, B], "ranks": hi(w, 1, 2)},
+    "ranks that are strings": lambda w: {"prompt": Q, "responses": [A, B], "ranks": hi(w, "1", "2")},
+    "ranks from 0: the lowest is best": lambda w: {"prompt": Q, "responses": [A, B], "ranks": hi(w, 0, 1)},
+    "order: indices, best first": lambda w: {"prompt": Q, "responses": [A, B], "order": hi(w, 0, 1)},
+    "summaries beside scores": lambda w: {"prompt": Q, "summaries": [A, B], "scores": hi(w, 3, 1)},
+    "a choice among responses, index from 0": lambda w: {"prompt": Q, "responses": [A, B], "choice": w},
+    "a choice that is a string": lambda w: {"prompt": Q, "responses": [A, B], "choice": str(w)},
+    # answers as objects
+    "text, score": lambda w: {"prompt": Q, "responses": two("text", score=hi(w, 7, 3))},
+    "response, rating": lambda w: {"prompt": Q, "responses": two("response", rating=hi(w, 5, 2))},
+    "answer, rank": lambda w: {"prompt": Q, "answers": two("answer", rank=hi(w, 1, 2))},
+    "content, reward": lambda w: {"prompt": Q, "completions": two("content", reward=hi(w, -1, -2))},
+    "UltraFeedback": lambda w: {"instruction": Q, "models": ["m", "n"], "completions": two("response", **{"fine-grained_score": hi(w, 4.25, 2.0), "overall_score": hi(w, 8, 6), "annotations": [{"honesty": {"Rating": "N/A"}}] * 2})},
+    "UltraFeedback: fine-grained_score against a wrong overall_score": lambda w: {"instruction": Q, "completions": two("response", **{"fine-grained_score": hi(w, 4.25, 2.0), "overall_score": hi(w, 1, 10)})},
+    "overall_score alone": lambda w: {"instruction": Q, "completions": two("response", overall_score=hi(w, 8, 5))},
+    "Nectar": lambda w: {"prompt": f"\n\nHuman: {Q}\n\nAssistant: ", "answers": two("answer", model=["m", "n"], rank=hi(w, 1.0, 2.0)), "num_responses": 2},
+    "candidates file": lambda w: {"prompt": [user(Q)], "prompt_id": "x", "completions": two("response", model=["m", "n"], score=hi(w, 8.5, 3.0), votes=hi(w, [8, 9], [3, 3]))},
+    # fields with suffixes
+    "WebGPT": lambda w: {"question": {"full_text": Q, "id": "x"}, "answer_0": A, "answer_1": B, "score_0": hi(w, 0.5, -0.5)[0], "score_1": hi(w, 0.5, -0.5)[1]},
+    "response_a, rating_a": lambda w: {"prompt": Q, "response_a": A, "response_b": B, "rating_a": hi(w, 5, 1)[0], "rating_b": hi(w, 5, 1)[1]},
+    "output_1, rank_1": lambda w: {"prompt": Q, "output_1": A, "output_2": B, "rank_1": hi(w, 1, 2)[0], "rank_2": hi(w, 1, 2)[1]},
+    "SHP: labels 1 is A": lambda w: {"history": Q, "human_ref_A": A, "human_ref_B": B, "labels": 1 - w, "score_A": hi(w, 20, 8)[0], "score_B": hi(w, 20, 8)[1], "score_ratio": 2.5},
+    "SHP without scores": lambda w: {"history": Q, "human_ref_A": A, "human_ref_B": B, "labels": 1 - w},
+    "HelpSteer2: negative strength is the first": lambda w: {"split": "train", "prompt": Q, "response_1": A, "response_2": B, "preference_strength": hi(w, -2, 2)[0]},
+    "HelpSteer3: the same sign": lambda w: {"domain": "stem", "context": [user(Q)], "response1": A, "response2": B, "overall_preference": hi(w, -1, 1)[0]},
+    "AlpacaEval: below 1.5 is the first": lambda w: {"instruction": Q, "output_1": A, "output_2": B, "preference": hi(w, 1.2, 1.8)[0]},
+    "PKU-SafeRLHF: both verdicts agree": lambda w: {"prompt": Q, "response_0": A, "response_1": B, "better_response_id": w, "safer_response_id": w},
+    "better_response_id alone": lambda w: {"prompt": Q, "response_0": A, "response_1": B, "better_response_id": w},
+    "summarize comparisons: choice counts from 0": lambda w: {"info": {"post": Q, "title": "t", "article": None}, "summaries": two("text", policy=["sup", "ref"], note=[None] * 2), "choice": w, "extra": {"confidence": 8}},
+    "Chatbot Arena 33k": lambda w: {"question_id": "x", "model_a": "m", "model_b": "n", "winner": f"model_{'ab'[w]}", "conversation_a": chat(Q, A), "conversation_b": chat(Q, B), "turn": 1},
+    "Chatbot Arena 55k": lambda w: {"id": 1, "prompt": json.dumps([Q]), "response_a": json.dumps([A]), "response_b": json.dumps([B]), "winner_model_a": 1 - w, "winner_model_b": w, "winner_tie": 0},
+    "Chatbot Arena 140k: content in parts": lambda w: {"model_a": "m", "model_b": "n", "winner": f"model_{'ab'[w]}", "conversation_a": [parts(Q, "user"), parts(A)], "conversation_b": [parts(Q, "user"), parts(B)]},
+    "winner by the model's name": lambda w: {"prompt": Q, "response_a": A, "response_b": B, "model_a": "gpt-x", "model_b": "Qwen-y", "winner": ["gpt-x", "qwen-y"][w]},
+    "winner by its letter": lambda w: {"prompt": Q, "response_a": A, "response_b": B, "winner": "AB"[w]},
+    "winner response_1 or response_2": lambda w: {"prompt": Q, "response_1": A, "response_2": B, "winner": f"response_{w + 1}"},
+    # ready pairs
+    "basic": lambda w: {"prompt": Q} | ready(w, str),
+    "standard": lambda w: {"prompt": Q} | ready(w, str) | {"score_chosen": 8.0, "score_rejected": 2.5, "chosen_model": "m", "rejected_model": "", "prompt_id": "x"},
+    "standard with a score of 0": lambda w: {"prompt": Q} | ready(w, str) | {"score_chosen": 1.0, "score_rejected": 0.0},
+    "Argilla: chosen_score, strings": lambda w: {"prompt": Q} | ready(w, str) | {"chosen_score": "8", "rejected_score": "2"},
+    "chosen-rating": lambda w: {"instruction": Q} | ready(w, str) | {"chosen-rating": 5.0, "rejected-rating": 4.0},
+    "conversational": lambda w: {"prompt": [user(Q)]} | ready(w, lambda text: [said(text)]),
+    "whole chats, no prompt": lambda w: ready(w, lambda text: chat(Q, text)),
+    "ultrafeedback_binarized": lambda w: {"prompt": Q, "prompt_id": "x", "messages": chat(Q, hi(w, A, B)[0])} | ready(w, lambda text: chat(Q, text)) | {"score_chosen": 8.5, "score_rejected": 3.0},
+    "chatml": lambda w: {"messages": [user(Q)]} | ready(w, said),
+    "ShareGPT ranking": lambda w: {"conversations": [{"from": "human", "value": Q}]} | ready(w, lambda text: {"from": "gpt", "value": text}),
+    "openai": lambda w: {"input": {"messages": [user(Q)]}, "preferred_output": [said(hi(w, A, B)[0])], "non_preferred_output": [said(hi(w, A, B)[1])]},
+    "HH-RLHF": lambda w: ready(w, lambda text: hh(Q, text)),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("winner", [pytest.param(0, id="the first"), pytest.param(1, id="the second")])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_shape_is_read_in_both_directions(fate, shape, winner):
+    assert fate(shape(winner)) == tuple(hi(winner, A, B))
+
+
+def test_the_inputs_own_scores_and_models_are_exported(rlhf):
+    [row] = rlhf([SHAPES["UltraFeedback"](1) | {"models": []}], *RANK).pairs
+    assert (row["score_chosen"], row["score_rejected"]) == (4.25, 2.0) and row["prompt"] == Q
+    [row] = rlhf([SHAPES["candidates file"](0)], *RANK).pairs
+    assert (row["score_chosen"], row["chosen_model"], row["rejected_model"]) == (8.5, "m", "n")
+
+
+def test_the_judges_combined_score_of_a_candidates_file_is_kept_as_it_was(rlhf):
+    votes = [[8, 8, 9, 9, 3, 3], [2, 2, 2, 2, 1, 1]]  # three judges: the median of 8, 9 and 3, not the mean
+    [row] = rlhf([{"prompt": Q, "completions": two("response", score=[8.0, 2.0], votes=votes)}], *RANK).pairs
+    assert (row["score_chosen"], row["score_rejected"]) == (8.0, 2.0)
+
+
+def test_an_answer_that_nobody_rated_leaves_the_others_their_pair(fate):
+    record = {"prompt": Q, "responses": [A, "Nobody knows, and nobody asked.", B], "scores": [3, "N/A", 5]}
+    assert fate(record) == (B, A)
+
+
+def test_several_turns_of_a_chat_are_the_prompt(rlhf):
+    record = {"prompt": "Hi"} | ready(0, lambda text: chat("Hi", "Hello!", Q, text))
+    [row] = rlhf([record], *RANK, "--output-format", "conversational").pairs
+    assert row["prompt"] == chat("Hi", "Hello!", Q) and row["chosen"] == [said(A)]
+
+
+# --- What gives no pair, and why.
+
+LISTS = {"prompt": Q, "responses": [A, B]}
+SUFFIXED = {"prompt": Q, "response_a": A, "response_b": B}
+NUMBERED = {"prompt": Q, "response_1": A, "response_2": B}
+ARENA = {"model_a": "m", "model_b": "n", "conversation_a": chat(Q, A), "conversation_b": chat(Q, B)}
+ONE_HOT = {"prompt": json.dumps([Q]), "response_a": json.dumps([A]), "response_b": json.dumps([B])}
+PAIR = {"prompt": Q, "chosen": A, "rejected": B}
+SHP = {"history": Q, "human_ref_A": A, "human_ref_B": B}
+STRENGTH, EVAL = NUMBERED, {"instruction": Q, "output_1": A, "output_2": B}
+UNSAID, UNRATED = "input: answers without any signal", "input: no preference: fewer than two answers are rated"
+CONTRADICTION, NOBODY = "input: contradictory signals", "input: no preference"
+NO_HISTORY = "input: histories differ"
+
+# fmt: off
+DROPS = {
+    # ties
+    "equal scores": (LISTS | {"scores": [3, 3]}, "input: tie"),
+    "equal scores, one a string": (LISTS | {"scores": [3, "3.0"]}, "input: tie"),
+    "equal ranks": (LISTS | {"ranks": [1, 1]}, "input: tie"),
+    "WebGPT scores equal": ({"question": {"full_text": Q}, "answer_0": A, "answer_1": B, "score_0": 0, "score_1": 0}, "input: tie"),
+    "a tie by name": (ARENA | {"winner": "tie"}, "input: tie"),
+    "a tie with a remark": (ARENA | {"winner": "tie (inconsistent)"}, "input: tie"),
+    "both bad, 33k": (ARENA | {"winner": "tie (bothbad)"}, "input: both bad"),
+    "both bad, 140k": (ARENA | {"winner": "both_bad"}, "input: both bad"),
+    "a one-hot tie": (ONE_HOT | {"winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1}, "input: tie"),
+    "strength 0": (STRENGTH | {"preference_strength": 0}, "input: tie"),
+    "AlpacaEval 1.5": (EVAL | {"preference": 1.5}, "input: tie"),
+    "a ready pair whose two scores are equal": (PAIR | {"score_chosen": 4, "score_rejected": 4.0}, "input: tie"),
+    # nobody said
+    "strength -100: neither": (STRENGTH | {"preference_strength": -100}, NOBODY),
+    "strength beyond its range": (STRENGTH | {"preference_strength": 7}, NOBODY),
+    "strength N/A": (STRENGTH | {"preference_strength": "N/A"}, NOBODY),
+    "strength null": (STRENGTH | {"preference_strength": None}, UNSAID),
+    "AlpacaEval NaN": (EVAL | {"preference": math.nan}, NOBODY),
+    "AlpacaEval 0": (EVAL | {"preference": 0}, NOBODY),
+    "winner null": (SUFFIXED | {"winner": None}, NOBODY),
+    "winner N/A": (SUFFIXED | {"winner": "N/A"}, NOBODY),
+    "winner is nobody's name": (SUFFIXED | {"winner": "model_c", "model_a": "x", "model_b": "y"}, NOBODY),
+    "a winner that both models share": (SUFFIXED | {"winner": "gpt-x", "model_a": "gpt-x", "model_b": "gpt-x"}, NOBODY),
+    "an arena battle without a winner": (ARENA, UNSAID),
+    "a choice out of range": (LISTS | {"choice": 2}, NOBODY),
+    "a negative choice": (LISTS | {"choice": -1}, NOBODY),
+    "half a choice": (LISTS | {"choice": 0.5}, NOBODY),
+    "true is no index": (LISTS | {"choice": True}, NOBODY),
+    "SHP labels of neither kind": (SHP | {"labels": 2}, NOBODY),
+    "SHP labels null": (SHP | {"labels": None}, NOBODY),
+    "one-hot, none set": (ONE_HOT | {"winner_model_a": 0, "winner_model_b": 0, "winner_tie": 0}, NOBODY),
+    "one-hot, two set": (ONE_HOT | {"winner_model_a": 1, "winner_model_b": 1, "winner_tie": 0}, NOBODY),
+    "one-hot, a winner and a tie": (ONE_HOT | {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 1}, NOBODY),
+    "one score null": (LISTS | {"scores": [None, 3]}, UNRATED),
+    "one score N/A": (LISTS | {"scores": ["N/A", 3]}, UNRATED),
+    "one score NaN": (LISTS | {"scores": [math.nan, 3]}, UNRATED),
+    "one score infinite": (LISTS | {"scores": [math.inf, 3]}, UNRATED),
+    "scores of true and false": (LISTS | {"scores": [True, False]}, UNRATED),
+    "one suffixed score missing": (SUFFIXED | {"score_a": 0.5}, UNRATED),
+    "all scores null": (LISTS | {"scores": [None, None]}, UNSAID),
+    "no signal at all": (LISTS, UNSAID),
+    "candidates that no judge saw": ({"prompt": Q, "completions": two("response", score=[None] * 2, votes=[[], []])}, UNSAID),
+    # ambiguous: never guessed
+    "a bare ranking": (LISTS | {"ranking": [1, 0]}, "input: ambiguous `ranking`: name it order (indices, best first) or ranks (1 = best)"),
+    "winner 1 of answers 1 and 2": (NUMBERED | {"winner": 1}, "input: ambiguous winner"),
+    "choice '2' of answers 1 and 2": (NUMBERED | {"choice": "2"}, "input: ambiguous winner"),
+    "order inside answer objects": ({"prompt": Q, "responses": two("text", order=[1, 0])}, UNSAID),
+    # malformed
+    "fewer scores than answers": (LISTS | {"scores": [3]}, "input: lists of unequal length: 2 answers"),
+    "more ranks than answers": (LISTS | {"ranks": [1, 2, 3]}, "input: lists of unequal length"),
+    "votes of unequal length": (LISTS | {"scores": [[1, 2], [3]]}, "input: votes of unequal length"),
+    "a rank above the number of answers": (LISTS | {"ranks": [1, 3]}, "input: ranks out of range"),
+    "a rank below 0": (LISTS | {"ranks": [-1, 1]}, "input: ranks out of range"),
+    "an index twice in order": (LISTS | {"order": [0, 0]}, "input: order is not a list of all indices from 0"),
+    "order that counts from 1": (LISTS | {"order": [1, 2]}, "input: order is not a list of all indices from 0"),
+    "one answer": ({"prompt": Q, "responses": [A], "scores": [9]}, UNRATED),
+    "no answers": ({"prompt": Q, "responses": [], "scores": []}, "input: no answers"),
+    "no answers, but a score": ({"prompt": Q, "score": 5}, "input: no answers"),
+    "an empty answer": (LISTS | {"responses": [A, ""], "scores": [1, 2]}, "filter: empty answer"),
+    "white space for an answer": (LISTS | {"responses": [" \n", B], "scores": [1, 2]}, "filter: empty answer"),
+    "null for an answer": (LISTS | {"responses": [A, None], "scores": [1, 2]}, "filter: empty answer"),
+    "a number for an answer": (LISTS | {"responses": [A, 7], "scores": [1, 2]}, "input: not a text"),
+    "a list for an answer": (SUFFIXED | {"response_b": [B], "winner": "a"}, "input: not a text"),
+    "numbers too large to add": (LISTS | {"scores": [[1e308, 1e308], [1, 2]]}, "input: malformed record"),
+    "scores that are objects": (LISTS | {"scores": [{"a": 1}, {"b": 2}]}, UNRATED),
+    "a chosen that ends with the user": ({"chosen": chat(Q, A, "Thanks"), "rejected": chat(Q, B, "Hm")}, NO_HISTORY),
+    "a chosen that the user says": ({"messages": [user(Q)], "chosen": user(A), "rejected": said(B)}, "input: not an answer: a user turn"),
+    "two texts for chosen": ({"prompt": Q, "chosen": [said(A), said(A)], "rejected": [said(B)] * 2}, "input: not one answer: a list of 2"),
+    "chats with different questions": ({"prompt": Q, "chosen": chat(Q, A), "rejected": chat("What?", B)}, NO_HISTORY),
+    "a battle whose histories differ": (ARENA | {"winner": "model_a", "conversation_b": chat("Hi", "Ho", Q, B)}, NO_HISTORY),
+    "HH-RLHF with different histories": ({"chosen": hh(Q, A), "rejected": hh("What?", B)}, NO_HISTORY),
+    "55k with two turns": (ONE_HOT | {"prompt": json.dumps([Q, Q]), "winner_model_a": 1, "winner_model_b": 0}, NO_HISTORY),
+    # contradictions
+    "scores against ranks": (LISTS | {"scores": [9, 2], "ranks": [2, 1]}, CONTRADICTION),
+    "scores against order": (LISTS | {"scores": [9, 2], "order": [1, 0]}, CONTRADICTION),
+    "ranks against order": (LISTS | {"ranks": [1, 2], "order": [1, 0]}, CONTRADICTION),
+    "score against rank in objects": ({"prompt": Q, "responses": two("text", score=[9, 2], rank=[2, 1])}, CONTRADICTION),
+    "SHP labels against scores": (SHP | {"labels": 1, "score_A": 8, "score_B": 20}, CONTRADICTION),
+    "winner against scores": (SUFFIXED | {"winner": "a", "score_a": 1, "score_b": 2}, CONTRADICTION),
+    "chosen scored below rejected": (PAIR | {"score_chosen": 2.0, "score_rejected": 8.0}, CONTRADICTION),
+    "chosen scored 0, rejected 1": (PAIR | {"score_chosen": 0, "score_rejected": 1}, CONTRADICTION),
+    "PKU: better and safer differ": ({"prompt": Q, "response_0": A, "response_1": B, "better_response_id": 0, "safer_response_id": 1}, CONTRADICTION),
+    "one answer with two scores": (LISTS | {"responses": [A, A.upper()], "scores": [9, 2]}, CONTRADICTION),
+    "a combined score that its votes deny": ({"prompt": Q, "completions": two("response", score=[5, 5], votes=[[9, 9], [1, 1]])}, "input: orders disagree"),
+    "the votes of two orders disagree": ({"prompt": Q, "completions": two("response", score=[6, 5], votes=[[9, 3], [2, 8]])}, "input: orders disagree"),
+    "identical chosen and rejected": (PAIR | {"rejected": f" {A.lower()} "}, CONTRADICTION),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("record, reason", DROPS.values(), ids=DROPS)
+def test_what_does_not_say_which_is_better_gives_no_pair(fate, record, reason):
+    assert str(fate(record)).startswith(reason)
+
+
+@pytest.mark.parametrize("depth", [100, 400, 600, 900, 20_000])
+def test_deep_json_is_a_pair_or_a_reason(rlhf, tmp_path, depth):
+    deep = json.dumps(LISTS | {"scores": [1, 2], "extra": "DEEP"}).replace('"DEEP"', "[" * depth + "]" * depth)
+    (tmp_path / "deep.jsonl").write_text(json.dumps(GOOD) + "\n" + deep + "\n")
+    result = rlhf(tmp_path / "deep.jsonl", *RANK)
+    assert result.status == 0
+    assert result.pairs[1:] or result.reasons[0].startswith("input: not JSON")
+
+
+def test_answers_of_a_megabyte_are_exported_whole(fate):
+    draw = random.Random(1)
+    long, longer = ("".join(draw.choices(letters + "  ", k=1_000_000)).strip() for letters in (LOW, LOW.upper()))
+    assert fate({"prompt": Q, "responses": [long, longer], "scores": [1, 2]}) == (longer, long)
+
+
+# --- 3,000 mutated records: none stops the run, and no pair contradicts what its record says.
+
+JUNK = [None, "", "N/A", math.nan, -100, 0, 1, 2, -1, 0.5, 1e308, True, "7", "tie", [], {}, [[1, 2], [3]], {"a": []}]
+
+
+def mutate(record, draw):
+    """One or two fields, at any depth, are deleted, changed in type, swapped or replaced by junk."""
+    record = json.loads(json.dumps(record))
+    for _ in range(draw.randint(1, 2)):
+        inside = record
+        while True:
+            keys = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
+            if not keys:
+                break
+            key = draw.choice(keys)
+            if isinstance(inside[key], list | dict) and draw.random() < 0.6:
+                inside = inside[key]
+                continue
+            match draw.choice(["delete", "cast", "wrap", "junk", "junk", "swap"]):
+                case "delete":
+                    del inside[key]
+                case "cast":
+                    inside[key] = str(inside[key])
+                case "wrap":
+                    inside[key] = [inside[key]]
+                case "junk":
+                    inside[key] = copy.deepcopy(draw.choice(JUNK))
+                case "swap":
+                    other = draw.choice(keys)
+                    inside[key], inside[other] = inside[other], inside[key]
+            break
+    return record
+
+
+def says(record, chosen, rejected) -> bool:
+    """An independent reading of four shapes: does the record say that `chosen` is better?"""
+    if "preference_strength" in record:
+        strength = float(record["preference_strength"])
+        first, second = (record[f"response_{i}"].strip() for i in (1, 2))
+        return (chosen, rejected) == ((first, second) if strength < 0 else (second, first)) and 0 < abs(strength) <= 3
+    if "winner" in record:
+        winner, loser = {"a": "ab", "b": "ba", "0": "ab", "1": "ba"}[str(record["winner"])[-1]]
+        return (chosen, rejected) == (record[f"response_{winner}"].strip(), record[f"response_{loser}"].strip())
+    if "chosen" in record:
+        scores = [record.get(f"score_{side}") for side in ("chosen", "rejected")]
+        numeric = [re.fullmatch(r"-?\d+(\.\d+)?(e\+?\d+)?", str(score)) for score in scores]
+        agrees = not all(numeric) or float(scores[0]) > float(scores[1])
+        said_so = [text[0] if isinstance(text, list) else text for text in (record["chosen"], record["rejected"])]
+        return [chosen, rejected] == [text.strip() for text in said_so] and agrees
+    texts, scores = record["responses"], record["scores"]
+    score = {str(text).strip(): value for text, value in zip(texts, scores)}
+    better, worse = (v if isinstance(v, list) else [v] for v in (score[chosen], score[rejected]))
+    return all(float(b) > float(w) for b, w in zip(better, worse, strict=True))
+
+
+READABLE = {  # the shapes that `says` can read
+    "scores": lambda w: {"prompt": Q, "responses": [A, B], "scores": hi(w, 9, 2)},
+    "strength": SHAPES["HelpSteer2: negative strength is the first"],
+    "winner": lambda w: SUFFIXED | {"winner": f"model_{'ab'[w]}"},
+    "pair": SHAPES["standard"],
+}
+
+
+def fuzzed(shapes, count, seed):
+    """`count` mutated records; each answer carries its record's number."""
+    draw = random.Random(seed)
+    for number in range(count):
+        record = mutate(draw.choice(list(shapes.values()))(draw.randint(0, 1)), draw)
+        text = json.dumps(record).replace(A, f"{A} #{number}#").replace(B, f"{B} #{number}#")
+        yield json.loads(text.replace(Q, f"{Q} {number}"))
+
+
+def test_mutated_records_of_every_shape_never_stop_the_run(rlhf):
+    records = list(fuzzed(SHAPES, 2000, 1))
+    result = rlhf([GOOD, *records], *RANK, "--strategy", "all_pairs")
+    assert result.status == 0, result.err
+    assert f"{len(records) + 1} records read" in result.out and len(result.pairs) > 300
+    assert len(result.dropped) > 300 and all(row["reason"] for row in result.dropped)
+
+
+def test_no_mutated_record_gives_a_pair_against_its_own_signal(rlhf):
+    records = list(fuzzed(READABLE, 1000, 2))
+    result = rlhf([GOOD, *records], *RANK, "--strategy", "all_pairs")
+    assert result.status == 0 and len(result.pairs) > 200
+    for row in result.pairs[1:]:
+        number = re.search(r"#(\d+)#", row["chosen"] + row["rejected"])  # none: both texts were replaced
+        record = records[int(number[1])] if number else None
+        assert record is None or says(record, row["chosen"], row["rejected"]), record
+
+
+# --- How far apart the two have to be.
+
+KEPT, SMALL = "kept", "filter: gap too small"
+FOUR = ["One reason is the cloud.", "Two hands pour it.", "Three winds meet there.", "Four words only, sadly."]
+
+
+def fine(a, b):
+    return {"instruction": Q, "completions": two("response", **{"fine-grained_score": [a, b]})}
+
+
+# fmt: off
+GAPS = {
+    "scores of unknown range: any gap": (LISTS | {"scores": [0.02, 0.01]}, (), KEPT),
+    "ratings span 4 points: .75 is too small": (LISTS | {"ratings": [4.0, 3.25]}, (), SMALL),
+    "ratings: one point is enough": (LISTS | {"ratings": [4, 3]}, (), KEPT),
+    "overall_score spans 9: 1.5 is too small": ({"prompt": Q, "responses": two("text", overall_score=[7, 5.5])}, (), SMALL),
+    "overall_score: 2 is enough": ({"prompt": Q, "responses": two("text", overall_score=[7, 5])}, (), KEPT),
+    "fine-grained spans 4: .75 is too small": (fine(4.0, 3.25), (), SMALL),
+    "fine-grained: 1 is enough": (fine(4.25, 3.25), (), KEPT),
+    "strength spans 3: an average of .5 is too small": (STRENGTH | {"preference_strength": -0.5}, (), SMALL),
+    "strength: 1 is enough": (STRENGTH | {"preference_strength": 1}, (), KEPT),
+    "AlpacaEval spans .5: .05 is too small": (EVAL | {"preference": 1.45}, (), SMALL),
+    "AlpacaEval: .1 is enough": (EVAL | {"preference": 1.4}, (), KEPT),
+    "three answers, one rank apart": (LISTS | {"responses": FOUR[:3], "ranks": [1, 2, 2]}, (), KEPT),
+    "four answers, one rank apart": (LISTS | {"responses": FOUR, "ranks": [1, 2, 2, 2]}, (), SMALL),
+    "four answers, two ranks apart": (LISTS | {"responses": FOUR, "ranks": [1, 3, 3, 3]}, (), KEPT),
+    "four answers, one rank apart, drawn": (LISTS | {"responses": FOUR, "ranks": [1, 2, 2, 2]}, ("--strategy", "best_random"), SMALL),
+    "four answers, one rank apart, all pairs": (LISTS | {"responses": FOUR, "ranks": [1, 2, 2, 2]}, ("--strategy", "all_pairs"), KEPT),
+    "four answers, one rank apart, adjacent": (LISTS | {"responses": FOUR, "ranks": [1, 2, 2, 2]}, ("--strategy", "adjacent"), KEPT),
+    "a choice has no gap to measure": (SUFFIXED | {"winner": "a"}, ("--min-score-gap", 5), KEPT),
+    "a choice beside close scores": (SHP | {"labels": 1, "score_A": 9, "score_B": 8}, (), KEPT),
+    "a ready pair is kept however close": (PAIR | {"score_chosen": 7.1, "score_rejected": 7.0}, (), KEPT),
+    "a ready pair with scores, a gap asked for": (PAIR | {"score_chosen": 7, "score_rejected": 5}, ("--min-score-gap", 3), SMALL),
+    "a ready pair without scores, a gap asked for": (PAIR, ("--min-score-gap", 3), KEPT),
+    "a smaller gap given than the default": (LISTS | {"ratings": [4.0, 3.25]}, ("--min-score-gap", 0.5), KEPT),
+    "a larger gap given than the default": (LISTS | {"ratings": [4, 3]}, ("--min-score-gap", 1.5), SMALL),
+    "a gap given for scores of unknown range": (LISTS | {"scores": [3, 2]}, ("--min-score-gap", 2), SMALL),
+    "a smaller gap given for ranks": (LISTS | {"responses": FOUR, "ranks": [1, 2, 2, 2]}, ("--min-score-gap", 1), KEPT),
+    "a larger gap given for ranks": (LISTS | {"responses": FOUR[:3], "ranks": [1, 2, 3]}, ("--min-score-gap", 3), SMALL),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("record, flags, expected", GAPS.values(), ids=GAPS)
+def test_gap(fate, record, flags, expected):
+    got = fate(record, *flags)
+    assert (got if isinstance(got, str) else KEPT) == expected
+
+
+# --- Strategies: one record, worked by hand.
+
+ONE, TWO, THREE, BAD = FOUR  # 9, 7, 4 and 1 points; they stand in another order in the record
+WORKED = {"prompt": Q, "responses": [THREE, ONE, BAD, TWO], "scores": [4, 9, 1, 7], "models": ["c", "a", "d", "b"]}
+STRATEGIES = {
+    "best_worst": [(ONE, BAD)],
+    "all_pairs": [(ONE, TWO), (ONE, THREE), (ONE, BAD), (TWO, THREE), (TWO, BAD), (THREE, BAD)],
+    "adjacent": [(ONE, TWO), (TWO, THREE), (THREE, BAD)],
+}
+
+
+@pytest.mark.parametrize("strategy, expected", STRATEGIES.items(), ids=STRATEGIES)
+def test_strategy_from_record_to_output_line(rlhf, strategy, expected):
+    rows = rlhf([WORKED], *RANK, "--strategy", strategy).pairs
+    points, model = {ONE: 9.0, TWO: 7.0, THREE: 4.0, BAD: 1.0}, {ONE: "a", TWO: "b", THREE: "c", BAD: "d"}
+    assert rows == [
+        {
+            "prompt": Q,
+            "chosen": better,
+            "rejected": worse,
+            "score_chosen": points[better],
+            "score_rejected": points[worse],
+            "chosen_model": model[better],
+            "rejected_model": model[worse],
+            "prompt_id": rows[0]["prompt_id"],
+        }
+        for better, worse in expected
+    ]
+
+
+def test_best_random_draws_the_rejected_by_the_seed(rlhf):
+    drawn = [rlhf([WORKED], *RANK, "--strategy", "best_random", "--seed", seed).pairs for seed in (*range(12), 0)]
+    assert drawn[0] == drawn[-1]
+    assert all(rows[0]["chosen"] == ONE for rows in drawn)
+    assert {rows[0]["rejected"] for rows in drawn} == {TWO, THREE, BAD}
+
+
+@pytest.mark.parametrize("strategy", ["all_pairs", "adjacent", "best_random"])
+def test_equal_ranks_form_no_pair(fate, strategy):
+    made = fate({"prompt": Q, "responses": FOUR[:3], "ranks": [1, 2, 2]}, "--strategy", strategy)
+    made = made if isinstance(made, list) else [made]
+    assert made and all(pair[0] == ONE and pair[1] in (TWO, THREE) for pair in made)
+
+
+def length(n, seed):
+    """A text of exactly n characters."""
+    draw = random.Random(seed)
+    return " ".join("".join(draw.choices("abcdefghij", k=5)) for _ in range(n))[: n - 1].replace("  ", " ") + "x"
+
+
+def test_length_penalty_worked_by_hand(rlhf):
+    # 9 points at 216 characters, 8 at 64, 2 at 64. 216 / 64 = 1.5 ** 3: the long one pays 3, so 9-2-3 < 8-2.
+    long, short, worst = length(216, 1), length(64, 2), length(64, 3)
+    record = {"prompt": Q, "responses": [worst, long, short], "scores": [2, 9, 8]}
+    [free], [taxed] = (rlhf([record], *RANK, "--length-penalty", points).pairs for points in (0, 1))
+    assert (free["chosen"], taxed["chosen"]) == (long, short)
+    assert (taxed["score_chosen"], taxed["score_rejected"]) == (8.0, 2.0)  # scores are exported untaxed
+
+
+def test_length_penalty_counts_against_the_gap(fate):
+    # 1 point ahead at 1.5 ** 2 times the length: a penalty of 0.4 leaves 0.2, one of 0.6 nothing
+    record = {"prompt": Q, "responses": [length(225, 1), length(100, 2)], "scores": [9, 8]}
+    assert fate(record, "--length-penalty", 0.4) == tuple(record["responses"])
+    assert fate(record, "--length-penalty", 0.6) == SMALL
+    assert fate(record | {"scores": [8, 9]}, "--length-penalty", 9) == tuple(record["responses"][::-1])
+
+
+# --- Answers without a signal, and repeats.
+
+
+def test_answers_without_a_signal_go_to_the_judge(rlhf):
+    record = {"prompt": Q, "responses": [B, A + " Warm air rises, cools, and its vapour turns into drops."]}
+    result = rlhf([record], *RANK, "--judge-model", "offline:heuristic", "--min-score-gap", 0.1)
+    [row] = result.pairs
+    assert 1 <= row["score_rejected"] < row["score_chosen"] <= 10
+
+
+def test_answers_without_a_signal_or_a_judge_are_dropped_with_the_flag_that_helps(rlhf):
+    result = rlhf([LISTS], *RANK)
+    assert result.status == 1 and result.reasons == [UNSAID + ": name a --judge-model"]
+
+
+def test_a_signal_is_not_asked_of_the_judge_again(rlhf):
+    [row] = rlhf([LISTS | {"scores": [70, 30]}], *RANK, "--judge-model", "offline:heuristic").pairs
+    assert (row["score_chosen"], row["score_rejected"]) == (70.0, 30.0)
+
+
+def test_a_prompt_may_come_again_with_other_answers_but_not_with_the_same(rlhf):
+    other = LISTS | {"responses": [A, "Because of clouds, that is all I know."], "scores": [9, 2]}
+    first, rescored = LISTS | {"scores": [9, 2]}, LISTS | {"scores": [9, 3]}
+    result = rlhf([first, other, rescored, first, LISTS | {"ranks": [1, 2]}], *RANK)
+    assert len(result.pairs) == 4 and len({row["prompt_id"] for row in result.pairs}) == 1
+    assert result.reasons == ["input: repeated prompt and answers"] and result.dropped[0]["line"] == 4

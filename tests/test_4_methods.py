@@ -1,0 +1,356 @@
+"""§4: which answer is chosen and which is rejected, in every case that can come up."""
+
+import itertools
+
+import pytest
+
+import rlhf_constructor as rc
+from tests.tiny import LOCAL, ask, judged_by, run_of, shown, verdict, wait, why
+
+STRONG_AND_WEAK = ["--high-model", f"openai:strong{LOCAL}", "--low-model", f"openai:weak{LOCAL}"]
+
+
+def comparison(judge, *flags, high="It is 42.", low="It is 41.", names=("judge",)):
+    """A run of model_comparison: two scripted models, and judges whose reply is judge(name, sheet)."""
+    says = lambda name, prompt: {"strong": high, "weak": low}.get(name) or judge(name, prompt)
+    return run_of(*STRONG_AND_WEAK, *judged_by(*names), *flags, says=says)
+
+
+def fate(record, run) -> str:
+    """`chosen over rejected`, or `stage: reason`, of one record through its method and all filters."""
+    outcome = wait(run.outcome(record))
+    if not outcome.pairs:
+        return f"{outcome.stage}: {outcome.reason.split(':')[0]}"
+    return ", ".join(f"{p.chosen.model or p.chosen.text} over {p.rejected.model or p.rejected.text}"
+                     for p in outcome.pairs)  # fmt: skip
+
+
+# --- direction: the whole truth table
+
+SAYS = {"high": (8, 3), "low": (3, 8), "tie": (6, 6), "unparsed": None}  # scores of (high, low) in one order
+
+
+def verdict_by_order(high_first: str, low_first: str):
+    """A judge that says one thing when the strong model's answer is shown first, another when it is second."""
+
+    def judge(name, sheet):
+        said = SAYS[high_first if shown(sheet)[0][1] == "It is 42." else low_first]
+        return "no idea" if said is None else verdict(sheet, lambda t: said[t != "It is 42."])
+
+    return judge
+
+
+def expected(one: str, two: str, when_low_wins: str) -> str:
+    """What must become of the pair, said once more and in words."""
+    if "unparsed" in (one, two):
+        return "judge: unreadable verdict"
+    if one == two == "high":
+        return "strong over weak"
+    if one == two == "low":
+        return "weak over strong" if when_low_wins == "flip" else "judge: low model won"
+    return "judge: tie" if one == two == "tie" else "judge: orders disagree"
+
+
+@pytest.mark.parametrize("when_low_wins", ["drop", "flip"])
+@pytest.mark.parametrize("high_first, low_first", [*itertools.product(SAYS, SAYS)])
+def test_a_pair_needs_the_same_winner_in_both_orders(high_first, low_first, when_low_wins):
+    run = comparison(verdict_by_order(high_first, low_first), "--when-low-wins", when_low_wins)
+    assert fate(ask(), run) == expected(high_first, low_first, when_low_wins)
+
+
+JURIES = [  # the winner that each judge sees (in both orders) -> the fate
+    (["high", "high"], "strong over weak"),
+    (["high", "high", "high"], "strong over weak"),
+    (["high", "high", "low"], "judge: orders disagree"),
+    (["high", "low"], "judge: orders disagree"),
+    (["high", "tie"], "judge: orders disagree"),
+    (["tie", "tie"], "judge: tie"),
+    (["low", "low"], "judge: low model won"),
+    (["low", "low", "high"], "judge: orders disagree"),
+    (["high", "unparsed"], "judge: unreadable verdict"),
+]
+
+
+@pytest.mark.parametrize("jury, outcome", JURIES, ids=lambda value: "-".join(value) if type(value) is list else None)
+def test_every_judge_must_agree(jury, outcome):
+    seen = dict(zip("xyz", jury))
+    judge = lambda name, sheet: verdict_by_order(seen[name], seen[name])(name, sheet)
+    assert fate(ask(), comparison(judge, names=tuple(seen))) == outcome
+
+
+@pytest.mark.parametrize("orders", [1, 2])
+@pytest.mark.parametrize("low", [5, 5.9, 6, 9])
+def test_flip_believes_a_low_model_that_wins_by_3_points_in_every_vote(low, orders):
+    judge = lambda _, sheet: verdict(sheet, lambda t: 3 if "42" in t else low)
+    flags = ["--when-low-wins", "flip", "--judge-orders", str(orders)]
+    assert fate(ask(), comparison(judge, *flags)) == ("weak over strong" if low >= 6 else "judge: low model won")
+
+
+def test_a_flip_by_3_points_in_the_mean_alone_is_not_enough():
+    judge = lambda _, sheet: verdict(sheet, lambda t: 3 if "42" in t else 5 if "42" in shown(sheet)[0][1] else 9)
+    assert fate(ask(), comparison(judge, "--when-low-wins", "flip")) == "judge: low model won"
+
+
+def test_one_order_takes_a_biased_judge_at_its_word_and_two_orders_do_not():
+    biased = lambda _, sheet: verdict(sheet, lambda t: 9 if t == shown(sheet)[0][1] else 4)
+    prompts = [ask(f"Prompt {i}") for i in range(12)]
+    assert {fate(p, comparison(biased)) for p in prompts} == {"judge: orders disagree"}
+    assert len({fate(p, comparison(biased, "--judge-orders", "1")) for p in prompts}) == 2
+
+
+def test_an_example_worked_by_hand_from_record_to_row():
+    """Record: "What is 6 times 7?". strong says 42, weak says 41; judge x gives (42: 9, 41: 2) when 42 stands
+    first and (8, 3) when it stands second. Votes of 42: 9 and 8, mean 8.5; of 41: 2 and 3, mean 2.5. 42 leads
+    in both orders, by 6 in the mean (1 is needed), so it is chosen. prompt_id is a hash of the messages."""
+    judge = lambda _, sheet: verdict(
+        sheet, {True: {"42": 9, "41": 2}, False: {"42": 8, "41": 3}}[shown(sheet)[0][1] == "42"].get
+    )
+    run = comparison(judge, high="42", low="41")
+    [pair] = wait(run.outcome(ask())).pairs
+    assert rc.as_standard(pair, run) == [
+        {"prompt": "What is 6 times 7?", "chosen": "42", "rejected": "41", "score_chosen": 8.5,
+         "score_rejected": 2.5, "chosen_model": "strong", "rejected_model": "weak",
+         "prompt_id": rc.digest([{"role": "user", "content": "What is 6 times 7?"}])[:16]}
+    ]  # fmt: skip
+
+
+# --- a wrong label is never the judge's slot
+
+LOOK_ALIKES = [
+    pytest.param("Is 7 prime?", "Yes", "No", id="one word"),
+    pytest.param("7是质数吗？", "是", "不是", id="one word, Chinese"),
+    pytest.param("Sort: great film!", "positive", "negative", id="label"),
+    pytest.param("判断情感：太好看了！", "正面", "负面", id="label, Chinese"),
+    pytest.param("What is 17 * 23?", "17 * 23 = 17 * 20 + 17 * 3 = 340 + 51 = 391",
+                 "17 * 23 = 17 * 20 + 17 * 3 = 340 + 51 = 381", id="one digit changed"),
+    pytest.param("17乘23等于多少？", "17乘20得340，17乘3得51，相加得391，所以答案是391。",
+                 "17乘20得340，17乘3得51，相加得381，所以答案是381。", id="one digit changed, Chinese"),
+    pytest.param("What is 6 minus 48?", "-42", "42", id="a sign"),
+    pytest.param("Write max(a, b) in Python.", "def largest(a, b):\n    return a if a > b else b",
+                 "def largest(a, b):\n    return a if a < b else b", id="one token of code changed"),
+    pytest.param("用 Python 写一个求和函数。", "```python\ndef add(a, b):\n    return a + b\n```",
+                 "```python\ndef add(a, b):\n    return a - b\n```", id="one token of code changed, Chinese"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reference", ["", "right", "other"], ids=["no reference", "itself", "another"])
+@pytest.mark.parametrize("prompt, right, wrong", LOOK_ALIKES)
+def test_the_right_answer_is_chosen_from_either_slot_and_no_filter_objects(prompt, right, wrong, reference):
+    record = ask(prompt, {"right": right, "other": "The answer of the book."}.get(reference, ""))
+    judge = lambda _, sheet: verdict(sheet, lambda t: 8 if t == right else 5)
+    starts = set()
+    for seed in range(8):
+        run = comparison(judge, "--seed", str(seed), high=right, low=wrong)
+        assert fate(record, run) == "strong over weak"
+        mirrored = comparison(judge, "--seed", str(seed), "--when-low-wins", "flip", high=wrong, low=right)
+        assert fate(record, mirrored) == "weak over strong"
+        starts.add(shown(run.models.asked[2][1])[0][1])
+    assert starts == {right, wrong}
+
+
+# --- model_comparison without a judge, and its pool
+
+
+def test_without_a_judge_the_models_are_trusted_and_the_row_has_no_scores():
+    run = run_of(*STRONG_AND_WEAK, "--judge-model", "none", says=lambda name, _: f"{name} says so")
+    [pair] = wait(run.outcome(ask())).pairs
+    assert (pair.chosen.text, pair.rejected.text, pair.gap) == ("strong says so", "weak says so", None)
+    assert not {"score_chosen", "score_rejected"} & rc.as_standard(pair, run)[0].keys()
+
+
+LOST = [
+    pytest.param(rc.Failed("model", "500 InternalError"), "model: 500 InternalError", id="failed"),
+    pytest.param(rc.Reply("It is 4", "length"), "filter: truncated", id="truncated"),
+    pytest.param(rc.Reply("It is", "content_filter"), "filter: truncated", id="cut by a content filter"),
+    pytest.param(" \n", "filter: empty answer", id="empty"),
+    pytest.param("<think>only a thought</think>", "filter: empty answer", id="nothing but a thought"),
+    pytest.param("it is  42", "filter: identical answers", id="identical"),
+    pytest.param("It is <|im_end|>", "filter: control tokens", id="control tokens"),
+]
+
+
+@pytest.mark.parametrize("weak, reason", LOST)
+def test_a_lost_answer_ends_the_comparison_before_the_judge(weak, reason):
+    run = comparison(lambda *_: pytest.fail("the judge was asked"), low=weak)
+    assert fate(ask(), run) == reason
+
+
+def test_a_thought_is_cut_off_before_anyone_judges_or_trains_on_it():
+    run = comparison(lambda _, sheet: verdict(sheet, {"42": 9, "41": 2}.get), high="<think>6*7</think>\n42", low="41")
+    [pair] = wait(run.outcome(ask())).pairs
+    assert pair.chosen.text == "42"
+
+
+# --- generate_pairs
+
+POOL = ["--method", "generate_pairs", "--num-candidates", "4"]
+POOL += ["--candidate-models", *(f"openai:{name}{LOCAL}" for name in "abcd"), *judged_by("judge")]
+GOOD = {"a": "It is 42.", "b": "About 40.", "c": "Many.", "d": "It is 12, I think."}
+MARKS = {"It is 42.": 9, "About 40.": 5, "Many.": 3, "It is 12, I think.": 2}
+
+
+def candidates(*flags, marks=MARKS, **changed):
+    """A run of generate_pairs over models a, b, c, d that say GOOD, but for those that say otherwise."""
+    replies = GOOD | changed
+    return run_of(*POOL, *flags, says=lambda name, prompt: replies.get(name) or verdict(prompt, marks.get))
+
+
+def test_the_best_candidate_is_chosen_and_the_worst_rejected():
+    assert fate(ask(), candidates()) == "a over d"
+
+
+REFUSAL = "I'm sorry, but I can't help with that."
+LEAVERS = [*LOST, pytest.param(REFUSAL, "filter: refusal", id="refused"),
+           pytest.param("很抱歉，我无法回答这个问题。", "filter: refusal", id="refused in Chinese")]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, reason", LEAVERS)
+def test_a_candidate_that_cannot_be_used_leaves_the_pool(text, reason):
+    run = candidates(d=text)
+    assert fate(ask(), run) == "a over c"
+    assert all(len(shown(sheet)) == 3 for name, sheet in run.models.asked if name == "judge")
+
+
+@pytest.mark.parametrize("text, reason", LEAVERS)
+def test_fewer_than_two_candidates_left_end_the_record(text, reason):
+    run = candidates(b=text, c=text, d=text)
+    assert fate(ask(), run) == reason
+    assert "judge" not in [name for name, _ in run.models.asked]
+
+
+def test_a_rerun_may_cure_a_failure_but_not_a_filter():
+    failed = rc.Failed("model", "500 InternalError", curable=True)
+    assert wait(candidates(b=failed, c=failed, d=" ").outcome(ask())).curable
+    assert not wait(candidates(b=" ", c=" ", d=" ").outcome(ask())).curable
+
+
+def test_a_pair_of_candidates_needs_two_points():
+    assert fate(ask(), candidates(marks=dict.fromkeys(MARKS, 5) | {"It is 42.": 6.9})) == "filter: gap too small"
+    assert fate(ask(), candidates(marks=dict.fromkeys(MARKS, 5) | {"It is 42.": 7})).startswith("a over ")
+
+
+def test_model_comparison_needs_one_point():
+    marks = lambda high: comparison(lambda _, sheet: verdict(sheet, {"It is 42.": high, "It is 9.": 5}.get),
+                                    low="It is 9.")  # fmt: skip
+    assert [fate(ask(), marks(high)) for high in (5.9, 6)] == ["filter: gap too small", "strong over weak"]
+
+
+# --- strategies, by hand: a is best with 9, then b 7, c 7, d 4; b beats c in no vote, and c not b
+
+RANKED = {"a": (9, 9), "b": (7, 7), "c": (7, 7), "d": (5, 3)}
+
+
+def paired(strategy, *flags, votes=RANKED, texts=None, record=None):
+    """The pairs of a strategy as `ad`: a is chosen, d is rejected."""
+    answers = [rc.Answer((texts or {}).get(n, n), n, sum(v) / len(v), v) for n, v in votes.items()]
+    try:
+        pairs = rc.pair_up(record or ask(), answers[::-1], run_of("--strategy", strategy, *flags))
+    except rc.Failed as failed:
+        return why(failed)
+    return sorted(pair.chosen.model + pair.rejected.model for pair in pairs)
+
+
+def test_best_worst():
+    assert paired("best_worst") == ["ad"]
+
+
+def test_best_random_draws_one_of_those_that_the_best_beats_and_the_seed_decides():
+    drawn = [paired("best_random", "--seed", str(seed)) for seed in range(30)]
+    assert {pair for [pair] in drawn} == {"ab", "ac", "ad"}
+    assert drawn == [paired("best_random", "--seed", str(seed)) for seed in range(30)]
+
+
+def test_best_random_never_draws_one_that_was_ahead_in_a_vote():
+    votes = {"a": (9, 6), "b": (7, 7), "c": (3, 3)}
+    assert {tuple(paired("best_random", "--seed", str(s), votes=votes)) for s in range(20)} == {("ac",)}
+
+
+def test_all_pairs_leaves_out_ties():
+    assert paired("all_pairs") == ["ab", "ac", "ad", "bd", "cd"]
+
+
+def test_adjacent_leaves_out_ties():
+    assert paired("adjacent") in (["ab", "cd"], ["ac", "bd"])  # b and c tie: a hash decides who stands first
+    assert paired("adjacent", votes={"a": (9,), "b": (7,), "c": (4,)}) == ["ab", "bc"]
+
+
+NO_PAIR = [
+    pytest.param({"a": (5, 5), "b": (5, 5)}, "judge: tie", id="a tie"),
+    pytest.param({"a": (9, 3), "b": (3, 9)}, "judge: orders disagree", id="each wins once, the means are equal"),
+    pytest.param({"a": (9, 3), "b": (4, 5)}, "judge: orders disagree", id="each wins once"),
+    pytest.param({"a": (9, 5), "b": (4, 5)}, "judge: orders disagree", id="a tie in one order"),
+    pytest.param({"a": (9,)}, "input: fewer than two answers", id="a single answer"),
+    pytest.param({}, "input: fewer than two answers", id="no answer"),
+]
+
+
+@pytest.mark.parametrize("strategy", rc.STRATEGIES)
+@pytest.mark.parametrize("votes, reason", NO_PAIR)
+def test_no_strategy_makes_a_pair_without_a_winner(strategy, votes, reason):
+    assert paired(strategy, votes=votes) == reason
+
+
+@pytest.mark.parametrize("strategy", rc.STRATEGIES)
+def test_answers_that_tie_in_the_input_are_the_inputs_fault(strategy):
+    votes = {"a": (5, 5), "b": (5, 5)}
+    assert paired(strategy, votes=votes, record=ask(signal="score")) == "input: tie"
+
+
+@pytest.mark.parametrize("strategy", rc.STRATEGIES)
+def test_chosen_leads_in_every_vote_whatever_the_votes_are(strategy):
+    levels = itertools.product((3, 5, 8), repeat=2)
+    for votes in itertools.combinations_with_replacement(levels, 3):
+        answers = [rc.Answer(name, name, sum(v) / 2, v) for name, v in zip("abc", votes)]
+        try:
+            pairs = rc.pair_up(ask(), answers, run_of("--strategy", strategy))
+        except rc.Failed:
+            pairs = []
+        assert all(c > r for p in pairs for c, r in zip(p.chosen.votes, p.rejected.votes))
+
+
+# --- length penalty, by hand: one point of --length-penalty for each factor 1.5 in characters
+
+
+@pytest.mark.parametrize("chosen, rejected, points", [(150, 100, 2), (225, 100, 4), (100, 100, 0), (100, 900, 0)])
+def test_a_longer_chosen_costs_points_and_a_shorter_one_earns_none(chosen, rejected, points):
+    run = run_of("--length-penalty", "2")
+    assert rc.penalty(rc.Answer("x" * chosen), rc.Answer("y" * rejected), run) == pytest.approx(points)
+
+
+def test_with_a_length_penalty_the_pair_with_the_largest_rest_of_its_gap_is_made():
+    """a (9, 225 characters) against c (4, 100): gap 5, two factors 1.5, penalty 2 x 2 = 4, rest 1.
+    b (7, 100) against c: gap 3, no penalty, rest 3. a against b: gap 2, penalty 4, rest -2. So: b over c."""
+    votes, texts = {"a": (9, 9), "b": (7, 7), "c": (4, 4)}, {"a": "a" * 225, "b": "b" * 100, "c": "c" * 100}
+    assert paired("best_worst", texts=texts, votes=votes) == ["ac"]
+    assert paired("best_worst", "--length-penalty", "2", texts=texts, votes=votes) == ["bc"]
+
+
+def test_the_penalty_counts_against_the_gap_that_is_needed():
+    """9 against 5 is a gap of 4; chosen is 1.5 times as long: at 2 points a factor 2 are left, at 3 only 1."""
+    marks = {"x" * 30: 9, "y" * 20: 5}
+    for points, outcome in (("2", "a over b"), ("3", "filter: gap too small")):
+        run = run_of("--method", "generate_pairs", "--num-candidates", "2", "--length-penalty", points,
+                     "--candidate-models", f"openai:a{LOCAL}", f"openai:b{LOCAL}", *judged_by("judge"),
+                     says=lambda name, p: {"a": "x" * 30, "b": "y" * 20}.get(name) or verdict(p, marks.get))  # fmt: skip
+        assert fate(ask(), run) == outcome
+
+
+# --- a method of one's own
+
+
+def test_a_method_may_be_a_plain_function_and_direction_stays_law(monkeypatch):
+    def upside_down(record, run):
+        """Wrong on purpose."""
+        return [rc.Pair(record, rc.Answer("bad", votes=(2, 2), score=2), rc.Answer("good", votes=(9, 9), score=9))]
+
+    monkeypatch.setitem(rc.METHODS, "upside_down", upside_down)
+    assert fate(ask(), run_of("--method", "upside_down")) == "judge: orders disagree"
+
+
+def test_a_name_is_taken_once_and_needs_a_docstring():
+    def model_comparison(record, run):
+        """Another one."""
+
+    for entry, reason in ((model_comparison, "the name is taken"), (lambda: 0, "no docstring")):
+        with pytest.raises(ValueError, match=reason):
+            rc.register(rc.METHODS)(entry)
