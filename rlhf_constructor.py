@@ -1087,8 +1087,8 @@ LANGUAGE_ASKED = re.compile(
 )
 REPEAT_ASKED = re.compile(  # "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not
     r"\brepeat|again and again|lines of|\b(?:\d+|three|four|five|six|seven|eight|nine|t[ew]\w+"
-    r"|\w+ty|\w+teen|hundred) times\b(?! *\d)|\b(?:songs?|lyrics|poems?|refrain|chorus|chant|rhymes?)\b|重复|反复|(?<!谷)歌|诗"
-    r"|(?<![第\d])(?:\d+|[二三四五六七八九十百千两几]+) *[遍次行]",
+    r"|\w+ty|\w+teen|hundred) times\b(?! *\d)|\b(?:songs?|lyrics|poems?|refrain|chorus|chant|rhymes?)\b"
+    r"|重复|反复|(?<!谷)歌|诗|(?<![第\d])(?:\d+|[二三四五六七八九十百千两几]+) *[遍次行]",
     re.I,
 )
 ERROR_TEXT = re.compile(
@@ -1281,7 +1281,7 @@ def as_openai(pair: Pair, run) -> list[dict]:
     return [{"input": turns, "preferred_output": [chosen], "non_preferred_output": [rejected]}]
 
 
-@register(OUTPUTS)
+@register(OUTPUTS, once=("prompt", "completion"))  # an answer in two pairs must not get two labels
 def as_kto(pair: Pair, run) -> list[dict]:
     """prompt, completion, label: chosen true, rejected false, or each by --min-chosen-score (TRL KTO)"""
     least, rows = run.min_chosen_score, []
@@ -1291,7 +1291,7 @@ def as_kto(pair: Pair, run) -> list[dict]:
     return rows
 
 
-@register(OUTPUTS)
+@register(OUTPUTS, once=("prompt",))
 def as_prompts(pair: Pair, run) -> list[dict]:
     """only the prompt, as messages: GRPO, RLOO and online DPO, which sample their own answers"""
     return [{"prompt": pair.record.messages}]
@@ -1627,7 +1627,10 @@ class Cache:
         """Store and commit; never called for an error."""
         if self.db:
             row = (key, reply.text, reply.finish, reply.tokens_in, reply.tokens_out, model)
-            self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?)", row)
+            try:
+                self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?)", row)
+            except sqlite3.Error as error:
+                raise Stop(f"the cache cannot be written ({error}): is the disk full?") from None
 
     def close(self):
         if self.db:
@@ -1707,9 +1710,9 @@ class Models:
         if len(self.first_prompts) < 20:
             self.first_prompts.append((f"{model.name} as {role}", messages))
         expected = round(0.7 * chinese + 0.25 * (len(text) - chinese))
-        return Reply(
-            f"<answer{number_of} of {model.name}>", "stop", expected, GUESSED_TOKENS[role], pending=True
-        )
+        namesake = any(other.name == model.name and other != model for other, _ in self.usage)
+        named = f"<answer{number_of} of {model.name}{f'@{model.url}' if namesake else ''}>"
+        return Reply(named, "stop", expected, GUESSED_TOKENS[role], pending=True)
 
     def lane(self, model: Model) -> Lane:
         """The model's lane, opened on first use; the SDK is imported here."""
@@ -2080,12 +2083,12 @@ class Run:
     def needed_gap(self, pair: Pair) -> float:
         """Points by which chosen must lead: --min-score-gap, or the default of the signal or the method."""
         given, record = self.args.min_score_gap, pair.record
-        if record.signal == "rank":  # two ranks apart from four answers on, where one pair stands for all
-            return 2.0 if len(record.answers) >= 4 and self.strategy in ("best_worst", "best_random") else 0.0
-        if record.signal == "choice":  # kept; a gap can be asked of those that carry scores
+        if record.signal == "choice":  # kept; a gap can be asked only of those that carry scores
             return given or 0.0 if pair.chosen.score is not None else 0.0
         if given is not None:
             return given
+        if record.signal == "rank":  # two ranks apart from four answers on, where one pair stands for all
+            return 2.0 if len(record.answers) >= 4 and self.strategy in ("best_worst", "best_random") else 0.0
         return SCORE_GAP_SHARE * record.scale if record.signal else getattr(self.method, "gap", 1.0)
 
     async def outcome(self, record) -> Outcome:
@@ -3702,7 +3705,7 @@ class Files:
 
     def __init__(self, args):
         self.args, self.paths = args, written_paths(args)
-        self.open, self.rows, self.warned = {}, Counter(), False
+        self.open, self.rows, self.warned, self.keys = {}, Counter(), False, set()
         for path in filter(None, self.paths):
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         for path in filter(None, self.paths[:4]):
@@ -3726,12 +3729,20 @@ class Files:
             leads = pair.human or pair.chosen.score is None or pair.chosen.score > pair.rejected.score
             if not leads:
                 raise AssertionError(f"line {record.line}: a pair without a lead reached the writer")
-            rows += [row for row in OUTPUTS[self.args.output_format](pair, run) if row not in rows]
-        for row in rows:
+            rows += OUTPUTS[self.args.output_format](pair, run)
+        for row in filter(self.is_new, rows):
             self.write(test if fraction < self.args.test_fraction else output, row)
-        if len(record.messages) > 1 and isinstance(rows[0]["prompt"], str) and not self.warned:
+        if len(record.messages) > 1 and isinstance(rows[0].get("prompt"), str) and not self.warned:
             self.warned = True
             note(f"line {record.line}: turns become one text; --output-format conversational keeps them")
+
+    def is_new(self, row: dict) -> bool:
+        """False for a row of a format that says `once` if those of its fields were written before."""
+        once = getattr(OUTPUTS[self.args.output_format], "once", ())
+        key = int(digest([row[name] for name in once])[:16], 16) if once else None
+        known = key in self.keys
+        self.keys |= {key} if once else set()
+        return not known
 
     def write(self, path: str, row: dict):
         """One JSON line; what kind of row it is (with scores or without) is counted."""

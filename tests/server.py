@@ -80,6 +80,8 @@ class Fault:
     garbage  200 and JSON that breaks off                not_json_type  200 and an HTML page
     empty    200 and no body                             no_choices     200 and an empty list of choices
     cut      200, closed before the promised length      null_content   200 and a message without content
+    chunked  200, closed between two chunks              delimited      200, JSON cut where the connection ends
+    body     the status and `body` labelled JSON, whatever it holds
     close, reset: the connection ends before a byte, by FIN or by RST
     hang, drip: no end, with silence or a byte every 0.2 s, until the client leaves
     """
@@ -89,6 +91,7 @@ class Fault:
     message: str = "scripted fault"
     headers: dict = field(default_factory=dict)
     kind: str = "error"
+    body: bytes = b""
 
 
 def parse(protocol: str, body: dict, headers) -> Call:
@@ -153,6 +156,8 @@ async def misbehave(request: web.Request, call: Call, fault: Fault) -> web.Strea
     if fault.kind in bodies:
         status, kind, text = bodies[fault.kind]
         return web.Response(text=text, status=status, content_type=kind, headers=fault.headers)
+    if fault.kind == "body":
+        return web.Response(body=fault.body, status=fault.status, content_type=JSON, headers=fault.headers)
     response = web.StreamResponse(headers={"Content-Type": JSON, "Content-Length": "999999", **fault.headers})
     match fault.kind:
         case "cut" | "drip":
@@ -162,6 +167,10 @@ async def misbehave(request: web.Request, call: Call, fault: Fault) -> web.Strea
                 while fault.kind == "drip":
                     await asyncio.sleep(0.2)
                     await response.write(b" ")
+        case "chunked" | "delimited":
+            end = "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n" if fault.kind == "chunked" else "\r\n{"
+            request.transport.write(f"HTTP/1.1 200 OK\r\nContent-Type: {JSON}\r\n{end}".encode())
+            await asyncio.sleep(0.01)
         case "hang":
             await asyncio.Event().wait()
         case "reset":  # a socket that lingers for zero seconds closes with RST

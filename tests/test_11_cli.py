@@ -1,10 +1,13 @@
 """§11 CLI: what is refused before anything happens, the files, the books."""
 
+import asyncio
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -48,6 +51,18 @@ REFUSED = {
     "a key in an address": (["--input-file", DEMO, "--low-model", "openai:m@http://u:pw@h/v1"], [], "environment"),
     "reward without address": (["--input-file", DEMO, "--judge-model", "reward:rm"], [], "needs its address"),
     "kto both ways": (["--input-file", DEMO, "--output-format", "kto", "--strategy", "adjacent"], [], "both ways"),
+    "no scheme": (["--input-file", DEMO, *MODELS, "--base-url", "localhost:8000/v1"], [], "is written http://"),
+    "no scheme after @": (["--input-file", DEMO, *MODELS, "--low-model", "m@localhost:1/v1"], [], "m@localhost:1"),
+    "no port": (["--input-file", DEMO, *MODELS, "--base-url", "http://host:port/v1"], [], "is written http://"),
+    "no number": (["--input-file", DEMO, *MODELS, "--max-cost", "nan"], [], "--max-cost nan"),
+    "no gap": (["--input-file", DEMO, *MODELS, "--min-score-gap", "nan"], [], "--min-score-gap nan"),
+    "no output name": (["--input-file", DEMO, "--output-path", ""], [], "name a .jsonl file"),
+    "output under a file": (["--input-file", DEMO, "--output-path", "odd.jsonl/x.jsonl"], [], "cannot be written"),
+    "output is a device": (["--input-file", DEMO, "--output-path", os.devnull], [], "is no file"),
+    "cache is a folder": (["--input-file", DEMO, "--cache-path", "."], [], "is no file"),
+    "candidates is a folder": (["--input-file", DEMO, "--candidates-path", "."], [], "is no file"),
+    "one file for two": (["--input-file", DEMO, "--candidates-path", "o", "--output-path", "o"], [], "the same"),
+    "excluded is missing": (["--input-file", DEMO, "--exclude-prompts", "none.jsonl"], [], "none.jsonl: no such"),
     "missing rubric": (["--input-file", DEMO, "--rubric", "none.txt"], [], "none.txt"),
     "a file of no kind": (["--input-file", "noise.jsonl"], ["--provider", "offline"], "not JSON"),
 }  # fmt: skip
@@ -96,6 +111,28 @@ def test_help_and_the_offline_provider_need_the_standard_library_only(tmp_path):
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True)
 
 
+@pytest.mark.parametrize("package", ["openai", "dashscope"])
+def test_a_package_that_is_missing_is_named_before_anything_happens(rlhf, monkeypatch, tmp_path, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with Api(demo_world) as api:
+        result = rlhf(PROMPTS, "--provider", package, "--high-model", "a", "--low-model", "b", api=api)
+    assert result.status == 2 and f"the package {package} is missing: pip install" in result.err
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_refused(rlhf, tmp_path):
+    (tmp_path / "shut").mkdir(mode=0o500)
+    result = rlhf(DEMO, "--provider", "offline", output="shut/out.jsonl")
+    assert result.status == 2 and "shut cannot be written to" in result.err
+
+
+def test_an_input_is_never_written_over_by_a_link(rlhf, tmp_path):
+    source = write_jsonl(tmp_path / "real.jsonl", [{"prompt": "a", "output": "b c d."}])
+    os.symlink(source, tmp_path / "out.jsonl")
+    assert rlhf(source, "--provider", "offline").status == 2 and len(rows(source)) == 1
+
+
 # --- the books
 
 
@@ -136,6 +173,22 @@ def test_the_plan_names_the_calls_that_are_then_made(rlhf):
         assert "= 52 calls, 48 of them cached" in result.err and api.count() == 52
 
 
+@pytest.mark.parametrize(
+    "flags, calls",
+    [
+        (["--method", "generate_pairs"], "(2 gpt-4o + 2 gpt-4o-mini + 2 gpt-4o as judge) = 72 calls"),
+        (["--judge-model", "none"], "(1 gpt-4o + 1 gpt-4o-mini) = 24 calls"),
+        (["--judge-model", "j", "--judge-model", "k"], "+ 2 j as judge + 2 k as judge) = 72 calls"),
+        (["--judge-model", "j", "--judge-orders", 1], "+ 1 j as judge) = 36 calls"),
+    ],
+    ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_the_plan_knows_methods_and_judges(rlhf, flags, calls):
+    with Api(demo_world) as api:
+        result = rlhf(PROMPTS, *MODELS, *flags, api=api)
+    assert calls in result.err and f"= {api.count()} calls" in result.err
+
+
 def test_a_dry_run_needs_no_key_calls_nobody_and_writes_nothing(rlhf, tmp_path):
     result = rlhf(PROMPTS, "--dry-run", "--price", "qwen3-max=1/2", "--provider", "dashscope")
     assert result.status == 0 and os.listdir(tmp_path) == ["in.jsonl"]
@@ -149,6 +202,91 @@ def test_a_budget_stops_the_run_and_a_larger_one_goes_on(rlhf):
         result = rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 2, api=api)
         assert result.status == 3 and "--max-cost 2 is reached" in result.err and 4 <= api.count() < 40
         assert rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 1000, api=api).status == 0 and api.count() == 48
+
+
+def test_a_budget_of_nothing_still_takes_what_the_cache_holds(rlhf):
+    prices = ("--price", "gpt-4o=1/1", "--price", "gpt-4o-mini=1/1", "--max-cost", 0)
+    with Api(demo_world) as api:
+        assert rlhf(PROMPTS, *MODELS, *prices, api=api).status == 3 and api.count() == 0
+        rlhf(PROMPTS, *MODELS, api=api)
+        assert rlhf(PROMPTS, *MODELS, *prices, api=api).status == 0 and api.count() == 48
+
+
+@pytest.mark.parametrize("bad", [0, 5, 11])
+def test_the_books_balance_whatever_fails(rlhf, bad):
+    """read = with pairs + dropped, for each kind of trouble at any place"""
+    troubles = (Fault(400), Fault(500), Fault(kind="empty"), "I cannot help with that. I can't assist.", " ")
+    for trouble in troubles:
+        with Api(lambda call, t=trouble: t if call.prompt == f"Question {bad}?" else demo_world(call)) as api:
+            result = rlhf(PROMPTS, *MODELS, "--max-retries", 0, "--cache-path", "none", api=api)
+        dropped = {row["line"] for row in result.dropped}
+        assert len(result.pairs) + len(dropped) == 12 and bad + 1 in dropped
+        assert f"12 records read: {len(result.pairs)} (" in result.out
+
+
+# --- how a run ends early
+
+
+def test_a_stop_reaches_those_who_wait_for_an_early_record(rlhf):
+    """One record is slow, the others fill the window behind it and wait; then the key is refused."""
+    prompts = [{"prompt": f"Question {n}?"} for n in range(300)]
+
+    async def answer(call):
+        while call.model == "gpt-4o-mini" and call.prompt == "Question 1?":
+            await asyncio.sleep(0.05)
+            if api.count("gpt-4o-mini") >= 2 * rc.WINDOW:
+                return Fault(401)
+        return demo_world(call)
+
+    with Api(answer) as api:
+        result = rlhf(prompts, *MODELS, "--judge-model", "none", "--concurrency", 2, api=api)
+    assert result.status == 3 and "key was refused" in result.err
+
+
+def test_a_bug_of_our_own_ends_the_run_and_closes_what_is_open(tmp_path):
+    """A method that breaks the law of direction meets the writer's refusal: no hang, no row, one traceback."""
+    code = f"""if True:
+        import sys; sys.path.insert(0, {str(ROOT)!r}); import rlhf_constructor as rc
+        async def mine(record, run):
+            "wrong way round"
+            answer = await run.ask_text(record, run.high, record.messages)
+            return [rc.Pair(record, rc.Answer("a", score=1.0), rc.Answer(answer, score=2.0))]
+        rc.METHODS["mine"] = mine
+        sys.exit(rc.main(sys.argv[1:]))"""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"Question {n}?"} for n in range(200)])
+    flags = [
+        "--input-file",
+        source,
+        "--method",
+        "mine",
+        *MODELS,
+        "--skip-filter",
+        "gap",
+        "--concurrency",
+        "2",
+    ]
+    with Api(demo_world) as api:
+        run = subprocess.run([sys.executable, "-c", code, *flags, "--output-path", "o.jsonl"], cwd=tmp_path,
+                             env=api.env(), capture_output=True, text=True, timeout=30)  # fmt: skip
+        assert api.count() < 20
+    assert run.returncode != 0 and "without a lead" in run.stderr and "Unclosed" not in run.stderr
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals to send")
+def test_a_second_ctrl_c_leaves_at_once_and_quietly(process, tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", PROMPTS)
+    with Api(lambda call: Fault(kind="hang")) as api:
+        run = process("--input-file", "in.jsonl", *MODELS, "--output-path", "o.jsonl", api=api)
+        while api.count() < 2 and run.poll() is None:
+            time.sleep(0.01)
+        err = ""
+        run.send_signal(signal.SIGINT)
+        while "Ctrl-C again" not in err:
+            err += run.stderr.readline()
+        run.send_signal(signal.SIGINT)
+        _, rest = run.communicate(timeout=30)
+    assert run.returncode == 130 and not any(word in rest for word in ("Traceback", "Unclosed"))
 
 
 # --- files
@@ -228,6 +366,43 @@ def test_stdin_is_an_input(tmp_path):
         input=DEMO.read_bytes(), cwd=tmp_path, capture_output=True, check=True,
     )  # fmt: skip
     assert b"30 records read" in run.stdout and len(rows(tmp_path / "new/o.jsonl")) > 20
+
+
+def test_nothing_of_stdin_stays_behind(tmp_path):
+    env, command = {**os.environ, "TMPDIR": str(tmp_path)}, [sys.executable, SCRIPT, "--provider", "offline"]
+    for source in (DEMO.read_bytes(), b""):
+        subprocess.run([*command, "--input-file", "-", "--dry-run"], input=source, env=env, cwd=tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_every_file_may_stand_in_a_folder_that_is_not_there(rlhf, tmp_path):
+    result = rlhf(DEMO, "--provider", "offline", "--candidates-path", "c/d/e.jsonl", output="a/b/out.jsonl")
+    assert result.status == 0 and len(rows(tmp_path / "c/d/e.jsonl")) == 30
+
+
+def test_a_stopped_run_leaves_the_former_output_alone(rlhf, tmp_path):
+    with Api(demo_world) as api:
+        before = rlhf(PROMPTS[:6], *MODELS, api=api).output.read_bytes()
+        api._answer = lambda call: Fault(401)
+        assert rlhf(PROMPTS, *MODELS, "--concurrency", 1, api=api).status == 3
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert (tmp_path / "out.jsonl.part").read_bytes().startswith(before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limits to set")
+@pytest.mark.parametrize("paid", [False, True], ids=["by the output", "by the cache"])
+def test_a_full_disk_stops_the_run_in_one_line(tmp_path, paid):
+    code = f"""if True:
+        import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        sys.path.insert(0, {str(ROOT)!r}); import rlhf_constructor as rc; sys.exit(rc.main(sys.argv[1:]))"""
+    models = MODELS if paid else ("--provider", "offline")
+    records = [{"prompt": f"Question {n}?", "output": f"The answer to {n} is long. " * 9} for n in range(200)]
+    flags = ["--input-file", write_jsonl(tmp_path / "in.jsonl", records), *models, "--output-path", "o.jsonl"]
+    with Api(demo_world) as api:
+        run = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, env=api.env(),
+                             capture_output=True, text=True, timeout=30)  # fmt: skip
+    assert run.returncode == 3 and "stopped: " in run.stderr and "Traceback" not in run.stderr
+    assert not (tmp_path / "o.jsonl").exists()
 
 
 def test_a_broken_cache_is_named_and_left_alone(rlhf, tmp_path):

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-RANK = ("--method", "rank_responses", "--provider", "offline")
+RANK = ("--method", "rank_responses", "--provider", "offline", "--report-path", "none")
 A, B = "Rain falls when a cloud grows too heavy.", "The gods are weeping again."
 Q = "Why does it rain?"
 GOOD = {"prompt": "Is ice cold?", "responses": ["Yes, it is at zero degrees or below.", "Never."], "scores": [200, 1]}

@@ -9,7 +9,8 @@ import pytest
 from tests.conftest import DATA, rows, write_jsonl
 
 TALKS, RANKED, PAIRS = DATA / "conversations.jsonl", DATA / "ranked_answers.jsonl", DATA / "preference_pairs.jsonl"
-OFFLINE, RANK = ("--provider", "offline"), ("--provider", "offline", "--method", "rank_responses")
+OFFLINE = ("--provider", "offline", "--report-path", "none")
+RANK = (*OFFLINE, "--method", "rank_responses")
 TEXT = str
 ANSWER = {"role": "assistant", "content": str}
 TURNS = [{"role": ("system", "user", "assistant"), "content": str}]  # the last one is the user's

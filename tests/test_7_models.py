@@ -6,7 +6,8 @@ import json
 import pytest
 
 import rlhf_constructor as rc
-from tests.server import DASHSCOPE_KEY, OPENAI_KEY, Api, Fault, Reply, is_judge, judge_reply
+from tests.conftest import rows
+from tests.server import DASHSCOPE_KEY, OPENAI_KEY, PAGE, Api, Fault, Reply, is_judge, judge_reply
 
 OPENAI = ("--provider", "openai", "--high-model", "strong", "--low-model", "weak", "--max-retries", 2)
 DASHSCOPE = ("--provider", "dashscope", *OPENAI[2:])
@@ -26,26 +27,48 @@ def faulty(fault, when):
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """No real waiting between tries."""
-    monkeypatch.setattr(asyncio, "wait_for", lambda task, seconds: WAIT_FOR(task, min(seconds, 0.01)))
+def waits(monkeypatch):
+    """No real waiting between tries: the seconds that would have been waited."""
+    asked = []
+
+    def wait_for(task, seconds):
+        asked.append(seconds)
+        return WAIT_FOR(task, min(seconds, 0.01))
+
+    monkeypatch.setattr(asyncio, "wait_for", wait_for)
+    return asked
 
 
 WAIT_FOR = asyncio.wait_for
-KINDS = "error html garbage empty cut close reset not_json_type no_choices null_content".split()
+NO_MESSAGE = b'{"choices": [{"finish_reason": "stop"}], "output": {"choices": [{"finish_reason": "stop"}]}}'
+NO_CONTENT = NO_MESSAGE.replace(b'"}', b'", "message": {"role": "assistant"}}')
+FAULTS = {kind: Fault(kind=kind) for kind in "html garbage empty cut chunked delimited close reset".split()}
+FAULTS |= {kind: Fault(kind=kind) for kind in "not_json_type no_choices null_content".split()}
+FAULTS |= {str(status): Fault(status) for status in (408, 409, 500, 502, 503, 504, 529)}
+FAULTS |= {
+    "HTML labelled JSON": Fault(502, kind="body", body=PAGE.encode()),
+    "invalid UTF-8": Fault(200, kind="body", body=b'{"choices": "\xff"}'),
+    "an error in a 200": Fault(200, kind="body", body=b'{"error": {"message": "busy"}}'),
+    "{}": Fault(200, kind="body", body=b"{}"),
+    "[]": Fault(200, kind="body", body=b"[]"),
+    "null": Fault(200, kind="body", body=b"null"),
+    "null choices": Fault(200, kind="body", body=b'{"choices": null, "output": {"choices": null}}'),
+    "no message": Fault(200, kind="body", body=NO_MESSAGE),
+    "no content": Fault(200, kind="body", body=NO_CONTENT),
+}
 
 
 @pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_passing_fault_is_retried_and_a_lasting_one_costs_its_record_only(rlhf, kind, sdk):
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_passing_fault_is_retried_and_a_lasting_one_costs_its_record_only(rlhf, fault, sdk):
     seen = []
 
     def answer(call):
         if call.model == "weak" and "2 plus" in call.prompt:
-            return Fault(kind=kind)
+            return fault
         if call.model == "weak" and "3 plus" in call.prompt and not seen:
             seen.append(call)
-            return Fault(kind=kind)
+            return fault
         return world(call)
 
     with Api(answer) as api:
@@ -53,6 +76,14 @@ def test_a_passing_fault_is_retried_and_a_lasting_one_costs_its_record_only(rlhf
     assert (result.status, len(result.pairs), len(result.dropped)) == (1, 5, 1)
     assert result.dropped[0]["stage"] == "model" and result.dropped[0]["line"] == 3
     assert all("right" in pair["chosen"] for pair in result.pairs)
+
+
+@pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
+def test_an_answer_in_parts_is_an_answer(rlhf, sdk):
+    parts = Reply("", content=[{"type": "text", "text": "A mistaken "}, {"type": "text", "text": "answer"}])
+    with Api(faulty(parts, lambda call: call.model == "weak")) as api:
+        [pair] = rlhf(PROMPTS[:1], *sdk, api=api).pairs
+    assert pair["rejected"] == "A mistaken answer"
 
 
 @pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
@@ -121,6 +152,18 @@ def test_the_words_of_an_empty_purse_are_a_throttle_where_the_code_says_so(rlhf)
     assert (result.status, len(result.pairs)) == (0, 6)
 
 
+@pytest.mark.parametrize("after, seconds", [("7", 7), ("1.5", 1.5), ("86400", 60), ("-3", 0), ("soon", 0)])
+def test_retry_after_delays_the_refused_call_by_at_most_a_minute(after, seconds):
+    assert rc.ApiError(429, "", "", after).retry_after == seconds
+
+
+def test_retry_after_is_waited_for(rlhf, waits):
+    refusals = [Fault(429, headers={"Retry-After": "47"})]
+    with Api(lambda call: refusals.pop() if refusals else world(call)) as api:
+        assert rlhf(PROMPTS, *OPENAI, "--max-retries", 0, api=api).status == 0
+    assert 47 in waits
+
+
 @pytest.mark.parametrize("after", ["0.01", "1", "Wed, 21 Oct 2026 07:28:00 GMT", "soon"])
 def test_a_429_is_no_retry_whatever_its_retry_after_says(rlhf, after):
     calls = []
@@ -149,11 +192,31 @@ def test_twenty_failures_alike_in_a_row_stop_the_run(rlhf):
         assert api.count("weak") <= 20 + 4
 
 
-def test_a_server_that_is_not_there_stops_the_run(rlhf):
+def test_failures_with_successes_between_them_do_not_stop_the_run(rlhf):
+    prompts = [{"prompt": f"Question {n}"} for n in range(60)]
+    with Api(faulty(Fault(500), lambda call: call.model == "weak" and call.prompt[-1] != "0")) as api:
+        result = rlhf(prompts, *OPENAI, "--max-retries", 0, "--concurrency", 1, api=api)
+    assert (result.status, len(result.pairs), len(result.dropped)) == (1, 6, 54)
+
+
+def test_a_key_that_is_revoked_in_the_middle_stops_the_run_within_the_calls_in_flight(rlhf):
+    prompts = [{"prompt": f"Question {n}"} for n in range(200)]
+    with Api(faulty(Fault(401), lambda call: api.count("weak") > 30), latency=0.01) as api:
+        result = rlhf(prompts, *OPENAI, "--concurrency", 8, api=api)
+        assert result.status == 3 and api.count("weak") <= 30 + 8
+    assert len(rows(result.output.with_name("out.jsonl.part"))) >= 8, "what was ready is there"
+
+
+@pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
+@pytest.mark.parametrize("way", ["refused", "no such host", "no TLS"])
+def test_a_server_that_is_not_there_stops_the_run(rlhf, sdk, way):
     with Api(world) as api:
-        gone = api.openai_url
-    result = rlhf(PROMPTS, *OPENAI, "--base-url", gone, "--max-retries", 0)
-    assert result.status == 3 and "cannot be reached" in result.err
+        gone = "http://models.invalid/v1" if way == "no such host" else api.openai_url
+        if way == "no TLS":
+            result = rlhf(PROMPTS, *sdk, "--base-url", gone.replace("http", "https"), api=api)
+    if way != "no TLS":
+        result = rlhf(PROMPTS, *sdk, "--base-url", gone, "--max-retries", 0)
+    assert result.status == 3 and "cannot be reached" in result.err and result.err.count("reached") == 1
 
 
 def refuses_option(name, message):
@@ -183,6 +246,21 @@ def test_a_refused_option_is_changed_once_for_each_model(rlhf, sdk, name, messag
         assert sum(name in call.params for call in api.calls) == 2  # once for strong, once for weak
         calls = api.count()
         assert rlhf(PROMPTS, *sdk, api=api).status == 0 and api.count() == calls  # the key is what was asked
+
+
+def test_a_fix_is_learned_once_although_many_calls_are_refused_together(rlhf):
+    message = "Unsupported parameter: use 'max_completion_tokens' instead."
+
+    async def answer(call):
+        late = call.model == "weak" and api.count("weak") > 1
+        await asyncio.sleep(0.02)
+        return refuses_option("max_tokens", message)(call) if late else world(call)
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS, *OPENAI, "--max-retries", 0, api=api)
+    assert (result.status, len(result.pairs)) == (0, 6)
+    assert result.err.count("weak: max_completion_tokens") == 1
+    assert sum(call.model == "weak" and "max_tokens" in call.params for call in api.calls) > 3
 
 
 def test_hybrid_models_do_not_think_at_dashscope_unless_asked_to(rlhf):
@@ -249,6 +327,33 @@ def test_an_unreadable_verdict_is_asked_for_twice_more_then_the_record_is_droppe
     assert sum(map(is_judge, api.calls)) == 2 * 3
 
 
+@pytest.mark.parametrize(
+    "flags, calls, scores",
+    [
+        (["--judge-orders", 1], 1, (9.0, 3.0)),
+        (["--judge-model", "strong", "--judge-model", "other"], 4, (8.0, 2.5)),
+        (["--judge-model", "strong", "--judge-model", "other", "--judge-model", "third"], 6, (9.0, 3.0)),
+    ],
+    ids=["one order", "the mean of two judges", "the median of three"],
+)
+def test_judges_and_orders_can_be_chosen(rlhf, flags, calls, scores):
+    def answer(call):
+        high, low = {"other": (7, 2)}.get(call.model, (9, 3))
+        seen = lambda text, slot: high if "right" in text else low
+        return judge_reply(call, seen) if is_judge(call) else world(call)
+
+    with Api(answer) as api:
+        [pair] = rlhf(PROMPTS[:1], *OPENAI, *flags, api=api).pairs
+    assert (pair["score_chosen"], pair["score_rejected"]) == scores
+    assert sum(map(is_judge, api.calls)) == calls
+
+
+def test_without_a_judge_the_rows_carry_no_scores(rlhf):
+    with Api(world) as api:
+        [pair] = rlhf(PROMPTS[:1], *OPENAI, "--judge-model", "none", api=api).pairs
+    assert api.count() == 2 and list(pair)[:4] == ["prompt", "chosen", "rejected", "chosen_model"]
+
+
 def test_a_reward_model_scores_each_answer_once(rlhf):
     def answer(call):
         if call.protocol == "reward":
@@ -268,6 +373,22 @@ def test_servers_can_be_mixed_and_one_on_this_machine_gets_no_key(rlhf):
     assert not any(key in str(call.headers) for call in local.calls for key in (OPENAI_KEY, DASHSCOPE_KEY))
 
 
+def test_with_a_base_url_the_key_is_used_if_there_is_one_and_not_needed(rlhf):
+    with Api(world) as api:
+        flags = (*OPENAI, "--cache-path", "none", "--base-url", api.openai_url)
+        assert rlhf(PROMPTS[:1], *flags).status == 0
+        assert not any(OPENAI_KEY in str(call.headers) for call in api.calls)
+        assert rlhf(PROMPTS[:1], *flags, OPENAI_API_KEY=OPENAI_KEY).status == 0
+        assert api.calls[-1].headers["authorization"] == f"Bearer {OPENAI_KEY}"
+
+
+def test_one_name_at_two_addresses_is_two_models(rlhf):
+    with Api(world) as one, Api(lambda call: world(call).replace("mistaken", "right")) as two:
+        flags = ("--high-model", f"m@{two.openai_url}", "--low-model", f"m@{one.openai_url}")
+        result = rlhf(PROMPTS, "--provider", "openai", *flags, "--judge-model", "judge", api=one)
+    assert len(result.pairs) == 6 and f"= {one.count() + two.count()} calls" in result.err
+
+
 def test_the_reference_can_be_the_strong_model(rlhf):
     records = [{"instruction": "2 + 2?", "output": "The right answer is 4."}]
     flags = ("--provider", "openai", "--high-model", "reference", "--low-model", "weak")
@@ -283,7 +404,7 @@ def test_no_key_reaches_a_file_or_a_message(rlhf, sdk, tmp_path):
 
     def answer(call):
         if "2 plus" in call.prompt:
-            return Fault(400, code="bad", message=f"your key {keys} is fine")
+            return Fault(400, code=f"bad {keys}", message=f"your key {keys} is fine")
         return f"{world(call)} {keys}" if not is_judge(call) else world(call)
 
     with Api(answer) as api:
@@ -342,6 +463,22 @@ def test_a_proxy_of_the_environment_is_used(rlhf, monkeypatch):
             env = {"HTTP_PROXY": proxy.url, "http_proxy": proxy.url, "NO_PROXY": "", "no_proxy": ""}
             result = rlhf(PROMPTS[:1], *sdk, "--base-url", url, "--cache-path", "none", **env)
             assert len(result.pairs) == 1 and proxy.count() == 4
+
+
+def test_an_address_in_no_proxy_is_asked_directly(rlhf):
+    for sdk in (OPENAI, DASHSCOPE):
+        with Api(world) as api, Api(world) as proxy:
+            env = {"HTTP_PROXY": proxy.url, "http_proxy": proxy.url}
+            env |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+            assert rlhf(PROMPTS[:1], *sdk, "--cache-path", "none", api=api, **env).status == 0
+            assert (proxy.count(), api.count()) == (0, 4)
+
+
+def test_another_address_is_another_key(rlhf):
+    with Api(world) as one, Api(world) as two:
+        for api in (one, two):
+            rlhf(PROMPTS[:1], *OPENAI, api=api)
+    assert (one.count(), two.count()) == (4, 4)
 
 
 def test_replies_are_kept_as_text_and_nothing_else(rlhf, tmp_path):

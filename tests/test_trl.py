@@ -38,8 +38,7 @@ def tokenizer():
 
 @pytest.fixture
 def shape(tokenizer):
-    """Two layers of 32, seeded."""
-    torch.manual_seed(0)
+    """Two layers of 32."""
     return transformers.Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -51,6 +50,12 @@ def shape(tokenizer):
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def causal(shape):
+    """A language model with the same random weights every time: the trained one and its reference."""
+    torch.manual_seed(0)
+    return transformers.Qwen2ForCausalLM(shape)
 
 
 @pytest.fixture
@@ -107,6 +112,7 @@ PAIRS = [
 def test_a_reward_model_trains(loaded, shape, tokenizer, tmp_path, source, name):
     data = loaded(DATA / source, "--output-format", name)
     shape.num_labels = 1
+    torch.manual_seed(0)
     model = transformers.Qwen2ForSequenceClassification(shape)
     args = settings(trl.RewardConfig, tmp_path / "rm")
     trainer = trl.RewardTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
@@ -117,18 +123,18 @@ def test_a_reward_model_trains(loaded, shape, tokenizer, tmp_path, source, name)
 @pytest.mark.parametrize("source, name", PAIRS)
 def test_dpo_trains(loaded, shape, tokenizer, tmp_path, source, name):
     data = loaded(DATA / source, "--output-format", name)
-    model = transformers.Qwen2ForCausalLM(shape)
+    model, reference = causal(shape), causal(shape)
     args = settings(trl.DPOConfig, tmp_path / "dpo")
-    trained(trl.DPOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer))
+    trained(trl.DPOTrainer(model, reference, args=args, train_dataset=data, processing_class=tokenizer))
 
 
 @pytest.mark.parametrize("flags", [pytest.param((), id="by choice"), pytest.param(("--min-chosen-score", 9), id="by score")])
 def test_kto_trains(loaded, shape, tokenizer, tmp_path, flags):
     data = loaded(DATA / "preference_pairs.jsonl", "--output-format", "kto", *flags)
     assert data.features["label"].dtype == "bool" and set(data["label"]) == {True, False}
-    model = transformers.Qwen2ForCausalLM(shape)
+    model, reference = causal(shape), causal(shape)
     args = settings(trl.KTOConfig, tmp_path / "kto")
-    trained(trl.KTOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer))
+    trained(trl.KTOTrainer(model, reference, args=args, train_dataset=data, processing_class=tokenizer))
 
 
 def test_prompts_load_as_prompt_only(loaded, tokenizer):

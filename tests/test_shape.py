@@ -1,0 +1,119 @@
+"""The file is read as a lesson: its order, its sizes, its names and what it needs are kept by tests."""
+
+import ast
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import rlhf_constructor as rc
+from tests.tiny import ROOT
+
+SCRIPT = ROOT / "rlhf_constructor.py"
+SOURCE = SCRIPT.read_text("utf-8")
+LINES = SOURCE.splitlines()
+TREE = ast.parse(SOURCE)
+FUNCTIONS = {
+    f"{node.name}, line {node.lineno}": node.end_lineno - node.lineno + 1
+    for node in ast.walk(TREE)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+}
+
+
+def test_sections_stand_in_the_order_of_the_docstrings_map():
+    banners = re.findall(r"^# (§\d+) +([A-Z ]+?):", SOURCE, re.M)
+    promised = re.findall(r"^    (§\d+) +([A-Z]+(?: [A-Z]+)*)  ", rc.__doc__, re.M)
+    assert banners == promised and len(banners) >= 9
+
+
+def test_a_banner_names_only_what_its_section_holds():
+    sections = re.split(r"^(?=# §\d+ )", SOURCE, flags=re.M)[1:]
+    for section in sections:
+        banner, _, body = section.partition("\n")
+        names = re.findall(r"\b[a-z]+(?:_[a-z]+)+\b|\b[A-Z]+_[A-Z]+\b", banner)
+        assert not [name for name in names if not re.search(rf"\b{name}\b", body)], banner
+
+
+TABLES = {"INPUTS": rc.INPUTS, "METHODS": rc.METHODS, "FILTERS": rc.FILTERS, "OUTPUTS": rc.OUTPUTS,
+          "PROVIDERS": rc.PROVIDERS, "STRATEGIES": rc.STRATEGIES}  # fmt: skip
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_entry_of_every_table_explains_itself_in_help(table):
+    shown = rc.build_parser().format_help()
+    for name, entry in TABLES[table].items():
+        first = rc.first_line(entry)
+        assert len(first) > 10 and re.search(rf"^  {name} +{re.escape(first)}$", shown, re.M), name
+
+
+def test_the_header_and_requirements_txt_name_the_same_packages():
+    header = re.search(r"^# /// script\n(.*?)^# ///$", SOURCE, re.M | re.S)[1]
+    meta = tomllib.loads(re.sub(r"^# ?", "", header, flags=re.M))
+    assert meta["dependencies"] == (ROOT / "requirements.txt").read_text().split()
+    assert meta["requires-python"] == ">=3.11"
+
+
+BLOCK = "import sys; sys.modules.update(dict.fromkeys(['openai', 'dashscope', 'aiohttp', 'httpx', 'tqdm'])); "
+
+
+def bare(code: str, *flags) -> subprocess.CompletedProcess:
+    """Run code in a Python without site-packages, in which the SDKs cannot be imported."""
+    return subprocess.run([sys.executable, "-S", "-c", BLOCK + code, *flags], cwd=ROOT, capture_output=True, text=True,
+                          encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})  # fmt: skip
+
+
+def test_importing_the_script_needs_the_standard_library_only():
+    assert bare("import rlhf_constructor").returncode == 0
+
+
+def test_help_needs_the_standard_library_only_and_names_every_flag():
+    done = bare("import rlhf_constructor as rc; sys.exit(rc.main(['--help']))")
+    assert done.returncode == 0 and done.stderr == ""
+    flags = {name for action in rc.build_parser()._actions for name in action.option_strings if name != "-h"}
+    assert flags <= set(re.findall(r"--[a-z-]+", done.stdout))
+
+
+def test_the_offline_provider_needs_the_standard_library_only(tmp_path):
+    command = "import rlhf_constructor as rc; sys.exit(rc.main(sys.argv[1:]))"
+    data, out = str(ROOT / "data" / "alpaca_demo.jsonl"), str(tmp_path / "out.jsonl")
+    done = bare(command, "--provider", "offline", "--input-file", data, "--output-path", out)
+    assert done.returncode == 0 and os.path.getsize(out), done.stderr
+
+
+def test_no_line_is_longer_than_110():
+    assert [n for n, line in enumerate(LINES, 1) if len(line) > 110] == []
+
+
+def test_functions_are_short():
+    long = {name: size for name, size in FUNCTIONS.items() if size > 45 and not name.startswith("build_parser")}
+    assert long == {} and statistics.median(FUNCTIONS.values()) <= 12
+
+
+def test_every_flag_that_the_script_names_exists():
+    known = {name for action in rc.build_parser()._actions for name in action.option_strings}
+    styles = {name for names in re.findall(r"(--[a-z-]+) *:|var\((--[a-z-]+)", SOURCE) for name in names}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", SOURCE))
+    assert sorted(named - known - styles) == []
+
+
+def test_the_word_edit_marks_the_places_to_edit_and_nothing_else():
+    places = [line for line in LINES if "EDIT" in line]
+    assert len(places) >= 5 and all(re.match(r"# EDIT HERE ", line) for line in places)
+
+
+def test_names_are_looked_up_in_tables_and_nowhere_written_twice():
+    """argparse's choices come from the tables, so that an entry of one's own is known at once."""
+    choices = {a.dest: a.choices for a in rc.build_parser()._actions if a.choices}
+    assert choices["method"] == list(rc.METHODS) and choices["output_format"] == list(rc.OUTPUTS)
+    assert choices["strategy"] == list(rc.STRATEGIES)
+    assert choices["provider"] == [name for name in rc.PROVIDERS if name != "reward"]
+
+
+def test_the_script_runs_everywhere_as_utf_8():
+    assert not re.search(r"\bos\.(fork|getuid|chmod|kill|symlink)\b", SOURCE)
+    for call in re.findall(r"\.(?:read_text|write_text)\([^)]*\)", SOURCE):
+        assert "utf-8" in call, call
