@@ -390,6 +390,7 @@ def parse_row(row, with_answers: bool = False) -> list[Record]:
     return records
 
 
+# What reading raises where junk is nested in place of a text or a number.
 JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
 
 
@@ -2127,13 +2128,13 @@ class Run:
 
 # BEGIN-REPORT
 # ----------------------------------------------------------------------------------------------------------
-# §9 REPORT: Report (counts every outcome, then the numbers), report_lines, report_html
+# §9 REPORT: Report (counts outcomes, then measures), METRICS (the verdicts), report_lines, report_html
 # ----------------------------------------------------------------------------------------------------------
 
 REPORT_SAMPLE = 20_000  # pairs, at most, whose texts are kept for the metrics that need texts
-SAMPLE_CHARACTERS = 4_000_000  # of all kept texts, at most: about 4,400 pairs of 450-character answers
+SAMPLE_CHARACTERS = 3_000_000  # of all kept texts, at most: about 3,000 pairs of 450-character answers
 SAMPLE_TEXT = 4_000  # characters of one text that are kept
-DIVERSITY_TEXTS = 1_000  # texts, at most, that are compared with each other
+DIVERSITY_TEXTS = 500  # texts, at most, that are compared with each other
 DIVERSITY_TOKENS = 20_000  # distinct-n falls with the amount of text, so it is always taken of as much
 LONG_ENOUGH = 10  # tokens; shorter texts (labels, numbers) repeat by nature and count in no diversity metric
 SHOWN_PAIRS, SHOWN_TEXT = 3, 1_200  # sample pairs of each kind on the page; characters of each of their texts
@@ -2143,15 +2144,8 @@ RATIOS = (1.1, 1.25, 1.5, 2.0)  # of the longer to the shorter answer: steps of 
 LENGTHS = (0, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # characters: steps of the length histogram
 STAGES = ("input", "model", "judge", "filter", "human")
 # How the names of one family's models begin.
-FAMILIES = (
-    "gpt chatgpt o1 o3 o4",
-    "qwen qwq qvq",
-    "gemini gemma",
-    "claude",
-    "llama meta-llama",
-    "glm chatglm",
-)
-FAMILIES += ("mistral mixtral", "deepseek", "kimi moonshot", "doubao", "ernie", "baichuan", "hunyuan", "yi-")
+FAMILIES = ("gpt chatgpt o1 o3 o4", "qwen qwq qvq", "gemini gemma", "claude", "llama", "glm chatglm", "yi-")
+FAMILIES += ("mistral mixtral", "deepseek", "kimi moonshot", "doubao", "ernie", "baichuan", "hunyuan")
 HEADLINES = (
     "longer",
     "flips",
@@ -2159,39 +2153,39 @@ HEADLINES = (
     "words",
     "compression_chosen",
     "repeated_prompts",
-)  # in a terminal
+)  # of a terminal
 
 # Looked for in an answer whose code blocks are reduced to their fence (after FastChat's style control).
 FORMATS = {
     "headers": re.compile(r"^#{1,6}[ \t]", re.M),
-    "lists": re.compile(r"^[ \t]*(?:\d{1,3}[.、)]|[-*+•])[ \t]", re.M),
+    "lists": re.compile(r"^[ \t]*(?:\d{1,3}(?:[.)][ \t]|、)|[-*+•][ \t])", re.M),
     "bold": re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__"),
     "code": re.compile("```"),
     "tables": re.compile(r"^[ \t]*\|.*\|[ \t]*$", re.M),
     "emoji": re.compile("[\u2600-\u27bf\U0001f300-\U0001faff]"),
     "links": re.compile(r"https?://|\]\("),
-    "exclamation marks": re.compile("[!！]"),
+    "exclamations": re.compile("[!！]"),
 }
 CODE_BLOCK = re.compile(r"```.*?```", re.S)
 
 ADVICE = {  # topic of a metric -> what to do about it
     "yield": "Few records give a pair: raise --temperature or --num-candidates, or name a weaker --low-model.",
-    "scores": "The judge hardly tells answers apart: anchor its scale with --rubric, or change --judge-model.",
-    "length": "A model learns length from this: raise --length-penalty, or say in --rubric that it earns nothing.",
+    "scores": "The judge hardly tells answers apart: anchor it with a --rubric, or change --judge-model.",
+    "length": "A model learns length from this: raise --length-penalty, or let a --rubric refuse it.",
     "order": "The judge follows the order: keep --judge-orders 2, raise --min-score-gap, change --judge-model.",
-    "format": "A model learns decoration from this: let --rubric refuse it, or ask for plain --system-prompt style.",
+    "format": "A model learns decoration from this: let a --rubric refuse it, or a --system-prompt forbid it.",
     "writer": "Labels say who wrote it: --method generate_pairs, more --candidate-models, --when-low-wins flip.",
     "family": "The judge may favour its own family: add a --judge-model of another one.",
-    "words": "Wording gives labels away (see the words): change --system-prompt, or try --method generate_pairs.",
-    "prompts": "Prompts repeat: mix in other sources, cap one with --max-samples, or take --strategy best_worst.",
-    "answers": "Answers follow a template: raise --temperature, add --candidate-models, change --system-prompt.",
+    "words": "Wording tells the label (see the words): change --system-prompt, or try --method generate_pairs.",
+    "prompts": "Prompts repeat: mix in other sources, cap one with --max-samples, take --strategy best_worst.",
+    "answers": "Answers follow a template: raise --temperature, add --candidate-models or a --system-prompt.",
 }
 SIDES = {"chosen": "answers", "rejected": "answers", "prompts": "prompts"}  # texts -> topic
 ANY = math.inf
 
 
 class Metric(NamedTuple):
-    """A row of the verdict table: it warns when a value's whole 95 % interval lies outside of (low, high)."""
+    """A row of the verdict table: an alarm if a value's whole 95 % interval lies outside of (low, high)."""
 
     key: str
     label: str
@@ -2202,9 +2196,9 @@ class Metric(NamedTuple):
     needs: int = 30  # cases; with fewer there is no verdict
 
 
-# Where the thresholds come from: AlpacaEval refuses judges that prefer the longer answer in over 70 %, people do
-# in 64 %; sound labels are guessed from words in 57..70 %, labels of who wrote it in 94..99 %; order flips GPT-4
-# in 35 % of close pairs; good answers compress 2.2..3.0 times, templates over 3.5.
+# Thresholds: AlpacaEval refuses judges that prefer the longer answer in over 70 %, people do in 64 %; sound
+# labels are guessed from words in 57..70 %, labels of who wrote it in 94..99 %; the order flips GPT-4 in 35 % of
+# close pairs; good answers compress 2.2..3.0 times, templates over 3.5.
 METRICS = [
     Metric("kept", "records that give a pair", "%", (0.30, ANY), (0.05, ANY), "yield"),
     Metric("same_score", "votes at the most frequent score", "%", (-ANY, 0.45), (-ANY, 0.70), "scores"),
@@ -2215,15 +2209,15 @@ METRICS = [
     Metric("first_slot", "first-shown answer beats the last", "%", (0.40, 0.60), (0.30, 0.70), "order"),
     Metric("slot_effect", "what an answer gains by standing first", "points", (-0.5, 0.5), (-1, 1), "order"),
     *(
-        Metric(f"format_{name}", f"if one side has {name}: chosen", "%", (0.40, 0.60), (0.25, 0.75), "format")
+        Metric(f"format_{name}", f"{name} on one side: chosen", "%", (0.40, 0.60), (0.25, 0.75), "format")
         for name in FORMATS
     ),
     Metric("identity", "label guessed from the model's name", "%", (-ANY, 0.80), (-ANY, 0.95), "writer"),
     Metric("own_family", "the judge's own family wins", "%", (-ANY, 0.60), (-ANY, ANY), "family"),
     Metric("words", "label guessed from the words", "%", (-ANY, 0.70), (-ANY, 0.85), "words", 100),
-    Metric("opening", "label guessed from the first 3 words", "%", (-ANY, 0.65), (-ANY, 0.80), "words", 100),
+    Metric("opening", "label guessed from 3 first words", "%", (-ANY, 0.65), (-ANY, 0.80), "words", 100),
     Metric(
-        "repeated_prompts", "records with a prompt seen before", "%", (-ANY, 0.05), (-ANY, 0.5), "prompts"
+        "repeated_prompts", "records with a prompt seen before", "%", (-ANY, 0.05), (-ANY, 0.50), "prompts"
     ),
     *(
         Metric(f"{key}_{side}", f"{label}, {side}", unit, warn, critical, topic, needs)
@@ -2297,13 +2291,6 @@ def spearman(xs: list[float], ys: list[float]) -> Measured:
     return Measured(rho, (math.tanh(z - half), math.tanh(z + half)), n)
 
 
-def spread(name: str, values: list[float]) -> dict:
-    """How numbers lie: n, mean and quantiles (interpolated) of at least one value."""
-    cuts = statistics.quantiles(values * (2 if len(values) == 1 else 1), n=20, method="inclusive")
-    quantiles = {"p5": cuts[0], "p25": cuts[4], "median": cuts[9], "p75": cuts[14], "p95": cuts[18]}
-    return {"numbers": name, "n": len(values), "mean": statistics.fmean(values), **quantiles}
-
-
 def ngrams(words: list[str], n: int):
     """All runs of n words."""
     return zip(*(words[i:] for i in range(n)), strict=False)
@@ -2317,20 +2304,19 @@ def distinct(texts: list[list[str]], n: int) -> Measured:
 
 
 def compression(texts: list[str]) -> Measured:
-    """Bytes to zlib-compressed bytes of all texts in a row (arXiv 2403.00553); as a ratio it has no interval."""
+    """Bytes to zlib-compressed bytes of all texts in a row (arXiv 2403.00553); a ratio without interval."""
     data = "\n".join(texts).encode()
     return Measured(len(data) / len(zlib.compress(data, 9)), None, len(texts)) if data else Measured()
 
 
 def self_repetition(texts: list[list[str]]) -> Measured:
-    """Share of texts with a run of 10 words (20 if over 30 % are CJK characters) that 3 other texts hold too."""
+    """Share of texts with a run of 10 words (20 if over 30 % are CJK characters) that 3 others hold too."""
     sets = []
     for words in texts:
         cjk = sum(word >= "\u3040" for word in words) > 0.3 * len(words)
         sets.append(set(map(hash, ngrams(words, 20 if cjk else 10))))
-    holders = Counter(gram for grams in sets for gram in grams)
-    common = {gram for gram, n in holders.items() if n > 3}
-    return share(sum(not common.isdisjoint(grams) for grams in sets), len(sets))
+    holders = Counter(itertools.chain(*sets))
+    return share(sum(any(holders[gram] > 3 for gram in grams) for grams in sets), len(sets))
 
 
 def shingles(text: str) -> set[str]:
@@ -2340,9 +2326,9 @@ def shingles(text: str) -> set[str]:
 
 
 def near_duplicates(texts: list[str]) -> Measured:
-    """Share of texts whose 5-grams have a Jaccard similarity >= NEAR_DUPLICATE with those of an earlier one.
+    """Share of texts whose 5-grams have a Jaccard similarity >= NEAR_DUPLICATE with an earlier text's.
 
-    Compared are texts that share one of their two smallest hashes: at a similarity of .8 about 19 in 20 do."""
+    Compared are texts that share one of their two smallest hashes: at a similarity of .8, over 9 in 10 do."""
     found, earlier = 0, defaultdict(list)
     for text in texts:
         grams = shingles(text)
@@ -2376,17 +2362,12 @@ def formats(text: str) -> set[str]:
     return {name for name, pattern in FORMATS.items() if pattern.search(plain)}
 
 
-def opening(text: str) -> set[str]:
-    """The first three words, each with its place."""
-    return {f"{place} {word}" for place, word in enumerate(tokens(text[:100])[:3])}
-
-
-# What a model could read off a pair instead of quality: marks of the chosen and of the rejected side.
+# What a reward model could read off an answer, given with its model's name, instead of quality.
 MARKS = {
-    "format": lambda row: (formats(row.chosen), formats(row.rejected)),
-    "words": lambda row: (set(tokens(row.chosen)), set(tokens(row.rejected))),
-    "opening": lambda row: (opening(row.chosen), opening(row.rejected)),
-    "identity": lambda row: ({row.models[0]}, {row.models[1]}) if all(row.models) else (set(), set()),
+    "format": lambda text, _: formats(text),
+    "words": lambda text, _: set(tokens(text)),
+    "opening": lambda text, _: {f"{place} {word}" for place, word in enumerate(tokens(text[:100])[:3])},
+    "identity": lambda _, model: {model} if model else set(),
 }
 
 
@@ -2394,7 +2375,7 @@ def one_sided(rows: list[Sampled], marks) -> list[tuple[int, tuple, tuple]]:
     """Pairs whose sides differ -> (fold by prompt, marks of chosen only, marks of rejected only)."""
     found = []
     for row in rows:
-        chosen, rejected = marks(row)
+        chosen, rejected = marks(row.chosen, row.models[0]), marks(row.rejected, row.models[1])
         if chosen != rejected:
             only = [tuple(map(sys.intern, side)) for side in (chosen - rejected, rejected - chosen)]
             found.append((int(row.prompt_id, 16) % FOLDS, *only))
@@ -2403,8 +2384,8 @@ def one_sided(rows: list[Sampled], marks) -> list[tuple[int, tuple, tuple]]:
 
 def tally(sides: list[tuple]) -> tuple[Counter, Counter]:
     """How often each mark stands in the chosen answer only, and in the rejected one only."""
-    chosen = Counter(mark for _, ours, _ in sides for mark in ours)
-    return chosen, Counter(mark for _, _, theirs in sides for mark in theirs)
+    chosen = Counter(itertools.chain(*(ours for _, ours, _ in sides)))
+    return chosen, Counter(itertools.chain(*(theirs for _, _, theirs in sides)))
 
 
 def log_odds(chosen: Counter, rejected: Counter) -> dict[str, float]:
@@ -2414,14 +2395,13 @@ def log_odds(chosen: Counter, rejected: Counter) -> dict[str, float]:
 
 
 def held_out(sides: list[tuple]) -> Measured:
-    """How often a sum of log-odds, learned from the other four folds, points at the chosen answer (tie: half)."""
+    """How often a sum of log-odds, learned on the other four folds, points at the chosen answer (tie: half)."""
     whole, right = tally(sides), 0.0
     for number in range(FOLDS):
         fold = [side for side in sides if side[0] == number]
-        chosen, rejected = (every - own for every, own in zip(whole, tally(fold), strict=True))
-        weights = log_odds(chosen, rejected)
+        weights = log_odds(*(every - own for every, own in zip(whole, tally(fold), strict=True)))
         for _, ours, theirs in fold:
-            # fsum: the sum must not hang on the order of a set, which differs from run to run
+            # fsum: exact, for the order of a set differs from run to run
             score = math.fsum([weights.get(m, 0.0) for m in ours] + [-weights.get(m, 0.0) for m in theirs])
             right += 0.5 + 0.5 * ((score > 0) - (score < 0))
     return share(right, len(sides))
@@ -2435,7 +2415,7 @@ def family(model: str) -> str:
 
 
 def judged(metric: Metric, measured: Measured) -> dict:
-    """The report's row of one metric; the verdict hangs on the end of the interval nearer to the healthy range."""
+    """The report's row of a metric; its verdict hangs on the end of the interval nearer to the healthy range."""
     row = {"metric": metric.key, "label": metric.label, "unit": metric.unit, **measured._asdict()}
     low, high = measured.interval or (measured.value, measured.value)
     if measured.value is None or measured.n < metric.needs:
@@ -2457,8 +2437,7 @@ class Report:
     def add(self, outcome: Outcome) -> None:
         """Count what became of one record; a dropped one counts for what the judges said of its answers."""
         self.records += 1
-        if len(outcome.answers) > 1:
-            self._add_votes([a for a in outcome.answers if a.votes and len(a.votes) == len(a.slots)])
+        self._add_votes([answer for answer in outcome.answers if answer.slots])
         if not outcome.pairs:
             self.counts["dropped"][outcome.stage, outcome.reason.partition(":")[0]] += 1
             return
@@ -2471,7 +2450,7 @@ class Report:
 
     def _add_votes(self, pool: list[Answer]) -> None:
         """What the judges said of one pool of answers, by the place where each answer stood."""
-        if len(pool) < 2 or len({len(answer.votes) for answer in pool}) > 1:
+        if len(pool) < 2 or len({len(x) for answer in pool for x in (answer.votes, answer.slots)}) > 1:
             return
         for answer in pool:
             self.counts["votes"].update(answer.votes)
@@ -2479,23 +2458,22 @@ class Report:
             for vote, slot in zip(answer.votes, answer.slots, strict=True):
                 self.counts["slot", slot][round(vote - own, 2)] += 1
         for call in range(len(pool[0].votes)):
-            # first and last place change hands in the second order, so a fair judge favours neither
+            # first and last change places in the second order, so a fair judge favours neither
             places = sorted((answer.slots[call], answer.votes[call]) for answer in pool)
             first, last = places[0][1], places[-1][1]
             if first != last:
                 self.counts["first"][first > last] += 1
-        if self.orders > 1:
-            for start in range(0, len(pool[0].votes), self.orders):
-                self._add_orders([answer.votes[start:] for answer in pool], [a.slots[start:] for a in pool])
+        for judge in range(0, len(pool[0].votes), self.orders) if self.orders > 1 else ():
+            self._add_orders([a.votes[judge : judge + 2] for a in pool], [a.slots[judge] for a in pool])
 
-    def _add_orders(self, votes: list[tuple], slots: list[tuple]) -> None:
-        """Of one judge: do the first order's best and worst change places? Does standing first pay?"""
-        best, worst = max(votes, key=lambda v: v[0]), min(votes, key=lambda v: v[0])
+    def _add_orders(self, votes: list[tuple[float, float]], slots: list[int]) -> None:
+        """Of one judge: do the first order's best and worst change places? Does it pay to stand first?"""
+        best, worst = max(votes, key=lambda vote: vote[0]), min(votes, key=lambda vote: vote[0])
         if best[0] != worst[0] and best[1] != worst[1]:
             self.counts["flips"][best[1] < worst[1]] += 1
         for vote, slot in zip(votes, slots, strict=True):
-            if sorted(slot[:2]) == [0, len(votes) - 1]:
-                self.counts["gain"][vote[0] - vote[1] if slot[0] == 0 else vote[1] - vote[0]] += 1
+            if slot in (0, len(votes) - 1):  # it stood first in one order and last in the other
+                self.counts["gain"][vote[0] - vote[1] if slot == 0 else vote[1] - vote[0]] += 1
 
     def _add_pair(self, pair: Pair) -> None:
         """Counts over all pairs; then the texts, if the pair is drawn into the sample."""
@@ -2505,9 +2483,9 @@ class Report:
         ratio = max(1, lengths[0]) / max(1, lengths[1])
         self.counts["wins"][models] += 1
         if ratio != 1:
-            longer, step = ratio > 1, bisect.bisect(RATIOS, max(ratio, 1 / ratio))
-            self.counts["longer"][longer] += 1
-            self.counts["longer", step][longer] += 1
+            step = bisect.bisect(RATIOS, max(ratio, 1 / ratio))
+            self.counts["longer"][ratio > 1] += 1
+            self.counts["longer", step][ratio > 1] += 1
         # Every pair draws a number; the smallest ones stay, as many as the limits allow.
         draw = self.random.random()
         if draw < self.limit:
@@ -2525,44 +2503,34 @@ class Report:
     def numbers(self, settings: dict, usage: list[dict], human: dict | None = None) -> dict:
         """All numbers of the report, ready for JSON; report_lines and report_html show these and no others.
 
-        `usage`: a row per model and role; `human`: {"metrics", "lines"} of the review, as they are to be shown."""
+        `usage`: a row per model and role; `human`: {"metrics", "lines"} of the review, shown as they are."""
         rows = [row for _, _, row in sorted(self.sample, reverse=True)]
         sides = {name: one_sided(rows, marks) for name, marks in MARKS.items()}
         judges = {family(name) for name in settings.get("judges", [])} - {""}
         related = sorted({m for pair in self.counts["wins"] for m in pair if family(m) in judges})
         measured = self._counted(judges) | measure_sides(rows, sides) | measure_texts(rows)
-        metrics = [judged(metric, measured[metric.key]) for metric in METRICS]
-        notes = [
-            f"A judge is of the family of {m} and may favour it: add another --judge-model." for m in related
-        ]
-        if human:
-            metrics, notes = metrics + human.get("metrics", []), notes + human.get("lines", [])
+        human = human or {"metrics": [], "lines": []}
+        metrics = [judged(metric, measured[metric.key]) for metric in METRICS] + human["metrics"]
         alarms = [row for level in ("critical", "warn") for row in metrics if row["verdict"] == level]
-        dropped = [
-            {"stage": s, "reason": r, "records": n} for (s, r), n in self.counts["dropped"].most_common()
-        ]
-        longer, numbers = self.counts["longer"], columns(rows)
+        dropped = self.counts["dropped"].most_common()
+        longer, columns = self.counts["longer"], sample_columns(rows)
+        sign = {"longer": longer[True], "n": longer.total(), "p": sign_test(longer[True], longer.total())}
         return {
             "warnings": [{"level": row["verdict"], **row} for row in alarms],
-            "notes": notes,
-            "funnel": {"records": self.records, "kept": self.kept, "pairs": self.pairs, "dropped": dropped},
+            "notes": [f"The judge may favour {m}, of its own family (--judge-model)." for m in related]
+            + human["lines"],
+            "records": self.records,
+            "kept": self.kept,
+            "pairs": self.pairs,
+            "dropped": [{"stage": at, "reason": why, "records": n} for (at, why), n in dropped],
             "metrics": metrics,
-            "sign_test": {
-                "longer": longer[True],
-                "n": longer.total(),
-                "p": sign_test(longer[True], longer.total()),
-            },
-            "spreads": [spread(name, values) for name, values in numbers.items() if values],
+            "sign_test": sign,
+            "spreads": [spread(name, values) for name, values in columns.items() if len(values) > 1],
             "models": self._models(),
             "words": strongest(sides["words"]),
-            "charts": self._charts() + histograms(numbers),
+            "charts": self._charts() + histograms(columns),
             "samples": examples(rows),
-            "sample": {
-                "pairs": len(rows),
-                "of": self.pairs,
-                "text": SAMPLE_TEXT,
-                "diversity": DIVERSITY_TEXTS,
-            },
+            "sample": {"pairs": len(rows), "characters": SAMPLE_TEXT, "diversity_texts": DIVERSITY_TEXTS},
             "cost": cost(usage, self.pairs),
             "usage": usage,
             "settings": settings,
@@ -2601,10 +2569,10 @@ class Report:
         dropped, left = self.counts["dropped"], self.records
         funnel, reasons = {"read": Measured(left)}, {}
         for stage in STAGES:
-            reasons |= {f"{at}: {reason}": Measured(n) for (at, reason), n in dropped.items() if at == stage}
-            lost = sum(n for (at, _), n in dropped.items() if at == stage)
-            left -= lost
-            funnel |= {f"after {stage}": Measured(left)} if lost else {}
+            why = {reason: n for (at, reason), n in dropped.items() if at == stage}
+            left -= sum(why.values())
+            funnel |= {f"after {stage}": Measured(left)} if why else {}
+            reasons |= {f"{stage}: {reason}": Measured(n) for reason, n in why.items()}
         steps = [f"up to {edge:g}×" for edge in RATIOS] + [f"over {RATIOS[-1]:g}×"]
         curve = {name: rate(self.counts["longer", step]) for step, name in enumerate(steps)}
         slots = sorted(key for key in self.counts if key[0] == "slot")
@@ -2612,21 +2580,17 @@ class Report:
         return [
             chart("From records to pairs", "records left after each stage", "", {"": funnel}),
             chart("Why records were dropped", "records, by stage and reason", "", {"": reasons}),
-            chart(
-                "Does length win?", "longer answer chosen, by how much longer it is", "%", {"": curve}, 0.5
-            ),
+            chart("Does length win?", "longer answer chosen, by how much longer", "%", {"": curve}, 0.5),
             chart("Does place count?", "score in a place, less the answer's mean", "points", {"": places}, 0),
         ]
 
 
 def measure_sides(rows: list[Sampled], sides: dict[str, list]) -> dict[str, Measured]:
-    """The metrics that compare the two sides of sampled pairs; `sides`: what one_sided says of each of MARKS."""
+    """The metrics that compare the sides of sampled pairs; `sides`: what one_sided says of each of MARKS."""
     scored = [row for row in rows if row.gap is not None]
     chosen, rejected = tally(sides["format"])
     return {
-        "length_ratio": Measured(statistics.median(row.ratio for row in rows), None, len(rows))
-        if rows
-        else Measured(),
+        "length_ratio": Measured(statistics.median([row.ratio for row in rows] or [1]), None, len(rows)),
         "length_gap": spearman([row.gap for row in scored], [row.ratio for row in scored]),
         **{f"format_{name}": share(chosen[name], chosen[name] + rejected[name]) for name in FORMATS},
         **{name: held_out(sides[name]) for name in ("identity", "words", "opening")},
@@ -2637,52 +2601,56 @@ def measure_texts(rows: list[Sampled]) -> dict[str, Measured]:
     """The diversity of prompts, chosen and rejected answers apart, from one pair per prompt."""
     rows, found = list({row.prompt_id: row for row in rows}.values())[:DIVERSITY_TEXTS], {}
     for side in SIDES:
-        texts = [(text, tokens(text)) for text in (getattr(row, side) for row in rows)]
-        texts = [(text, words) for text, words in texts if len(words) >= LONG_ENOUGH]
-        whole, split = [text for text, _ in texts], [words for _, words in texts]
-        found[f"near_duplicates_{side}"] = near_duplicates(whole)
+        both = ((text, tokens(text)) for text in (getattr(row, side) for row in rows))
+        both = [(text, words) for text, words in both if len(words) >= LONG_ENOUGH]
+        texts, split = [text for text, _ in both], [words for _, words in both]
+        found[f"near_duplicates_{side}"] = near_duplicates(texts)
         found[f"self_repetition_{side}"] = self_repetition(split)
-        found[f"compression_{side}"] = compression(whole)
+        found[f"compression_{side}"] = compression(texts)
         found |= {f"distinct_{n}_{side}": distinct(split, n) for n in (1, 2, 4)}
     return found
 
 
-def columns(rows: list[Sampled]) -> dict[str, list[float]]:
+def sample_columns(rows: list[Sampled]) -> dict[str, list[float]]:
     """The sample's numbers by name: scores and gap in points, lengths in characters and tokens."""
-    numbers = {"gap": [row.gap for row in rows if row.gap is not None], "ratio": [row.ratio for row in rows]}
-    for place, side in enumerate(("chosen", "rejected")):
-        numbers[f"score {side}"] = [row.scores[place] for row in rows if row.scores[place] is not None]
-        numbers[f"characters {side}"] = [row.lengths[place] for row in rows]
-        numbers[f"tokens {side}"] = [len(tokens(getattr(row, side))) for row in rows[:DIVERSITY_TEXTS]]
-    return numbers
+    columns = {"gap": [row.gap for row in rows if row.gap is not None], "ratio": [row.ratio for row in rows]}
+    for i, side in enumerate(("chosen", "rejected")):
+        columns[f"score {side}"] = [row.scores[i] for row in rows if row.scores[i] is not None]
+        columns[f"characters {side}"] = [row.lengths[i] for row in rows]
+        columns[f"tokens {side}"] = [len(tokens(getattr(row, side))) for row in rows[:DIVERSITY_TEXTS]]
+    return columns
+
+
+def spread(name: str, values: list[float]) -> dict:
+    """How two or more numbers lie: n, mean and quantiles (interpolated)."""
+    cuts = statistics.quantiles(values, n=20, method="inclusive")
+    quantiles = {"p5": cuts[0], "p25": cuts[4], "median": cuts[9], "p75": cuts[14], "p95": cuts[18]}
+    return {"of": name, "n": len(values), "mean": statistics.fmean(values), **quantiles}
 
 
 def strongest(sides: list[tuple], most: int = 10) -> list[dict]:
-    """The words that speak most clearly for either side; counts are of pairs with the word on one side only."""
+    """The words that speak most clearly for either side; counted are pairs with the word on one side only."""
     chosen, rejected = tally(sides)
     weights = log_odds(chosen, rejected)
     order = sorted(weights, key=lambda word: (-weights[word], word))
-    kinds = {"chosen": order[:most], "rejected": order[::-1][:most]}
-    sign = {"chosen": 1, "rejected": -1}
+    ours, theirs = [w for w in order if weights[w] > 0], [w for w in order[::-1] if weights[w] < 0]
+    words = [("chosen", word) for word in ours[:most]] + [("rejected", word) for word in theirs[:most]]
     return [
-        {"speaks for": kind, "word": word, "chosen": chosen[word], "rejected": rejected[word]}
-        for kind, words in kinds.items()
-        for word in words
-        if weights[word] * sign[kind] > 0
+        {"speaks for": s, "word": w, "in chosen": chosen[w], "in rejected": rejected[w]} for s, w in words
     ]
 
 
 def chart(
     title: str, note: str, unit: str, series: dict[str, dict[str, Measured]], mark: float | None = None
 ):
-    """Data of one chart, all series with the same labels; `mark`: where a line says what would be fair."""
+    """Data of one chart; all series have the same labels; `mark`: where a line says what would be fair."""
     return {"title": title, "note": note, "unit": unit, "series": series, "mark": mark}
 
 
 def even_edges(values: list[float]) -> list[float]:
     """About 5 to 10 round steps from the least value to the 99th percentile."""
     values = sorted(values) or [0.0]
-    width = values[int(0.99 * (len(values) - 1))] - values[0] or 1.0
+    width = values[math.ceil(0.99 * (len(values) - 1))] - values[0] or 1.0
     power = 10.0 ** math.floor(math.log10(width))
     step = power * (1 if width > 5 * power else 0.5 if width > 2 * power else 0.2)
     first = math.floor(values[0] / step)
@@ -2690,190 +2658,169 @@ def even_edges(values: list[float]) -> list[float]:
 
 
 def histogram(title: str, note: str, series: dict[str, list[float]], edges: list[float]) -> dict:
-    """Share of each series from each edge to the next (the last bin is open); no bars if all values are equal."""
+    """Share of each series from one edge to the next (the last bin is open); no bars if all values are equal."""
     every = sorted(itertools.chain(*series.values()))
     place = lambda value: max(0, bisect.bisect(edges, value) - 1)
     labels = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)] + [f"from {edges[-1]:g}"]
     bins = range(place(every[0]), place(every[-1]) + 1) if len(set(every)) > 1 else ()
-    counts = {name: Counter(map(place, values)) for name, values in series.items()}
-    shares = {
-        name: {labels[i]: share(found[i], found.total()) for i in bins} for name, found in counts.items()
-    }
+    found = {name: Counter(map(place, values)) for name, values in series.items()}
+    shares = {name: {labels[i]: share(c[i], c.total()) for i in bins} for name, c in found.items()}
     return chart(title, note, "%", shares)
 
 
-def histograms(numbers: dict[str, list[float]]) -> list[dict]:
+def histograms(columns: dict[str, list[float]]) -> list[dict]:
     """The charts of the sample: scores, gaps, what a higher --min-score-gap would keep, lengths."""
-    both = lambda what: {side: numbers[f"{what} {side}"] for side in ("chosen", "rejected")}
-    scores, gaps, edges = both("score"), numbers["gap"], even_edges(numbers["gap"])
-    some = edges if len(set(gaps)) > 1 else []
-    left = {f"{edge:g}": share(sum(gap >= edge for gap in gaps), len(gaps)) for edge in some if edge > 0}
+    both = lambda what: {side: columns[f"{what} {side}"] for side in ("chosen", "rejected")}
+    scores, gaps, edges = both("score"), columns["gap"], even_edges(columns["gap"])
+    steps = [edge for edge in edges if edge > 0 and len(set(gaps)) > 1]
+    left = {f"{edge:g}": share(sum(gap >= edge for gap in gaps), len(gaps)) for edge in steps}
     return [
         histogram("Scores", "share of answers", scores, even_edges(scores["chosen"] + scores["rejected"])),
-        histogram("Gap", "score of chosen less score of rejected, share of pairs", {"": gaps}, edges),
+        histogram("Gap", "score of chosen less rejected, share of pairs", {"": gaps}, edges),
         chart("A higher --min-score-gap", "share of these pairs that it would keep", "%", {"": left}),
         histogram("Length", "characters, share of answers", both("characters"), LENGTHS),
     ]
 
 
 def examples(rows: list[Sampled]) -> list[dict]:
-    """SHOWN_PAIRS pairs each of the lowest gap, the highest gap, and at random (as the sample's order is)."""
+    """Up to SHOWN_PAIRS pairs each of the lowest gap, the highest gap, and at random (the sample's order)."""
     by_gap = sorted((row for row in rows if row.gap is not None), key=lambda row: row.gap)
     kinds = {"lowest gap": by_gap, "highest gap": by_gap[::-1], "random": rows}
     texts = lambda row: {side: getattr(row, side)[:SHOWN_TEXT] for side in SIDES}
-    return [
-        {"kind": kind, "gap": row.gap, "models": row.models, "scores": row.scores, **texts(row)}
-        for kind, some in kinds.items()
-        for row in some[:SHOWN_PAIRS]
-    ]
+    facts = lambda row: {"gap": row.gap, "models": row.models, "scores": row.scores, **texts(row)}
+    return [{"kind": kind, **facts(row)} for kind, some in kinds.items() for row in some[:SHOWN_PAIRS]]
 
 
 def cost(usage: list[dict], pairs: int) -> dict:
     """Sums over all models, and per kept pair; money is None if any model has no price."""
-    keys = ("calls", "cached", "tokens_in", "tokens_out", "money")
-    total = {
-        key: None if any(row[key] is None for row in usage) else sum(r[key] for r in usage) for key in keys
-    }
-    each = {
-        f"{key}_per_pair": total[key] / pairs if pairs and total[key] is not None else None for key in keys
-    }
-    return total | each
+    total = {}
+    for key in ("calls", "cached", "tokens_in", "tokens_out", "money"):
+        values = [row[key] for row in usage]
+        total[key] = None if None in values else sum(values)
+        total[f"{key}_per_pair"] = total[key] / pairs if pairs and total[key] is not None else None
+    return total
 
 
 def shown(value, unit: str = "") -> str:
-    """A value as people read it: `62 %`, `1.25 ×`, `1,204`; an interval as `58 % to 66 %`; a dash if unknown."""
-    if value is None:
-        return "–"
+    """A value as people read it: `62 %`, `1.25 ×`, `1,204`; an interval: `58 % to 66 %`; unknown: a dash."""
     if isinstance(value, list | tuple):
-        return " to ".join(shown(bound, unit) for bound in value)
-    if not isinstance(value, int | float):
-        return str(value)
+        return " to ".join(shown(end, unit) for end in value)
+    if value is None or isinstance(value, str):
+        return value or "–"
     if unit == "%":
         return f"{100 * value:.0f} %"
-    return (
-        f"{value:,.0f} {unit}".rstrip()
-        if abs(value) >= 100 or value == int(value)
-        else f"{value:.3g} {unit}".rstrip()
-    )
+    return f"{value:{',.0f' if abs(value) >= 100 or value == int(value) else '.3g'}} {unit}".rstrip()
 
 
 def report_lines(numbers: dict) -> list[str]:
     """The report for a terminal: at most 25 lines of 110 columns, warnings first."""
-    funnel, total, alarms, found = numbers["funnel"], numbers["cost"], numbers["warnings"], []
-    for row in alarms[:6]:
-        value = f"{shown(row['value'], row.get('unit', ''))}, n {row['n']:,}"
-        found.append(f"{row['level'].upper()} {row['label']}: {value}. {row['advice']}")
-    found.append(f"{len(alarms)} warnings in all, see the page." if len(alarms) > 6 else "")
-    found[-1] = found[-1] or ("" if alarms else "No warnings.")
-    reasons = ", ".join(f"{row['reason'] or row['stage']} {row['records']:,}" for row in funnel["dropped"])
-    found.append(
-        f"{funnel['records']:,} records: {funnel['kept']:,} kept as {funnel['pairs']:,} pairs; dropped: {reasons or 'none'}"
-    )
+    alarms, total, found = numbers["warnings"], numbers["cost"], []
+    value = lambda row: f"{row['label']}: {shown(row['value'], row.get('unit', ''))} (n {row['n']:,})"
+    found += [f"{row['level'].upper()} {value(row)}. {row['advice']}" for row in alarms[:6]]
+    found += [] if 0 < len(alarms) < 7 else [f"{len(alarms) or 'No'} warnings in all."]
+    reasons = ", ".join(f"{row['reason'] or row['stage']} {row['records']:,}" for row in numbers["dropped"])
+    kept = f"{numbers['records']:,} records: {numbers['kept']:,} kept, as {numbers['pairs']:,} pairs"
+    found.append(f"{kept}; dropped: {reasons or 'none'}")
     for row in numbers["spreads"][:2]:
-        quartiles = shown((row["p25"], row["p75"]))
-        found.append(f"{row['numbers']}: median {shown(row['median'])}, half of the pairs {quartiles}")
-    for row in numbers["metrics"]:
-        if row["metric"] in HEADLINES and row["value"] is not None:
-            interval = f" ({shown(row['interval'], row['unit'])})" if row["interval"] else ""
-            found.append(
-                f"{row['label']}: {shown(row['value'], row['unit'])}{interval}, n {row['n']:,}: {row['verdict']}"
-            )
-    words = ", ".join(f"{key.replace('_', ' ')} {shown(total[key])}" for key in total if total[key])
-    found.append(f"cost: {words}" if words else "")
-    wrapped = (
-        textwrap.wrap(x, 110, subsequent_indent="    ", max_lines=2, placeholder=" ...") for x in found
-    )
-    return list(itertools.chain(*wrapped))
+        found.append(
+            f"{row['of']}: median {shown(row['median'])}, middle half {shown((row['p25'], row['p75']))}"
+        )
+    rows = [row for row in numbers["metrics"] if row["metric"] in HEADLINES and row["value"] is not None]
+    found += [f"{value(row)}: {row['verdict']}" for row in rows]
+    found.append("; ".join(f"{key.replace('_', ' ')}: {shown(total[key])}" for key in total if total[key]))
+    wrap = lambda text: textwrap.wrap(text, 110, subsequent_indent="    ", max_lines=2, placeholder=" ...")
+    return list(itertools.chain(*map(wrap, found)))
 
 
 def bars(chart: dict) -> str:
-    """One chart as a figure: a row per label, a bar per series, whiskers for intervals; its text says all values."""
-    series, unit, mark = chart["series"], chart["unit"], chart["mark"]
+    """One chart as a figure: a row per label, a bar per series, whiskers for intervals; the text says it all."""
+    series, unit, mark, alone = chart["series"], chart["unit"], chart["mark"], len(chart["series"]) == 1
     labels = list(next(iter(series.values())))
-    if not labels:
-        return ""
-    whiskers = len(series) == 1
-    ends = [0.0, mark or 0.0]
-    for value, interval, _ in itertools.chain(*(row.values() for row in series.values())):
-        ends += [value or 0.0, *((interval or ()) if whiskers else ())]
-    low, high = min(ends), max(ends) or 1.0
-    left, step = 16 + 6.2 * min(24, max(map(len, labels))), 13 * len(series) + 7
+    points = list(itertools.chain(*(row.values() for row in series.values())))
+    ends = [
+        0,
+        mark or 0,
+        *(v or 0 for v, _, _ in points),
+        *itertools.chain(*(i for _, i, _ in points if i and alone)),
+    ]
+    low, high = min(ends), max(ends) or 1
+    left, step = 16 + 6.2 * min(24, max(map(len, labels), default=0)), 13 * len(series) + 7
     at = lambda x: left + (x - low) / (high - low) * (300 - left)
-    parts, said = [], []
-    for i, (label, (k, name)) in enumerate(itertools.product(labels, enumerate(series))):
+    parts, said, height = [], [], len(labels) * step + 4
+    for (i, label), (k, name) in itertools.product(enumerate(labels), enumerate(series)):
         value, interval, _ = series[name][label]
-        top = 4 + i // len(series) * step + 13 * k
-        start, end = sorted((at(0), at(value or 0)))
-        if not k:
-            shift = top + 6.5 * len(series) + 3
+        y, (start, end) = 4 + i * step + 13 * k, sorted((at(0), at(value or 0)))
+        if k == 0:
+            middle = y + 6.5 * len(series) + 3
             parts.append(
-                f'<text x="{left - 8:.0f}" y="{shift}" class="label">{html.escape(label[:24])}</text>'
+                f'<text x="{left - 8:.0f}" y="{middle}" class="label">{html.escape(label[:24])}</text>'
             )
-        parts.append(
-            f'<rect x="{start:.1f}" y="{top}" width="{end - start:.1f}" height="11" rx="2" class="s{k}"/>'
-        )
-        if interval and whiskers:
+        parts.append(f'<rect x="{start:.1f}" y="{y}" width="{end - start:.1f}" height="11" class="s{k}"/>')
+        if interval and alone:
             parts.append(
-                f'<path d="M{at(interval[0]):.1f} {top + 5.5}H{at(interval[1]):.1f}" class="whisker"/>'
+                f'<path d="M{at(interval[0]):.1f} {y + 5.5}H{at(interval[1]):.1f}" class="whisker"/>'
             )
-        parts.append(f'<text x="358" y="{top + 9.5}" class="value">{shown(value, unit)}</text>')
+        parts.append(f'<text x="358" y="{y + 9.5}" class="value">{shown(value, unit)}</text>')
         said.append(f"{name} {label}: {shown(value, unit)}")
-    height = len(labels) * step + 4
-    if mark is not None:
-        parts.append(f'<path d="M{at(mark):.1f} 0V{height}" class="mark"/>')
+    line = "" if mark is None else f'<path d="M{at(mark):.1f} 0V{height}" class="mark"/>'
     keys = "".join(f'<i class="s{k}">{name}</i>' for k, name in enumerate(series) if name)
     title, text = html.escape(chart["title"]), html.escape("; ".join(said))
-    caption = f"<figcaption><h3>{title}</h3>{html.escape(chart['note'])} {keys}</figcaption>"
-    svg = f'<svg viewBox="0 0 360 {height}" role="img"><title>{title}</title><desc>{text}</desc>{"".join(parts)}</svg>'
-    return f"<figure>{caption}{svg}</figure>"
+    return (
+        f"<figure><figcaption><h3>{title}</h3>{html.escape(chart['note'])} {keys}</figcaption>"
+        f'<svg viewBox="0 0 360 {height}" role="img"><title>{title}</title><desc>{text}</desc>'
+        f"{''.join(parts)}{line}</svg></figure>"
+    )
 
 
 def table(rows: list[dict], *columns: str) -> str:
     """Rows as an HTML table of these keys (all, if none are named); a row's verdict is its class."""
-    columns = columns or tuple(rows[0]) if rows else ()
+    columns = columns or tuple(rows[0] if rows else ())
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
     body = ""
     for row in rows:
-        cells = (html.escape(shown(row[key], row.get("unit", "") if key != "n" else "")) for key in columns)
-        body += f'<tr class="{html.escape(row.get("verdict", ""))}"><td>{"</td><td>".join(cells)}</td></tr>'
-    return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        unit = lambda key, row=row: row.get("unit", "") if key in ("value", "interval") else ""
+        cells = "</td><td>".join(html.escape(shown(row[key], unit(key))) for key in columns)
+        body += f'<tr class="{html.escape(row.get("verdict", ""))}"><td>{cells}</td></tr>'
+    return (
+        f'<div class="wide" tabindex="0"><table><tr>{head}</tr>{body}</table></div>'
+        if rows
+        else "<p>None.</p>"
+    )
+
+
+def warning_html(row: dict) -> str:
+    """One warning as a list item."""
+    level, label, advice = (html.escape(row[key]) for key in ("level", "label", "advice"))
+    value, interval = (shown(row[key], row.get("unit", "")) for key in ("value", "interval"))
+    facts = f"{value} <small>(95 %: {interval}; n {row['n']:,})</small>"
+    return f'<li class="{level}"><b>{level}</b> {label}: {facts}<p>{advice}</p></li>'
 
 
 def example_html(row: dict) -> str:
-    """One sample pair, side by side; texts in their own direction and as they are."""
-    escape, facts = html.escape, f"{row['kind']}, gap {shown(row['gap'])}"
-    sides = "".join(
-        f'<div class="{side}"><h4>{side} <small>{escape(model)} {shown(score)}</small></h4>'
-        f'<p class="text" dir="auto">{escape(row[side])}</p></div>'
-        for side, model, score in zip(("chosen", "rejected"), row["models"], row["scores"], strict=True)
+    """One sample pair, side by side; each text runs in its own direction."""
+    text = lambda side: f'<p class="text" dir="auto">{html.escape(row[side])}</p>'
+    side = lambda i, name: (
+        f'<div class="{name}"><h4>{name} <small>{html.escape(row["models"][i])} '
+        f"{shown(row['scores'][i])}</small></h4>{text(name)}</div>"
     )
-    prompt = f'<p class="text" dir="auto">{escape(row["prompts"])}</p>'
-    return f'<article><h3>{facts}</h3>{prompt}<div class="pair">{sides}</div></article>'
+    pair = f'<div class="pair">{side(0, "chosen")}{side(1, "rejected")}</div>'
+    return f"<article><h3>{row['kind']}, gap {shown(row['gap'])}</h3>{text('prompts')}{pair}</article>"
 
 
 def report_html(numbers: dict) -> str:
-    """The report as one page that loads nothing and runs nothing; what a model wrote enters it only escaped."""
-    escape, sample = html.escape, numbers["sample"]
-    alarms = "".join(
-        f'<li class="{escape(row["level"])}"><b>{escape(row["level"])}</b> {escape(row["label"])}: '
-        f"{shown(row['value'], row.get('unit', ''))} <small>95 %: {shown(row['interval'], row.get('unit', ''))}, "
-        f"n {row['n']:,}</small><p>{escape(row['advice'])}</p></li>"
-        for row in numbers["warnings"]
-    )
-    funnel, settings = (
-        numbers["funnel"],
-        [{"setting": k, "value": str(v)} for k, v in numbers["settings"].items()],
-    )
+    """The report as one page that loads and runs nothing; what a model wrote enters it only escaped."""
     style = REPORT_PAGE.partition("<style>")[2].partition("</style>")[0]
+    settings = [{"setting": key, "value": str(value)} for key, value in numbers["settings"].items()]
+    sample = "Texts: {pairs:,} pairs, {characters:,} characters each at most; diversity: {diversity_texts:,} texts."
+    charts = [chart for chart in numbers["charts"] if any(chart["series"].values())]
     parts = {
         "HASH": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        "SUMMARY": f"{funnel['pairs']:,} pairs from {funnel['kept']:,} of {funnel['records']:,} records",
-        "WARNINGS": alarms or '<li class="ok"><b>ok</b> No warnings.</li>',
-        "NOTES": "".join(f"<p>{escape(note)}</p>" for note in numbers["notes"]),
-        "CHARTS": "".join(map(bars, numbers["charts"])),
+        "SUMMARY": f"{numbers['pairs']:,} pairs from {numbers['kept']:,} of {numbers['records']:,} records",
+        "WARNINGS": "".join(map(warning_html, numbers["warnings"])) or "<li><b>ok</b> No warnings.</li>",
+        "NOTES": "".join(f"<p>{html.escape(note)}</p>" for note in numbers["notes"]),
+        "CHARTS": "".join(map(bars, charts)),
         "METRICS": table(numbers["metrics"], "label", "value", "interval", "n", "verdict"),
-        "SAMPLE": f"Texts: {sample['pairs']:,} of {sample['of']:,} pairs, {sample['text']:,} characters each at most; "
-        f"diversity: {sample['diversity']:,} prompts at most.",
+        "SAMPLE": sample.format(**numbers["sample"]),
         "SPREADS": table(numbers["spreads"]),
         "MODELS": table(numbers["models"], "model", "value", "interval", "n"),
         "WORDS": table(numbers["words"]),
@@ -2887,14 +2834,13 @@ def report_html(numbers: dict) -> str:
 # END-REPORT
 # BEGIN-REVIEW
 # ----------------------------------------------------------------------------------------------------------
-# §10 REVIEW: FLAGS, ReviewQueue, pair_id; read_annotations, Annotations; kappa, trusted_gap
+# §10 REVIEW: FLAGS, ReviewQueue, pair_id, filled_page; read_annotations, Annotations; kappa, trusted_gap
 # ----------------------------------------------------------------------------------------------------------
 
-REVIEW_SAMPLE = 200  # pairs in a page: half of them at random, a quarter narrow and a quarter flagged
+REVIEW_SAMPLE = 200  # pairs in a page: half of them random, a quarter with narrow votes, a quarter flagged
 ENOUGH = 30  # reviewed pairs under which a rate gets no verdict
-TRUSTED = 0.95  # share of right pairs for which a --min-score-gap is advised
-CHOICES_OF_PEOPLE = ("chosen", "rejected", "tie", "bad")
-QUEUES = ("in doubt", "random")
+TRUSTED = 0.95  # share of right labels for which a --min-score-gap is advised
+SAYINGS = {"choice": ("chosen", "rejected", "tie", "bad"), "queue": ("in doubt", "random")}  # of annotations
 
 BAIT = re.compile(
     r"ignore (?:all|previous)|as the judge|score (?:this|me)|10/10|best (?:answer|response)"
@@ -2903,17 +2849,17 @@ BAIT = re.compile(
 )
 IDENTITY = re.compile(
     r"\b(?:I am|I['’]m|my name is) (?:ChatGPT|GPT|Claude|Qwen|Gemini|Bard|Llama|Vicuna|DeepSeek|Mistral|Kimi)"
-    r"|(?:trained|developed|made|created) by (?:OpenAI|Anthropic|Alibaba|Google|Meta|DeepSeek|Mistral|Baidu)"
-    r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱|Kimi|Qwen|DeepSeek|ChatGPT|Claude)"
-    r"|由(?:阿里|百度|腾讯|字节|智谱|深度求索|OpenAI|Anthropic)[^。]{0,10}(?:开发|训练|研发|创造)",
+    r"|\b(?:trained|developed|made|created) by (?:OpenAI|Anthropic|Alibaba|Google|Meta|DeepSeek|Mistral)\b"
+    r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱|Kimi|Qwen|DeepSeek|ChatGPT|Claude)",
     re.IGNORECASE,
 )
 ASKS_IDENTITY = re.compile(
-    r"who are you|what are you|your name|(?:what|which) model|yourself|你是谁|你叫|你的名字|自我介绍|什么模型|介绍.{0,4}自己",
+    r"(?:who|what) are you|your name|which model|yourself"
+    r"|你是谁|你叫|你的名字|什么模型|自我介绍|介绍.{0,4}自己",
     re.IGNORECASE,
 )
 
-# Why a kept pair may need a second look, though its votes agree.
+# Why a kept pair deserves a second look, though all its votes agree.
 FLAGS = {
     "judge bait": lambda pair: BAIT.search(pair.chosen.text) or BAIT.search(pair.rejected.text),
     "identity leak": lambda pair: (
@@ -2932,11 +2878,11 @@ def flagged(pair: Pair) -> list[str]:
 def margin(pair: Pair) -> float | None:
     """Points by which the least convinced vote prefers chosen; None if only a choice is known.
 
-    Kept pairs win in every vote, so an order flip can only show as a vote that nearly went the other way."""
+    Every vote of a kept pair prefers chosen, so an order that nearly flipped it shows as a small margin."""
     if pair.gap is None or pair.record.signal == "choice":
         return None
     votes = zip(pair.chosen.votes, pair.rejected.votes, strict=False)
-    return min([better - worse for better, worse in votes], default=pair.gap)
+    return min((better - worse for better, worse in votes), default=pair.gap)
 
 
 def pair_id(prompt: str, chosen: str, rejected: str) -> str:
@@ -2950,13 +2896,13 @@ def id_of(pair: Pair) -> str:
 
 
 def chosen_is_left(salt: str, name: str) -> bool:
-    """Whether answer A of the page is the chosen one: FNV-1a (32 bit) of salt and pair_id, folded, is odd.
+    """Whether answer A is chosen: FNV-1a (32 bit) of the page's salt and the pair_id, folded, is odd.
 
-    The page's script holds the same lines, and runs them only when a verdict is given."""
+    Folded, since its lowest bit alone is the parity of the letters. The page has the same in JavaScript."""
     h = 0x811C9DC5
     for byte in (salt + name).encode():
         h = (h ^ byte) * 0x01000193 & 0xFFFFFFFF
-    return (h ^ h >> 16) & 1 == 1  # folded: the lowest bit alone is only the parity of the characters
+    return (h ^ h >> 16) & 1 == 1
 
 
 class Smallest:
@@ -2965,23 +2911,22 @@ class Smallest:
     def __init__(self):
         self.best = {}  # pair_id -> (key, pair)
 
-    def offer(self, key: tuple, name: str, pair: Pair):
-        """Keep the pair if its key is small enough; twice the sample is held, so that sorting is rare."""
+    def offer(self, key: tuple, name: str, pair: Pair) -> None:
+        """Keep the pair if its key is among the smallest; up to twice the sample is held, to sort rarely."""
         self.best[name] = (key, pair)
         if len(self.best) > 2 * REVIEW_SAMPLE:
-            self.best = dict(self.in_order())
+            self.best = self.ordered()
 
-    def in_order(self) -> list[tuple]:
-        """[(pair_id, (key, pair)), ...], smallest key first."""
-        return sorted(self.best.items(), key=lambda item: item[1][0])[:REVIEW_SAMPLE]
+    def ordered(self) -> dict:
+        """pair_id -> (key, pair), smallest key first."""
+        return dict(sorted(self.best.items(), key=lambda item: item[1][0])[:REVIEW_SAMPLE])
 
 
 class ReviewQueue:
     """Chooses pairs to review, in one pass and bounded memory.
 
-    Half of the page is a random sample of all kept pairs: the only half that rates are estimated from. The other
-    half is in doubt: narrow pairs, then flagged ones. Dropped records are no candidates: a verdict on a pair that
-    is not in the output could not be applied to it."""
+    Half of a page is a random sample of the kept pairs, the only half that rates are estimated from; the
+    other is in doubt: narrow votes or flags. Dropped records are left out: no row could take a verdict."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -2990,73 +2935,68 @@ class ReviewQueue:
     def add(self, outcome: Outcome) -> None:
         """Consider the kept pairs of one record."""
         for pair in outcome.pairs:
-            name, least = id_of(pair), margin(pair)
+            name, least, flags = id_of(pair), margin(pair), flagged(pair)
             draw = digest(self.seed, name)
             self.drawn.offer((draw,), name, pair)
             if least is not None:
                 self.narrow.offer((least, draw), name, pair)
-            if flags := flagged(pair):
+            if flags:
                 self.flagged.offer((-len(flags), math.inf if least is None else least, draw), name, pair)
 
     def selected(self) -> list[tuple[str, str, Pair]]:
-        """[(pair_id, queue, pair), ...] in the order of the page: in doubt, narrowest first; then the random ones.
+        """[(pair_id, queue, pair), ...] in page order: those in doubt, narrowest first; then the random ones.
 
-        A pair that is in doubt and drawn counts as random: without it the sample would look better than the data."""
-        drawn, narrow, flags = (dict(best.in_order()) for best in (self.drawn, self.narrow, self.flagged))
-        turns = itertools.chain(
-            *itertools.zip_longest(narrow, flags)
-        )  # one narrow, one flagged, one narrow, ...
-        doubtful = [name for name in dict.fromkeys(turns) if name]
-        for taken in range((len(drawn) + 1) // 2, len(drawn) + 1):  # more at random if too few are in doubt
-            sample = list(drawn)[:taken]
-            doubt = [name for name in doubtful if name not in sample][: len(drawn) - taken]
-            if len(doubt) + taken == len(drawn):
+        A doubtful pair that was drawn counts as random, or the sample would look better than the data."""
+        drawn, narrow, flags = (best.ordered() for best in (self.drawn, self.narrow, self.flagged))
+        turns = itertools.chain.from_iterable(itertools.zip_longest(narrow, flags))  # one of each, in turn
+        doubtful, names = [name for name in dict.fromkeys(turns) if name], list(drawn)
+        for taken in range((len(names) + 1) // 2, len(names) + 1):  # more random ones if too few are in doubt
+            sample = dict.fromkeys(names[:taken])
+            doubt = [name for name in doubtful if name not in sample][: len(names) - taken]
+            if len(doubt) + len(sample) == len(names):
                 break
-        doubt.sort(key=lambda name: narrow[name][0] if name in narrow else (math.inf,))
-        return [(name, "in doubt", (narrow | flags)[name][1]) for name in doubt] + [
-            (name, "random", drawn[name][1]) for name in sample
-        ]
+        doubt.sort(key=lambda name: narrow.get(name, ((math.inf,),))[0])
+        pairs = {name: pair for name, (_, pair) in (drawn | narrow | flags).items()}
+        queues = dict.fromkeys(doubt, "in doubt") | dict.fromkeys(sample, "random")
+        return [(name, queue, pairs[name]) for name, queue in queues.items()]
 
     def page(self) -> str:
-        """The HTML page: texts already on their sides; no model, score, reason or word that tells which is which."""
-        rows = self.selected()
-        salt, pairs = digest("review", self.seed, [name for name, _, _ in rows])[:16], []
+        """The HTML page: texts stand on their sides already; no model, score or reason is in it."""
+        rows, pairs = self.selected(), []
+        salt = digest("review", self.seed, [name for name, _, _ in rows])[:16]
         for name, queue, pair in rows:
             texts = [pair.chosen.text, pair.rejected.text]
             a, b = texts if chosen_is_left(salt, name) else texts[::-1]
-            shown = {"messages": pair.record.messages, "a": a, "b": b}
-            pairs.append({"pair_id": name, "prompt_id": pair.record.prompt_id, "queue": queue} | shown)
+            row = {"pair_id": name, "prompt_id": pair.record.prompt_id, "queue": queue}
+            pairs.append(row | {"messages": pair.record.messages, "a": a, "b": b})
         return filled_page(REVIEW_PAGE, {"salt": salt, "pairs": pairs})
 
 
 def filled_page(page: str, data) -> str:
-    """A template of §12 with its data and its policy: its own script and style may run, nothing can be requested.
+    """A template of §12 with its data and its policy: its own script and style run, nothing is requested.
 
-    Data stands in a block of JSON, where no text can end the block or become markup."""
-    unsafe = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
-    text = unsafe.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(data, ensure_ascii=False))
+    The data is a block of JSON in which no text can end the block or become markup."""
+    text = json.dumps(data, ensure_ascii=False)
+    text = re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
-    for tag in ("script", "style"):
-        for body in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL):
-            code = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
-            policy += f"; {tag}-src 'sha256-{code}'"
-    return page.replace("{{POLICY}}", policy).replace(
-        "{{DATA}}", text
-    )  # data last: it may hold a mark itself
+    for tag, body in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
+        code = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{code}'"
+    return page.replace("{{POLICY}}", policy).replace("{{DATA}}", text)  # data last: it may hold a mark
 
 
 class Opinion(NamedTuple):
-    """One annotator's verdict on one pair."""
+    """What one annotator says about one pair."""
 
-    choice: str  # of CHOICES_OF_PEOPLE; "" if taken back, because the annotator said two different things
-    queue: str  # of QUEUES
-    where: str  # "file:line", for messages
+    choice: str  # of SAYINGS; "" if two lines contradict each other
+    queue: str  # of SAYINGS
+    where: str  # "file:line"
 
 
-def read_annotations(paths: list) -> "Annotations":
-    """Files that the review page wrote -> their verdicts; lines that cannot be used are in `.problems`.
+def read_annotations(paths: list) -> Annotations:
+    """Files from the review page -> their verdicts; `.problems` names the lines that were not used.
 
-    Raises UserError for a file that cannot be read, or that has no valid line."""
+    Raises UserError for a file that cannot be read or has no valid line."""
     found = Annotations()
     for path in paths:
         try:
@@ -3064,8 +3004,7 @@ def read_annotations(paths: list) -> "Annotations":
         except OSError as error:
             raise UserError(f"--annotations {path}: {error.strerror}") from None
         if not sum([found.add(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]):
-            hint = next((f" ({p})" for p in found.problems if p.startswith(f"{path}:")), "")
-            raise UserError(f"--annotations {path}: no line of it is a verdict of the review page{hint}")
+            raise UserError(f"--annotations {path}: no line of it is a verdict from a review page")
     return found
 
 
@@ -3075,10 +3014,10 @@ def fault(row) -> str:
         return "not a JSON object"
     if not re.fullmatch("[0-9a-f]{16}", str(row.get("pair_id"))):
         return "pair_id is not 16 hex digits"
-    for key, known in (("choice", CHOICES_OF_PEOPLE), ("queue", QUEUES)):
+    for key, known in SAYINGS.items():
         if row.get(key) not in known:
             return f"{key} is {json.dumps(row.get(key))[:40]}, not one of {', '.join(known)}"
-    return "" if isinstance(row.get("annotator"), str) and row["annotator"].strip() else "no annotator"
+    return "" if str(row.get("annotator") or "").strip() else "no annotator"
 
 
 def majority(choices: list[str]) -> str:
@@ -3088,17 +3027,19 @@ def majority(choices: list[str]) -> str:
 
 
 class Annotations:
-    """What people said about pairs: applied with `decide`, summed up by `numbers`."""
+    """What people say about pairs: applied by `decide`, summed up by `numbers`."""
 
     def __init__(self):
-        self.problems = []  # one-line messages: broken lines, double verdicts
+        self.problems = []  # one-line messages: broken lines and double verdicts
         self.opinions = {}  # pair_id -> {annotator: Opinion}
-        self.met = {}  # pair_id -> gap of the reviewed pairs that came by, None where it is unknown
-        self.gaps = array("d")  # of all pairs that came by and have one
-        self.pairs = 0  # that came by
+        self.met = {}  # pair_id -> gap (None: unknown) of the reviewed pairs that came by
+        self.pairs, self.gaps = (
+            0,
+            array("d"),
+        )  # of all pairs that came by: how many, and the gaps that are known
 
     def add(self, raw: bytes, where: str) -> bool:
-        """Take in one line; False (and a message) if it is broken."""
+        """Take in one line of a file; False, and a message, if it cannot be read."""
         try:
             row = json.loads(raw.decode("utf-8-sig"))
         except (ValueError, RecursionError):
@@ -3107,66 +3048,64 @@ class Annotations:
             self.problems.append(f"{where}: not used: {problem}")
             return False
         opinion = Opinion(row["choice"], row["queue"], where)
-        said, name = self.opinions.setdefault(row["pair_id"], {}), row["annotator"].strip()
+        said, name = self.opinions.setdefault(row["pair_id"], {}), str(row["annotator"]).strip()
         if first := said.get(name):
             same = first.choice == opinion.choice
-            outcome = "counted once" if same else "with another choice: neither is used"
-            self.problems.append(f"{where}: {name!r} judged this pair in {first.where} already, {outcome}")
+            outcome = "counted once" if same else "but differently: neither verdict is used"
+            self.problems.append(f"{where}: {name!r} judged this pair before, in {first.where}, {outcome}")
             opinion = first if same else first._replace(choice="")
         said[name] = opinion
         return True
 
-    def said_of(self, name: str) -> dict[str, str]:
-        """Annotator -> choice, for one pair_id; in the order of the names."""
-        said = self.opinions.get(name, {})
-        return {who: said[who].choice for who in sorted(said) if said[who].choice}
+    def choices(self, name: str) -> list[str]:
+        """What was said about one pair_id, in the order of the annotators' names."""
+        said = sorted(self.opinions.get(name, {}).items())
+        return [opinion.choice for _, opinion in said if opinion.choice]
 
     def decide(self, pair: Pair) -> Pair | None:
         """What people make of a pair: None (not reviewed: it stays), the pair, or the pair turned round.
 
-        Scores stay with their answers. Raises Failed("human", ...) if most people see no difference, if most find
-        both bad, and if no choice has more than half of the annotators."""
+        Scores stay with their answers. Raises Failed("human", ...) if most annotators see no difference or
+        find both bad, and if no choice is made by more than half of them."""
         name = id_of(pair)
         gap = None if margin(pair) is None else pair.gap - pair.penalty  # what --min-score-gap looks at
         self.pairs += 1
-        if gap is not None:
-            self.gaps.append(gap)
-        said = self.said_of(name)
-        if not said:
+        self.gaps.extend([] if gap is None else [gap])
+        choices = self.choices(name)
+        if not choices:
             return None
         self.met[name] = gap
-        choice = majority(list(said.values()))
+        choice = majority(choices)
         if choice == "chosen":
             return replace(pair, human=True)
         if choice == "rejected":
             return replace(pair, chosen=pair.rejected, rejected=pair.chosen, penalty=0.0, human=True)
-        reasons = {"tie": "tie", "bad": "both bad", "": "annotators disagree"}
-        raise Failed("human", reasons[choice], [pair.chosen, pair.rejected])
+        reason = {"tie": "tie", "bad": "both bad", "": "annotators disagree"}[choice]
+        raise Failed("human", reason, [pair.chosen, pair.rejected])
 
     def unused(self) -> list[str]:
-        """One message for each verdict whose pair never came by, as after a flip that was applied before."""
+        """One message for each verdict whose pair never came by: another file's, or flipped before."""
         return [
-            f"{said.where}: not used: pair {name} is not in the input"
-            for name, opinions in self.opinions.items()
-            for said in opinions.values()
-            if name not in self.met and said.choice
+            f"{opinion.where}: not used: pair {name} is not in the input"
+            for name, said in self.opinions.items()
+            for opinion in said.values()
+            if name not in self.met and opinion.choice
         ]
 
     def numbers(self) -> dict:
-        """For the report: {"rows": [{metric, label, value, interval, n, verdict, advice}], "lines": [sentence]}.
+        """For the report: {"rows": [one dict per metric, see `review_row`], "lines": [sentence, ...]}.
 
-        Values are shares 0..1, kappas -1..1, gaps in points; intervals (low, high) of 95 %, or None. A label is right
-        where people prefer chosen, wrong where they prefer rejected; a tie is neither. Agreement is over all that
-        was reviewed; error, precision and gap over the random half only, since it alone stands for the file."""
-        said = {name: list(self.said_of(name).values()) for name in self.met}
+        Values are shares 0..1, kappas -1..1, gaps in points; intervals (low, high) of 95 %, or None. A label
+        is right where people prefer chosen, wrong where they prefer rejected; a tie is neither. Agreement is
+        over all reviewed pairs; error, precision and gap over the random ones, which stand for the file."""
+        said = {name: self.choices(name) for name in self.met}
         final = {name: majority(choices) for name, choices in said.items()}
-        right = {
-            name: choice == "chosen" for name, choice in final.items() if choice in ("chosen", "rejected")
-        }
+        sides = SAYINGS["choice"][:2]
+        right = {name: choice == sides[0] for name, choice in final.items() if choice in sides}
         drawn = [name for name in right if any(o.queue == "random" for o in self.opinions[name].values())]
         sample = [(self.met[name], right[name]) for name in drawn if self.met[name] is not None]
         labels = [("chosen", choice) for choice in final.values() if choice]
-        people = [both for choices in said.values() for both in itertools.combinations(choices, 2)]
+        people = [two for choices in said.values() for two in itertools.combinations(choices, 2)]
         shared = sum(len(choices) > 1 for choices in said.values())
         rows = [
             review_row("human_agreement", share(sum(right.values()), len(right))),
@@ -3185,13 +3124,13 @@ class Annotations:
         return {"rows": rows + precision_rows(sample) + gap_rows, "lines": [summary, sentence]}
 
 
-# metric: label, limits of warn and critical (falling: a good value is high), advice. People agree among themselves
-# in 66 % (AlpacaEval) to 81 % (MT-bench), and with a good judge in up to 85 % (MT-bench).
+# metric: label; limits of warn and critical (rising: the value should be low); advice. People agree with each
+# other in 66 % (AlpacaEval) to 81 % (MT-bench) of cases, with a good judge in up to 85 % (MT-bench).
 REVIEW_ROWS = {
     "human_agreement": ("people agree with the labels", 0.80, 0.65, "try another or a second --judge-model"),
     "human_kappa": ("people and labels, Cohen's kappa", 0.60, 0.40, "try another or a second --judge-model"),
-    "annotator_agreement": ("annotators agree", 0.65, 0.50, "settle on examples of what better means"),
-    "annotator_kappa": ("annotators, Cohen's kappa", 0.40, 0.20, "settle on examples of what better means"),
+    "annotator_agreement": ("annotators agree", 0.65, 0.50, "settle with examples what better means"),
+    "annotator_kappa": ("annotators, Cohen's kappa", 0.40, 0.20, "settle with examples what better means"),
     "label_error": ("wrong labels", 0.05, 0.20, "raise --min-score-gap"),
     "precision_by_gap": ("right labels", 0.80, 0.65, "raise --min-score-gap"),
     "gap_to_trust": ("smallest gap to trust", None, None, ""),
@@ -3200,7 +3139,9 @@ REVIEW_ROWS = {
 
 
 def review_row(metric: str, measured: tuple, detail: str = "") -> dict:
-    """A row of the report from (value, interval, n): an alarm if the whole interval lies beyond a limit."""
+    """(value, interval, n) -> {metric, label, value, interval, n, verdict, advice}.
+
+    The verdict is an alarm if the whole interval lies beyond a limit, and "not enough data" under ENOUGH."""
     (label, warn, critical, advice), (value, interval, n) = REVIEW_ROWS[metric], measured
     verdict = "" if value is not None and n >= ENOUGH else "not enough data"
     if not verdict and warn is not None:
@@ -3212,33 +3153,33 @@ def review_row(metric: str, measured: tuple, detail: str = "") -> dict:
 
 
 def agreement(said: list[tuple[str, str]], cases: int) -> tuple:
-    """Share of equal choices, as (value, interval, cases): cases is the number of pairs they are about."""
+    """Share of equal choices among `said`, about `cases` pairs -> (value, Wilson's interval, cases)."""
     return share(cases * sum(one == two for one, two in said) / max(len(said), 1), cases)
 
 
 def kappa(said: list[tuple[str, str]], cases: int) -> tuple:
-    """Cohen's kappa of two raters, (agreement - chance) / (1 - chance), as (value, interval, cases).
+    """Cohen's kappa of two raters, (agreement - chance) / (1 - chance) -> (value, interval, cases).
 
-    Its categories are what a rater saw: A, B, tie, bad. Over "chosen" and "rejected" it would say nothing, since a
-    label always says "chosen". A fair coin put chosen on A or B, so by design a rater's share of A is half of his
-    choices of a side. Interval: Wilson's of agreement, with chance taken as it is."""
+    Its categories are what a rater saw: A, B, tie, bad. Of "chosen" and "rejected" it could say nothing, since
+    a label always says "chosen". A fair coin put chosen on A or B, so by design each rater says A in half of
+    their choices of a side. The interval is Wilson's of agreement, with chance taken as it is."""
     value, interval, _ = agreement(said, cases)
     chance = 0.0
     for kinds in (("chosen", "rejected"), ("tie",), ("bad",)):
         one, two = (sum(both[rater] in kinds for both in said) / max(len(said), 1) for rater in (0, 1))
         chance += one * two / len(kinds)
-    if value is None or chance == 1:  # nothing said, or nothing but one of "tie" and "bad"
+    if value is None or chance == 1:  # nothing was said, or by both one thing only: "tie" or "bad"
         return None, None, cases
     value, low, high = ((x - chance) / (1 - chance) for x in (value, *interval))
     return value, (low, high), cases
 
 
 def precision_rows(sample: list[tuple[float, bool]]) -> list[dict]:
-    """(gap, right or wrong) of reviewed pairs -> rows of at most four groups of equal size, ENOUGH in each."""
+    """(gap, right or wrong) of reviewed pairs -> rows for at most four groups of equal size, ENOUGH in each."""
     gaps, groups = sorted(gap for gap, _ in sample), min(4, len(sample) // ENOUGH)
     edges = sorted({gaps[len(gaps) * i // groups] for i in range(groups)})
     rows = []
-    for low, high in itertools.pairwise([*edges, math.inf]):
+    for low, high in itertools.pairwise([*edges, math.inf] if edges else []):
         inside = [right for gap, right in sample if low <= gap < high]
         detail = f", gap {low:.3g} " + (f"to {high:.3g}" if high < math.inf else "and more")
         rows.append(review_row("precision_by_gap", share(sum(inside), len(inside)), detail))
@@ -3246,40 +3187,39 @@ def precision_rows(sample: list[tuple[float, bool]]) -> list[dict]:
 
 
 def trusted_gap(sample: list[tuple[float, bool]]) -> tuple:
-    """(gap, right or wrong) of reviewed pairs -> the smallest gap to trust: (best, (low, high), n). None: no such.
+    """(gap, right or wrong) of reviewed pairs -> the smallest gap to trust, (best, (low, high), n).
 
-    best: the first gap from which ENOUGH pairs (n) or more are right in TRUSTED of cases; an estimate. The true one
-    lies between low, the first gap where Wilson's interval of that share reaches up to TRUSTED, and high, the first
-    where all of it lies above."""
+    best: the first gap from which ENOUGH pairs (n) or more are right in TRUSTED of cases, an estimate. The
+    true one lies between low, the first from which Wilson's interval reaches up to TRUSTED, and high, the
+    first from which all of it lies above. None: no such gap in the sample."""
     steps = sorted({float(f"{gap:.3g}") for gap, _ in sample})
-    shares = [(step, [right for gap, right in sample if gap >= step]) for step in steps]
-    shares = [(step, *share(sum(inside), len(inside))) for step, inside in shares if inside]
-    best, n = next(((step, n) for step, value, _, n in shares if value >= TRUSTED and n >= ENOUGH), (None, 0))
-    low = next((step for step, _, interval, _ in shares if interval[1] >= TRUSTED), None)
-    high = next((step for step, _, interval, _ in shares if interval[0] >= TRUSTED), None)
-    return best, (low, high), n
+    inside = {step: [right for gap, right in sample if gap >= step] for step in steps}
+    shares = {step: share(sum(rights), len(rights)) for step, rights in inside.items() if rights}
+    best = next((step for step, (p, _, n) in shares.items() if p >= TRUSTED and n >= ENOUGH), None)
+    low = next((step for step, (_, interval, _) in shares.items() if interval[1] >= TRUSTED), None)
+    high = next((step for step, (_, interval, _) in shares.items() if interval[0] >= TRUSTED), None)
+    return best, (low, high), len(inside.get(best, ()))
 
 
 def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]:
-    """The smallest --min-score-gap to trust, its yield (share of all `gaps`): two rows, and a sentence about them."""
+    """The smallest --min-score-gap to trust and its yield, a share of all `gaps`: two rows and a sentence."""
     if len(sample) < ENOUGH:
-        needed = f"{ENOUGH} random pairs with a gap and a preferred side, of which there are {len(sample)}"
-        return (
-            [],
-            f"Not enough data to advise a --min-score-gap: that takes {needed} (they come last in the page).",
+        return [], (
+            f"Not enough data to advise a --min-score-gap: {len(sample)} random pairs with a gap have a "
+            f"preferred side, {ENOUGH} are needed; they come last in the page."
         )
     best, (low, high), n = trusted_gap(sample)
     if best is None:
-        return [], f"On the reviewed sample no --min-score-gap makes {TRUSTED:.0%} of the labels right."
+        return [], f"No --min-score-gap makes {TRUSTED:.0%} of the labels right in the reviewed sample."
     kept = share(sum(gap >= best for gap in gaps), len(gaps))[0]
     rows = [
         review_row("gap_to_trust", (best, (low, high), n)),
         review_row("gap_yield", (kept, None, len(gaps))),
     ]
-    to = f"{high:g}" if high is not None else "more than this sample can show"
+    until = f"{high:g}" if high is not None else "beyond this sample"
     return rows, (
-        f"--min-score-gap {best:g} is the smallest whose labels are right in {TRUSTED:.0%} of cases ({n} reviewed; "
-        f"95 % interval {low:g} to {to}); it keeps {kept:.0%} of the pairs."
+        f"--min-score-gap {best:g} is the smallest with {TRUSTED:.0%} right labels ({n} reviewed from there up; "
+        f"95 % interval: {low:g} to {until}); it keeps {kept:.0%} of the pairs."
     )
 
 
@@ -3455,94 +3395,85 @@ def text_file(path: str) -> str:
 # --- before the first call: everything that can be refused is refused here, and nothing is written yet
 
 
+RANGES = {  # of flags, both ends included
+    "num_candidates": (2, 8), "concurrency": (1, 4096), "max_tokens": (1, 10**7), "max_retries": (0, 100),
+    "test_fraction": (0, 0.99), "temperature": (0, 2), "length_penalty": (0, 100), "timeout": (0.01, 10**6),
+    "max_cost": (0, 10**9), "min_score_gap": (0, 10**6), "min_chosen_score": (-(10**6), 10**6),
+}  # fmt: skip
+
+
+def refuse(wrong, message: str):
+    """Raise UserError if `wrong`."""
+    if wrong:
+        raise UserError(message)
+
+
 def check(args) -> Run:
     """Flags -> Run; raises UserError for whatever cannot work, before anything is called or written."""
-    ranges = {
-        "num_candidates": (2, 8),
-        "concurrency": (1, 4096),
-        "max_tokens": (1, 10**7),
-        "max_retries": (0, 100),
-    }
-    ranges |= {
-        "test_fraction": (0, 0.99),
-        "temperature": (0, 2),
-        "length_penalty": (0, 100),
-        "timeout": (0.01, 10**6),
-        "max_cost": (0, 10**9),
-        "min_score_gap": (0, 10**6),
-        "min_chosen_score": (-(10**6), 10**6),
-    }
-    for name, (low, high) in ranges.items():
+    for name, (low, high) in RANGES.items():
         value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: give {low:g} to {high:g}")
-    if not args.input_file:
-        raise UserError("--input-file FILE is missing: one record per line, e.g. data/alpaca_demo.jsonl")
+        wrong = value is not None and not low <= value <= high
+        refuse(wrong, f"--{name.replace('_', '-')} {value}: give {low:g} to {high:g}")
+    refuse(not args.input_file, "--input-file FILE is missing, e.g. --input-file data/alpaca_demo.jsonl")
     args.prices = dict(args.price)
     check_paths(args)
     run = Run(args)
-    asked = run.asked()
-    if "high" in getattr(run.method, "asks", ("high",)) and run.high == run.low:
-        raise UserError(
-            f"--high-model and --low-model are both {run.high.name}: name two, or use --method generate_pairs"
-        )
-    if (
-        args.output_format == "kto"
-        and args.strategy in ("all_pairs", "adjacent")
-        and args.min_chosen_score is None
-    ):
-        raise UserError(
-            "kto would label one answer both ways: use --strategy best_worst, or --min-chosen-score"
-        )
-    if getattr(run.method, "needs_judge", False) and not run.judges:
-        raise UserError(f"{args.method} needs a judge: leave out --judge-model none, or name a model")
-    if args.judge_model and "none" in args.judge_model and len(args.judge_model) > 1:
-        raise UserError("--judge-model none goes alone")
-    unpriced = [
-        model.name for model in asked if model.provider != "offline" and model.name not in args.prices
-    ]
-    if args.max_cost is not None and unpriced:
-        raise UserError(
-            f"--max-cost needs the price of {unpriced[0]}: --price {unpriced[0]}=IN/OUT (per million tokens)"
-        )
-    for model in asked if not args.dry_run else ():
-        variable, package = PROVIDERS[model.provider].key, getattr(PROVIDERS[model.provider], "package", "")
-        if package and not importlib.util.find_spec(package):
-            raise UserError(f"the package {package} is missing: pip install -r requirements.txt")
-        if variable and not model.url and not key_of(model):
-            raise UserError(
-                f"{variable} is not set: export {variable}=sk-..., or try without a key: --provider offline"
-            )
+    both = args.strategy in ("all_pairs", "adjacent") and args.min_chosen_score is None
+    hint = "use --strategy best_worst, or --min-chosen-score"
+    refuse(args.output_format == "kto" and both, f"kto would label one answer both ways: {hint}")
+    answers = getattr(run.method, "reads_answers", False)
+    refuse(args.annotations and not answers, "--annotations need --method rank_responses and their pairs")
+    check_models(args, run)
     return run
 
 
+def check_models(args, run: Run):
+    """The models differ, judges are there where they must be, and so are keys, packages and prices."""
+    asked = run.asked()
+    same = "high" in getattr(run.method, "asks", ("high",)) and run.high == run.low
+    hint = "name two, or use --method generate_pairs"
+    refuse(same, f"--high-model and --low-model are both {run.high.name}: {hint}")
+    alone = getattr(run.method, "needs_judge", False) and not run.judges
+    refuse(alone, f"{args.method} needs a judge: leave out --judge-model none, or name a model")
+    refuse("none" in args.judge_model and len(args.judge_model) > 1, "--judge-model none goes alone")
+    mixed = len({judge.is_reward for judge in run.judges}) > 1
+    refuse(mixed, "a reward model's scale is its own: it cannot share a panel with other judges")
+    paid = [model for model in asked if model.provider != "offline"]
+    unpriced = (
+        [model.name for model in paid if model.name not in args.prices] if args.max_cost is not None else []
+    )
+    refuse(unpriced, f"--max-cost needs every model's price: --price {''.join(unpriced[:1])}=IN/OUT")
+    for model in paid if not args.dry_run else ():
+        entry = PROVIDERS[model.provider]
+        missing = not importlib.util.find_spec(entry.package)
+        refuse(missing, f"the package {entry.package} is missing: pip install -r requirements.txt")
+        keyless = not model.url and not key_of(model)
+        refuse(keyless, f"{entry.key} is not set: export {entry.key}=sk-..., or try --provider offline")
+
+
 def check_paths(args):
-    """The input exists, the outputs can be written and are not the input."""
+    """The inputs exist, the outputs can be written and are none of the inputs."""
     source, target = args.input_file, args.output_path
-    if source != "-" and not os.path.isfile(source):
-        raise UserError(
-            f"{source}: {'is a folder' if os.path.isdir(source) else 'no such file'}{nearest(source)}"
-        )
-    if args.exclude_prompts and not os.path.isfile(args.exclude_prompts):
-        raise UserError(
-            f"--exclude-prompts {args.exclude_prompts}: no such file{nearest(args.exclude_prompts)}"
-        )
-    if os.path.isdir(target) or target.endswith((".gz", ".csv", "/")) or not target:
-        raise UserError(f"--output-path {target}: name a .jsonl file")
+    folder = "is a folder" if os.path.isdir(source) else "no such file"
+    refuse(source != "-" and not os.path.isfile(source), f"{source}: {folder}{nearest(source)}")
+    inputs = [path for path in (source, args.exclude_prompts, *args.annotations) if path not in (None, "-")]
+    for path in inputs:
+        refuse(not os.path.isfile(path), f"{path}: no such file{nearest(path)}")
+    wrong = os.path.isdir(target) or target.endswith((".gz", ".csv", "/")) or not target
+    refuse(wrong, f"--output-path {target}: name a .jsonl file")
     if args.cache_path is None:
         args.cache_path = os.path.join(os.path.dirname(target), ".rlhf_cache.sqlite")
     written = [*filter(None, written_paths(args)), args.cache_path]
-    if len(set(map(os.path.realpath, written))) < len(written):
-        raise UserError("two of the files to write are the same: " + ", ".join(written))
-    for path in {source, args.exclude_prompts} - {None, "-"}:
-        if any(os.path.realpath(path) == os.path.realpath(other) for other in written):
-            raise UserError(f"{path} is an input and would be written over: choose another --output-path")
+    real = list(map(os.path.realpath, written))
+    refuse(len(set(real)) < len(real), "two of the files to write are the same: " + ", ".join(written))
+    for path in inputs:
+        message = f"{path} is an input and would be written over: choose another --output-path"
+        refuse(os.path.realpath(path) in real, message)
     for path in written:
+        refuse(os.path.exists(path) and not os.path.isfile(path), f"{path}: is no file; choose another")
         folder = next(p for p in Path(path).absolute().parents if p.exists())
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{path}: is no file; choose another")
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"{path}: {folder} cannot be written to; choose another folder")
+        closed = not folder.is_dir() or not os.access(folder, os.W_OK)
+        refuse(closed, f"{path}: {folder} cannot be written to; choose another folder")
 
 
 def written_paths(args) -> list[str]:
@@ -4119,57 +4050,57 @@ REPORT_PAGE = """<!doctype html>
 <title>Preference data report</title>
 <style>
 :root { --paper: #faf9f6; --card: #fff; --ink: #22262b; --soft: #5c646d; --line: #e3e0d9;
-  --chosen: #2f6f9f; --rejected: #c98a3c; --ok: #2d7a4b; --warn: #99650b; --critical: #b3322b }
-@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --card: #1d2126; --ink: #e4e6e8; --soft: #9ca5ae;
-  --line: #31373e; --chosen: #6fb0dd; --rejected: #dba45c; --ok: #6cc390; --warn: #e5b454; --critical: #f28b82 } }
+  --chosen: #2f6f9f; --rejected: #c98a3c; --ok: #2d7a4b; --warn: #8a5a06; --critical: #b3322b }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #15181c; --card: #1d2126; --ink: #e4e6e8; --soft: #9ca5ae; --line: #31373e;
+    --chosen: #6fb0dd; --rejected: #dba45c; --ok: #6cc390; --warn: #e5b454; --critical: #f28b82 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, "Noto Sans", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif }
+body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.25rem 4rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.55 system-ui, "Noto Sans", "PingFang SC", "Microsoft YaHei", sans-serif }
 h1 { font-size: 1.7rem; letter-spacing: -.01em; line-height: 1.2; margin: 0 }
 h2 { font-size: 1.15rem; margin: 2.75rem 0 .75rem }
 h3, h4 { font-size: .95rem; margin: 0 }
 small, header p, .note, figcaption { color: var(--soft); font-size: .86rem; font-weight: 400 }
 header p { font-size: 1.05rem; margin: .25rem 0 1.5rem }
 ul { display: grid; gap: .6rem; list-style: none; margin: 0; padding: 0 }
-li { background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--ok); border-radius: 8px;
-  padding: .65rem .9rem }
+figure, article, .wide, li { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  margin: 0; padding: .8rem 1rem }
+li { --level: var(--ok); border-left: 4px solid var(--level) }
 li p { margin: .15rem 0 0; font-size: .92rem }
-li b { color: var(--ok); font-size: .75rem; letter-spacing: .06em; margin-right: .4rem; text-transform: uppercase }
-li.warn { border-left-color: var(--warn) } li.warn b, .warn td:last-child { color: var(--warn) }
-li.critical { border-left-color: var(--critical) } li.critical b, .critical td:last-child { color: var(--critical) }
-.ok td:last-child { color: var(--ok) } .warn td, .critical td { font-weight: 600 }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }
-figure, article, .wide { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0;
-  padding: 1rem }
+li b { color: var(--level); font-size: .75rem; letter-spacing: .06em; text-transform: uppercase }
+.ok { --level: var(--ok) } .warn { --level: var(--warn) } .critical { --level: var(--critical) }
+tr[class] td:last-child { color: var(--level, var(--soft)) } tr.warn, tr.critical { font-weight: 600 }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)) }
 figcaption h3 { color: var(--ink) }
 figcaption i { border-left: .8em solid var(--chosen); font-style: normal; margin-left: .6em; padding-left: .35em }
 figcaption i.s1 { border-color: var(--rejected) }
 svg { display: block; height: auto; margin-top: .6rem; width: 100% }
-svg text { fill: var(--soft); font-size: 11.5px } svg .label { text-anchor: end } svg .value { fill: var(--ink);
-  text-anchor: end } .s0 { fill: var(--chosen) } .s1 { fill: var(--rejected) }
-.whisker { stroke: var(--ink); stroke-width: 1.5; opacity: .55 }
+svg text { fill: var(--soft); font-size: 11.5px; text-anchor: end } svg .value { fill: var(--ink) }
+.s0 { fill: var(--chosen) } .s1 { fill: var(--rejected) }
+.whisker { stroke: var(--ink); stroke-width: 1.5; opacity: .6 }
 .mark { stroke: var(--critical); stroke-dasharray: 3 3 }
 .wide { overflow-x: auto; padding: .25rem 1rem }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100% }
-th, td { border-bottom: 1px solid var(--line); overflow-wrap: anywhere; padding: .4rem .8rem .4rem 0;
-  text-align: left; vertical-align: top }
+th, td { border-bottom: 1px solid var(--line); padding: .4rem .8rem .4rem 0; text-align: left }
+td { overflow-wrap: anywhere; vertical-align: top } td:first-child { min-width: 7rem }
 th { color: var(--soft); font-weight: 500 } tr:last-child td { border: 0 }
 article { margin-bottom: 1rem }
 .pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
-.pair > div { border-top: 3px solid var(--chosen); padding-top: .5rem } .pair > .rejected { border-color: var(--rejected) }
-.text { font-size: .92rem; margin: .4rem 0 1rem; overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap }
-@media (max-width: 40rem) { body { padding: 1.25rem .8rem 3rem } table { font-size: .8rem } th, td { padding-right: .5rem } }
+.pair > div { border-top: 3px solid var(--chosen); padding-top: .5rem }
+.pair > .rejected { border-color: var(--rejected) }
+.text { font-size: .92rem; margin: .4rem 0 1rem; overflow-wrap: anywhere; white-space: pre-wrap }
+@media (max-width: 40rem) { body { padding: 1.25rem .8rem 3rem } table { font-size: .8rem }
+  td, th { padding-right: .5rem } }
 </style>
 </head>
 <body>
 <header><h1>Is this preference data fit to train on?</h1><p><!--SUMMARY--></p></header>
 <main>
-<ul><!--WARNINGS--></ul>
-<!--NOTES-->
+<ul><!--WARNINGS--></ul><!--NOTES-->
 <h2>The data at a glance</h2><div class="grid"><!--CHARTS--></div>
 <h2>Every metric and its verdict</h2><!--METRICS--><p class="note"><!--SAMPLE--></p>
 <h2>Distributions</h2><!--SPREADS-->
-<h2>Who wins</h2><!--MODELS-->
+<h2>How often each model is chosen</h2><!--MODELS-->
 <h2>Words that give a side away</h2><!--WORDS-->
 <h2>Pairs to read</h2><!--PAIRS-->
 <h2>Cost</h2><!--COST-->
@@ -4187,56 +4118,55 @@ REVIEW_PAGE = r"""<!DOCTYPE html>
 <title>Which answer is better?</title>
 <style>
 :root { color-scheme: light dark; --back: #f3f4f6; --card: #ffffff; --ink: #1b212b; --soft: #545d6b;
-  --edge: #767f8d; --line: #d9dde3; --mark: #1a56c4; --on: #ffffff; --warn: #8f1d14; }
-@media (prefers-color-scheme: dark) { :root { --back: #13161b; --card: #1c2129; --ink: #e6e9ee; --soft: #a6afbd;
-  --edge: #7f8998; --line: #323945; --mark: #8ab4f8; --on: #10141a; --warn: #ffb4a9; } }
+  --on: #ffffff; --edge: #767f8d; --line: #d9dde3; --mark: #1a56c4; --alarm: #8f1d14; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #13161b; --card: #1c2129; --ink: #e6e9ee; --soft: #a6afbd;
+    --on: #10141a; --edge: #7f8998; --line: #323945; --mark: #8ab4f8; --alarm: #ffb4a9; }
+}
 * { box-sizing: border-box; margin: 0; }
 body { height: 100dvh; display: flex; flex-direction: column; background: var(--back); color: var(--ink);
   font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif; }
-header, footer { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center; padding: 8px 16px; }
-h1, h2, h3 { font-size: 1rem; }
-header h1 { flex: 1; white-space: nowrap; }
-progress { width: 8rem; accent-color: var(--mark); }
+header, footer, footer div, label { display: flex; align-items: center; gap: 8px; }
+header, footer { padding: 8px 16px; gap: 16px; }
 header, h3 { color: var(--soft); font-size: 0.875rem; }
-main { flex: 1; min-height: 0; display: grid; grid-template: minmax(4rem, auto) minmax(0, 1fr) / 1fr 1fr; gap: 12px;
-  padding: 0 16px; }
+h1, h2 { flex: 1; font-size: 1rem; }
+#turns h3 { text-transform: capitalize; }
+progress { width: 8rem; accent-color: var(--mark); }
+#problem { color: var(--alarm); font-weight: 600; padding: 0 16px; }
+main { flex: 1; min-height: 0; padding: 0 16px; display: grid; gap: 12px;
+  grid-template: minmax(4rem, auto) minmax(0, 1fr) / 1fr 1fr; }
 section { overflow: auto; padding: 12px 16px; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; }
-#turns { grid-column: 1 / 3; max-height: 30dvh; }
-section p { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; contain: content; }
+section p { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
 p + h3 { margin-top: 8px; }
+#turns { grid-column: 1 / 3; max-height: 30dvh; }
 button, input { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--edge);
   border-radius: 6px; padding: 6px 12px; min-height: 40px; }
-button { cursor: pointer; }
-footer button { flex: 1 0 auto; }
-button[aria-pressed=true], #start button { background: var(--mark); border-color: var(--mark); color: var(--on); }
+[aria-pressed=true], form button { background: var(--mark); border-color: var(--mark); color: var(--on); }
+kbd { margin-left: 6px; font: 0.75rem ui-monospace, monospace; opacity: 0.85; }
 :focus-visible { outline: 3px solid var(--mark); outline-offset: 2px; }
-kbd { font: 0.75rem ui-monospace, monospace; color: var(--soft); margin-left: 6px; }
-[aria-pressed=true] kbd { color: inherit; }
-#number { width: 4.5rem; }
-footer label { flex: 2 1 14rem; display: flex; align-items: center; gap: 8px; }
-#note { flex: 1; min-width: 0; }
-#problem { color: var(--warn); font-weight: 600; padding: 0 16px 8px; }
-#problem:empty { display: none; }
-dialog { margin: auto; max-width: 36rem; padding: 24px; color: inherit; background: var(--card);
-  border: 1px solid var(--edge); border-radius: 12px; }
-dialog::backdrop { background: rgb(0 0 0 / 50%); }
-dialog form > * { display: block; margin-bottom: 12px; }
-@media (max-width: 700px) {
-  main { display: block; overflow: auto; }
-  section { margin-bottom: 12px; max-height: 60dvh; }
-  header, footer { padding: 6px 8px; gap: 6px; }
-  header h1, header progress, kbd { display: none; }
-  footer button { padding: 6px 4px; }
+footer div, footer button, footer label, #note { flex: 1 1 auto; min-width: 0; white-space: nowrap; }
+dialog { margin: auto; max-width: 36rem; padding: 24px; border: 1px solid var(--edge); border-radius: 12px;
+  background: var(--card); color: inherit; }
+dialog form { display: grid; gap: 12px; }
+@media (max-width: 900px) {
+  main { display: block; overflow: auto; padding: 0 8px; }
+  section { margin-bottom: 8px; max-height: 60dvh; }
+  header, footer { padding: 6px 8px; gap: 6px; justify-content: space-between; }
+  footer { display: grid; }
+  header h1, progress, kbd { display: none; }
+  button { padding: 6px; font-size: 0.9375rem; }
 }
 </style>
 <header>
   <h1>Which answer is better?</h1>
-  <form id="jump"><label>Pair <input id="number" type="number" min="1"></label> of <span id="total"></span></form>
-  <progress id="bar" aria-label="Pairs judged"></progress>
-  <span id="status" role="status" aria-live="polite"></span>
-  <button data-do="download" aria-keyshortcuts="d">Download<kbd>D</kbd></button>
-  <button data-do="help" aria-keyshortcuts="?">Help<kbd>?</kbd></button>
+  <form id="jump">
+    <label>Pair <input id="number" type="number" min="1"> of <b id="total"></b><kbd>J</kbd></label>
+  </form>
+  <progress id="bar" value="0" aria-label="Pairs judged"></progress>
+  <span id="status" role="status"></span>
+  <button data-do="download">Download<kbd>D</kbd></button>
+  <button data-do="help">Help<kbd>?</kbd></button>
 </header>
 <p id="problem" role="alert"></p>
 <main>
@@ -4245,24 +4175,28 @@ dialog form > * { display: block; margin-bottom: 12px; }
   <section tabindex="0" aria-label="Answer B"><h3>Answer B</h3><p id="b" dir="auto"></p></section>
 </main>
 <footer>
-  <button data-do="a" aria-keyshortcuts="ArrowLeft a">A is better<kbd>← A</kbd></button>
-  <button data-do="tie" aria-keyshortcuts="t">Tie<kbd>T</kbd></button>
-  <button data-do="bad" aria-keyshortcuts="x">Both bad<kbd>X</kbd></button>
-  <button data-do="b" aria-keyshortcuts="ArrowRight b">B is better<kbd>→ B</kbd></button>
-  <button data-do="skip" aria-keyshortcuts="s">Skip<kbd>S</kbd></button>
-  <button data-do="undo" aria-keyshortcuts="u">Undo<kbd>U</kbd></button>
-  <label>Note<kbd>N</kbd> <input id="note" autocomplete="off"></label>
+  <div>
+    <button data-do="a">A is better<kbd>← A</kbd></button>
+    <button data-do="tie">Tie<kbd>T</kbd></button>
+    <button data-do="bad">Both bad<kbd>X</kbd></button>
+    <button data-do="b">B is better<kbd>→ B</kbd></button>
+  </div>
+  <div>
+    <button data-do="skip">Skip<kbd>S</kbd></button>
+    <button data-do="undo">Undo<kbd>U</kbd></button>
+    <label>Note<kbd>N</kbd> <input id="note" autocomplete="off"></label>
+  </div>
 </footer>
 <dialog id="start" aria-labelledby="hello">
   <form method="dialog">
     <h2 id="hello">Which answer is better?</h2>
-    <p>Read the conversation, then both answers. Prefer the one that helps more: right first, then complete and
-      clear. Length and decoration earn nothing. If you see no difference say Tie; if neither should be learned from,
-      Both bad.</p>
+    <p>Read the conversation, then both answers. Prefer the one that helps more: it is right before all else,
+      then complete and clear. Length and decoration earn nothing. Tie: you see no difference. Both bad: no one
+      should learn from either.</p>
     <p>Keys: ← or A, → or B, T tie, X both bad, S skip, U undo, N note (Enter leaves it), J jump to a pair,
-      ↑ ↓ scroll both answers, D download, ? this help. Buttons do the same.</p>
-    <p>Every verdict is kept in this browser at once, under your name; nothing is sent anywhere. Download the file
-      when you are done, or at any time.</p>
+      ↑ ↓ scroll both answers, D download, ? this help. The buttons do the same.</p>
+    <p>Every verdict is saved in this browser at once, under your name; nothing is sent anywhere. Download the
+      file when you are done, or at any time before.</p>
     <label>Your name <input id="name" required maxlength="60" autocomplete="off"></label>
     <button>Start</button>
   </form>
@@ -4271,42 +4205,43 @@ dialog form > * { display: block; margin-bottom: 12px; }
 <script>
 "use strict";
 const $ = id => document.getElementById(id), {salt, pairs} = JSON.parse($("data").textContent);
-let me = "", at = 0, since = 0, kept = new Map();  // pair_id -> {seen, choice, note, seconds, when}; last judged last
+let me = "", at = 0, since = 0;
+let kept = new Map();  // pair_id -> {seen, choice, note, seconds, when} of annotator `me`, last judged last
 
-const store = (...names) => ["rlhf-review", salt, ...names].join(":");
+const slot = pair => ["rlhf-review", salt, pair.pair_id, me].join(":");
 const judged = pair => Boolean(kept.get(pair.pair_id)?.choice);
+const recall = name => { try { return localStorage.getItem(name); } catch { return null; } };
 const visible = text => text.replace(/[\0-\x08\x0b-\x1f\x7f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g,
-  sign => sign === "\r" ? "" : "⟦U+" + sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0") + "⟧");
+  sign => sign === "\r" ? "" : `⟦U+${sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟧`);
 
-function oddHash(text) {  // FNV-1a, folded: whether A was the label's choice; asked only about a verdict just given
+function remember(name, value) {
+  try { localStorage.setItem(name, value); } catch {
+    $("problem").textContent = "This browser saves nothing: download your verdicts before you close the page.";
+  }
+}
+
+function isOdd(text) {  // FNV-1a, folded
   let h = 0x811c9dc5;
   for (const letter of text) h = Math.imul(h ^ letter.charCodeAt(0), 0x01000193) >>> 0;
   return (h ^ h >>> 16) & 1;
 }
 
-function remember(name, value) {
-  try { localStorage.setItem(name, value); }
-  catch { $("problem").textContent = "This browser refuses to store verdicts: download them before you close the tab."; }
-}
-
-function recall(name) { try { return localStorage.getItem(name); } catch { return null; } }
-
 function enter(name) {
   me = name;
-  remember("rlhf-review:name", me);
-  const found = pairs.map(pair => [pair.pair_id, JSON.parse(recall(store(pair.pair_id, me)))]);
-  kept = new Map(found.filter(([, entry]) => entry).sort((x, y) => x[1].when - y[1].when));
-  show(following(pairs.length - 1));
+  remember("rlhf-review", me);
+  const found = pairs.map(pair => [pair.pair_id, JSON.parse(recall(slot(pair)))]);
+  kept = new Map(found.filter(([, entry]) => entry).sort(([, one], [, two]) => one.when - two.when));
+  show(following(-1));
 }
 
 function keep(pair, change) {
   const entry = {seen: "", choice: "", note: "", seconds: 0, when: 0, ...kept.get(pair.pair_id), ...change};
   if (change.choice) kept.delete(pair.pair_id);
   kept.set(pair.pair_id, entry);
-  remember(store(pair.pair_id, me), JSON.stringify(entry));
+  remember(slot(pair), JSON.stringify(entry));
 }
 
-function following(index) {  // the next pair without a verdict; the next one of all when everything is judged
+function following(index) {  // the next pair that waits for a verdict; if none does, the next one
   const order = pairs.map((_, step) => (index + 1 + step) % pairs.length);
   return order.find(i => !judged(pairs[i])) ?? order[0];
 }
@@ -4315,30 +4250,32 @@ function show(index) {
   at = index; since = performance.now();
   const pair = pairs[at], entry = kept.get(pair.pair_id), done = pairs.filter(judged).length;
   $("turns").replaceChildren(...pair.messages.flatMap(turn => {
-    const who = document.createElement("h3"), text = document.createElement("p");
-    who.textContent = turn.role; text.textContent = visible(turn.content); text.dir = "auto";
-    return [who, text];
+    const role = document.createElement("h3"), text = document.createElement("p");
+    role.textContent = turn.role; text.textContent = visible(turn.content); text.dir = "auto";
+    return [role, text];
   }));
   for (const side of ["a", "b"]) $(side).textContent = visible(pair[side]);
   for (const part of document.querySelectorAll("section")) part.scrollTop = 0;
-  for (const side of ["a", "b", "tie", "bad"])
-    document.querySelector(`[data-do=${side}]`).setAttribute("aria-pressed", entry?.seen === side);
+  for (const button of document.querySelectorAll("footer div:first-child button"))
+    button.setAttribute("aria-pressed", button.dataset.do === entry?.seen);
   $("number").value = at + 1; $("note").value = entry?.note ?? ""; $("bar").value = done;
-  $("status").textContent = done === pairs.length ? "All judged: download them" : `${done} judged by ${me}`;
+  $("status").textContent = done < pairs.length ? `${done} judged by ${me}` : "All judged: download them";
 }
 
-function judge(seen) {
-  const pair = pairs[at], [a, b] = oddHash(salt + pair.pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
-  const seconds = (kept.get(pair.pair_id)?.seconds ?? 0) + (performance.now() - since) / 1000;
-  keep(pair, {seen, choice: {a, b}[seen] ?? seen, seconds: Math.round(10 * seconds) / 10, when: Date.now()});
+function judge(seen) {  // only here is it worked out which side the label prefers
+  const pair = pairs[at], before = kept.get(pair.pair_id)?.seconds ?? 0;
+  const seconds = Math.round(10 * before + (performance.now() - since) / 100) / 10;
+  const [a, b] = isOdd(salt + pair.pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
+  keep(pair, {seen, choice: {a, b}[seen] ?? seen, seconds, when: Date.now()});
   show(following(at));
 }
 
 function undo() {
-  const last = pairs.findIndex(pair => pair.pair_id === [...kept].filter(([, entry]) => entry.choice).at(-1)?.[0]);
-  if (last < 0) return;
-  keep(pairs[last], {seen: "", choice: ""});
-  show(last);
+  const last = [...kept].findLast(([, entry]) => entry.choice)?.[0];
+  if (!last) return;
+  const index = pairs.findIndex(pair => pair.pair_id === last);
+  keep(pairs[index], {seen: "", choice: ""});
+  show(index);
 }
 
 function download() {
@@ -4347,27 +4284,29 @@ function download() {
     return JSON.stringify({pair_id, prompt_id, choice, queue, note, annotator: me, seconds}) + "\n";
   });
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob(lines, {type: "application/jsonl"}));
+  link.href = URL.createObjectURL(new Blob(lines));
   link.download = `annotations-${me.replace(/[^\p{L}\p{N}]+/gu, "-")}.jsonl`;
   link.click();
 }
 
 const scrolled = by => document.querySelectorAll("section + section").forEach(part => part.scrollBy(0, by));
 const actions = {
-  a: () => judge("a"), b: () => judge("b"), tie: () => judge("tie"), bad: () => judge("bad"), undo, download,
-  skip: () => show(following(at)), note: () => $("note").focus(), jump: () => $("number").select(),
-  help: () => { $("name").value = me; $("start").showModal(); }, up: () => scrolled(-80), down: () => scrolled(80),
+  a: () => judge("a"), b: () => judge("b"), tie: () => judge("tie"), bad: () => judge("bad"),
+  skip: () => show(following(at)), undo, note: () => $("note").focus(), jump: () => $("number").select(),
+  up: () => scrolled(-80), down: () => scrolled(80), download, help: () => $("start").showModal(),
 };
-const keys = {arrowleft: "a", a: "a", arrowright: "b", b: "b", t: "tie", x: "bad", s: "skip", u: "undo", n: "note",
-  j: "jump", d: "download", "?": "help", arrowup: "up", arrowdown: "down"};
+const keys = {
+  a: "a", arrowleft: "a", b: "b", arrowright: "b", t: "tie", x: "bad", s: "skip", u: "undo", d: "download",
+  n: "note", j: "jump", arrowup: "up", arrowdown: "down", "?": "help",
+};
 
 document.addEventListener("keydown", event => {
   const {target, key} = event, name = keys[key.toLowerCase()], scrolls = name === "up" || name === "down";
   if (event.ctrlKey || event.metaKey || event.altKey || $("start").open) return;
   if (target.matches("input")) {
     if (key === "Escape" || (key === "Enter" && target.id === "note")) target.blur();
-  } else if (name && !(event.repeat && !scrolls) && !(scrolls && target.matches("section"))) {
-    event.preventDefault();  // a key held down judges once; a focused text scrolls by itself
+  } else if (scrolls ? !target.matches("section") : name && !event.repeat) {
+    event.preventDefault();  // a focused text scrolls by itself, and a key held down judges once
     actions[name]();
   }
 });
@@ -4382,7 +4321,7 @@ $("start").onclose = () => {
 
 if (pairs.length) {
   $("total").textContent = $("number").max = $("bar").max = pairs.length;
-  $("name").value = recall("rlhf-review:name") ?? "";
+  $("name").value = recall("rlhf-review") ?? "";
   $("start").showModal();
 } else $("problem").textContent = "There is no pair to review.";
 </script>

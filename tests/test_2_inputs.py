@@ -258,7 +258,9 @@ def test_a_prompt_id_is_the_prompts_own():
     assert len(one.prompt_id) == 16 and int(one.prompt_id, 16)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("data/[!r.]*")) + [ROOT / "data/ranked_answers.jsonl"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("data/[!r.]*")) + [ROOT / "data/ranked_answers.jsonl"], ids=lambda p: p.name
+)
 def test_every_example_file_is_read_without_a_failure(path):
     found = [one for _, one in rc.read_records(str(path))]
     assert len(found) >= 5 and all(isinstance(one, rc.Record) for one in found)

@@ -11,7 +11,11 @@ import pytest
 RANK = ("--method", "rank_responses", "--provider", "offline", "--report-path", "none")
 A, B = "Rain falls when a cloud grows too heavy.", "The gods are weeping again."
 Q = "Why does it rain?"
-GOOD = {"prompt": "Is ice cold?", "responses": ["Yes, it is at zero degrees or below.", "Never."], "scores": [200, 1]}
+GOOD = {
+    "prompt": "Is ice cold?",
+    "responses": ["Yes, it is at zero degrees or below.", "Never."],
+    "scores": [200, 1],
+}
 
 
 @pytest.fixture
@@ -150,6 +154,24 @@ def test_the_judges_combined_score_of_a_candidates_file_is_kept_as_it_was(rlhf):
     assert (row["score_chosen"], row["score_rejected"]) == (8.0, 2.0)
 
 
+@pytest.mark.parametrize(
+    "signal",
+    [
+        pytest.param({"order": [2, 0, 1]}, id="order: the third answer is best, then the first"),
+        pytest.param({"ranks": [2, 3, 1]}, id="ranks: the first answer is second best"),
+        pytest.param({"ranks": [1.0, 2.0, 0.0]}, id="ranks from 0"),
+        pytest.param({"scores": [5, 1, 9]}, id="scores"),
+        pytest.param({"order": [2, 0, 1], "ranks": [2, 3, 1], "scores": [5, 1, 9]}, id="all three, agreeing"),
+    ],
+)
+def test_three_answers_tell_an_order_from_ranks(fate, signal):
+    first, second, third = answers = [A, B, "Warm air rises, cools, and its vapour turns into drops."]
+    assert fate({"prompt": Q, "responses": answers} | signal, "--strategy", "adjacent") == [
+        (third, first),
+        (first, second),
+    ]
+
+
 def test_an_answer_that_nobody_rated_leaves_the_others_their_pair(fate):
     record = {"prompt": Q, "responses": [A, "Nobody knows, and nobody asked.", B], "scores": [3, "N/A", 5]}
     assert fate(record) == (B, A)
@@ -171,7 +193,10 @@ ONE_HOT = {"prompt": json.dumps([Q]), "response_a": json.dumps([A]), "response_b
 PAIR = {"prompt": Q, "chosen": A, "rejected": B}
 SHP = {"history": Q, "human_ref_A": A, "human_ref_B": B}
 STRENGTH, EVAL = NUMBERED, {"instruction": Q, "output_1": A, "output_2": B}
-UNSAID, UNRATED = "input: answers without any signal", "input: no preference: fewer than two answers are rated"
+UNSAID, UNRATED = (
+    "input: answers without any signal",
+    "input: no preference: fewer than two answers are rated",
+)
 CONTRADICTION, NOBODY = "input: contradictory signals", "input: no preference"
 NO_HISTORY = "input: histories differ"
 
@@ -275,7 +300,9 @@ def test_what_does_not_say_which_is_better_gives_no_pair(fate, record, reason):
 
 @pytest.mark.parametrize("depth", [100, 400, 600, 900, 20_000])
 def test_deep_json_is_a_pair_or_a_reason(rlhf, tmp_path, depth):
-    deep = json.dumps(LISTS | {"scores": [1, 2], "extra": "DEEP"}).replace('"DEEP"', "[" * depth + "]" * depth)
+    deep = json.dumps(LISTS | {"scores": [1, 2], "extra": "DEEP"}).replace(
+        '"DEEP"', "[" * depth + "]" * depth
+    )
     (tmp_path / "deep.jsonl").write_text(json.dumps(GOOD) + "\n" + deep + "\n")
     result = rlhf(tmp_path / "deep.jsonl", *RANK)
     assert result.status == 0
@@ -284,13 +311,34 @@ def test_deep_json_is_a_pair_or_a_reason(rlhf, tmp_path, depth):
 
 def test_answers_of_a_megabyte_are_exported_whole(fate):
     draw = random.Random(1)
-    long, longer = ("".join(draw.choices(letters + "  ", k=1_000_000)).strip() for letters in (LOW, LOW.upper()))
+    long, longer = (
+        "".join(draw.choices(letters + "  ", k=1_000_000)).strip() for letters in (LOW, LOW.upper())
+    )
     assert fate({"prompt": Q, "responses": [long, longer], "scores": [1, 2]}) == (longer, long)
 
 
 # --- 3,000 mutated records: none stops the run, and no pair contradicts what its record says.
 
-JUNK = [None, "", "N/A", math.nan, -100, 0, 1, 2, -1, 0.5, 1e308, True, "7", "tie", [], {}, [[1, 2], [3]], {"a": []}]
+JUNK = [
+    None,
+    "",
+    "N/A",
+    math.nan,
+    -100,
+    0,
+    1,
+    2,
+    -1,
+    0.5,
+    1e308,
+    True,
+    "7",
+    "tie",
+    [],
+    {},
+    [[1, 2], [3]],
+    {"a": []},
+]
 
 
 def mutate(record, draw):
@@ -327,15 +375,22 @@ def says(record, chosen, rejected) -> bool:
     if "preference_strength" in record:
         strength = float(record["preference_strength"])
         first, second = (record[f"response_{i}"].strip() for i in (1, 2))
-        return (chosen, rejected) == ((first, second) if strength < 0 else (second, first)) and 0 < abs(strength) <= 3
+        return (chosen, rejected) == ((first, second) if strength < 0 else (second, first)) and 0 < abs(
+            strength
+        ) <= 3
     if "winner" in record:
         winner, loser = {"a": "ab", "b": "ba", "0": "ab", "1": "ba"}[str(record["winner"])[-1]]
-        return (chosen, rejected) == (record[f"response_{winner}"].strip(), record[f"response_{loser}"].strip())
+        return (chosen, rejected) == (
+            record[f"response_{winner}"].strip(),
+            record[f"response_{loser}"].strip(),
+        )
     if "chosen" in record:
         scores = [record.get(f"score_{side}") for side in ("chosen", "rejected")]
         numeric = [re.fullmatch(r"-?\d+(\.\d+)?(e\+?\d+)?", str(score)) for score in scores]
         agrees = not all(numeric) or float(scores[0]) > float(scores[1])
-        said_so = [text[0] if isinstance(text, list) else text for text in (record["chosen"], record["rejected"])]
+        said_so = [
+            text[0] if isinstance(text, list) else text for text in (record["chosen"], record["rejected"])
+        ]
         return [chosen, rejected] == [text.strip() for text in said_so] and agrees
     texts, scores = record["responses"], record["scores"]
     score = {str(text).strip(): value for text, value in zip(texts, scores)}
@@ -381,7 +436,12 @@ def test_no_mutated_record_gives_a_pair_against_its_own_signal(rlhf):
 # --- How far apart the two have to be.
 
 KEPT, SMALL = "kept", "filter: gap too small"
-FOUR = ["One reason is the cloud.", "Two hands pour it.", "Three winds meet there.", "Four words only, sadly."]
+FOUR = [
+    "One reason is the cloud.",
+    "Two hands pour it.",
+    "Three winds meet there.",
+    "Four words only, sadly.",
+]
 
 
 def fine(a, b):
@@ -430,7 +490,12 @@ def test_gap(fate, record, flags, expected):
 # --- Strategies: one record, worked by hand.
 
 ONE, TWO, THREE, BAD = FOUR  # 9, 7, 4 and 1 points; they stand in another order in the record
-WORKED = {"prompt": Q, "responses": [THREE, ONE, BAD, TWO], "scores": [4, 9, 1, 7], "models": ["c", "a", "d", "b"]}
+WORKED = {
+    "prompt": Q,
+    "responses": [THREE, ONE, BAD, TWO],
+    "scores": [4, 9, 1, 7],
+    "models": ["c", "a", "d", "b"],
+}
 STRATEGIES = {
     "best_worst": [(ONE, BAD)],
     "all_pairs": [(ONE, TWO), (ONE, THREE), (ONE, BAD), (TWO, THREE), (TWO, BAD), (THREE, BAD)],
@@ -458,7 +523,9 @@ def test_strategy_from_record_to_output_line(rlhf, strategy, expected):
 
 
 def test_best_random_draws_the_rejected_by_the_seed(rlhf):
-    drawn = [rlhf([WORKED], *RANK, "--strategy", "best_random", "--seed", seed).pairs for seed in (*range(12), 0)]
+    drawn = [
+        rlhf([WORKED], *RANK, "--strategy", "best_random", "--seed", seed).pairs for seed in (*range(12), 0)
+    ]
     assert drawn[0] == drawn[-1]
     assert all(rows[0]["chosen"] == ONE for rows in drawn)
     assert {rows[0]["rejected"] for rows in drawn} == {TWO, THREE, BAD}
@@ -474,7 +541,9 @@ def test_equal_ranks_form_no_pair(fate, strategy):
 def length(n, seed):
     """A text of exactly n characters."""
     draw = random.Random(seed)
-    return " ".join("".join(draw.choices("abcdefghij", k=5)) for _ in range(n))[: n - 1].replace("  ", " ") + "x"
+    return (
+        " ".join("".join(draw.choices("abcdefghij", k=5)) for _ in range(n))[: n - 1].replace("  ", " ") + "x"
+    )
 
 
 def test_length_penalty_worked_by_hand(rlhf):

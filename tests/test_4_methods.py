@@ -71,7 +71,9 @@ JURIES = [  # the winner that each judge sees (in both orders) -> the fate
 ]
 
 
-@pytest.mark.parametrize("jury, outcome", JURIES, ids=lambda value: "-".join(value) if type(value) is list else None)
+@pytest.mark.parametrize(
+    "jury, outcome", JURIES, ids=lambda value: "-".join(value) if type(value) is list else None
+)
 def test_every_judge_must_agree(jury, outcome):
     seen = dict(zip("xyz", jury))
     judge = lambda name, sheet: verdict_by_order(seen[name], seen[name])(name, sheet)
@@ -83,11 +85,15 @@ def test_every_judge_must_agree(jury, outcome):
 def test_flip_believes_a_low_model_that_wins_by_3_points_in_every_vote(low, orders):
     judge = lambda _, sheet: verdict(sheet, lambda t: 3 if "42" in t else low)
     flags = ["--when-low-wins", "flip", "--judge-orders", str(orders)]
-    assert fate(ask(), comparison(judge, *flags)) == ("weak over strong" if low >= 6 else "judge: low model won")
+    assert fate(ask(), comparison(judge, *flags)) == (
+        "weak over strong" if low >= 6 else "judge: low model won"
+    )
 
 
 def test_a_flip_by_3_points_in_the_mean_alone_is_not_enough():
-    judge = lambda _, sheet: verdict(sheet, lambda t: 3 if "42" in t else 5 if "42" in shown(sheet)[0][1] else 9)
+    judge = lambda _, sheet: verdict(
+        sheet, lambda t: 3 if "42" in t else 5 if "42" in shown(sheet)[0][1] else 9
+    )
     assert fate(ask(), comparison(judge, "--when-low-wins", "flip")) == "judge: low model won"
 
 
@@ -176,7 +182,9 @@ def test_a_lost_answer_ends_the_comparison_before_the_judge(weak, reason):
 
 
 def test_a_thought_is_cut_off_before_anyone_judges_or_trains_on_it():
-    run = comparison(lambda _, sheet: verdict(sheet, {"42": 9, "41": 2}.get), high="<think>6*7</think>\n42", low="41")
+    run = comparison(
+        lambda _, sheet: verdict(sheet, {"42": 9, "41": 2}.get), high="<think>6*7</think>\n42", low="41"
+    )
     [pair] = wait(run.outcome(ask())).pairs
     assert pair.chosen.text == "42"
 
@@ -225,7 +233,9 @@ def test_a_rerun_may_cure_a_failure_but_not_a_filter():
 
 
 def test_a_pair_of_candidates_needs_two_points():
-    assert fate(ask(), candidates(marks=dict.fromkeys(MARKS, 5) | {"It is 42.": 6.9})) == "filter: gap too small"
+    assert (
+        fate(ask(), candidates(marks=dict.fromkeys(MARKS, 5) | {"It is 42.": 6.9})) == "filter: gap too small"
+    )
     assert fate(ask(), candidates(marks=dict.fromkeys(MARKS, 5) | {"It is 42.": 7})).startswith("a over ")
 
 
@@ -276,7 +286,9 @@ def test_adjacent_leaves_out_ties():
 
 NO_PAIR = [
     pytest.param({"a": (5, 5), "b": (5, 5)}, "judge: tie", id="a tie"),
-    pytest.param({"a": (9, 3), "b": (3, 9)}, "judge: orders disagree", id="each wins once, the means are equal"),
+    pytest.param(
+        {"a": (9, 3), "b": (3, 9)}, "judge: orders disagree", id="each wins once, the means are equal"
+    ),
     pytest.param({"a": (9, 3), "b": (4, 5)}, "judge: orders disagree", id="each wins once"),
     pytest.param({"a": (9, 5), "b": (4, 5)}, "judge: orders disagree", id="a tie in one order"),
     pytest.param({"a": (9,)}, "input: fewer than two answers", id="a single answer"),
@@ -311,7 +323,9 @@ def test_chosen_leads_in_every_vote_whatever_the_votes_are(strategy):
 # --- length penalty, by hand: one point of --length-penalty for each factor 1.5 in characters
 
 
-@pytest.mark.parametrize("chosen, rejected, points", [(150, 100, 2), (225, 100, 4), (100, 100, 0), (100, 900, 0)])
+@pytest.mark.parametrize(
+    "chosen, rejected, points", [(150, 100, 2), (225, 100, 4), (100, 100, 0), (100, 900, 0)]
+)
 def test_a_longer_chosen_costs_points_and_a_shorter_one_earns_none(chosen, rejected, points):
     run = run_of("--length-penalty", "2")
     assert rc.penalty(rc.Answer("x" * chosen), rc.Answer("y" * rejected), run) == pytest.approx(points)
@@ -341,7 +355,9 @@ def test_the_penalty_counts_against_the_gap_that_is_needed():
 def test_a_method_may_be_a_plain_function_and_direction_stays_law(monkeypatch):
     def upside_down(record, run):
         """Wrong on purpose."""
-        return [rc.Pair(record, rc.Answer("bad", votes=(2, 2), score=2), rc.Answer("good", votes=(9, 9), score=9))]
+        return [
+            rc.Pair(record, rc.Answer("bad", votes=(2, 2), score=2), rc.Answer("good", votes=(9, 9), score=9))
+        ]
 
     monkeypatch.setitem(rc.METHODS, "upside_down", upside_down)
     assert fate(ask(), run_of("--method", "upside_down")) == "judge: orders disagree"

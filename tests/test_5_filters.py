@@ -24,7 +24,9 @@ def reason_against(prompt="What is 6 times 7?", chosen="It is 42.", rejected="Bl
         answer.votes, answer.slots = given, (0, 1) if given else ()
         answer.score = sum(given) / 2 if given else None
     for rule in rc.FILTERS.values():  # every rule looks at every pair: a good one must pass them all
-        looked = [(made, run)] if rule.on == "pair" else [(made.record, a) for a in (made.chosen, made.rejected)]
+        looked = (
+            [(made, run)] if rule.on == "pair" else [(made.record, a) for a in (made.chosen, made.rejected)]
+        )
         reason = next(filter(None, itertools.starmap(rule, looked)), None)
         if reason:
             return reason
@@ -132,7 +134,11 @@ SONG = "".join(verse + CHORUS for verse in VERSES)
 ZH_CHORUS = "小河弯弯向东流，流到村口大桥头，\n妈妈站在桥头上，等我回家把手招。\n\n"
 ZH_SONG = "".join(
     verse + ZH_CHORUS
-    for verse in ["春天来了花儿开，燕子飞回屋檐来，\n\n", "夏天来了荷花香，青蛙池塘把歌唱，\n\n", "秋天来了稻谷黄，人人脸上喜洋洋，\n\n"]
+    for verse in [
+        "春天来了花儿开，燕子飞回屋檐来，\n\n",
+        "夏天来了荷花香，青蛙池塘把歌唱，\n\n",
+        "秋天来了稻谷黄，人人脸上喜洋洋，\n\n",
+    ]
 )
 ROWS = "<table>\n" + "".join(
     f'  <tr><td class="name">Item {i}</td><td class="price">$ {i}.00</td><td><a href="#">Buy</a></td></tr>\n'
@@ -258,7 +264,11 @@ KEPT = {
 
 def flat(table: dict) -> list:
     """{filter: cases} -> cases, named after their filter."""
-    return [pytest.param(name, *one.values, id=f"{name}: {one.id}") for name, cases in table.items() for one in cases]
+    return [
+        pytest.param(name, *one.values, id=f"{name}: {one.id}")
+        for name, cases in table.items()
+        for one in cases
+    ]
 
 
 @pytest.mark.parametrize("name, parts", flat(DROPPED))
@@ -337,7 +347,9 @@ def test_the_cheap_bounds_of_near_duplicates_change_no_verdict():
     for _ in range(300):
         one = "".join(draw.choices("abcdefgh" if draw.random() < 0.5 else ZH_LONG, k=draw.randrange(5, 400)))
         cut = draw.randrange(len(one))
-        two = "".join(draw.choice("xyz") if draw.random() < draw.choice((0.002, 0.01, 0.05)) else c for c in one)
+        two = "".join(
+            draw.choice("xyz") if draw.random() < draw.choice((0.002, 0.01, 0.05)) else c for c in one
+        )
         two = two[: len(two) if draw.random() < 0.7 else max(5, cut)]
         exact = len(grams(one) & grams(two)) / len(grams(one) | grams(two))
         found = rc.similarity(one, two, 0.8)
@@ -346,7 +358,9 @@ def test_the_cheap_bounds_of_near_duplicates_change_no_verdict():
 
 def test_marks_are_foreign_though_the_record_has_turns():
     """The labels of a flattened conversation are ours: they excuse no `Assistant:` in an answer."""
-    turns = [{"role": r, "content": t} for r, t in (("user", "Hi"), ("assistant", "Hello"), ("user", "6 by 7?"))]
+    turns = [
+        {"role": r, "content": t} for r, t in (("user", "Hi"), ("assistant", "Hello"), ("user", "6 by 7?"))
+    ]
     assert rc.control_tokens(rc.Record(turns), rc.Answer("Assistant: 42")) == "control tokens"
 
 

@@ -8,7 +8,11 @@ import pytest
 
 from tests.conftest import DATA, rows, write_jsonl
 
-TALKS, RANKED, PAIRS = DATA / "conversations.jsonl", DATA / "ranked_answers.jsonl", DATA / "preference_pairs.jsonl"
+TALKS, RANKED, PAIRS = (
+    DATA / "conversations.jsonl",
+    DATA / "ranked_answers.jsonl",
+    DATA / "preference_pairs.jsonl",
+)
 OFFLINE = ("--provider", "offline", "--report-path", "none")
 RANK = (*OFFLINE, "--method", "rank_responses")
 TEXT = str
@@ -41,7 +45,8 @@ def fits(value, shape) -> bool:
     if shape is TURNS:
         ends = bool(value) and value[-1]["role"] == "user"
         return ends and all(
-            set(m) == {"role", "content"} and m["role"] in TURNS[0]["role"] and m["content"].strip() for m in value
+            set(m) == {"role", "content"} and m["role"] in TURNS[0]["role"] and m["content"].strip()
+            for m in value
         )
     if isinstance(shape, dict):
         return (
@@ -68,7 +73,9 @@ def fits(value, shape) -> bool:
 def test_every_row_has_exactly_the_documented_shape(rlhf, source, flags, name):
     result = rlhf(source, *flags, "--output-format", name)
     shape = dict(SHAPES[name])
-    if source == RANKED and name == "standard":  # some of its records carry choices: no scores in the whole file
+    if (
+        source == RANKED and name == "standard"
+    ):  # some of its records carry choices: no scores in the whole file
         del shape["score_chosen"], shape["score_rejected"]
     assert result.status == 0 and len(result.pairs) >= 15
     assert all(fits(row, shape) for row in result.pairs)
@@ -116,10 +123,14 @@ SCORED = {"prompt": "Is ice cold?", "responses": THREE, "scores": [9, 6, 2]}
         pytest.param(("--min-chosen-score", 9.5), {0: False, 2: False}, id="by score, both poor"),
         pytest.param(("--min-chosen-score", 1), {0: True, 2: True}, id="by score, both good"),
         pytest.param(
-            ("--min-chosen-score", 5, "--strategy", "all_pairs"), {0: True, 1: True, 2: False}, id="by score, all answers"
+            ("--min-chosen-score", 5, "--strategy", "all_pairs"),
+            {0: True, 1: True, 2: False},
+            id="by score, all answers",
         ),
         pytest.param(
-            ("--min-chosen-score", 7, "--strategy", "adjacent"), {0: True, 1: False, 2: False}, id="by score, adjacent"
+            ("--min-chosen-score", 7, "--strategy", "adjacent"),
+            {0: True, 1: False, 2: False},
+            id="by score, adjacent",
         ),
     ],
 )
@@ -167,7 +178,9 @@ def test_no_completion_is_labelled_both_ways(rlhf, records, flags):
     assert labels and all(len(both) == 1 for both in labels.values())
 
 
-@pytest.mark.parametrize("source", [pytest.param(RANKED, id="ranked answers"), pytest.param(PAIRS, id="ready pairs")])
+@pytest.mark.parametrize(
+    "source", [pytest.param(RANKED, id="ranked answers"), pytest.param(PAIRS, id="ready pairs")]
+)
 def test_kto_has_each_prompt_with_a_good_and_a_bad_completion(rlhf, source):
     labels = labels_of(rlhf(source, *RANK, "--output-format", "kto"))
     per_prompt = Counter((prompt, *label) for (prompt, _), label in labels.items())
@@ -216,7 +229,9 @@ def test_pairs_that_were_written_are_read_back_as_the_same_pairs(rlhf, source, f
 )
 def test_a_candidates_file_gives_the_same_pairs(rlhf, source, method):
     flags = ("--output-format", "standard", "--min-score-gap", 2)
-    made = rlhf(source, *OFFLINE, "--method", method, "--candidates-path", "all.jsonl", *flags, output="first.jsonl")
+    made = rlhf(
+        source, *OFFLINE, "--method", method, "--candidates-path", "all.jsonl", *flags, output="first.jsonl"
+    )
     again = rlhf("all.jsonl", *RANK, *flags, output="again.jsonl")
     assert len(made.pairs) >= 10 and again.pairs == made.pairs
 
@@ -226,7 +241,9 @@ def test_a_candidates_file_holds_every_answer_with_its_model_and_score(rlhf, tmp
     for row in rows(tmp_path / "all.jsonl"):
         assert list(row) == ["prompt", "prompt_id", "completions"] and fits(row["prompt"], TURNS)
         assert [answer["model"] for answer in row["completions"]] == ["reference", "weakened"]
-        assert all(isinstance(answer["score"], float) and len(answer["votes"]) == 2 for answer in row["completions"])
+        assert all(
+            isinstance(answer["score"], float) and len(answer["votes"]) == 2 for answer in row["completions"]
+        )
 
 
 # --- One type per column, from the first line to the last.
@@ -267,14 +284,15 @@ def mixed(megabytes, scores_last=False):
             yield pair | {"model_a": None, "model_b": 7, "winner": draw.choice("ab")}
         else:
             turn = [{"role": "user", "content": f"Question {i}?", "name": None}]
-            yield {"messages": turn, "chosen": {"role": "assistant", "content": a}, "rejected": {"role": "assistant", "content": b}}
+            yield {
+                "messages": turn,
+                "chosen": {"role": "assistant", "content": a},
+                "rejected": {"role": "assistant", "content": b},
+            }
 
 
-@pytest.mark.parametrize(
-    "scores_last", [pytest.param(False, id="scores in the first 12 MB only"), pytest.param(True, id="scores at the end only")]
-)
-def test_20_megabytes_of_mixed_input_keep_one_type_per_column(rlhf, tmp_path, scores_last):
-    source = write_jsonl(tmp_path / "mixed.jsonl", mixed(20, scores_last))
+def test_20_megabytes_of_mixed_input_keep_one_type_per_column(rlhf, tmp_path):
+    source = write_jsonl(tmp_path / "mixed.jsonl", mixed(20, scores_last=True))
     result = rlhf(source, *RANK)
     assert result.status == 0 and result.output.stat().st_size > 20_000_000 and not result.dropped
     names = ("prompt", "chosen", "rejected", "chosen_model", "rejected_model", "prompt_id")
@@ -284,7 +302,9 @@ def test_20_megabytes_of_mixed_input_keep_one_type_per_column(rlhf, tmp_path, sc
 
 def test_scores_are_floats_whatever_the_input_held(rlhf):
     scores = [(9, 2), ("7", "3.5"), (8.5, 1)]
-    records = [{"prompt": f"Is ice cold, {i}?", "responses": THREE[:2], "scores": s} for i, s in enumerate(scores)]
+    records = [
+        {"prompt": f"Is ice cold, {i}?", "responses": THREE[:2], "scores": s} for i, s in enumerate(scores)
+    ]
     result = rlhf(records, *RANK)
     exported = [(row["score_chosen"], row["score_rejected"]) for row in result.pairs]
     assert exported == [(9.0, 2.0), (7.0, 3.5), (8.5, 1.0)] and len(schemas(result.output)) == 1

@@ -75,7 +75,13 @@ def test_a_lone_user_turn_is_the_prompt_itself():
 
 @pytest.mark.parametrize(
     "floor, labels",
-    [(None, [True, False]), ("6", [True, False]), ("9", [True, False]), ("9.5", [False, False]), ("3", [True, True])],
+    [
+        (None, [True, False]),
+        ("6", [True, False]),
+        ("9", [True, False]),
+        ("9.5", [False, False]),
+        ("3", [True, True]),
+    ],
 )
 def test_kto_labels_by_the_pair_or_by_the_score(floor, labels):
     run = run_of(*(["--min-chosen-score", floor] if floor else []))

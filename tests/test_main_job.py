@@ -93,10 +93,13 @@ PROMPTS = [{"prompt": f"Question number {n}: what is best?"} for n in range(1000
 MODELS = ("--provider", "openai", "--high-model", "strong", "--low-model", "weak", "--concurrency", 64)
 
 
+QUICK = ("--provider", "dashscope", *MODELS[2:])  # the quicker of the two SDKs
+
+
 def test_a_noisy_judge_leaves_few_wrong_pairs(rlhf):
     with Api(noisy_world(1.5)) as api:
-        trusting = rlhf(PROMPTS, *MODELS, "--judge-model", "none", api=api, output="t.jsonl").pairs
-        judged = rlhf(PROMPTS, *MODELS, api=api).pairs
+        trusting = rlhf(PROMPTS, *QUICK, "--judge-model", "none", api=api, output="t.jsonl").pairs
+        judged = rlhf(PROMPTS, *QUICK, api=api).pairs
     print(f"no judge: {wrong_share(trusting):.1%} wrong; judged: {wrong_share(judged):.1%} of {len(judged)}")
     assert wrong_share(trusting) > 0.20
     assert wrong_share(judged) <= 0.025 and len(judged) >= 400
@@ -104,7 +107,7 @@ def test_a_noisy_judge_leaves_few_wrong_pairs(rlhf):
 
 def test_the_best_and_the_worst_of_four_are_hardly_ever_confused(rlhf):
     with Api(noisy_world(1.5)) as api:
-        pairs = rlhf(PROMPTS, *MODELS, "--method", "generate_pairs", api=api).pairs
+        pairs = rlhf(PROMPTS, *QUICK, "--method", "generate_pairs", api=api).pairs
         assert sum(map(is_judge, api.calls)) == 2 * 1000
     print(f"{wrong_share(pairs):.1%} wrong of {len(pairs)}")
     assert wrong_share(pairs) <= 0.015 and len(pairs) >= 750

@@ -89,7 +89,9 @@ def test_no_line_is_longer_than_110():
 
 
 def test_functions_are_short():
-    long = {name: size for name, size in FUNCTIONS.items() if size > 45 and not name.startswith("build_parser")}
+    long = {
+        name: size for name, size in FUNCTIONS.items() if size > 45 and not name.startswith("build_parser")
+    }
     assert long == {} and statistics.median(FUNCTIONS.values()) <= 12
 
 

@@ -30,7 +30,10 @@ def tokenizer():
     special = ["<pad>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
     model.train_from_iterator(texts, vocab_size=600, special_tokens=special)
     wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model._tokenizer, pad_token="<pad>", eos_token="</s>", additional_special_tokens=special[2:]
+        tokenizer_object=model._tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        additional_special_tokens=special[2:],
     )
     wrapped.chat_template = CHAT
     return wrapped
@@ -128,7 +131,9 @@ def test_dpo_trains(loaded, shape, tokenizer, tmp_path, source, name):
     trained(trl.DPOTrainer(model, reference, args=args, train_dataset=data, processing_class=tokenizer))
 
 
-@pytest.mark.parametrize("flags", [pytest.param((), id="by choice"), pytest.param(("--min-chosen-score", 9), id="by score")])
+@pytest.mark.parametrize(
+    "flags", [pytest.param((), id="by choice"), pytest.param(("--min-chosen-score", 9), id="by score")]
+)
 def test_kto_trains(loaded, shape, tokenizer, tmp_path, flags):
     data = loaded(DATA / "preference_pairs.jsonl", "--output-format", "kto", *flags)
     assert data.features["label"].dtype == "bool" and set(data["label"]) == {True, False}
@@ -144,7 +149,9 @@ def test_prompts_load_as_prompt_only(loaded, tokenizer):
     assert text.startswith("<|user|>") and text.endswith("<|assistant|>")
 
 
-@pytest.mark.parametrize("name", ["basic", "standard", "conversational", "chatml", "openai", "kto", "prompts"])
+@pytest.mark.parametrize(
+    "name", ["basic", "standard", "conversational", "chatml", "openai", "kto", "prompts"]
+)
 def test_every_format_loads_to_what_was_written(loaded, tmp_path, name):
     data = loaded(DATA / "preference_pairs.jsonl", "--output-format", name)
     with open(tmp_path / "out.jsonl", encoding="utf-8") as file:
@@ -152,11 +159,22 @@ def test_every_format_loads_to_what_was_written(loaded, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "scores_last", [pytest.param(False, id="scores in the first 12 MB only"), pytest.param(True, id="scores at the end only")]
+    "scores_last",
+    [
+        pytest.param(False, id="scores in the first 12 MB only"),
+        pytest.param(True, id="scores at the end only"),
+    ],
 )
 def test_20_megabytes_of_mixed_input_load_with_one_type_per_column(loaded, scores_last):
     data = loaded(list(mixed(20, scores_last)))
-    assert set(data.column_names) == {"prompt", "chosen", "rejected", "chosen_model", "rejected_model", "prompt_id"}
+    assert set(data.column_names) == {
+        "prompt",
+        "chosen",
+        "rejected",
+        "chosen_model",
+        "rejected_model",
+        "prompt_id",
+    }
     assert {feature.dtype for feature in data.features.values()} == {"string"}
     assert data.data.nbytes > 20_000_000
 
