@@ -2207,9 +2207,11 @@ METRICS = [
     Metric("length_gap", "rank correlation of gap and length ratio", "", (-0.3, 0.3), (-0.5, 0.5), "length"),
     Metric("flips", "verdicts that flip with the order", "%", (-ANY, 0.25), (-ANY, 0.40), "order"),
     Metric("first_slot", "first-shown answer beats the last", "%", (0.40, 0.60), (0.30, 0.70), "order"),
-    Metric("slot_effect", "what an answer gains by standing first", "points", (-0.5, 0.5), (-1, 1), "order"),
+    Metric("slot_effect", "points gained by standing first", "", (-0.5, 0.5), (-1, 1), "order"),
     *(
-        Metric(f"format_{name}", f"{name} on one side: chosen", "%", (0.40, 0.60), (0.25, 0.75), "format")
+        Metric(
+            f"format_{name}", f"{name} in one answer only: chosen", "%", (0.40, 0.60), (0.25, 0.75), "format"
+        )
         for name in FORMATS
     ),
     Metric("identity", "label guessed from the model's name", "%", (-ANY, 0.80), (-ANY, 0.95), "writer"),
@@ -2507,7 +2509,12 @@ class Report:
         rows = [row for _, _, row in sorted(self.sample, reverse=True)]
         sides = {name: one_sided(rows, marks) for name, marks in MARKS.items()}
         judges = {family(name) for name in settings.get("judges", [])} - {""}
-        related = sorted({m for pair in self.counts["wins"] for m in pair if family(m) in judges})
+        own = sorted({m for pair in self.counts["wins"] for m in pair if family(m) in judges})
+        related = (
+            [f"The judge may favour its own family ({', '.join(own[:5])}): add a --judge-model."]
+            if own
+            else []
+        )
         measured = self._counted(judges) | measure_sides(rows, sides) | measure_texts(rows)
         human = human or {"metrics": [], "lines": []}
         metrics = [judged(metric, measured[metric.key]) for metric in METRICS] + human["metrics"]
@@ -2517,8 +2524,7 @@ class Report:
         sign = {"longer": longer[True], "n": longer.total(), "p": sign_test(longer[True], longer.total())}
         return {
             "warnings": [{"level": row["verdict"], **row} for row in alarms],
-            "notes": [f"The judge may favour {m}, of its own family (--judge-model)." for m in related]
-            + human["lines"],
+            "notes": human["lines"] + related,
             "records": self.records,
             "kept": self.kept,
             "pairs": self.pairs,
@@ -2581,7 +2587,7 @@ class Report:
             chart("From records to pairs", "records left after each stage", "", {"": funnel}),
             chart("Why records were dropped", "records, by stage and reason", "", {"": reasons}),
             chart("Does length win?", "longer answer chosen, by how much longer", "%", {"": curve}, 0.5),
-            chart("Does place count?", "score in a place, less the answer's mean", "points", {"": places}, 0),
+            chart("Does place count?", "points in a place, less the answer's mean", "", {"": places}, 0),
         ]
 
 
@@ -2636,7 +2642,8 @@ def strongest(sides: list[tuple], most: int = 10) -> list[dict]:
     ours, theirs = [w for w in order if weights[w] > 0], [w for w in order[::-1] if weights[w] < 0]
     words = [("chosen", word) for word in ours[:most]] + [("rejected", word) for word in theirs[:most]]
     return [
-        {"speaks for": s, "word": w, "in chosen": chosen[w], "in rejected": rejected[w]} for s, w in words
+        {"speaks for": s, "word": w[:40], "in chosen": chosen[w], "in rejected": rejected[w]}
+        for s, w in words
     ]
 
 
@@ -2702,13 +2709,13 @@ def cost(usage: list[dict], pairs: int) -> dict:
 
 
 def shown(value, unit: str = "") -> str:
-    """A value as people read it: `62 %`, `1.25 ×`, `1,204`; an interval: `58 % to 66 %`; unknown: a dash."""
+    """A value as people read it: `62%`, `1.25 ×`, `1,204`; an interval: `58% to 66%`; unknown: a dash."""
     if isinstance(value, list | tuple):
         return " to ".join(shown(end, unit) for end in value)
     if value is None or isinstance(value, str):
         return value or "–"
     if unit == "%":
-        return f"{100 * value:.0f} %"
+        return f"{100 * value:.0f}%"
     return f"{value:{',.0f' if abs(value) >= 100 or value == int(value) else '.3g'}} {unit}".rstrip()
 
 
@@ -2733,16 +2740,12 @@ def report_lines(numbers: dict) -> list[str]:
 
 
 def bars(chart: dict) -> str:
-    """One chart as a figure: a row per label, a bar per series, whiskers for intervals; the text says it all."""
-    series, unit, mark, alone = chart["series"], chart["unit"], chart["mark"], len(chart["series"]) == 1
+    """One chart as a figure: a row per label, a bar per series, intervals where there is a mark; the text says it all."""
+    series, unit, mark = chart["series"], chart["unit"], chart["mark"]
     labels = list(next(iter(series.values())))
-    points = list(itertools.chain(*(row.values() for row in series.values())))
-    ends = [
-        0,
-        mark or 0,
-        *(v or 0 for v, _, _ in points),
-        *itertools.chain(*(i for _, i, _ in points if i and alone)),
-    ]
+    ends = [0, mark or 0]
+    for value, interval, _ in itertools.chain(*(row.values() for row in series.values())):
+        ends += [value or 0, *(interval if interval and mark is not None else ())]
     low, high = min(ends), max(ends) or 1
     left, step = 16 + 6.2 * min(24, max(map(len, labels), default=0)), 13 * len(series) + 7
     at = lambda x: left + (x - low) / (high - low) * (300 - left)
@@ -2756,7 +2759,7 @@ def bars(chart: dict) -> str:
                 f'<text x="{left - 8:.0f}" y="{middle}" class="label">{html.escape(label[:24])}</text>'
             )
         parts.append(f'<rect x="{start:.1f}" y="{y}" width="{end - start:.1f}" height="11" class="s{k}"/>')
-        if interval and alone:
+        if interval and mark is not None:
             parts.append(
                 f'<path d="M{at(interval[0]):.1f} {y + 5.5}H{at(interval[1]):.1f}" class="whisker"/>'
             )
@@ -2789,10 +2792,11 @@ def table(rows: list[dict], *columns: str) -> str:
 
 
 def warning_html(row: dict) -> str:
-    """One warning as a list item."""
+    """One warning as a list item, its flags set as code."""
     level, label, advice = (html.escape(row[key]) for key in ("level", "label", "advice"))
     value, interval = (shown(row[key], row.get("unit", "")) for key in ("value", "interval"))
-    facts = f"{value} <small>(95 %: {interval}; n {row['n']:,})</small>"
+    facts = f"{value} <small>95%: {interval}, n {row['n']:,}</small>"
+    advice = re.sub("--[a-z-]+", r"<code>\g<0></code>", advice)
     return f'<li class="{level}"><b>{level}</b> {label}: {facts}<p>{advice}</p></li>'
 
 
@@ -2817,9 +2821,9 @@ def report_html(numbers: dict) -> str:
         "HASH": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         "SUMMARY": f"{numbers['pairs']:,} pairs from {numbers['kept']:,} of {numbers['records']:,} records",
         "WARNINGS": "".join(map(warning_html, numbers["warnings"])) or "<li><b>ok</b> No warnings.</li>",
-        "NOTES": "".join(f"<p>{html.escape(note)}</p>" for note in numbers["notes"]),
+        "NOTES": "".join(f'<p class="note">{html.escape(note)}</p>' for note in numbers["notes"]),
         "CHARTS": "".join(map(bars, charts)),
-        "METRICS": table(numbers["metrics"], "label", "value", "interval", "n", "verdict"),
+        "METRICS": table(numbers["metrics"], "label", "verdict", "value", "interval", "n"),
         "SAMPLE": sample.format(**numbers["sample"]),
         "SPREADS": table(numbers["spreads"]),
         "MODELS": table(numbers["models"], "model", "value", "interval", "n"),
@@ -3160,8 +3164,8 @@ def agreement(said: list[tuple[str, str]], cases: int) -> tuple:
 def kappa(said: list[tuple[str, str]], cases: int) -> tuple:
     """Cohen's kappa of two raters, (agreement - chance) / (1 - chance) -> (value, interval, cases).
 
-    Its categories are what a rater saw: A, B, tie, bad. Of "chosen" and "rejected" it could say nothing, since
-    a label always says "chosen". A fair coin put chosen on A or B, so by design each rater says A in half of
+    Its categories are what a rater saw: A, B, tie, bad. Of "chosen" and "rejected" it could say nothing,
+    since a label always says "chosen". A fair coin put chosen on A or B, so by design each rater says A in half of
     their choices of a side. The interval is Wilson's of agreement, with chance taken as it is."""
     value, interval, _ = agreement(said, cases)
     chance = 0.0
@@ -3175,7 +3179,7 @@ def kappa(said: list[tuple[str, str]], cases: int) -> tuple:
 
 
 def precision_rows(sample: list[tuple[float, bool]]) -> list[dict]:
-    """(gap, right or wrong) of reviewed pairs -> rows for at most four groups of equal size, ENOUGH in each."""
+    """(gap, right or wrong) of reviewed pairs -> rows for up to four groups of equal size, ENOUGH in each."""
     gaps, groups = sorted(gap for gap, _ in sample), min(4, len(sample) // ENOUGH)
     edges = sorted({gaps[len(gaps) * i // groups] for i in range(groups)})
     rows = []
@@ -3218,8 +3222,8 @@ def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]
     ]
     until = f"{high:g}" if high is not None else "beyond this sample"
     return rows, (
-        f"--min-score-gap {best:g} is the smallest with {TRUSTED:.0%} right labels ({n} reviewed from there up; "
-        f"95 % interval: {low:g} to {until}); it keeps {kept:.0%} of the pairs."
+        f"--min-score-gap {best:g} is the smallest with {TRUSTED:.0%} right labels ({n} reviewed from there "
+        f"up; 95 % interval: {low:g} to {until}); it keeps {kept:.0%} of the pairs."
     )
 
 
@@ -4062,15 +4066,18 @@ h2 { font-size: 1.15rem; margin: 2.75rem 0 .75rem }
 h3, h4 { font-size: .95rem; margin: 0 }
 small, header p, .note, figcaption { color: var(--soft); font-size: .86rem; font-weight: 400 }
 header p { font-size: 1.05rem; margin: .25rem 0 1.5rem }
-ul { display: grid; gap: .6rem; list-style: none; margin: 0; padding: 0 }
+ul { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr));
+  list-style: none; margin: 0 0 1rem; padding: 0 }
+code { font: .92em ui-monospace, monospace; white-space: nowrap }
 figure, article, .wide, li { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   margin: 0; padding: .8rem 1rem }
 li { --level: var(--ok); border-left: 4px solid var(--level) }
+li small { display: inline-block }
 li p { margin: .15rem 0 0; font-size: .92rem }
 li b { color: var(--level); font-size: .75rem; letter-spacing: .06em; text-transform: uppercase }
 .ok { --level: var(--ok) } .warn { --level: var(--warn) } .critical { --level: var(--critical) }
-tr[class] td:last-child { color: var(--level, var(--soft)) } tr.warn, tr.critical { font-weight: 600 }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)) }
+:is(.ok, .warn, .critical) td:nth-child(2) { color: var(--level) } tr.warn, tr.critical { font-weight: 600 }
+.grid { columns: 20rem; column-gap: 1rem } figure { break-inside: avoid; margin-bottom: 1rem !important }
 figcaption h3 { color: var(--ink) }
 figcaption i { border-left: .8em solid var(--chosen); font-style: normal; margin-left: .6em; padding-left: .35em }
 figcaption i.s1 { border-color: var(--rejected) }
@@ -4082,7 +4089,8 @@ svg text { fill: var(--soft); font-size: 11.5px; text-anchor: end } svg .value {
 .wide { overflow-x: auto; padding: .25rem 1rem }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100% }
 th, td { border-bottom: 1px solid var(--line); padding: .4rem .8rem .4rem 0; text-align: left }
-td { overflow-wrap: anywhere; vertical-align: top } td:first-child { min-width: 7rem }
+td { overflow-wrap: break-word; vertical-align: top }
+td:first-child { min-width: 7rem } td:last-child { min-width: 3.6rem; overflow-wrap: anywhere }
 th { color: var(--soft); font-weight: 500 } tr:last-child td { border: 0 }
 article { margin-bottom: 1rem }
 .pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
@@ -4191,8 +4199,8 @@ dialog form { display: grid; gap: 12px; }
   <form method="dialog">
     <h2 id="hello">Which answer is better?</h2>
     <p>Read the conversation, then both answers. Prefer the one that helps more: it is right before all else,
-      then complete and clear. Length and decoration earn nothing. Tie: you see no difference. Both bad: no one
-      should learn from either.</p>
+      then complete and clear. Length and decoration earn nothing. Tie: you see no difference. Both bad: no
+      one should learn from either.</p>
     <p>Keys: ← or A, → or B, T tie, X both bad, S skip, U undo, N note (Enter leaves it), J jump to a pair,
       ↑ ↓ scroll both answers, D download, ? this help. The buttons do the same.</p>
     <p>Every verdict is saved in this browser at once, under your name; nothing is sent anywhere. Download the
@@ -4216,7 +4224,7 @@ const visible = text => text.replace(/[\0-\x08\x0b-\x1f\x7f\u061c\u200e\u200f\u2
 
 function remember(name, value) {
   try { localStorage.setItem(name, value); } catch {
-    $("problem").textContent = "This browser saves nothing: download your verdicts before you close the page.";
+    $("problem").textContent = "This browser saves nothing: download your verdicts before you close it.";
   }
 }
 
