@@ -2169,16 +2169,16 @@ FORMATS = {
 CODE_BLOCK = re.compile(r"```.*?```", re.S)
 
 ADVICE = {  # topic of a metric -> what to do about it
-    "yield": "Few records give a pair: raise --temperature or --num-candidates, or name a weaker --low-model.",
+    "yield": "Few records give a pair: raise --temperature, --num-candidates, or name a weaker --low-model.",
     "scores": "The judge hardly tells answers apart: anchor it with a --rubric, or change --judge-model.",
     "length": "A model learns length from this: raise --length-penalty, or let a --rubric refuse it.",
-    "order": "The judge follows the order: keep --judge-orders 2, raise --min-score-gap, change --judge-model.",
-    "format": "A model learns decoration from this: let a --rubric refuse it, or a --system-prompt forbid it.",
-    "writer": "Labels say who wrote it: --method generate_pairs, more --candidate-models, --when-low-wins flip.",
+    "order": "The judge follows the order: keep --judge-orders 2, raise --min-score-gap, add --judge-model.",
+    "format": "A model learns decoration from this: let a --rubric refuse it, a --system-prompt forbid it.",
+    "writer": "Labels say who wrote it: --method generate_pairs, --candidate-models, --when-low-wins flip.",
     "family": "The judge may favour its own family: add a --judge-model of another one.",
-    "words": "Wording tells the label (see the words): change --system-prompt, or try --method generate_pairs.",
-    "prompts": "Prompts repeat: mix in other sources, cap one with --max-samples, take --strategy best_worst.",
-    "answers": "Answers follow a template: raise --temperature, add --candidate-models or a --system-prompt.",
+    "words": "Words tell the label (see them below): change --system-prompt, try --method generate_pairs.",
+    "prompts": "Prompts repeat: mix in other sources, cap one by --max-samples, use --strategy best_worst.",
+    "answers": "Answers follow a template: raise --temperature, add --candidate-models, --system-prompt.",
 }
 SIDES = {"chosen": "answers", "rejected": "answers", "prompts": "prompts"}  # texts -> topic
 ANY = math.inf
@@ -2197,7 +2197,7 @@ class Metric(NamedTuple):
 
 
 # Thresholds: AlpacaEval refuses judges that prefer the longer answer in over 70 %, people do in 64 %; sound
-# labels are guessed from words in 57..70 %, labels of who wrote it in 94..99 %; the order flips GPT-4 in 35 % of
+# labels are guessed from words in 57..70 %, labels of who wrote it in 94..99 %; order flips GPT-4 in 35 % of
 # close pairs; good answers compress 2.2..3.0 times, templates over 3.5.
 METRICS = [
     Metric("kept", "records that give a pair", "%", (0.30, ANY), (0.05, ANY), "yield"),
@@ -2209,18 +2209,14 @@ METRICS = [
     Metric("first_slot", "first-shown answer beats the last", "%", (0.40, 0.60), (0.30, 0.70), "order"),
     Metric("slot_effect", "points gained by standing first", "", (-0.5, 0.5), (-1, 1), "order"),
     *(
-        Metric(
-            f"format_{name}", f"{name} in one answer only: chosen", "%", (0.40, 0.60), (0.25, 0.75), "format"
-        )
+        Metric(f"format_{name}", f"{name} in one only: chosen", "%", (0.40, 0.60), (0.25, 0.75), "format")
         for name in FORMATS
     ),
     Metric("identity", "label guessed from the model's name", "%", (-ANY, 0.80), (-ANY, 0.95), "writer"),
     Metric("own_family", "the judge's own family wins", "%", (-ANY, 0.60), (-ANY, ANY), "family"),
     Metric("words", "label guessed from the words", "%", (-ANY, 0.70), (-ANY, 0.85), "words", 100),
     Metric("opening", "label guessed from 3 first words", "%", (-ANY, 0.65), (-ANY, 0.80), "words", 100),
-    Metric(
-        "repeated_prompts", "records with a prompt seen before", "%", (-ANY, 0.05), (-ANY, 0.50), "prompts"
-    ),
+    Metric("repeated_prompts", "records with an earlier prompt", "%", (-ANY, 0.05), (-ANY, 0.50), "prompts"),
     *(
         Metric(f"{key}_{side}", f"{label}, {side}", unit, warn, critical, topic, needs)
         for side, topic in SIDES.items()
@@ -2397,7 +2393,7 @@ def log_odds(chosen: Counter, rejected: Counter) -> dict[str, float]:
 
 
 def held_out(sides: list[tuple]) -> Measured:
-    """How often a sum of log-odds, learned on the other four folds, points at the chosen answer (tie: half)."""
+    """How often a sum of log-odds, learned on the other folds, points at the chosen answer (tie: half)."""
     whole, right = tally(sides), 0.0
     for number in range(FOLDS):
         fold = [side for side in sides if side[0] == number]
@@ -2417,7 +2413,7 @@ def family(model: str) -> str:
 
 
 def judged(metric: Metric, measured: Measured) -> dict:
-    """The report's row of a metric; its verdict hangs on the end of the interval nearer to the healthy range."""
+    """The report's row of a metric; its verdict hangs on the interval's end nearer to the healthy range."""
     row = {"metric": metric.key, "label": metric.label, "unit": metric.unit, **measured._asdict()}
     low, high = measured.interval or (measured.value, measured.value)
     if measured.value is None or measured.n < metric.needs:
@@ -2510,11 +2506,7 @@ class Report:
         sides = {name: one_sided(rows, marks) for name, marks in MARKS.items()}
         judges = {family(name) for name in settings.get("judges", [])} - {""}
         own = sorted({m for pair in self.counts["wins"] for m in pair if family(m) in judges})
-        related = (
-            [f"The judge may favour its own family ({', '.join(own[:5])}): add a --judge-model."]
-            if own
-            else []
-        )
+        note = f"The judge may favour its own family ({', '.join(own[:5])}): add another --judge-model."
         measured = self._counted(judges) | measure_sides(rows, sides) | measure_texts(rows)
         human = human or {"metrics": [], "lines": []}
         metrics = [judged(metric, measured[metric.key]) for metric in METRICS] + human["metrics"]
@@ -2524,7 +2516,7 @@ class Report:
         sign = {"longer": longer[True], "n": longer.total(), "p": sign_test(longer[True], longer.total())}
         return {
             "warnings": [{"level": row["verdict"], **row} for row in alarms],
-            "notes": human["lines"] + related,
+            "notes": human["lines"] + [note] * bool(own),
             "records": self.records,
             "kept": self.kept,
             "pairs": self.pairs,
@@ -2665,7 +2657,7 @@ def even_edges(values: list[float]) -> list[float]:
 
 
 def histogram(title: str, note: str, series: dict[str, list[float]], edges: list[float]) -> dict:
-    """Share of each series from one edge to the next (the last bin is open); no bars if all values are equal."""
+    """Share of each series from one edge to the next (the last is open); no bars if all values are equal."""
     every = sorted(itertools.chain(*series.values()))
     place = lambda value: max(0, bisect.bisect(edges, value) - 1)
     labels = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)] + [f"from {edges[-1]:g}"]
@@ -2724,7 +2716,7 @@ def report_lines(numbers: dict) -> list[str]:
     alarms, total, found = numbers["warnings"], numbers["cost"], []
     value = lambda row: f"{row['label']}: {shown(row['value'], row.get('unit', ''))} (n {row['n']:,})"
     found += [f"{row['level'].upper()} {value(row)}. {row['advice']}" for row in alarms[:6]]
-    found += [] if 0 < len(alarms) < 7 else [f"{len(alarms) or 'No'} warnings in all."]
+    found += [] if 0 < len(alarms) < 7 else [f"{len(alarms) or 'No'} warnings."]
     reasons = ", ".join(f"{row['reason'] or row['stage']} {row['records']:,}" for row in numbers["dropped"])
     kept = f"{numbers['records']:,} records: {numbers['kept']:,} kept, as {numbers['pairs']:,} pairs"
     found.append(f"{kept}; dropped: {reasons or 'none'}")
@@ -2734,13 +2726,19 @@ def report_lines(numbers: dict) -> list[str]:
         )
     rows = [row for row in numbers["metrics"] if row["metric"] in HEADLINES and row["value"] is not None]
     found += [f"{value(row)}: {row['verdict']}" for row in rows]
-    found.append("; ".join(f"{key.replace('_', ' ')}: {shown(total[key])}" for key in total if total[key]))
+    found.append(
+        "; ".join(
+            f"{key.replace('_', ' ')}: {shown(total[key])}"
+            for key in total
+            if total[key] and "per_p" not in key or key == "money_per_pair"
+        )
+    )
     wrap = lambda text: textwrap.wrap(text, 110, subsequent_indent="    ", max_lines=2, placeholder=" ...")
     return list(itertools.chain(*map(wrap, found)))
 
 
 def bars(chart: dict) -> str:
-    """One chart as a figure: a row per label, a bar per series, intervals where there is a mark; the text says it all."""
+    """One chart as a figure: a row per label, a bar per series, whiskers beside a mark; its text says it all."""
     series, unit, mark = chart["series"], chart["unit"], chart["mark"]
     labels = list(next(iter(series.values())))
     ends = [0, mark or 0]
@@ -2754,15 +2752,12 @@ def bars(chart: dict) -> str:
         value, interval, _ = series[name][label]
         y, (start, end) = 4 + i * step + 13 * k, sorted((at(0), at(value or 0)))
         if k == 0:
-            middle = y + 6.5 * len(series) + 3
-            parts.append(
-                f'<text x="{left - 8:.0f}" y="{middle}" class="label">{html.escape(label[:24])}</text>'
-            )
+            place = f'x="{left - 8:.0f}" y="{y + 6.5 * len(series) + 3}"'
+            parts.append(f'<text {place} class="label">{html.escape(label[:24])}</text>')
         parts.append(f'<rect x="{start:.1f}" y="{y}" width="{end - start:.1f}" height="11" class="s{k}"/>')
         if interval and mark is not None:
-            parts.append(
-                f'<path d="M{at(interval[0]):.1f} {y + 5.5}H{at(interval[1]):.1f}" class="whisker"/>'
-            )
+            line = f"M{at(interval[0]):.1f} {y + 5.5}H{at(interval[1]):.1f}"
+            parts.append(f'<path d="{line}" class="whisker"/>')
         parts.append(f'<text x="358" y="{y + 9.5}" class="value">{shown(value, unit)}</text>')
         said.append(f"{name} {label}: {shown(value, unit)}")
     line = "" if mark is None else f'<path d="M{at(mark):.1f} 0V{height}" class="mark"/>'
@@ -2787,7 +2782,7 @@ def table(rows: list[dict], *columns: str) -> str:
     return (
         f'<div class="wide" tabindex="0"><table><tr>{head}</tr>{body}</table></div>'
         if rows
-        else "<p>None.</p>"
+        else "<p>None</p>"
     )
 
 
@@ -2815,7 +2810,10 @@ def report_html(numbers: dict) -> str:
     """The report as one page that loads and runs nothing; what a model wrote enters it only escaped."""
     style = REPORT_PAGE.partition("<style>")[2].partition("</style>")[0]
     settings = [{"setting": key, "value": str(value)} for key, value in numbers["settings"].items()]
-    sample = "Texts: {pairs:,} pairs, {characters:,} characters each at most; diversity: {diversity_texts:,} texts."
+    sample, total = (
+        numbers["sample"],
+        ("calls", "cached", "tokens_in", "tokens_out", "money", "money_per_pair"),
+    )
     charts = [chart for chart in numbers["charts"] if any(chart["series"].values())]
     parts = {
         "HASH": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
@@ -2824,12 +2822,13 @@ def report_html(numbers: dict) -> str:
         "NOTES": "".join(f'<p class="note">{html.escape(note)}</p>' for note in numbers["notes"]),
         "CHARTS": "".join(map(bars, charts)),
         "METRICS": table(numbers["metrics"], "label", "verdict", "value", "interval", "n"),
-        "SAMPLE": sample.format(**numbers["sample"]),
+        "SAMPLE": f"Texts: {sample['pairs']:,} pairs, each cut at {sample['characters']:,} characters; diversity: "
+        f"{sample['diversity_texts']:,} texts. Sign test of a fair length: p = {numbers['sign_test']['p']:.2g}.",
         "SPREADS": table(numbers["spreads"]),
         "MODELS": table(numbers["models"], "model", "value", "interval", "n"),
         "WORDS": table(numbers["words"]),
         "PAIRS": "".join(map(example_html, numbers["samples"])),
-        "COST": table(numbers["usage"]),
+        "COST": table(numbers["usage"]) + table([numbers["cost"]], *total),
         "SETTINGS": table(settings),
     }
     return re.sub("<!--([A-Z]+)-->", lambda mark: parts[mark[1]], REPORT_PAGE)
@@ -3085,7 +3084,7 @@ class Annotations:
         if choice == "rejected":
             return replace(pair, chosen=pair.rejected, rejected=pair.chosen, penalty=0.0, human=True)
         reason = {"tie": "tie", "bad": "both bad", "": "annotators disagree"}[choice]
-        raise Failed("human", reason, [pair.chosen, pair.rejected])
+        raise Failed("human", reason)
 
     def unused(self) -> list[str]:
         """One message for each verdict whose pair never came by: another file's, or flipped before."""
@@ -3165,8 +3164,8 @@ def kappa(said: list[tuple[str, str]], cases: int) -> tuple:
     """Cohen's kappa of two raters, (agreement - chance) / (1 - chance) -> (value, interval, cases).
 
     Its categories are what a rater saw: A, B, tie, bad. Of "chosen" and "rejected" it could say nothing,
-    since a label always says "chosen". A fair coin put chosen on A or B, so by design each rater says A in half of
-    their choices of a side. The interval is Wilson's of agreement, with chance taken as it is."""
+    since a label always says "chosen". A fair coin put chosen on A or B, so by design each rater says A in
+    half of their choices of a side. The interval is Wilson's of agreement, with chance taken as it is."""
     value, interval, _ = agreement(said, cases)
     chance = 0.0
     for kinds in (("chosen", "rejected"), ("tie",), ("bad",)):
@@ -4079,7 +4078,8 @@ li b { color: var(--level); font-size: .75rem; letter-spacing: .06em; text-trans
 :is(.ok, .warn, .critical) td:nth-child(2) { color: var(--level) } tr.warn, tr.critical { font-weight: 600 }
 .grid { columns: 20rem; column-gap: 1rem } figure { break-inside: avoid; margin-bottom: 1rem !important }
 figcaption h3 { color: var(--ink) }
-figcaption i { border-left: .8em solid var(--chosen); font-style: normal; margin-left: .6em; padding-left: .35em }
+figcaption i { border-left: .8em solid var(--chosen); font-style: normal; margin-left: .6em;
+  padding-left: .35em }
 figcaption i.s1 { border-color: var(--rejected) }
 svg { display: block; height: auto; margin-top: .6rem; width: 100% }
 svg text { fill: var(--soft); font-size: 11.5px; text-anchor: end } svg .value { fill: var(--ink) }
@@ -4151,7 +4151,7 @@ p + h3 { margin-top: 8px; }
 button, input { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--edge);
   border-radius: 6px; padding: 6px 12px; min-height: 40px; }
 [aria-pressed=true], form button { background: var(--mark); border-color: var(--mark); color: var(--on); }
-kbd { margin-left: 6px; font: 0.75rem ui-monospace, monospace; opacity: 0.85; }
+kbd { margin-left: 2px; font: 0.75rem ui-monospace, monospace; opacity: 0.85; }
 :focus-visible { outline: 3px solid var(--mark); outline-offset: 2px; }
 footer div, footer button, footer label, #note { flex: 1 1 auto; min-width: 0; white-space: nowrap; }
 dialog { margin: auto; max-width: 36rem; padding: 24px; border: 1px solid var(--edge); border-radius: 12px;
@@ -4169,12 +4169,12 @@ dialog form { display: grid; gap: 12px; }
 <header>
   <h1>Which answer is better?</h1>
   <form id="jump">
-    <label>Pair <input id="number" type="number" min="1"> of <b id="total"></b><kbd>J</kbd></label>
+    <label>Pair <input id="number" type="number" min="1"> of <b id="total"></b> <kbd>J</kbd></label>
   </form>
   <progress id="bar" value="0" aria-label="Pairs judged"></progress>
   <span id="status" role="status"></span>
-  <button data-do="download">Download<kbd>D</kbd></button>
-  <button data-do="help">Help<kbd>?</kbd></button>
+  <button data-do="download">Download <kbd>D</kbd></button>
+  <button data-do="help">Help <kbd>?</kbd></button>
 </header>
 <p id="problem" role="alert"></p>
 <main>
@@ -4184,15 +4184,15 @@ dialog form { display: grid; gap: 12px; }
 </main>
 <footer>
   <div>
-    <button data-do="a">A is better<kbd>← A</kbd></button>
-    <button data-do="tie">Tie<kbd>T</kbd></button>
-    <button data-do="bad">Both bad<kbd>X</kbd></button>
-    <button data-do="b">B is better<kbd>→ B</kbd></button>
+    <button data-do="a">A is better <kbd>← A</kbd></button>
+    <button data-do="tie">Tie <kbd>T</kbd></button>
+    <button data-do="bad">Both bad <kbd>X</kbd></button>
+    <button data-do="b">B is better <kbd>→ B</kbd></button>
   </div>
   <div>
-    <button data-do="skip">Skip<kbd>S</kbd></button>
-    <button data-do="undo">Undo<kbd>U</kbd></button>
-    <label>Note<kbd>N</kbd> <input id="note" autocomplete="off"></label>
+    <button data-do="skip">Skip <kbd>S</kbd></button>
+    <button data-do="undo">Undo <kbd>U</kbd></button>
+    <label>Note <kbd>N</kbd> <input id="note" autocomplete="off"></label>
   </div>
 </footer>
 <dialog id="start" aria-labelledby="hello">

@@ -19,6 +19,12 @@ from selenium.webdriver.support.ui import WebDriverWait
 import rlhf_constructor as rc
 
 
+def fate(record, pairs=(), answers=(), stage="", reason=""):
+    """What became of a record whose pool was `answers`."""
+    record.answers = list(answers)
+    return rc.Outcome(record, list(pairs), stage, reason)
+
+
 def pair_of(number, gap=3.0, chosen="good", rejected="poor", **record):
     """A kept pair about question `number`."""
     one = rc.Answer(f"{chosen} {number}", "strong-model", 5.0 + gap, (5.0 + gap,) * 2)
@@ -29,7 +35,7 @@ def pair_of(number, gap=3.0, chosen="good", rejected="poor", **record):
 def queue_of(pairs, seed=0):
     queue = rc.ReviewQueue(seed)
     for pair in pairs:
-        queue.add(rc.Outcome(pair.record, [pair]))
+        queue.add(fate(pair.record, [pair]))
     return queue
 
 
@@ -118,7 +124,7 @@ def test_memory_does_not_grow_with_the_input(monkeypatch):
 
 def test_a_dropped_record_is_not_shown():
     queue = rc.ReviewQueue(0)
-    queue.add(rc.Outcome(pair_of(1).record, [], [rc.Answer("x"), rc.Answer("y")], "judge", "orders disagree"))
+    queue.add(fate(pair_of(1).record, [], [rc.Answer("x"), rc.Answer("y")], "judge", "orders disagree"))
     assert data_of(queue.page())["pairs"] == []
 
 
@@ -231,7 +237,7 @@ def test_confirmed_stays_flipped_swaps_and_scores_stay_with_their_answers(tmp_pa
 def test_a_tie_and_both_bad_are_dropped_by_a_human(tmp_path, choice, reason):
     with pytest.raises(rc.Failed) as error:
         annotations(tmp_path, verdict_on(pair_of(1), choice)).decide(pair_of(1))
-    assert (error.value.stage, error.value.reason, len(error.value.answers)) == ("human", reason, 2)
+    assert (error.value.stage, error.value.reason) == ("human", reason)
 
 
 @pytest.mark.parametrize(
@@ -455,9 +461,16 @@ class Reviewer:
             field = driver.find_element(By.ID, "name")
             field.clear()
             field.send_keys(name, Keys.ENTER)
+            self.wait()
+
+    def wait(self):
+        """Until the dialog is closed and a pair is shown."""
+        WebDriverWait(self.driver, 10, 0.02).until(lambda _: self.text("status"))
 
     def text(self, name):
-        return self.driver.execute_script(f"return document.getElementById('{name}').textContent")
+        return self.driver.execute_script(
+            f"return document.getElementById('{name}').textContent.toWellFormed()"
+        )
 
     def field(self, name):
         return self.driver.find_element(By.ID, name)
@@ -506,6 +519,7 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
         person = Reviewer(driver, page, name="")
         assert person.field("name").get_attribute("value") == "ann"
         person.field("name").send_keys(Keys.ENTER)
+        person.wait()
         assert person.text("status") == "10 judged by ann" and person.place == 11
         person.press("n")
         driver.switch_to.active_element.send_keys("at a glance: 好", Keys.ENTER)
@@ -656,9 +670,7 @@ def test_two_thousand_pairs_are_one_pair_in_the_page(driver, tmp_path, monkeypat
 
 @needs_chromium
 @pytest.mark.parametrize("width, stacked", [(1280, False), (390, True)])
-def test_answers_stand_side_by_side_or_on_a_phone_stacked_and_nothing_sticks_out(
-    driver, tmp_path, width, stacked
-):
+def test_answers_stand_side_by_side_and_on_a_phone_stacked(driver, tmp_path, width, stacked):
     pairs = [pair_of(i, chosen="good " * 2000, rejected="poor" * 2000) for i in range(2)]
     (tmp_path / "long.html").write_text(queue_of(pairs).page(), encoding="utf-8")
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": stacked}
@@ -668,7 +680,7 @@ def test_answers_stand_side_by_side_or_on_a_phone_stacked_and_nothing_sticks_out
     assert (a.rect["y"] < b.rect["y"]) == stacked and (a.rect["x"] < b.rect["x"]) == (not stacked)
     scrolls = "return arguments[0].scrollHeight > arguments[0].clientHeight"
     assert driver.execute_script(scrolls, a) and driver.execute_script(scrolls, b)
-    outside = """return [...document.querySelectorAll("button, input, section")].filter(e => !e.closest("dialog"))
+    outside = """return [...document.querySelectorAll("[data-do], #number, #note, section")]
         .filter(e => e.getBoundingClientRect().right > innerWidth || e.scrollWidth > e.clientWidth + 1)
         .map(e => e.outerHTML.slice(0, 60))"""
     assert driver.execute_script(outside) == []
@@ -678,8 +690,8 @@ def test_answers_stand_side_by_side_or_on_a_phone_stacked_and_nothing_sticks_out
 @needs_chromium
 def test_every_control_has_a_name_and_the_keyboard_reaches_it(driver, twenty):
     person = Reviewer(driver, twenty[1])
-    controls = driver.find_elements(By.CSS_SELECTOR, "header button, footer button, input, section, progress")
-    assert all(control.accessible_name or control.get_attribute("id") == "name" for control in controls)
+    controls = driver.find_elements(By.CSS_SELECTOR, "button[data-do], input:not(dialog *), section")
+    assert len(controls) == 13 and all(control.accessible_name for control in controls)
     reached = set()
     for _ in range(20):
         driver.switch_to.active_element.send_keys(Keys.TAB)

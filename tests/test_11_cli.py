@@ -339,8 +339,18 @@ def test_the_test_split_never_parts_a_prompt_and_never_moves(rlhf, tmp_path):
     whole = rlhf(DEMO, *flags)
     held = {row["prompt_id"] for row in rows(test)}
     assert 3 <= len(held) <= 15 and not held & {row["prompt_id"] for row in whole.pairs}
-    rlhf(DEMO, *flags, "--max-samples", 20)
-    assert {row["prompt_id"] for row in rows(test)} <= held
+    more = [{"instruction": f"New prompt {n}", "output": "An answer."} for n in range(7)]
+    rlhf([*more, *rows(DEMO)], *flags, output="more.jsonl")
+    known = {row["prompt_id"] for row in whole.pairs} | held
+    assert {row["prompt_id"] for row in rows(tmp_path / "more.test.jsonl")} & known == held
+
+
+def test_all_pairs_of_a_prompt_stay_on_one_side_of_the_split(rlhf, tmp_path):
+    flags = ("--method", "rank_responses", "--strategy", "all_pairs", "--test-fraction", 0.4)
+    train = rlhf(DATA / "ranked_answers.jsonl", *flags).pairs
+    held = rows(tmp_path / "out.test.jsonl")
+    assert train and held and len(train) + len(held) > 36
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held}
 
 
 def test_prompts_of_another_file_are_left_out(rlhf, tmp_path):

@@ -1,4 +1,4 @@
-"""§9 REPORT: planted faults are found, clean data raises no alarm, formulas agree with references, the page is safe."""
+"""§9 REPORT: planted faults are found, clean data is not accused, formulas are right, the page is safe."""
 
 import itertools
 import json
@@ -9,11 +9,20 @@ import statistics
 from collections import Counter
 
 import pytest
+
 import rlhf_constructor as rc
+
+
+def fate(record, pairs=(), answers=(), stage="", reason=""):
+    """What became of a record whose pool was `answers`."""
+    record.answers = list(answers)
+    return rc.Outcome(record, list(pairs), stage, reason)
+
 
 ENGLISH = ["".join(random.Random(i).choices("aeiourstnlmdkp", k=3 + i % 6)) for i in range(3000)]
 CHINESE = [chr(0x4E00 + 7 * i) for i in range(2000)]
 SETTINGS = {"method": "generate_pairs", "judges": ["gpt-4o"], "seed": 0}
+COLUMNS = ("model", "role", "calls", "cached", "tokens_in", "tokens_out", "money")
 USAGE = [
     {
         "model": "qwen-max",
@@ -31,7 +40,7 @@ USAGE = [
 
 @pytest.fixture(params=["english", "chinese"])
 def write(request):
-    """write(rng, words): a text of random words (or characters), the frequent ones often, as in a language."""
+    """write(rng, words): a text of random words (or characters), few of them frequent."""
     words, mark = (ENGLISH, " ") if request.param == "english" else (CHINESE, "")
     weights = list(itertools.accumulate(1 / (i + 20) for i in range(len(words))))
 
@@ -63,11 +72,11 @@ def outcomes(write, n=400, change=None, judge=judge, prompt=None):
             answers.append(rc.Answer(text, model, statistics.fmean(votes), votes, slots))
         low, high = sorted(answers, key=lambda answer: answer.score)
         if any(h <= lo for h, lo in zip(high.votes, low.votes, strict=True)):
-            yield rc.Outcome(record, answers=answers, stage="judge", reason="orders disagree: 1")
+            yield fate(record, answers=answers, stage="judge", reason="orders disagree: 1")
             continue
         if change:
             change(rng, i, high, low)
-        yield rc.Outcome(record, [rc.Pair(record, high, low)], answers)
+        yield fate(record, [rc.Pair(record, high, low)], answers)
 
 
 def report(some, settings=SETTINGS, **more):
@@ -362,7 +371,7 @@ def test_funnel_adds_up_and_counts_reasons_by_their_head():
     record = rc.Record([{"role": "user", "content": "q"}])
     drops = [("judge", "orders disagree: 3 and 4"), ("judge", "orders disagree"), ("filter", "identical")]
     pair = rc.Pair(record, rc.Answer("good"), rc.Answer("bad"))
-    numbers = report([rc.Outcome(record, [pair])] + [rc.Outcome(record, stage=s, reason=r) for s, r in drops])
+    numbers = report([fate(record, [pair])] + [fate(record, stage=s, reason=r) for s, r in drops])
     assert numbers["records"] == numbers["kept"] + sum(row["records"] for row in numbers["dropped"]) == 4
     assert numbers["dropped"][0] == {"stage": "judge", "reason": "orders disagree", "records": 2}
     assert list(numbers["charts"][0]["series"][""]) == ["read", "after judge", "after filter"]
@@ -372,7 +381,7 @@ def test_length_curve_by_hand():
     record = rc.Record([{"role": "user", "content": "q"}])
     sizes = [(100, 105), (105, 100), (130, 100), (100, 300), (50, 50)]
     pairs = [rc.Pair(record, rc.Answer("x" * c), rc.Answer("y" * r)) for c, r in sizes]
-    curve = report([rc.Outcome(record, [pair]) for pair in pairs])["charts"][2]["series"][""]
+    curve = report([fate(record, [pair]) for pair in pairs])["charts"][2]["series"][""]
     assert {name: (value, n) for name, (value, _, n) in curve.items()} == {
         "up to 1.1×": (0.5, 2),
         "up to 1.25×": (None, 0),
@@ -386,7 +395,7 @@ def test_flips_and_slots_by_hand_with_two_judges_of_two_orders():
     made, record = rc.Report(0, orders=2), rc.Record([{"role": "user", "content": "q"}])
     a = rc.Answer("a", votes=(8, 4, 7, 6), slots=(0, 1, 0, 1))  # judge 1 flips, judge 2 does not
     b = rc.Answer("b", votes=(5, 6, 5, 5), slots=(1, 0, 1, 0))
-    made.add(rc.Outcome(record, answers=[a, b], stage="judge", reason="orders disagree"))
+    made.add(fate(record, answers=[a, b], stage="judge", reason="orders disagree"))
     assert made.counts["flips"] == {True: 1, False: 1}
     assert made.counts["first"] == {True: 3, False: 1}
     assert made.counts["gain"] == {4: 1, 1: 2, 0: 1}
@@ -396,19 +405,18 @@ def test_flips_and_slots_by_hand_with_two_judges_of_two_orders():
 def test_votes_without_places_count_in_no_position_metric(slots):
     made, record = rc.Report(0), rc.Record([{"role": "user", "content": "q"}])
     answers = [rc.Answer("a", votes=(8, 4), slots=slots), rc.Answer("b", votes=(5, 6), slots=slots)]
-    made.add(rc.Outcome(record, answers=answers, stage="judge", reason="x"))
+    made.add(fate(record, answers=answers, stage="judge", reason="x"))
     assert not made.counts["flips"] and not made.counts["first"]
 
 
 def test_one_order_gives_no_flips():
     made, record = rc.Report(0, orders=1), rc.Record([{"role": "user", "content": "q"}])
     answers = [rc.Answer("a", votes=(8, 9), slots=(0, 1)), rc.Answer("b", votes=(5, 6), slots=(1, 0))]
-    made.add(rc.Outcome(record, answers=answers, stage="judge", reason="x"))
+    made.add(fate(record, answers=answers, stage="judge", reason="x"))
     assert not made.counts["flips"] and made.counts["first"].total() == 2
 
 
 def test_the_sample_is_bounded_in_pairs_and_characters_seeded_and_even(monkeypatch):
-    monkeypatch.setattr(rc.Report, "_add_pair", rc.Report._add_pair)
     space = rc.Report._add_pair.__globals__
     monkeypatch.setitem(space, "REPORT_SAMPLE", 300)
     monkeypatch.setitem(space, "SAMPLE_CHARACTERS", 20_000)
@@ -417,7 +425,7 @@ def test_the_sample_is_bounded_in_pairs_and_characters_seeded_and_even(monkeypat
         made = rc.Report(3)
         for i in range(4000):
             record = rc.Record([{"role": "user", "content": str(i)}])
-            made.add(rc.Outcome(record, [rc.Pair(record, rc.Answer("x" * 50), rc.Answer("y" * 46))]))
+            made.add(fate(record, [rc.Pair(record, rc.Answer("x" * 50), rc.Answer("y" * 46))]))
         drawn.append(sorted(int(row.prompts) for *_, row in made.sample))
     assert drawn[0] == drawn[1] and 190 <= len(drawn[0]) <= 200
     assert made.characters == sum(len(r.prompts) + len(r.chosen) + len(r.rejected) for *_, r in made.sample)
@@ -427,12 +435,12 @@ def test_the_sample_is_bounded_in_pairs_and_characters_seeded_and_even(monkeypat
 def test_a_gap_that_a_person_overruled_is_no_gap():
     record = rc.Record([{"role": "user", "content": "q"}])
     pair = rc.Pair(record, rc.Answer("a", score=2.0), rc.Answer("b", score=7.0), human=True)
-    assert report([rc.Outcome(record, [pair])])["samples"][0]["gap"] is None
+    assert report([fate(record, [pair])])["samples"][0]["gap"] is None
 
 
 def test_empty_and_scoreless_runs_are_json_too():
     record = rc.Record([{"role": "user", "content": "q \ud800"}])
-    some = [rc.Outcome(record, [rc.Pair(record, rc.Answer("a\ud800"), rc.Answer(""))])]
+    some = [fate(record, [rc.Pair(record, rc.Answer("a\ud800"), rc.Answer(""))])]
     for outcomes_ in ([], some):
         numbers = json.loads(json.dumps(report(outcomes_), allow_nan=False))
         assert numbers["warnings"] == [] and rc.report_lines(numbers)
@@ -495,7 +503,7 @@ def test_terminal_lines_are_few_short_and_begin_with_the_warnings(write):
     lines = rc.report_lines(numbers)
     assert len(numbers["warnings"]) > 5 and lines[0].startswith("CRITICAL ")
     assert len(lines) <= 25 and max(map(len, lines)) <= 110
-    assert rc.report_lines(report(outcomes(write)))[0] == "No warnings in all."
+    assert rc.report_lines(report(outcomes(write)))[0] == "No warnings."
 
 
 def test_warnings_have_stable_keys(write):
