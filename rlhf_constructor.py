@@ -3420,12 +3420,12 @@ def check(args) -> Run:
     refuse(not args.input_file, "--input-file FILE is missing, e.g. --input-file data/alpaca_demo.jsonl")
     args.prices = dict(args.price)
     check_paths(args)
+    answers = getattr(METHODS[args.method], "reads_answers", False)
+    refuse(args.annotations and not answers, "--annotations need --method rank_responses and their pairs")
     run = Run(args)
     both = args.strategy in ("all_pairs", "adjacent") and args.min_chosen_score is None
     hint = "use --strategy best_worst, or --min-chosen-score"
     refuse(args.output_format == "kto" and both, f"kto would label one answer both ways: {hint}")
-    answers = getattr(run.method, "reads_answers", False)
-    refuse(args.annotations and not answers, "--annotations need --method rank_responses and their pairs")
     check_models(args, run)
     return run
 
@@ -3901,6 +3901,9 @@ async def carry_out(path: str, run: Run, cache: Cache, total: int | None) -> int
     args, books = run.args, Books()
     files, run.models = Files(args), Models(args, cache)
     report, review = Report(run.seed, run.orders), ReviewQueue(run.seed)
+    run.annotations = (
+        read_annotations(args.annotations) if args.annotations else None
+    )  # the plan met them, too
     bar = progress(total)
 
     async def work(item) -> Outcome:
@@ -3930,6 +3933,8 @@ async def carry_out(path: str, run: Run, cache: Cache, total: int | None) -> int
         await run.models.close()
     stopped = run.models.stop
     files.close(done=not stopped)
+    for problem in run.annotations.problems + run.annotations.unused() if run.annotations else ():
+        note(problem)
     lines = [] if stopped else report_out(path, run, files, report, review)
     print("\n".join(books.lines() + lines + last_lines(books, files, run.models)))
     if stopped:

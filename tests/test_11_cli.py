@@ -471,3 +471,70 @@ def test_a_method_of_ones_own_has_everything_without_a_line_for_it(rlhf, monkeyp
             and rlhf(PROMPTS, "--method", "revise", *MODELS, api=api).status == 0
         )
         assert api.count() == calls == 48
+
+
+# --- report and review
+
+
+def test_every_run_leaves_a_report_of_one_set_of_numbers(rlhf, tmp_path):
+    result = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses")
+    numbers = json.loads((tmp_path / "out.report.json").read_text("utf-8"))
+    assert numbers["funnel"]["records"] == 30 and numbers["settings"]["input_sha256"]
+    assert "<svg" in (tmp_path / "out.report.html").read_text("utf-8")
+    assert "out.report.html" in result.out and len(result.out.splitlines()) <= 30
+    again = (tmp_path / "out.report.json").read_bytes()
+    rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses")
+    assert (tmp_path / "out.report.json").read_bytes() == again
+
+
+def test_the_report_can_go_elsewhere_or_nowhere(rlhf, tmp_path):
+    rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--report-path", "none")
+    assert not list(tmp_path.glob("*report*"))
+    rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--report-path", "r/page.html")
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["page.html", "page.json"]
+
+
+def judged_by(name, pairs, choices):
+    """Lines of an annotations file: one choice for each of the first pairs."""
+    for pair, choice in zip(pairs, choices, strict=False):
+        known = rc.pair_id(*(pair[key] for key in ("prompt", "chosen", "rejected")))
+        yield {"pair_id": known, "prompt_id": pair["prompt_id"], "choice": choice, "queue": "random",
+               "note": "", "annotator": name, "seconds": 2}  # fmt: skip
+
+
+def test_what_people_say_confirms_flips_and_drops(rlhf, tmp_path):
+    first = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", output="a.jsonl").pairs
+    said = list(judged_by("Ann", first, ["chosen", "rejected", "tie", "bad"]))
+    write_jsonl(tmp_path / "v.jsonl", [*said, said[0] | {"pair_id": "0" * 16}])
+    result = rlhf(tmp_path / "a.jsonl", "--method", "rank_responses", "--annotations", "v.jsonl")
+    assert result.pairs[0] == first[0] and len(result.pairs) == 28
+    flipped = result.pairs[1]
+    assert (flipped["chosen"], flipped["rejected"]) == (first[1]["rejected"], first[1]["chosen"])
+    assert (flipped["score_chosen"], flipped["score_rejected"]) == (
+        first[1]["score_rejected"],
+        first[1]["score_chosen"],
+    )
+    assert result.reasons == ["human: tie", "human: both bad"]
+    assert "v.jsonl:5: not used" in result.err
+    metrics = json.loads((tmp_path / "out.report.json").read_text("utf-8"))["metrics"]
+    assert [m["n"] for m in metrics if m["metric"] == "human_agreement"] == [2]
+
+
+def test_annotators_who_disagree_drop_the_pair(rlhf, tmp_path):
+    first = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", output="a.jsonl").pairs
+    write_jsonl(tmp_path / "1.jsonl", judged_by("Ann", first, ["chosen", "rejected"]))
+    write_jsonl(tmp_path / "2.jsonl", judged_by("Bo", first, ["rejected", "rejected"]))
+    flags = ("--method", "rank_responses", "--annotations", "1.jsonl", "--annotations", "2.jsonl")
+    result = rlhf(tmp_path / "a.jsonl", *flags)
+    assert (
+        result.reasons == ["human: annotators disagree"] and result.pairs[0]["chosen"] == first[1]["rejected"]
+    )
+
+
+def test_annotations_without_their_pairs_are_refused(rlhf, tmp_path):
+    (tmp_path / "v.jsonl").write_text("{}\n")
+    assert (
+        "need --method rank_responses" in rlhf(DEMO, "--provider", "offline", "--annotations", "v.jsonl").err
+    )
+    refused = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "v.jsonl")
+    assert refused.status == 2 and "no line of it is a verdict" in refused.err
