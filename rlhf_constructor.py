@@ -2730,7 +2730,7 @@ def report_lines(numbers: dict) -> list[str]:
         "; ".join(
             f"{key.replace('_', ' ')}: {shown(total[key])}"
             for key in total
-            if total[key] and "per_p" not in key or key == "money_per_pair"
+            if (total[key] and "per_p" not in key) or key == "money_per_pair"
         )
     )
     wrap = lambda text: textwrap.wrap(text, 110, subsequent_indent="    ", max_lines=2, placeholder=" ...")
@@ -2738,7 +2738,7 @@ def report_lines(numbers: dict) -> list[str]:
 
 
 def bars(chart: dict) -> str:
-    """One chart as a figure: a row per label, a bar per series, whiskers beside a mark; its text says it all."""
+    """One chart as a figure: a row per label, a bar per series, whiskers; its text says it all."""
     series, unit, mark = chart["series"], chart["unit"], chart["mark"]
     labels = list(next(iter(series.values())))
     ends = [0, mark or 0]
@@ -2822,8 +2822,9 @@ def report_html(numbers: dict) -> str:
         "NOTES": "".join(f'<p class="note">{html.escape(note)}</p>' for note in numbers["notes"]),
         "CHARTS": "".join(map(bars, charts)),
         "METRICS": table(numbers["metrics"], "label", "verdict", "value", "interval", "n"),
-        "SAMPLE": f"Texts: {sample['pairs']:,} pairs, each cut at {sample['characters']:,} characters; diversity: "
-        f"{sample['diversity_texts']:,} texts. Sign test of a fair length: p = {numbers['sign_test']['p']:.2g}.",
+        "SAMPLE": f"Texts: {sample['pairs']:,} pairs, each cut at {sample['characters']:,} characters; "
+        f"diversity: {sample['diversity_texts']:,} texts. "
+        f"Sign test of a fair length: p = {numbers['sign_test']['p']:.2g}.",
         "SPREADS": table(numbers["spreads"]),
         "MODELS": table(numbers["models"], "model", "value", "interval", "n"),
         "WORDS": table(numbers["words"]),
@@ -3246,7 +3247,7 @@ TASKS = """\
 tasks:
   a strong against a weak model    --input-file F --high-model qwen-max --low-model qwen-plus
   what would it cost?              ... --dry-run --price qwen-max=2.4/9.6 --price qwen-plus=0.8/2
-  a model of your own              ... --high-model reference --low-model openai:my-model@http://localhost:8000/v1
+  a model of your own              ... --low-model openai:my-model@http://localhost:8000/v1
   answers that exist already       --method rank_responses --input-file F
 """
 
@@ -3326,7 +3327,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--price", price, [], "MODEL=IN/OUT", "money per million tokens in and out; repeatable")
     flag("--max-cost", float, None, "X", "stop before this run spends more (needs every model's --price)")
     group = parser.add_argument_group("report and review")
-    flag("--report-path", str, None, "FILE", "page and .json of numbers; default <output>.report.html; or none")
+    flag("--report-path", str, None, "FILE", "page, and its .json; default <output>.report.html; or none")
     flag("--review-path", str, None, "FILE", "a page to judge pairs by hand, blind")
     flag("--annotations", str, [], "FILE", "rank_responses: what people said on that page; repeatable")
     # fmt: on
@@ -3798,7 +3799,7 @@ class Books:
         return {"pairs": self.pairs, "drops": self.dropped.total(), "failures": self.curable}
 
     def lines(self) -> list[str]:
-        """The summary's first lines: the sums, the reasons, and what to do where fewer than 30 % gave a pair."""
+        """The summary's first lines: sums, reasons, and what to do where fewer than 30 % gave a pair."""
         share = f" ({self.paired / self.read:.0%})" if self.read else ""
         sums = f"{self.paired}{share} gave {self.pairs} pairs, {self.dropped.total()} dropped"
         reasons = [((at, why), n) for (at, why), n in self.dropped.most_common(6)]
@@ -3992,11 +3993,12 @@ def progress(total: int | None):
 @contextlib.contextmanager
 def interruptible(models: Models):
     """The first Ctrl-C lets the calls in flight come home (they are paid), the second leaves at once."""
-    loop = asyncio.get_running_loop()
+    loop, pressed = asyncio.get_running_loop(), []
 
     def stop(*_):
-        if models.stop:
-            raise KeyboardInterrupt
+        if models.stop or pressed:  # every paid reply is committed, so there is nothing to tidy up
+            os._exit(130)
+        pressed.append(True)
         note(f"\nstopping: {models.in_flight} calls in flight come home first; Ctrl-C again leaves them")
         loop.call_soon_threadsafe(models.halt, "interrupted", 130)
 

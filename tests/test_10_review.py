@@ -500,7 +500,7 @@ def twenty(tmp_path):
 
 
 def judge_as_planned(person, plan):
-    """Judge the shown pair by what `plan` says of its number: good, poor, tie or bad; return the plan's word."""
+    """Judge the shown pair by what `plan` says of its number: good, poor, tie or bad."""
     number = int(person.text("a").split()[1])
     word = plan.get(number, "good")
     left = person.text("a").startswith(word)
@@ -561,6 +561,9 @@ def test_skip_undo_and_jump(driver, twenty):
     assert person.place == 20
     person.press("b")
     assert person.place == 1  # skipped before, so it waits
+    person.field("number").send_keys(Keys.BACKSPACE, "2", Keys.ENTER)
+    person.press("t", "u")
+    assert person.place == 2  # what was judged last, though not for the first time
 
 
 @needs_chromium

@@ -479,7 +479,7 @@ def test_a_method_of_ones_own_has_everything_without_a_line_for_it(rlhf, monkeyp
 def test_every_run_leaves_a_report_of_one_set_of_numbers(rlhf, tmp_path):
     result = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses")
     numbers = json.loads((tmp_path / "out.report.json").read_text("utf-8"))
-    assert numbers["funnel"]["records"] == 30 and numbers["settings"]["input_sha256"]
+    assert numbers["records"] == 30 and numbers["settings"]["input_sha256"]
     assert "<svg" in (tmp_path / "out.report.html").read_text("utf-8")
     assert "out.report.html" in result.out and len(result.out.splitlines()) <= 30
     again = (tmp_path / "out.report.json").read_bytes()

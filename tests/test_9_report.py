@@ -560,7 +560,7 @@ def test_the_page_loads_nothing_logs_nothing_and_keeps_hostile_text_as_text(brow
     sent = [m["params"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     urls = {one["request"]["url"] for one in sent if one["documentURL"] == page.as_uri()}
     assert urls == {page.as_uri()} and browser.get_log("browser") == []
-    assert browser.title == "Preference data report"
+    assert browser.title == "Preference data report" and "default-src 'none'; style" in browser.page_source
     find = lambda css: browser.execute_script(f"return document.querySelectorAll({css!r}).length")
     assert find("script, img, link, a, [onerror]") == 0 and find("style") == 1
     text = browser.execute_script("return document.body.textContent")
