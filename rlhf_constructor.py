@@ -2712,29 +2712,19 @@ def shown(value, unit: str = "") -> str:
 
 
 def report_lines(numbers: dict) -> list[str]:
-    """The report for a terminal: at most 25 lines of 110 columns, warnings first."""
-    alarms, total, found = numbers["warnings"], numbers["cost"], []
-    value = lambda row: f"{row['label']}: {shown(row['value'], row.get('unit', ''))} (n {row['n']:,})"
-    found += [f"{row['level'].upper()} {value(row)}. {row['advice']}" for row in alarms[:6]]
-    found += [] if 0 < len(alarms) < 7 else [f"{len(alarms) or 'No'} warnings."]
-    reasons = ", ".join(f"{row['reason'] or row['stage']} {row['records']:,}" for row in numbers["dropped"])
-    kept = f"{numbers['records']:,} records: {numbers['kept']:,} kept, as {numbers['pairs']:,} pairs"
-    found.append(f"{kept}; dropped: {reasons or 'none'}")
-    for row in numbers["spreads"][:2]:
-        found.append(
-            f"{row['of']}: median {shown(row['median'])}, middle half {shown((row['p25'], row['p75']))}"
-        )
-    rows = [row for row in numbers["metrics"] if row["metric"] in HEADLINES and row["value"] is not None]
-    found += [f"{value(row)}: {row['verdict']}" for row in rows]
-    found.append(
-        "; ".join(
-            f"{key.replace('_', ' ')}: {shown(total[key])}"
-            for key in total
-            if (total[key] and "per_p" not in key) or key == "money_per_pair"
-        )
+    """The report for a terminal: at most 12 lines of 110 columns, the three worst warnings first."""
+    alarms, money = numbers["warnings"], numbers["cost"].get("money_per_pair")
+    value = lambda row: f"{row['label']} {shown(row['value'], row.get('unit', ''))} (n {row['n']:,})"
+    found = [f"{row['level'].upper()} {value(row)}. {row['advice']}" for row in alarms[:3]]
+    found += [] if 0 < len(alarms) < 4 else [f"{len(alarms[3:]) or 'No'} {'more ' * bool(alarms)}warnings."]
+    facts = [f"{row['of']} {shown(row['median'])} (median)" for row in numbers["spreads"][:2]]
+    sure = [row for row in numbers["metrics"] if row["verdict"] in ("ok", "warn", "critical")]
+    facts += [f"{value(row)}: {row['verdict']}" for row in sure if row["metric"] in HEADLINES]
+    found.append("; ".join(facts + ([f"money per pair {shown(money)}"] if money else [])))
+    wrap = lambda text, most: textwrap.wrap(
+        text, 110, subsequent_indent="    ", max_lines=most, placeholder=" ..."
     )
-    wrap = lambda text: textwrap.wrap(text, 110, subsequent_indent="    ", max_lines=2, placeholder=" ...")
-    return list(itertools.chain(*map(wrap, found)))
+    return list(itertools.chain(*(wrap(text, 2 + 2 * (text == found[-1])) for text in found)))
 
 
 def bars(chart: dict) -> str:
@@ -3802,7 +3792,7 @@ class Books:
         """The summary's first lines: sums, reasons, and what to do where fewer than 30 % gave a pair."""
         share = f" ({self.paired / self.read:.0%})" if self.read else ""
         sums = f"{self.paired}{share} gave {self.pairs} pairs, {self.dropped.total()} dropped"
-        reasons = [((at, why), n) for (at, why), n in self.dropped.most_common(6)]
+        reasons = [((at, why), n) for (at, why), n in self.dropped.most_common(4)]
         lines = [f"{self.read} records read: {sums}", *(f"  {n:6}  {at}: {why}" for (at, why), n in reasons)]
         others = self.dropped.total() - sum(n for _, n in reasons)
         lines += [f"  {others:6}  other reasons"] if others else []
@@ -3937,7 +3927,7 @@ async def carry_out(path: str, run: Run, cache: Cache, total: int | None) -> int
     for problem in run.annotations.problems + run.annotations.unused() if run.annotations else ():
         note(problem)
     lines = [] if stopped else report_out(path, run, files, report, review)
-    print("\n".join(books.lines() + lines + last_lines(books, files, run.models)))
+    print("\n".join(lines + books.lines() + last_lines(books, files, run.models)))
     if stopped:
         raise stopped
     return 1 if books.curable or not books.pairs else 0
