@@ -2126,7 +2126,6 @@ class Run:
         return pair
 
 
-# BEGIN-REPORT
 # ----------------------------------------------------------------------------------------------------------
 # §9 REPORT: Report (counts outcomes, then measures), METRICS (the verdicts), report_lines, report_html
 # ----------------------------------------------------------------------------------------------------------
@@ -2825,8 +2824,6 @@ def report_html(numbers: dict) -> str:
     return re.sub("<!--([A-Z]+)-->", lambda mark: parts[mark[1]], REPORT_PAGE)
 
 
-# END-REPORT
-# BEGIN-REVIEW
 # ----------------------------------------------------------------------------------------------------------
 # §10 REVIEW: FLAGS, ReviewQueue, pair_id, filled_page; read_annotations, Annotations; kappa, trusted_gap
 # ----------------------------------------------------------------------------------------------------------
@@ -3217,10 +3214,8 @@ def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]
     )
 
 
-# END-REVIEW
-
 # ----------------------------------------------------------------------------------------------------------
-# §11 CLI: build_parser, check, records_of, Plan, Files, Tally, construct, main
+# §11 CLI: build_parser, check, records_of, plan, Files, Books, construct, carry_out, main
 # ----------------------------------------------------------------------------------------------------------
 
 PROGRAM = "rlhf_constructor.py"
