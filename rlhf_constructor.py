@@ -72,7 +72,6 @@ import traceback
 import types
 import unicodedata
 import urllib.parse
-import urllib.request
 import zlib
 from array import array
 from collections import Counter, defaultdict, deque
@@ -1419,6 +1418,7 @@ class ask_dashscope:
 
     def __init__(self, url: str, key: str, timeout: float):
         import logging
+        import urllib.request
 
         import aiohttp
         import dashscope
@@ -3944,11 +3944,12 @@ def report_out(path: str, run: Run, files: Files, report: Report, review: Review
 
 def settings_of(path: str, run: Run) -> dict:
     """How the data was made, for the report: no key, no date, so that a rerun gives the same bytes."""
+    import importlib.metadata
+
     with open(path, "rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     flags = {name: value for name, value in vars(run.args).items() if value not in (None, [], "", False)}
     own = {"rubric": digest(run.args.rubric)[:16]} if run.args.rubric else {}
-    import importlib.metadata  # an eighth of the time that --help takes
 
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in ("openai", "dashscope"):
