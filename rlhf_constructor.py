@@ -1097,16 +1097,16 @@ ERROR_TEXT = re.compile(
 )
 
 
-@register(FILTERS, on="answer", fixed=True)
-def empty(record: Record, answer: Answer) -> str | None:
-    """the answer is empty (one word is an answer)"""
-    return None if answer.text.strip() else "empty answer"
-
-
 @register(FILTERS, on="answer")
 def truncated(record: Record, answer: Answer) -> str | None:
     """the provider cut the answer: finish_reason is length or content_filter"""
     return "truncated" if answer.finish in ("length", "content_filter") else None
+
+
+@register(FILTERS, on="answer", fixed=True)
+def empty(record: Record, answer: Answer) -> str | None:
+    """the answer is empty (one word is an answer)"""
+    return None if answer.text.strip() else "empty answer"
 
 
 @register(FILTERS, on="answer")
@@ -1170,7 +1170,8 @@ def folded(text: str) -> str:
 @register(FILTERS, on="pair")
 def near_duplicate(pair: Pair, run) -> str | None:
     """80 % of the two answers' character 5-grams are the same, and no judge sees a gap of 3 points"""
-    if pair.human or (pair.chosen.slots and pair.gap >= NEAR_DUPLICATE_GAP):
+    judged = len(pair.chosen.votes) > 1 or pair.chosen.slots
+    if pair.human or (judged and pair.gap >= NEAR_DUPLICATE_GAP):
         return None
     similar = similarity(pair.chosen.text, pair.rejected.text, NEAR_DUPLICATE)
     return "near-duplicate answers" if similar >= NEAR_DUPLICATE else None
@@ -1564,6 +1565,7 @@ class Lane:
         self.fixes, self.streak = [], ("", 0)
         self.rate, self.next_start = 0.0, 0.0  # calls a second, 0 = no limit known; when the next may start
         self.starts, self.refusals, self.patient_since = deque(), deque(), 0.0
+        self.began = time.monotonic()
 
     def wait(self) -> float:
         """Seconds until this call may start; books its start."""
@@ -1584,7 +1586,8 @@ class Lane:
         while self.refusals[0] < now - 2:
             self.refusals.popleft()
         started = sum(now - 2 <= start <= now for start in self.starts)
-        self.rate = max(0.1, 1.05 * (started - len(self.refusals)) / 2)
+        window = min(2.0, max(1.0, now - self.began))  # the first burst is no two seconds old
+        self.rate = max(0.1 if self.rate else 1.0, 1.05 * (started - len(self.refusals)) / window)
         self.patient_since = self.patient_since or now
         return now - self.patient_since
 
@@ -2130,7 +2133,7 @@ class Run:
 # §9 REPORT: Report (counts outcomes, then measures), METRICS (the verdicts), report_lines, report_html
 # ----------------------------------------------------------------------------------------------------------
 
-REPORT_SAMPLE = 20_000  # pairs, at most, whose texts are kept for the metrics that need texts
+REPORT_SAMPLE = 8_000  # pairs, at most, whose texts are kept for the metrics that need texts
 SAMPLE_CHARACTERS = 3_000_000  # of all kept texts, at most: about 3,000 pairs of 450-character answers
 SAMPLE_TEXT = 4_000  # characters of one text that are kept
 DIVERSITY_TEXTS = 500  # texts, at most, that are compared with each other
@@ -3404,7 +3407,7 @@ def check(args) -> Run:
         wrong = value is not None and not low <= value <= high
         refuse(wrong, f"--{name.replace('_', '-')} {value}: give {low:g} to {high:g}")
     refuse(not args.input_file, "--input-file FILE is missing, e.g. --input-file data/alpaca_demo.jsonl")
-    args.prices = dict(args.price)
+    args.prices, args.system_prompt = dict(args.price), scrub(args.system_prompt)
     check_paths(args)
     answers = getattr(METHODS[args.method], "reads_answers", False)
     refuse(args.annotations and not answers, "--annotations need --method rank_responses and their pairs")
@@ -3434,8 +3437,9 @@ def check_models(args, run: Run):
     refuse(unpriced, f"--max-cost needs every model's price: --price {''.join(unpriced[:1])}=IN/OUT")
     for model in paid if not args.dry_run else ():
         entry = PROVIDERS[model.provider]
-        missing = not importlib.util.find_spec(entry.package)
-        refuse(missing, f"the package {entry.package} is missing: pip install -r requirements.txt")
+        package = getattr(entry, "package", "")
+        missing = package and not importlib.util.find_spec(package)
+        refuse(missing, f"the package {package} is missing: pip install -r requirements.txt")
         keyless = not model.url and not key_of(model)
         refuse(keyless, f"{entry.key} is not set: export {entry.key}=sk-..., or try --provider offline")
 
@@ -3515,6 +3519,9 @@ def check_input(path: str, run: Run):
         raise UserError(
             f"{name}:{first[0][0]}: {first[0][1].reason}. Accepted: {shapes}. Other fields: --rename OLD=NEW"
         )
+    other = args.exclude_prompts
+    known = not other or any(isinstance(record, Record) for _, record in read_records(other))
+    refuse(not known, f"--exclude-prompts {other}: no record in it is recognised")
     offline = [model for model in run.asked() if model.provider == "offline" and model.name != "heuristic"]
     if offline and not any(record.reference for record in good):
         raise UserError(
@@ -3682,14 +3689,16 @@ class Files:
                     f"{path}: some pairs have no scores, so the score columns are left out of the whole file"
                 )
                 without_scores(file)
-            file.close()
+            if os.name == "nt":  # there an open file cannot be renamed; elsewhere the lock holds until it is
+                file.close()
             if path == self.paths[1] and not self.rows[path]:
                 os.remove(path + ".part")
                 Path(path).unlink(missing_ok=True)
-                continue
-            if os.path.exists(path) and not same_bytes(path, path + ".part"):
-                os.replace(path, path + ".bak")
-            os.replace(path + ".part", path)
+            else:
+                if os.path.exists(path) and not same_bytes(path, path + ".part"):
+                    os.replace(path, path + ".bak")
+                os.replace(path + ".part", path)
+            file.close()
 
 
 def lock(file) -> bool:
@@ -3703,6 +3712,7 @@ def lock(file) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))  # not renamed meanwhile
     except OSError:
         return False
     return True
