@@ -538,3 +538,15 @@ def test_annotations_without_their_pairs_are_refused(rlhf, tmp_path):
     )
     refused = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "v.jsonl")
     assert refused.status == 2 and "no line of it is a verdict" in refused.err
+
+
+def test_a_file_of_prompts_to_exclude_that_holds_none_is_refused(rlhf, tmp_path):
+    (tmp_path / "eval.jsonl").write_text('{"colour": "red"}\n')
+    result = rlhf(DEMO, "--provider", "offline", "--exclude-prompts", "eval.jsonl")
+    assert result.status == 2 and "no record in it is recognised" in result.err
+
+
+def test_a_system_prompt_with_half_an_emoji_is_mended(rlhf):
+    with Api(demo_world) as api:
+        assert rlhf(PROMPTS[:1], *MODELS, "--system-prompt", "Be kind \ud83d", api=api).status == 0
+    assert api.calls[0].messages[0] == {"role": "system", "content": "Be kind \ufffd"}

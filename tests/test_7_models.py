@@ -488,3 +488,24 @@ def test_replies_are_kept_as_text_and_nothing_else(rlhf, tmp_path):
     assert cache.stat().st_mode & 0o777 == 0o600
     kept = rc.sqlite3.connect(cache).execute("SELECT text FROM replies").fetchall()
     assert len(kept) == 4 and sum("scores" in json.loads(text) for (text,) in kept if text[0] == "{") == 2
+
+
+def test_the_first_throttle_is_measured_over_the_first_second():
+    lane = rc.Lane(rc.Model("openai", "m"), None)
+    for _ in range(64):
+        lane.wait()
+    for _ in range(14):
+        lane.refused()
+    assert lane.rate == pytest.approx(1.05 * 50, rel=0.01)
+
+
+def test_a_throttle_on_the_very_first_call_does_not_put_the_run_to_sleep():
+    lane = rc.Lane(rc.Model("openai", "m"), None)
+    lane.wait()
+    lane.refused()
+    assert lane.rate == 1.0
+
+
+def test_an_answer_all_spent_on_thinking_is_called_truncated(rlhf):
+    with Api(faulty(Reply("", finish="length"), lambda call: call.model == "weak")) as api:
+        assert rlhf(PROMPTS[:1], *OPENAI, api=api).reasons == ["filter: truncated"]
