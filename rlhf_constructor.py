@@ -3897,6 +3897,7 @@ async def carry_out(path: str, run: Run, cache: Cache, total: int | None) -> int
     args, books = run.args, Books()
     files, run.models = Files(args), Models(args, cache)
     report, review = Report(run.seed, run.orders), ReviewQueue(run.seed)
+    takers = list(itertools.compress((books, report, review), (True, files.paths[4], files.paths[6])))
     run.annotations = (
         read_annotations(args.annotations) if args.annotations else None
     )  # the plan met them, too
@@ -3915,7 +3916,7 @@ async def carry_out(path: str, run: Run, cache: Cache, total: int | None) -> int
         return outcome
 
     def emit(outcome: Outcome):
-        for taker in (books, report, review):
+        for taker in takers:
             taker.add(outcome)
         files.add(outcome, run)
         bar.set_postfix(books.counts() | {"tokens": run.models.tokens()}, refresh=False)
