@@ -961,11 +961,15 @@ async def together(tasks: list) -> list:
 #   await run.ask_all(record, [(model, sample), ...])       -> usable answers; raises Failed if fewer than two
 #   await run.ask_text(record, model, [messages], sample)   -> one text, for drafts, critiques, revisions
 #   await run.judge(record, answers)                        -> the same answers with score and votes
-# It opens no file and catches nothing; what it raises is accounted for.
+# It opens no file and catches nothing; what it raises is accounted for. `register` may be told:
+#   gap           points by which chosen must lead (default 1)
+#   asks          which of run's models it calls: high, low, candidates (default high and low)
+#   needs_judge   --judge-model none is refused
+#   reads_answers record.answers are the input's own, with votes where record.signal says of what kind
 
 
 @register(METHODS, gap=1.0, asks=("high", "low"))
-async def model_comparison(record: Record, run) -> list[Pair]:
+async def model_comparison(record: Record, run: Run) -> list[Pair]:
     """A strong model's answer is chosen and a weak one's rejected, if the judge agrees (the main job)."""
     high, low = await run.ask_all(record, [(run.high, 0), (run.low, 0)])
     if not run.judges:  # --judge-model none: the models are trusted, and the rows carry no scores
@@ -978,14 +982,14 @@ async def model_comparison(record: Record, run) -> list[Pair]:
 
 
 @register(METHODS, gap=2.0, asks=("candidates",), needs_judge=True)
-async def generate_pairs(record: Record, run) -> list[Pair]:
+async def generate_pairs(record: Record, run: Run) -> list[Pair]:
     """Several candidates are scored by the judge; the best and the worst form the pair."""
     candidates = await run.ask_all(record, run.candidates, drop_refusals=True)
     return pair_up(record, await run.judge(record, candidates), run)
 
 
 @register(METHODS, asks=(), reads_answers=True)
-async def rank_responses(record: Record, run) -> list[Pair]:
+async def rank_responses(record: Record, run: Run) -> list[Pair]:
     """Answers that exist already are ranked by their scores, rankings or choices, or else by a judge."""
     answers = run.usable(record, record.answers)
     if not record.signal:
@@ -1005,6 +1009,8 @@ def pair_up(record: Record, answers: list[Answer], run) -> list[Pair]:
     Raises Failed("judge", ...) if nothing is ahead: "tie", or "orders disagree" (so is a tie in one)."""
     if len(answers) < 2:
         raise Failed("input", "fewer than two answers")
+    if any(answer.value is None for answer in answers):
+        raise ValueError("pair_up needs votes: await run.judge(record, answers) first")
     ranked = sorted(answers, key=lambda a: (-a.value, digest(run.seed, record.messages, a.text)))
     pairs = [Pair(record, a, b, penalty(a, b, run)) for a, b in STRATEGIES[run.strategy](ranked, record, run)]
     pairs = [pair for pair in pairs if beats(pair.chosen, pair.rejected) and pair.gap > 0]
@@ -1985,7 +1991,8 @@ class Run:
         self, record: Record, wanted: list[tuple[Model, int]], drop_refusals=False
     ) -> list[Answer]:
         """Ask [(model, sample), ...] together -> the usable answers; raises Failed if fewer than two are."""
-        results = await together([self.ask(record, model, sample) for model, sample in wanted])
+        pairs = [(one, 0) if isinstance(one, Model) else one for one in wanted]
+        results = await together([self.ask(record, model, sample) for model, sample in pairs])
         failures = [result for result in results if isinstance(result, Failed)]
         record.answers = [result for result in results if isinstance(result, Answer)]
         return self.usable(record, record.answers, failures, drop_refusals)
@@ -2104,6 +2111,8 @@ class Run:
             pairs = await (
                 self.method(record, self) if in_loop else asyncio.to_thread(self.method, record, self)
             )
+            if not isinstance(pairs, list):
+                raise TypeError(f"{self.args.method} returned {pairs!r:.80}, not a list of pairs")
             results = [self.standing(pair) for pair in pairs] or [("filter", "the method made no pair")]
             kept = [result for result in results if isinstance(result, Pair)]
             return Outcome(record, kept, *(() if kept else results[0]))
@@ -2173,7 +2182,7 @@ CODE_BLOCK = re.compile(r"```.*?```", re.S)
 ADVICE = {  # topic of a metric -> what to do about it
     "yield": "Few records give a pair: raise --temperature, --num-candidates, or name a weaker --low-model.",
     "scores": "The judge hardly tells answers apart: anchor it with a --rubric, or change --judge-model.",
-    "length": "A model learns length from this: raise --length-penalty, or let a --rubric refuse it.",
+    "length": "A model learns length from this: raise --length-penalty if chosen is longer, else lower it.",
     "order": "The judge follows the order: keep --judge-orders 2, raise --min-score-gap, add --judge-model.",
     "format": "A model learns decoration from this: let a --rubric refuse it, a --system-prompt forbid it.",
     "writer": "Labels say who wrote it: --method generate_pairs, --candidate-models, --when-low-wins flip.",
@@ -2205,7 +2214,7 @@ METRICS = [
     Metric("kept", "records that give a pair", "%", (0.30, ANY), (0.05, ANY), "yield"),
     Metric("same_score", "votes at the most frequent score", "%", (-ANY, 0.45), (-ANY, 0.70), "scores"),
     Metric("longer", "chosen is longer", "%", (0.40, 0.60), (0.30, 0.70), "length"),
-    Metric("length_ratio", "length of chosen / rejected, median", "×", (0.67, 1.5), (0.5, 2.0), "length"),
+    Metric("length_ratio", "length of chosen / rejected, median", "×", (-ANY, 1.5), (-ANY, 2.0), "length"),
     Metric("length_gap", "rank correlation of gap and length ratio", "", (-0.3, 0.3), (-0.5, 0.5), "length"),
     Metric("flips", "verdicts that flip with the order", "%", (-ANY, 0.25), (-ANY, 0.40), "order"),
     Metric("first_slot", "first-shown answer beats the last", "%", (0.40, 0.60), (0.30, 0.70), "order"),
@@ -2585,12 +2594,20 @@ class Report:
         ]
 
 
+def median(values: list[float]) -> Measured:
+    """The median; its 95 % interval lies between two of the sorted values (binomial, Conover 1999, 3.2)."""
+    values, n = sorted(values) or [1.0], len(values)
+    reach = Z * math.sqrt(n) / 2
+    ends = max(0, math.floor(n / 2 - reach)), min(len(values) - 1, math.ceil(n / 2 + reach))
+    return Measured(statistics.median(values), (values[ends[0]], values[ends[1]]), n)
+
+
 def measure_sides(rows: list[Sampled], sides: dict[str, list]) -> dict[str, Measured]:
     """The metrics that compare the sides of sampled pairs; `sides`: what one_sided says of each of MARKS."""
     scored = [row for row in rows if row.gap is not None]
     chosen, rejected = tally(sides["format"])
     return {
-        "length_ratio": Measured(statistics.median([row.ratio for row in rows] or [1]), None, len(rows)),
+        "length_ratio": median([row.ratio for row in rows]),
         "length_gap": spearman([row.gap for row in scored], [row.ratio for row in scored]),
         **{f"format_{name}": share(chosen[name], chosen[name] + rejected[name]) for name in FORMATS},
         **{name: held_out(sides[name]) for name in ("identity", "words", "opening")},
@@ -2713,13 +2730,21 @@ def shown(value, unit: str = "") -> str:
     return f"{value:{',.0f' if abs(value) >= 100 or value == int(value) else '.3g'}} {unit}".rstrip()
 
 
+def quiet(numbers: dict) -> str:
+    """What to say where nothing warns: it means little if most checks had too few cases."""
+    rows = numbers["metrics"]
+    unsure = sum(row["verdict"] == "not enough data" for row in rows)
+    return "No warnings." + (f" {unsure} of {len(rows)} checks had too few cases for one." if unsure else "")
+
+
 def report_lines(numbers: dict) -> list[str]:
     """The report for a terminal: at most 12 lines of 110 columns, the three worst warnings first."""
     alarms, money = numbers["warnings"], numbers["cost"].get("money_per_pair")
     value = lambda row: f"{row['label']} {shown(row['value'], row.get('unit', ''))} (n {row['n']:,})"
     found = [f"{row['level'].upper()} {value(row)}. {row['advice']}" for row in alarms[:3]]
-    found += [] if 0 < len(alarms) < 4 else [f"{len(alarms[3:]) or 'No'} {'more ' * bool(alarms)}warnings."]
-    facts = [f"{row['of']} {shown(row['median'])} (median)" for row in numbers["spreads"][:2]]
+    found += [quiet(numbers)] if not alarms else [f"{len(alarms) - 3} more warnings."] * (len(alarms) > 3)
+    names = {"ratio": "length of chosen / rejected"}
+    facts = [f"{names.get(r['of'], r['of'])} {shown(r['median'])} (median)" for r in numbers["spreads"][:2]]
     sure = [row for row in numbers["metrics"] if row["verdict"] in ("ok", "warn", "critical")]
     facts += [f"{value(row)}: {row['verdict']}" for row in sure if row["metric"] in HEADLINES]
     found.append("; ".join(facts + ([f"money per pair {shown(money)}"] if money else [])))
@@ -2810,7 +2835,7 @@ def report_html(numbers: dict) -> str:
     parts = {
         "HASH": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         "SUMMARY": f"{numbers['pairs']:,} pairs from {numbers['kept']:,} of {numbers['records']:,} records",
-        "WARNINGS": "".join(map(warning_html, numbers["warnings"])) or "<li><b>ok</b> No warnings.</li>",
+        "WARNINGS": "".join(map(warning_html, numbers["warnings"])) or f"<li>{quiet(numbers)}</li>",
         "NOTES": "".join(f'<p class="note">{html.escape(note)}</p>' for note in numbers["notes"]),
         "CHARTS": "".join(map(bars, charts)),
         "METRICS": table(numbers["metrics"], "label", "verdict", "value", "interval", "n"),
@@ -3504,12 +3529,12 @@ def check_input(path: str, run: Run):
     args = run.args
     reads_answers = getattr(run.method, "reads_answers", False)
     name = "stdin" if args.input_file == "-" else args.input_file
-    first_row = next((row for _, row in read_rows(path) if isinstance(row, dict)), {})
+    rows = [row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict)]
+    names = list(dict.fromkeys(str(name) for row in rows for name in row))
     for old, new in args.rename:
-        if old not in first_row:
-            raise UserError(
-                f"--rename {old}={new}: the first record has no {old!r}, but {', '.join(map(str, first_row))}"
-            )
+        refuse(
+            old not in names, f"--rename {old}={new}: no {old!r} among the fields: {', '.join(names)[:200]}"
+        )
     first = list(itertools.islice(read_records(path, dict(args.rename), reads_answers), 20))
     good = [record for _, record in first if isinstance(record, Record)]
     if not first:
@@ -3797,7 +3822,8 @@ class Books:
         """The summary's first lines: sums, reasons, and what to do where fewer than 30 % gave a pair."""
         share = f" ({self.paired / self.read:.0%})" if self.read else ""
         sums = f"{self.paired}{share} gave {self.pairs} pairs, {self.dropped.total()} dropped"
-        reasons = [((at, why), n) for (at, why), n in self.dropped.most_common(4)]
+        shown = 4 if len(self.dropped) > 5 else 5
+        reasons = [((at, why), n) for (at, why), n in self.dropped.most_common(shown)]
         lines = [f"{self.read} records read: {sums}", *(f"  {n:6}  {at}: {why}" for (at, why), n in reasons)]
         others = self.dropped.total() - sum(n for _, n in reasons)
         lines += [f"  {others:6}  other reasons"] if others else []

@@ -38,7 +38,7 @@ REFUSED = {
     "empty input": (["--input-file", "empty.jsonl"], ["--provider", "offline"], "holds no record"),
     "unknown fields": (["--input-file", "odd.jsonl"], ["--provider", "offline"], "no known fields: colour"),
     "no answers offline": (["--input-file", "in.jsonl"], ["--provider", "offline"], "no record has an answer"),
-    "bad rename": (["--input-file", "odd.jsonl", "--rename", "size=prompt"], ["--provider", "offline"], "has no 'size'"),
+    "bad rename": (["--input-file", "odd.jsonl", "--rename", "size=prompt"], ["--provider", "offline"], "no 'size' among the fields: colour"),
     "no rename": (["--input-file", "odd.jsonl", "--rename", "size"], [], "is not OLD=NEW"),
     "same models": (["--input-file", DEMO, *MODELS[:4], "--low-model", "gpt-4o"], [], "are both gpt-4o"),
     "no judge": (["--input-file", DEMO, "--method", "generate_pairs", "--judge-model", "none"], [], "needs a judge"),
@@ -550,3 +550,34 @@ def test_a_system_prompt_with_half_an_emoji_is_mended(rlhf):
     with Api(demo_world) as api:
         assert rlhf(PROMPTS[:1], *MODELS, "--system-prompt", "Be kind \ud83d", api=api).status == 0
     assert api.calls[0].messages[0]["content"].rstrip("\ufffd") == "Be kind "
+
+
+@pytest.mark.parametrize(
+    "mistake, says",
+    [
+        (lambda record, run: run.judge, "not a list of pairs"),
+        (lambda record, run: rc.pair_up(record, [rc.Answer("a"), rc.Answer("b")], run), "await run.judge"),
+    ],
+    ids=["something else is returned", "nobody judged"],
+)
+def test_a_mistake_in_a_method_of_ones_own_is_explained(rlhf, monkeypatch, mistake, says):
+    async def mine(record, run):
+        """a mistaken method"""
+        return mistake(record, run)
+
+    monkeypatch.setitem(rc.METHODS, "mine", mine)
+    with Api(demo_world) as api:
+        result = rlhf(PROMPTS, "--method", "mine", *MODELS, api=api)
+    assert result.status == 3 and says in result.err.splitlines()[-1]
+
+
+def test_a_model_alone_stands_for_its_first_answer(rlhf, monkeypatch):
+    async def mine(record, run):
+        """asks without sample numbers"""
+        return rc.pair_up(
+            record, await run.judge(record, await run.ask_all(record, [run.high, run.low])), run
+        )
+
+    monkeypatch.setitem(rc.METHODS, "mine", mine)
+    with Api(demo_world) as api:
+        assert rlhf(PROMPTS, "--method", "mine", *MODELS, api=api).pairs

@@ -36,7 +36,7 @@ def checkout(tmp_path):
         "annotator": "Ann",
         "seconds": 3,
     }
-    write_jsonl(tmp_path / "verdicts.jsonl", [verdict])
+    write_jsonl(tmp_path / "annotations-Ann.jsonl", [verdict])
     (tmp_path / SCRIPT.name).write_text(source.replace("\ndef beats(", f"\n{METHOD}\n\ndef beats("), "utf-8")
     return tmp_path
 
