@@ -157,8 +157,9 @@ def memory(folder: Path):
 
 def ranking(folder: Path):
     """rank_responses on four 450-character answers: beside `json` alone, memory, and the report's share."""
-    draw, words = random.Random(1), [f"word{n}" for n in range(3000)]
-    text = lambda: " ".join(draw.choices(words, k=58)) + "."
+    draw = random.Random(1)
+    words = ["".join(draw.choices("etaoinshrdlucmfwyp", k=draw.randint(2, 11))) for _ in range(5000)]
+    text = lambda: " ".join(draw.choices(words, k=60)) + "."
     made = [
         {
             "prompt": f"Question {n}?",
