@@ -328,7 +328,11 @@ def text_of(row: dict, name: str) -> str:
 def reference_of(row: dict) -> str:
     """The record's own answer; a completion that is labelled bad (KTO) is none."""
     named = (text_of(row, n) for n in REFERENCE_FIELDS if isinstance(row.get(n), str))
-    return "" if row.get("label") in (False, 0, "false") else next(filter(None, named), "")
+    return (
+        ""
+        if str(row.get("label")).strip().lower() in ("false", "0", "0.0")
+        else next(filter(None, named), "")
+    )
 
 
 def asked(instruction: str, extra: str, reference: str) -> Record:
@@ -861,7 +865,8 @@ def parse_scores(reply: str, ids: list[str]) -> list[float] | None:
         except (ValueError, RecursionError):
             continue
         if "scores" in found:  # what follows a draft and cannot be read was the verdict: no score, then
-            draft = re.search(r'"scores"\s*:', text[start + end :])
+            rest = text[start + end :]
+            draft = re.search(r"""["']\w*scores["']\s*:""", rest)
             return None if draft else checked_scores(found["scores"], ids)
     return None
 
@@ -1239,7 +1244,7 @@ def gap(pair: Pair, run) -> str | None:
 def floor(pair: Pair, run) -> str | None:
     """chosen's own score is under --min-chosen-score"""
     least, score = run.min_chosen_score, pair.chosen.score
-    if run.args.output_format == "kto":  # there the score is the label
+    if pair.human or run.args.output_format == "kto":  # people decided, or there the score is the label
         return None
     return "chosen too poor" if least is not None and score is not None and score < least else None
 
@@ -1291,7 +1296,7 @@ def as_openai(pair: Pair, run) -> list[dict]:
 @register(OUTPUTS, once=("prompt", "completion"))  # an answer in two pairs must not get two labels
 def as_kto(pair: Pair, run) -> list[dict]:
     """prompt, completion, label: chosen true, rejected false, or each by --min-chosen-score (TRL KTO)"""
-    least, rows = run.min_chosen_score, []
+    least, rows = None if pair.human else run.min_chosen_score, []
     for answer, label in ((pair.chosen, True), (pair.rejected, False)):
         label = answer.score >= least if least is not None and answer.score is not None else label
         rows.append({"prompt": pair.record.prompt, "completion": answer.text, "label": label})
@@ -1383,7 +1388,8 @@ def replied(content, finish, tokens_in, tokens_out) -> Reply:
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str) or (not content.strip() and finish != "length"):
         raise ApiError(200, "garbled", "the reply holds no text")
-    return Reply(scrub(content), str(finish or "stop"), int(tokens_in or 0), int(tokens_out or 0))
+    counts = (int(min(max(number(count) or 0, 0), 10**9)) for count in (tokens_in, tokens_out))
+    return Reply(scrub(content), scrub(str(finish or "stop")), *counts)
 
 
 # A provider: __init__(url, key, timeout), await call(name, messages, options, hints) -> Reply, await close().
@@ -1760,7 +1766,7 @@ class Models:
                 lane.answered()
                 return reply
             except ApiError as error:
-                error.code, error.message = redacted(error.code), redacted(error.message)
+                error.code, error.message = redacted(scrub(error.code)), redacted(scrub(error.message))
                 fix = next((fix for fix in FIXES if re.search(fix[0], error.message, re.I | re.S)), None)
                 if error.status in (400, 404, 422) and fix and fix not in fixes:
                     self.learn(lane, fix)
@@ -2077,7 +2083,7 @@ class Run:
         )
         if reply.pending:
             raise Pending
-        return reply.text
+        return "" if reply.finish == "length" else reply.text  # a cut reply may end in a draft
 
     async def reward(self, record: Record, answer: Answer, judge: Model) -> float:
         """A reward model's raw score of one answer."""
