@@ -24,6 +24,7 @@ The one flow: read_records -> method(record, run) -> pairs -> filters -> output 
     §6  OUTPUTS              what a pair looks like to a trainer
     --  machinery: not needed to add a method --
     §7  MODELS               providers, pacing, retries, cache: the one door to every model
+    §8  BATCH                the providers' own batch engines: half the price
     §9  REPORT               the numbers about the data, and their page
     §10 REVIEW               blind review by people, and what they say
     §11 CLI                  flags, files, the run itself
@@ -101,6 +102,7 @@ PRICE_UNIT = 1_000_000  # tokens that a --price is for
 GUESSED_TOKENS = {"answer": 400, "judge": 120}  # length of a reply that is not there yet, for estimates
 WINDOW = 32  # finished records per worker that may wait for their turn to be written
 PATIENCE = 600  # seconds of nothing but 429 until the run stops
+CACHE_PATIENCE = 60  # seconds to wait for a cache that another process is writing
 SAME_FAILURES = 20  # of one model in a row until the run stops
 
 
@@ -1319,7 +1321,7 @@ def said(answer: Answer) -> dict:
 # ==========================================================================================================
 
 # ----------------------------------------------------------------------------------------------------------
-# §7 MODELS: Model, Reply, ApiError; the providers; FIXES, VERDICTS; Lane, Cache, Models; Run
+# §7 MODELS: Model, Reply, ApiError; the providers; FIXES, VERDICTS; Lane, Cache, Usage, Models; Run
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -1336,6 +1338,10 @@ class Model:
     def is_reward(self) -> bool:
         return self.provider == "reward"
 
+    @property
+    def is_paid(self) -> bool:
+        return self.provider != "offline"
+
 
 @dataclass
 class Reply:
@@ -1345,15 +1351,19 @@ class Reply:
     finish: str = "stop"
     tokens_in: int = 0
     tokens_out: int = 0
+    rate: float = 1.0  # share of the online price that was paid: 0.5 in a batch
     pending: bool = False
 
 
 class ApiError(Exception):
     """A call without a usable reply: status 0 if there was none, 200 if it was garbled."""
 
-    def __init__(self, status: int, code: str, message: str, retry_after: str | None = None):
+    def __init__(self, status: int, code, message, retry_after: str | None = None):
         super().__init__(message)
-        self.status, self.code, self.message = status, code or "", message or ""
+        self.status, self.code, self.message = (
+            status,
+            *(redacted(scrub(str(x or ""))) for x in (code, message)),
+        )
         seconds = number(retry_after)  # an HTTP date reads as nothing, and the pacing alone decides
         self.retry_after = min(60.0, max(0.0, seconds or 0.0))
 
@@ -1361,24 +1371,29 @@ class ApiError(Exception):
         return f"{self.status or 'no reply'} {self.code} {' '.join(self.message.split())[:200]}".strip()
 
 
+# What stands in the chain of causes of an SDK's error -> (code, message) of one without a status.
+CAUSES = [
+    ({"ClientConnectorError", "ConnectionRefusedError", "gaierror"}, "unreachable", "no connection"),
+    ({"ClientError", "ConnectionError", "ReadError", "RemoteProtocolError", "WriteError"}, "dropped",
+     "the connection was dropped"),
+    ({"TimeoutError", "TimeoutException", "APITimeoutError"}, "timeout", "no answer in time (--timeout)"),
+]  # fmt: skip
+
+
 def api_error(error: Exception) -> ApiError:
     """Whatever an SDK raises -> ApiError; the truth about a connection is in the chain of causes."""
-    status = getattr(error, "status_code", None)
     if isinstance(error, ApiError):
         return error
-    if status:
-        code = getattr(error, "code", None) or getattr(error, "type", None) or ""
-        return ApiError(status, str(code), error.message, error.response.headers.get("Retry-After"))
-    chain, names = error, set()
-    while chain is not None:
-        names |= {cls.__name__ for cls in type(chain).__mro__}
-        chain = chain.__cause__ or chain.__context__
-    if names & {"ClientConnectorError", "ConnectionRefusedError", "gaierror"}:
-        return ApiError(0, "unreachable", str(error.__cause__ or error))
-    if names & {"ClientError", "ConnectionError", "ReadError", "RemoteProtocolError", "WriteError"}:
-        return ApiError(0, "dropped", "the connection was dropped")
-    if names & {"TimeoutError", "TimeoutException", "APITimeoutError"}:
-        return ApiError(0, "timeout", "no answer in time (--timeout)")
+    if status := getattr(error, "status_code", None):
+        code = getattr(error, "code", None) or getattr(error, "type", None)
+        return ApiError(status, code, error.message, error.response.headers.get("Retry-After"))
+    link, names = error, set()
+    while link is not None:
+        names |= {cls.__name__ for cls in type(link).__mro__}
+        link = link.__cause__ or link.__context__
+    for causes, code, message in CAUSES:
+        if names & causes:
+            return ApiError(0, code, f"{message} ({error.__cause__ or error})")
     return ApiError(200, "garbled", f"the reply cannot be read ({type(error).__name__})")
 
 
@@ -1389,7 +1404,7 @@ def replied(content, finish, tokens_in, tokens_out) -> Reply:
     if not isinstance(content, str) or (not content.strip() and finish != "length"):
         raise ApiError(200, "garbled", "the reply holds no text")
     counts = (int(min(max(number(count) or 0, 0), 10**9)) for count in (tokens_in, tokens_out))
-    return Reply(scrub(content), scrub(str(finish or "stop")), *counts)
+    return Reply(redacted(scrub(content)), scrub(str(finish or "stop")), *counts)
 
 
 # A provider: __init__(url, key, timeout), await call(name, messages, options, hints) -> Reply, await close().
@@ -1404,10 +1419,9 @@ class ask_openai:
         import openai
 
         # one retry policy is enough, and ours can tell a throttle from an empty purse
-        client = openai.DefaultAioHttpClient(timeout=timeout)
-        self.client = openai.AsyncOpenAI(
-            base_url=url or None, api_key=key or "none", http_client=client, max_retries=0, timeout=timeout
-        )
+        http = openai.DefaultAioHttpClient(timeout=timeout)
+        common = {"http_client": http, "max_retries": 0, "timeout": timeout}
+        self.client = openai.AsyncOpenAI(base_url=url or None, api_key=key or "none", **common)
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
         reply = await self.client.chat.completions.create(model=name, messages=messages, extra_body=options)
@@ -1415,17 +1429,15 @@ class ask_openai:
         counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
         return replied(choice.message.content, choice.finish_reason, *counts)
 
+    def batch_client(self):
+        return self.client
+
     async def close(self):
         await self.client.close()
 
 
-@register(
-    PROVIDERS,
-    key="DASHSCOPE_API_KEY",
-    url_variable="DASHSCOPE_HTTP_BASE_URL",
-    package="dashscope",
-    defaults={"enable_thinking": False},
-)
+@register(PROVIDERS, key="DASHSCOPE_API_KEY", url_variable="DASHSCOPE_HTTP_BASE_URL",
+          defaults={"enable_thinking": False}, package="dashscope")  # fmt: skip
 class ask_dashscope:
     """Alibaba Cloud Model Studio (Qwen), through the dashscope SDK"""
 
@@ -1437,15 +1449,15 @@ class ask_dashscope:
         import dashscope
 
         logging.getLogger("dashscope").setLevel(logging.CRITICAL)
-        self.sdk = dashscope
+        self.sdk, self.url, self.key, self.timeout = dashscope, url, key, timeout
         proxied = bool(urllib.request.getproxies())  # reading the environment at each call costs 0.45 ms
         self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=proxied)
         self.common = {"api_key": key or "none", "session": self.session, "request_timeout": timeout}
         self.common |= {"base_address": url} if url else {}
+        self.batch = None
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
-        options = dict(options)
-        api = self.sdk.AioGeneration
+        options, api = dict(options), self.sdk.AioGeneration
         if options.pop("multimodal", False):  # the current Qwen models live behind another address
             api = self.sdk.AioMultiModalConversation
             messages = [{"role": m["role"], "content": [{"text": m["content"]}]} for m in messages]
@@ -1454,15 +1466,21 @@ class ask_dashscope:
         reply = await api.call(model=name, messages=messages, **options, **self.common)
         if reply.status_code != 200:
             code = "ModelNotFound" if "Model not exist" in str(reply.message) else reply.code
-            raise ApiError(
-                reply.status_code, code, str(reply.message), (reply.headers or {}).get("Retry-After")
-            )
+            raise ApiError(reply.status_code, code, reply.message, (reply.headers or {}).get("Retry-After"))
         choice, usage = reply.output["choices"][0], reply.usage or {}
         counts = usage.get("input_tokens"), usage.get("output_tokens")
         return replied(choice["message"]["content"], choice["finish_reason"], *counts)
 
+    def batch_client(self):
+        """Its batch engine speaks OpenAI's protocol, at an address of its own."""
+        url = self.url.replace("/api/v1", "/compatible-mode/v1") or self.sdk.base_compatible_api_url
+        self.batch = self.batch or ask_openai(url, self.key, self.timeout)
+        return self.batch.client
+
     async def close(self):
         await self.session.close()
+        if self.batch:
+            await self.batch.close()
 
 
 @register(PROVIDERS, key="OPENAI_API_KEY", url_variable="", defaults={})
@@ -1490,11 +1508,8 @@ class ask_offline:
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
         if name == "heuristic":
-            shown = re.findall(
-                r'<answer id="(\w+)" nonce="(\w+)">\n(.*?)\n</answer nonce="\2">',
-                messages[-1]["content"],
-                re.S,
-            )
+            fence = r'<answer id="(\w+)" nonce="(\w+)">\n(.*?)\n</answer nonce="\2">'
+            shown = re.findall(fence, messages[-1]["content"], re.S)
             scores = {name: round(likeness(text, hints["reference"]), 1) for name, _, text in shown}
             return Reply(json.dumps({"reason": "closeness to the reference answer", "scores": scores}))
         return Reply(weakened(hints["reference"], random.Random(digest(messages, hints["sample"]))))
@@ -1507,11 +1522,8 @@ def weakened(text: str, draw: random.Random) -> str:
     """A worse version of a good answer: some of its sentences; an evasion for a short one."""
     sentences = re.findall(r".+?(?:[.!?](?=\s)|[。！？\n]|$)\s*", text, re.S)
     if len(sentences) < 3:
-        return (
-            "这个问题不太好说，要看具体情况。"
-            if chinese_share(text)[0] > 0.3
-            else "That is hard to say; it depends."
-        )
+        chinese = chinese_share(text)[0] > 0.3
+        return "这个问题不太好说，要看具体情况。" if chinese else "That is hard to say; it depends."
     keep = sorted(draw.sample(range(len(sentences)), max(1, len(sentences) * draw.choice((3, 4, 5, 6)) // 8)))
     return "".join(sentences[i] for i in keep).strip()
 
@@ -1526,19 +1538,6 @@ def likeness(text: str, reference: str) -> float:
     return max(1.0, min(10.0, 1 + 2 * math.log10(1 + ours.total()) + 3 * variety + ended - 3 * refuses(text)))
 
 
-# What a refusal of the request says -> how to change it. Learned once per model, then reported.
-FIXES = [
-    (r"max_completion_tokens", "max_completion_tokens",
-     lambda o: move(o, "max_tokens", "max_completion_tokens")),
-    (r"max_(completion_)?tokens.{0,60}(not supported|unsupported|unknown|unrecognized)", "no max_tokens",
-     lambda o: (o.pop("max_tokens", 0), o.pop("max_completion_tokens", 0))),
-    (r"temperature", "no temperature", lambda o: o.pop("temperature", 0)),
-    (r"enable_thinking", "enable_thinking switched", lambda o: switch_thinking(o)),
-    (r"url error", "multimodal address", lambda o: o.update(multimodal=True)),
-    (r"\binput\b.{0,40}Field required", "input instead of messages", lambda o: o.update(as_input=True)),
-]  # fmt: skip
-
-
 def move(options: dict, old: str, new: str):
     """Rename an option, if it is there."""
     if old in options:
@@ -1551,8 +1550,21 @@ def switch_thinking(options: dict):
         options["enable_thinking"] = False
 
 
+# What a refusal of the request says -> how to change it. Learned once per model, then reported.
+FIXES = [
+    (r"max_completion_tokens", "max_completion_tokens",
+     lambda o: move(o, "max_tokens", "max_completion_tokens")),
+    (r"max_(completion_)?tokens.{0,60}(not supported|unsupported|unknown|unrecognized)", "no max_tokens",
+     lambda o: (o.pop("max_tokens", 0), o.pop("max_completion_tokens", 0))),
+    (r"temperature", "no temperature", lambda o: o.pop("temperature", 0)),
+    (r"enable_thinking", "enable_thinking switched", switch_thinking),
+    (r"url error", "multimodal address", lambda o: o.update(multimodal=True)),
+    (r"\binput\b.{0,40}Field required", "input instead of messages", lambda o: o.update(as_input=True)),
+]  # fmt: skip
+
 # "status code" of a failed call -> what follows (and what to do about it). The first row that matches counts.
 # By code, never by text: Gemini's throttle says the very words of OpenAI's empty purse.
+CONTENT = r"\b(DataInspectionFailed|data_inspection_failed|content_(policy_violation|filter))$"
 VERDICTS = [
     (r"^402|\b(insufficient_quota|Arrearage|AllocationQuota\.FreeTierOnly)$", "stop",
      "the account's quota or balance is used up: top it up, then run the same command again"),
@@ -1560,7 +1572,7 @@ VERDICTS = [
      "the key was refused: check $key; a DashScope key works only in its own region (--base-url)"),
     (r"\b(ModelNotFound|model_not_found)$", "stop",
      "there is no such model (retired?): name another, such as $served"),
-    (r"\b(DataInspectionFailed|data_inspection_failed|content_(policy_violation|filter))$", "record", ""),
+    (CONTENT, "record", ""),
     (r"^429|\bThrottling", "wait", ""),
     (r"^(0|200|408|409|5\d\d)\b", "retry", ""),
     (r"^(403|404)\b", "stop unless proven", "no such model or address: check the name and --base-url"),
@@ -1613,40 +1625,82 @@ class Lane:
         self.streak = (cause, self.streak[1] + 1 if self.streak[0] == cause else 1)
         return self.streak[1] >= SAME_FAILURES
 
+    def learn(self, error: ApiError, tried: list) -> bool:
+        """True if the refusal says how to change the request and that was not tried yet; said once."""
+        fix = next((fix for fix in FIXES if re.search(fix[0], error.message, re.I | re.S)), None)
+        if error.status not in (400, 404, 422) or not fix or fix in tried:
+            return False
+        if fix not in self.fixes:
+            self.fixes.append(fix)
+            note(f"{self.model.name}: {fix[1]} (as the server asks)")
+        return True
+
+    def batch_client(self):
+        """An OpenAI client for the provider's batch engine."""
+        return self.provider.batch_client()
+
+    def wire(self, options: dict, fixes: list) -> dict:
+        """Options as they are sent: the provider's defaults, ours, and what was learned."""
+        wire = {**self.provider.defaults, **options}
+        for _, _, change in fixes:
+            change(wire)
+        return wire
+
 
 class Cache:
     """Every paid reply, in SQLite, committed before it is used; processes may share it. None: no cache."""
 
+    FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model"
+
     def __init__(self, path: str | None):
-        self.db = None
+        self.path, self.db = path, None
         if not path:
             return
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        self.db = sqlite3.connect(path, timeout=60, isolation_level=None)
-        columns = "key TEXT PRIMARY KEY, text TEXT, finish TEXT, tokens_in INT, tokens_out INT, model TEXT"
+        self.db = sqlite3.connect(path, timeout=CACHE_PATIENCE, isolation_level=None)
         try:
             for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
                 with contextlib.suppress(sqlite3.OperationalError):  # some network file systems have no WAL
                     self.db.execute(f"PRAGMA {pragma}")
+            columns = self.FIELDS.replace("key", "key PRIMARY KEY", 1)
             self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
+            self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{path}: is no cache ({error}); name another --cache-path") from None
+            raise UserError(
+                f"{path}: is no cache of this version ({error}); name another --cache-path"
+            ) from None
+
+    def do(self, sql: str, *values) -> list[tuple]:
+        """One statement, committed -> its rows; raises Stop where the file cannot be read or written."""
+        try:
+            return self.db.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            hint = "is the disk full, the file damaged, or in use elsewhere?"
+            raise Stop(f"{self.path}: the cache cannot be used ({error}): {hint}") from None
 
     def get(self, key: str) -> Reply | None:
         """The reply stored under `key`, if there is one."""
-        query = "SELECT text, finish, tokens_in, tokens_out FROM replies WHERE key = ?"
-        row = self.db.execute(query, (key,)).fetchone() if self.db else None
-        return Reply(*row) if row else None
+        query = "SELECT text, finish, tokens_in, tokens_out, rate FROM replies WHERE key = ?"
+        rows = self.do(query, key) if self.db else []
+        return Reply(*rows[0]) if rows else None
 
     def put(self, key: str, reply: Reply, model: str):
         """Store and commit; never called for an error."""
         if self.db:
-            row = (key, reply.text, reply.finish, reply.tokens_in, reply.tokens_out, model)
-            try:
-                self.db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?)", row)
-            except sqlite3.Error as error:
-                raise Stop(f"the cache cannot be written ({error}): is the disk full?") from None
+            row = key, reply.text, reply.finish, reply.tokens_in, reply.tokens_out, reply.rate, model
+            self.do("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?)", *row)
+
+    @contextlib.contextmanager
+    def transaction(self):
+        """All statements inside, or none."""
+        self.do("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self.do("ROLLBACK")
+            raise
+        self.do("COMMIT")
 
     def close(self):
         if self.db:
@@ -1655,91 +1709,119 @@ class Cache:
 
 @dataclass
 class Usage:
-    """What one model did in one role: replies fetched, replies from the cache, tokens of both."""
+    """What one model did in one role: replies fetched, replies from the cache, tokens and money of both."""
 
     calls: int = 0
     cached: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
-    fresh_in: int = 0  # tokens of the replies fetched in this run: what --max-cost counts
-    fresh_out: int = 0
+    money: float = 0.0
+    kept: float = 0.0  # money that the cached ones had cost
+    longest: int = 0  # tokens of the longest reply
 
-    def count(self, reply: Reply, cached: bool):
-        """Add one reply."""
+    def add(self, reply: Reply, cached: bool, money: float):
+        """Count one reply."""
         self.calls, self.cached = self.calls + (not cached), self.cached + cached
         self.tokens_in, self.tokens_out = self.tokens_in + reply.tokens_in, self.tokens_out + reply.tokens_out
-        if not cached:
-            self.fresh_in, self.fresh_out = self.fresh_in + reply.tokens_in, self.fresh_out + reply.tokens_out
+        self.money, self.kept = self.money + money, self.kept + money * cached
+        self.longest = max(self.longest, reply.tokens_out)
 
 
 class Models:
     """The one door to every model: cache, then provider, then cache; with pacing, retries and stop rules.
 
-    With `dry` nobody is asked: what the cache does not hold is counted, guessed and marked pending."""
+    With `dry` nobody is asked: what the cache does not hold is counted, guessed and marked pending. With
+    `batches` it is noted there; nobody is asked online. `spent`: money that the cached replies had cost."""
 
-    def __init__(self, args, cache: Cache, dry: bool = False):
-        self.args, self.cache, self.dry = args, cache, dry
-        self.prices = args.prices
-        self.lanes, self.usage = {}, {}
+    def __init__(self, args, cache: Cache, dry: bool = False, batches=None, spent: float = 0.0):
+        self.args, self.cache, self.dry, self.batches = args, cache, dry, batches
+        self.lanes, self.usage = {}, defaultdict(Usage)
         self.stop, self.stopping = None, asyncio.Event()
         self.in_flight, self.first_prompts = 0, []
+        self.spent, self.reserved = spent, 0.0  # money: paid for replies, expected of the calls in flight
 
-    async def ask(
-        self, model: Model, messages: list, options: dict, sample=0, role="answer", reference=""
-    ) -> Reply:
+    async def ask(self, model: Model, messages, options, sample=0, role="answer", reference="") -> Reply:
         """-> Reply; one that is cut at the limit is asked for once more with twice the limit.
 
-        Raises Failed("model", ...) if this record's call failed, Stop if every further one would."""
-        hints = {"sample": sample, "reference": reference}
-        reply = await self.ask_once(model, messages, options, hints, role)
+        Raises Failed("model", ...) if this record's call failed, Stop if every further one would, Pending
+        where nobody is asked."""
+        hints = {"sample": sample, "reference": reference, "role": role}
+        reply = await self.ask_once(model, messages, options, hints)
         if reply.finish == "length" and "max_tokens" in options:
             longer = options | {"max_tokens": 2 * options["max_tokens"]}
             with contextlib.suppress(Failed):  # a limit over the model's own: the cut reply stays cut
-                reply = await self.ask_once(model, messages, longer, hints, role)
+                reply = await self.ask_once(model, messages, longer, hints)
         return reply
 
-    async def ask_once(self, model: Model, messages: list, options: dict, hints: dict, role: str) -> Reply:
+    async def ask_once(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
         """One request through the cache; its key is what was asked for, before any fix changes it."""
-        usage = self.usage.setdefault((model, role), Usage())
-        paid = model.provider != "offline"
-        key = (
-            digest(model.provider, model.url, model.name, messages, options, hints["sample"]) if paid else ""
-        )
-        reply = self.cache.get(key) if paid else None
-        if reply:
-            usage.count(reply, cached=True)
-            return reply
-        if self.dry and paid:
-            reply = self.guess(model, messages, hints, role)
-        else:
-            reply = await self.fetch(model, messages, options, hints)
-            if paid:
-                self.cache.put(key, reply, model.name)
-        usage.count(reply, cached=False)
+        if not model.is_paid:
+            return self.count(model, hints, await self.fetch(model, messages, options, hints))
+        key = digest(model.provider, model.url, model.name, messages, options, hints["sample"])
+        if reply := self.cache.get(key):
+            return self.count(model, hints, reply, cached=True)
+        if self.dry:
+            return self.count(model, hints, self.guess(model, messages, hints))
+        if self.batches:
+            self.batches.want(key, model, messages, options, hints["role"])
+        reply = await self.fetch(model, messages, options, hints)
+        self.cache.put(key, reply, model.name)
+        return self.count(model, hints, reply)
+
+    def count(self, model: Model, hints: dict, reply: Reply, cached: bool = False) -> Reply:
+        """Enter a reply in the books -> the reply."""
+        money = self.price(model, reply.tokens_in, reply.tokens_out) * reply.rate
+        self.usage[model, hints["role"]].add(reply, cached, money)
+        self.spent += 0 if cached else money
         return reply
 
-    def guess(self, model: Model, messages: list, hints: dict, role: str) -> Reply:
-        """A pending reply and the tokens to expect: a Chinese character is about 0.7, another 0.25."""
-        text = flatten(messages)
-        chinese = len(re.findall(rf"[{CJK}]", text))
-        number_of = f" {hints['sample'] + 1}" if hints["sample"] else ""
+    def price(self, model: Model, tokens_in: int, tokens_out: int) -> float:
+        """Money for tokens at --price, 0 without one."""
+        into, out = self.args.prices.get(model.name, (0, 0))
+        return (tokens_in * into + tokens_out * out) / PRICE_UNIT
+
+    def expected(self, model: Model, messages: list, role: str) -> tuple[int, int]:
+        """Tokens to expect of a call, in and out: the longest reply so far stands for the next one."""
+        text, usage = flatten(messages), self.usage[model, role]
+        chinese = len(re.findall(rf"[{CJK}]", text))  # about 0.7 tokens each, another character 0.25
+        tokens_in = round(0.7 * chinese + 0.25 * (len(text) - chinese))
+        return tokens_in, max(GUESSED_TOKENS[role], usage.longest)
+
+    def guess(self, model: Model, messages: list, hints: dict) -> Reply:
+        """A pending reply, with the tokens to expect."""
+        role, sample = hints["role"], hints["sample"]
         if len(self.first_prompts) < 20:
             self.first_prompts.append((f"{model.name} as {role}", messages))
-        expected = round(0.7 * chinese + 0.25 * (len(text) - chinese))
         namesake = any(other.name == model.name and other != model for other, _ in self.usage)
-        named = f"<answer{number_of} of {model.name}{f'@{model.url}' if namesake else ''}>"
-        return Reply(named, "stop", expected, GUESSED_TOKENS[role], pending=True)
+        named = f"{sample + 1} of " * bool(sample) + model.name + f"@{model.url}" * namesake
+        rate = BATCH_RATE if self.args.batch else 1.0
+        return Reply(f"<answer {named}>", "stop", *self.expected(model, messages, role), rate, pending=True)
+
+    def cost(self, model: Model, messages: list, role: str) -> float:
+        """Money to expect of an online call; 0 where no --max-cost asks."""
+        asked = self.args.max_cost is not None and model.is_paid
+        return self.price(model, *self.expected(model, messages, role)) if asked else 0.0
+
+    def affords(self, money: float) -> bool:
+        """False if --max-cost might be passed."""
+        limit = self.args.max_cost
+        return limit is None or self.spent + self.reserved + money <= limit
+
+    def reserve(self, money: float):
+        """Set money aside for a call; raises Stop where there is not enough left."""
+        if not self.affords(money):
+            spent = f"{self.spent:.4g} of --max-cost {self.args.max_cost:g} are spent"
+            raise self.halt(f"{spent}, and the next call might pass it: raise it and run the same command")
+        self.reserved += money
 
     def lane(self, model: Model) -> Lane:
         """The model's lane, opened on first use; the SDK is imported here."""
         if model not in self.lanes:
-            shared = [
-                lane.provider
-                for other, lane in self.lanes.items()
-                if (other.provider, other.url) == (model.provider, model.url)
-            ]
-            make = PROVIDERS[model.provider]
-            provider = shared[0] if shared else make(model.url, key_of(model), self.args.timeout)
+            same = (lane.provider for other, lane in self.lanes.items()
+                    if (other.provider, other.url) == (model.provider, model.url))  # fmt: skip
+            provider = next(same, None) or PROVIDERS[model.provider](
+                model.url, key_of(model), self.args.timeout
+            )
             self.lanes[model] = Lane(model, provider)
         return self.lanes[model]
 
@@ -1766,74 +1848,57 @@ class Models:
                 lane.answered()
                 return reply
             except ApiError as error:
-                error.code, error.message = redacted(scrub(error.code)), redacted(scrub(error.message))
-                fix = next((fix for fix in FIXES if re.search(fix[0], error.message, re.I | re.S)), None)
-                if error.status in (400, 404, 422) and fix and fix not in fixes:
-                    self.learn(lane, fix)
+                if lane.learn(error, fixes):
                     continue
-                kind = self.judge_failure(lane, error)
-                if kind == "wait":
-                    await self.pause(error.retry_after)
-                elif kind == "retry" and tries < (
-                    min(1, self.args.max_retries) if error.code == "timeout" else self.args.max_retries
-                ):
-                    tries += 1
-                    await self.pause(max(error.retry_after, min(30, 2**tries / 4) * random.uniform(0.5, 1)))
-                else:
+                kind = self.ruling(lane, error)
+                most = min(1, self.args.max_retries) if error.code == "timeout" else self.args.max_retries
+                if kind == "record" or (kind == "retry" and tries >= most):
                     raise self.give_up(lane, error, kind) from None
+                tries += kind == "retry"
+                backoff = min(30, 2**tries / 4) * random.uniform(0.5, 1) if kind == "retry" else 0.0
+                await self.pause(max(error.retry_after, backoff))
 
     async def call(self, lane: Lane, fixes: list, messages: list, options: dict, hints: dict) -> Reply:
         """One call as it goes over the wire; whatever goes wrong comes out as ApiError."""
-        wire = {**lane.provider.defaults, **options}
-        for _, _, change in fixes:
-            change(wire)
+        money = self.cost(lane.model, messages, hints["role"])
+        while self.in_flight and not self.affords(money):  # what is in flight may cost less than expected
+            await self.pause(0.05)
+        self.reserve(money)
         self.in_flight += 1
         try:
             async with asyncio.timeout(self.args.timeout):  # openai alone never times out on a slow drip
-                reply = await lane.provider.call(lane.model.name, messages, wire, hints)
-            reply.text = redacted(reply.text)
-            return reply
+                return await lane.provider.call(lane.model.name, messages, lane.wire(options, fixes), hints)
         except Exception as error:  # SDKs let anything through: JSONDecodeError, TypeError, IndexError, ...
             raise api_error(error) from None
         finally:
             self.in_flight -= 1
+            self.reserved -= money
 
-    def learn(self, lane: Lane, fix: tuple):
-        """Remember a fix for this model, and say so once."""
-        if fix not in lane.fixes:
-            lane.fixes.append(fix)
-            note(f"{lane.model.name}: {fix[1]} (as the server asks)")
-
-    def judge_failure(self, lane: Lane, error: ApiError) -> str:
+    def ruling(self, lane: Lane, error: ApiError) -> str:
         """ApiError -> "wait", "retry" or "record"; raises Stop where no further call can succeed."""
-        subject = f"{error.status} {error.code}"
-        kind, advice = next((k, a) for pattern, k, a in VERDICTS if re.search(pattern, subject))
+        name, subject = lane.model.name, f"{error.status} {error.code}"
+        kind, advice = next(
+            (kind, advice) for pattern, kind, advice in VERDICTS if re.search(pattern, subject)
+        )
         if kind == "stop" or (kind == "stop unless proven" and not lane.proven):
-            served = " or ".join(DEFAULT_MODELS.get(lane.model.provider, ()))
-            advice = fill(
-                advice, key=lane.provider.key or "the key", served=served or "one that the server lists"
-            )
-            raise self.halt(f"{lane.model.name}: {advice} ({error})")
+            served = " or ".join(DEFAULT_MODELS.get(lane.model.provider, ["one that the server lists"]))
+            advice = fill(advice, key=lane.provider.key or "the key", served=served)
+            raise self.halt(f"{name}: {advice} ({error})")
         if kind == "wait" and lane.refused() > PATIENCE:
             raise self.halt(
-                f"{lane.model.name}: nothing but 429 for {PATIENCE // 60} minutes; run the same command later"
+                f"{name}: nothing but 429 for {PATIENCE // 60} minutes; run the same command later"
             )
-        return kind.split()[0].replace("stop", "record")
+        return "record" if kind == "stop unless proven" else kind
 
     def give_up(self, lane: Lane, error: ApiError, kind: str) -> Exception:
         """What to raise for a call that failed for good: Failed for the record, or Stop."""
+        name = lane.model.name
         if error.code == "unreachable" and not lane.proven:
-            return self.halt(
-                f"{lane.model.name}: the server cannot be reached: does it run at that address? ({error})"
-            )
-        prompt_s_own = re.search(VERDICTS[3][0], error.code)
-        if lane.failed(f"{error.status} {error.code}") and not prompt_s_own:
-            return self.halt(f"{lane.model.name}: {SAME_FAILURES} calls in a row failed alike ({error})")
-        return Failed(
-            "model",
-            f"{error.status or 'no reply'} {error.code}: {lane.model.name}: {error.message[:200]}",
-            curable=kind == "retry",
-        )
+            hint = "does it run at that address?"
+            return self.halt(f"{name}: the server cannot be reached: {hint} ({error})")
+        if lane.failed(f"{error.status} {error.code}") and not re.search(CONTENT, error.code):
+            return self.halt(f"{name}: {SAME_FAILURES} calls in a row failed alike ({error})")
+        return failed_call(lane.model, error, curable=kind == "retry")
 
     def halt(self, message: str, status: int = 3) -> Stop:
         """From now on no call starts; those in flight end first. -> the Stop to raise."""
@@ -1842,31 +1907,20 @@ class Models:
         return self.stop
 
     async def pause(self, seconds: float):
-        """Sleep, unless the run stops or its budget is spent; then raise Stop."""
+        """Sleep, unless the run stops; then raise Stop."""
         if seconds > 0 and not self.stop:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stopping.wait(), seconds)
-        limit = self.args.max_cost
-        if limit is not None and not self.stop and self.next_cost() >= limit:
-            self.halt(f"--max-cost {limit:g} is reached: raise it and run the same command to go on")
         if self.stop:
             raise self.stop
-
-    def next_cost(self) -> float:
-        """Money spent in this run, once the calls in flight and one more have come back at the mean price."""
-        spent = sum(
-            price_of(self.prices, model, u.fresh_in, u.fresh_out) or 0 for (model, _), u in self.usage.items()
-        )
-        calls = sum(usage.calls for (model, _), usage in self.usage.items() if model.provider != "offline")
-        return spent * (1 + (self.in_flight + 1) / max(1, calls))
 
     def rows(self) -> list[dict]:
         """Usage per model and role, ready for the report; money is None without a price."""
         return [
             {"model": model.name, "role": role, "calls": u.calls, "cached": u.cached,
              "tokens_in": u.tokens_in, "tokens_out": u.tokens_out,
-             "money": price_of(self.prices, model, u.tokens_in, u.tokens_out)}
-            for (model, role), u in self.usage.items() if model.provider != "offline"
+             "money": u.money if model.name in self.args.prices else None}
+            for (model, role), u in self.usage.items() if model.is_paid
         ]  # fmt: skip
 
     def tokens(self) -> int:
@@ -1879,32 +1933,30 @@ class Models:
             await provider.close()
 
 
-def price_of(prices: dict, model: Model, tokens_in: int, tokens_out: int) -> float | None:
-    """Money for tokens at --price (per million), None without one."""
-    price = prices.get(model.name)
-    return (tokens_in * price[0] + tokens_out * price[1]) / PRICE_UNIT if price else None
+def failed_call(model: Model, error: ApiError, curable: bool = True) -> Failed:
+    """The failure of a record whose call gave nothing; `curable`: the next run may be luckier."""
+    reason = f"{error.status or 'no reply'} {error.code}: {model.name}: {error.message[:200]}"
+    return Failed("model", reason, curable)
 
 
 def key_of(model: Model) -> str:
     """The key from the environment, "" if there is none or the model's own @URL is a private one."""
-    if model.keyless:
-        return ""
-    return os.environ.get(PROVIDERS[model.provider].key, "").strip() if PROVIDERS[model.provider].key else ""
+    return "" if model.keyless else os.environ.get(PROVIDERS[model.provider].key, "").strip()
 
 
 def is_private(url: str) -> bool:
     """True for an address on this machine or in a private network, which needs no key and gets none."""
     host = urllib.parse.urlsplit(url).hostname or ""
-    return bool(
-        re.match(r"(localhost|127\.|10\.|192\.168\.|172\.(1[6-9]|2\d|3[01])\.|::1$|0\.0\.0\.0)", host)
-    ) or host.endswith(".local")
+    private = r"(localhost|127\.|10\.|192\.168\.|172\.(1[6-9]|2\d|3[01])\.|::1$|0\.0\.0\.0)"
+    return bool(re.match(private, host)) or host.endswith(".local")
 
 
 def redacted(text: str) -> str:
-    """`text` without keys: ours from the environment, and whatever looks like one."""
-    for name in {provider.key for provider in PROVIDERS.values() if provider.key}:
+    """`text` without our keys, in whatever case they are echoed."""
+    for name in {provider.key for provider in PROVIDERS.values()} - {""}:
         key = os.environ.get(name, "").strip()
-        text = text.replace(key, "[key]") if len(key) >= 8 else text
+        if len(key) >= 8 and key.lower() in text.lower():
+            text = re.sub(re.escape(key), "[key]", text, flags=re.I)
     return text
 
 
@@ -1918,26 +1970,21 @@ def parse_model(spec: str, args) -> Model:
     head, _, rest = spec.partition(":")
     provider, rest = (head, rest) if head in PROVIDERS and rest else (args.provider, spec)
     name, at, url = rest.partition("@http")
-    url = at[1:] + url if at else ""
-    entry = PROVIDERS[provider]
+    url, entry = at[1:] + url if at else "", PROVIDERS[provider]
     if not url and entry.url_variable:
         url = (args.base_url if provider == args.provider else "") or os.environ.get(entry.url_variable, "")
-    parts = urllib.parse.urlsplit(url)
-    if not name or "@" in parts.netloc or parts.query:
-        raise UserError(
-            f"{name or spec!r} is not [provider:]model[@URL]; a key belongs into the environment, not the URL"
-        )
-    if provider == "reward" and not url:
-        raise UserError(f"{spec}: a reward model needs its address: reward:NAME@http://localhost:8000")
-    if provider == "dashscope" and "compatible" in parts.path:
-        raise UserError(f"{url} speaks the OpenAI protocol: use --provider openai with it")
-    if provider == "offline" and name not in ("weakened", "heuristic"):
-        raise UserError(f"offline has no model {name!r}: reference, weakened, heuristic")
+    secret = "@" in url.partition("://")[2].partition("/")[0] or "?" in url
+    hint = "a key belongs into the environment, not the URL"
+    refuse(not name or secret, f"{name!r} is not [provider:]model[@URL]; {hint}")
     bare = re.search(r"@(localhost|[\w.-]+:\d)", name)
-    if bare or (url and not ADDRESS.match(url)):
-        raise UserError(
-            f"{name if bare else url}: an address is written http://HOST:PORT/v1 or https://HOST/v1"
-        )
+    hint = "an address is written http://HOST:PORT/v1 or https://HOST/v1"
+    refuse(bare or (url and not ADDRESS.match(url)), f"{name if bare else url}: {hint}")
+    hint = "a reward model needs its address: reward:NAME@http://localhost:8000"
+    refuse(provider == "reward" and not url, f"{spec}: {hint}")
+    hint = "speaks the OpenAI protocol: use --provider openai with it"
+    refuse(provider == "dashscope" and "compatible" in url, f"{url} {hint}")
+    unknown = provider == "offline" and name not in ("weakened", "heuristic")
+    refuse(unknown, f"offline has no model {name!r}: reference, weakened, heuristic")
     return Model(provider, name, url.rstrip("/"), keyless=bool(at) and is_private(url))
 
 
@@ -1967,35 +2014,34 @@ class Run:
             return [parse_model(spec, self.args) for spec in self.args.judge_model if spec != "none"]
         if getattr(self.method, "reads_answers", False):
             return []
-        asked = {self.high, self.low} | {model for model, _ in self.candidates}
-        if all(model.provider == "offline" for model in asked):
+        if not any(
+            model.is_paid for model in (self.high, self.low, *(model for model, _ in self.candidates))
+        ):
             return [Model("offline", "heuristic")]
-        if self.high.provider == "offline":
-            raise UserError("with reference as the high model, say who judges: --judge-model MODEL (or none)")
+        ask = "with reference as the high model, say who judges: --judge-model MODEL (or none)"
+        refuse(not self.high.is_paid, ask)
         return [self.high]
 
     def asked(self) -> list[Model]:
         """Every model that this run may call: the method's and the judges."""
-        named = {
+        roles = {
             "high": [self.high],
             "low": [self.low],
             "candidates": [model for model, _ in self.candidates],
         }
-        methods = [model for role in getattr(self.method, "asks", ("high", "low")) for model in named[role]]
-        return list(dict.fromkeys(methods + self.judges))
+        named = [model for role in getattr(self.method, "asks", ("high", "low")) for model in roles[role]]
+        return list(dict.fromkeys(named + self.judges))
 
     def pays(self) -> bool:
         """True if any of them is not offline."""
-        return any(model.provider != "offline" for model in self.asked())
+        return any(model.is_paid for model in self.asked())
 
     def options(self, model: Model, temperature: float) -> dict:
         """Request options as asked for: temperature, max_tokens and --model-option."""
         extra = {key: value for name, key, value in self.args.model_option if name in ("", model.name)}
         return {"temperature": temperature, "max_tokens": self.args.max_tokens, **extra}
 
-    async def ask_all(
-        self, record: Record, wanted: list[tuple[Model, int]], drop_refusals=False
-    ) -> list[Answer]:
+    async def ask_all(self, record: Record, wanted: list, drop_refusals=False) -> list[Answer]:
         """Ask [(model, sample), ...] together -> the usable answers; raises Failed if fewer than two are."""
         pairs = [(one, 0) if isinstance(one, Model) else one for one in wanted]
         results = await together([self.ask(record, model, sample) for model, sample in pairs])
@@ -2003,16 +2049,12 @@ class Run:
         record.answers = [result for result in results if isinstance(result, Answer)]
         return self.usable(record, record.answers, failures, drop_refusals)
 
-    async def ask(self, record: Record, model: Model, sample: int):
+    async def ask(self, record: Record, model: Model, sample: int) -> Answer | Failed:
         """One answer, or the Failed that says why there is none (returned: the other answers go on)."""
-        if model.name == "reference" and model.provider == "offline":
-            return (
-                Answer(record.reference, "reference")
-                if record.reference
-                else Failed("input", "no reference answer")
-            )
-        if model.name == "weakened" and not record.reference:
+        if model.name in DEFAULT_MODELS["offline"] and not model.is_paid and not record.reference:
             return Failed("input", "no reference answer")
+        if model == Model("offline", "reference"):
+            return Answer(record.reference, "reference")
         try:
             reply = await self.ask_reply(record, model, record.messages, sample)
         except Failed as error:
@@ -2030,41 +2072,33 @@ class Run:
             own = messages[0]["content"] if messages[0]["role"] == "system" else ""
             system = "\n\n".join(filter(None, (self.args.system_prompt, own)))
             messages = [{"role": "system", "content": system}, *messages[bool(own) :]]
-        temperature = self.args.temperature
-        temperature = TEMPERATURES[sample % len(TEMPERATURES)] if temperature is None else temperature
-        return await self.models.ask(
-            model, messages, self.options(model, temperature), sample, "answer", record.reference
-        )
+        given = self.args.temperature
+        options = self.options(model, TEMPERATURES[sample % len(TEMPERATURES)] if given is None else given)
+        return await self.models.ask(model, messages, options, sample, "answer", record.reference)
 
-    def usable(
-        self, record: Record, answers: list[Answer], failures: list = (), drop_refusals=False
-    ) -> list[Answer]:
+    def usable(self, record, answers, failures: list = (), drop_refusals=False) -> list[Answer]:
         """Answers that pass the answer filters, each text once; raises Failed with fewer than two of them."""
-        kept, reasons = [], [(failure.stage, failure.reason, failure.curable) for failure in failures]
+        kept, reasons = [], list(failures)
         for answer in answers:
-            rules = (
-                rule(record, answer)
-                for name, rule in FILTERS.items()
-                if rule.on == "answer" and self.applies(name)
-            )
-            reason = next(filter(None, rules), None) or (
-                "refusal" if drop_refusals and refuses(answer.text) else None
-            )
+            reason = self.complaint("answer", record, answer)
+            reason = reason or ("refusal" if drop_refusals and refuses(answer.text) else "")
             twin = next((other for other in kept if folded(other.text) == folded(answer.text)), None)
             if twin and twin.votes != answer.votes:
                 raise Failed("input", "contradictory signals: one answer, two ranks")
             if reason or twin:
-                reasons.append(("filter", reason or "identical answers", False))
+                reasons.append(Failed("filter", reason or "identical answers"))
             else:
                 kept.append(answer)
         if len(kept) < 2:
-            stage, reason, _ = reasons[0] if reasons else ("input", "fewer than two answers", False)
-            raise Failed(stage, reason, curable=any(curable for _, _, curable in reasons))
+            first = reasons[0] if reasons else Failed("input", "fewer than two answers")
+            raise Failed(first.stage, first.reason, curable=any(reason.curable for reason in reasons))
         return kept
 
-    def applies(self, filter_name: str) -> bool:
-        """False for a filter that --skip-filter names."""
-        return filter_name not in self.args.skip_filter
+    def complaint(self, on: str, *subject) -> str:
+        """The first reason that a filter on answers or pairs has against the subject, "" if there is none."""
+        skipped = self.args.skip_filter
+        rules = (rule for name, rule in FILTERS.items() if rule.on == on and name not in skipped)
+        return next(filter(None, (rule(*subject) for rule in rules)), "")
 
     async def judge(self, record: Record, answers: list[Answer]) -> list[Answer]:
         """The same answers with score and votes (see `judge_answers`)."""
@@ -2075,18 +2109,16 @@ class Run:
         record.answers = [after.get(id(answer), answer) for answer in record.answers or judged]
         return judged
 
-    async def ask_judge(self, record: Record, judge: Model, prompt: str, attempt: int) -> Reply:
+    async def ask_judge(self, record: Record, judge: Model, prompt: str, attempt: int) -> str:
         """One judge's reply to one sheet; raises Pending in a dry run."""
-        messages = [{"role": "user", "content": prompt}]
-        reply = await self.models.ask(
-            judge, messages, self.options(judge, 0.0), attempt, "judge", record.reference
-        )
+        messages, options = [{"role": "user", "content": prompt}], self.options(judge, 0.0)
+        reply = await self.models.ask(judge, messages, options, attempt, "judge", record.reference)
         if reply.pending:
             raise Pending
         return "" if reply.finish == "length" else reply.text  # a cut reply may end in a draft
 
     async def reward(self, record: Record, answer: Answer, judge: Model) -> float:
-        """A reward model's raw score of one answer."""
+        """A reward model's raw score of one answer; raises Pending in a dry run."""
         messages = [*record.messages, {"role": "assistant", "content": answer.text}]
         reply = await self.models.ask(judge, messages, {}, 0, "judge")
         if reply.pending:
@@ -2113,35 +2145,275 @@ class Run:
         try:
             if isinstance(record, Failed):
                 raise record
-            in_loop = inspect.iscoroutinefunction(self.method)
-            pairs = await (
-                self.method(record, self) if in_loop else asyncio.to_thread(self.method, record, self)
-            )
+            if inspect.iscoroutinefunction(self.method):
+                pairs = await self.method(record, self)
+            else:
+                pairs = await asyncio.to_thread(self.method, record, self)
             if not isinstance(pairs, list):
                 raise TypeError(f"{self.args.method} returned {pairs!r:.80}, not a list of pairs")
-            results = [self.standing(pair) for pair in pairs] or [("filter", "the method made no pair")]
+            results = [self.standing(pair) for pair in pairs] or [Failed("filter", "the method made no pair")]
             kept = [result for result in results if isinstance(result, Pair)]
-            return Outcome(record, kept, *(() if kept else results[0]))
+            if not kept:
+                raise results[0]
+            return Outcome(record, kept)
         except Failed as error:
             record = error.record or Record([]) if isinstance(record, Failed) else record
             return Outcome(record, [], error.stage, error.reason, error.curable)
 
-    def standing(self, pair: Pair) -> Pair | tuple[str, str]:
-        """The pair, turned round if people say so; or (stage, reason) against it.
+    def standing(self, pair: Pair) -> Pair | Failed:
+        """The pair, turned round if people say so, or what is against it.
 
         People come first; then direction, which cannot be switched off; then the filters."""
         try:
             pair = (self.annotations and self.annotations.decide(pair)) or pair
         except Failed as error:
-            return error.stage, error.reason
+            return error
         if pair.chosen.votes and not pair.human and not beats(pair.chosen, pair.rejected):
-            return "judge", "orders disagree"
-        for name, rule in FILTERS.items():
-            if rule.on == "pair" and (getattr(rule, "fixed", False) or self.applies(name)):
-                reason = rule(pair, self)
-                if reason:
-                    return "filter", reason
-        return pair
+            return Failed("judge", "orders disagree")
+        reason = self.complaint("pair", pair, self)
+        return Failed("filter", reason) if reason else pair
+
+
+# ----------------------------------------------------------------------------------------------------------
+# §8 BATCH: Batches, which fill the cache through the providers' own batch engines
+# ----------------------------------------------------------------------------------------------------------
+# Methods know nothing of it. A pass over the input (§11) raises Pending for what the cache does not hold and
+# leaves the request in the table `wanted`; batches fetch what is wanted; passes go on until nothing is. Both
+# tables stand in the cache's file, so that a run that was killed goes on with the batches it had started.
+
+BATCH_RATE = 0.5  # of the online price: OpenAI's and Model Studio's
+BATCH_REQUESTS, BATCH_BYTES = 50_000, 100_000_000  # in one file, at most
+BATCH_POLL = (1.0, 60.0)  # seconds between two looks at a batch: at first, and at last
+TOO_BIG = "token_limit_exceeded"  # more than the account may have in its queue
+FOR_GOOD = 1_000  # tries of a request that is not sent again
+WAITING = "model = ? AND file = '' AND asked = 1 AND tries <= ?"
+
+
+class Batches:
+    """What a run still wants, and the batches that fetch it: nothing is submitted twice, whoever kills us."""
+
+    def __init__(self, run: Run, cache: Cache):
+        self.cache, self.models, self.retries = cache, run.models, run.args.max_retries
+        self.known = {name_of(model): model for model in run.asked() if model.is_paid}
+        self.most = defaultdict(lambda: BATCH_REQUESTS)  # requests in one batch, by model
+        self.sent = {}  # file -> (fixes of its requests, money set aside for them)
+        columns = "key TEXT UNIQUE, model, role, request, file, asked, tries, error, curable"
+        cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
+        cache.do("CREATE TABLE IF NOT EXISTS batches (file PRIMARY KEY, model, id)")
+        cache.do("UPDATE wanted SET tries = 0, asked = 0 WHERE file = ''")  # a new run, a new chance
+
+    def want(self, key: str, model: Model, messages: list, options: dict, role: str):
+        """Note a request; raises Pending, or Failed if it has failed too often."""
+        query = "SELECT error, curable FROM wanted WHERE key = ? AND tries > ?"
+        for error, curable in self.cache.do(query, key, self.retries):
+            raise Failed("model", error, curable=bool(curable))
+        self.known[name_of(model)] = model
+        row = key, name_of(model), role, json.dumps([messages, options], ensure_ascii=False)
+        new = "INSERT INTO wanted VALUES (?, ?, ?, ?, '', 1, 0, '', 1)"
+        self.cache.do(f"{new} ON CONFLICT (key) DO UPDATE SET asked = 1", *row)
+        raise Pending
+
+    async def work_off(self):
+        """Submit what is wanted, and wait until every batch, old ones too, has ended and is in the cache."""
+        await together([self.work_off_one(model) for model in list(self.known.values())])
+
+    async def work_off_one(self, model: Model):
+        """One model's batches: all at once, or in turn where the server has refused one for its size."""
+        lane = self.models.lane(model)
+        while True:
+            running = self.cache.do("SELECT file, id FROM batches WHERE model = ?", name_of(model))
+            while not running or self.most[model] == BATCH_REQUESTS:
+                file = await self.upload(lane)
+                if not file:
+                    break
+                running.append((file, None))
+            if not running:
+                return
+            await together([self.collect(lane, file, batch_id) for file, batch_id in running])
+
+    async def upload(self, lane: Lane) -> str:
+        """Upload the next requests as one file -> its id, stored before a batch is made of it; "" if none."""
+        chosen = name_of(lane.model), self.retries
+        with tempfile.TemporaryFile() as file:
+            last, money = self.write(lane, file, chosen)
+            if not last:
+                return ""
+
+            async def send(again):
+                file.seek(0)
+                return await lane.batch_client().files.create(file=("batch.jsonl", file), purpose="batch")
+
+            uploaded = (await self.reach(lane, send)).id
+        with self.cache.transaction():
+            self.cache.do("INSERT INTO batches VALUES (?, ?, '')", uploaded, chosen[0])
+            move = f"UPDATE wanted SET file = ? WHERE {WAITING} AND rowid <= ?"
+            self.cache.do(move, uploaded, *chosen, last)
+        self.sent[uploaded] = list(lane.fixes), money
+        return uploaded
+
+    def write(self, lane: Lane, file, chosen: tuple) -> tuple[int, float]:
+        """Write requests, up to the file's limits and the budget -> (rowid of the last, money set aside)."""
+        query = f"SELECT rowid, key, role, request FROM wanted WHERE {WAITING} ORDER BY rowid LIMIT ?"
+        last, total, models = 0, 0.0, self.models
+        for rowid, key, role, request in self.cache.db.execute(query, (*chosen, self.most[lane.model])):
+            messages, options = json.loads(request)
+            body = {"model": lane.model.name, "messages": messages, **lane.wire(options, lane.fixes)}
+            line = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+            data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+            money = models.cost(lane.model, messages, role) * BATCH_RATE
+            unaffordable = not models.affords(money) and models.reserved > 0
+            if unaffordable or (last and file.tell() + len(data) > BATCH_BYTES):
+                break  # until what is on its way has come in, and has cost less than expected
+            models.reserve(money)
+            file.write(data)
+            last, total = rowid, total + money
+        return last, total
+
+    async def collect(self, lane: Lane, file: str, batch_id: str | None):
+        """Start the batch of an uploaded file unless it runs, wait for its end, and take in what it brings.
+
+        `batch_id`: None for a file of this run; "" if a former run was killed before it could note the id."""
+        batches, wait, said = lane.batch_client().batches, BATCH_POLL[0], ""
+        look = lambda again: batches.retrieve(batch_id)
+        try:
+            start = functools.partial(self.start, batches, file, batch_id is None)
+            batch = await self.reach(lane, look if batch_id else start)
+        except ApiError as error:
+            return self.refused(lane, file, error.code, error.message)
+        batch_id = batch.id
+        self.cache.do("UPDATE batches SET id = ? WHERE file = ?", batch_id, file)
+        while batch.status not in ("completed", "failed", "expired", "cancelled"):
+            said = self.tell(lane, batch, said)
+            await self.models.pause(wait)
+            wait, batch = min(BATCH_POLL[1], 1.5 * wait), await self.reach(lane, look)
+        self.tell(lane, batch, said)
+        for results in filter(None, (batch.output_file_id, batch.error_file_id)):
+            await self.take_in(lane, file, results)
+        if batch.status == "failed":
+            error = next(iter(batch.errors.data if batch.errors else ()), None)
+            return self.refused(lane, file, getattr(error, "code", ""), getattr(error, "message", ""))
+        self.cache.do(
+            "UPDATE wanted SET tries = tries + 1, error = ? WHERE file = ?", f"batch {batch.status}", file
+        )
+        self.release(file)
+        if batch.status == "cancelled":  # whoever cancelled it meant it
+            raise self.models.halt(f"batch {batch.id} was cancelled; the same command submits its rest again")
+
+    @staticmethod
+    async def start(batches, file: str, fresh: bool, again: bool):
+        """The batch of a file: where one may have been made of it already, it is looked for by its file."""
+        if again or not fresh:
+            async for batch in batches.list(limit=100):
+                if batch.input_file_id == file:
+                    return batch
+        how = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        return await batches.create(input_file_id=file, **how)
+
+    async def reach(self, lane: Lane, call):
+        """Await call(again) until it works -> its result; raises ApiError for a refusal, Stop for silence."""
+        for tries in range(1 + self.retries):
+            try:
+                return await call(tries > 0)
+            except Exception as failure:  # as in Models.call
+                error = api_error(failure)
+            if error.code == TOO_BIG or self.models.ruling(lane, error) == "record":
+                raise error
+            await self.models.pause(max(error.retry_after, min(30, 2**tries / 4)))
+        raise self.models.halt(
+            f"{lane.model.name}: the batch engine is out of reach ({error}); run it again later"
+        )
+
+    def refused(self, lane: Lane, file: str, code: str, message: str):
+        """A batch that was not taken: its requests wait again, in smaller parts if it was too big."""
+        count = self.release(file)
+        if code == TOO_BIG and count > 1:
+            self.most[lane.model] = min(self.most[lane.model] - 1, (count + 1) // 2)
+            return note(f"{lane.model.name}: too big a batch for this account; going on in parts")
+        error = ApiError(400, code, message)
+        self.models.ruling(lane, error)  # may know what to do about it
+        raise self.models.halt(f"{lane.model.name}: the batch was refused ({error})")
+
+    def release(self, file: str) -> int:
+        """Forget an ended batch -> how many of its requests have no reply and wait again."""
+        self.models.reserved -= self.sent.pop(file, (None, 0.0))[1]
+        with self.cache.transaction():
+            self.cache.do("DELETE FROM batches WHERE file = ?", file)
+            return len(self.cache.do("UPDATE wanted SET file = '' WHERE file = ? RETURNING rowid", file))
+
+    async def take_in(self, lane: Lane, file: str, results: str):
+        """Stream a file of results to disk and enter it line by line; a line ends at \\n and nowhere else."""
+
+        async def download(again):
+            copy.seek(0)
+            copy.truncate()
+            async with lane.batch_client().files.with_streaming_response.content(results) as response:
+                async for chunk in response.iter_bytes():
+                    copy.write(chunk)
+
+        with tempfile.TemporaryFile() as copy:
+            await self.reach(lane, download)
+            copy.seek(0)
+            with self.cache.transaction():
+                for raw in copy:
+                    self.enter(lane, file, raw)
+
+    def enter(self, lane: Lane, file: str, raw: bytes):
+        """One result, joined by its custom_id and never by its place: into the cache, or a failed try."""
+        try:
+            line = json.loads(raw)
+            key, response = str(line["custom_id"]), line.get("response") or {}
+            [(tries,)] = self.cache.do("SELECT tries FROM wanted WHERE key = ? AND file = ?", key, file)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return  # no result of this batch
+        try:
+            reply = batch_reply(response, line.get("error"))
+        except ApiError as error:
+            curable, tries = self.failing(lane, file, error, tries)
+            change = "UPDATE wanted SET file = '', tries = ?, error = ?, curable = ? WHERE key = ?"
+            return self.cache.do(change, tries, failed_call(lane.model, error).reason, curable, key)
+        lane.answered()
+        self.cache.put(key, reply, lane.model.name)
+        self.cache.do("DELETE FROM wanted WHERE key = ?", key)
+        self.models.spent += self.models.price(lane.model, reply.tokens_in, reply.tokens_out) * BATCH_RATE
+
+    def failing(self, lane: Lane, file: str, error: ApiError, tries: int) -> tuple[bool, int]:
+        """What a failed line means -> (whether a rerun may cure it, how often it has failed by now)."""
+        if lane.learn(error, self.sent.get(file, ((), 0))[0]):
+            return True, tries + 1
+        try:
+            kind = self.models.ruling(lane, error)
+        except Stop:  # halts once the other lines, which are paid, are in
+            return True, tries
+        return kind != "record", FOR_GOOD if kind == "record" else tries + 1
+
+    def tell(self, lane: Lane, batch, said: str) -> str:
+        """A line on stderr where the batch has got on -> the line."""
+        counts = batch.request_counts
+        done = f", {counts.completed} of {counts.total} done, {counts.failed} failed" if counts else ""
+        line = f"batch {batch.id} ({lane.model.name}): {batch.status}{done}"
+        if line != said:
+            note(line)
+        return line
+
+
+def name_of(model: Model) -> str:
+    """provider:name@URL, for the tables."""
+    return f"{model.provider}:{model.name}@{model.url}"
+
+
+def batch_reply(response: dict, failure: dict | None) -> Reply:
+    """A result's `response` and `error` -> Reply; raises ApiError."""
+    try:
+        status, body = response.get("status_code") or 0, response.get("body") or {}
+        if status != 200:
+            failure = body.get("error") or failure or {}
+            raise ApiError(status, failure.get("code") or failure.get("type"), failure.get("message"))
+        choice, usage = body["choices"][0], body.get("usage") or {}
+        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        reply = replied(choice["message"]["content"], choice["finish_reason"], *counts)
+    except Exception as error:  # a garbled line is as good as a dropped reply
+        raise api_error(error) from None
+    return replace(reply, rate=BATCH_RATE)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3341,10 +3613,11 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--timeout", float, 600.0, "S", "seconds for one call")
     flag("--max-retries", int, 6, "N", "of a call that was dropped or met a 5xx; throttling is no retry")
     flag("--cache-path", str, None, "FILE", "paid replies; default .rlhf_cache.sqlite by the output; or none")
+    flag("--batch", bool, help="through the provider's batch engine: half the price, within a day")
     flag("--seed", int, 0, "N", "of everything drawn")
     flag("--dry-run", bool, help="call nobody, write nothing: show calls, tokens, price, the first prompts")
     flag("--price", price, [], "MODEL=IN/OUT", "money per million tokens in and out; repeatable")
-    flag("--max-cost", float, None, "X", "stop before this run spends more (needs every model's --price)")
+    flag("--max-cost", float, None, "X", "stop before the job, all runs together, costs more (needs --price)")
     group = parser.add_argument_group("report and review")
     flag("--report-path", str, None, "FILE", "page, and its .json; default <output>.report.html; or none")
     flag("--review-path", str, None, "FILE", "a page to judge pairs by hand, blind")
@@ -3466,10 +3739,17 @@ def check_models(args, run: Run):
         [model.name for model in paid if model.name not in args.prices] if args.max_cost is not None else []
     )
     refuse(unpriced, f"--max-cost needs every model's price: --price {''.join(unpriced[:1])}=IN/OUT")
+    refuse(
+        args.batch and args.cache_path == "none",
+        "--batch keeps its replies in the cache: name a --cache-path",
+    )
+    rewards = any(judge.is_reward for judge in run.judges)
+    refuse(args.batch and rewards, "--batch has no endpoint for reward models: leave it out")
     for model in paid if not args.dry_run else ():
         entry = PROVIDERS[model.provider]
         package = getattr(entry, "package", "")
         missing = package and not importlib.util.find_spec(package)
+        missing = missing or (args.batch and not importlib.util.find_spec("openai") and "openai")
         refuse(missing, f"the package {package} is missing: pip install -r requirements.txt")
         keyless = not model.url and not key_of(model)
         refuse(keyless, f"{entry.key} is not set: export {entry.key}=sk-..., or try --provider offline")
@@ -3606,40 +3886,37 @@ class Excluded:
 async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
     """Pass over the input and ask nobody -> (records read, records that would ask, the counts)."""
     run.models = models = Models(run.args, cache, dry=True)
+    met = lambda: sum(usage.calls + usage.cached for usage in models.usage.values())
     total = asking = 0
     for _, record in records_of(path, run):
-        before = sum(usage.calls + usage.cached for usage in models.usage.values())
-        with contextlib.suppress(
-            Exception
-        ):  # a guess may break a method that reads replies; the run will not guess
+        before = met()
+        with contextlib.suppress(Exception):  # a guess may break a method that reads replies; no run guesses
             await run.outcome(record)
-        asking += sum(usage.calls + usage.cached for usage in models.usage.values()) > before
+        asking += met() > before
         total += 1
     return total, asking, models
 
 
 def plan_line(records: int, models: Models) -> str:
     """`26 records x (1 qwen-max + 1 qwen-plus + 2 qwen-max as judge) = 104 calls, 31 of them cached; ...`"""
-    rows = [
-        (m.name + " as judge" * (role == "judge"), u.calls + u.cached)
-        for (m, role), u in models.usage.items()
-        if m.provider != "offline"
+    rows = models.rows()
+    counts = [
+        (row["model"] + " as judge" * (row["role"] == "judge"), row["calls"] + row["cached"]) for row in rows
     ]
-    even = records and all(count % records == 0 for _, count in rows)
-    parts = " + ".join(f"{count // records if even else count} {name}" for name, count in rows)
-    total = sum(count for _, count in rows)
-    cached = sum(u.cached for (m, _), u in models.usage.items() if m.provider != "offline")
-    unjudged = sum(count for name, count in rows if not name.endswith(" as judge"))
-    saving = (
-        f"; --judge-model none: {unjudged}"
-        if models.args.method == "model_comparison" and unjudged < total
-        else ""
-    )
-    return (
-        f"{records} records x ({parts}) = " * bool(even)
-        + ("" if even else f"{records} records: {parts} = ")
-        + f"{total} calls, {cached} of them cached{saving}"
-    )
+    total, cached = sum(count for _, count in counts), sum(row["cached"] for row in rows)
+    even = records and all(count % records == 0 for _, count in counts)
+    parts = " + ".join(f"{count // records if even else count} {name}" for name, count in counts)
+    asks = f"{records} records x ({parts})" if even else f"{records} records: {parts}"
+    line = f"{asks} = {total} calls, {cached} of them cached"
+    unjudged = sum(count for name, count in counts if not name.endswith(" as judge"))
+    if models.args.method == "model_comparison" and unjudged < total:
+        line += f"; --judge-model none: {unjudged}"
+    if rows and all(row["money"] is not None for row in rows):
+        spent = sum(usage.kept for usage in models.usage.values())
+        line += (
+            f"; about {sum(row['money'] for row in rows):.4g} at the given prices, {spent:.4g} of it spent"
+        )
+    return line
 
 
 def show_plan(records: int, asking: int, models: Models):
@@ -3648,10 +3925,10 @@ def show_plan(records: int, asking: int, models: Models):
     print(plan_line(asking, models) if models.usage else "no model would be called")
     for row in models.rows():
         money = "" if row["money"] is None else f", {row['money']:.4f} at the given price"
-        print(f"  {row['model']} as {row['role']}: {row['calls']} to pay, {row['cached']} cached, about "
-              f"{row['tokens_in']:,} tokens in and {row['tokens_out']:,} out{money}")  # fmt: skip
-    prompts = models.first_prompts[: len(models.usage) + 1]
-    for who, messages in prompts:
+        batches = f" in {-(-row['calls'] // BATCH_REQUESTS)} batches" if models.args.batch else ""
+        calls = f"{row['model']} as {row['role']}: {row['calls']} to pay{batches}, {row['cached']} cached"
+        print(f"  {calls}, about {row['tokens_in']:,} tokens in and {row['tokens_out']:,} out{money}")
+    for who, messages in models.first_prompts[: len(models.usage) + 1]:
         print(f"\n--- {who} is asked:\n{flatten(messages)}")
 
 
@@ -3911,23 +4188,62 @@ async def construct(args) -> int:
     path = spooled(args)
     check_input(path, run)
     kept = args.cache_path != "none" and run.pays() and (os.path.exists(args.cache_path) or not args.dry_run)
-    cache, total = Cache(args.cache_path if kept else None), None
-    if args.dry_run or run.pays():
-        total, asking, planned = await plan(path, run, cache)
-        if args.dry_run:
-            show_plan(total, asking, planned)
-            return 0
-        note(plan_line(asking, planned))
+    cache, total, spent = Cache(args.cache_path if kept else None), None, 0.0
     try:
-        return await carry_out(path, run, cache, total)
+        if args.dry_run or run.pays():
+            total, asking, planned = await plan(path, run, cache)
+            if args.dry_run:
+                show_plan(total, asking, planned)
+                return 0
+            note(plan_line(asking, planned))
+            spent = sum(usage.kept for usage in planned.usage.values())
+        models = Models(args, cache, spent=spent)
+        if args.batch and run.pays():
+            models.batches = await fill_cache(path, run, cache, spent)
+        return await carry_out(path, run, models, total)
     finally:
         cache.close()
 
 
-async def carry_out(path: str, run: Run, cache: Cache, total: int | None) -> int:
+async def fill_cache(path: str, run: Run, cache: Cache, spent: float) -> Batches:
+    """--batch: passes over the input, and batches for what they want, until the cache holds every reply."""
+    run.models = models = Models(run.args, cache, spent=spent)
+    models.batches = Batches(run, cache)
+    with open(f"{cache.path}.batch", "a") as guard, interruptible(models):
+        refuse(not lock(guard), f"{cache.path}: another --batch run is using it")
+        try:
+            while True:
+                pending = 0
+                for line, record in records_of(path, run):
+                    try:
+                        await fate(line, record, run)
+                    except Pending:
+                        pending += 1
+                if not pending:
+                    return models.batches
+                note(f"{pending} records wait for replies")
+                await models.batches.work_off()
+        finally:
+            await models.close()
+
+
+async def fate(line: int, record, run: Run) -> Outcome:
+    """What becomes of a record; a bug in a method of one's own stops the run and names the record's line."""
+    try:
+        outcome = await run.outcome(record)
+    except (Stop, Pending, UserError):
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise Stop(f"{run.args.input_file}:{line}: {run.args.method} raised {error!r}") from None
+    outcome.record.line = line
+    return outcome
+
+
+async def carry_out(path: str, run: Run, models: Models, total: int | None) -> int:
     """The run itself: records through the method, outcomes into files, books, report and review page."""
-    args, books = run.args, Books()
-    files, run.models = Files(args), Models(args, cache)
+    args, books, run.models = run.args, Books(), models
+    files = Files(args)
     report, review = Report(run.seed, run.orders), ReviewQueue(run.seed)
     takers = list(itertools.compress((books, report, review), (True, files.paths[4], files.paths[6])))
     run.annotations = (
@@ -3935,37 +4251,27 @@ async def carry_out(path: str, run: Run, cache: Cache, total: int | None) -> int
     )  # the plan met them, too
     bar = progress(total)
 
-    async def work(item) -> Outcome:
-        line, record = item
-        try:
-            outcome = await run.outcome(record)
-        except (Stop, UserError):
-            raise
-        except Exception as error:  # a bug in a method of one's own: say where, keep the progress
-            traceback.print_exc()
-            raise Stop(f"{args.input_file}:{line}: {args.method} raised {error!r}") from None
-        outcome.record.line = line
-        return outcome
-
     def emit(outcome: Outcome):
         for taker in takers:
             taker.add(outcome)
         files.add(outcome, run)
-        bar.set_postfix(books.counts() | {"tokens": run.models.tokens()}, refresh=False)
+        cost = {"cost": f"{models.spent:.4g}"} if args.prices else {}
+        bar.set_postfix(books.counts() | {"tokens": models.tokens()} | cost, refresh=False)
         bar.update()
 
     try:
-        with interruptible(run.models):
-            await in_order(records_of(path, run), work, emit, args.concurrency, run.models)
+        with interruptible(models):
+            work = lambda item: fate(*item, run)
+            await in_order(records_of(path, run), work, emit, args.concurrency, models)
     finally:
         bar.close()
-        await run.models.close()
-    stopped = run.models.stop
+        await models.close()
+    stopped = models.stop
     files.close(done=not stopped)
     for problem in run.annotations.problems + run.annotations.unused() if run.annotations else ():
         note(problem)
     lines = [] if stopped else report_out(path, run, files, report, review)
-    print("\n".join(lines + books.lines() + last_lines(books, files, run.models)))
+    print("\n".join(lines + books.lines() + last_lines(books, files, models)))
     if stopped:
         raise stopped
     return 1 if books.curable or not books.pairs else 0
@@ -4067,7 +4373,7 @@ def main(argv: list[str] | None = None) -> int:
     except Stop as stop:
         note(f"{PROGRAM}: stopped: {redacted(str(stop))}")
         return stop.status
-    except OSError as error:
+    except (OSError, sqlite3.Error) as error:
         note(f"{PROGRAM}: stopped: {error}; with room on the disk the same command goes on from here")
         return 3
     except KeyboardInterrupt:

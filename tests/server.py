@@ -196,6 +196,7 @@ class Api:
         self.calls: list[Call] = []  # in order of arrival, the refused too
         self.errors: list[Exception] = []
         self.in_flight = self.peak = 0
+        self.engine = BatchEngine(answer)
 
     def __enter__(self) -> "Api":
         listener = socket.create_server(("127.0.0.1", self._port), backlog=1024)
@@ -230,6 +231,8 @@ class Api:
     async def _start(self, listener: socket.socket) -> None:
         app = web.Application(client_max_size=2**28)
         app.add_routes([web.post(path, self._handle) for path in PROTOCOLS])
+        for root in ("/v1", "/compatible-mode/v1"):
+            app.add_routes(self.engine.routes(root))
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.05)
         await self._runner.setup()
         await web.SockSite(self._runner, listener, backlog=1024).start()
@@ -258,6 +261,114 @@ class Api:
             return web.json_response(failure(protocol, Fault(message=repr(error))), status=500)
         finally:  # before the response is sent, or the client's next call would overlap with this one
             self.in_flight -= 1
+
+
+class BatchEngine:
+    """Files and batches as OpenAI's and Model Studio's engines keep them; `answer` decides each request.
+
+    A Fault goes to the error file. Results come shuffled. A test may set: `looks`, how often a batch is seen
+    in progress; `ends(batch, requests)`, its last status, of which expired and cancelled answer half of the
+    requests, and "failed:CODE" none; `uploading()` and `creating(requests)`, a Fault for these or None; `lost`, whether
+    the answer to a creation gets lost; `spoil(lines)`, what becomes of a file of results.
+    """
+
+    def __init__(self, answer):
+        self.answer, self.looks = answer, 1
+        self.files: dict[str, bytes] = {}
+        self.batches: dict[str, dict] = {}
+        self.calls: list[Call] = []  # every request that was answered
+        self.keys: list[str] = []  # and its custom_id
+        self.ends = lambda batch, requests: "completed"
+        self.creating = lambda requests: None
+        self.spoil = lambda lines: lines
+        self.uploading = lambda: None
+        self.lost = False
+
+    def routes(self, root: str) -> list:
+        return [
+            web.post(f"{root}/files", self._upload),
+            web.get(f"{root}/files/{{id}}/content", self._content),
+            web.post(f"{root}/batches", self._create),
+            web.get(f"{root}/batches", self._list),
+            web.get(f"{root}/batches/{{id}}", self._look),
+        ]
+
+    def store(self, data: bytes) -> str:
+        self.files[name := f"file-{len(self.files) + 1}"] = data
+        return name
+
+    async def _upload(self, request: web.Request) -> web.Response:
+        if fault := self.uploading():
+            return web.json_response(failure("openai", fault), status=fault.status)
+        form = await request.post()
+        assert form["purpose"] == "batch"
+        data = form["file"].file.read()
+        about = {"object": "file", "bytes": len(data), "created_at": 0, "filename": "batch.jsonl"}
+        return web.json_response(about | {"id": self.store(data), "purpose": "batch", "status": "processed"})
+
+    async def _content(self, request: web.Request) -> web.Response:
+        return web.Response(
+            body=self.files[request.match_info["id"]], content_type="application/octet-stream"
+        )
+
+    async def _create(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        requests = [json.loads(line) for line in self.files[body["input_file_id"]].splitlines()]
+        assert len({one["body"]["model"] for one in requests}) == 1, "one model a batch"
+        if fault := self.creating(requests):
+            return web.json_response(failure("openai", fault), status=fault.status)
+        name = f"batch-{len(self.batches) + 1}"
+        batch = {"id": name, "object": "batch", "created_at": 0, "status": "in_progress", "looks": 0, **body}
+        batch["request_counts"] = {"total": len(requests), "completed": 0, "failed": 0}
+        self.batches[name] = batch
+        if self.lost:
+            self.lost = False
+            request.transport.abort()
+        return web.json_response(batch)
+
+    async def _list(self, request: web.Request) -> web.Response:
+        names = list(self.batches)[::-1]
+        start = names.index(request.query["after"]) + 1 if "after" in request.query else 0
+        page = [self.batches[name] for name in names[start : start + 2]]  # small pages, to be turned
+        more = start + 2 < len(names)
+        ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}
+        return web.json_response({"object": "list", "data": page, "has_more": more, **ends})
+
+    async def _look(self, request: web.Request) -> web.Response:
+        batch = self.batches[request.match_info["id"]]
+        batch["looks"] += 1
+        if batch["status"] == "in_progress" and batch["looks"] > self.looks:
+            self.finish(batch)
+        return web.json_response(batch)
+
+    def finish(self, batch: dict):
+        """Answer the requests of a batch and write its files of results."""
+        requests = [json.loads(line) for line in self.files[batch["input_file_id"]].splitlines()]
+        batch["status"], _, code = self.ends(batch, requests).partition(":")
+        if batch["status"] == "failed":
+            batch["errors"] = {"object": "list", "data": [{"code": code, "message": "scripted"}]}
+            return
+        if batch["status"] in ("expired", "cancelled"):
+            requests = requests[::2]
+        random.Random(batch["id"]).shuffle(requests)
+        found = {200: [], 0: []}
+        for one in requests:
+            call = parse("openai", one["body"], {})
+            reply = self.answer(call)
+            self.calls.append(call)
+            self.keys.append(one["custom_id"])
+            good = not isinstance(reply, Fault)
+            reply = Reply(str(reply)) if isinstance(reply, str | int | float) else reply
+            body = success(call, reply) if good else failure("openai", reply)
+            response = {"status_code": 200 if good else reply.status, "request_id": "r", "body": body}
+            line = {"id": "x", "custom_id": one["custom_id"], "response": response, "error": None}
+            found[200 if good else 0].append(line)
+        counts = batch["request_counts"]
+        counts["completed"], counts["failed"] = len(found[200]), len(found[0])
+        for name, lines in (("output_file_id", found[200]), ("error_file_id", found[0])):
+            if lines:
+                lines = self.spoil([json.dumps(line, ensure_ascii=False) for line in lines])
+                batch[name] = self.store("".join(line + "\n" for line in lines).encode())
 
 
 def shown(call: Call) -> list[tuple[str, str]]:

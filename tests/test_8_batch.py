@@ -1,0 +1,313 @@
+"""§8 BATCH: the real openai SDK against a loopback batch engine; nothing is paid twice, nothing is mixed up."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+import rlhf_constructor as rc
+from tests.conftest import ROOT, rows, write_jsonl
+from tests.server import Api, Fault, Reply, demo_world, is_judge, judge_reply
+
+OPENAI = ("--provider", "openai", "--high-model", "strong", "--low-model", "weak")
+DASHSCOPE = ("--provider", "dashscope", *OPENAI[2:])
+PROMPTS = [{"prompt": f"What is {n} plus {n}?"} for n in range(12)]
+
+
+def world(call):
+    """The strong model is right, the weak one is not, and the judge can tell; each answer names its question."""
+    if is_judge(call):
+        return judge_reply(call, lambda text, slot: 9 if "right" in text else 3)
+    return f"A {'right' if call.model == 'strong' else 'mistaken'} answer\u2028to: {call.prompt}"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(rc, "BATCH_POLL", (0.01, 0.05))
+
+
+def belongs(pair):
+    """Both answers of a pair are answers to its prompt."""
+    return all(text.endswith(f"to: {pair['prompt']}") for text in (pair["chosen"], pair["rejected"]))
+
+
+@pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
+def test_answers_and_verdicts_come_by_batch_and_no_call_is_made_online(rlhf, sdk):
+    with Api(world) as api:
+        result = rlhf(PROMPTS, *sdk, "--batch", api=api)
+        assert (result.status, len(result.pairs), api.count()) == (0, 12, 0)
+        assert all(map(belongs, result.pairs)) and all("right" in pair["chosen"] for pair in result.pairs)
+        assert len(api.engine.batches) == 3 and len(set(api.engine.keys)) == len(api.engine.keys) == 48
+        again = rlhf(PROMPTS, *sdk, "--batch", api=api)
+        assert again.output.read_bytes() and len(api.engine.batches) == 3
+
+
+def test_a_reply_of_a_batch_is_one_to_the_same_command_without_it(rlhf):
+    with Api(world) as api:
+        batched = rlhf(PROMPTS, *OPENAI, "--batch", api=api).output.read_bytes()
+        online = rlhf(PROMPTS, *OPENAI, api=api)
+        assert online.output.read_bytes() == batched and api.count() == 0
+
+
+def test_methods_need_not_know_of_it(rlhf):
+    with Api(world) as api:
+        flags = ("--method", "generate_pairs", "--num-candidates", 4, "--batch")
+        result = rlhf(PROMPTS, *OPENAI, *flags, api=api)
+        assert (result.status, len(result.pairs), api.count()) == (0, 12, 0)
+
+
+def test_failed_lines_are_sent_again_and_join_their_own_prompts(rlhf):
+    luck = random.Random(1)
+    with Api(lambda call: Fault(500) if luck.random() < 0.3 else world(call)) as api:
+        result = rlhf(PROMPTS * 1, *OPENAI, "--batch", "--max-retries", 9, api=api)
+        assert (result.status, len(result.pairs)) == (0, 12) and all(map(belongs, result.pairs))
+        assert api.count() == 0
+
+
+def test_what_keeps_failing_costs_its_record_only_and_the_next_run_tries_it_again(rlhf):
+    broken = lambda call: Fault(500) if "3 plus" in call.prompt and call.model == "weak" else world(call)
+    with Api(broken) as api:
+        result = rlhf(PROMPTS, *OPENAI, "--batch", "--max-retries", 1, api=api)
+        assert (result.status, len(result.pairs), len(result.dropped)) == (1, 11, 1)
+        assert result.reasons[0].startswith("model: 500") and result.dropped[0]["line"] == 4
+        api.engine.answer = world
+        assert rlhf(PROMPTS, *OPENAI, "--batch", api=api).status == 0 and api.count() == 0
+
+
+def test_a_prompt_that_is_refused_is_not_sent_again(rlhf):
+    refused = Fault(400, code="content_policy_violation")
+    with Api(lambda call: refused if "3 plus" in call.prompt and not is_judge(call) else world(call)) as api:
+        result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
+        assert (result.status, len(result.pairs), len(result.dropped)) == (0, 11, 1)
+        assert Counter(api.engine.keys).most_common(1)[0][1] == 1
+
+
+def test_a_refused_option_is_changed_and_the_requests_are_sent_again(rlhf):
+    def answer(call):
+        if "max_tokens" in call.params:
+            return Fault(400, message="Unsupported parameter: use 'max_completion_tokens' instead.")
+        return world(call)
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
+        assert (result.status, len(result.pairs)) == (0, 12) and "max_completion_tokens" in result.err
+
+
+def test_a_cut_answer_is_asked_for_once_more_with_twice_the_limit(rlhf):
+    short = lambda call: call.model == "weak" and call.params["max_tokens"] == 4096
+    with Api(lambda call: Reply("half", finish="length") if short(call) else world(call)) as api:
+        result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
+        assert len(result.pairs) == 12 and all(map(belongs, result.pairs))
+
+
+@pytest.mark.parametrize("spoilt", ["twice", "foreign", "broken", "missing"])
+def test_lines_join_by_custom_id_whatever_else_is_in_the_file(rlhf, spoilt):
+    change = {
+        "twice": lambda lines: lines + lines[::-1],
+        "foreign": lambda lines: [lines[0].replace('"custom_id": "', '"custom_id": "f'), *lines],
+        "broken": lambda lines: ["{", "[]", '{"custom_id": []}', "", *lines],
+        "missing": lambda lines: lines[1:] if len(lines) > 8 else lines,
+    }
+    with Api(world) as api:
+        api.engine.spoil = change[spoilt]
+        result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
+        assert (result.status, len(result.pairs)) == (0, 12) and all(map(belongs, result.pairs))
+
+
+def test_the_rest_of_an_expired_batch_is_submitted_again(rlhf):
+    with Api(world) as api:
+        api.engine.ends = lambda batch, requests: "expired" if batch["id"] == "batch-1" else "completed"
+        result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
+        assert (result.status, len(result.pairs)) == (0, 12)
+        assert len(api.engine.keys) == 48, "what the expired batch had answered was not asked again"
+
+
+def test_a_cancelled_batch_stops_the_run_and_keeps_what_it_brought(rlhf):
+    with Api(world) as api:
+        api.engine.ends = lambda batch, requests: "cancelled" if batch["id"] == "batch-1" else "completed"
+        result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
+        assert result.status == 3 and "cancelled" in result.err
+        assert rlhf(PROMPTS, *OPENAI, "--batch", api=api).status == 0 and len(api.engine.keys) == 48
+
+
+@pytest.mark.parametrize("where", ["creation", "status"])
+def test_a_batch_too_big_for_the_account_is_split_and_sent_in_turn(rlhf, where):
+    big = lambda requests: len(requests) > 4
+    with Api(world) as api:
+        if where == "creation":
+            too_big = Fault(429, code=rc.TOO_BIG)
+            api.engine.creating = lambda requests: too_big if big(requests) else None
+        else:
+            failed = f"failed:{rc.TOO_BIG}"
+            api.engine.ends = lambda batch, requests: failed if big(requests) else "completed"
+        result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
+        assert (result.status, len(result.pairs)) == (0, 12)
+        assert len(api.engine.keys) == 48, "each request was answered once"
+
+
+def test_files_are_split_at_their_limits(rlhf, monkeypatch):
+    monkeypatch.setattr(rc, "BATCH_REQUESTS", 5)
+    monkeypatch.setattr(rc, "BATCH_BYTES", 1500)
+    with Api(world) as api:
+        assert len(rlhf(PROMPTS, *OPENAI, "--batch", api=api).pairs) == 12
+        uploads = [api.engine.files[batch["input_file_id"]] for batch in api.engine.batches.values()]
+    assert all(len(data.splitlines()) <= 5 for data in uploads)
+    assert all(len(data) <= 1500 or data.count(b"\n") == 1 for data in uploads)
+
+
+@pytest.mark.parametrize(
+    "code, says",
+    [("model_not_found", "no such model"), ("insufficient_quota", "used up"), ("odd", "refused (400 odd")],
+)
+def test_a_failed_batch_stops_the_run_and_says_what_to_do(rlhf, code, says):
+    with Api(world) as api:
+        api.engine.ends = lambda batch, requests: f"failed:{code}"
+        result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
+    assert result.status == 3 and says in result.err and not result.output.exists()
+
+
+def test_a_batch_whose_creation_was_answered_by_silence_is_found_and_not_made_again(rlhf):
+    with Api(world) as api:
+        api.engine.lost = True
+        assert rlhf(PROMPTS, *OPENAI, "--batch", api=api).status == 0
+        assert len(api.engine.batches) == 3 and len(api.engine.keys) == 48
+
+
+def test_a_wrong_key_stops_at_the_upload_and_a_busy_engine_is_waited_for(rlhf):
+    with Api(world) as api:
+        api.engine.uploading = lambda: Fault(401)
+        result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
+        assert result.status == 3 and "key was refused" in result.err and not api.engine.files
+        faults = [Fault(503), Fault(429)]
+        api.engine.uploading = lambda: faults.pop() if faults else None
+        assert rlhf(PROMPTS, *OPENAI, "--batch", api=api).status == 0 and not faults
+
+
+def test_without_a_cache_or_with_a_reward_model_it_is_refused(rlhf):
+    assert (
+        "name a --cache-path"
+        in rlhf(PROMPTS, *OPENAI, "--batch", "--cache-path", "none", OPENAI_API_KEY="k" * 9).err
+    )
+    judge = ("--judge-model", "reward:rm@http://localhost:9")
+    assert "reward models" in rlhf(PROMPTS, *OPENAI, "--batch", *judge, OPENAI_API_KEY="k" * 9).err
+
+
+def test_the_budget_holds_for_what_is_submitted(rlhf):
+    price = ("--price", "strong=10/10", "--price", "weak=10/10")
+    with Api(world) as api:
+        planned = rlhf(PROMPTS, *OPENAI, "--batch", "--dry-run", *price, api=api).out
+        assert "1 batches" in planned
+        result = rlhf(PROMPTS, *OPENAI, "--batch", *price, "--max-cost", 0.03, api=api)
+        assert result.status == 3 and "--max-cost" in result.err and 0 < len(api.engine.keys) < 48
+        first = len(api.engine.keys)
+        again = rlhf(PROMPTS, *OPENAI, "--batch", *price, "--max-cost", 1, api=api)
+        assert again.status == 0 and len(api.engine.keys) == 48 > first
+
+
+START = "import sys, rlhf_constructor as rc; rc.BATCH_POLL = (0.02, 0.1); sys.exit(rc.main(sys.argv[1:]))"
+
+
+def start(folder, api, *flags):
+    """The program as a process of its own, that looks at its batches often."""
+    env = api.env() | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", START, *map(str, flags)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_killed_three_times_a_thousand_prompts_pay_only_failed_lines_twice(tmp_path):
+    """1,000 prompts with a judge, 2 % failing lines, shuffled results: every pair is right."""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"What is {n} plus {n}?"} for n in range(1000)])
+    flags = (*OPENAI, "--batch", "--input-file", source, "--output-path", "out.jsonl")
+    luck, failed = random.Random(3), []
+
+    def answer(call):
+        if luck.random() < 0.02:
+            failed.append(call)
+            return Fault(500)
+        return world(call)
+
+    with Api(answer) as api:
+        api.engine.looks = 6
+        moments = [lambda: api.engine.files, lambda: api.engine.batches, lambda: len(api.engine.files) > 4]
+        for moment in moments:
+            run = start(tmp_path, api, *flags)
+            while run.poll() is None and not moment():
+                time.sleep(0.005)
+            run.send_signal(signal.SIGKILL)
+            run.communicate()
+        last = start(tmp_path, api, *flags)
+        _, err = last.communicate(timeout=120)
+        assert last.returncode == 0, err
+        pairs = rows(tmp_path / "out.jsonl")
+        assert len(pairs) == 1000 and all(map(belongs, pairs)) and all("right" in p["chosen"] for p in pairs)
+        assert len(api.engine.keys) == 4000 + len(failed) and api.count() == 0
+
+
+def test_ctrl_c_leaves_the_batches_running_and_the_next_run_collects_them(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", PROMPTS)
+    flags = (*OPENAI, "--batch", "--input-file", source, "--output-path", "out.jsonl")
+    with Api(world) as api:
+        api.engine.looks = 10**9
+        run = start(tmp_path, api, *flags)
+        while len(api.engine.batches) < 2:
+            time.sleep(0.01)
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=30)
+        assert run.returncode == 130 and "Traceback" not in err
+        api.engine.looks = 1
+        again = start(tmp_path, api, *flags)
+        again.communicate(timeout=60)
+        assert again.returncode == 0 and len(api.engine.keys) == 48 and len(api.engine.batches) == 3
+
+
+def test_two_batch_runs_do_not_share_a_cache(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", PROMPTS)
+    flags = (*OPENAI, "--batch", "--input-file", source)
+    with Api(world) as api:
+        api.engine.looks = 10**9
+        first = start(tmp_path, api, *flags, "--output-path", "a.jsonl")
+        while not api.engine.batches:
+            time.sleep(0.01)
+        second = start(tmp_path, api, *flags, "--output-path", "b.jsonl")
+        _, err = second.communicate(timeout=30)
+        assert second.returncode == 2 and "another --batch run" in err
+        first.kill()
+        first.communicate()
+
+
+@pytest.mark.skipif(not os.path.exists("/usr/bin/split"), reason="no split here")
+def test_one_input_in_four_parts_on_one_cache_joins_to_the_bytes_of_a_single_run(process, tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"Question {n}"} for n in range(41)])
+    flags = (
+        "--provider",
+        "openai",
+        "--high-model",
+        "gpt-4o",
+        "--low-model",
+        "gpt-4o-mini",
+        "--cache-path",
+        "c.sqlite",
+    )
+    with Api(demo_world, latency=0.01) as api:
+        subprocess.run(
+            ["split", "-n", "l/4", "--additional-suffix=.jsonl", "in.jsonl", "part-"],
+            cwd=tmp_path,
+            check=True,
+        )
+        parts = sorted(path.name for path in tmp_path.glob("part-*.jsonl"))
+        runs = [
+            process("--input-file", part, *flags, "--output-path", f"out/{part}", api=api) for part in parts
+        ]
+        assert [run.communicate(timeout=60) and run.returncode for run in runs] == [0] * 4
+        paid = api.count()
+        whole = process("--input-file", "in.jsonl", *flags, "--output-path", "whole.jsonl", api=api)
+        whole.communicate(timeout=60)
+        assert paid == api.count() == len({(call.model, call.prompt) for call in api.calls})
+    joined = b"".join((tmp_path / "out" / part).read_bytes() for part in parts)
+    assert joined == (tmp_path / "whole.jsonl").read_bytes()
