@@ -187,11 +187,13 @@ class Api:
 
     answer(call) -> str | number | Reply | Fault, plain or async. It runs on the server's loop: it may keep
     plain state, and must not block. What it raises is answered with 500 and raised again by the `with`.
-    latency: seconds added to each answer. limit: calls in any one second; more are refused with 429.
+    latency: seconds added to each answer. limit: calls in any one second; more are refused with 429, and
+    told to come again after `retry_after` seconds if it is given.
     """
 
-    def __init__(self, answer, latency: float = 0.0, limit: int | None = None, port: int = 0):
+    def __init__(self, answer, latency: float = 0.0, limit: int | None = None, port: int = 0, retry_after=""):
         self._answer, self._latency, self._port = answer, latency, port
+        self._refusal = Fault(429, message="rate limit", headers={"Retry-After": retry_after} if retry_after else {})
         self._accepted: deque[float] = deque(maxlen=limit)
         self.calls: list[Call] = []  # in order of arrival, the refused too
         self.errors: list[Exception] = []
@@ -245,7 +247,7 @@ class Api:
             call = parse(protocol, json.loads(body), request.headers)
             self.calls.append(call)
             if len(self._accepted) == self._accepted.maxlen and call.time < self._accepted[0] + 1:
-                return await misbehave(request, call, Fault(429, message="rate limit"))
+                return await misbehave(request, call, self._refusal)
             self._accepted.append(call.time)
             reply = self._answer(call)
             if asyncio.iscoroutine(reply):
@@ -420,8 +422,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency", type=float, default=0.0)
-    options = parser.parse_args()
-    with suppress(KeyboardInterrupt), Api(demo_world, options.latency, port=options.port) as api:
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--retry-after", default="")
+    o = parser.parse_args()
+    with suppress(KeyboardInterrupt), Api(demo_world, o.latency, o.limit, o.port, o.retry_after) as api:
         print(api.url, flush=True)
         threading.Event().wait()
 
