@@ -46,6 +46,7 @@ import bisect
 import contextlib
 import csv
 import difflib
+import filecmp
 import functools
 import gzip
 import hashlib
@@ -1994,6 +1995,7 @@ class Run:
     def __init__(self, args):
         self.args, self.seed, self.strategy = args, args.seed, args.strategy
         self.method = METHODS[args.method]
+        self.reads_answers, self.excluded = getattr(self.method, "reads_answers", False), set()
         self.orders, self.length_penalty = args.judge_orders, args.length_penalty
         self.min_chosen_score, self.flips = args.min_chosen_score, args.when_low_wins == "flip"
         self.rubric = args.rubric or RUBRIC
@@ -3525,22 +3527,7 @@ def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]
 # ----------------------------------------------------------------------------------------------------------
 
 PROGRAM = "rlhf_constructor.py"
-WELCOME = """\
-Build RLHF preference data (prompt, chosen, rejected). Three commands to try:
-
-  python rlhf_constructor.py --provider offline --input-file data/alpaca_demo.jsonl
-  python rlhf_constructor.py --provider dashscope --input-file data/alpaca_demo.jsonl --dry-run
-  python rlhf_constructor.py --method rank_responses --input-file data/ranked_answers.jsonl
-
-Methods:
-"""
-TASKS = """\
-tasks:
-  a strong against a weak model    --input-file F --high-model qwen-max --low-model qwen-plus
-  what would it cost?              ... --dry-run --price qwen-max=2.4/9.6 --price qwen-plus=0.8/2
-  a model of your own              ... --low-model openai:my-model@http://localhost:8000/v1
-  answers that exist already       --method rank_responses --input-file F
-"""
+WELCOME = "{0}\n\n{2}\n\nMethods:\n".format(*__doc__.split("\n\n"))  # with its three commands to try
 
 
 class Parser(argparse.ArgumentParser):
@@ -3549,31 +3536,27 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        raise UserError(
-            message + (f" (did you mean {near[0]}?)" if near else " (see --help)" if unknown else "")
-        )
+        raise UserError(message + (f" (did you mean {near[0]}?)" if near else ""))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags, one line each: name, type, default, metavar, help."""
     parser = Parser(
         prog=PROGRAM, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__.split("\n\n")[0], epilog=TASKS + tables(),
+        description=__doc__.split("\n\n")[0], epilog=tables(),
     )  # fmt: skip
 
-    def flag(name, kind, default=None, metavar=None, help=""):
-        """A list or table is the choices, "list" takes several values, bool takes none, [] is repeatable."""
+    def flag(name, kind, default=None, metavar=None, help="", **more):
+        """kind: a type; a list or table of choices; or bool, a flag without a value. [] is repeatable."""
         if kind is bool:
             return group.add_argument(name, action="store_true", help=help)
-        choices = list(kind) if isinstance(kind, list | dict) else None
-        more = {"type": type(choices[0]) if choices else str if kind == "list" else kind, "choices": choices}
-        more |= {"action": "append"} if default == [] else {"nargs": "+"} if kind == "list" else {}
+        more |= {"choices": list(kind)} if isinstance(kind, list | dict) else {"type": kind}
+        more |= {"action": "append"} if default == [] else {}
         shown = "" if default in (None, [], "") else " (default %(default)s)"
         return group.add_argument(name, default=default, metavar=metavar, help=help + shown, **more)
 
     providers = [name for name in PROVIDERS if name != "reward"]
     skippable = [name for name, rule in FILTERS.items() if not getattr(rule, "fixed", False)]
-    # fmt: off
     group = parser.add_argument_group("the lesson's command")
     flag("--input-file", str, None, "FILE", ".jsonl .json .csv .tsv, each also .gz; - is JSONL on stdin")
     flag("--method", METHODS, "model_comparison", "M", f"how pairs are made: {', '.join(METHODS)}")
@@ -3582,120 +3565,96 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--low-model", str, None, "MODEL", "the weak model")
     flag("--output-path", str, "data/rlhf_preference.jsonl", "FILE", "where the pairs go")
     group = parser.add_argument_group("data")
-    flag("--rename", pair_of_names, [], "OLD=NEW", "read the input's field OLD as NEW; repeatable")
+    flag("--rename", renaming, [], "OLD=NEW", "read the input's field OLD as NEW; repeatable")
     flag("--output-format", OUTPUTS, "standard", "F", f"what a row looks like: {', '.join(OUTPUTS)}")
-    flag("--max-samples", int, -1, "N", "read only the first N records; -1 = all")
+    flag("--max-samples", between(-1, 10**12), -1, "N", "read only the first N records; -1 = all")
     flag("--exclude-prompts", str, None, "FILE", "leave out FILE's prompts and what shares 13 words in a row")
-    flag("--test-fraction", float, 0.0, "X", "share (0..1) of prompts whose pairs go to <output>.test.jsonl")
+    flag("--test-fraction", between(0.0, 0.99), 0.0, "X", "share of prompts that go to <output>.test.jsonl")
     group = parser.add_argument_group("method")
-    flag("--num-candidates", int, 4, "N", "generate_pairs: answers per prompt, 2 to 8")
+    flag("--num-candidates", between(2, 8), 4, "N", "generate_pairs: answers per prompt, 2 to 8")
     flag("--candidates-path", str, None, "FILE", "every answer with its score; an input for rank_responses")
     flag("--strategy", STRATEGIES, "best_worst", "S", f"which answers form pairs: {', '.join(STRATEGIES)}")
     group = parser.add_argument_group("models")
-    flag("--candidate-models", "list", None, "MODEL", "generate_pairs: who answers; default: high and low")
+    flag("--candidate-models", str, None, "MODEL", "generate_pairs: who answers; default: both", nargs="+")
     flag("--base-url", str, None, "URL", "address of the provider: another region, vLLM, Ollama, a proxy")
     flag("--system-prompt", str, "", "TEXT", "steers all answers; not exported, not shown to the judge")
-    flag("--temperature", float, None, "X", "default 0.7; a model's further candidates 0.9, 1.0, 1.0")
-    flag("--max-tokens", int, 4096, "N", "limit of a reply; a cut one is asked for again with twice that")
+    flag("--temperature", between(0.0, 2.0), None, "X", "default 0.7; further candidates 0.9, 1.0, 1.0")
+    flag("--max-tokens", between(1, 10**7), 4096, "N", "of a reply; a cut one is asked for with twice that")
     flag("--model-option", model_option, [], "[MODEL:]KEY=JSON", "extra request field; repeatable")
     group = parser.add_argument_group("quality")
     flag("--judge-model", str, [], "MODEL", "or none, or reward:NAME@URL; repeatable; default: high model")
-    flag("--judge-orders", [1, 2], 2, "1|2", "orders of showing: 1 is cheaper, and blind to position bias")
+    flag("--judge-orders", between(1, 2), 2, "1|2", "orders of showing: 1 is cheaper, blind to position bias")
     flag("--rubric", text_file, None, "FILE", "your own grading rules instead of the built-in ones")
     flag("--no-reference", bool, help="do not show the judge the record's own answer")
-    flag("--min-score-gap", float, None, "X", "points by which chosen must lead; default 1, generate_pairs 2")
-    flag("--min-chosen-score", float, None, "X", "drop pairs whose chosen scores less")
+    flag("--min-score-gap", between(0.0, 1e6), None, "X", "chosen's least lead; default 1, generate_pairs 2")
+    flag("--min-chosen-score", between(-1e6, 1e6), None, "X", "drop pairs whose chosen scores less")
     flag("--when-low-wins", ["drop", "flip"], "drop", "drop|flip", "flip: if by 3 in every vote")
-    flag("--length-penalty", float, 0.0, "X", "points off the gap for each factor 1.5 of chosen's length")
+    flag("--length-penalty", between(0.0, 100.0), 0.0, "X", "points off per factor 1.5 of chosen's length")
     flag("--skip-filter", skippable, [], "NAME", "switch a filter off; repeatable")
     group = parser.add_argument_group("running")
-    flag("--concurrency", int, 16, "N", "records in work at once")
-    flag("--timeout", float, 600.0, "S", "seconds for one call")
-    flag("--max-retries", int, 6, "N", "of a call that was dropped or met a 5xx; throttling is no retry")
+    flag("--concurrency", between(1, 4096), 16, "N", "records in work at once")
+    flag("--timeout", between(0.01, 1e6), 600.0, "S", "seconds for one call")
+    flag("--max-retries", between(0, 100), 6, "N", "of a call that was dropped or met a 5xx, not of a 429")
     flag("--cache-path", str, None, "FILE", "paid replies; default .rlhf_cache.sqlite by the output; or none")
     flag("--batch", bool, help="through the provider's batch engine: half the price, within a day")
     flag("--seed", int, 0, "N", "of everything drawn")
     flag("--dry-run", bool, help="call nobody, write nothing: show calls, tokens, price, the first prompts")
     flag("--price", price, [], "MODEL=IN/OUT", "money per million tokens in and out; repeatable")
-    flag("--max-cost", float, None, "X", "stop before the job, all runs together, costs more (needs --price)")
+    flag(
+        "--max-cost",
+        between(0.0, 1e9),
+        None,
+        "X",
+        "stop before the job, all its runs, costs more; needs --price",
+    )
     group = parser.add_argument_group("report and review")
     flag("--report-path", str, None, "FILE", "page, and its .json; default <output>.report.html; or none")
     flag("--review-path", str, None, "FILE", "a page to judge pairs by hand, blind")
     flag("--annotations", str, [], "FILE", "rank_responses: what people said on that page; repeatable")
-    # fmt: on
     return parser
 
 
 def tables() -> str:
     """The end of --help: every entry of every table with the first line of its docstring."""
-    kinds = {
-        "methods": METHODS,
-        "inputs": INPUTS,
-        "filters": FILTERS,
-        "output formats": OUTPUTS,
-        "providers": PROVIDERS,
-        "strategies": STRATEGIES,
-    }
-    parts = []
-    for title, table in kinds.items():
-        parts.append(
-            f"\n{title}:\n" + "".join(f"  {name:18} {first_line(entry)}\n" for name, entry in table.items())
-        )
-    return "".join(parts)
+    shown = {"methods": METHODS, "inputs": INPUTS, "filters": FILTERS, "output formats": OUTPUTS}
+    shown |= {"providers": PROVIDERS, "strategies": STRATEGIES}
+    lines = []
+    for title, table in shown.items():
+        lines += ["", f"{title}:", *(f"  {name:18} {first_line(entry)}" for name, entry in table.items())]
+    return "\n".join(lines)
 
 
 def first_line(entry) -> str:
     return entry.__doc__.strip().splitlines()[0].rstrip(".")
 
 
-def pair_of_names(text: str) -> tuple[str, str]:
-    """OLD=NEW -> (OLD, NEW)"""
-    old, equals, new = text.partition("=")
-    if not (old and equals and new):
-        raise argparse.ArgumentTypeError(f"{text!r} is not OLD=NEW")
-    return old, new
+def formed(form: str, read, pattern: str = "(.*)", good=lambda value: True):
+    """A type for argparse: text -> read(*groups of pattern), if good; else an error that names the form."""
+
+    def parse(text: str):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            value = read(*re.fullmatch(pattern, text, re.S).groups())
+            if good(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+
+    return parse
 
 
-def model_option(text: str) -> tuple[str, str, object]:
-    """[MODEL:]KEY=JSON -> (model or "", key, value)"""
-    left, equals, value = text.partition("=")
-    model, _, key = left.rpartition(":")
-    try:
-        return model, key or 1 / 0, json.loads(value if equals else "")
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not [MODEL:]KEY=JSON, e.g. top_p=0.9 or stop='[\"END\"]'"
-        ) from None
+def between(low, high):
+    """A type for argparse: a number of low's type, both ends included."""
+    return formed(f"a number from {low:,} to {high:,}", type(low), good=lambda value: low <= value <= high)
 
 
-def price(text: str) -> tuple[str, tuple[float, float]]:
-    """MODEL=IN/OUT -> (model, (in, out)) in money per million tokens"""
-    model, _, rates = text.rpartition("=")
-    values = [number(rate) for rate in rates.split("/")]
-    if not model or len(values) != 2 or None in values or min(values) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not MODEL=IN/OUT, e.g. qwen-max=2.4/9.6")
-    return model, tuple(values)
-
-
-def text_file(path: str) -> str:
-    """A file's text."""
-    try:
-        text = Path(path).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{path}: cannot be read ({error})") from None
-    if not text:
-        raise argparse.ArgumentTypeError(f"{path}: is empty")
-    return text
-
-
-# --- before the first call: everything that can be refused is refused here, and nothing is written yet
-
-
-RANGES = {  # of flags, both ends included
-    "num_candidates": (2, 8), "concurrency": (1, 4096), "max_tokens": (1, 10**7), "max_retries": (0, 100),
-    "test_fraction": (0, 0.99), "temperature": (0, 2), "length_penalty": (0, 100), "timeout": (0.01, 10**6),
-    "max_cost": (0, 10**9), "min_score_gap": (0, 10**6), "min_chosen_score": (-(10**6), 10**6),
-}  # fmt: skip
+# fmt: off
+OPTION = "(?:([^=]*):)?([^:=]+)=(.*)"
+renaming = formed("OLD=NEW", lambda *names: names, "([^=]+)=(.+)")
+model_option = formed("[MODEL:]KEY=JSON, e.g. top_p=0.9 or stop='[\"END\"]'",
+                      lambda model, key, value: (model or "", key, json.loads(value)), OPTION)
+price = formed("MODEL=IN/OUT, e.g. qwen-max=2.4/9.6",  # money per million tokens
+               lambda model, *rates: (model, tuple(map(float, rates))), r"(.+)=([\d.]+)/([\d.]+)")
+text_file = formed("a file with text", lambda path: Path(path).read_text("utf-8-sig").strip(), good=bool)
+# fmt: on
 
 
 def refuse(wrong, message: str):
@@ -3706,11 +3665,6 @@ def refuse(wrong, message: str):
 
 def check(args) -> Run:
     """Flags -> Run; raises UserError for whatever cannot work, before anything is called or written."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        wrong = value is not None and not low <= value <= high
-        refuse(wrong, f"--{name.replace('_', '-')} {value}: give {low:g} to {high:g}")
-    refuse(not args.input_file, "--input-file FILE is missing, e.g. --input-file data/alpaca_demo.jsonl")
     args.prices, args.system_prompt = dict(args.price), scrub(args.system_prompt)
     check_paths(args)
     answers = getattr(METHODS[args.method], "reads_answers", False)
@@ -3719,84 +3673,70 @@ def check(args) -> Run:
     both = args.strategy in ("all_pairs", "adjacent") and args.min_chosen_score is None
     hint = "use --strategy best_worst, or --min-chosen-score"
     refuse(args.output_format == "kto" and both, f"kto would label one answer both ways: {hint}")
-    check_models(args, run)
+    same = "high" in getattr(run.method, "asks", ("high",)) and run.high == run.low
+    refuse(same, f"--high-model and --low-model are both {run.high.name}: name two")
+    alone = getattr(run.method, "needs_judge", False) and not run.judges
+    refuse(alone, f"{args.method} needs a judge: leave out --judge-model none, or name a model")
+    rewards = {judge.is_reward for judge in run.judges}
+    refuse(len(rewards) > 1, "a reward model's scale is its own: it cannot share a panel with other judges")
+    refuse(args.batch and True in rewards, "--batch has no endpoint for reward models: leave it out")
+    refuse(args.batch and args.cache_path == "none", "--batch lives on its cache: name a --cache-path")
+    for model in run.asked() if run.pays() else ():
+        provider = PROVIDERS[model.provider]
+        unpriced = provider.key and args.max_cost is not None and model.name not in args.prices
+        refuse(unpriced, f"--max-cost needs every model's price: --price {model.name}=IN/OUT")
+        for package in filter(None, (getattr(provider, "package", None), args.batch and "openai")):
+            missing = not args.dry_run and not importlib.util.find_spec(package)
+            refuse(missing, f"the package {package} is missing: pip install -r requirements.txt")
+        keyless = provider.key and not (args.dry_run or model.url or key_of(model))
+        refuse(keyless, f"{provider.key} is not set: export {provider.key}=sk-..., or try --provider offline")
     return run
 
 
-def check_models(args, run: Run):
-    """The models differ, judges are there where they must be, and so are keys, packages and prices."""
-    asked = run.asked()
-    same = "high" in getattr(run.method, "asks", ("high",)) and run.high == run.low
-    hint = "name two, or use --method generate_pairs"
-    refuse(same, f"--high-model and --low-model are both {run.high.name}: {hint}")
-    alone = getattr(run.method, "needs_judge", False) and not run.judges
-    refuse(alone, f"{args.method} needs a judge: leave out --judge-model none, or name a model")
-    refuse("none" in args.judge_model and len(args.judge_model) > 1, "--judge-model none goes alone")
-    mixed = len({judge.is_reward for judge in run.judges}) > 1
-    refuse(mixed, "a reward model's scale is its own: it cannot share a panel with other judges")
-    paid = [model for model in asked if model.provider != "offline"]
-    unpriced = (
-        [model.name for model in paid if model.name not in args.prices] if args.max_cost is not None else []
-    )
-    refuse(unpriced, f"--max-cost needs every model's price: --price {''.join(unpriced[:1])}=IN/OUT")
-    refuse(
-        args.batch and args.cache_path == "none",
-        "--batch keeps its replies in the cache: name a --cache-path",
-    )
-    rewards = any(judge.is_reward for judge in run.judges)
-    refuse(args.batch and rewards, "--batch has no endpoint for reward models: leave it out")
-    for model in paid if not args.dry_run else ():
-        entry = PROVIDERS[model.provider]
-        package = getattr(entry, "package", "")
-        missing = package and not importlib.util.find_spec(package)
-        missing = missing or (args.batch and not importlib.util.find_spec("openai") and "openai")
-        refuse(missing, f"the package {package} is missing: pip install -r requirements.txt")
-        keyless = not model.url and not key_of(model)
-        refuse(keyless, f"{entry.key} is not set: export {entry.key}=sk-..., or try --provider offline")
-
-
 def check_paths(args):
-    """The inputs exist, the outputs can be written and are none of the inputs."""
-    source, target = args.input_file, args.output_path
-    folder = "is a folder" if os.path.isdir(source) else "no such file"
-    refuse(source != "-" and not os.path.isfile(source), f"{source}: {folder}{nearest(source)}")
-    inputs = [path for path in (source, args.exclude_prompts, *args.annotations) if path not in (None, "-")]
+    """The inputs are there; what is written can be, and is neither an input nor written twice."""
+    refuse(not args.input_file, "--input-file FILE is missing, e.g. --input-file data/alpaca_demo.jsonl")
+    source = [args.input_file] if args.input_file != "-" else []
+    inputs = [path for path in (*source, args.exclude_prompts, *args.annotations) if path]
     for path in inputs:
-        refuse(not os.path.isfile(path), f"{path}: no such file{nearest(path)}")
-    wrong = os.path.isdir(target) or target.endswith((".gz", ".csv", "/")) or not target
-    refuse(wrong, f"--output-path {target}: name a .jsonl file")
-    if args.cache_path is None:
-        args.cache_path = os.path.join(os.path.dirname(target), ".rlhf_cache.sqlite")
-    written = [*filter(None, written_paths(args)), args.cache_path]
-    real = list(map(os.path.realpath, written))
-    refuse(len(set(real)) < len(real), "two of the files to write are the same: " + ", ".join(written))
+        wrong = "is no file" if os.path.exists(path) else f"no such file{nearest(path)}"
+        refuse(not os.path.isfile(path), f"{path}: {wrong}")
+    target = args.output_path
+    refuse(not re.search(r"[^/\\]\.jsonl?$", target), f"--output-path {target}: name a .jsonl file")
+    args.cache_path = args.cache_path or os.path.join(os.path.dirname(target), ".rlhf_cache.sqlite")
+    written = [path for path in (*written_paths(args), args.cache_path) if path not in ("", "none")]
+    taken = [path + end for path in written for end in ("", ".part", ".bak")]
+    twice = len(set(map(os.path.realpath, taken))) < len(taken)
+    refuse(twice, "two of the files to write are the same: " + ", ".join(written))
     for path in inputs:
-        message = f"{path} is an input and would be written over: choose another --output-path"
-        refuse(os.path.realpath(path) in real, message)
-    for path in written:
+        over = any(os.path.exists(name) and os.path.samefile(name, path) for name in taken)
+        refuse(over, f"{path} is an input and would be written over: choose another name for the output")
+    for path in taken:
         refuse(os.path.exists(path) and not os.path.isfile(path), f"{path}: is no file; choose another")
-        folder = next(p for p in Path(path).absolute().parents if p.exists())
-        closed = not folder.is_dir() or not os.access(folder, os.W_OK)
+        folder = next(filter(os.path.exists, Path(path).absolute().parents), path)
+        closed = not os.path.isdir(folder) or not os.access(folder, os.W_OK)
         refuse(closed, f"{path}: {folder} cannot be written to; choose another folder")
 
 
 def written_paths(args) -> list[str]:
-    """Output, drops, test split, candidates, report page and numbers, review page; "" if not asked for."""
+    """Output, drops, test split, candidates, report page and numbers, review page; "" if not asked for.
+
+    A link stands for the file that it points to."""
     stem = re.sub(r"\.jsonl?$", "", args.output_path)
     report = re.sub(r"\.(html|json)$", "", args.report_path or f"{stem}.report")
     reports = ["", ""] if args.report_path == "none" else [f"{report}.html", f"{report}.json"]
     split = f"{stem}.test.jsonl" if args.test_fraction else ""
-    drops = f"{stem}.dropped.jsonl"
-    return [args.output_path, drops, split, args.candidates_path or "", *reports, args.review_path or ""]
+    lines = [args.output_path, f"{stem}.dropped.jsonl", split, args.candidates_path or ""]
+    paths = [*lines, *reports, args.review_path or ""]
+    return [os.path.realpath(path) if os.path.islink(path) else path for path in paths]
 
 
 def nearest(path: str) -> str:
     """`; did you mean data/alpaca_demo.jsonl?` if a file of about that name is near, else nothing."""
     for folder in (os.path.dirname(path) or ".", "data", os.path.join(os.path.dirname(__file__), "data")):
         names = os.listdir(folder) if os.path.isdir(folder) else []
-        near = difflib.get_close_matches(os.path.basename(path), names, 1, 0.75)
-        if near:
-            return f"; did you mean {os.path.normpath(os.path.join(folder, near[0]))}?"
+        for near in difflib.get_close_matches(os.path.basename(path), names, 1, 0.75):
+            return f"; did you mean {os.path.normpath(os.path.join(folder, near))}?"
     return ""
 
 
@@ -3804,6 +3744,7 @@ def spooled(args) -> str:
     """The input's path; stdin is copied to a temporary file, since a run may read its input twice."""
     if args.input_file != "-":
         return args.input_file
+    refuse(sys.stdin is None, "stdin is closed: name an --input-file")
     with tempfile.NamedTemporaryFile(suffix=".jsonl", delete=False) as file:
         atexit.register(Path(file.name).unlink, missing_ok=True)
         shutil.copyfileobj(sys.stdin.buffer, file)
@@ -3812,75 +3753,52 @@ def spooled(args) -> str:
 
 def check_input(path: str, run: Run):
     """The first 20 records say whether this file can work at all; raises UserError if not."""
-    args = run.args
-    reads_answers = getattr(run.method, "reads_answers", False)
-    name = "stdin" if args.input_file == "-" else args.input_file
+    args, name = run.args, "stdin" if run.args.input_file == "-" else run.args.input_file
+    first = list(itertools.islice(read_records(path, dict(args.rename), run.reads_answers), 20))
+    refuse(not first, f"{name}: holds no record")
     rows = [row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict)]
-    names = list(dict.fromkeys(str(name) for row in rows for name in row))
+    fields = dict.fromkeys(itertools.chain.from_iterable(rows))
     for old, new in args.rename:
-        refuse(
-            old not in names, f"--rename {old}={new}: no {old!r} among the fields: {', '.join(names)[:200]}"
-        )
-    first = list(itertools.islice(read_records(path, dict(args.rename), reads_answers), 20))
+        known = ", ".join(fields)[:200]
+        refuse(old not in fields, f"--rename {old}={new}: no {old!r} among the fields: {known}")
+        both = new not in dict(args.rename) and any(old in row and new in row for row in rows)
+        refuse(both, f"--rename {old}={new}: there is a field {new!r} already; rename that one, too")
     good = [record for _, record in first if isinstance(record, Record)]
-    if not first:
-        raise UserError(f"{name}: holds no record")
-    if not good:
-        shapes = "; ".join(first_line(entry) for entry in INPUTS.values())
-        raise UserError(
-            f"{name}:{first[0][0]}: {first[0][1].reason}. Accepted: {shapes}. Other fields: --rename OLD=NEW"
-        )
-    other = args.exclude_prompts
-    known = not other or any(isinstance(record, Record) for _, record in read_records(other))
-    refuse(not known, f"--exclude-prompts {other}: no record in it is recognised")
-    offline = [model for model in run.asked() if model.provider == "offline" and model.name != "heuristic"]
-    if offline and not any(record.reference for record in good):
-        raise UserError(
-            f"{name}: no record has an answer, which {offline[0].name} needs: name a provider's models"
-        )
+    reasons = [f"{line}: {record.reason}" for line, record in first if isinstance(record, Failed)]
+    shapes = "; ".join(map(first_line, INPUTS.values()))
+    refuse(not good, f"{name}:{''.join(reasons[:1])}. Accepted: {shapes}. Other fields: --rename OLD=NEW")
+    needy = any(model.provider == "offline" and model.name != "heuristic" for model in run.asked())
+    bare = needy and not any(record.reference for record in good)
+    refuse(bare, f"{name}: no record has an answer, which offline models need: name a provider's models")
+    others = read_records(args.exclude_prompts) if args.exclude_prompts else ()
+    run.excluded = {key for _, other in others if isinstance(other, Record) for key in runs_of(other)}
+    unknown = args.exclude_prompts and not run.excluded
+    refuse(unknown, f"--exclude-prompts {args.exclude_prompts}: no record in it is recognised")
 
 
 def records_of(path: str, run: Run):
     """Yields (line, Record or Failed): the input, with repeated and excluded prompts marked as failed."""
-    args, seen = run.args, set()
-    reads_answers = getattr(run.method, "reads_answers", False)
-    excluded = Excluded(args.exclude_prompts)
-    records = read_records(path, dict(args.rename), reads_answers)
-    for line, record in itertools.islice(records, args.max_samples if args.max_samples >= 0 else None):
+    seen, limit = set(), run.args.max_samples if run.args.max_samples >= 0 else None
+    records = read_records(path, dict(run.args.rename), run.reads_answers)
+    for line, record in itertools.islice(records, limit):
         if isinstance(record, Record):
-            answers = [(a.text, a.votes) for a in record.answers] if reads_answers else []
-            words = [(m["role"], " ".join(m["content"].split())) for m in record.messages]
-            key = int(digest(words, answers)[:16], 16)  # 8 bytes a record is all that is kept
-            if key in seen:
-                reason = "repeated prompt" + " and answers" * bool(answers)
-            else:
-                reason = "excluded prompt" if excluded.holds(record) else ""
+            words = [(m["role"], *m["content"].split()) for m in record.messages]
+            answers = [(answer.text, answer.votes) for answer in record.answers]
+            key = hash(repr((words, answers)))  # all that is kept of a record
+            reason = "repeated prompt" + " and answers" * bool(answers) if key in seen else ""
+            if not reason and run.excluded and not run.excluded.isdisjoint(runs_of(record)):
+                reason = "excluded prompt"
             seen.add(key)
-            if reason:
-                record = Failed("input", reason, record=record)
+            record = Failed("input", reason, record=record) if reason else record
         yield line, record
 
 
-class Excluded:
-    """The prompts of --exclude-prompts: whole, and in runs of 13 tokens (decontamination)."""
-
-    def __init__(self, path: str | None):
-        self.keys = set()
-        for _, record in read_records(path) if path else ():
-            if isinstance(record, Record):
-                self.keys |= self.keys_of(record)
-
-    @staticmethod
-    def keys_of(record: Record) -> set[int]:
-        words = tokens("\n".join(m["content"] for m in record.messages if m["role"] == "user"))
-        runs = [words] + [words[i : i + CONTAMINATION_RUN] for i in range(len(words) - CONTAMINATION_RUN + 1)]
-        return {
-            int.from_bytes(hashlib.blake2b(" ".join(run).encode(), digest_size=8).digest()) for run in runs
-        }
-
-    def holds(self, record: Record) -> bool:
-        """True if the prompt, or any run of 13 tokens of it, is excluded."""
-        return bool(self.keys) and not self.keys.isdisjoint(self.keys_of(record))
+def runs_of(record: Record) -> set[int]:
+    """Hashes of what --exclude-prompts must not share: all of the user's words, and any 13 in a row."""
+    text = "\n".join(m["content"] for m in record.messages if m["role"] == "user").lower()
+    words, size = tokens(text), CONTAMINATION_RUN
+    whole = tuple(re.findall(r"\w+", text)) or text  # of any script; of none, an emoji, as it is
+    return {hash(whole)} | {hash(tuple(words[i : i + size])) for i in range(len(words) - size + 1)}
 
 
 async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
@@ -3936,149 +3854,110 @@ def show_plan(records: int, asking: int, models: Models):
 
 
 class Files:
-    """What a run writes: `<name>.part` until all is done, locked against a second run."""
+    """What a run writes: `<name>.part`, locked against a second run, until all is done."""
 
     def __init__(self, args):
-        self.args, self.paths = args, written_paths(args)
-        self.open, self.rows, self.warned, self.keys = {}, Counter(), False, set()
-        for path in filter(None, self.paths):
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        for path in filter(None, self.paths[:4]):
-            self.open[path] = open(path + ".part", "a+", encoding="utf-8", newline="\n")  # noqa: SIM115
-        if not lock(self.open[self.paths[0]]):
-            raise UserError(f"{args.output_path}: another run is writing it")
+        self.args, self.paths, self.rows = args, written_paths(args), Counter()
+        self.keys, self.kinds, self.warned = set(), set(), False
+        self.open = {path: opened(path + ".part") for path in self.paths[:4] if path}
         for file in self.open.values():
             file.truncate(0)
 
     def add(self, outcome: Outcome, run: Run):
-        """Write a record's rows, or its line among the dropped."""
-        record = outcome.record
-        output, dropped, test, candidates = self.paths[:4]
-        if self.args.candidates_path and record.answers:
-            self.write(candidates, candidates_row(record))
+        """Write a record's rows or its line among the dropped, and its answers where they are wanted."""
+        record, (output, dropped, test, candidates) = outcome.record, self.paths[:4]
+        answers = [vars(answer) for answer in record.answers]
+        if candidates and answers:
+            known = {"prompt": record.messages, "prompt_id": record.prompt_id}
+            self.write(candidates, known | {"completions": answers})
         if not outcome.pairs:
-            return self.write(dropped, dropped_row(outcome))
-        fraction = int(digest(run.seed, record.messages)[:8], 16) / 16**8
-        rows = []
-        for pair in outcome.pairs:
-            leads = pair.human or pair.chosen.score is None or pair.chosen.score > pair.rejected.score
-            if not leads:
-                raise AssertionError(f"line {record.line}: a pair without a lead reached the writer")
-            rows += OUTPUTS[self.args.output_format](pair, run)
-        for row in filter(self.is_new, rows):
-            self.write(test if fraction < self.args.test_fraction else output, row)
-        if len(record.messages) > 1 and isinstance(rows[0].get("prompt"), str) and not self.warned:
-            self.warned = True
-            note(f"line {record.line}: turns become one text; --output-format conversational keeps them")
+            why = {"line": record.line, "stage": outcome.stage, "reason": outcome.reason}
+            known = {"prompt_id": record.prompt_id if record.messages else "", "prompt": record.prompt}
+            self.write(dropped, why | known | {"answers": answers})
+        held = int(digest(run.seed, record.messages)[:8], 16) / 16**8 < self.args.test_fraction
+        for row in itertools.chain.from_iterable(self.rows_of(pair, run) for pair in outcome.pairs):
+            self.kinds.add("score_chosen" in row)
+            self.write(test if held else output, row)
+            if isinstance(row.get("prompt"), str) and len(record.messages) > 1 and not self.warned:
+                self.warned = True
+                note(f"line {record.line}: turns become one text; --output-format conversational keeps them")
 
-    def is_new(self, row: dict) -> bool:
-        """False for a row of a format that says `once` if those of its fields were written before."""
-        once = getattr(OUTPUTS[self.args.output_format], "once", ())
-        key = int(digest([row[name] for name in once])[:16], 16) if once else None
-        known = key in self.keys
-        self.keys |= {key} if once else set()
-        return not known
+    def rows_of(self, pair: Pair, run: Run):
+        """A pair that keeps the law of direction -> its rows, less what a format writes only `once`."""
+        chosen, rejected, make = pair.chosen.score, pair.rejected.score, OUTPUTS[self.args.output_format]
+        if not pair.human and chosen is not None and chosen <= rejected:
+            raise AssertionError(f"line {pair.record.line}: a pair without a lead reached the writer")
+        for row in make(pair, run):
+            once = [row[name] for name in getattr(make, "once", ())]
+            key = hash(json.dumps(once))
+            if not once or key not in self.keys:
+                yield row
+            self.keys.add(key)
 
     def write(self, path: str, row: dict):
-        """One JSON line; what kind of row it is (with scores or without) is counted."""
+        """One JSON line."""
         self.open[path].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self.rows[path] += 1
-        self.rows[path, "score_chosen" in row] += 1
 
     def close(self, done: bool):
-        """When all is done rename every part; a former output that differs stays as .bak, former drops go."""
-        for path, file in self.open.items():
-            file.flush()
-            if not done:
-                file.close()
-                continue
-            if self.rows[path, True] and self.rows[path, False] and path != self.paths[1]:
+        """When all is done and on the disk, every part gets its name; a part that is not done stays.
+
+        A former file that differs stays as .bak; a list of no drops goes."""
+        output, drops, test = self.paths[:3]
+        keep = done and os.name != "nt"  # the lock, until an open file is renamed; on Windows none can be
+        for file in self.open.values():
+            with contextlib.nullcontext() if done else contextlib.suppress(OSError):
+                file.flush() if keep else file.close()
+        for path, file in self.open.items() if done else ():
+            part = path + ".part"
+            if len(self.kinds) > 1 and path in (output, test):
                 note(
                     f"{path}: some pairs have no scores, so the score columns are left out of the whole file"
                 )
-                without_scores(file)
-            if os.name == "nt":  # there an open file cannot be renamed; elsewhere the lock holds until it is
-                file.close()
-            if path == self.paths[1] and not self.rows[path]:
-                os.remove(path + ".part")
-                Path(path).unlink(missing_ok=True)
-            else:
-                if os.path.exists(path) and not same_bytes(path, path + ".part"):
-                    os.replace(path, path + ".bak")
-                os.replace(path + ".part", path)
+                without_scores(part)
+            if os.path.exists(path) and not filecmp.cmp(path, part, shallow=False):
+                os.replace(path, path + ".bak")
+            os.replace(part, path)
+            if path == drops and not self.rows[path]:
+                os.remove(path)
             file.close()
+
+
+def opened(path: str):
+    """A file to write and its folder, locked; raises UserError if another run has it, or nobody can."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    refuse(not lock(file), f"{path}: another run is writing it")
+    return file
 
 
 def lock(file) -> bool:
     """Lock an open file for this process; false if another holds it. A dead process holds nothing."""
+    file.seek(0)  # from where Windows locks a byte
     try:
         if os.name == "nt":
             import msvcrt
 
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
+            return True
+        import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))  # not renamed meanwhile
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))  # not renamed meanwhile
     except OSError:
         return False
-    return True
 
 
-def same_bytes(a: str, b: str) -> bool:
-    """Do two files hold the same?"""
-    import filecmp
-
-    return filecmp.cmp(a, b, shallow=False)
-
-
-def without_scores(file):
-    """Rewrite an open JSONL file, line by line, without the two score columns."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n") as copy:
-        file.seek(0)
-        shutil.copyfileobj(file, copy)
-        copy.seek(0)
-        file.seek(0)
-        file.truncate()
-        for line in copy:
+def without_scores(path: str):
+    """Take the two score columns out of a JSONL file, in place: what is written never passes what is read."""
+    with open(path, "rb") as source, open(path, "r+b") as target:
+        for line in source:
             row = {k: v for k, v in json.loads(line).items() if k not in ("score_chosen", "score_rejected")}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-
-
-def write_whole(path: str, text: str):
-    """Write a page or its numbers at once: nobody ever reads half a file."""
-    if path:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        Path(path + ".part").write_text(text, "utf-8", newline="\n")
-        os.replace(path + ".part", path)
-
-
-def candidates_row(record: Record) -> dict:
-    """Every answer made for a record, with model, score and votes: an input for rank_responses."""
-    answers = [
-        {"model": a.model, "response": a.text, "score": a.score, "votes": a.votes} for a in record.answers
-    ]
-    return {"prompt": record.messages, "prompt_id": record.prompt_id, "completions": answers}
-
-
-def dropped_row(outcome: Outcome) -> dict:
-    """Where, why and what: a dropped record as it stands in <output>.dropped.jsonl."""
-    record = outcome.record
-    answers = [{"model": a.model, "text": a.text, "score": a.score, "votes": a.votes} for a in record.answers]
-    known = (
-        {"prompt_id": record.prompt_id, "prompt": record.prompt}
-        if record.messages
-        else {"prompt_id": "", "prompt": ""}
-    )
-    return {
-        "line": record.line,
-        "stage": outcome.stage,
-        "reason": outcome.reason,
-        **known,
-        "answers": answers,
-    }
+            target.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        target.truncate()
 
 
 class Books:
@@ -4104,28 +3983,22 @@ class Books:
     def lines(self) -> list[str]:
         """The summary's first lines: sums, reasons, and what to do where fewer than 30 % gave a pair."""
         share = f" ({self.paired / self.read:.0%})" if self.read else ""
-        sums = f"{self.paired}{share} gave {self.pairs} pairs, {self.dropped.total()} dropped"
-        shown = 4 if len(self.dropped) > 5 else 5
-        reasons = [((at, why), n) for (at, why), n in self.dropped.most_common(shown)]
-        lines = [f"{self.read} records read: {sums}", *(f"  {n:6}  {at}: {why}" for (at, why), n in reasons)]
-        others = self.dropped.total() - sum(n for _, n in reasons)
+        dropped, top = self.dropped.total(), self.dropped.most_common(5)
+        lines = [f"{self.read} records read: {self.paired}{share} gave {self.pairs} pairs, {dropped} dropped"]
+        lines += [f"  {count:6}  {stage}: {reason}" for (stage, reason), count in top]
+        others = dropped - sum(count for _, count in top)
         lines += [f"  {others:6}  other reasons"] if others else []
-        if self.read and self.paired < 0.3 * self.read:
-            advice = dict.fromkeys(REMEDIES[why] for (_, why), _ in reasons[:3] if why in REMEDIES)
-            lines += ["few pairs came out; what helps:", *(f"  {text}" for text in advice)] if advice else []
-        return lines
+        advice = [f"  {REMEDIES[reason]}" for (_, reason), _ in top[:3] if reason in REMEDIES]
+        few = advice and self.paired < 0.3 * self.read
+        return [*lines, "few pairs came out; what helps:", *dict.fromkeys(advice)] if few else lines
 
 
 # Why few pairs came out -> what to type about it. All of it is served from the cache but for new answers.
 REMEDIES = {
     "orders disagree": "the judge sees no difference: a weaker --low-model, or --method generate_pairs",
-    "tie": "the judge sees no difference: a weaker --low-model, or --method generate_pairs",
     "low model won": "the models are too close: a weaker --low-model, or --when-low-wins flip",
     "gap too small": "a smaller --min-score-gap (0.5), a weaker --low-model, or --method generate_pairs",
     "identical answers": 'on label tasks: --system-prompt "Give a short reason, then the label."',
-    "truncated": "a larger --max-tokens",
-    "both refuse": "the prompts are refused: other models, or other prompts",
-    "unreadable verdict": "a stronger --judge-model",
 }
 
 
@@ -4136,14 +4009,14 @@ def last_lines(books: Books, files: Files, models: Models) -> list[str]:
         keys = ("calls", "cached", "tokens_in", "tokens_out")
         calls, cached, sent, got = (sum(row[key] for row in used) for key in keys)
         lines.append(f"{calls} calls made, {cached} replies cached, {sent:,} tokens in, {got:,} out")
+    output, drops, *_ = files.paths
     if models.stop:
         again = "goes on from here" if models.cache.db else "pays for all again: there was no cache"
-        return [*lines, f"{files.paths[0]}.part holds what was ready; the same command {again}"]
-    for path in files.paths[:4]:
-        if path and (files.rows[path] or path != files.paths[1]):
-            lines.append(f"{files.rows[path]:8} rows  {path}")
+        return [*lines, f"{output}.part holds what was ready; the same command {again}"]
+    written = [path for path in files.open if files.rows[path] or path != drops]
+    lines += [f"{files.rows[path]:8} rows  {path}" for path in written]
     lines += [f"         page  {path}" for path in files.paths[4::2] if path]
-    return [*lines, f"next: head -n 1 {files.paths[0 if books.pairs else 1]}"]
+    return [*lines, f"next: head -n 1 {output if books.pairs else drops}"]
 
 
 async def in_order(source, work, emit, workers: int, models: Models):
@@ -4280,49 +4153,43 @@ async def carry_out(path: str, run: Run, models: Models, total: int | None) -> i
 def report_out(path: str, run: Run, files: Files, report: Report, review: ReviewQueue) -> list[str]:
     """Write the report's page and numbers and the review page -> the terminal's lines."""
     page, data, review_page = files.paths[4:]
-    write_whole(review_page, review.page() if review_page else "")
-    if not page:
-        return []
-    said = run.annotations.numbers() if run.annotations else {"rows": [], "lines": []}
-    human = {"metrics": said["rows"], "lines": said["lines"]}
-    numbers = report.numbers(settings_of(path, run), run.models.rows(), human)
-    write_whole(data, json.dumps(numbers, ensure_ascii=False, indent=1) + "\n")
-    write_whole(page, report_html(numbers))
-    return report_lines(numbers)
+    texts, lines = {review_page: review.page()} if review_page else {}, []
+    if page:
+        said = run.annotations.numbers() if run.annotations else {"rows": [], "lines": []}
+        human = {"metrics": said["rows"], "lines": said["lines"]}
+        numbers = report.numbers(settings_of(path, run), run.models.rows(), human)
+        texts |= {data: json.dumps(numbers, ensure_ascii=False, indent=1) + "\n", page: report_html(numbers)}
+        lines = report_lines(numbers)
+    for name, text in texts.items():
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        Path(name).write_text(text, "utf-8", newline="\n")
+    return lines
 
 
 def settings_of(path: str, run: Run) -> dict:
     """How the data was made, for the report: no key, no date, so that a rerun gives the same bytes."""
     import importlib.metadata
 
+    settings = {name: value for name, value in vars(run.args).items() if value}
+    settings |= {"rubric": digest(run.args.rubric)[:16]} if run.args.rubric else {}
+    settings["models"] = [model.name for model in run.asked() if model not in run.judges]
+    settings["judges"] = [model.name for model in run.judges]
+    packages = [name for name in ("openai", "dashscope") if importlib.util.find_spec(name)]
+    settings["versions"] = {name: importlib.metadata.version(name) for name in packages}
+    settings["versions"]["python"] = ".".join(map(str, sys.version_info[:3]))
     with open(path, "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    flags = {name: value for name, value in vars(run.args).items() if value not in (None, [], "", False)}
-    own = {"rubric": digest(run.args.rubric)[:16]} if run.args.rubric else {}
-
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for package in ("openai", "dashscope"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    models = {
-        "models": [m.name for m in run.asked() if m not in run.judges],
-        "judges": [m.name for m in run.judges],
-    }
-    return flags | own | models | {"versions": versions, "input_sha256": checksum}
+        settings["input_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return scrub(settings)  # a file's name need not be UTF-8
 
 
 def progress(total: int | None):
     """A tqdm bar on stderr; without tqdm, something as quiet as it."""
-    try:
+    with contextlib.suppress(ImportError):
         from tqdm import tqdm
 
-        return tqdm(
-            total=total, unit=" records", file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 10
-        )
-    except ImportError:
-        return types.SimpleNamespace(
-            set_postfix=lambda *_, **__: None, update=lambda: None, close=lambda: None
-        )
+        return tqdm(total=total, unit=" records", mininterval=0.5 if sys.stderr.isatty() else 10)
+    nothing = lambda *_, **__: None
+    return types.SimpleNamespace(set_postfix=nothing, update=nothing, close=nothing)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ REFUSED = {
     "no input": ([], ["--provider", "offline"], "--input-file FILE is missing"),
     "no such input": (["--input-file", "none.jsonl"], [], "none.jsonl: no such file"),
     "a near name": (["--input-file", "../lesson3/data/alpaca_demo.jsonl"], [], "data/alpaca_demo.jsonl?"),
-    "a folder": (["--input-file", "."], [], "is a folder"),
+    "a folder": (["--input-file", "."], [], "is no file"),
     "no key": (["--input-file", DEMO], [], "DASHSCOPE_API_KEY is not set"),
     "unknown method": (["--input-file", DEMO, "--method", "magic"], [], "model_comparison"),
     "unknown provider": (["--input-file", DEMO, "--provider", "magic"], [], "dashscope"),
@@ -42,9 +42,9 @@ REFUSED = {
     "no rename": (["--input-file", "odd.jsonl", "--rename", "size"], [], "is not OLD=NEW"),
     "same models": (["--input-file", DEMO, *MODELS[:4], "--low-model", "gpt-4o"], [], "are both gpt-4o"),
     "no judge": (["--input-file", DEMO, "--method", "generate_pairs", "--judge-model", "none"], [], "needs a judge"),
-    "too many candidates": (["--input-file", DEMO, "--num-candidates", 9], [], "give 2 to 8"),
-    "no workers": (["--input-file", DEMO, "--concurrency", 0], [], "give 1 to"),
-    "not a number": (["--input-file", DEMO, "--max-samples", "ten"], [], "invalid int value"),
+    "too many candidates": (["--input-file", DEMO, "--num-candidates", 9], [], "not a number from 2 to 8"),
+    "no workers": (["--input-file", DEMO, "--concurrency", 0], [], "not a number from 1 to"),
+    "not a number": (["--input-file", DEMO, "--max-samples", "ten"], [], "'ten' is not a number"),
     "budget without price": (["--input-file", DEMO, *MODELS, "--max-cost", 1], [], "--price gpt-4o=IN/OUT"),
     "bad price": (["--input-file", DEMO, "--price", "gpt-4o=cheap"], [], "is not MODEL=IN/OUT"),
     "bad option": (["--input-file", DEMO, "--model-option", "top_p"], [], "is not [MODEL:]KEY=JSON"),
@@ -55,14 +55,22 @@ REFUSED = {
     "no scheme": (["--input-file", DEMO, *MODELS, "--base-url", "localhost:8000/v1"], [], "is written http://"),
     "no scheme after @": (["--input-file", DEMO, *MODELS, "--low-model", "m@localhost:1/v1"], [], "m@localhost:1"),
     "no port": (["--input-file", DEMO, *MODELS, "--base-url", "http://host:port/v1"], [], "is written http://"),
-    "no number": (["--input-file", DEMO, *MODELS, "--max-cost", "nan"], [], "--max-cost nan"),
-    "no gap": (["--input-file", DEMO, *MODELS, "--min-score-gap", "nan"], [], "--min-score-gap nan"),
+    "no number": (["--input-file", DEMO, *MODELS, "--max-cost", "nan"], [], "--max-cost: 'nan'"),
+    "no gap": (["--input-file", DEMO, *MODELS, "--min-score-gap", "nan"], [], "--min-score-gap: 'nan'"),
     "no output name": (["--input-file", DEMO, "--output-path", ""], [], "name a .jsonl file"),
     "output under a file": (["--input-file", DEMO, "--output-path", "odd.jsonl/x.jsonl"], [], "cannot be written"),
-    "output is a device": (["--input-file", DEMO, "--output-path", os.devnull], [], "is no file"),
+    "output is a device": (["--input-file", DEMO, "--output-path", os.devnull], [], "name a .jsonl file"),
     "cache is a folder": (["--input-file", DEMO, "--cache-path", "."], [], "is no file"),
     "candidates is a folder": (["--input-file", DEMO, "--candidates-path", "."], [], "is no file"),
-    "one file for two": (["--input-file", DEMO, "--candidates-path", "o", "--output-path", "o"], [], "the same"),
+    "output's part is the input": (["--input-file", "y.jsonl.part", "--output-path", "y.jsonl"], [], "written over"),
+    "two pages in one file": (["--input-file", DEMO, "--output-path", "o.jsonl", "--review-path", "o.report.html"], [], "the same"),
+    "review page over the output": (["--input-file", DEMO, "--output-path", "o.jsonl", "--review-path", "o.jsonl"], [], "the same"),
+    "candidates in a part": (["--input-file", DEMO, "--output-path", "o.jsonl", "--candidates-path", "o.jsonl.part"], [], "the same"),
+    "no folder can be made": (["--input-file", DEMO, "--output-path", "/proc/none/o.jsonl"], ["--provider", "offline"], "/proc/none"),
+    "a name too long": (["--input-file", DEMO, "--output-path", "n" * 300 + ".jsonl"], ["--provider", "offline"], "cannot be written"),
+    "no table out": (["--input-file", DEMO, "--output-path", "o.csv"], [], "name a .jsonl file"),
+    "renamed onto a field": (["--input-file", "two.jsonl", "--rename", "question=prompt"], ["--provider", "offline"], "a field 'prompt' already"),
+    "one file for two": (["--input-file", DEMO, "--candidates-path", "o.jsonl", "--output-path", "o.jsonl"], [], "the same"),
     "excluded is missing": (["--input-file", DEMO, "--exclude-prompts", "none.jsonl"], [], "none.jsonl: no such"),
     "missing rubric": (["--input-file", DEMO, "--rubric", "none.txt"], [], "none.txt"),
     "a file of no kind": (["--input-file", "noise.jsonl"], ["--provider", "offline"], "not JSON"),
@@ -77,6 +85,8 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch, capsys, 
     write_jsonl(tmp_path / "in.jsonl", PROMPTS)
     write_jsonl(tmp_path / "x.dropped.jsonl", PROMPTS)
     write_jsonl(tmp_path / "odd.jsonl", [{"colour": "red"}])
+    write_jsonl(tmp_path / "y.jsonl.part", PROMPTS)
+    write_jsonl(tmp_path / "two.jsonl", [{"question": "a", "prompt": "b", "output": "c"}])
     (tmp_path / "empty.jsonl").write_bytes(b"\xef\xbb\xbf\n\n")
     (tmp_path / "noise.jsonl").write_bytes(bytes(range(256)) * 9)
     before = sorted(os.listdir(tmp_path))
@@ -102,16 +112,6 @@ def test_help_lists_every_entry_of_every_table():
     assert all(lesson < out.index(f"  {flag} ") for flag in ("--input-file", "--method", "--output-path"))
 
 
-def test_help_and_the_offline_provider_need_the_standard_library_only(tmp_path):
-    block = "import sys; sys.modules.update(dict.fromkeys(['openai', 'dashscope', 'aiohttp', 'tqdm']));"
-    for flags in (
-        ["--help"],
-        ["--provider", "offline", "--input-file", str(DEMO), "--output-path", "o.jsonl"],
-    ):
-        code = f"{block} sys.path.insert(0, {str(ROOT)!r}); import rlhf_constructor as rc; sys.exit(rc.main({flags}))"
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True)
-
-
 @pytest.mark.parametrize("package", ["openai", "dashscope"])
 def test_a_package_that_is_missing_is_named_before_anything_happens(rlhf, monkeypatch, tmp_path, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -126,6 +126,15 @@ def test_a_folder_that_cannot_be_written_is_refused(rlhf, tmp_path):
     (tmp_path / "shut").mkdir(mode=0o500)
     result = rlhf(DEMO, "--provider", "offline", output="shut/out.jsonl")
     assert result.status == 2 and "shut cannot be written to" in result.err
+
+
+def test_a_link_stays_and_the_file_it_points_to_is_written(rlhf, tmp_path):
+    os.symlink("store/real.jsonl", tmp_path / "out.jsonl")
+    for count in (30, 20):
+        assert rlhf(DEMO, "--provider", "offline", "--max-samples", count).status == 0
+    assert os.readlink(tmp_path / "out.jsonl") == "store/real.jsonl"
+    assert sorted(os.listdir(tmp_path / "store")) == ["real.jsonl", "real.jsonl.bak"]
+    assert len(rows(tmp_path / "store/real.jsonl")) <= 20 < len(rows(tmp_path / "store/real.jsonl.bak"))
 
 
 def test_an_input_is_never_written_over_by_a_link(rlhf, tmp_path):
@@ -201,7 +210,7 @@ def test_a_budget_stops_the_run_and_a_larger_one_goes_on(rlhf):
     prices = ("--price", "gpt-4o=1000/1000", "--price", "gpt-4o-mini=1000/1000", "--concurrency", 1)
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 2, api=api)
-        assert result.status == 3 and "--max-cost 2 is reached" in result.err and 4 <= api.count() < 40
+        assert result.status == 3 and "--max-cost 2 are spent" in result.err and 4 <= api.count() < 40
         assert rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 1000, api=api).status == 0 and api.count() == 48
 
 
@@ -322,6 +331,18 @@ def test_a_second_run_at_the_same_output_is_refused(process, rlhf, tmp_path):
     assert len(rows(tmp_path / "out.jsonl")) > 6
 
 
+@pytest.mark.parametrize("flags", [(), ("--candidates-path", "c.jsonl")], ids=["the output", "another file"])
+def test_a_file_that_another_run_is_writing_is_left_as_it_is(rlhf, tmp_path, flags):
+    fcntl = pytest.importorskip("fcntl")
+    part = tmp_path / ("c.jsonl.part" if flags else "out.jsonl.part")
+    part.write_text("half a row")
+    with open(part, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = rlhf(DEMO, "--provider", "offline", *flags)
+    assert result.status == 2 and f"{part.name}: another run" in result.err and result.err.count("\n") == 1
+    assert part.read_text() == "half a row" and not result.pairs
+
+
 def test_two_runs_share_one_cache(process, tmp_path):
     write_jsonl(tmp_path / "in.jsonl", PROMPTS)
     with Api(demo_world, latency=0.02) as api:
@@ -365,6 +386,41 @@ def test_prompts_of_another_file_are_left_out(rlhf, tmp_path):
     assert [pair["prompt"] for pair in result.pairs] == ["Fine?"]
 
 
+def test_a_prompt_of_any_script_is_left_out_alone(rlhf, tmp_path):
+    write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "ما هي عاصمة فرنسا؟"}, {"prompt": "🙂"}])
+    records = [{"prompt": p, "output": "An answer."} for p in ("ما هي عاصمة فرنسا؟", "كيف حالك؟", "🙂", "🙃")]
+    result = rlhf(records, "--provider", "offline", "--exclude-prompts", "eval.jsonl")
+    assert [pair["prompt"] for pair in result.pairs] == ["كيف حالك؟", "🙃"]
+
+
+def test_the_same_answers_ranked_the_other_way_are_no_repetition(rlhf):
+    """(-1.0 and -2.0 have one hash in Python.)"""
+    answers = {"prompt": "Q", "responses": ["an answer", "a worse one"]}
+    result = rlhf(
+        [answers | {"ranks": [1, 2]}, answers | {"ranks": [2, 1]}] * 2, "--method", "rank_responses"
+    )
+    assert len(result.pairs) == 2 and result.reasons == ["input: repeated prompt and answers"] * 2
+
+
+def test_candidates_can_be_ranked_again_without_a_call(rlhf, tmp_path):
+    with Api(demo_world) as api:
+        pairs = rlhf(PROMPTS, *MODELS, "--candidates-path", "c.jsonl", api=api).pairs
+    again = rlhf(
+        tmp_path / "c.jsonl", "--method", "rank_responses", "--min-score-gap", 1, output="again.jsonl"
+    )
+    assert pairs and [row["chosen"] for row in again.pairs] == [row["chosen"] for row in pairs]
+
+
+def test_score_columns_are_whole_or_absent_over_the_split(rlhf, tmp_path):
+    """Two files of one data set have the same columns, whichever of them holds the pair without scores."""
+    scored = {"responses": ["an answer", "a worse one"], "scores": [9, 2]}
+    records = [{"prompt": f"Q {n}", **scored} for n in range(30)]
+    records.append({"prompt": "Q", "chosen": "an answer", "rejected": "a worse one"})
+    train = rlhf(records, "--method", "rank_responses", "--test-fraction", 0.4).pairs
+    held = rows(tmp_path / "out.test.jsonl")
+    assert len(train) + len(held) == 31 and held and not any("score_chosen" in row for row in train + held)
+
+
 def test_fields_can_be_renamed_and_samples_limited(rlhf):
     records = [{"ask": f"Question {n}?", "gold": "An answer."} for n in range(5)]
     flags = ("--rename", "ask=prompt", "--rename", "gold=output", "--max-samples", 3, "--provider", "offline")
@@ -377,6 +433,12 @@ def test_stdin_is_an_input(tmp_path):
         input=DEMO.read_bytes(), cwd=tmp_path, capture_output=True, check=True,
     )  # fmt: skip
     assert b"30 records read" in run.stdout and len(rows(tmp_path / "new/o.jsonl")) > 20
+
+
+def test_a_closed_stdin_is_one_line():
+    command = [sys.executable, SCRIPT, "--provider", "offline", "--input-file", "-"]
+    run = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True)
+    assert run.returncode == 2 and "stdin is closed" in run.stderr and run.stderr.count("\n") == 1
 
 
 def test_nothing_of_stdin_stays_behind(tmp_path):
