@@ -193,7 +193,9 @@ class Api:
 
     def __init__(self, answer, latency: float = 0.0, limit: int | None = None, port: int = 0, retry_after=""):
         self._answer, self._latency, self._port = answer, latency, port
-        self._refusal = Fault(429, message="rate limit", headers={"Retry-After": retry_after} if retry_after else {})
+        self._refusal = Fault(
+            429, message="rate limit", headers={"Retry-After": retry_after} if retry_after else {}
+        )
         self._accepted: deque[float] = deque(maxlen=limit)
         self.calls: list[Call] = []  # in order of arrival, the refused too
         self.errors: list[Exception] = []
