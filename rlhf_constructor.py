@@ -1060,8 +1060,8 @@ REFUSAL_SAYS = re.compile(
     rf"|{ZH_CANNOT}(?:[为给][您你])?(?:提供|回答|帮助|协助|满足|完成|讨论|生成|执行|访问|查看|获取|直接)"
 )
 LANGUAGE_ASKED = re.compile(
-    r"(?i)英语|英文|翻译|译成|译为|法语|日语|德语|韩语|俄语|西班牙语|中文|汉语|代码|函数|程序|编写|算法|排序|脚本|命令"
-    r"|公式|translat|english|chinese|french|japanese|korean|german|spanish|russian|italian|language|python|java|sql|code"
+    r"(?i)translat|english|chinese|french|japanese|korean|german|spanish|russian|italian|language|python|java"
+    r"|sql|code|英语|英文|翻译|译成|译为|法语|日语|德语|韩语|俄语|西班牙语|中文|汉语|代码|函数|程序|编写|算法|排序|脚本|命令|公式"
 )
 REPEAT_ASKED = re.compile(  # "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not
     r"(?i)\brepeat|again and again|lines of|\b(?:\d+|three|four|five|six|seven|eight|nine|t[ew]\w+"
