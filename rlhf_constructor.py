@@ -788,7 +788,7 @@ with a number from 1 to 10 for every id."""
 REFERENCE_NOTE = "For checking correctness only, no model of length or style; other right answers exist."
 
 THINKING = re.compile(r"\A(?:\s*<think(?:ing)?>(?:.*?</think(?:ing)?>\s*|.*))+", re.S)
-THOUGHT_END = re.compile(r"\A(?:(?!<think).)*?(?<!`)</think(?:ing)?>", re.S)
+THOUGHT_END = re.compile(r"\A(?!.*<think).*?(?<!`)</think(?:ing)?>", re.S)
 RESERVED = re.compile(r"<(?=/?(?:answer|prompt|reference)\b|\|)|\[(?=/?INST\])", re.I)
 
 

@@ -209,12 +209,6 @@ def test_no_reply_whatever_crashes_the_parser_or_leaves_the_scale(reply):
     assert scores is None or (len(scores) == 2 and all(1 <= score <= 10 for score in scores))
 
 
-@pytest.mark.parametrize("ids", [["K3", "Q7", "T5"], ["C3", "D4", "E5", "F6", "G7", "H8", "J9", "K3"]])
-def test_any_number_of_ids_is_read_in_the_order_asked_for(ids):
-    given = dict(zip(random.Random(0).sample(ids, len(ids)), range(1, 10)))
-    assert rc.parse_scores(json.dumps({"scores": given}), ids) == [given[name] for name in ids]
-
-
 @pytest.mark.parametrize(
     "votes, judges, score",
     [
@@ -450,6 +444,8 @@ THOUGHTS = [
     pytest.param("<thinking>hm</thinking> 42", "42", id="thinking"),
     pytest.param("hm\n</think>\n42", "\n42", id="never opened"),
     pytest.param("<think>hm", "", id="never closed"),
+    pytest.param("<think>hm</think><think>hm</think>42", "42", id="two blocks"),
+    pytest.param("<think>hm</think>\n<think>hm", "", id="two blocks, one never closed"),
     pytest.param("42", "42", id="no block"),
     pytest.param(
         "Wrap it in `<think>` and `</think>`.", "Wrap it in `<think>` and `</think>`.", id="named in code"

@@ -197,6 +197,7 @@ KEPT = {
              chosen="我以后上课再也不迟到了。\n" * 20, rejected="好。"),
         case("asked to repeat", prompt="请重复我的话十次：今天也要加油", chosen="今天也要加油，" * 40, rejected="好。"),
         case("a long good answer", prompt="Why is the sky blue?", chosen=LONG),
+        case("a ruled line at the end", prompt="Make a form for a signature.", chosen="Sign here: " + "_" * 300),
     ],
     "identical": [
         case("a sign", prompt="What is 6 minus 48?", chosen="-42", rejected="42"),
