@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import rlhf_constructor as rc
 from tests.tiny import ask, judged_by, run_of, shown, verdict, wait, why
 
-fuzz = settings(deadline=None, derandomize=True, max_examples=300)  # the same examples every time
+fuzz = settings(deadline=None, derandomize=True, max_examples=150)  # the same examples every time
 
 IDS = ["K3", "Q7"]
 GOOD = '{"reason": "ok", "scores": {"K3": 8, "Q7": 3.5}}'
