@@ -23,14 +23,12 @@ def reason_against(prompt="What is 6 times 7?", chosen="It is 42.", rejected="Bl
     for answer, given in ((made.chosen, votes[0]), (made.rejected, votes[1])):
         answer.votes, answer.slots = given, (0, 1) if given else ()
         answer.score = sum(given) / 2 if given else None
-    for rule in rc.FILTERS.values():  # every rule looks at every pair: a good one must pass them all
-        looked = (
-            [(made, run)] if rule.on == "pair" else [(made.record, a) for a in (made.chosen, made.rejected)]
-        )
-        reason = next(filter(None, itertools.starmap(rule, looked)), None)
-        if reason:
-            return reason
-    return None
+    looked_at = [
+        ("answer", made.record, made.chosen),
+        ("answer", made.record, made.rejected),
+        ("pair", made, run),
+    ]
+    return next(filter(None, itertools.starmap(run.complaint, looked_at)), None)
 
 
 def case(name: str, **parts):
@@ -197,6 +195,7 @@ KEPT = {
              chosen="我以后上课再也不迟到了。\n" * 20, rejected="好。"),
         case("asked to repeat", prompt="请重复我的话十次：今天也要加油", chosen="今天也要加油，" * 40, rejected="好。"),
         case("a long good answer", prompt="Why is the sky blue?", chosen=LONG),
+        case("a ruled line at the end", prompt="Make a form for a signature.", chosen="Sign here: " + "_" * 300),
     ],
     "identical": [
         case("a sign", prompt="What is 6 minus 48?", chosen="-42", rejected="42"),
@@ -366,7 +365,9 @@ def test_marks_are_foreign_though_the_record_has_turns():
 
 @pytest.mark.parametrize("name", [n for n, rule in rc.FILTERS.items() if not getattr(rule, "fixed", False)])
 def test_a_filter_can_be_skipped(name):
-    assert not run_of("--skip-filter", name).applies(name)
+    given = dict(DROPPED[name][0].values[0])
+    why, flags = given.pop("why"), [*given.pop("flags", ()), "--skip-filter", name]
+    assert why and reason_against(**given, flags=flags) is None
 
 
 def test_what_is_fixed_cannot_be_skipped():
