@@ -270,11 +270,7 @@ def from_conversation(row: dict) -> list[Record] | None:
     """`messages` (OpenAI), `conversations` (ShareGPT): all turns are kept, a last answer is the reference"""
     nested = row["input"].get("messages") if isinstance(row.get("input"), dict) else None
     turns = row.get("messages") or row.get("conversations") or nested
-    if not isinstance(turns, list):
-        return None
-    if text_of(row, "system") and turns[:1] != [] and role_of(turns[0]) != "system":
-        turns = [{"role": "system", "content": row["system"]}, *turns]
-    return [conversation(turns)]
+    return [conversation(turns, row)] if isinstance(turns, list) else None
 
 
 @register(INPUTS)
@@ -283,7 +279,7 @@ def from_self_instruct(row: dict) -> list[Record] | None:
     if not isinstance(row.get("instances"), list) or not text_of(row, "instruction"):
         return None
     instances = [one for one in row["instances"] if isinstance(one, dict)] or [{}]
-    return [asked(row["instruction"], text_of(one, "input"), text_of(one, "output")) for one in instances]
+    return [from_alpaca(one | {"instruction": row["instruction"]})[0] for one in instances]
 
 
 @register(INPUTS)
@@ -291,83 +287,60 @@ def from_alpaca(row: dict) -> list[Record] | None:
     """`instruction`, `input`, `output` (Alpaca, few-shot): the prompt is instruction, blank line, input."""
     if not text_of(row, "instruction"):
         return None
-    record = asked(row["instruction"], text_of(row, "input"), reference_of(row))
-    past = [(q, a) for q, a in row.get("history") or [] if isinstance(q, str) and isinstance(a, str)]
-    turns = [(role, text) for turn in past for role, text in zip(("user", "assistant"), turn, strict=True)]
-    turns = ([("system", row["system"])] if text_of(row, "system") else []) + turns
-    record.messages[:0] = [{"role": role, "content": text} for role, text in turns]
-    return [record]
+    asked = [row["instruction"].strip(), text_of(row, "input").strip()]
+    past = [turn for q_and_a in row.get("history") or [] for turn in zip(QA, q_and_a, strict=True)]
+    turns = [*past, ("user", "\n\n".join(filter(None, asked)))]
+    return [conversation([{"role": role, "content": text} for role, text in turns], row)]
+
+
+QA = ("user", "assistant")
 
 
 @register(INPUTS)
 def from_prompt(row: dict) -> list[Record] | None:
     """`prompt`, `question`, `query`, `text`: a string or a list of messages; `answer` is the reference"""
-    name = next((n for n in PROMPT_FIELDS if row.get(n)), None)
-    if name and isinstance(row[name], list):
-        record = conversation(row[name])
-        record.reference = record.reference or reference_of(row)
-        return [record]
-    if not name or not isinstance(row[name], str):
-        return None
-    if row[name].startswith("\n\nHuman:"):
-        return [conversation(human_turns(row[name]))]
-    record = asked(row[name], "", reference_of(row))
-    if text_of(row, "system"):
-        record.messages.insert(0, {"role": "system", "content": row["system"]})
-    return [record]
+    said = next((row[name] for name in PROMPT_FIELDS if row.get(name)), None)
+    if isinstance(said, str):
+        said = human_turns(said) or [{"role": "user", "content": said}]
+    return [conversation(said, row)] if isinstance(said, list) else None
 
 
-def text_of(row: dict, name: str) -> str:
+def text_of(row: dict, name) -> str:
     """The field as text, "" if it is missing or blank; raises Failed if it holds anything else."""
     value = row.get(name)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return ""
-    if not isinstance(value, str):
+    if not isinstance(value, str | None):
         raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
-    return value
+    return value if value and value.strip() else ""
 
 
-def reference_of(row: dict) -> str:
-    """The record's own answer; a completion that is labelled bad (KTO) is none."""
-    named = (text_of(row, n) for n in REFERENCE_FIELDS if isinstance(row.get(n), str))
-    return (
-        ""
-        if str(row.get("label")).strip().lower() in ("false", "0", "0.0")
-        else next(filter(None, named), "")
-    )
-
-
-def asked(instruction: str, extra: str, reference: str) -> Record:
-    """A single user turn -> Record."""
-    content = f"{instruction.strip()}\n\n{extra.strip()}" if extra else instruction.strip()
-    return Record([{"role": "user", "content": content}], reference.strip())
-
-
-def role_of(turn: dict) -> str:
-    """system, user or assistant, for OpenAI's `role` and ShareGPT's `from`; raises Failed for tool turns."""
+def message(turn) -> dict:
+    """An OpenAI or ShareGPT turn -> {"role", "content"}; raises Failed for tool turns and pictures."""
     name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
     if not isinstance(name, str) or name.lower() not in ROLES:
         raise Failed("input", f"unknown role: {name!r} (known: {', '.join(ROLES)})")
-    return ROLES[name.lower()]
+    role, said = ROLES[name.lower()], turn.get("content", turn.get("value"))
+    if isinstance(said, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in said):
+        said = "\n".join(str(part.get("text", "")) for part in said)
+    if not isinstance(said, str):
+        raise Failed("input", f"not a text: a {role} turn holds a {type(said).__name__}")
+    return {"role": role, "content": said.strip()}
 
 
-def conversation(turns: list) -> Record:
-    """OpenAI or ShareGPT turns -> Record; raises Failed where no user turn is left to answer."""
-    messages = []
-    for turn in turns:
-        role, content = role_of(turn), turn.get("content", turn.get("value"))
-        if isinstance(content, list) and all(
-            isinstance(p, dict) and p.get("type") == "text" for p in content
-        ):
-            content = "\n".join(str(part.get("text", "")) for part in content)
-        if not isinstance(content, str):
-            raise Failed("input", f"not a text: a {role} turn holds a {type(content).__name__}")
-        messages.append({"role": role, "content": content.strip()})
+def conversation(turns: list, row: dict) -> Record:
+    """Turns, and the row's `system` before them -> Record; its reference is a last answer, or the row's own.
+
+    A completion that is labelled bad (KTO) is none. Raises Failed if there is no user turn to answer."""
+    messages = [message(turn) for turn in turns]
+    if text_of(row, "system") and messages[:1] and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": row["system"]})
     ends = bool(messages) and messages[-1]["role"] == "assistant"
-    reference = messages.pop()["content"] if ends else ""
+    known = [messages.pop()["content"] if ends else "", *(row.get(name) for name in REFERENCE_FIELDS)]
     if not messages or messages[-1]["role"] != "user":
         raise Failed("input", "the conversation has no user turn to answer")
-    return Record(messages, reference)
+    bad = str(row.get("label")).strip().lower() in ("false", "0", "0.0")
+    return Record(
+        messages, next((t.strip() for t in known if isinstance(t, str) and t.strip() and not bad), "")
+    )
 
 
 def parse_row(row, with_answers: bool = False) -> list[Record]:
@@ -380,12 +353,11 @@ def parse_row(row, with_answers: bool = False) -> list[Record]:
         raise Failed("input", f"not a record: a {type(row).__name__} instead of an object")
     row = in_plain_names(row)
     records = next(filter(None, (adapter(row) for adapter in INPUTS.values())), None)
-    if records is None:
-        blank = any(not str(row.get(name, "?") or "").strip() for name in ("instruction", *PROMPT_FIELDS))
-        known = f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
-        raise Failed("input", "empty prompt" if blank else known)
-    if any(not record.messages[-1]["content"] for record in records):
+    blank = any(not str(row.get(name, "?") or "").strip() for name in ("instruction", *PROMPT_FIELDS))
+    if not all(record.messages[-1]["content"] for record in records or ()) or (blank and not records):
         raise Failed("input", "empty prompt")
+    if not records:
+        raise Failed("input", f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}")
     if with_answers:
         try:
             add_answers(records[0], row)
@@ -408,9 +380,10 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
             if isinstance(row, dict) and rename:
                 row = {rename.get(name, name): value for name, value in row.items()}
             records = parse_row(row, with_answers)
-        except (Failed, *JUNK) as error:
-            broken = Failed("input", f"malformed record: {error}")  # junk nested where a text should be
-            records = [error if isinstance(error, Failed) else broken]
+        except Failed as error:
+            records = [error]
+        except JUNK as error:
+            records = [Failed("input", f"malformed record: {error}")]
         for record in records:
             if isinstance(record, Record):
                 record.line = line
@@ -425,70 +398,74 @@ def read_rows(path: str):
             if name.endswith((".csv", ".tsv")):
                 yield from table_rows(file, "\t" if name.endswith(".tsv") else ",")
             else:
-                yield from json_rows(file, path)
-    except (OSError, EOFError, zlib.error) as error:
+                yield from json_rows(file)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: {NOT_UTF_8}") from None
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def json_rows(file, path: str):
+NOT_UTF_8 = "not UTF-8: convert it, e.g. iconv -f gb18030 -t utf-8"
+
+
+def json_rows(file):
     """JSON lines; or, where the first character says so, one JSON array or one indented object read whole."""
     lines = ((n, raw) for n, raw in enumerate(file, 1) if raw.strip(b"\xef\xbb\xbf \t\r\n"))
-    first = next(lines, (1, b""))
-    head = first[1].lstrip(b"\xef\xbb\xbf \t")
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: is UTF-16; save it as UTF-8")
+    first, head = next(lines, (1, b""))
+    head = head.lstrip(b"\xef\xbb\xbf \t")
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16
+        head.decode()
     if head[:1] == b"[" or head.strip() == b"{":
         whole = parse_json(head + b"".join(raw for _, raw in lines))
         if isinstance(whole, dict) and len(whole) == 1 and not {"messages", "conversations"} & whole.keys():
             [whole] = whole.values() if isinstance(*whole.values(), list) else [whole]  # {"data": [...]}
         yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
     elif head:
-        yield from ((n, parse_json(raw)) for n, raw in itertools.chain([(first[0], head)], lines))
+        yield from ((n, parse_json(raw)) for n, raw in itertools.chain([(first, head)], lines))
 
 
 def parse_json(raw: bytes):
     """bytes -> value, or (not raised) Failed, so that one broken line costs one record."""
     try:
-        return scrub(json.loads(raw.decode("utf-8")))
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+        half_an_emoji = b"\\ud" in raw or b"\\uD" in raw  # at least, only there can one be
+        return json.loads(scrub(json.dumps(value, ensure_ascii=False))) if half_an_emoji else value
     except UnicodeDecodeError:
-        return Failed("input", "not UTF-8: convert the file, e.g. iconv -f gb18030 -t utf-8")
+        return Failed("input", NOT_UTF_8)
     except (ValueError, RecursionError) as error:
         return Failed("input", f"not JSON: {error}")
 
 
-def scrub(value):
-    """Lone surrogates (half an emoji: no UTF-8, no trainer and no API takes them) -> U+FFFD, at any depth."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-    elif isinstance(value, list):
-        return [scrub(one) for one in value]
-    elif isinstance(value, dict):
-        return {scrub(name): scrub(one) for name, one in value.items()}
-    return value
+def scrub(text):
+    """Lone surrogates (half an emoji: no UTF-8, no trainer and no API takes them) -> U+FFFD."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if isinstance(text, str) else text
 
 
 def table_rows(file, delimiter: str):
-    """CSV or TSV with a header; the line is that of the row's end."""
+    """CSV or TSV with a header; the line is that of the row's end. An open quote costs the lines it spans."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter)
-    try:
-        for row in reader:
-            extra = row.pop(None, None)
-            yield reader.line_num, Failed("input", "more cells than the header has") if extra else row
-    except UnicodeDecodeError:
-        raise UserError(f"{file.name}: not UTF-8; convert it, e.g. iconv -f gb18030 -t utf-8") from None
-    except csv.Error as error:
-        yield reader.line_num, Failed("input", f"not a table row: {error}")
+    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    names, read, cells = next(reader, []), reader.line_num, []
+    if len(set(names)) < len(names):
+        raise csv.Error("a name stands twice in its header")
+    while cells is not None:
+        try:
+            cells = next(reader, None)
+            if cells and len(cells) > len(names):
+                yield reader.line_num, Failed("input", "more cells than the header has")
+            elif cells:
+                yield reader.line_num, dict(itertools.zip_longest(names, cells))
+        except csv.Error as error:
+            cells, spoilt = [], f"lines {read + 1} to {reader.line_num}"
+            yield reader.line_num, Failed("input", f"not a table row: {error}; check the quotes of {spoilt}")
+        read = reader.line_num
 
 
 # --- Answers that exist already, and what says which of them is better (for rank_responses).
 # One name, one direction, never a guess: a higher score, a lower rank, an earlier index in `order` wins.
 
-# name -> (kind, width of the scale in points, 0 = unknown). Objects and suffixed fields carry the name, lists
-# also its plural or all_...s. The first that is there counts: UltraFeedback's overall_score had errors.
+# name -> (kind, width of the scale in points, 0 = unknown), the most telling first. Objects and suffixed
+# fields carry the name; a list that has a value per answer also its plural, or all_...s.
 SIGNALS = {
     "votes": ("score", 9.0),  # what --candidates-path writes: one number per judge and order
     "fine-grained_score": ("score", 4.0),
@@ -500,79 +477,87 @@ SIGNALS = {
     "rank": ("rank", 0.0),
     "order": ("order", 0.0),
 }
+OWN = tuple(name for name in SIGNALS if name != "order")  # what can stand in an answer's own object or field
+BESIDE = {form: name for name in SIGNALS for form in (name, f"{name}s", f"all_{name}s")}
+WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "the data set's winner")
+LEADS = {  # by how much the second answer is better: name -> (the first answer's field, a tie, width of the scale)
+    "preference": ("output_1", 1.5, 0.5),  # AlpacaEval: 1 to 2
+    "preference_strength": ("response_1", 0.0, 3.0),  # HelpSteer2
+    "overall_preference": ("response1", 0.0, 3.0),  # HelpSteer3
+}
+EVEN = r"tie|draw|both|neither"
 LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers", "summaries")
 TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
 STEMS = ("response", "answer", "output", "completion", "generation", "human_ref", "summary", "text")
-SIGNS = [mark + run for mark in ("_", "") for run in ("abcdefgh", "ABCDEFGH", "01234567", "12345678")]
-CHOICES = ("winner", "choice", "better_response_id")  # the better answer's name, or its index from 0
-OWN = ("model", *(name for name in SIGNALS if name != "order"))  # what an answer can say of itself
+RUNS = ("abcdefgh", "ABCDEFGH", "01234567", "12345678")
+SUFFIXED = {  # the first field of a run -> (stem, form of its fields, run)
+    form.format(stem, run[0]): (stem, form, run)
+    for stem in STEMS
+    for form in ("{0}_{1}", "{0}{1}")
+    for run in RUNS
+}
+READY = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+READY_FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
 
-# Data sets whose names mislead: a field that gives one away -> the row's fields in plain names. `lead` is by
-# how much the second answer is better, in points of `scale`.
-ENDS_AB = ("response_a", "response_b")
+# Data sets whose names mislead: a field that gives one away -> the row's fields in plain names.
 DATA_SETS = {
-    "human_ref_A": lambda r: {"prompt": r["history"], "winner": {1: 0, 0: 1}.get(number(r["labels"]))},  # SHP
-    "preference": lambda r: {"lead": r["preference"], "even": 1.5, "scale": 0.5},  # AlpacaEval: 1 to 2
-    "preference_strength": lambda r: {"lead": r["preference_strength"], "scale": 3.0},  # HelpSteer2
-    "overall_preference": lambda r: {"prompt": r["context"], "lead": r["overall_preference"], "scale": 3.0},
-    "question": lambda r: {"prompt": r["question"]["full_text"]},  # WebGPT
-    "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"]},  # summarize comparisons
-    "safer_response_id": lambda r: {"winner": agreed(r["better_response_id"], r["safer_response_id"])},  # PKU
-    "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"], ENDS_AB),  # Arena 33k, 140k
-    "winner_model_a": lambda r: {  # Chatbot Arena 55k: texts are JSON lists in a string
-        **{name: only_turn(r[name]) for name in ("prompt", "response_a", "response_b")},
-        "winner": one_hot(r),
-    },
+    "human_ref_A": lambda r: {
+        "prompt": r["history"],
+        WINNERS[-1]: {1: 0, 0: 1}.get(number(r["labels"])),
+    },  # SHP
+    "overall_preference": lambda r: {"prompt": r["context"]},  # HelpSteer3
+    "question": lambda r: (
+        {"prompt": r["question"]["full_text"]} if isinstance(r["question"], dict) else {}
+    ),  # WebGPT
+    "info": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"]} if "summaries" in r else {},
+    "conversation_a": lambda r: battle(r, ("conversation_a", "conversation_b"), ("response_a", "response_b")),
+    "winner_model_a": lambda r: (
+        one_hot(r) | {n: only_turn(r[n]) for n in ("prompt", "response_a", "response_b")}
+    ),
+    "chosen": lambda r: whole_chats(r),
 }
 
 
 def in_plain_names(row: dict) -> dict:
     """The row, with a misleading data set's fields under plain names; chats without a prompt are split."""
-    misled = {"preference": "output_1" in row, "question": isinstance(row.get("question"), dict)}
-    misled["summaries"] = isinstance(row.get("info"), dict)
     for sign, plain in DATA_SETS.items():
-        if row.get(sign) is not None and misled.get(sign, True):
-            return row | plain(row)
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, list) and isinstance(rejected, list):  # whole chats say more than a `prompt` beside
-        chats = min(len(chosen), len(rejected)) > 1 and role_of(chosen[0]) != "assistant"
-        if chats or not {"prompt", "messages", "input"} & row.keys():
-            return row | battle(chosen, rejected)
-    if isinstance(chosen, str) and chosen.startswith("\n\nHuman:") and "prompt" not in row:  # HH-RLHF
-        return row | battle(human_turns(chosen), human_turns(rejected))
+        if row.get(sign) is not None:
+            row = row | plain(row)
     return row
 
 
-def battle(one: list, two: list, names: tuple = ("chosen", "rejected")) -> dict:
+def battle(row: dict, chats: tuple, names: tuple) -> dict:
     """Two conversations -> their common history as `messages`, and the two last answers by these names."""
-    a, b = conversation(one), conversation(two)
+    a, b = (conversation(row[chat], {}) for chat in chats)
     if a.messages != b.messages:
         raise Failed("input", "histories differ: not two answers to one prompt")
     return {"messages": a.messages, names[0]: a.reference, names[1]: b.reference}
 
 
-def human_turns(text: str) -> list[dict]:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar) -> messages, less a last empty answer."""
-    parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
-    turns = [
-        {"role": "user" if who == "Human" else "assistant", "content": said}
-        for who, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    return turns[:-1] if turns and not turns[-1]["content"].strip() else turns
+def whole_chats(row: dict) -> dict:
+    """`chosen` and `rejected` that repeat the prompt (HH-RLHF, TRL's implicit prompt) -> prompt and answers."""
+    chats = {n: human_turns(row[n]) or row[n] for n in READY[0] if isinstance(row.get(n), str | list)}
+    if len(chats) < 2 or not all(isinstance(chat, list) for chat in chats.values()):
+        return {}
+    whole = min(map(len, chats.values())) > 1 and message(chats["chosen"][0])["role"] != "assistant"
+    asked = {"prompt", "messages", "input"} & row.keys()
+    return battle(chats, READY[0], READY[0]) if whole or not asked else {}
 
 
-def agreed(one, two):
-    """Two verdicts on one pair -> the verdict; raises Failed where they differ: the user must rename one."""
-    if one != two:
-        raise Failed("input", "contradictory signals: better_response_id and safer_response_id")
-    return one
+def human_turns(said) -> list[dict]:
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar) -> messages, less a last empty answer; else []."""
+    if not isinstance(said, str) or not said.startswith("\n\nHuman:"):
+        return []
+    parts = re.split(r"\n\n(Human|Assistant): ?", said)[1:]
+    turns = [{"from": who, "value": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
+    return turns if turns[-1]["value"].strip() else turns[:-1]
 
 
-def one_hot(row: dict) -> str | None:
-    """a, b or tie, whichever is flagged; None unless exactly one is."""
+def one_hot(row: dict) -> dict:
+    """Chatbot Arena 55k's flags -> the verdict a, b or tie; None unless exactly one is set."""
     flags = {"a": "winner_model_a", "b": "winner_model_b", "tie": "winner_tie"}
     said = [name for name, flag in flags.items() if row.get(flag) is True or number(row.get(flag)) == 1]
-    return said[0] if len(said) == 1 else None
+    return {WINNERS[-1]: said[0] if len(said) == 1 else None}
 
 
 def only_turn(text: str) -> str:
@@ -583,49 +568,68 @@ def only_turn(text: str) -> str:
     return turns[0]
 
 
+class Shape(NamedTuple):
+    """Answers as a row holds them: in a list, or in fields of their own."""
+
+    texts: list
+    models: list
+    ends: tuple  # what tells their fields apart: a, b; 1, 2; chosen, rejected; nothing in a list
+    signals: list  # [(a name of SIGNALS, one value per answer), ...]
+
+
+class Claim(NamedTuple):
+    """What one signal says of the answers."""
+
+    name: str
+    kind: str  # choice, score or rank
+    scale: float
+    votes: list  # for each answer a tuple of numbers, higher is better; None if nothing is said of it
+
+
 def add_answers(record: Record, row: dict):
     """Give the record the row's own answers, their votes, the kind of signal and the width of its scale.
 
-    Raises Failed("input", ...) for a tie, for no preference, and for signals that contradict each other."""
+    Every signal in the row is heard, in every shape. Raises Failed("input", ...) for a tie, for no preference,
+    and for signals that contradict each other."""
     if isinstance(row.get("ranking"), list):
         raise Failed("input", "ambiguous `ranking`: name it order (indices, best first) or ranks (1 = best)")
-    columns = ready_pair(row) or answer_lists(row) or suffixed(row)
-    models = columns.get("model") or itertools.repeat("")
-    texts = (text_of({"answer": text}, "answer").strip() for text in columns["text"])
-    record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=False)]
-    signals = [signal for signal in (declared(row, columns), *measures(columns)) if signal]
-    if not signals:
-        return
-    record.signal, record.scale, votes = signals[0]
-    if not all(follows(values, votes, ties=True) for _, _, values in signals):
-        raise Failed("input", "contradictory signals")
-    rated = [i for i, vote in enumerate(votes) if vote is not None]
-    if len(rated) < 2:
-        raise Failed("input", "no preference: fewer than two answers are rated")
-    if len({votes[i] for i in rated}) == 1:
-        raise Failed("input", "tie")
-    scores = [values for kind, _, values in signals if kind == "score" and follows(values, votes)]
-    exported = scores[0] if scores and "lead" not in row else None
-    record.answers = [replace(record.answers[i], votes=votes[i]) for i in rated]
-    combined = columns["score"] if any(columns.get("votes") or ()) else None  # by the judges' own rule
-    for i, answer in zip(rated, record.answers, strict=True):
-        answer.score = statistics.fmean(exported[i]) if exported else None
-        if combined and number(combined[i]) is not None:
-            answer.score = number(combined[i])
+    shapes = shapes_of(row)
+    if not shapes:
+        raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}")
+    texts, models, _, signals = shapes[0]
+    if any(len(values) != len(texts) for values in (models, *(values for _, values in signals))):
+        raise Failed("input", f"lists of unequal length: {len(texts)} answers")
+    texts = [text_of({"answer": text}, "answer").strip() for text in texts]
+    record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=True)]
+    given = {name: row[name] for name in WINNERS if name in row}
+    verdicts = {name: said for name, said in given.items() if said is not None} or given
+    heard = [(shape, claims_of(shape, row, verdicts)) for shape in shapes]
+    for name in verdicts.keys() - {claim.name for _, claims in heard for claim in claims}:
+        raise Failed("input", f"no preference: the winner is {str(verdicts[name])[:40]!r}")
+    claims = [claim for shape, claims in heard for claim in aligned(claims, shape, texts)]
+    if claims:
+        settle(record, claims)
 
 
-def ready_pair(row: dict) -> dict | None:
-    """`chosen` and `rejected` (or OpenAI's names), as texts, messages or lists of messages -> columns."""
-    for names in (("chosen", "rejected"), ("preferred_output", "non_preferred_output")):
-        if all(row.get(name) is not None for name in names) and "winner" not in row:
-            texts = [only_answer(row[name]) for name in names]
-            scored = [[row[n] for n in score_names(name) if row.get(n) is not None] for name in names]
-            scores = [found[0] if found else None for found in scored]
-            if number(scores[0]) is not None and number(scores[0]) == number(scores[1]):
-                raise Failed("input", "tie")
-            models = [row.get(f"{name}_model") for name in names]
-            return {"text": texts, "choice": [1.0, 0.0], "model": models, "score": scores}
-    return None
+def shapes_of(row: dict) -> list[Shape]:
+    """Every shape in which the row holds answers; the texts of the first are the record's."""
+    beside = [(BESIDE[n], row[n]) for n in row if n in BESIDE and row[n] and isinstance(row[n], list)]
+    lists = [listed(row, row[n], beside) for n in LISTS if row.get(n) and isinstance(row[n], list)]
+    beside = [] if lists else beside
+    ready = []
+    for names in READY:
+        if row.get(names[0]) is not None and row.get(names[1]) is not None:
+            two = [(name, values) for name, values in beside if len(values) == 2]
+            ready.append(sided(row, [only_answer(row[name]) for name in names], names, READY_FORMS, two))
+    sides = {}
+    for first, (stem, form, run) in SUFFIXED.items():
+        if first in row and stem not in sides:
+            ends = run[
+                : next((i for i, end in enumerate(run) if form.format(stem, end) not in row), len(run))
+            ]
+            texts = [row[form.format(stem, end)] for end in ends]
+            sides |= {stem: sided(row, texts, tuple(ends), [form], beside)} if len(ends) > 1 else {}
+    return ready + lists + list(sides.values())
 
 
 def only_answer(said):
@@ -633,125 +637,142 @@ def only_answer(said):
     if isinstance(said, list):
         if len(said) != 1:
             raise Failed("input", f"not one answer: a list of {len(said)}")
-        said = said[0]
-    if isinstance(said, dict) and role_of(said) != "assistant":
-        raise Failed("input", f"not an answer: a {role_of(said)} turn")
-    return said.get("content", said.get("value")) if isinstance(said, dict) else said
+        [said] = said
+    turn = message(said) if isinstance(said, dict) else {"role": "assistant", "content": said}
+    if turn["role"] != "assistant":
+        raise Failed("input", f"not an answer: a {turn['role']} turn")
+    return turn["content"]
 
 
-def score_names(side: str) -> tuple:
-    """What `chosen`'s score is called out there."""
-    return f"score_{side}", f"{side}_score", f"{side}-rating", f"{side}_rating"
+def listed(row: dict, items: list, beside: list) -> Shape:
+    """A list of texts, or of objects that hold a text and what is known of it."""
+    if not isinstance(items[0], dict):
+        models = row.get("models") or row.get("generation_models") or [""] * len(items)
+        return Shape(items, models, (), beside)
+    items = [item if isinstance(item, dict) else {} for item in items]
+    texts = [next((item[name] for name in TEXTS if item.get(name)), "") for item in items]
+    signals = [(name, [item.get(name) for item in items]) for name in OWN]
+    return Shape(texts, [item.get("model") for item in items], (), signals + beside)
 
 
-def answer_lists(row: dict) -> dict | None:
-    """A list of texts beside lists of scores or ranks, or a list of objects that hold both -> columns."""
-    items = next((row[name] for name in LISTS if isinstance(row.get(name), list)), None)
-    if not items:
-        return None
-    if isinstance(items[0], dict):
-        items = [item if isinstance(item, dict) else {} for item in items]
-        columns = {name: [item.get(name) for item in items] for name in OWN}
-        return columns | {"text": [next((item[n] for n in TEXTS if item.get(n)), "") for item in items]}
-    columns = {"text": items, "model": row.get("models") or row.get("generation_models")}
-    for name in SIGNALS:
-        columns[name] = next(
-            (row[n] for n in (f"{name}s", name, f"all_{name}s") if isinstance(row.get(n), list)), None
+def sided(row: dict, texts: list, ends: tuple, forms: tuple, beside: list) -> Shape:
+    """Answers in fields of their own, with the fields of the same form, as in response_a, score_a, model_a."""
+    columns = [(n, [row.get(form.format(n, end)) for end in ends]) for n in (*OWN, "model") for form in forms]
+    models = [values for name, values in columns if name == "model" and any(values)]
+    signals = [(name, values) for name, values in columns if name != "model"]
+    return Shape(texts, models[0] if models else [""] * len(texts), ends, signals + beside)
+
+
+def claims_of(shape: Shape, row: dict, verdicts: dict) -> list[Claim]:
+    """All that the row says of a shape's answers; raises Failed for ties and for what cannot be read."""
+    count, claims = len(shape.texts), []
+    if shape.ends in READY:
+        claims.append(Claim("chosen", "choice", 0.0, [(1.0,), (0.0,)]))
+        if (number(row.get("margin")) or 0) < 0:
+            claims.append(Claim("margin", "choice", 0.0, [(0.0,), (1.0,)]))
+    for name, (first, even, scale) in LEADS.items():
+        if row.get(name) is not None and count == 2 and row.get(first) == shape.texts[0]:
+            claims.append(Claim(name, "score", scale, lead(number(row[name]), even, scale)))
+    for name, said in verdicts.items():
+        index = winner_index(said, shape)
+        if index in range(count):
+            claims.append(Claim(name, "choice", 0.0, [(float(i == index),) for i in range(count)]))
+    spoken = [(n, v) for n, v in shape.signals if len(v) == count and any(x not in (None, [], "") for x in v)]
+    for name, values in spoken:  # the first release of UltraFeedback has wrong values of overall_score
+        if name != "overall_score" or "fine-grained_score" not in dict(spoken):
+            claims.append(measured(name, values, math.inf if shape.ends in READY else count))
+    return claims
+
+
+def lead(said: float | None, even: float, scale: float) -> list[tuple]:
+    """By how much the second answer is better -> votes; raises Failed for a tie (`even`) and beyond the scale."""
+    lead = None if said is None else said - even
+    if not lead or abs(lead) > scale:  # -100: neither
+        raise Failed("input", "tie" if lead == 0 else "no preference")
+    return [(max(0.0, -lead),), (max(0.0, lead),)]
+
+
+def winner_index(said, shape: Shape) -> int | None:
+    """A verdict (index from 0, `model_a`, `a`, a model's name) -> index; raises Failed for a tie or a doubt."""
+    name, place = str(said).strip().lower(), number(said)
+    ends = [end.lower() for end in shape.ends]
+    plain = re.sub(r"^(model|response|answer|output|assistant)_?(?=\w$)", "", name)
+    found = {i for i, end in enumerate(ends) if end == plain}
+    found |= {i for i, model in enumerate(shape.models) if str(model).lower() == name}
+    if place is not None and shape.ends not in READY:
+        found |= {0, 1} if ends[:1] == ["1"] else {place}
+    if re.match(EVEN, name) and (not found or re.fullmatch(EVEN, name)):
+        raise Failed("input", "both bad" if "bad" in name or name == "neither" else "tie")
+    if len(found) > 1:
+        raise Failed(
+            "input", f"ambiguous winner: {name[:40]}; write model_a or model_b, response_1 or response_2"
         )
-    if any(column and len(column) != len(items) for column in columns.values()):
-        raise Failed("input", f"lists of unequal length: {len(items)} answers")
-    return columns
+    return found.pop() if found else None
 
 
-def suffixed(row: dict) -> dict:
-    """`response_a`, `response_b`, ... with `score_a`, ... or a verdict -> columns; raises Failed."""
-    for stem, signs in itertools.product(STEMS, SIGNS):
-        mark = "_" * signs.startswith("_")
-        ends = [mark + sign for sign in signs.strip("_")]
-        ends = ends[: next((i for i, end in enumerate(ends) if stem + end not in row), len(ends))]
-        if len(ends) >= 2:
-            columns = {name: [row.get(name + end) for end in ends] for name in OWN}
-            return columns | {
-                "text": [row[stem + end] for end in ends],
-                "ends": [end.strip("_") for end in ends],
-            }
-    raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}")
+def measured(name: str, values: list, most: float) -> Claim:
+    """A column of scores, ranks or lists of them -> votes; `most`: the highest rank there can be."""
+    kind, scale = SIGNALS[name]
+    values = ranks_of(values) if kind == "order" else values
+    rows = [tuple(map(number, value if isinstance(value, list) else [value])) for value in values]
+    votes = [row if row and None not in row else None for row in rows]
+    if len({len(vote) for vote in votes if vote}) > 1:
+        raise Failed("input", "votes of unequal length")
+    if kind == "score":
+        return Claim(name, kind, scale, votes)
+    if not all(0 <= rank <= most for vote in votes for rank in vote or ()):
+        raise Failed("input", "ranks out of range")
+    return Claim(name, "rank", scale, [vote and tuple(-rank for rank in vote) for vote in votes])
 
 
-def declared(row: dict, columns: dict) -> tuple | None:
-    """Who won, or by how much -> ("choice" or "score", scale, votes), None if nobody said."""
-    count = len(columns["text"])
-    if "choice" in columns:
-        return "choice", 0.0, [(vote,) for vote in columns["choice"]]
-    if "lead" in row:
-        said = number(row["lead"])
-        lead = None if said is None else said - row.get("even", 0)
-        if not lead or abs(lead) > row["scale"]:  # 0: a tie; -100: neither
-            raise Failed("input", "tie" if lead == 0 else "no preference")
-        return "score", row["scale"], [(max(0.0, -lead),), (max(0.0, lead),)]
-    said = next((row[name] for name in CHOICES if name in row), "absent")
-    if said == "absent":
-        return None
-    index = winner_index(said, row, columns)
-    if index is None or not 0 <= index < count:
-        raise Failed("input", f"no preference: the winner is {str(said)[:40]!r}")
-    return "choice", 0.0, [(float(i == index),) for i in range(count)]
-
-
-def winner_index(said, row: dict, columns: dict) -> int | None:
-    """A verdict (index from 0, `model_a`, `a`, a model's name) -> index; raises Failed for a tie."""
-    ends, place = [end.lower() for end in columns.get("ends") or []], number(said)
-    if place is not None and ends[:1] == ["1"]:
-        raise Failed("input", f"ambiguous winner: {said} of 1 and 2; write response_1 or response_2")
-    if place is not None:
-        return int(place) if place == int(place) else None
-    said = str(said).strip().lower()
-    if re.match(r"(tie|draw|both|neither)", said):
-        raise Failed("input", "both bad" if "bad" in said or said == "neither" else "tie")
-    models = [str(model).lower() for model in columns.get("model") or []]
-    named = re.fullmatch(r"(?:(?:model|response|answer|output|assistant)_?)?(\w)", said)
-    if named and named[1] in ends:
-        return ends.index(named[1])
-    return models.index(said) if models.count(said) == 1 else None
-
-
-def measures(columns: dict) -> list[tuple]:
-    """Columns of scores and ranks -> [(kind, scale, votes)], higher is better; at most one of each kind."""
-    found = {}
-    for name, (kind, scale) in SIGNALS.items():
-        column = columns.get(name)
-        if not column or all(value in (None, []) for value in column) or kind in found:
-            continue
-        column = ranks_of(column) if kind == "order" else column
-        rows = [value if isinstance(value, list) else [value] for value in column]
-        votes = [tuple(map(number, row)) if row and None not in map(number, row) else None for row in rows]
-        if len({len(vote) for vote in votes if vote}) > 1:
-            raise Failed("input", "votes of unequal length")
-        if kind == "rank" and not all(0 <= v <= len(column) for vote in votes for v in vote or ()):
-            raise Failed("input", "ranks out of range")
-        if kind != "score":
-            votes = [vote and tuple(-v for v in vote) for vote in votes]
-        found[kind] = ("score" if kind == "score" else "rank", scale, votes)
-    return list(found.values())
-
-
-def ranks_of(order: list) -> list[int]:
+def ranks_of(order: list) -> list:
     """Indices, best first -> the rank of each answer; raises Failed unless every index stands there once."""
-    if sorted(map(str, order)) != sorted(map(str, range(len(order)))):
+    places = [number(place) for place in order]
+    if None in places:  # names, say
+        return [None] * len(places)
+    if sorted(places) != list(range(len(places))):
         raise Failed("input", "order is not a list of all indices from 0")
-    return [list(map(str, order)).index(str(i)) for i in range(len(order))]
+    return [places.index(i) for i in range(len(places))]
 
 
-def follows(values: list, votes: list, ties: bool = False) -> bool:
-    """True if `values` order every two answers as `votes` do (`ties`: or not at all, or do not say)."""
-    for i, j in itertools.permutations(range(len(votes)), 2):
-        if votes[i] is not None and votes[j] is not None and votes[i] > votes[j]:
-            if values[i] is None or values[j] is None:
-                if not ties:
-                    return False
-            elif values[i] < values[j] or (values[i] == values[j] and not ties):
-                return False
-    return True
+def aligned(claims: list[Claim], shape: Shape, texts: list[str]) -> list[Claim]:
+    """Claims on a shape's answers -> claims on the answers that have these texts."""
+    own = [text.strip() if isinstance(text, str) else "" for text in shape.texts]
+    if own == texts:
+        return claims
+    places = [own.index(text) if text in own else None for text in texts]
+    return [c._replace(votes=[None if i is None else c.votes[i] for i in places]) for c in claims]
+
+
+def settle(record: Record, claims: list[Claim]):
+    """Keep the answers that every claim rates, with all its votes: where two claims differ, no pair can come.
+
+    A claim on fewer than two answers compares nothing. Raises Failed("input", ...), see `add_answers`."""
+    said = [claim for claim in claims if sum(vote is not None for vote in claim.votes) > 1]
+    said.sort(key=lambda claim: ("choice", "score", "rank").index(claim.kind))
+    rated = [i for i in range(len(record.answers)) if all(claim.votes[i] is not None for claim in said)]
+    if not said or len(rated) < 2:
+        raise Failed("input", "no preference: fewer than two answers are rated")
+    twos = itertools.combinations(rated, 2)
+    signs = [[sign(claim.votes[i], claim.votes[j]) for claim in said] for i, j in twos]
+    if any(1 in one and -1 in one for one in signs):
+        names = ", ".join(dict.fromkeys(claim.name for claim in said))
+        raise Failed("input", f"contradictory signals: {names}")
+    if all(0 in one for one in signs):
+        raise Failed("input", "tie")
+    record.signal, record.scale = said[0].kind, said[0].scale
+    scores = [claim for claim in said if claim.kind == "score" and said[0].name not in LEADS]
+    scores.sort(key=lambda claim: claim.name in ("votes", *LEADS))  # the judges' own mean or median is better
+    for i in rated:
+        record.answers[i].votes = sum((claim.votes[i] for claim in said), ())
+        record.answers[i].score = statistics.fmean(scores[0].votes[i]) if scores else None
+    record.answers = [record.answers[i] for i in rated]
+
+
+def sign(one: tuple, two: tuple) -> int | None:
+    """1 if the first is ahead in every vote, -1 if it is behind in every one, 0 if they are equal, or None."""
+    signs = {(a > b) - (a < b) for a, b in zip(one, two, strict=True)}
+    return signs.pop() if len(signs) == 1 else None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -889,14 +910,14 @@ def checked_scores(scores, ids: list[str]) -> list[float] | None:
 
 
 def number(value) -> float | None:
-    """A finite float from a number or a numeric string; None for anything else (true, "N/A", null, NaN)."""
+    """A float from a number or a numeric string; None for the rest (true, "N/A", null, NaN, beyond 1e15)."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
         value = float(value)
     except (ValueError, OverflowError):
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= 1e15 else None
 
 
 def combine(votes: tuple[float, ...], judges: int) -> float:
@@ -1183,7 +1204,7 @@ def folded(text: str) -> str:
 @register(FILTERS, on="pair")
 def near_duplicate(pair: Pair, run) -> str | None:
     """80 % of the two answers' character 5-grams are the same, and no judge sees a gap of 3 points"""
-    judged = len(pair.chosen.votes) > 1 or pair.chosen.slots
+    judged = pair.chosen.slots or (len(pair.chosen.votes) > 1 and pair.record.signal == "score")
     if pair.human or (judged and pair.gap >= NEAR_DUPLICATE_GAP):
         return None
     similar = similarity(pair.chosen.text, pair.rejected.text, NEAR_DUPLICATE)
