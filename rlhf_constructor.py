@@ -75,7 +75,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from array import array
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict, deque, namedtuple
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -113,7 +113,7 @@ class Answer:
     text: str
     model: str = ""
     score: float | None = None  # exported: the judges' (1..10) or the input's own; None: nobody gave one
-    votes: tuple[float, ...] = ()  # one per judge and order, or the input's one signal; higher is better
+    votes: tuple[float, ...] = ()  # one per judge and order, or the input's signals; higher is better
     slots: tuple[int, ...] = ()  # for each vote, where the answer stood: 0 = shown first
     finish: str = ""  # the provider's finish_reason; "length" if the answer was cut
 
@@ -129,9 +129,7 @@ class Record:
 
     messages: list[dict]  # [{"role": "system" | "user" | "assistant", "content": str}, ...]
     reference: str = ""  # the record's own answer
-    answers: list[Answer] = field(
-        default_factory=list
-    )  # the input's, or those made for it; judged ones replace them
+    answers: list[Answer] = field(default_factory=list)  # the input's, or those made for it, then the judged
     signal: str = ""  # what their votes are: "score", "rank", "choice"; "" if there is no signal
     scale: float = 0.0  # width of the signal's range in points; 0 if unknown
     line: int = 0  # in the input file, from 1 (in a JSON array: the item)
@@ -255,7 +253,7 @@ class Outcome:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# §2 INPUTS: from_conversation, from_self_instruct, from_alpaca, from_prompt; read_rows, read_records
+# §2 INPUTS: from_conversation, from_instruction, from_prompt; read_rows, read_records; SIGNALS, add_answers
 # ----------------------------------------------------------------------------------------------------------
 # EDIT HERE to read another format: row (a dict) -> records, or None if the row is not of this shape.
 
@@ -274,26 +272,17 @@ def from_conversation(row: dict) -> list[Record] | None:
 
 
 @register(INPUTS)
-def from_self_instruct(row: dict) -> list[Record] | None:
-    """`instruction` with `instances` (Self-Instruct): each instance is a record of its own."""
-    if not isinstance(row.get("instances"), list) or not text_of(row, "instruction"):
-        return None
-    instances = [one for one in row["instances"] if isinstance(one, dict)] or [{}]
-    return [from_alpaca(one | {"instruction": row["instruction"]})[0] for one in instances]
-
-
-@register(INPUTS)
-def from_alpaca(row: dict) -> list[Record] | None:
-    """`instruction`, `input`, `output` (Alpaca, few-shot): the prompt is instruction, blank line, input."""
+def from_instruction(row: dict) -> list[Record] | None:
+    """`instruction` and `input`, `output` (Alpaca, few-shot), or `instances` of both (Self-Instruct)"""
     if not text_of(row, "instruction"):
         return None
-    asked = [row["instruction"].strip(), text_of(row, "input").strip()]
-    past = [turn for q_and_a in row.get("history") or [] for turn in zip(QA, q_and_a, strict=True)]
-    turns = [*past, ("user", "\n\n".join(filter(None, asked)))]
-    return [conversation([{"role": role, "content": text} for role, text in turns], row)]
-
-
-QA = ("user", "assistant")
+    listed = row["instances"] if isinstance(row.get("instances"), list) else [row]
+    records = []
+    for one in [one for one in listed if isinstance(one, dict)] or [{}]:
+        asked = "\n\n".join(filter(None, (row["instruction"].strip(), text_of(one, "input").strip())))
+        turns = [*chat(row.get("history") or []), {"role": "user", "content": asked}]
+        records.append(conversation(turns, row | one))
+    return records
 
 
 @register(INPUTS)
@@ -305,7 +294,7 @@ def from_prompt(row: dict) -> list[Record] | None:
     return [conversation(said, row)] if isinstance(said, list) else None
 
 
-def text_of(row: dict, name) -> str:
+def text_of(row: dict, name: str) -> str:
     """The field as text, "" if it is missing or blank; raises Failed if it holds anything else."""
     value = row.get(name)
     if not isinstance(value, str | None):
@@ -326,6 +315,19 @@ def message(turn) -> dict:
     return {"role": role, "content": said.strip()}
 
 
+def chat(exchanges: list) -> list[dict]:
+    """[(question, answer), ...] -> turns."""
+    roles = ("user", "assistant")
+    return [{"role": r, "content": said} for one in exchanges for r, said in zip(roles, one, strict=True)]
+
+
+def human_turns(said: str) -> list[dict]:
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar) -> turns, less a last empty one; else []."""
+    parts = re.split(r"\n\n(Human|Assistant): ?", said)[1:] if said.startswith("\n\nHuman:") else []
+    turns = [{"from": who, "value": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
+    return turns if not turns or turns[-1]["value"].strip() else turns[:-1]
+
+
 def conversation(turns: list, row: dict) -> Record:
     """Turns, and the row's `system` before them -> Record; its reference is a last answer, or the row's own.
 
@@ -333,14 +335,13 @@ def conversation(turns: list, row: dict) -> Record:
     messages = [message(turn) for turn in turns]
     if text_of(row, "system") and messages[:1] and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": row["system"]})
-    ends = bool(messages) and messages[-1]["role"] == "assistant"
-    known = [messages.pop()["content"] if ends else "", *(row.get(name) for name in REFERENCE_FIELDS)]
+    answered = bool(messages) and messages[-1]["role"] == "assistant"
+    known = [messages.pop()["content"] if answered else "", *(row.get(name) for name in REFERENCE_FIELDS)]
     if not messages or messages[-1]["role"] != "user":
         raise Failed("input", "the conversation has no user turn to answer")
     bad = str(row.get("label")).strip().lower() in ("false", "0", "0.0")
-    return Record(
-        messages, next((t.strip() for t in known if isinstance(t, str) and t.strip() and not bad), "")
-    )
+    good = [] if bad else [text.strip() for text in known if isinstance(text, str) and text.strip()]
+    return Record(messages, next(iter(good), ""))
 
 
 def parse_row(row, with_answers: bool = False) -> list[Record]:
@@ -353,11 +354,12 @@ def parse_row(row, with_answers: bool = False) -> list[Record]:
         raise Failed("input", f"not a record: a {type(row).__name__} instead of an object")
     row = in_plain_names(row)
     records = next(filter(None, (adapter(row) for adapter in INPUTS.values())), None)
-    blank = any(not str(row.get(name, "?") or "").strip() for name in ("instruction", *PROMPT_FIELDS))
-    if not all(record.messages[-1]["content"] for record in records or ()) or (blank and not records):
+    if records is None:
+        blank = any(not str(row.get(name, "?") or "").strip() for name in ("instruction", *PROMPT_FIELDS))
+        known = f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
+        raise Failed("input", "empty prompt" if blank else known)
+    if any(not record.messages[-1]["content"] for record in records):
         raise Failed("input", "empty prompt")
-    if not records:
-        raise Failed("input", f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}")
     if with_answers:
         try:
             add_answers(records[0], row)
@@ -375,11 +377,9 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
     """Yields (line, Record or Failed) for every record of a file, in order, without holding the file."""
     for line, row in read_rows(path):
         try:
-            if isinstance(row, Failed):
-                raise row
-            if isinstance(row, dict) and rename:
+            if isinstance(row, dict):
                 row = {rename.get(name, name): value for name, value in row.items()}
-            records = parse_row(row, with_answers)
+            records = [row] if isinstance(row, Failed) else parse_row(row, with_answers)
         except Failed as error:
             records = [error]
         except JUNK as error:
@@ -388,6 +388,9 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
             if isinstance(record, Record):
                 record.line = line
             yield line, record
+
+
+NOT_UTF_8 = "not UTF-8: convert it, e.g. iconv -f gb18030 -t utf-8"
 
 
 def read_rows(path: str):
@@ -405,16 +408,11 @@ def read_rows(path: str):
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-NOT_UTF_8 = "not UTF-8: convert it, e.g. iconv -f gb18030 -t utf-8"
-
-
 def json_rows(file):
     """JSON lines; or, where the first character says so, one JSON array or one indented object read whole."""
     lines = ((n, raw) for n, raw in enumerate(file, 1) if raw.strip(b"\xef\xbb\xbf \t\r\n"))
     first, head = next(lines, (1, b""))
     head = head.lstrip(b"\xef\xbb\xbf \t")
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16
-        head.decode()
     if head[:1] == b"[" or head.strip() == b"{":
         whole = parse_json(head + b"".join(raw for _, raw in lines))
         if isinstance(whole, dict) and len(whole) == 1 and not {"messages", "conversations"} & whole.keys():
@@ -428,8 +426,8 @@ def parse_json(raw: bytes):
     """bytes -> value, or (not raised) Failed, so that one broken line costs one record."""
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
-        half_an_emoji = b"\\ud" in raw or b"\\uD" in raw  # at least, only there can one be
-        return json.loads(scrub(json.dumps(value, ensure_ascii=False))) if half_an_emoji else value
+        suspect = b"\\ud" in raw or b"\\uD" in raw  # only there can half an emoji be
+        return json.loads(scrub(json.dumps(value, ensure_ascii=False))) if suspect else value
     except UnicodeDecodeError:
         return Failed("input", NOT_UTF_8)
     except (ValueError, RecursionError) as error:
@@ -445,10 +443,11 @@ def table_rows(file, delimiter: str):
     """CSV or TSV with a header; the line is that of the row's end. An open quote costs the lines it spans."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
-    names, read, cells = next(reader, []), reader.line_num, []
-    if len(set(names)) < len(names):
+    names, cells = next(reader, []), []
+    if len(set(filter(None, names))) < len(list(filter(None, names))):
         raise csv.Error("a name stands twice in its header")
     while cells is not None:
+        start = reader.line_num + 1
         try:
             cells = next(reader, None)
             if cells and len(cells) > len(names):
@@ -456,66 +455,50 @@ def table_rows(file, delimiter: str):
             elif cells:
                 yield reader.line_num, dict(itertools.zip_longest(names, cells))
         except csv.Error as error:
-            cells, spoilt = [], f"lines {read + 1} to {reader.line_num}"
-            yield reader.line_num, Failed("input", f"not a table row: {error}; check the quotes of {spoilt}")
-        read = reader.line_num
+            lines = f"lines {start} to {reader.line_num}"
+            yield reader.line_num, Failed("input", f"not a table row: {error}; check the quotes of {lines}")
 
 
 # --- Answers that exist already, and what says which of them is better (for rank_responses).
 # One name, one direction, never a guess: a higher score, a lower rank, an earlier index in `order` wins.
+# Whatever a row says is heard, in every shape; where two of its signals differ on two answers, no pair comes.
 
-# name -> (kind, width of the scale in points, 0 = unknown), the most telling first. Objects and suffixed
-# fields carry the name; a list that has a value per answer also its plural, or all_...s.
-SIGNALS = {
+# fmt: off
+SIGNALS = {  # name -> (kind, width of the scale in points, 0 = unknown); lists also: its plural, all_...s
     "votes": ("score", 9.0),  # what --candidates-path writes: one number per judge and order
     "fine-grained_score": ("score", 4.0),
-    "score": ("score", 0.0),
-    "rm_score": ("score", 0.0),
-    "reward": ("score", 0.0),
-    "rating": ("score", 4.0),
-    "overall_score": ("score", 9.0),
-    "rank": ("rank", 0.0),
-    "order": ("order", 0.0),
+    "score": ("score", 0.0), "rm_score": ("score", 0.0), "reward": ("score", 0.0), "rating": ("score", 4.0),
+    "overall_score": ("score", 9.0),  # the first release of UltraFeedback has errors in it: see `settle`
+    "rank": ("rank", 0.0), "order": ("order", 0.0),
 }
-OWN = tuple(name for name in SIGNALS if name != "order")  # what can stand in an answer's own object or field
 BESIDE = {form: name for name in SIGNALS for form in (name, f"{name}s", f"all_{name}s")}
-WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "the data set's winner")
-LEADS = {  # by how much the second answer is better: name -> (the first answer's field, a tie, width of the scale)
-    "preference": ("output_1", 1.5, 0.5),  # AlpacaEval: 1 to 2
+LEADS = {  # by how much the second answer is better: name -> (the first's field, a tie, width of the scale)
+    "preference": ("output_1", 1.5, 0.5),  # AlpacaEval
     "preference_strength": ("response_1", 0.0, 3.0),  # HelpSteer2
     "overall_preference": ("response1", 0.0, 3.0),  # HelpSteer3
 }
+WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "by labels", "by flags")
 EVEN = r"tie|draw|both|neither"
 LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers", "summaries")
 TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
-STEMS = ("response", "answer", "output", "completion", "generation", "human_ref", "summary", "text")
-RUNS = ("abcdefgh", "ABCDEFGH", "01234567", "12345678")
-SUFFIXED = {  # the first field of a run -> (stem, form of its fields, run)
-    form.format(stem, run[0]): (stem, form, run)
-    for stem in STEMS
-    for form in ("{0}_{1}", "{0}{1}")
-    for run in RUNS
-}
+FIRST = re.compile(r"(response|answer|output|completion|generation|human_ref|summary|text)(_?)([aA01])")
 READY = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
 READY_FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
+ENDS_AB = ("response_a", "response_b")
 
 # Data sets whose names mislead: a field that gives one away -> the row's fields in plain names.
 DATA_SETS = {
-    "human_ref_A": lambda r: {
-        "prompt": r["history"],
-        WINNERS[-1]: {1: 0, 0: 1}.get(number(r["labels"])),
-    },  # SHP
-    "overall_preference": lambda r: {"prompt": r["context"]},  # HelpSteer3
-    "question": lambda r: (
-        {"prompt": r["question"]["full_text"]} if isinstance(r["question"], dict) else {}
-    ),  # WebGPT
+    # SHP, HelpSteer3, WebGPT, summarize comparisons; Chatbot Arena 33k and 140k, 55k; pairs of turns
+    "human_ref_A": lambda r: {"prompt": r["history"], WINNERS[-2]: {1: 0, 0: 1}.get(number(r["labels"]))},
+    "overall_preference": lambda r: {"prompt": r["context"]},
+    "question": lambda r: {"prompt": r["question"]["full_text"]} if "answer_0" in r else {},
     "info": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"]} if "summaries" in r else {},
-    "conversation_a": lambda r: battle(r, ("conversation_a", "conversation_b"), ("response_a", "response_b")),
-    "winner_model_a": lambda r: (
-        one_hot(r) | {n: only_turn(r[n]) for n in ("prompt", "response_a", "response_b")}
-    ),
-    "chosen": lambda r: whole_chats(r),
+    "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"], ENDS_AB),
+    "winner_model_a": lambda r: arena_55k(r),
+    "chosen": lambda r: ready_texts(r, READY[0]),
+    "preferred_output": lambda r: ready_texts(r, READY[1]),
 }
+# fmt: on
 
 
 def in_plain_names(row: dict) -> dict:
@@ -526,71 +509,47 @@ def in_plain_names(row: dict) -> dict:
     return row
 
 
-def battle(row: dict, chats: tuple, names: tuple) -> dict:
+def battle(one: list, two: list, names: tuple) -> dict:
     """Two conversations -> their common history as `messages`, and the two last answers by these names."""
-    a, b = (conversation(row[chat], {}) for chat in chats)
+    a, b = conversation(one, {}), conversation(two, {})
     if a.messages != b.messages:
         raise Failed("input", "histories differ: not two answers to one prompt")
     return {"messages": a.messages, names[0]: a.reference, names[1]: b.reference}
 
 
-def whole_chats(row: dict) -> dict:
-    """`chosen` and `rejected` that repeat the prompt (HH-RLHF, TRL's implicit prompt) -> prompt and answers."""
-    chats = {n: human_turns(row[n]) or row[n] for n in READY[0] if isinstance(row.get(n), str | list)}
-    if len(chats) < 2 or not all(isinstance(chat, list) for chat in chats.values()):
-        return {}
-    whole = min(map(len, chats.values())) > 1 and message(chats["chosen"][0])["role"] != "assistant"
-    asked = {"prompt", "messages", "input"} & row.keys()
-    return battle(chats, READY[0], READY[0]) if whole or not asked else {}
-
-
-def human_turns(said) -> list[dict]:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar) -> messages, less a last empty answer; else []."""
-    if not isinstance(said, str) or not said.startswith("\n\nHuman:"):
-        return []
-    parts = re.split(r"\n\n(Human|Assistant): ?", said)[1:]
-    turns = [{"from": who, "value": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
-    return turns if turns[-1]["value"].strip() else turns[:-1]
-
-
-def one_hot(row: dict) -> dict:
-    """Chatbot Arena 55k's flags -> the verdict a, b or tie; None unless exactly one is set."""
+def arena_55k(row: dict) -> dict:
+    """Chatbot Arena 55k: turns are JSON lists in a string, the winner is flagged, None unless one is."""
     flags = {"a": "winner_model_a", "b": "winner_model_b", "tie": "winner_tie"}
     said = [name for name, flag in flags.items() if row.get(flag) is True or number(row.get(flag)) == 1]
-    return {WINNERS[-1]: said[0] if len(said) == 1 else None}
+    asked, a, b = (json.loads(t) if t[:1] == "[" else [t] for t in map(row.get, ("prompt", *ENDS_AB)))
+    chats = [chat(zip(asked, answers, strict=True)) for answers in (a, b)]
+    return battle(*chats, ENDS_AB) | {WINNERS[-1]: said[0] if len(said) == 1 else None}
 
 
-def only_turn(text: str) -> str:
-    """'["text"]' -> "text"; raises Failed for several turns, whose histories differ."""
-    turns = json.loads(text) if text.startswith("[") else [text]
-    if len(turns) != 1 or not isinstance(turns[0], str):
-        raise Failed("input", "histories differ: not two answers to one prompt")
-    return turns[0]
+def ready_texts(row: dict, names: tuple) -> dict:
+    """Two sides that are turns -> texts, and the prompt if they repeat it (HH-RLHF, TRL's implicit form)."""
+    sides = [[side] if isinstance(side, dict) else side for side in map(row.get, names)]
+    sides = [human_turns(side) if isinstance(side, str) else side for side in sides]
+    if not all(side and isinstance(side, list) for side in sides):
+        return {}
+    turns = [message(turn) for side in sides for turn in side]
+    if turns[0]["role"] != "assistant":
+        return battle(*sides, names)
+    if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
+        raise Failed("input", f"not one answer on each side, but {len(turns)} turns")
+    return {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
 
 
-class Shape(NamedTuple):
-    """Answers as a row holds them: in a list, or in fields of their own."""
-
-    texts: list
-    models: list
-    ends: tuple  # what tells their fields apart: a, b; 1, 2; chosen, rejected; nothing in a list
-    signals: list  # [(a name of SIGNALS, one value per answer), ...]
-
-
-class Claim(NamedTuple):
-    """What one signal says of the answers."""
-
-    name: str
-    kind: str  # choice, score or rank
-    scale: float
-    votes: list  # for each answer a tuple of numbers, higher is better; None if nothing is said of it
+# Answers as a row holds them. `ends` tell their fields apart: a, b; 1, 2; chosen, rejected; none in a list.
+Shape = namedtuple("Shape", "texts models ends signals")  # signals: [(a name of SIGNALS, a value per answer)]
+# What one signal says of them: kind choice, score or rank; for each a tuple, higher is better, or None.
+Claim = namedtuple("Claim", "name kind scale votes")
 
 
 def add_answers(record: Record, row: dict):
     """Give the record the row's own answers, their votes, the kind of signal and the width of its scale.
 
-    Every signal in the row is heard, in every shape. Raises Failed("input", ...) for a tie, for no preference,
-    and for signals that contradict each other."""
+    Raises Failed("input", ...) for a tie, for no preference, and for signals that contradict each other."""
     if isinstance(row.get("ranking"), list):
         raise Failed("input", "ambiguous `ranking`: name it order (indices, best first) or ranks (1 = best)")
     shapes = shapes_of(row)
@@ -601,11 +560,11 @@ def add_answers(record: Record, row: dict):
         raise Failed("input", f"lists of unequal length: {len(texts)} answers")
     texts = [text_of({"answer": text}, "answer").strip() for text in texts]
     record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=True)]
-    given = {name: row[name] for name in WINNERS if name in row}
-    verdicts = {name: said for name, said in given.items() if said is not None} or given
-    heard = [(shape, claims_of(shape, row, verdicts)) for shape in shapes]
-    for name in verdicts.keys() - {claim.name for _, claims in heard for claim in claims}:
-        raise Failed("input", f"no preference: the winner is {str(verdicts[name])[:40]!r}")
+    said = {name: row[name] for name in WINNERS if name in row}
+    said = {name: winner for name, winner in said.items() if winner is not None} or said
+    heard = [(shape, claims_of(shape, row, said)) for shape in shapes]
+    for name in said.keys() - {claim.name for _, claims in heard for claim in claims}:
+        raise Failed("input", f"no preference: the winner is {str(said[name])[:40]!r}")
     claims = [claim for shape, claims in heard for claim in aligned(claims, shape, texts)]
     if claims:
         settle(record, claims)
@@ -616,32 +575,11 @@ def shapes_of(row: dict) -> list[Shape]:
     beside = [(BESIDE[n], row[n]) for n in row if n in BESIDE and row[n] and isinstance(row[n], list)]
     lists = [listed(row, row[n], beside) for n in LISTS if row.get(n) and isinstance(row[n], list)]
     beside = [] if lists else beside
-    ready = []
-    for names in READY:
-        if row.get(names[0]) is not None and row.get(names[1]) is not None:
-            two = [(name, values) for name, values in beside if len(values) == 2]
-            ready.append(sided(row, [only_answer(row[name]) for name in names], names, READY_FORMS, two))
-    sides = {}
-    for first, (stem, form, run) in SUFFIXED.items():
-        if first in row and stem not in sides:
-            ends = run[
-                : next((i for i, end in enumerate(run) if form.format(stem, end) not in row), len(run))
-            ]
-            texts = [row[form.format(stem, end)] for end in ends]
-            sides |= {stem: sided(row, texts, tuple(ends), [form], beside)} if len(ends) > 1 else {}
-    return ready + lists + list(sides.values())
-
-
-def only_answer(said):
-    """A text, a message, or a list of one of them -> its text; raises Failed for other turns."""
-    if isinstance(said, list):
-        if len(said) != 1:
-            raise Failed("input", f"not one answer: a list of {len(said)}")
-        [said] = said
-    turn = message(said) if isinstance(said, dict) else {"role": "assistant", "content": said}
-    if turn["role"] != "assistant":
-        raise Failed("input", f"not an answer: a {turn['role']} turn")
-    return turn["content"]
+    ready = [names for names in READY if all(row.get(name) is not None for name in names)]
+    two = [(name, values) for name, values in beside if len(values) == 2]
+    pairs = [sided(row, [row[n] for n in names], names, READY_FORMS, two) for names in ready]
+    runs = [suffixed(row, *first.groups(), beside) for first in map(FIRST.fullmatch, row) if first]
+    return pairs + lists + [shape for shape in runs if len(shape.texts) > 1]
 
 
 def listed(row: dict, items: list, beside: list) -> Shape:
@@ -651,69 +589,70 @@ def listed(row: dict, items: list, beside: list) -> Shape:
         return Shape(items, models, (), beside)
     items = [item if isinstance(item, dict) else {} for item in items]
     texts = [next((item[name] for name in TEXTS if item.get(name)), "") for item in items]
-    signals = [(name, [item.get(name) for item in items]) for name in OWN]
+    signals = [(name, [item.get(name) for item in items]) for name in SIGNALS if name != "order"]
     return Shape(texts, [item.get("model") for item in items], (), signals + beside)
 
 
+def suffixed(row: dict, stem: str, mark: str, first: str, beside: list) -> Shape:
+    """response_a, response_b, ... in the row: as many as follow one another, from a, A, 0 or 1 on."""
+    run = [chr(ord(first) + i) for i in range(8)] if stem + mark + "0" not in row or first != "1" else []
+    ends = tuple(itertools.takewhile(lambda end: stem + mark + end in row, run))
+    return sided(row, [row[stem + mark + end] for end in ends], ends, [f"{{0}}{mark}{{1}}"], beside)
+
+
 def sided(row: dict, texts: list, ends: tuple, forms: tuple, beside: list) -> Shape:
-    """Answers in fields of their own, with the fields of the same form, as in response_a, score_a, model_a."""
-    columns = [(n, [row.get(form.format(n, end)) for end in ends]) for n in (*OWN, "model") for form in forms]
-    models = [values for name, values in columns if name == "model" and any(values)]
-    signals = [(name, values) for name, values in columns if name != "model"]
-    return Shape(texts, models[0] if models else [""] * len(texts), ends, signals + beside)
+    """Answers in fields of their own, with the fields of the same form: score_a, model_a; chosen_score."""
+    column = lambda name, form: [row.get(form.format(name, end)) for end in ends]
+    models = next(filter(any, (column("model", form) for form in forms)), [""] * len(ends))
+    signals = [(name, column(name, form)) for name in SIGNALS if name != "order" for form in forms]
+    return Shape(texts, models, ends, signals + beside)
 
 
-def claims_of(shape: Shape, row: dict, verdicts: dict) -> list[Claim]:
+def claims_of(shape: Shape, row: dict, winners: dict) -> list[Claim]:
     """All that the row says of a shape's answers; raises Failed for ties and for what cannot be read."""
-    count, claims = len(shape.texts), []
-    if shape.ends in READY:
-        claims.append(Claim("chosen", "choice", 0.0, [(1.0,), (0.0,)]))
-        if (number(row.get("margin")) or 0) < 0:
-            claims.append(Claim("margin", "choice", 0.0, [(0.0,), (1.0,)]))
-    for name, (first, even, scale) in LEADS.items():
-        if row.get(name) is not None and count == 2 and row.get(first) == shape.texts[0]:
-            claims.append(Claim(name, "score", scale, lead(number(row[name]), even, scale)))
-    for name, said in verdicts.items():
-        index = winner_index(said, shape)
+    count, claims, ready = len(shape.texts), [], shape.ends in READY
+    best = {"chosen": 0} if ready else {}
+    best |= {"margin": 1} if ready and (number(row.get("margin")) or 0) < 0 else {}
+    best |= {name: winner_index(said, shape) for name, said in winners.items()}
+    for name, index in best.items():
         if index in range(count):
             claims.append(Claim(name, "choice", 0.0, [(float(i == index),) for i in range(count)]))
-    spoken = [(n, v) for n, v in shape.signals if len(v) == count and any(x not in (None, [], "") for x in v)]
-    for name, values in spoken:  # the first release of UltraFeedback has wrong values of overall_score
-        if name != "overall_score" or "fine-grained_score" not in dict(spoken):
-            claims.append(measured(name, values, math.inf if shape.ends in READY else count))
+    for name, (first, even, scale) in LEADS.items():
+        if row.get(name) is not None and count == 2 and row.get(first) == shape.texts[0]:
+            said = number(row[name])
+            lead = math.nan if said is None else said - even
+            if not 0 < abs(lead) <= scale:  # -100: neither
+                raise Failed("input", "tie" if lead == 0 else "no preference")
+            claims.append(Claim(name, "score", scale, [(0.0,), (lead,)]))
+    for name, values in shape.signals:
+        if len(values) == count and any(value not in (None, [], "") for value in values):
+            claims.append(measured(name, values, math.inf if ready else count))
     return claims
 
 
-def lead(said: float | None, even: float, scale: float) -> list[tuple]:
-    """By how much the second answer is better -> votes; raises Failed for a tie (`even`) and beyond the scale."""
-    lead = None if said is None else said - even
-    if not lead or abs(lead) > scale:  # -100: neither
-        raise Failed("input", "tie" if lead == 0 else "no preference")
-    return [(max(0.0, -lead),), (max(0.0, lead),)]
-
-
 def winner_index(said, shape: Shape) -> int | None:
-    """A verdict (index from 0, `model_a`, `a`, a model's name) -> index; raises Failed for a tie or a doubt."""
+    """A verdict (index from 0, `model_a`, `a`, a model's name) -> index or None; raises Failed for a tie."""
     name, place = str(said).strip().lower(), number(said)
-    ends = [end.lower() for end in shape.ends]
-    plain = re.sub(r"^(model|response|answer|output|assistant)_?(?=\w$)", "", name)
-    found = {i for i, end in enumerate(ends) if end == plain}
+    end = re.sub(r"^(model|response|answer|output|assistant)_?(?=\w$)", "", name)
+    found = {i for i, one in enumerate(shape.ends) if one.lower() == end}
     found |= {i for i, model in enumerate(shape.models) if str(model).lower() == name}
     if place is not None and shape.ends not in READY:
-        found |= {0, 1} if ends[:1] == ["1"] else {place}
+        found |= {0, 1} if shape.ends[:1] == ("1",) else {place}
     if re.match(EVEN, name) and (not found or re.fullmatch(EVEN, name)):
         raise Failed("input", "both bad" if "bad" in name or name == "neither" else "tie")
     if len(found) > 1:
-        raise Failed(
-            "input", f"ambiguous winner: {name[:40]}; write model_a or model_b, response_1 or response_2"
-        )
+        raise Failed("input", f"ambiguous winner: {name[:40]}; write model_a, response_1 or the like")
     return found.pop() if found else None
 
 
 def measured(name: str, values: list, most: float) -> Claim:
     """A column of scores, ranks or lists of them -> votes; `most`: the highest rank there can be."""
     kind, scale = SIGNALS[name]
-    values = ranks_of(values) if kind == "order" else values
+    if kind == "order":  # indices, best first -> the rank of each answer; names say nothing
+        indices = [str(value).removesuffix(".0") for value in values]
+        if sorted(indices) != sorted(map(str, range(len(values)))) and None not in map(number, values):
+            raise Failed("input", "order is not a list of all indices from 0")
+        values = [indices.index(str(i)) if str(i) in indices else None for i in range(len(values))]
     rows = [tuple(map(number, value if isinstance(value, list) else [value])) for value in values]
     votes = [row if row and None not in row else None for row in rows]
     if len({len(vote) for vote in votes if vote}) > 1:
@@ -723,16 +662,6 @@ def measured(name: str, values: list, most: float) -> Claim:
     if not all(0 <= rank <= most for vote in votes for rank in vote or ()):
         raise Failed("input", "ranks out of range")
     return Claim(name, "rank", scale, [vote and tuple(-rank for rank in vote) for vote in votes])
-
-
-def ranks_of(order: list) -> list:
-    """Indices, best first -> the rank of each answer; raises Failed unless every index stands there once."""
-    places = [number(place) for place in order]
-    if None in places:  # names, say
-        return [None] * len(places)
-    if sorted(places) != list(range(len(places))):
-        raise Failed("input", "order is not a list of all indices from 0")
-    return [places.index(i) for i in range(len(places))]
 
 
 def aligned(claims: list[Claim], shape: Shape, texts: list[str]) -> list[Claim]:
@@ -745,9 +674,11 @@ def aligned(claims: list[Claim], shape: Shape, texts: list[str]) -> list[Claim]:
 
 
 def settle(record: Record, claims: list[Claim]):
-    """Keep the answers that every claim rates, with all its votes: where two claims differ, no pair can come.
+    """Keep the answers that every claim rates, with the votes of all; the first claim names the signal.
 
     A claim on fewer than two answers compares nothing. Raises Failed("input", ...), see `add_answers`."""
+    if any(claim.name == "fine-grained_score" for claim in claims):
+        claims = [claim for claim in claims if claim.name != "overall_score"]
     said = [claim for claim in claims if sum(vote is not None for vote in claim.votes) > 1]
     said.sort(key=lambda claim: ("choice", "score", "rank").index(claim.kind))
     rated = [i for i in range(len(record.answers)) if all(claim.votes[i] is not None for claim in said)]
@@ -762,7 +693,7 @@ def settle(record: Record, claims: list[Claim]):
         raise Failed("input", "tie")
     record.signal, record.scale = said[0].kind, said[0].scale
     scores = [claim for claim in said if claim.kind == "score" and said[0].name not in LEADS]
-    scores.sort(key=lambda claim: claim.name in ("votes", *LEADS))  # the judges' own mean or median is better
+    scores.sort(key=lambda claim: claim.name in ("votes", *LEADS))  # their own mean or median is better
     for i in rated:
         record.answers[i].votes = sum((claim.votes[i] for claim in said), ())
         record.answers[i].score = statistics.fmean(scores[0].votes[i]) if scores else None
@@ -770,7 +701,7 @@ def settle(record: Record, claims: list[Claim]):
 
 
 def sign(one: tuple, two: tuple) -> int | None:
-    """1 if the first is ahead in every vote, -1 if it is behind in every one, 0 if they are equal, or None."""
+    """1 if the first is ahead in every vote, -1 if it is behind in each, 0 if they are equal, else None."""
     signs = {(a > b) - (a < b) for a, b in zip(one, two, strict=True)}
     return signs.pop() if len(signs) == 1 else None
 
@@ -1298,22 +1229,23 @@ def as_basic(pair: Pair, run) -> list[dict]:
 @register(OUTPUTS)
 def as_conversational(pair: Pair, run) -> list[dict]:
     """prompt, chosen, rejected as lists of messages, turns kept: best for TRL, OpenRLHF with a template"""
-    chosen, rejected = said(pair.chosen), said(pair.rejected)
-    return [{"prompt": pair.record.messages, "chosen": [chosen], "rejected": [rejected]}]
+    chosen, rejected = ([{"role": "assistant", "content": a.text}] for a in (pair.chosen, pair.rejected))
+    return [{"prompt": pair.record.messages, "chosen": chosen, "rejected": rejected}]
 
 
 @register(OUTPUTS)
 def as_chatml(pair: Pair, run) -> list[dict]:
     """messages, chosen and rejected as one message each: Bailian (Model Studio), LLaMA-Factory, Axolotl"""
-    return [{"messages": pair.record.messages, "chosen": said(pair.chosen), "rejected": said(pair.rejected)}]
+    row = as_conversational(pair, run)[0]
+    return [{"messages": row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}]
 
 
 @register(OUTPUTS)
 def as_openai(pair: Pair, run) -> list[dict]:
     """input, preferred_output, non_preferred_output: OpenAI and Azure, Together, Fireworks"""
-    chosen, rejected = said(pair.chosen), said(pair.rejected)
-    turns = {"messages": pair.record.messages}
-    return [{"input": turns, "preferred_output": [chosen], "non_preferred_output": [rejected]}]
+    row = as_conversational(pair, run)[0]
+    outputs = {"preferred_output": row["chosen"], "non_preferred_output": row["rejected"]}
+    return [{"input": {"messages": row["prompt"]}} | outputs]
 
 
 @register(OUTPUTS, once=("prompt", "completion"))  # an answer in two pairs must not get two labels
@@ -1330,11 +1262,6 @@ def as_kto(pair: Pair, run) -> list[dict]:
 def as_prompts(pair: Pair, run) -> list[dict]:
     """only the prompt, as messages: GRPO, RLOO and online DPO, which sample their own answers"""
     return [{"prompt": pair.record.messages}]
-
-
-def said(answer: Answer) -> dict:
-    """An answer as a message."""
-    return {"role": "assistant", "content": answer.text}
 
 
 # ==========================================================================================================

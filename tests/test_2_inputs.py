@@ -173,6 +173,7 @@ BROKEN = [
     pytest.param(b'{"prompt": "a', "not JSON", id="cut off"),
     pytest.param('{"prompt": "é"}'.encode("latin-1"), "not UTF-8", id="not UTF-8"),
     pytest.param('{"prompt": "你好"}'.encode("gb18030"), "not UTF-8", id="GB 18030"),
+    pytest.param(A.encode("utf-16"), "not UTF-8", id="UTF-16"),
     pytest.param(b"[" * 100_000, "not JSON", id="nested 100,000 deep"),
     pytest.param(b'{"prompt": 1' + b"0" * 5000 + b"}", "not JSON", id="an integer of 5,000 digits"),
     pytest.param(b"\x00\x00", "not JSON", id="zero bytes"),
@@ -206,7 +207,6 @@ def test_a_broken_json_array_is_one_failed_record(tmp_path, whole):
 
 
 UNREADABLE = [
-    pytest.param("in.jsonl", A.encode("utf-16"), "not UTF-8", id="UTF-16"),
     pytest.param("in.csv", "prompt\na\n".encode("utf-16"), "not UTF-8", id="UTF-16 CSV"),
     pytest.param("in.csv", "prompt\n你好\n".encode("gb18030"), "not UTF-8", id="GB 18030 CSV"),
     pytest.param(

@@ -5,8 +5,12 @@ import json
 import math
 import random
 import re
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
+
+import rlhf_constructor as rc
 
 RANK = ("--method", "rank_responses", "--provider", "offline", "--report-path", "none")
 A, B = "Rain falls when a cloud grows too heavy.", "The gods are weeping again."
@@ -271,12 +275,12 @@ DROPS = {
     "numbers too large to add": (LISTS | {"scores": [[1e308, 1e308], [1, 2]]}, UNRATED),
     "scores that are objects": (LISTS | {"scores": [{"a": 1}, {"b": 2}]}, UNRATED),
     "a chosen that ends with the user": ({"chosen": chat(Q, A, "Thanks"), "rejected": chat(Q, B, "Hm")}, NO_HISTORY),
-    "a chosen that the user says": ({"messages": [user(Q)], "chosen": user(A), "rejected": said(B)}, "input: not an answer: a user turn"),
-    "two texts for chosen": ({"prompt": Q, "chosen": [said(A), said(A)], "rejected": [said(B)] * 2}, "input: not one answer: a list of 2"),
+    "a chosen that the user says": ({"messages": [user(Q)], "chosen": user(A), "rejected": said(B)}, "input: the conversation has no user turn"),
+    "two texts for chosen": ({"prompt": Q, "chosen": [said(A), said(A)], "rejected": [said(B)] * 2}, "input: not one answer on each side"),
     "chats with different questions": ({"prompt": Q, "chosen": chat(Q, A), "rejected": chat("What?", B)}, NO_HISTORY),
     "a battle whose histories differ": (ARENA | {"winner": "model_a", "conversation_b": chat("Hi", "Ho", Q, B)}, NO_HISTORY),
     "HH-RLHF with different histories": ({"chosen": hh(Q, A), "rejected": hh("What?", B)}, NO_HISTORY),
-    "55k with two turns": (ONE_HOT | {"prompt": json.dumps([Q, Q]), "winner_model_a": 1, "winner_model_b": 0}, NO_HISTORY),
+    "55k with two turns": (ONE_HOT | {"prompt": json.dumps([Q, Q]), "response_a": json.dumps([A, A]), "response_b": json.dumps([B, B]), "winner_model_a": 1, "winner_model_b": 0}, NO_HISTORY),
     # contradictions
     "scores against ranks": (LISTS | {"scores": [9, 2], "ranks": [2, 1]}, CONTRADICTION),
     "scores against order": (LISTS | {"scores": [9, 2], "order": [1, 0]}, CONTRADICTION),
@@ -361,6 +365,21 @@ def test_two_answers_that_only_one_of_two_signals_tells_apart_form_no_pair(fate)
     record = {"prompt": Q, "responses": FOUR, "ranks": [1, 2, 3, 4], "scores": [9, 7, 7, 1]}
     made = fate(record, "--strategy", "all_pairs")
     assert len(made) == 5 and (second, third) not in made and (first, fourth) in made
+
+
+def test_no_two_shapes_in_one_row_that_differ_give_a_pair():
+    run, rows = SimpleNamespace(seed=0, strategy="all_pairs", length_penalty=0), 0
+    for (one, other), winner in product(product(SHAPES.values(), repeat=2), (0, 1)):
+        first, second = one(winner), other(1 - winner)
+        shared = first.keys() & second.keys() - {"prompt", "instruction", "question"}
+        if any(first[name] != second[name] for name in shared):
+            continue  # the second overwrites what the first says
+        rows += 1
+        with pytest.raises((rc.Failed, *rc.JUNK)):
+            [record] = rc.parse_row(first | second, with_answers=True)
+            rc.pair_up(record, record.answers, run)
+            pytest.fail(str(first | second))
+    assert rows > 4000
 
 
 @pytest.mark.parametrize("depth", [100, 400, 600, 900, 20_000])
