@@ -158,9 +158,8 @@ class Pair:
     @property
     def gap(self) -> float | None:
         """chosen minus rejected, in points of the signal; None if nothing measured it."""
-        if self.chosen.value is None or self.rejected.value is None:
-            return None
-        return self.chosen.value - self.rejected.value
+        values = (self.chosen.value, self.rejected.value)
+        return None if None in values else values[0] - values[1]
 
 
 class UserError(Exception):
@@ -471,6 +470,7 @@ SIGNALS = {  # name -> (kind, width of the scale in points, 0 = unknown); lists 
     "overall_score": ("score", 9.0),  # the first release of UltraFeedback has errors in it: see `settle`
     "rank": ("rank", 0.0), "order": ("order", 0.0),
 }
+OWN = tuple(name for name in SIGNALS if name != "order")  # what an answer's own object or field can say
 BESIDE = {form: name for name in SIGNALS for form in (name, f"{name}s", f"all_{name}s")}
 LEADS = {  # by how much the second answer is better: name -> (the first's field, a tie, width of the scale)
     "preference": ("output_1", 1.5, 0.5),  # AlpacaEval
@@ -584,13 +584,13 @@ def shapes_of(row: dict) -> list[Shape]:
 
 def listed(row: dict, items: list, beside: list) -> Shape:
     """A list of texts, or of objects that hold a text and what is known of it."""
-    if not isinstance(items[0], dict):
-        models = row.get("models") or row.get("generation_models") or [""] * len(items)
-        return Shape(items, models, (), beside)
-    items = [item if isinstance(item, dict) else {} for item in items]
+    items = [item if isinstance(item, dict) else {"text": item} for item in items]
     texts = [next((item[name] for name in TEXTS if item.get(name)), "") for item in items]
-    signals = [(name, [item.get(name) for item in items]) for name in SIGNALS if name != "order"]
-    return Shape(texts, [item.get("model") for item in items], (), signals + beside)
+    models = [item.get("model") for item in items]
+    if not any(models):
+        models = row.get("models") or row.get("generation_models") or models
+    signals = [(name, [item.get(name) for item in items]) for name in OWN]
+    return Shape(texts, models, (), signals + beside)
 
 
 def suffixed(row: dict, stem: str, mark: str, first: str, beside: list) -> Shape:
@@ -604,7 +604,7 @@ def sided(row: dict, texts: list, ends: tuple, forms: tuple, beside: list) -> Sh
     """Answers in fields of their own, with the fields of the same form: score_a, model_a; chosen_score."""
     column = lambda name, form: [row.get(form.format(name, end)) for end in ends]
     models = next(filter(any, (column("model", form) for form in forms)), [""] * len(ends))
-    signals = [(name, column(name, form)) for name in SIGNALS if name != "order" for form in forms]
+    signals = [(name, column(name, form)) for name in OWN for form in forms]
     return Shape(texts, models, ends, signals + beside)
 
 
@@ -635,7 +635,7 @@ def winner_index(said, shape: Shape) -> int | None:
     name, place = str(said).strip().lower(), number(said)
     end = re.sub(r"^(model|response|answer|output|assistant)_?(?=\w$)", "", name)
     found = {i for i, one in enumerate(shape.ends) if one.lower() == end}
-    found |= {i for i, model in enumerate(shape.models) if str(model).lower() == name}
+    found |= {i for i, model in enumerate(shape.models) if model and str(model).lower() == name}
     if place is not None and shape.ends not in READY:
         found |= {0, 1} if shape.ends[:1] == ("1",) else {place}
     if re.match(EVEN, name) and (not found or re.fullmatch(EVEN, name)):
@@ -1216,8 +1216,8 @@ def as_standard(pair: Pair, run) -> list[dict]:
     row = as_basic(pair, run)[0]
     if pair.chosen.score is not None and pair.rejected.score is not None:
         row |= {"score_chosen": float(pair.chosen.score), "score_rejected": float(pair.rejected.score)}
-    row |= {"chosen_model": pair.chosen.model, "rejected_model": pair.rejected.model}
-    return [row | {"prompt_id": pair.record.prompt_id}]
+    models = {"chosen_model": pair.chosen.model, "rejected_model": pair.rejected.model}
+    return [row | models | {"prompt_id": pair.record.prompt_id}]
 
 
 @register(OUTPUTS)

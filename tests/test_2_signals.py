@@ -230,6 +230,8 @@ DROPS = {
     "AlpacaEval 0": (EVAL | {"preference": 0}, NOBODY),
     "winner null": (SUFFIXED | {"winner": None}, NOBODY),
     "winner N/A": (SUFFIXED | {"winner": "N/A"}, NOBODY),
+    "a blank winner": (SUFFIXED | {"winner": " "}, NOBODY),
+    "winner none, and models unknown": (SUFFIXED | {"winner": "none", "model_a": None, "model_b": None}, NOBODY),
     "winner is nobody's name": (SUFFIXED | {"winner": "model_c", "model_a": "x", "model_b": "y"}, NOBODY),
     "a winner that both models share": (SUFFIXED | {"winner": "gpt-x", "model_a": "gpt-x", "model_b": "gpt-x"}, "input: ambiguous winner"),
     "an arena battle without a winner": (ARENA, UNSAID),
