@@ -490,9 +490,9 @@ ENDS_AB = ("response_a", "response_b")
 DATA_SETS = {
     # SHP, HelpSteer3, WebGPT, summarize comparisons; Chatbot Arena 33k and 140k, 55k; pairs of turns
     "human_ref_A": lambda r: {"prompt": r["history"], WINNERS[-2]: {1: 0, 0: 1}.get(number(r["labels"]))},
-    "overall_preference": lambda r: {"prompt": r["context"]},
-    "question": lambda r: {"prompt": r["question"]["full_text"]} if "answer_0" in r else {},
-    "info": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"]} if "summaries" in r else {},
+    "overall_preference": lambda r: {"prompt": r["context"]} if "context" in r else {},
+    "question": lambda r: {"prompt": r["question"]["full_text"]} if isinstance(r["question"], dict) else {},
+    "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"]} if "info" in r else {},
     "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"], ENDS_AB),
     "winner_model_a": lambda r: arena_55k(r),
     "chosen": lambda r: ready_texts(r, READY[0]),

@@ -108,6 +108,8 @@ SHAPES = {
     "candidates file": lambda w: {"prompt": [user(Q)], "prompt_id": "x", "completions": two("response", model=["m", "n"], score=hi(w, 8.5, 3.0), votes=hi(w, [8, 9], [3, 3]))},
     # fields with suffixes
     "WebGPT": lambda w: {"question": {"full_text": Q, "id": "x"}, "answer_0": A, "answer_1": B, "score_0": hi(w, 0.5, -0.5)[0], "score_1": hi(w, 0.5, -0.5)[1]},
+    "question, answer_0, answer_1": lambda w: {"question": Q, "answer_0": A, "answer_1": B, "choice": w},
+    "HelpSteer3's strength beside a prompt": lambda w: {"prompt": Q, "response1": A, "response2": B, "overall_preference": hi(w, -1, 1)[0]},
     "response_a, rating_a": lambda w: {"prompt": Q, "response_a": A, "response_b": B, "rating_a": hi(w, 5, 1)[0], "rating_b": hi(w, 5, 1)[1]},
     "output_1, rank_1": lambda w: {"prompt": Q, "output_1": A, "output_2": B, "rank_1": hi(w, 1, 2)[0], "rank_2": hi(w, 1, 2)[1]},
     "SHP: labels 1 is A": lambda w: {"history": Q, "human_ref_A": A, "human_ref_B": B, "labels": 1 - w, "score_A": hi(w, 20, 8)[0], "score_B": hi(w, 20, 8)[1], "score_ratio": 2.5},
