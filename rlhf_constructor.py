@@ -376,7 +376,7 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
     """Yields (line, Record or Failed) for every record of a file, in order, without holding the file."""
     for line, row in read_rows(path):
         try:
-            if isinstance(row, dict):
+            if rename and isinstance(row, dict):
                 row = {rename.get(name, name): value for name, value in row.items()}
             records = [row] if isinstance(row, Failed) else parse_row(row, with_answers)
         except Failed as error:
@@ -589,7 +589,8 @@ def listed(row: dict, items: list, beside: list) -> Shape:
     models = [item.get("model") for item in items]
     if not any(models):
         models = row.get("models") or row.get("generation_models") or models
-    signals = [(name, [item.get(name) for item in items]) for name in OWN]
+    named = set().union(*items)
+    signals = [(name, [item.get(name) for item in items]) for name in OWN if name in named]
     return Shape(texts, models, (), signals + beside)
 
 
