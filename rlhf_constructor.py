@@ -76,7 +76,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -114,7 +114,7 @@ class Answer:
     text: str
     model: str = ""
     score: float | None = None  # exported: the judges' (1..10) or the input's own; None: nobody gave one
-    votes: tuple[float, ...] = ()  # one per judge and order, or the input's one signal; higher is better
+    votes: tuple[float, ...] = ()  # one per judge and order, or the input's signals; higher is better
     slots: tuple[int, ...] = ()  # for each vote, where the answer stood: 0 = shown first
     finish: str = ""  # the provider's finish_reason; "length" if the answer was cut
 
@@ -130,9 +130,7 @@ class Record:
 
     messages: list[dict]  # [{"role": "system" | "user" | "assistant", "content": str}, ...]
     reference: str = ""  # the record's own answer
-    answers: list[Answer] = field(
-        default_factory=list
-    )  # the input's, or those made for it; judged ones replace them
+    answers: list[Answer] = field(default_factory=list)  # the input's, or those made for it, then the judged
     signal: str = ""  # what their votes are: "score", "rank", "choice"; "" if there is no signal
     scale: float = 0.0  # width of the signal's range in points; 0 if unknown
     line: int = 0  # in the input file, from 1 (in a JSON array: the item)
@@ -161,9 +159,8 @@ class Pair:
     @property
     def gap(self) -> float | None:
         """chosen minus rejected, in points of the signal; None if nothing measured it."""
-        if self.chosen.value is None or self.rejected.value is None:
-            return None
-        return self.chosen.value - self.rejected.value
+        values = (self.chosen.value, self.rejected.value)
+        return None if None in values else values[0] - values[1]
 
 
 class UserError(Exception):
@@ -256,7 +253,7 @@ class Outcome:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# §2 INPUTS: from_conversation, from_self_instruct, from_alpaca, from_prompt; read_rows, read_records
+# §2 INPUTS: from_conversation, from_instruction, from_prompt; read_rows, read_records; SIGNALS, add_answers
 # ----------------------------------------------------------------------------------------------------------
 # EDIT HERE to read another format: row (a dict) -> records, or None if the row is not of this shape.
 
@@ -271,104 +268,80 @@ def from_conversation(row: dict) -> list[Record] | None:
     """`messages` (OpenAI), `conversations` (ShareGPT): all turns are kept, a last answer is the reference"""
     nested = row["input"].get("messages") if isinstance(row.get("input"), dict) else None
     turns = row.get("messages") or row.get("conversations") or nested
-    if not isinstance(turns, list):
-        return None
-    if text_of(row, "system") and turns[:1] != [] and role_of(turns[0]) != "system":
-        turns = [{"role": "system", "content": row["system"]}, *turns]
-    return [conversation(turns)]
+    return [conversation(turns, row)] if isinstance(turns, list) else None
 
 
 @register(INPUTS)
-def from_self_instruct(row: dict) -> list[Record] | None:
-    """`instruction` with `instances` (Self-Instruct): each instance is a record of its own."""
-    if not isinstance(row.get("instances"), list) or not text_of(row, "instruction"):
-        return None
-    instances = [one for one in row["instances"] if isinstance(one, dict)] or [{}]
-    return [asked(row["instruction"], text_of(one, "input"), text_of(one, "output")) for one in instances]
-
-
-@register(INPUTS)
-def from_alpaca(row: dict) -> list[Record] | None:
-    """`instruction`, `input`, `output` (Alpaca, few-shot): the prompt is instruction, blank line, input."""
+def from_instruction(row: dict) -> list[Record] | None:
+    """`instruction` and `input`, `output` (Alpaca, few-shot), or `instances` of both (Self-Instruct)"""
     if not text_of(row, "instruction"):
         return None
-    record = asked(row["instruction"], text_of(row, "input"), reference_of(row))
-    past = [(q, a) for q, a in row.get("history") or [] if isinstance(q, str) and isinstance(a, str)]
-    turns = [(role, text) for turn in past for role, text in zip(("user", "assistant"), turn, strict=True)]
-    turns = ([("system", row["system"])] if text_of(row, "system") else []) + turns
-    record.messages[:0] = [{"role": role, "content": text} for role, text in turns]
-    return [record]
+    listed = row["instances"] if isinstance(row.get("instances"), list) else [row]
+    records = []
+    for one in [one for one in listed if isinstance(one, dict)] or [{}]:
+        asked = "\n\n".join(filter(None, (row["instruction"].strip(), text_of(one, "input").strip())))
+        turns = [*chat(row.get("history") or []), {"role": "user", "content": asked}]
+        records.append(conversation(turns, row | one))
+    return records
 
 
 @register(INPUTS)
 def from_prompt(row: dict) -> list[Record] | None:
     """`prompt`, `question`, `query`, `text`: a string or a list of messages; `answer` is the reference"""
-    name = next((n for n in PROMPT_FIELDS if row.get(n)), None)
-    if name and isinstance(row[name], list):
-        record = conversation(row[name])
-        record.reference = record.reference or reference_of(row)
-        return [record]
-    if not name or not isinstance(row[name], str):
-        return None
-    if row[name].startswith("\n\nHuman:"):
-        return [conversation(human_turns(row[name]))]
-    record = asked(row[name], "", reference_of(row))
-    if text_of(row, "system"):
-        record.messages.insert(0, {"role": "system", "content": row["system"]})
-    return [record]
+    said = next((row[name] for name in PROMPT_FIELDS if row.get(name)), None)
+    if isinstance(said, str):
+        said = human_turns(said) or [{"role": "user", "content": said}]
+    return [conversation(said, row)] if isinstance(said, list) else None
 
 
 def text_of(row: dict, name: str) -> str:
     """The field as text, "" if it is missing or blank; raises Failed if it holds anything else."""
     value = row.get(name)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return ""
-    if not isinstance(value, str):
+    if not isinstance(value, str | None):
         raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
-    return value
+    return value if value and value.strip() else ""
 
 
-def reference_of(row: dict) -> str:
-    """The record's own answer; a completion that is labelled bad (KTO) is none."""
-    named = (text_of(row, n) for n in REFERENCE_FIELDS if isinstance(row.get(n), str))
-    return (
-        ""
-        if str(row.get("label")).strip().lower() in ("false", "0", "0.0")
-        else next(filter(None, named), "")
-    )
-
-
-def asked(instruction: str, extra: str, reference: str) -> Record:
-    """A single user turn -> Record."""
-    content = f"{instruction.strip()}\n\n{extra.strip()}" if extra else instruction.strip()
-    return Record([{"role": "user", "content": content}], reference.strip())
-
-
-def role_of(turn: dict) -> str:
-    """system, user or assistant, for OpenAI's `role` and ShareGPT's `from`; raises Failed for tool turns."""
+def message(turn) -> dict:
+    """An OpenAI or ShareGPT turn -> {"role", "content"}; raises Failed for tool turns and pictures."""
     name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
     if not isinstance(name, str) or name.lower() not in ROLES:
         raise Failed("input", f"unknown role: {name!r} (known: {', '.join(ROLES)})")
-    return ROLES[name.lower()]
+    role, said = ROLES[name.lower()], turn.get("content", turn.get("value"))
+    if isinstance(said, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in said):
+        said = "\n".join(str(part.get("text", "")) for part in said)
+    if not isinstance(said, str):
+        raise Failed("input", f"not a text: a {role} turn holds a {type(said).__name__}")
+    return {"role": role, "content": said.strip()}
 
 
-def conversation(turns: list) -> Record:
-    """OpenAI or ShareGPT turns -> Record; raises Failed where no user turn is left to answer."""
-    messages = []
-    for turn in turns:
-        role, content = role_of(turn), turn.get("content", turn.get("value"))
-        if isinstance(content, list) and all(
-            isinstance(p, dict) and p.get("type") == "text" for p in content
-        ):
-            content = "\n".join(str(part.get("text", "")) for part in content)
-        if not isinstance(content, str):
-            raise Failed("input", f"not a text: a {role} turn holds a {type(content).__name__}")
-        messages.append({"role": role, "content": content.strip()})
-    ends = bool(messages) and messages[-1]["role"] == "assistant"
-    reference = messages.pop()["content"] if ends else ""
+def chat(exchanges: list) -> list[dict]:
+    """[(question, answer), ...] -> turns."""
+    roles = ("user", "assistant")
+    return [{"role": r, "content": said} for one in exchanges for r, said in zip(roles, one, strict=True)]
+
+
+def human_turns(said: str) -> list[dict]:
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar) -> turns, less a last empty one; else []."""
+    parts = re.split(r"\n\n(Human|Assistant): ?", said)[1:] if said.startswith("\n\nHuman:") else []
+    turns = [{"from": who, "value": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
+    return turns if not turns or turns[-1]["value"].strip() else turns[:-1]
+
+
+def conversation(turns: list, row: dict) -> Record:
+    """Turns, and the row's `system` before them -> Record; its reference is a last answer, or the row's own.
+
+    A completion that is labelled bad (KTO) is none. Raises Failed if there is no user turn to answer."""
+    messages = [message(turn) for turn in turns]
+    if text_of(row, "system") and messages[:1] and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    answered = bool(messages) and messages[-1]["role"] == "assistant"
+    known = [messages.pop()["content"] if answered else "", *(row.get(name) for name in REFERENCE_FIELDS)]
     if not messages or messages[-1]["role"] != "user":
         raise Failed("input", "the conversation has no user turn to answer")
-    return Record(messages, reference)
+    bad = str(row.get("label")).strip().lower() in ("false", "0", "0.0")
+    good = [] if bad else [text.strip() for text in known if isinstance(text, str) and text.strip()]
+    return Record(messages, next(iter(good), ""))
 
 
 def parse_row(row, with_answers: bool = False) -> list[Record]:
@@ -404,18 +377,20 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
     """Yields (line, Record or Failed) for every record of a file, in order, without holding the file."""
     for line, row in read_rows(path):
         try:
-            if isinstance(row, Failed):
-                raise row
-            if isinstance(row, dict) and rename:
+            if rename and isinstance(row, dict):
                 row = {rename.get(name, name): value for name, value in row.items()}
-            records = parse_row(row, with_answers)
-        except (Failed, *JUNK) as error:
-            broken = Failed("input", f"malformed record: {error}")  # junk nested where a text should be
-            records = [error if isinstance(error, Failed) else broken]
+            records = [row] if isinstance(row, Failed) else parse_row(row, with_answers)
+        except Failed as error:
+            records = [error]
+        except JUNK as error:
+            records = [Failed("input", f"malformed record: {error}")]
         for record in records:
             if isinstance(record, Record):
                 record.line = line
             yield line, record
+
+
+NOT_UTF_8 = "not UTF-8: convert it, e.g. iconv -f gb18030 -t utf-8"
 
 
 def read_rows(path: str):
@@ -426,162 +401,157 @@ def read_rows(path: str):
             if name.endswith((".csv", ".tsv")):
                 yield from table_rows(file, "\t" if name.endswith(".tsv") else ",")
             else:
-                yield from json_rows(file, path)
-    except (OSError, EOFError, zlib.error) as error:
+                yield from json_rows(file)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: {NOT_UTF_8}") from None
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def json_rows(file, path: str):
+def json_rows(file):
     """JSON lines; or, where the first character says so, one JSON array or one indented object read whole."""
     lines = ((n, raw) for n, raw in enumerate(file, 1) if raw.strip(b"\xef\xbb\xbf \t\r\n"))
-    first = next(lines, (1, b""))
-    head = first[1].lstrip(b"\xef\xbb\xbf \t")
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: is UTF-16; save it as UTF-8")
+    first, head = next(lines, (1, b""))
+    head = head.lstrip(b"\xef\xbb\xbf \t")
     if head[:1] == b"[" or head.strip() == b"{":
         whole = parse_json(head + b"".join(raw for _, raw in lines))
         if isinstance(whole, dict) and len(whole) == 1 and not {"messages", "conversations"} & whole.keys():
             [whole] = whole.values() if isinstance(*whole.values(), list) else [whole]  # {"data": [...]}
         yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
     elif head:
-        yield from ((n, parse_json(raw)) for n, raw in itertools.chain([(first[0], head)], lines))
+        yield from ((n, parse_json(raw)) for n, raw in itertools.chain([(first, head)], lines))
 
 
 def parse_json(raw: bytes):
     """bytes -> value, or (not raised) Failed, so that one broken line costs one record."""
     try:
-        return scrub(json.loads(raw.decode("utf-8")))
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+        suspect = b"\\ud" in raw or b"\\uD" in raw  # only there can half an emoji be
+        return json.loads(scrub(json.dumps(value, ensure_ascii=False))) if suspect else value
     except UnicodeDecodeError:
-        return Failed("input", "not UTF-8: convert the file, e.g. iconv -f gb18030 -t utf-8")
+        return Failed("input", NOT_UTF_8)
     except (ValueError, RecursionError) as error:
         return Failed("input", f"not JSON: {error}")
 
 
-def scrub(value):
-    """Lone surrogates (half an emoji: no UTF-8, no trainer and no API takes them) -> U+FFFD, at any depth."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-    elif isinstance(value, list):
-        return [scrub(one) for one in value]
-    elif isinstance(value, dict):
-        return {scrub(name): scrub(one) for name, one in value.items()}
-    return value
+def no_duplicates(pairs: list) -> dict:
+    """JSON object pairs -> dict; raises ValueError if a key stands twice: which of the two was meant?"""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def scrub(text):
+    """Lone surrogates (half an emoji: no UTF-8, no trainer and no API takes them) -> U+FFFD."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if isinstance(text, str) else text
 
 
 def table_rows(file, delimiter: str):
-    """CSV or TSV with a header; the line is that of the row's end."""
+    """CSV or TSV with a header; the line is that of the row's end. An open quote costs the lines it spans."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter)
-    try:
-        for row in reader:
-            extra = row.pop(None, None)
-            yield reader.line_num, Failed("input", "more cells than the header has") if extra else row
-    except UnicodeDecodeError:
-        raise UserError(f"{file.name}: not UTF-8; convert it, e.g. iconv -f gb18030 -t utf-8") from None
-    except csv.Error as error:
-        yield reader.line_num, Failed("input", f"not a table row: {error}")
+    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    names, cells = next(reader, []), []
+    if len(set(filter(None, names))) < len(list(filter(None, names))):
+        raise csv.Error("a name stands twice in its header")
+    while cells is not None:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+            if cells and len(cells) > len(names):
+                yield reader.line_num, Failed("input", "more cells than the header has")
+            elif cells:
+                yield reader.line_num, dict(itertools.zip_longest(names, cells))
+        except csv.Error as error:
+            lines = f"lines {start} to {reader.line_num}"
+            yield reader.line_num, Failed("input", f"not a table row: {error}; check the quotes of {lines}")
 
 
 # --- Answers that exist already, and what says which of them is better (for rank_responses).
 # One name, one direction, never a guess: a higher score, a lower rank, an earlier index in `order` wins.
+# Whatever a row says is heard, in every shape; where two of its signals differ on two answers, no pair comes.
 
-# name -> (kind, width of the scale in points, 0 = unknown). Objects and suffixed fields carry the name, lists
-# also its plural or all_...s. The first that is there counts: UltraFeedback's overall_score had errors.
-SIGNALS = {
+# fmt: off
+SIGNALS = {  # name -> (kind, width of the scale in points, 0 = unknown); lists also: its plural, all_...s
     "votes": ("score", 9.0),  # what --candidates-path writes: one number per judge and order
     "fine-grained_score": ("score", 4.0),
-    "score": ("score", 0.0),
-    "rm_score": ("score", 0.0),
-    "reward": ("score", 0.0),
-    "rating": ("score", 4.0),
-    "overall_score": ("score", 9.0),
-    "rank": ("rank", 0.0),
-    "order": ("order", 0.0),
+    "score": ("score", 0.0), "rm_score": ("score", 0.0), "reward": ("score", 0.0), "rating": ("score", 4.0),
+    "overall_score": ("score", 9.0),  # the first release of UltraFeedback has errors in it: see `settle`
+    "rank": ("rank", 0.0), "order": ("order", 0.0),
 }
+OWN = tuple(name for name in SIGNALS if name != "order")  # what an answer's own object or field can say
+BESIDE = {form: name for name in SIGNALS for form in (name, f"{name}s", f"all_{name}s")}
+LEADS = {  # by how much the second answer is better: name -> (the first's field, a tie, width of the scale)
+    "preference": ("output_1", 1.5, 0.5),  # AlpacaEval
+    "preference_strength": ("response_1", 0.0, 3.0),  # HelpSteer2
+    "overall_preference": ("response1", 0.0, 3.0),  # HelpSteer3
+}
+WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "by labels", "by flags")
+EVEN = r"tie|draw|both|neither"
 LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers", "summaries")
 TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
-STEMS = ("response", "answer", "output", "completion", "generation", "human_ref", "summary", "text")
-SIGNS = [mark + run for mark in ("_", "") for run in ("abcdefgh", "ABCDEFGH", "01234567", "12345678")]
-CHOICES = ("winner", "choice", "better_response_id")  # the better answer's name, or its index from 0
-OWN = ("model", *(name for name in SIGNALS if name != "order"))  # what an answer can say of itself
-
-# Data sets whose names mislead: a field that gives one away -> the row's fields in plain names. `lead` is by
-# how much the second answer is better, in points of `scale`.
+FIRST = re.compile(r"(response|answer|output|completion|generation|human_ref|summary|text)(_?)([aA01])")
+READY = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+READY_FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
 ENDS_AB = ("response_a", "response_b")
+
+# Data sets whose names mislead: a field that gives one away -> the row's fields in plain names.
 DATA_SETS = {
-    "human_ref_A": lambda r: {"prompt": r["history"], "winner": {1: 0, 0: 1}.get(number(r["labels"]))},  # SHP
-    "preference": lambda r: {"lead": r["preference"], "even": 1.5, "scale": 0.5},  # AlpacaEval: 1 to 2
-    "preference_strength": lambda r: {"lead": r["preference_strength"], "scale": 3.0},  # HelpSteer2
-    "overall_preference": lambda r: {"prompt": r["context"], "lead": r["overall_preference"], "scale": 3.0},
-    "question": lambda r: {"prompt": r["question"]["full_text"]},  # WebGPT
-    "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"]},  # summarize comparisons
-    "safer_response_id": lambda r: {"winner": agreed(r["better_response_id"], r["safer_response_id"])},  # PKU
-    "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"], ENDS_AB),  # Arena 33k, 140k
-    "winner_model_a": lambda r: {  # Chatbot Arena 55k: texts are JSON lists in a string
-        **{name: only_turn(r[name]) for name in ("prompt", "response_a", "response_b")},
-        "winner": one_hot(r),
-    },
+    # SHP, HelpSteer3, WebGPT, summarize comparisons; Chatbot Arena 33k and 140k, 55k; pairs of turns
+    "human_ref_A": lambda r: {"prompt": r["history"], WINNERS[-2]: {1: 0, 0: 1}.get(number(r["labels"]))},
+    "overall_preference": lambda r: {"prompt": r["context"]} if "context" in r else {},
+    "question": lambda r: {"prompt": r["question"]["full_text"]} if isinstance(r["question"], dict) else {},
+    "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"]} if "info" in r else {},
+    "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"], ENDS_AB),
+    "winner_model_a": lambda r: arena_55k(r),
+    "chosen": lambda r: ready_texts(r, READY[0]),
+    "preferred_output": lambda r: ready_texts(r, READY[1]),
 }
+# fmt: on
 
 
 def in_plain_names(row: dict) -> dict:
     """The row, with a misleading data set's fields under plain names; chats without a prompt are split."""
-    misled = {"preference": "output_1" in row, "question": isinstance(row.get("question"), dict)}
-    misled["summaries"] = isinstance(row.get("info"), dict)
     for sign, plain in DATA_SETS.items():
-        if row.get(sign) is not None and misled.get(sign, True):
-            return row | plain(row)
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, list) and isinstance(rejected, list):  # whole chats say more than a `prompt` beside
-        chats = min(len(chosen), len(rejected)) > 1 and role_of(chosen[0]) != "assistant"
-        if chats or not {"prompt", "messages", "input"} & row.keys():
-            return row | battle(chosen, rejected)
-    if isinstance(chosen, str) and chosen.startswith("\n\nHuman:") and "prompt" not in row:  # HH-RLHF
-        return row | battle(human_turns(chosen), human_turns(rejected))
+        if row.get(sign) is not None:
+            row = row | plain(row)
     return row
 
 
-def battle(one: list, two: list, names: tuple = ("chosen", "rejected")) -> dict:
+def battle(one: list, two: list, names: tuple) -> dict:
     """Two conversations -> their common history as `messages`, and the two last answers by these names."""
-    a, b = conversation(one), conversation(two)
+    a, b = conversation(one, {}), conversation(two, {})
     if a.messages != b.messages:
         raise Failed("input", "histories differ: not two answers to one prompt")
     return {"messages": a.messages, names[0]: a.reference, names[1]: b.reference}
 
 
-def human_turns(text: str) -> list[dict]:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar) -> messages, less a last empty answer."""
-    parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
-    turns = [
-        {"role": "user" if who == "Human" else "assistant", "content": said}
-        for who, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    return turns[:-1] if turns and not turns[-1]["content"].strip() else turns
-
-
-def agreed(one, two):
-    """Two verdicts on one pair -> the verdict; raises Failed where they differ: the user must rename one."""
-    if one != two:
-        raise Failed("input", "contradictory signals: better_response_id and safer_response_id")
-    return one
-
-
-def one_hot(row: dict) -> str | None:
-    """a, b or tie, whichever is flagged; None unless exactly one is."""
+def arena_55k(row: dict) -> dict:
+    """Chatbot Arena 55k: turns are JSON lists in a string, the winner is flagged, None unless one is."""
     flags = {"a": "winner_model_a", "b": "winner_model_b", "tie": "winner_tie"}
     said = [name for name, flag in flags.items() if row.get(flag) is True or number(row.get(flag)) == 1]
-    return said[0] if len(said) == 1 else None
+    asked, a, b = (json.loads(t) if t[:1] == "[" else [t] for t in map(row.get, ("prompt", *ENDS_AB)))
+    chats = [chat(zip(asked, answers, strict=True)) for answers in (a, b)]
+    return battle(*chats, ENDS_AB) | {WINNERS[-1]: said[0] if len(said) == 1 else None}
 
 
-def only_turn(text: str) -> str:
-    """'["text"]' -> "text"; raises Failed for several turns, whose histories differ."""
-    turns = json.loads(text) if text.startswith("[") else [text]
-    if len(turns) != 1 or not isinstance(turns[0], str):
-        raise Failed("input", "histories differ: not two answers to one prompt")
-    return turns[0]
+def ready_texts(row: dict, names: tuple) -> dict:
+    """Two sides that are turns -> texts, and the prompt if they repeat it (HH-RLHF, TRL's implicit form)."""
+    sides = [[side] if isinstance(side, dict) else side for side in map(row.get, names)]
+    sides = [human_turns(side) if isinstance(side, str) else side for side in sides]
+    if not all(side and isinstance(side, list) for side in sides):
+        return {}
+    turns = [message(turn) for side in sides for turn in side]
+    if turns[0]["role"] != "assistant":
+        return battle(*sides, names)
+    if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
+        raise Failed("input", f"not one answer on each side, but {len(turns)} turns")
+    return {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
+
+
+# Answers as a row holds them. `ends` tell their fields apart: a, b; 1, 2; chosen, rejected; none in a list.
+Shape = namedtuple("Shape", "texts models ends signals")  # signals: [(a name of SIGNALS, a value per answer)]
+# What one signal says of them: kind choice, score or rank; for each a tuple, higher is better, or None.
+Claim = namedtuple("Claim", "name kind scale votes")
 
 
 def add_answers(record: Record, row: dict):
@@ -590,169 +560,159 @@ def add_answers(record: Record, row: dict):
     Raises Failed("input", ...) for a tie, for no preference, and for signals that contradict each other."""
     if isinstance(row.get("ranking"), list):
         raise Failed("input", "ambiguous `ranking`: name it order (indices, best first) or ranks (1 = best)")
-    columns = ready_pair(row) or answer_lists(row) or suffixed(row)
-    models = columns.get("model") or itertools.repeat("")
-    texts = (text_of({"answer": text}, "answer").strip() for text in columns["text"])
-    record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=False)]
-    signals = [signal for signal in (declared(row, columns), *measures(columns)) if signal]
-    if not signals:
-        return
-    record.signal, record.scale, votes = signals[0]
-    if not all(follows(values, votes, ties=True) for _, _, values in signals):
-        raise Failed("input", "contradictory signals")
-    rated = [i for i, vote in enumerate(votes) if vote is not None]
-    if len(rated) < 2:
+    shapes = shapes_of(row)
+    if not shapes:
+        raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}")
+    texts, models, _, signals = shapes[0]
+    if any(len(values) != len(texts) for values in (models, *(values for _, values in signals))):
+        raise Failed("input", f"lists of unequal length: {len(texts)} answers")
+    texts = [text_of({"answer": text}, "answer").strip() for text in texts]
+    record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=True)]
+    said = {name: row[name] for name in WINNERS if name in row}
+    said = {name: winner for name, winner in said.items() if winner is not None} or said
+    heard = [(shape, claims_of(shape, row, said)) for shape in shapes]
+    for name in said.keys() - {claim.name for _, claims in heard for claim in claims}:
+        raise Failed("input", f"no preference: the winner is {str(said[name])[:40]!r}")
+    claims = [claim for shape, claims in heard for claim in aligned(claims, shape, texts)]
+    if claims:
+        settle(record, claims)
+
+
+def shapes_of(row: dict) -> list[Shape]:
+    """Every shape in which the row holds answers; the texts of the first are the record's."""
+    beside = [(BESIDE[n], row[n]) for n in row if n in BESIDE and row[n] and isinstance(row[n], list)]
+    lists = [listed(row, row[n], beside) for n in LISTS if row.get(n) and isinstance(row[n], list)]
+    beside = [] if lists else beside
+    ready = [names for names in READY if all(row.get(name) is not None for name in names)]
+    two = [(name, values) for name, values in beside if len(values) == 2]
+    pairs = [sided(row, [row[n] for n in names], names, READY_FORMS, two) for names in ready]
+    runs = [suffixed(row, *first.groups(), beside) for first in map(FIRST.fullmatch, row) if first]
+    return pairs + lists + [shape for shape in runs if len(shape.texts) > 1]
+
+
+def listed(row: dict, items: list, beside: list) -> Shape:
+    """A list of texts, or of objects that hold a text and what is known of it."""
+    items = [item if isinstance(item, dict) else {"text": item} for item in items]
+    texts = [next((item[name] for name in TEXTS if item.get(name)), "") for item in items]
+    models = [item.get("model") for item in items]
+    if not any(models):
+        models = row.get("models") or row.get("generation_models") or models
+    named = set().union(*items)
+    signals = [(name, [item.get(name) for item in items]) for name in OWN if name in named]
+    return Shape(texts, models, (), signals + beside)
+
+
+def suffixed(row: dict, stem: str, mark: str, first: str, beside: list) -> Shape:
+    """response_a, response_b, ... in the row: as many as follow one another, from a, A, 0 or 1 on."""
+    run = [chr(ord(first) + i) for i in range(8)] if stem + mark + "0" not in row or first != "1" else []
+    ends = tuple(itertools.takewhile(lambda end: stem + mark + end in row, run))
+    return sided(row, [row[stem + mark + end] for end in ends], ends, [f"{{0}}{mark}{{1}}"], beside)
+
+
+def sided(row: dict, texts: list, ends: tuple, forms: tuple, beside: list) -> Shape:
+    """Answers in fields of their own, with the fields of the same form: score_a, model_a; chosen_score."""
+    column = lambda name, form: [row.get(form.format(name, end)) for end in ends]
+    models = next(filter(any, (column("model", form) for form in forms)), [""] * len(ends))
+    signals = [(name, column(name, form)) for name in OWN for form in forms]
+    return Shape(texts, models, ends, signals + beside)
+
+
+def claims_of(shape: Shape, row: dict, winners: dict) -> list[Claim]:
+    """All that the row says of a shape's answers; raises Failed for ties and for what cannot be read."""
+    count, claims, ready = len(shape.texts), [], shape.ends in READY
+    best = {"chosen": 0} if ready else {}
+    best |= {"margin": 1} if ready and (number(row.get("margin")) or 0) < 0 else {}
+    best |= {name: winner_index(said, shape) for name, said in winners.items()}
+    for name, index in best.items():
+        if index in range(count):
+            claims.append(Claim(name, "choice", 0.0, [(float(i == index),) for i in range(count)]))
+    for name, (first, even, scale) in LEADS.items():
+        if row.get(name) is not None and count == 2 and row.get(first) == shape.texts[0]:
+            said = number(row[name])
+            lead = math.nan if said is None else said - even
+            if not 0 < abs(lead) <= scale:  # -100: neither
+                raise Failed("input", "tie" if lead == 0 else "no preference")
+            claims.append(Claim(name, "score", scale, [(0.0,), (lead,)]))
+    for name, values in shape.signals:
+        if len(values) == count and any(value not in (None, [], "") for value in values):
+            claims.append(measured(name, values, math.inf if ready else count))
+    return claims
+
+
+def winner_index(said, shape: Shape) -> int | None:
+    """A verdict (index from 0, `model_a`, `a`, a model's name) -> index or None; raises Failed for a tie."""
+    name, place = str(said).strip().lower(), number(said)
+    end = re.sub(r"^(model|response|answer|output|assistant)_?(?=\w$)", "", name)
+    found = {i for i, one in enumerate(shape.ends) if one.lower() == end}
+    found |= {i for i, model in enumerate(shape.models) if model and str(model).lower() == name}
+    if place is not None and shape.ends not in READY:
+        found |= {0, 1} if shape.ends[:1] == ("1",) else {place}
+    if re.match(EVEN, name) and (not found or re.fullmatch(EVEN, name)):
+        raise Failed("input", "both bad" if "bad" in name or name == "neither" else "tie")
+    if len(found) > 1:
+        raise Failed("input", f"ambiguous winner: {name[:40]}; write model_a, response_1 or the like")
+    return found.pop() if found else None
+
+
+def measured(name: str, values: list, most: float) -> Claim:
+    """A column of scores, ranks or lists of them -> votes; `most`: the highest rank there can be."""
+    kind, scale = SIGNALS[name]
+    if kind == "order":  # indices, best first -> the rank of each answer; names say nothing
+        indices = [str(value).removesuffix(".0") for value in values]
+        if sorted(indices) != sorted(map(str, range(len(values)))) and None not in map(number, values):
+            raise Failed("input", "order is not a list of all indices from 0")
+        values = [indices.index(str(i)) if str(i) in indices else None for i in range(len(values))]
+    rows = [tuple(map(number, value if isinstance(value, list) else [value])) for value in values]
+    votes = [row if row and None not in row else None for row in rows]
+    if len({len(vote) for vote in votes if vote}) > 1:
+        raise Failed("input", "votes of unequal length")
+    if kind == "score":
+        return Claim(name, kind, scale, votes)
+    if not all(0 <= rank <= most for vote in votes for rank in vote or ()):
+        raise Failed("input", "ranks out of range")
+    return Claim(name, "rank", scale, [vote and tuple(-rank for rank in vote) for vote in votes])
+
+
+def aligned(claims: list[Claim], shape: Shape, texts: list[str]) -> list[Claim]:
+    """Claims on a shape's answers -> claims on the answers that have these texts."""
+    own = [text.strip() if isinstance(text, str) else "" for text in shape.texts]
+    if own == texts:
+        return claims
+    places = [own.index(text) if text in own else None for text in texts]
+    return [c._replace(votes=[None if i is None else c.votes[i] for i in places]) for c in claims]
+
+
+def settle(record: Record, claims: list[Claim]):
+    """Keep the answers that every claim rates, with the votes of all; the first claim names the signal.
+
+    A claim on fewer than two answers compares nothing. Raises Failed("input", ...), see `add_answers`."""
+    if any(claim.name == "fine-grained_score" for claim in claims):
+        claims = [claim for claim in claims if claim.name != "overall_score"]
+    said = [claim for claim in claims if sum(vote is not None for vote in claim.votes) > 1]
+    said.sort(key=lambda claim: ("choice", "score", "rank").index(claim.kind))
+    rated = [i for i in range(len(record.answers)) if all(claim.votes[i] is not None for claim in said)]
+    if not said or len(rated) < 2:
         raise Failed("input", "no preference: fewer than two answers are rated")
-    if len({votes[i] for i in rated}) == 1:
+    twos = itertools.combinations(rated, 2)
+    signs = [[sign(claim.votes[i], claim.votes[j]) for claim in said] for i, j in twos]
+    if any(1 in one and -1 in one for one in signs):
+        names = ", ".join(dict.fromkeys(claim.name for claim in said))
+        raise Failed("input", f"contradictory signals: {names}")
+    if all(0 in one for one in signs):
         raise Failed("input", "tie")
-    scores = [values for kind, _, values in signals if kind == "score" and follows(values, votes)]
-    exported = scores[0] if scores and "lead" not in row else None
-    record.answers = [replace(record.answers[i], votes=votes[i]) for i in rated]
-    combined = columns["score"] if any(columns.get("votes") or ()) else None  # by the judges' own rule
-    for i, answer in zip(rated, record.answers, strict=True):
-        answer.score = statistics.fmean(exported[i]) if exported else None
-        if combined and number(combined[i]) is not None:
-            answer.score = number(combined[i])
+    record.signal, record.scale = said[0].kind, said[0].scale
+    scores = [claim for claim in said if claim.kind == "score" and said[0].name not in LEADS]
+    scores.sort(key=lambda claim: claim.name in ("votes", *LEADS))  # their own mean or median is better
+    for i in rated:
+        record.answers[i].votes = sum((claim.votes[i] for claim in said), ())
+        record.answers[i].score = statistics.fmean(scores[0].votes[i]) if scores else None
+    record.answers = [record.answers[i] for i in rated]
 
 
-def ready_pair(row: dict) -> dict | None:
-    """`chosen` and `rejected` (or OpenAI's names), as texts, messages or lists of messages -> columns."""
-    for names in (("chosen", "rejected"), ("preferred_output", "non_preferred_output")):
-        if all(row.get(name) is not None for name in names) and "winner" not in row:
-            texts = [only_answer(row[name]) for name in names]
-            scored = [[row[n] for n in score_names(name) if row.get(n) is not None] for name in names]
-            scores = [found[0] if found else None for found in scored]
-            if number(scores[0]) is not None and number(scores[0]) == number(scores[1]):
-                raise Failed("input", "tie")
-            models = [row.get(f"{name}_model") for name in names]
-            return {"text": texts, "choice": [1.0, 0.0], "model": models, "score": scores}
-    return None
-
-
-def only_answer(said):
-    """A text, a message, or a list of one of them -> its text; raises Failed for other turns."""
-    if isinstance(said, list):
-        if len(said) != 1:
-            raise Failed("input", f"not one answer: a list of {len(said)}")
-        said = said[0]
-    if isinstance(said, dict) and role_of(said) != "assistant":
-        raise Failed("input", f"not an answer: a {role_of(said)} turn")
-    return said.get("content", said.get("value")) if isinstance(said, dict) else said
-
-
-def score_names(side: str) -> tuple:
-    """What `chosen`'s score is called out there."""
-    return f"score_{side}", f"{side}_score", f"{side}-rating", f"{side}_rating"
-
-
-def answer_lists(row: dict) -> dict | None:
-    """A list of texts beside lists of scores or ranks, or a list of objects that hold both -> columns."""
-    items = next((row[name] for name in LISTS if isinstance(row.get(name), list)), None)
-    if not items:
-        return None
-    if isinstance(items[0], dict):
-        items = [item if isinstance(item, dict) else {} for item in items]
-        columns = {name: [item.get(name) for item in items] for name in OWN}
-        return columns | {"text": [next((item[n] for n in TEXTS if item.get(n)), "") for item in items]}
-    columns = {"text": items, "model": row.get("models") or row.get("generation_models")}
-    for name in SIGNALS:
-        columns[name] = next(
-            (row[n] for n in (f"{name}s", name, f"all_{name}s") if isinstance(row.get(n), list)), None
-        )
-    if any(column and len(column) != len(items) for column in columns.values()):
-        raise Failed("input", f"lists of unequal length: {len(items)} answers")
-    return columns
-
-
-def suffixed(row: dict) -> dict:
-    """`response_a`, `response_b`, ... with `score_a`, ... or a verdict -> columns; raises Failed."""
-    for stem, signs in itertools.product(STEMS, SIGNS):
-        mark = "_" * signs.startswith("_")
-        ends = [mark + sign for sign in signs.strip("_")]
-        ends = ends[: next((i for i, end in enumerate(ends) if stem + end not in row), len(ends))]
-        if len(ends) >= 2:
-            columns = {name: [row.get(name + end) for end in ends] for name in OWN}
-            return columns | {
-                "text": [row[stem + end] for end in ends],
-                "ends": [end.strip("_") for end in ends],
-            }
-    raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}")
-
-
-def declared(row: dict, columns: dict) -> tuple | None:
-    """Who won, or by how much -> ("choice" or "score", scale, votes), None if nobody said."""
-    count = len(columns["text"])
-    if "choice" in columns:
-        return "choice", 0.0, [(vote,) for vote in columns["choice"]]
-    if "lead" in row:
-        said = number(row["lead"])
-        lead = None if said is None else said - row.get("even", 0)
-        if not lead or abs(lead) > row["scale"]:  # 0: a tie; -100: neither
-            raise Failed("input", "tie" if lead == 0 else "no preference")
-        return "score", row["scale"], [(max(0.0, -lead),), (max(0.0, lead),)]
-    said = next((row[name] for name in CHOICES if name in row), "absent")
-    if said == "absent":
-        return None
-    index = winner_index(said, row, columns)
-    if index is None or not 0 <= index < count:
-        raise Failed("input", f"no preference: the winner is {str(said)[:40]!r}")
-    return "choice", 0.0, [(float(i == index),) for i in range(count)]
-
-
-def winner_index(said, row: dict, columns: dict) -> int | None:
-    """A verdict (index from 0, `model_a`, `a`, a model's name) -> index; raises Failed for a tie."""
-    ends, place = [end.lower() for end in columns.get("ends") or []], number(said)
-    if place is not None and ends[:1] == ["1"]:
-        raise Failed("input", f"ambiguous winner: {said} of 1 and 2; write response_1 or response_2")
-    if place is not None:
-        return int(place) if place == int(place) else None
-    said = str(said).strip().lower()
-    if re.match(r"(tie|draw|both|neither)", said):
-        raise Failed("input", "both bad" if "bad" in said or said == "neither" else "tie")
-    models = [str(model).lower() for model in columns.get("model") or []]
-    named = re.fullmatch(r"(?:(?:model|response|answer|output|assistant)_?)?(\w)", said)
-    if named and named[1] in ends:
-        return ends.index(named[1])
-    return models.index(said) if models.count(said) == 1 else None
-
-
-def measures(columns: dict) -> list[tuple]:
-    """Columns of scores and ranks -> [(kind, scale, votes)], higher is better; at most one of each kind."""
-    found = {}
-    for name, (kind, scale) in SIGNALS.items():
-        column = columns.get(name)
-        if not column or all(value in (None, []) for value in column) or kind in found:
-            continue
-        column = ranks_of(column) if kind == "order" else column
-        rows = [value if isinstance(value, list) else [value] for value in column]
-        votes = [tuple(map(number, row)) if row and None not in map(number, row) else None for row in rows]
-        if len({len(vote) for vote in votes if vote}) > 1:
-            raise Failed("input", "votes of unequal length")
-        if kind == "rank" and not all(0 <= v <= len(column) for vote in votes for v in vote or ()):
-            raise Failed("input", "ranks out of range")
-        if kind != "score":
-            votes = [vote and tuple(-v for v in vote) for vote in votes]
-        found[kind] = ("score" if kind == "score" else "rank", scale, votes)
-    return list(found.values())
-
-
-def ranks_of(order: list) -> list[int]:
-    """Indices, best first -> the rank of each answer; raises Failed unless every index stands there once."""
-    if sorted(map(str, order)) != sorted(map(str, range(len(order)))):
-        raise Failed("input", "order is not a list of all indices from 0")
-    return [list(map(str, order)).index(str(i)) for i in range(len(order))]
-
-
-def follows(values: list, votes: list, ties: bool = False) -> bool:
-    """True if `values` order every two answers as `votes` do (`ties`: or not at all, or do not say)."""
-    for i, j in itertools.permutations(range(len(votes)), 2):
-        if votes[i] is not None and votes[j] is not None and votes[i] > votes[j]:
-            if values[i] is None or values[j] is None:
-                if not ties:
-                    return False
-            elif values[i] < values[j] or (values[i] == values[j] and not ties):
-                return False
-    return True
+def sign(one: tuple, two: tuple) -> int | None:
+    """1 if the first is ahead in every vote, -1 if it is behind in each, 0 if they are equal, else None."""
+    signs = {(a > b) - (a < b) for a, b in zip(one, two, strict=True)}
+    return signs.pop() if len(signs) == 1 else None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -870,12 +830,12 @@ def last_object(text: str) -> tuple[str, list, str]:
 
 
 def number(value) -> float | None:
-    """A finite float from a number or a numeric string; None for anything else (true, "N/A", null, NaN)."""
+    """A float from a number or a numeric string; None for the rest (true, "N/A", null, NaN, beyond 1e15)."""
     try:
         value = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= 1e15 else None
 
 
 def combine(votes: tuple[float, ...], judges: int) -> float:
@@ -1151,7 +1111,7 @@ def folded(text: str) -> str:
 @register(FILTERS, on="pair")
 def near_duplicate(pair: Pair, run) -> str | None:
     """80 % of the two answers' character 5-grams are the same, and no judge sees a gap of 3 points"""
-    judged = len(pair.chosen.votes) > 1 or pair.chosen.slots
+    judged = pair.chosen.slots or (len(pair.chosen.votes) > 1 and pair.record.signal == "score")
     if pair.human or (judged and pair.gap >= NEAR_DUPLICATE_GAP):
         return None
     similar = similarity(pair.chosen.text, pair.rejected.text, NEAR_DUPLICATE)
@@ -1230,8 +1190,8 @@ def as_standard(pair: Pair, run) -> list[dict]:
     row = as_basic(pair, run)[0]
     if pair.chosen.score is not None and pair.rejected.score is not None:
         row |= {"score_chosen": float(pair.chosen.score), "score_rejected": float(pair.rejected.score)}
-    row |= {"chosen_model": pair.chosen.model, "rejected_model": pair.rejected.model}
-    return [row | {"prompt_id": pair.record.prompt_id}]
+    models = {"chosen_model": pair.chosen.model, "rejected_model": pair.rejected.model}
+    return [row | models | {"prompt_id": pair.record.prompt_id}]
 
 
 @register(OUTPUTS)
@@ -1243,22 +1203,23 @@ def as_basic(pair: Pair, run) -> list[dict]:
 @register(OUTPUTS)
 def as_conversational(pair: Pair, run) -> list[dict]:
     """prompt, chosen, rejected as lists of messages, turns kept: best for TRL, OpenRLHF with a template"""
-    chosen, rejected = said(pair.chosen), said(pair.rejected)
-    return [{"prompt": pair.record.messages, "chosen": [chosen], "rejected": [rejected]}]
+    chosen, rejected = ([{"role": "assistant", "content": a.text}] for a in (pair.chosen, pair.rejected))
+    return [{"prompt": pair.record.messages, "chosen": chosen, "rejected": rejected}]
 
 
 @register(OUTPUTS)
 def as_chatml(pair: Pair, run) -> list[dict]:
     """messages, chosen and rejected as one message each: Bailian (Model Studio), LLaMA-Factory, Axolotl"""
-    return [{"messages": pair.record.messages, "chosen": said(pair.chosen), "rejected": said(pair.rejected)}]
+    row = as_conversational(pair, run)[0]
+    return [{"messages": row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}]
 
 
 @register(OUTPUTS)
 def as_openai(pair: Pair, run) -> list[dict]:
     """input, preferred_output, non_preferred_output: OpenAI and Azure, Together, Fireworks"""
-    chosen, rejected = said(pair.chosen), said(pair.rejected)
-    turns = {"messages": pair.record.messages}
-    return [{"input": turns, "preferred_output": [chosen], "non_preferred_output": [rejected]}]
+    row = as_conversational(pair, run)[0]
+    outputs = {"preferred_output": row["chosen"], "non_preferred_output": row["rejected"]}
+    return [{"input": {"messages": row["prompt"]}} | outputs]
 
 
 @register(OUTPUTS, once=("prompt", "completion"))  # an answer in two pairs must not get two labels
@@ -1275,11 +1236,6 @@ def as_kto(pair: Pair, run) -> list[dict]:
 def as_prompts(pair: Pair, run) -> list[dict]:
     """only the prompt, as messages: GRPO, RLOO and online DPO, which sample their own answers"""
     return [{"prompt": pair.record.messages}]
-
-
-def said(answer: Answer) -> dict:
-    """An answer as a message."""
-    return {"role": "assistant", "content": answer.text}
 
 
 # ==========================================================================================================

@@ -151,6 +151,10 @@ FILES = [
     pytest.param("in.csv", "prompt,x\na,1,2\nb,1\n", [(2, "more cells than the header has"), (3, "b")],
                  id="CSV with too many cells"),
     pytest.param("in.csv", "x,prompt\n1\n2,b\n", [(2, "empty prompt"), (3, "b")], id="CSV with too few cells"),
+    pytest.param("in.csv", 'prompt,x\na,1\n"b,2\nc,3\n', [(2, "a"), (4, "not a table row: unexpected end of data; check the quotes of lines 3 to 4")],
+                 id="CSV with a quote that is never closed"),
+    pytest.param("in.csv", 'prompt,x\n"a,1\nb,"2"\nc,3\n', [(3, "not a table row: ',' expected after '\"'; check the quotes of lines 2 to 3"), (4, "c")],
+                 id="CSV with a quote that the next one closes"),
     pytest.param("in.tsv", "prompt\toutput\na, c\tx\n", [(2, "a, c")], id="TSV"),
     pytest.param("in.jsonl", '{"prompt": "a\u2028b\u0085c"}\n', [(1, "a\u2028b\u0085c")], id="U+2028 in a string"),
     pytest.param("in.csv", "prompt\na\u2028b\n", [(2, "a\u2028b")], id="U+2028 in a CSV cell"),
@@ -169,6 +173,7 @@ BROKEN = [
     pytest.param(b'{"prompt": "a', "not JSON", id="cut off"),
     pytest.param('{"prompt": "é"}'.encode("latin-1"), "not UTF-8", id="not UTF-8"),
     pytest.param('{"prompt": "你好"}'.encode("gb18030"), "not UTF-8", id="GB 18030"),
+    pytest.param(A.encode("utf-16"), "not UTF-8", id="UTF-16"),
     pytest.param(b"[" * 100_000, "not JSON", id="nested 100,000 deep"),
     pytest.param(b'{"prompt": 1' + b"0" * 5000 + b"}", "not JSON", id="an integer of 5,000 digits"),
     pytest.param(b"\x00\x00", "not JSON", id="zero bytes"),
@@ -202,9 +207,15 @@ def test_a_broken_json_array_is_one_failed_record(tmp_path, whole):
 
 
 UNREADABLE = [
-    pytest.param("in.jsonl", A.encode("utf-16"), "is UTF-16", id="UTF-16"),
     pytest.param("in.csv", "prompt\na\n".encode("utf-16"), "not UTF-8", id="UTF-16 CSV"),
     pytest.param("in.csv", "prompt\n你好\n".encode("gb18030"), "not UTF-8", id="GB 18030 CSV"),
+    pytest.param(
+        "in.csv",
+        b"prompt,score_a,score_a\na,1,2\n",
+        "a name stands twice",
+        id="a CSV header that says one name twice",
+    ),
+    pytest.param("in.csv", b'"prompt\na\n', "unexpected end", id="a CSV header that is never closed"),
     pytest.param("in.jsonl.gz", gzip.compress(A.encode() * 999)[:-20], "cannot be read", id="truncated gzip"),
     pytest.param("in.jsonl.gz", A.encode(), "cannot be read", id="not gzip"),
 ]

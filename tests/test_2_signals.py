@@ -5,8 +5,12 @@ import json
 import math
 import random
 import re
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
+
+import rlhf_constructor as rc
 
 RANK = ("--method", "rank_responses", "--provider", "offline", "--report-path", "none")
 A, B = "Rain falls when a cloud grows too heavy.", "The gods are weeping again."
@@ -19,11 +23,13 @@ GOOD = {
 
 
 @pytest.fixture
-def fate(rlhf):
+def fate(rlhf, tmp_path):
     """fate(record, *flags): what the program makes of it: (chosen, rejected), or `stage: reason` of its drop."""
 
     def run(record, *flags):
-        result = rlhf([GOOD, record], *RANK, *flags)
+        lines = [json.dumps(GOOD), record if isinstance(record, str) else json.dumps(record)]
+        (tmp_path / "in.jsonl").write_text("\n".join(lines), "utf-8")
+        result = rlhf(tmp_path / "in.jsonl", *RANK, *flags)
         assert result.status == 0 and result.pairs[0]["chosen"] == GOOD["responses"][0]
         made = [(row["chosen"], row["rejected"]) for row in result.pairs[1:]]
         return made[0] if len(made) == 1 else made or result.reasons[-1]
@@ -102,6 +108,8 @@ SHAPES = {
     "candidates file": lambda w: {"prompt": [user(Q)], "prompt_id": "x", "completions": two("response", model=["m", "n"], score=hi(w, 8.5, 3.0), votes=hi(w, [8, 9], [3, 3]))},
     # fields with suffixes
     "WebGPT": lambda w: {"question": {"full_text": Q, "id": "x"}, "answer_0": A, "answer_1": B, "score_0": hi(w, 0.5, -0.5)[0], "score_1": hi(w, 0.5, -0.5)[1]},
+    "question, answer_0, answer_1": lambda w: {"question": Q, "answer_0": A, "answer_1": B, "choice": w},
+    "HelpSteer3's strength beside a prompt": lambda w: {"prompt": Q, "response1": A, "response2": B, "overall_preference": hi(w, -1, 1)[0]},
     "response_a, rating_a": lambda w: {"prompt": Q, "response_a": A, "response_b": B, "rating_a": hi(w, 5, 1)[0], "rating_b": hi(w, 5, 1)[1]},
     "output_1, rank_1": lambda w: {"prompt": Q, "output_1": A, "output_2": B, "rank_1": hi(w, 1, 2)[0], "rank_2": hi(w, 1, 2)[1]},
     "SHP: labels 1 is A": lambda w: {"history": Q, "human_ref_A": A, "human_ref_B": B, "labels": 1 - w, "score_A": hi(w, 20, 8)[0], "score_B": hi(w, 20, 8)[1], "score_ratio": 2.5},
@@ -224,8 +232,10 @@ DROPS = {
     "AlpacaEval 0": (EVAL | {"preference": 0}, NOBODY),
     "winner null": (SUFFIXED | {"winner": None}, NOBODY),
     "winner N/A": (SUFFIXED | {"winner": "N/A"}, NOBODY),
+    "a blank winner": (SUFFIXED | {"winner": " "}, NOBODY),
+    "winner none, and models unknown": (SUFFIXED | {"winner": "none", "model_a": None, "model_b": None}, NOBODY),
     "winner is nobody's name": (SUFFIXED | {"winner": "model_c", "model_a": "x", "model_b": "y"}, NOBODY),
-    "a winner that both models share": (SUFFIXED | {"winner": "gpt-x", "model_a": "gpt-x", "model_b": "gpt-x"}, NOBODY),
+    "a winner that both models share": (SUFFIXED | {"winner": "gpt-x", "model_a": "gpt-x", "model_b": "gpt-x"}, "input: ambiguous winner"),
     "an arena battle without a winner": (ARENA, UNSAID),
     "a choice out of range": (LISTS | {"choice": 2}, NOBODY),
     "a negative choice": (LISTS | {"choice": -1}, NOBODY),
@@ -266,15 +276,15 @@ DROPS = {
     "null for an answer": (LISTS | {"responses": [A, None], "scores": [1, 2]}, "filter: empty answer"),
     "a number for an answer": (LISTS | {"responses": [A, 7], "scores": [1, 2]}, "input: not a text"),
     "a list for an answer": (SUFFIXED | {"response_b": [B], "winner": "a"}, "input: not a text"),
-    "numbers too large to add": (LISTS | {"scores": [[1e308, 1e308], [1, 2]]}, "input: malformed record"),
+    "numbers too large to add": (LISTS | {"scores": [[1e308, 1e308], [1, 2]]}, UNRATED),
     "scores that are objects": (LISTS | {"scores": [{"a": 1}, {"b": 2}]}, UNRATED),
     "a chosen that ends with the user": ({"chosen": chat(Q, A, "Thanks"), "rejected": chat(Q, B, "Hm")}, NO_HISTORY),
-    "a chosen that the user says": ({"messages": [user(Q)], "chosen": user(A), "rejected": said(B)}, "input: not an answer: a user turn"),
-    "two texts for chosen": ({"prompt": Q, "chosen": [said(A), said(A)], "rejected": [said(B)] * 2}, "input: not one answer: a list of 2"),
+    "a chosen that the user says": ({"messages": [user(Q)], "chosen": user(A), "rejected": said(B)}, "input: the conversation has no user turn"),
+    "two texts for chosen": ({"prompt": Q, "chosen": [said(A), said(A)], "rejected": [said(B)] * 2}, "input: not one answer on each side"),
     "chats with different questions": ({"prompt": Q, "chosen": chat(Q, A), "rejected": chat("What?", B)}, NO_HISTORY),
     "a battle whose histories differ": (ARENA | {"winner": "model_a", "conversation_b": chat("Hi", "Ho", Q, B)}, NO_HISTORY),
     "HH-RLHF with different histories": ({"chosen": hh(Q, A), "rejected": hh("What?", B)}, NO_HISTORY),
-    "55k with two turns": (ONE_HOT | {"prompt": json.dumps([Q, Q]), "winner_model_a": 1, "winner_model_b": 0}, NO_HISTORY),
+    "55k with two turns": (ONE_HOT | {"prompt": json.dumps([Q, Q]), "response_a": json.dumps([A, A]), "response_b": json.dumps([B, B]), "winner_model_a": 1, "winner_model_b": 0}, NO_HISTORY),
     # contradictions
     "scores against ranks": (LISTS | {"scores": [9, 2], "ranks": [2, 1]}, CONTRADICTION),
     "scores against order": (LISTS | {"scores": [9, 2], "order": [1, 0]}, CONTRADICTION),
@@ -286,16 +296,94 @@ DROPS = {
     "chosen scored 0, rejected 1": (PAIR | {"score_chosen": 0, "score_rejected": 1}, CONTRADICTION),
     "PKU: better and safer differ": ({"prompt": Q, "response_0": A, "response_1": B, "better_response_id": 0, "safer_response_id": 1}, CONTRADICTION),
     "one answer with two scores": (LISTS | {"responses": [A, A.upper()], "scores": [9, 2]}, CONTRADICTION),
-    "a combined score that its votes deny": ({"prompt": Q, "completions": two("response", score=[5, 5], votes=[[9, 9], [1, 1]])}, "input: orders disagree"),
+    "a combined score that its votes deny": ({"prompt": Q, "completions": two("response", score=[5, 5], votes=[[9, 9], [1, 1]])}, "input: tie"),
     "the votes of two orders disagree": ({"prompt": Q, "completions": two("response", score=[6, 5], votes=[[9, 3], [2, 8]])}, "input: orders disagree"),
+    "objects' own scores against a list beside them": (LISTS | {"responses": two("text", score=[9, 2]), "scores": [2, 9]}, CONTRADICTION),
+    "objects' own ranks against an order beside them": (LISTS | {"responses": two("text", rank=[1, 2]), "order": [1, 0]}, CONTRADICTION),
+    "suffixed answers against a list beside them": (SUFFIXED | {"winner": "a", "scores": [2, 9]}, CONTRADICTION),
+    "two lists of scores": (LISTS | {"scores": [9, 2], "rating": [2, 4]}, CONTRADICTION),
+    "two lists of the same kind": (LISTS | {"scores": [9, 2], "all_scores": [2, 4]}, CONTRADICTION),
+    "two kinds of score in objects": (LISTS | {"responses": two("text", score=[9, 2], rating=[2, 4])}, CONTRADICTION),
+    "two suffixed kinds of score": (SUFFIXED | {"score_a": 9, "score_b": 2, "rating_a": 2, "rating_b": 4}, CONTRADICTION),
+    "two verdicts": (LISTS | {"choice": 0, "better_response_id": 1}, CONTRADICTION),
+    "two verdicts, one of them a data set's": (SHP | {"labels": 1, "winner": "b"}, CONTRADICTION),
+    "a strength against a verdict": (NUMBERED | {"preference_strength": -2, "winner": "response_2"}, CONTRADICTION),
+    "scores tie where a verdict does not": (SUFFIXED | {"winner": "a", "score_a": 2, "score_b": 2}, "input: tie"),
+    "ranks tie where scores do not": (LISTS | {"scores": [9, 2], "ranks": [1, 1]}, "input: tie"),
+    "a ready pair against the list it came from": (PAIR | {"generations": [B, A], "ratings": [5, 1]}, CONTRADICTION),
+    "a ready pair against a verdict": (PAIR | {"response_a": A, "response_b": B, "winner": "b"}, CONTRADICTION),
+    "a ready pair and a verdict on something else": (PAIR | {"winner": "b"}, NOBODY),
+    "two ready pairs": (PAIR | {"preferred_output": B, "non_preferred_output": A}, CONTRADICTION),
+    "a negative margin": (PAIR | {"margin": -1.5}, CONTRADICTION),
+    "a duplicate key": ('{"prompt": "Q", "responses": ["A", "B"], "scores": [9, 2], "scores": [2, 9]}', "input: not JSON: a key stands twice"),
+    "a model that is called as the other one's end": (SUFFIXED | {"model_a": "b", "model_b": "a", "winner": "a"}, "input: ambiguous winner"),
+    "a model that is called tie": (SUFFIXED | {"model_a": "tie", "model_b": "m", "winner": "tie"}, "input: tie"),
+    "scores beyond what can be added": (LISTS | {"scores": [1e308, 1.7e308]}, UNRATED),
     "identical chosen and rejected": (PAIR | {"rejected": f" {A.lower()} "}, CONTRADICTION),
 }
 # fmt: on
 
 
+@pytest.mark.parametrize(
+    "score", ["score", "rating", "reward", "rm_score", "fine-grained_score", "overall_score"]
+)
+@pytest.mark.parametrize("form", ["{}_chosen {}_rejected", "chosen_{} rejected_{}", "chosen-{} rejected-{}"])
+def test_a_ready_pair_that_is_scored_the_other_way_round_is_none(fate, score, form):
+    better, worse = form.replace("{}", score).split()
+    assert isinstance(fate(PAIR | {better: 3, worse: 1}), tuple)
+    assert fate(PAIR | {better: 1, worse: 3}).startswith(CONTRADICTION)
+    assert fate(PAIR | {better: 2, worse: "2.0"}) == "input: tie"
+
+
+def test_a_ready_pair_that_is_ranked_the_other_way_round_is_none(fate):
+    assert isinstance(fate(PAIR | {"chosen_rank": 1, "rejected_rank": 4}), tuple)  # of four once
+    assert fate(PAIR | {"chosen_rank": 4, "rejected_rank": 1}).startswith(CONTRADICTION)
+
+
 @pytest.mark.parametrize("record, reason", DROPS.values(), ids=DROPS)
 def test_what_does_not_say_which_is_better_gives_no_pair(fate, record, reason):
     assert str(fate(record)).startswith(reason)
+
+
+# fmt: off
+AGREE = {
+    "objects and a list beside them": LISTS | {"responses": two("text", score=[2, 9]), "scores": [1, 3]},
+    "suffixed answers and a list beside them": SUFFIXED | {"scores": [2, 9]},
+    "the same answers in two shapes": LISTS | {"scores": [2, 9], "response_a": B, "response_b": A, "winner": "a"},
+    "a pair and the list it came from": {"prompt": Q, "chosen": B, "rejected": A, "generations": [A, B], "ratings": [1, 5], "order": ["rejected", "chosen"]},
+    "a verdict of null beside one that speaks": LISTS | {"choice": 1, "winner": None},
+    "a score for one answer only compares nothing": SUFFIXED | {"winner": "b", "score_a": 5},
+    "a model whose name begins like a tie": SUFFIXED | {"model_a": "m", "model_b": "Tie-breaker-7b", "winner": "tie-breaker-7b"},
+    "a model that is called as its own end": SUFFIXED | {"model_a": "a", "model_b": "b", "winner": "b"},
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("record", AGREE.values(), ids=AGREE)
+def test_signals_that_agree_are_one(fate, record):
+    assert fate(record) == (B, A)
+
+
+def test_two_answers_that_only_one_of_two_signals_tells_apart_form_no_pair(fate):
+    first, second, third, fourth = FOUR
+    record = {"prompt": Q, "responses": FOUR, "ranks": [1, 2, 3, 4], "scores": [9, 7, 7, 1]}
+    made = fate(record, "--strategy", "all_pairs")
+    assert len(made) == 5 and (second, third) not in made and (first, fourth) in made
+
+
+def test_no_two_shapes_in_one_row_that_differ_give_a_pair():
+    run, rows = SimpleNamespace(seed=0, strategy="all_pairs", length_penalty=0), 0
+    for (one, other), winner in product(product(SHAPES.values(), repeat=2), (0, 1)):
+        first, second = one(winner), other(1 - winner)
+        shared = first.keys() & second.keys() - {"prompt", "instruction", "question"}
+        if any(first[name] != second[name] for name in shared):
+            continue  # the second overwrites what the first says
+        rows += 1
+        with pytest.raises((rc.Failed, *rc.JUNK)):
+            [record] = rc.parse_row(first | second, with_answers=True)
+            rc.pair_up(record, record.answers, run)
+            pytest.fail(str(first | second))
+    assert rows > 4000
 
 
 @pytest.mark.parametrize("depth", [100, 400, 600, 900, 20_000])

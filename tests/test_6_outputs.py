@@ -56,13 +56,6 @@ def test_a_row_holds_no_null_and_reads_back_as_it_is(name, scores):
         assert "null" not in text and json.loads(text) == row
 
 
-@pytest.mark.parametrize("scores", [(9, 3), (4.0, 2), (0, -1), (1, 0.5)])
-def test_scores_are_floats_even_where_they_are_whole(scores):
-    [row] = rc.as_standard(made(scores=scores), run_of())
-    assert (type(row["score_chosen"]), type(row["score_rejected"])) == (float, float)
-    assert f'"score_chosen": {float(scores[0])}' in json.dumps(row)
-
-
 @pytest.mark.parametrize("scores", [(None, None), (9, None), (None, 3)])
 def test_score_columns_are_left_out_together(scores):
     [row] = rc.as_standard(made(scores=scores), run_of())
@@ -71,21 +64,6 @@ def test_score_columns_are_left_out_together(scores):
 
 def test_a_lone_user_turn_is_the_prompt_itself():
     assert rc.as_basic(made(turns=TURNS[-1:]), run_of())[0]["prompt"] == "6 by 7?"
-
-
-@pytest.mark.parametrize(
-    "floor, labels",
-    [
-        (None, [True, False]),
-        ("6", [True, False]),
-        ("9", [True, False]),
-        ("9.5", [False, False]),
-        ("3", [True, True]),
-    ],
-)
-def test_kto_labels_by_the_pair_or_by_the_score(floor, labels):
-    run = run_of(*(["--min-chosen-score", floor] if floor else []))
-    assert [row["label"] for row in rc.as_kto(made(), run)] == labels
 
 
 def test_kto_labels_by_the_pair_where_nobody_gave_a_score():

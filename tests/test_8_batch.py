@@ -255,7 +255,7 @@ def test_ctrl_c_leaves_the_batches_running_and_the_next_run_collects_them(tmp_pa
     with Api(world) as api:
         api.engine.looks = 10**9
         run = start(tmp_path, api, *flags)
-        while len(api.engine.batches) < 2:
+        while run.poll() is None and len(api.engine.batches) < 2:
             time.sleep(0.01)
         run.send_signal(signal.SIGINT)
         _, err = run.communicate(timeout=30)
@@ -272,7 +272,7 @@ def test_two_batch_runs_do_not_share_a_cache(tmp_path):
     with Api(world) as api:
         api.engine.looks = 10**9
         first = start(tmp_path, api, *flags, "--output-path", "a.jsonl")
-        while not api.engine.batches:
+        while first.poll() is None and not api.engine.batches:
             time.sleep(0.01)
         second = start(tmp_path, api, *flags, "--output-path", "b.jsonl")
         _, err = second.communicate(timeout=30)

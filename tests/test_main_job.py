@@ -245,7 +245,7 @@ def test_ctrl_c_lets_paid_calls_come_home(process, tmp_path):
     flags = ["--input-file", source, *lesson("openai", "gpt-4o", "gpt-4o-mini", "--concurrency", 4)]
     with Api(demo_world, latency=0.05) as api:
         run = process(*flags, "--output-path", "a.jsonl", api=api)
-        while api.count() < 40:
+        while run.poll() is None and api.count() < 40:
             time.sleep(0.01)
         run.send_signal(signal.SIGINT)
         _, err = run.communicate(timeout=30)
