@@ -2443,9 +2443,10 @@ FORMATS = {
     "tables": re.compile(r"^[ \t]*\|.*\|[ \t]*$", re.M),
     "emoji": re.compile("[\u2600-\u27bf\U0001f300-\U0001faff]"),
 }
+CODE_BLOCK = re.compile(r"```.*?```", re.S)
 # What a reward model could read off an answer, given with its model's name, instead of quality.
 MARKS = {
-    "format": lambda text, _: formats(text),
+    "format": lambda text, _: {name for name in FORMATS if FORMATS[name].search(CODE_BLOCK.sub("```", text))},
     "words": lambda text, _: set(map(sys.intern, tokens(text))),
     "opening": lambda text, _: {f"{place} {word}" for place, word in enumerate(tokens(text[:100])[:3])},
     "identity": lambda _, model: {model} - {""},
@@ -2476,14 +2477,14 @@ def share(k: float, n: int) -> Measured:
     return Measured(p, (max(0.0, centre - half), min(1.0, centre + half)), n)
 
 
-def mean(counts: Counter, back=float) -> Measured:
-    """The mean of counted numbers, 1.96 standard errors around; `back` undoes a change of their scale."""
-    n = counts.total()
-    if n < 2:
+def median(values: list[float]) -> Measured:
+    """The median; its 95 % interval lies between two of the sorted values (binomial, Conover 1999, 3.2)."""
+    values, n = sorted(values), len(values)
+    if not n:
         return Measured()
-    centre = sum(x * k for x, k in counts.items()) / n
-    half = Z * math.sqrt(sum(k * (x - centre) ** 2 for x, k in counts.items()) / (n - 1) / n)
-    return Measured(back(centre), (back(centre - half), back(centre + half)), n)
+    reach = Z * math.sqrt(n) / 2
+    ends = values[max(0, math.floor(n / 2 - reach))], values[min(n - 1, math.ceil(n / 2 + reach))]
+    return Measured(statistics.median(values), ends, n)
 
 
 def sign_test(k: int, n: int) -> float:
@@ -2541,12 +2542,6 @@ def near_duplicates(texts: list[str]) -> Measured:
         for some in alike:
             some.append(text)
     return share(found, len(texts))
-
-
-def formats(text: str) -> set[str]:
-    """Names of the FORMATS that a text uses."""
-    plain = re.sub(r"(?s)```.*?```", "```", text)
-    return {name for name, pattern in FORMATS.items() if pattern.search(plain)}
 
 
 def one_sided(rows: list[dict], marks) -> list[tuple[int, tuple, tuple]]:
@@ -2610,7 +2605,7 @@ over = lambda warn, critical: (-math.inf, -math.inf, warn, critical)
 FREE, HALF = over(math.inf, math.inf), (0.3, 0.4, 0.6, 0.7)
 counted = lambda name: lambda report: rate(report.counts[name])
 guessed = lambda name: lambda report: held_out(report.sides[name])
-averaged = lambda name: lambda report: mean(Counter(report.column(name)))
+middle = lambda name: lambda report: median(report.column(name))
 
 # Rows: key; label; unit ("%": of a share 0..1); limits (critical below, warn below, warn above, critical
 # above); topic of ADVICE; cases that a verdict needs; formula of the report.
@@ -2621,8 +2616,7 @@ averaged = lambda name: lambda report: mean(Counter(report.column(name)))
 METRICS = [
     ("kept", "records that give a pair", "%", under(0.30, 0.05), "yield", 30, counted("kept")),
     ("longer", "chosen is longer", "%", HALF, "length", 30, counted("longer")),
-    ("length_ratio", "length of chosen / rejected, mean", "×", over(1.5, 2.0), "length", 30,
-     lambda r: mean(Counter(map(math.log, r.column("ratio"))), math.exp)),
+    ("length_ratio", "length of chosen / rejected", "×", over(1.5, 2.0), "length", 30, middle("ratio")),
     ("length_gap", "rank correlation of gap and length ratio", "", (-0.5, -0.3, 0.3, 0.5), "length", 30,
      lambda r: spearman(r.column("gap"), [row["ratio"] for row in r.rows if row["gap"] is not None])),
     ("flips", "verdicts that flip with the order", "%", over(0.25, 0.40), "order", 30, counted("flips")),
@@ -2634,9 +2628,9 @@ METRICS = [
     ("words", "label guessed from the words", "%", over(0.70, 0.85), "words", 100, guessed("words")),
     ("opening", "label guessed from 3 first words", "%", over(0.65, 0.80), "words", 100, guessed("opening")),
     ("repeated_prompts", "repeated prompts", "%", over(0.05, 0.50), "prompts", 30, counted("repeated")),
-    *((f"{what}_{side}", f"{what} of {side}, mean", "", FREE, "", 30, averaged(f"{what}_{side}"))
+    *((f"{what}_{side}", f"{what} of {side}, median", "", FREE, "", 30, middle(f"{what}_{side}"))
       for what in ("score", "characters", "tokens") for side in ANSWERS),
-    ("gap", "gap of the scores, mean", "", FREE, "", 30, averaged("gap")),
+    ("gap", "gap of the scores, median", "", FREE, "", 30, middle("gap")),
     *((f"{key}_{side}", f"{label}, {side}", unit, limits, topic, needs,
        lambda r, formula=formula, side=side: formula(r.texts[side]))
       for side, topic in (("chosen", "answers"), ("rejected", "answers"), ("prompts", "prompts"))
@@ -2700,7 +2694,7 @@ class Report:
             for answer in pool:
                 if answer.votes[call] != middle:
                     self.counts["place", answer.slots[call]][answer.votes[call] > middle] += 1
-        for one, other in zip(calls[::2], calls[1::2], strict=True) if self.orders == 2 else ():
+        for one, other in zip(calls[::2], calls[1::2], strict=False) if self.orders == 2 else ():
             best, worst = one.index(max(one)), one.index(min(one))
             if one[best] != one[worst] and other[best] != other[worst]:
                 self.counts["flips"][other[best] < other[worst]] += 1

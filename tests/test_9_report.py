@@ -6,7 +6,6 @@ import math
 import random
 import re
 import statistics
-from collections import Counter
 
 import pytest
 
@@ -236,11 +235,10 @@ def test_rank_correlation_is_scipys_with_ties():
     assert low < value < high and high - low < 0.3
 
 
-def test_mean_and_its_interval_by_hand():
-    value, (low, high), n = rc.mean(Counter({1: 2, 3: 2}))  # sd 1.1547, standard error .57735
-    assert (value, n) == (2, 4) and (low, high) == pytest.approx(
-        (2 - 1.96 * 0.57735, 2 + 1.96 * 0.57735), abs=1e-4
-    )
+def test_median_and_its_interval_by_hand():
+    # n = 100: ranks 50 +- 1.96 * 5, so the values with 40 and 60 below them
+    assert rc.median(list(range(100))) == (49.5, (40, 60), 100)
+    assert rc.median([7]) == (7, (7, 7), 1) and rc.median([]) == (None, None, 0)
 
 
 def test_distinct_n_by_hand():
@@ -305,10 +303,11 @@ def test_held_out_guessing_finds_nothing_in_noise():
 
 
 def test_formats_are_seen_outside_of_code_only():
-    assert rc.formats("# A\n- b\n**c** 😀") == {"headers", "lists", "bold", "emoji"}
-    assert rc.formats("```\n# comment\n- x **y**\n```") == {"code"}
-    assert rc.formats("1、甲\n| a | b |\n") == {"lists", "tables"}
-    assert rc.formats("2 * 3 * 4 - 1 #tag __init__") == {"bold"}
+    formats = lambda text: rc.MARKS["format"](text, "")
+    assert formats("# A\n- b\n**c** 😀") == {"headers", "lists", "bold", "emoji"}
+    assert formats("```\n# comment\n- x **y**\n```") == {"code"}
+    assert formats("1、甲\n| a | b |\n") == {"lists", "tables"}
+    assert formats("2 * 3 * 4 - 1 #tag __init__") == {"bold"}
 
 
 @pytest.mark.parametrize(
