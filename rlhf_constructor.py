@@ -2453,12 +2453,6 @@ MARKS = {
 }
 
 
-# Counted True and False -> how often True.
-rate = lambda counts: share(counts[True], counts.total())
-# All runs of n words of a list, or of n characters of a text.
-ngrams = lambda parts, n: zip(*(parts[i:] for i in range(n)), strict=False)
-
-
 class Measured(NamedTuple):
     """A value, its 95 % interval, and the number of cases it comes from."""
 
@@ -2475,6 +2469,10 @@ def share(k: float, n: int) -> Measured:
     centre = (p + z2 / 2) / (1 + z2)
     half = math.sqrt(p * (1 - p) * z2 + z2 * z2 / 4) / (1 + z2)
     return Measured(p, (max(0.0, centre - half), min(1.0, centre + half)), n)
+
+
+rate = lambda counts: share(counts[True], counts.total())  # counts of True and False -> how often True
+ngrams = lambda parts, n: zip(*(parts[i:] for i in range(n)), strict=False)  # of a list, or of a text
 
 
 def median(values: list[float]) -> Measured:
@@ -2578,7 +2576,7 @@ def held_out(sides: list[tuple]) -> Measured:
 def telling(sides: list[tuple]) -> list[dict]:
     """The ten words that speak most clearly for each side; in how many pairs they are on that side only."""
     odds = sorted((-weight, word, c, r) for word, (weight, c, r) in log_odds(sides).items() if weight)
-    ends = dict.fromkeys(odds[:10] + odds[-10:])
+    ends = dict.fromkeys(odds[:10] + odds[:-11:-1])
     keys = ("speaks for", "word", "in chosen", "in rejected")
     return [dict(zip(keys, (ANSWERS[c < r], word[:40], c, r), strict=True)) for _, word, c, r in ends]
 
@@ -2889,7 +2887,7 @@ def report_html(numbers: dict) -> str:
         f'<li class="{row["level"]}"><b>{row["level"]}</b> {fact(row)}<p>{flags(row["advice"])}</p></li>'
     )
     part = lambda row, name: (
-        f'<div class="{name}"><h4>{name} <small>{row.get(f"model_{name}", row["kind"])} '
+        f'<div class="{name}"><h4>{name} <small>{row.get(f"model_{name}", row["kind"] + ", gap")} '
         f'{shown(row.get(f"score_{name}", row["gap"]))}</small></h4><p dir="auto">{row[name]}</p></div>'
     )
     pair = lambda row: f"<article>{''.join(part(row, name) for name in ('prompts', *ANSWERS))}</article>"
@@ -4215,7 +4213,7 @@ figure :is(th, td) { padding: .1rem .5rem .1rem 0; vertical-align: middle }
 figure th { max-width: 11rem; min-width: 4.5rem }
 figure td { width: 100% }
 figure td:last-child { padding: 0; text-align: right; width: auto; white-space: nowrap }
-article { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
+article { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)) }
 article div { border-top: 3px solid var(--line); padding-top: .5rem }
 article .prompts { grid-column: 1 / -1 } .chosen { border-color: var(--chosen) }
 .rejected { border-color: var(--rejected) }
