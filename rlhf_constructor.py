@@ -2789,7 +2789,7 @@ def charts(report: Report) -> list[dict]:
     both = lambda what: histogram({side: report.column(f"{what}_{side}") for side in ANSWERS})
     steps = [f"up to {edge:g}×" for edge in RATIOS] + [f"over {RATIOS[-1]:g}×"]
     curve = {name: rate(report.counts["longer", step]) for step, name in enumerate(steps)}
-    places = sorted(name[1] for name in report.counts if name[0] == "place")
+    places = sorted(name[1] for name, counts in report.counts.items() if name[0] == "place" and counts)
     slots = {f"place {place + 1}": rate(report.counts["place", place]) for place in places}
     row = lambda title, note, unit, series: {"title": title, "note": note, "unit": unit, "series": series}
     return [
