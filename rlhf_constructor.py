@@ -2649,13 +2649,15 @@ def judged(metric: tuple, measured: Measured) -> dict:
     """The report's row of a metric; its verdict hangs on the interval's end nearer to the healthy range."""
     key, label, unit, limits, topic, needs, _ = metric
     row = {"metric": key, "label": label, "unit": unit, **measured._asdict(), "verdict": "", "advice": ""}
+    if limits == FREE:
+        return row
     if measured.value is None or measured.n < needs:
         return row | {"verdict": "not enough data"}
     low, high = measured.interval or (measured.value, measured.value)
     for level, floor, ceiling in (("critical", limits[0], limits[3]), ("warn", limits[1], limits[2])):
         if high < floor or low > ceiling:
             return row | {"verdict": level, "advice": ADVICE[topic]}
-    return row | {"verdict": "ok" if limits != FREE else ""}
+    return row | {"verdict": "ok"}
 
 
 class Report:
@@ -2724,14 +2726,15 @@ class Report:
         human = human or {"metrics": [], "lines": []}
         metrics = [judged(metric, metric[-1](self)) for metric in METRICS] + human["metrics"]
         alarms = [row for level in ("critical", "warn") for row in metrics if row["verdict"] == level]
-        unsure = sum(row["verdict"] == "not enough data" for row in metrics)
+        checks = [row["verdict"] for row in metrics if row["verdict"]]
+        unsure = checks.count("not enough data")
         kept, longer, dropped = (self.counts[name] for name in ("kept", "longer", "dropped"))
         models = {name[1]: rate(counts) for name, counts in self.counts.items() if name[0] == "model"}
         most = sorted(models.items(), key=lambda item: -item[1].n)[:20]
         judges = {family(name) for name in settings.get("judges", [])} - {""}
         own = ", ".join([name for name in sorted(models) if family(name) in judges][:5])
         notes = [f"The judge may favour its own family ({own}): add another --judge-model."] * bool(own)
-        notes += [f"{unsure} of {len(metrics)} checks had too few cases for a verdict."] * bool(unsure)
+        notes += [f"{unsure} of {len(checks)} checks had too few cases for a verdict."] * bool(unsure)
         sign = {"longer": longer[True], "n": longer.total()}
         return {
             "warnings": [{"level": row["verdict"], **row} for row in alarms],
@@ -2840,9 +2843,10 @@ def report_lines(numbers: dict) -> list[str]:
     """The report for a terminal: at most 12 lines of 110 columns, the three worst warnings first."""
     alarms = [f"{row['level'].upper()} {fact(row)}. {row['advice']}" for row in numbers["warnings"]]
     more = [f"{len(alarms) - 3} more warnings."] * (len(alarms) > 3)
-    known = [row for row in numbers["metrics"] if row["metric"] in HEADLINES and row["n"]]
-    facts = [f"{fact(row)} {row['verdict']}".strip() for row in known]
-    lines = [*(alarms[:3] or ["No warnings."]), *more, " ".join(numbers["notes"]), "; ".join(facts)]
+    known = (row for row in numbers["metrics"] if row["metric"] in HEADLINES and row["n"])
+    sure = (row for row in known if row["verdict"] != "not enough data")
+    facts = "; ".join(f"{fact(row)} {row['verdict']}".strip() for row in sure)
+    lines = [*(alarms[:3] or ["No warnings."]), *more, " ".join(numbers["notes"]), facts]
     wrap = lambda text: textwrap.wrap(text, 110, subsequent_indent="    ", max_lines=3, placeholder=" ...")
     return list(itertools.chain.from_iterable(map(wrap, lines)))
 
