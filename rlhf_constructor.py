@@ -4291,7 +4291,7 @@ dialog form { display: grid; gap: 12px; }
 <header>
   <h1>Which answer is better?</h1>
   <form id="jump">
-    <label>Pair <input id="number" type="number" min="1"> of <b id="total"></b> <kbd>J</kbd></label>
+    <label>Pair <input id="number" type="number" min="1" required> of <b id="total"></b> <kbd>J</kbd></label>
   </form>
   <progress id="bar" value="0" aria-label="Pairs judged"></progress>
   <span id="status" role="status"></span>
@@ -4318,7 +4318,7 @@ dialog form { display: grid; gap: 12px; }
   </div>
 </footer>
 <dialog id="start" aria-labelledby="hello">
-  <form method="dialog">
+  <form method="dialog" id="who">
     <h2 id="hello">Which answer is better?</h2>
     <p>Read the conversation, then both answers. Prefer the one that helps more: it is right before all else,
       then complete and clear. Length and decoration earn nothing. Tie: you see no difference. Both bad: no
@@ -4327,7 +4327,7 @@ dialog form { display: grid; gap: 12px; }
       ↑ ↓ scroll both answers, D download, ? this help. The buttons do the same.</p>
     <p>Every verdict is saved in this browser at once, under your name; nothing is sent anywhere. Download the
       file when you are done, or at any time before.</p>
-    <label>Your name <input id="name" required maxlength="60" autocomplete="off"></label>
+    <label>Your name <input id="name" required pattern=".*\S.*" maxlength="60" autocomplete="off"></label>
     <button>Start</button>
   </form>
 </dialog>
@@ -4335,40 +4335,50 @@ dialog form { display: grid; gap: 12px; }
 <script>
 "use strict";
 const $ = id => document.getElementById(id), {salt, pairs} = JSON.parse($("data").textContent);
-let me = "", at = 0, since = 0;
-let kept = new Map();  // pair_id -> {seen, choice, note, seconds, when} of annotator `me`, last judged last
+const entries = new Map();  // annotator + pair_id -> {seen: a, b, tie, bad or "", note, seconds, when, ...}
+let database, me = "", at = 0, since = 0;
 
-const slot = pair => ["rlhf-review", salt, pair.pair_id, me].join(":");
-const judged = pair => Boolean(kept.get(pair.pair_id)?.choice);
-const recall = name => { try { return localStorage.getItem(name); } catch { return null; } };
+const entryOf = pair => entries.get(me + pair.pair_id)
+  ?? {salt, annotator: me, pair_id: pair.pair_id, seen: "", note: "", seconds: 0, when: 0};
+const judged = pair => entryOf(pair).seen !== "";
+const byTime = (one, two) => one.when - two.when;
 const visible = text => text.replace(/[\0-\x08\x0b-\x1f\x7f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g,
   sign => sign === "\r" ? "" : `⟦U+${sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟧`);
 
-function remember(name, value) {
-  try { localStorage.setItem(name, value); } catch {
-    $("problem").textContent = "This browser saves nothing: download your verdicts before you close it.";
-  }
+function unsaved() {
+  $("problem").textContent = "This browser saves nothing: download your verdicts before you close it.";
+}
+
+const result = request => new Promise((done, failed) => {
+  request.onsuccess = () => done(request.result);
+  request.onerror = () => failed(request.error);
+});
+
+// In IndexedDB: Chromium may give a local file that is loaded again in its tab an empty, lost localStorage.
+async function load() {  // -> what every annotator of this page said, last judged last
+  const request = indexedDB.open("rlhf-review", 1);
+  request.onupgradeneeded = () =>
+    request.result.createObjectStore("verdicts", {keyPath: ["salt", "annotator", "pair_id"]});
+  database = await result(request);
+  const store = database.transaction("verdicts").objectStore("verdicts");
+  return (await result(store.getAll(IDBKeyRange.bound([salt], [salt, []])))).sort(byTime);
+}
+
+function keep(pair, change) {
+  const entry = {...entryOf(pair), ...change};
+  entries.set(me + pair.pair_id, entry);
+  try {
+    const saving = database.transaction("verdicts", "readwrite");
+    saving.onabort = unsaved;
+    saving.objectStore("verdicts").put(entry);
+    saving.commit();  // at once: closing the tab aborts what is not committed
+  } catch { unsaved(); }
 }
 
 function isOdd(text) {  // FNV-1a, folded
   let h = 0x811c9dc5;
   for (const letter of text) h = Math.imul(h ^ letter.charCodeAt(0), 0x01000193) >>> 0;
   return (h ^ h >>> 16) & 1;
-}
-
-function enter(name) {
-  me = name;
-  remember("rlhf-review", me);
-  const found = pairs.map(pair => [pair.pair_id, JSON.parse(recall(slot(pair)))]);
-  kept = new Map(found.filter(([, entry]) => entry).sort(([, one], [, two]) => one.when - two.when));
-  show(following(-1));
-}
-
-function keep(pair, change) {
-  const entry = {seen: "", choice: "", note: "", seconds: 0, when: 0, ...kept.get(pair.pair_id), ...change};
-  if (change.choice) kept.delete(pair.pair_id);
-  kept.set(pair.pair_id, entry);
-  remember(slot(pair), JSON.stringify(entry));
 }
 
 function following(index) {  // the next pair that waits for a verdict; if none does, the next one
@@ -4378,7 +4388,7 @@ function following(index) {  // the next pair that waits for a verdict; if none 
 
 function show(index) {
   at = index; since = performance.now();
-  const pair = pairs[at], entry = kept.get(pair.pair_id), done = pairs.filter(judged).length;
+  const pair = pairs[at], entry = entryOf(pair), done = pairs.filter(judged).length;
   $("turns").replaceChildren(...pair.messages.flatMap(turn => {
     const role = document.createElement("h3"), text = document.createElement("p");
     role.textContent = turn.role; text.textContent = visible(turn.content); text.dir = "auto";
@@ -4387,31 +4397,31 @@ function show(index) {
   for (const side of ["a", "b"]) $(side).textContent = visible(pair[side]);
   for (const part of document.querySelectorAll("section")) part.scrollTop = 0;
   for (const button of document.querySelectorAll("footer div:first-child button"))
-    button.setAttribute("aria-pressed", button.dataset.do === entry?.seen);
-  $("number").value = at + 1; $("note").value = entry?.note ?? ""; $("bar").value = done;
+    button.setAttribute("aria-pressed", button.dataset.do === entry.seen);
+  $("number").value = at + 1; $("note").value = entry.note; $("bar").value = done;
   $("status").textContent = done < pairs.length ? `${done} judged by ${me}` : "All judged: download them";
 }
 
-function judge(seen) {  // only here is it worked out which side the label prefers
-  const pair = pairs[at], before = kept.get(pair.pair_id)?.seconds ?? 0;
-  const seconds = Math.round(10 * before + (performance.now() - since) / 100) / 10;
-  const [a, b] = isOdd(salt + pair.pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
-  keep(pair, {seen, choice: {a, b}[seen] ?? seen, seconds, when: Date.now()});
+function judge(seen) {
+  const seconds = entryOf(pairs[at]).seconds + (performance.now() - since) / 1000;
+  keep(pairs[at], {seen, seconds, when: Date.now()});
   show(following(at));
 }
 
 function undo() {
-  const last = [...kept].findLast(([, entry]) => entry.choice)?.[0];
+  const last = pairs.filter(judged).map(entryOf).sort(byTime).at(-1);
   if (!last) return;
-  const index = pairs.findIndex(pair => pair.pair_id === last);
-  keep(pairs[index], {seen: "", choice: ""});
+  const index = pairs.findIndex(pair => pair.pair_id === last.pair_id);
+  keep(pairs[index], {seen: ""});
   show(index);
 }
 
-function download() {
-  const lines = pairs.filter(judged).map(({pair_id, prompt_id, queue}) => {
-    const {choice, note, seconds} = kept.get(pair_id);
-    return JSON.stringify({pair_id, prompt_id, choice, queue, note, annotator: me, seconds}) + "\n";
+function download() {  // only here is it worked out which side the label prefers
+  const lines = pairs.filter(judged).map(pair => {
+    const {pair_id, prompt_id, queue} = pair, {seen, note, seconds} = entryOf(pair);
+    const [a, b] = isOdd(salt + pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
+    const said = {pair_id, prompt_id, choice: {a, b}[seen] ?? seen, queue, note, annotator: me};
+    return JSON.stringify({...said, seconds: Number(seconds.toFixed(1))}) + "\n";
   });
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob(lines));
@@ -4419,41 +4429,54 @@ function download() {
   link.click();
 }
 
+function enter(name) {
+  if (name === me) return;  // who only asked for help stays where they are
+  me = name;
+  show(following(-1));
+}
+
+function ask(name) {  // who is there, and what to do
+  $("name").value = name;
+  $("start").showModal();
+}
+
 const scrolled = by => document.querySelectorAll("section + section").forEach(part => part.scrollBy(0, by));
 const actions = {
   a: () => judge("a"), b: () => judge("b"), tie: () => judge("tie"), bad: () => judge("bad"),
   skip: () => show(following(at)), undo, note: () => $("note").focus(), jump: () => $("number").select(),
-  up: () => scrolled(-80), down: () => scrolled(80), download, help: () => $("start").showModal(),
+  up: () => scrolled(-80), down: () => scrolled(80), download, help: () => ask(me),
 };
 const keys = {
   a: "a", arrowleft: "a", b: "b", arrowright: "b", t: "tie", x: "bad", s: "skip", u: "undo", d: "download",
   n: "note", j: "jump", arrowup: "up", arrowdown: "down", "?": "help",
 };
 
-document.addEventListener("keydown", event => {
+function onKey(event) {
   const {target, key} = event, name = keys[key.toLowerCase()], scrolls = name === "up" || name === "down";
-  if (event.ctrlKey || event.metaKey || event.altKey || $("start").open) return;
+  if (!me || $("start").open || event.ctrlKey || event.metaKey || event.altKey) return;
   if (target.matches("input")) {
     if (key === "Escape" || (key === "Enter" && target.id === "note")) target.blur();
   } else if (scrolls ? !target.matches("section") : name && !event.repeat) {
     event.preventDefault();  // a focused text scrolls by itself, and a key held down judges once
     actions[name]();
   }
-});
-for (const button of document.querySelectorAll("[data-do]")) button.onclick = actions[button.dataset.do];
-$("note").oninput = () => keep(pairs[at], {note: $("note").value});
-$("jump").onsubmit = event => { event.preventDefault(); $("number").blur(); show($("number").value - 1); };
-$("start").onclose = () => {
-  const name = $("name").value.trim();
-  if (!name) $("start").showModal();
-  else if (name !== me) enter(name);
-};
+}
 
-if (pairs.length) {
+async function begin() {  // nothing can be judged before what was saved is here and a name is given
+  if (!pairs.length) { $("problem").textContent = "There is no pair to review."; return; }
+  const saved = await load().catch(() => { unsaved(); return []; });
+  for (const entry of saved) entries.set(entry.annotator + entry.pair_id, entry);
   $("total").textContent = $("number").max = $("bar").max = pairs.length;
-  $("name").value = recall("rlhf-review") ?? "";
-  $("start").showModal();
-} else $("problem").textContent = "There is no pair to review.";
+  document.addEventListener("keydown", onKey);
+  for (const button of document.querySelectorAll("[data-do]")) button.onclick = actions[button.dataset.do];
+  $("note").oninput = () => keep(pairs[at], {note: $("note").value});
+  $("jump").onsubmit = event => { event.preventDefault(); $("number").blur(); show($("number").value - 1); };
+  $("who").onsubmit = () => enter($("name").value.trim());
+  $("start").onclose = () => { if (!me) ask(""); };
+  ask(saved.at(-1)?.annotator ?? "");
+}
+
+begin();
 </script>
 </html>
 """

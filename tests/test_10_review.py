@@ -457,15 +457,14 @@ class Reviewer:
     def __init__(self, driver, path, name="ann"):
         self.driver = driver
         driver.get(Path(path).as_uri())
-        if name:
-            field = driver.find_element(By.ID, "name")
-            field.clear()
-            field.send_keys(name, Keys.ENTER)
-            self.wait()
+        self.start(name)
 
-    def wait(self):
-        """Until the dialog is closed and a pair is shown."""
-        WebDriverWait(self.driver, 10, 0.02).until(lambda _: self.text("status"))
+    def start(self, name):
+        """Give a name once the page asks for it; or only wait for that."""
+        WebDriverWait(self.driver, 10, 0.02).until(lambda _: self.field("start").get_attribute("open"))
+        if name:
+            self.field("name").clear()
+            self.field("name").send_keys(name, Keys.ENTER)
 
     def text(self, name):
         return self.driver.execute_script(
@@ -519,7 +518,6 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
         person = Reviewer(driver, page, name="")
         assert person.field("name").get_attribute("value") == "ann"
         person.field("name").send_keys(Keys.ENTER)
-        person.wait()
         assert person.text("status") == "10 judged by ann" and person.place == 11
         person.press("n")
         driver.switch_to.active_element.send_keys("at a glance: 好", Keys.ENTER)
@@ -597,6 +595,35 @@ def test_each_annotator_has_verdicts_of_their_own(driver, twenty):
 
 
 @needs_chromium
+def test_every_verdict_survives_the_page_being_loaded_again_at_once_in_its_tab(driver, twenty):
+    person = Reviewer(driver, twenty[1], "reloader")
+    for number in range(1, 11):
+        person.press("a")
+        driver.refresh()
+        person.start("reloader")
+        assert person.text("status") == f"{number} judged by reloader"
+
+
+@contextlib.contextmanager
+def broken(driver, code):
+    """Pages that are opened in here run `code` first."""
+    added = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": code})
+    yield
+    driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+@needs_chromium
+def test_keys_pressed_before_the_saved_verdicts_are_there_judge_nothing(driver, twenty):
+    person = Reviewer(driver, twenty[1], "hasty")
+    person.press("a")
+    with broken(driver, "IDBFactory.prototype.open = () => ({})"):  # never answers
+        driver.refresh()
+        person.press("a", "b", "t")
+        assert person.text("a") == person.text("status") == ""
+    assert Reviewer(driver, twenty[1], "hasty").text("status") == "1 judged by hasty"
+
+
+@needs_chromium
 def test_nobody_starts_without_a_name(driver, twenty):
     person = Reviewer(driver, twenty[1], name="")
     person.field("name").clear()
@@ -606,16 +633,18 @@ def test_nobody_starts_without_a_name(driver, twenty):
 
 
 @needs_chromium
-def test_a_browser_that_refuses_to_save_says_so_and_still_downloads(driver, twenty, tmp_path):
-    code = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }"
-    added = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": code})
-    try:
+@pytest.mark.parametrize("refuses", ["IDBFactory.prototype.open", "IDBObjectStore.prototype.put"])
+def test_a_browser_that_refuses_to_save_says_so_and_still_downloads(driver, twenty, tmp_path, refuses):
+    folder = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    driver.execute_cdp_cmd("Browser.setDownloadBehavior", folder)
+    with broken(driver, f"{refuses} = () => {{ throw new DOMException('full', 'QuotaExceededError'); }}"):
         person = Reviewer(driver, twenty[1], "nomad")
-        assert "saves nothing" in person.text("problem")
-        person.press("a")
-        assert person.text("status") == "1 judged by nomad"
-    finally:
-        driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+    person.press("a", "b", "u", "d")
+    assert "saves nothing" in person.text("problem")
+    assert person.text("status") == "1 judged by nomad"
+    file = tmp_path / "annotations-nomad.jsonl"
+    WebDriverWait(driver, 10).until(lambda _: file.exists())
+    assert len(file.read_text("utf-8").splitlines()) == 1
 
 
 @needs_chromium
