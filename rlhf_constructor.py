@@ -2005,7 +2005,7 @@ class Run:
         self.candidates = [(pool[i % len(pool)], i // len(pool)) for i in range(args.num_candidates)]
         self.judges = self.choose_judges()
         self.models: Models = None  # set when the run starts: it needs the event loop
-        self.annotations = read_annotations(args.annotations) if args.annotations else None
+        self.annotations = Annotations(args.annotations) if args.annotations else None
 
     def choose_judges(self) -> list[Model]:
         """--judge-model, or: the high model; heuristic if all is offline; none for rank_responses."""
@@ -2915,53 +2915,37 @@ def report_html(numbers: dict) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# §10 REVIEW: FLAGS, ReviewQueue, pair_id, filled_page; read_annotations, Annotations; kappa, trusted_gap
+# §10 REVIEW: FLAGS, ReviewQueue, pair_id, filled_page; Annotations, what they say; HUMAN, gap_advice
 # ----------------------------------------------------------------------------------------------------------
 
-REVIEW_SAMPLE = 200  # pairs in a page: half of them random, a quarter with narrow votes, a quarter flagged
-ENOUGH = 30  # reviewed pairs under which a rate gets no verdict
-TRUSTED = 0.95  # share of right labels for which a --min-score-gap is advised
-SAYINGS = {"choice": ("chosen", "rejected", "tie", "bad"), "queue": ("in doubt", "random")}  # of annotations
+REVIEW_SAMPLE = 200  # pairs in a page, half of them random
+ENOUGH, TRUSTED = 30, 0.95  # reviewed pairs and their share of right labels for which a gap is advised
+# People's choice, in the label's words -> what becomes of the pair; then the fields of a verdict, in JSON.
+FATES = {"chosen": "confirmed", "rejected": "flipped", "tie": "tie", "bad": "both bad",
+         "": "annotators disagree"}  # fmt: skip
+VERDICT = (r'pair_id "[0-9a-f]{16}", choice "(chosen|rejected|tie|bad)", queue "(in doubt|random)", '
+           r'annotator ".*[^ ].*"')  # fmt: skip
 
-BAIT = re.compile(
-    r"ignore (?:all|previous)|as the judge|score (?:this|me)|10/10|best (?:answer|response)"
-    r"|评委|打分|给(?:我|出)?(?:满分|10 ?分)|忽略(?:以上|之前)",
-    re.IGNORECASE,
-)
-IDENTITY = re.compile(
-    r"\b(?:I am|I['’]m|my name is) (?:ChatGPT|GPT|Claude|Qwen|Gemini|Bard|Llama|Vicuna|DeepSeek|Mistral|Kimi)"
-    r"|\b(?:trained|developed|made|created) by (?:OpenAI|Anthropic|Alibaba|Google|Meta|DeepSeek|Mistral)\b"
-    r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱|Kimi|Qwen|DeepSeek|ChatGPT|Claude)",
-    re.IGNORECASE,
-)
-ASKS_IDENTITY = re.compile(
-    r"(?:who|what) are you|your name|which model|yourself"
-    r"|你是谁|你叫|你的名字|什么模型|自我介绍|介绍.{0,4}自己",
-    re.IGNORECASE,
-)
-
+BAIT = r"(?i)ignore (?:all|previous)|as the judge|score (?:this|me)|10/10|best (?:answer|response)"
+BAIT += r"|评委|打分|给(?:我|出)?(?:满分|10 ?分)|忽略(?:以上|之前)"
+IDENTITY = r"(?i)\b(?:I am|I['’]m|my name is) (?:ChatGPT|GPT|Claude|Qwen|Gemini|Llama|DeepSeek|Mistral|Kimi)"
+IDENTITY += r"|\b(?:trained|developed|made|created) by (?:OpenAI|Anthropic|Alibaba|Google|Meta|DeepSeek)\b"
+IDENTITY += r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱|Kimi|Qwen|DeepSeek|ChatGPT|Claude)"
 # Why a kept pair deserves a second look, though all its votes agree.
 FLAGS = {
-    "judge bait": lambda pair: BAIT.search(pair.chosen.text) or BAIT.search(pair.rejected.text),
-    "identity leak": lambda pair: (
-        IDENTITY.search(pair.chosen.text) and not ASKS_IDENTITY.search(pair.record.prompt)
-    ),
-    "chosen refuses": lambda pair: refuses(pair.chosen.text),
-    "more than twice as long": lambda pair: len(pair.chosen.text) > 2 * len(pair.rejected.text),
+    "judge bait": lambda chosen, rejected: re.search(BAIT, chosen) or re.search(BAIT, rejected),
+    "identity leak": lambda chosen, _: re.search(IDENTITY, chosen),
+    "chosen refuses": lambda chosen, _: refuses(chosen),
+    "more than twice as long": lambda chosen, rejected: len(chosen) > 2 * len(rejected),
 }
 
 
-def flagged(pair: Pair) -> list[str]:
-    """The names of the FLAGS that the pair raises."""
-    return [name for name, raised in FLAGS.items() if raised(pair)]
-
-
-def margin(pair: Pair) -> float | None:
-    """Points by which the least convinced vote prefers chosen; None if only a choice is known.
+def margin(pair: Pair) -> float:
+    """Points by which the least convinced vote prefers chosen; infinite if only a choice is known.
 
     Every vote of a kept pair prefers chosen, so an order that nearly flipped it shows as a small margin."""
     if pair.gap is None or pair.record.signal == "choice":
-        return None
+        return math.inf
     votes = zip(pair.chosen.votes, pair.rejected.votes, strict=False)
     return min((better - worse for better, worse in votes), default=pair.gap)
 
@@ -2969,38 +2953,6 @@ def margin(pair: Pair) -> float | None:
 def pair_id(prompt: str, chosen: str, rejected: str) -> str:
     """16 hex digits that name a pair and its direction; `prompt` is the flattened text."""
     return digest(prompt, chosen, rejected)[:16]
-
-
-def id_of(pair: Pair) -> str:
-    """The pair_id of a pair."""
-    return pair_id(pair.record.prompt, pair.chosen.text, pair.rejected.text)
-
-
-def chosen_is_left(salt: str, name: str) -> bool:
-    """Whether answer A is chosen: FNV-1a (32 bit) of the page's salt and the pair_id, folded, is odd.
-
-    Folded, since its lowest bit alone is the parity of the letters. The page has the same in JavaScript."""
-    h = 0x811C9DC5
-    for byte in (salt + name).encode():
-        h = (h ^ byte) * 0x01000193 & 0xFFFFFFFF
-    return (h ^ h >> 16) & 1 == 1
-
-
-class Smallest:
-    """Of all pairs offered, each once, the REVIEW_SAMPLE with the smallest keys."""
-
-    def __init__(self):
-        self.best = {}  # pair_id -> (key, pair)
-
-    def offer(self, key: tuple, name: str, pair: Pair) -> None:
-        """Keep the pair if its key is among the smallest; up to twice the sample is held, to sort rarely."""
-        self.best[name] = (key, pair)
-        if len(self.best) > 2 * REVIEW_SAMPLE:
-            self.best = self.ordered()
-
-    def ordered(self) -> dict:
-        """pair_id -> (key, pair), smallest key first."""
-        return dict(sorted(self.best.items(), key=lambda item: item[1][0])[:REVIEW_SAMPLE])
 
 
 class ReviewQueue:
@@ -3011,35 +2963,28 @@ class ReviewQueue:
 
     def __init__(self, seed: int):
         self.seed = seed
-        self.drawn, self.narrow, self.flagged = Smallest(), Smallest(), Smallest()
+        self.drawn, self.doubtful = {}, {}  # pair_id -> (key, pair); the smallest keys are shown
 
     def add(self, outcome: Outcome) -> None:
-        """Consider the kept pairs of one record."""
+        """Consider the kept pairs of one record; a flag weighs like a margin four times as narrow."""
         for pair in outcome.pairs:
-            name, least, flags = id_of(pair), margin(pair), flagged(pair)
+            texts = (pair.chosen.text, pair.rejected.text)
+            name, flags = pair_id(pair.record.prompt, *texts), sum(bool(f(*texts)) for f in FLAGS.values())
             draw = digest(self.seed, name)
-            self.drawn.offer((draw,), name, pair)
-            if least is not None:
-                self.narrow.offer((least, draw), name, pair)
-            if flags:
-                self.flagged.offer((-len(flags), math.inf if least is None else least, draw), name, pair)
+            self.drawn[name] = draw, pair
+            self.doubtful[name] = (margin(pair) / 4**flags, -flags, draw), pair
+        if len(self.drawn) > 2 * REVIEW_SAMPLE:  # twice what is shown, to sort rarely
+            self.drawn, self.doubtful = smallest(self.drawn), smallest(self.doubtful)
 
     def selected(self) -> list[tuple[str, str, Pair]]:
         """[(pair_id, queue, pair), ...] in page order: those in doubt, narrowest first; then the random ones.
 
         A doubtful pair that was drawn counts as random, or the sample would look better than the data."""
-        drawn, narrow, flags = (best.ordered() for best in (self.drawn, self.narrow, self.flagged))
-        turns = itertools.chain.from_iterable(itertools.zip_longest(narrow, flags))  # one of each, in turn
-        doubtful, names = [name for name in dict.fromkeys(turns) if name], list(drawn)
-        for taken in range((len(names) + 1) // 2, len(names) + 1):  # more random ones if too few are in doubt
-            sample = dict.fromkeys(names[:taken])
-            doubt = [name for name in doubtful if name not in sample][: len(names) - taken]
-            if len(doubt) + len(sample) == len(names):
-                break
-        doubt.sort(key=lambda name: narrow.get(name, ((math.inf,),))[0])
-        pairs = {name: pair for name, (_, pair) in (drawn | narrow | flags).items()}
-        queues = dict.fromkeys(doubt, "in doubt") | dict.fromkeys(sample, "random")
-        return [(name, queue, pairs[name]) for name, queue in queues.items()]
+        drawn, doubtful = smallest(self.drawn), smallest(self.doubtful)
+        sample = dict.fromkeys(list(drawn)[: (len(drawn) + 1) // 2], "random")
+        doubts = [name for name in doubtful if name not in sample][: len(drawn) // 2]
+        queues, pairs = dict.fromkeys(doubts, "in doubt") | sample, drawn | doubtful
+        return [(name, queue, pairs[name][1]) for name, queue in queues.items()]
 
     def page(self) -> str:
         """The HTML page: texts stand on their sides already; no model, score or reason is in it."""
@@ -3053,10 +2998,23 @@ class ReviewQueue:
         return filled_page(REVIEW_PAGE, {"salt": salt, "pairs": pairs})
 
 
-def filled_page(page: str, data) -> str:
-    """A template of §12 with its data and its policy: its own script and style run, nothing is requested.
+def smallest(pairs: dict) -> dict:
+    """Of {pair_id: (key, pair)} the REVIEW_SAMPLE smallest keys, smallest first."""
+    return dict(sorted(pairs.items(), key=lambda item: item[1][0])[:REVIEW_SAMPLE])
 
-    The data is a block of JSON in which no text can end the block or become markup."""
+
+def chosen_is_left(salt: str, name: str) -> bool:
+    """Whether answer A is chosen: FNV-1a (32 bit) of the page's salt and the pair_id, folded (its lowest bit
+    alone is the parity of the letters), is odd. The page has the same in JavaScript."""
+    h = 0x811C9DC5
+    for byte in (salt + name).encode():
+        h = (h ^ byte) * 0x01000193 & 0xFFFFFFFF
+    return (h ^ h >> 16) & 1 == 1
+
+
+def filled_page(page: str, data) -> str:
+    """A template of §12 with its data, JSON in which no text can end the block or become markup, and with
+    its policy: its own script and style run, nothing is requested."""
     text = json.dumps(data, ensure_ascii=False)
     text = re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
@@ -3066,239 +3024,144 @@ def filled_page(page: str, data) -> str:
     return page.replace("{{POLICY}}", policy).replace("{{DATA}}", text)  # data last: it may hold a mark
 
 
-class Opinion(NamedTuple):
-    """What one annotator says about one pair."""
-
-    choice: str  # of SAYINGS; "" if two lines contradict each other
-    queue: str  # of SAYINGS
-    where: str  # "file:line"
-
-
-def read_annotations(paths: list) -> Annotations:
-    """Files from the review page -> their verdicts; `.problems` names the lines that were not used.
-
-    Raises UserError for a file that cannot be read or has no valid line."""
-    found = Annotations()
-    for path in paths:
-        try:
-            lines = Path(path).read_bytes().split(b"\n")
-        except OSError as error:
-            raise UserError(f"--annotations {path}: {error.strerror}") from None
-        if not sum([found.add(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]):
-            raise UserError(f"--annotations {path}: no line of it is a verdict from a review page")
-    return found
-
-
-def fault(row) -> str:
-    """Why a line of an annotations file cannot be used; "" if it can."""
-    if not isinstance(row, dict):
-        return "not a JSON object"
-    if not re.fullmatch("[0-9a-f]{16}", str(row.get("pair_id"))):
-        return "pair_id is not 16 hex digits"
-    for key, known in SAYINGS.items():
-        if row.get(key) not in known:
-            return f"{key} is {json.dumps(row.get(key))[:40]}, not one of {', '.join(known)}"
-    return "" if str(row.get("annotator") or "").strip() else "no annotator"
-
-
-def majority(choices: list[str]) -> str:
-    """What more than half of them say; "" if there is no such choice."""
-    choice, count = Counter(choices).most_common(1)[0]
-    return choice if 2 * count > len(choices) else ""
-
-
 class Annotations:
-    """What people say about pairs: applied by `decide`, summed up by `numbers`."""
+    """What people say about pairs: read from files, applied by `decide`, summed up by `numbers`."""
 
-    def __init__(self):
+    def __init__(self, paths: list):
+        """Raises UserError for a file that cannot be read or holds no verdict."""
         self.problems = []  # one-line messages: broken lines and double verdicts
-        self.opinions = {}  # pair_id -> {annotator: Opinion}
-        self.met = {}  # pair_id -> gap (None: unknown) of the reviewed pairs that came by
-        self.pairs, self.gaps = (
-            0,
-            array("d"),
-        )  # of all pairs that came by: how many, and the gaps that are known
+        self.said = defaultdict(dict)  # pair_id -> {annotator: row of the file, its "where": "file:line"}
+        self.met = {}  # pair_id -> (choice of the majority, gap) of the reviewed pairs that came by
+        self.gaps = array("d")  # of all pairs that came by; infinite where only a choice is known
+        for path in paths:
+            try:
+                lines = Path(path).read_bytes().split(b"\n")
+            except OSError as error:
+                raise UserError(f"--annotations {path}: {error.strerror}") from None
+            if not sum([self.add(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]):
+                raise UserError(f"--annotations {path}: no line of it is a verdict from a review page")
 
-    def add(self, raw: bytes, where: str) -> bool:
-        """Take in one line of a file; False, and a message, if it cannot be read."""
+    def add(self, line: bytes, where: str) -> bool:
+        """Take in a line of a file; False, and a message, if it cannot be used."""
         try:
-            row = json.loads(raw.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
-            row = None
-        if problem := fault(row):
-            self.problems.append(f"{where}: not used: {problem}")
+            row = json.loads(line.decode("utf-8-sig"))
+            fields = ("pair_id", "choice", "queue", "annotator")
+            said = ", ".join(f"{field} {json.dumps(row.get(field))}" for field in fields)
+        except (ValueError, RecursionError, AttributeError):
+            said = "no JSON object"
+        if not re.fullmatch(VERDICT, said):
+            self.problems.append(f"{where}: not used, no verdict: {said[:120]}")
             return False
-        opinion = Opinion(row["choice"], row["queue"], where)
-        said, name = self.opinions.setdefault(row["pair_id"], {}), str(row["annotator"]).strip()
-        if first := said.get(name):
-            same = first.choice == opinion.choice
-            outcome = "counted once" if same else "but differently: neither verdict is used"
-            self.problems.append(f"{where}: {name!r} judged this pair before, in {first.where}, {outcome}")
-            opinion = first if same else first._replace(choice="")
-        said[name] = opinion
+        name = row["annotator"].strip()
+        first = self.said[row["pair_id"]].setdefault(name, row | {"where": where})
+        if first["where"] != where:
+            twice = f"{name!r} judged this pair before, in {first['where']}"
+            self.problems.append(f"{where}: {twice}: counted once, or not at all if the verdicts differ")
+            first["choice"] = first["choice"] if first["choice"] == row["choice"] else ""
         return True
 
     def choices(self, name: str) -> list[str]:
-        """What was said about one pair_id, in the order of the annotators' names."""
-        said = sorted(self.opinions.get(name, {}).items())
-        return [opinion.choice for _, opinion in said if opinion.choice]
+        """What was said about one pair_id: a choice per annotator who does not contradict themselves."""
+        return [row["choice"] for row in self.said.get(name, {}).values() if row["choice"]]
 
     def decide(self, pair: Pair) -> Pair | None:
         """What people make of a pair: None (not reviewed: it stays), the pair, or the pair turned round.
 
         Scores stay with their answers. Raises Failed("human", ...) if most annotators see no difference or
         find both bad, and if no choice is made by more than half of them."""
-        name = id_of(pair)
-        gap = None if margin(pair) is None else pair.gap - pair.penalty  # what --min-score-gap looks at
-        self.pairs += 1
-        self.gaps.extend([] if gap is None else [gap])
+        name = pair_id(pair.record.prompt, pair.chosen.text, pair.rejected.text)
+        gap = math.inf if margin(pair) == math.inf else pair.gap - pair.penalty  # as --min-score-gap sees it
         choices = self.choices(name)
+        self.gaps.append(gap)
         if not choices:
             return None
-        self.met[name] = gap
-        choice = majority(choices)
+        choice, count = Counter(choices).most_common(1)[0]
+        choice = choice if 2 * count > len(choices) else ""
+        self.met[name] = choice, gap
         if choice == "chosen":
             return replace(pair, human=True)
         if choice == "rejected":
             return replace(pair, chosen=pair.rejected, rejected=pair.chosen, penalty=0.0, human=True)
-        reason = {"tie": "tie", "bad": "both bad", "": "annotators disagree"}[choice]
-        raise Failed("human", reason)
+        raise Failed("human", FATES[choice])
 
     def unused(self) -> list[str]:
         """One message for each verdict whose pair never came by: another file's, or flipped before."""
-        return [
-            f"{opinion.where}: not used: pair {name} is not in the input"
-            for name, said in self.opinions.items()
-            for opinion in said.values()
-            if name not in self.met and opinion.choice
-        ]
+        rows = [row for name, said in self.said.items() if name not in self.met for row in said.values()]
+        return [f"{row['where']}: not used: its pair is not in the input" for row in rows if row["choice"]]
 
     def numbers(self) -> dict:
-        """For the report: {"rows": [one dict per metric, see `review_row`], "lines": [sentence, ...]}.
+        """For the report: {"rows": [one per metric, see HUMAN], "lines": [sentence, ...]}.
 
-        Values are shares 0..1, kappas -1..1, gaps in points; intervals (low, high) of 95 %, or None. A label
-        is right where people prefer chosen, wrong where they prefer rejected; a tie is neither. Agreement is
-        over all reviewed pairs; error, precision and gap over the random ones, which stand for the file."""
-        said = {name: self.choices(name) for name in self.met}
-        final = {name: majority(choices) for name, choices in said.items()}
-        sides = SAYINGS["choice"][:2]
-        right = {name: choice == sides[0] for name, choice in final.items() if choice in sides}
-        drawn = [name for name in right if any(o.queue == "random" for o in self.opinions[name].values())]
-        sample = [(self.met[name], right[name]) for name in drawn if self.met[name] is not None]
-        labels = [("chosen", choice) for choice in final.values() if choice]
-        people = [two for choices in said.values() for two in itertools.combinations(choices, 2)]
-        shared = sum(len(choices) > 1 for choices in said.values())
-        rows = [
-            review_row("human_agreement", share(sum(right.values()), len(right))),
-            review_row("human_kappa", kappa(labels, len(labels))),
-            review_row("annotator_agreement", agreement(people, shared)),
-            review_row("annotator_kappa", kappa(people, shared)),
-            review_row("label_error", share(sum(not right[name] for name in drawn), len(drawn))),
+        A label is wrong where people prefer rejected; a tie is neither right nor wrong. Error, precision and
+        gap come from the random half of a page, which stands for the file."""
+        random = [name for name in self.met if any(r["queue"] == "random" for r in self.said[name].values())]
+        drawn = [self.met[name] for name in random if self.met[name][0] in ("chosen", "rejected")]
+        several = [choices for choices in map(self.choices, self.met) if len(choices) > 1]
+        same = [one == two for choices in several for one, two in itertools.combinations(choices, 2)]
+        count = Counter(choice for choice, _ in self.met.values())
+        measured = [
+            share(count["chosen"], count["chosen"] + count["rejected"]),
+            kappa(count),
+            share(len(several) * sum(same) / (len(same) or 1), len(several)),
+            share(sum(choice == "rejected" for choice, _ in drawn), len(drawn)),
         ]
-        gap_rows, sentence = gap_advice(sample, self.gaps)
-        count = Counter(final.values())
-        summary = (
-            f"People reviewed {len(final)} of {self.pairs} pairs: {count['chosen']} confirmed, "
-            f"{count['rejected']} flipped, {count['tie']} dropped as a tie, {count['bad']} as both bad, "
-            f"{count['']} because annotators disagree."
-        )
-        return {"rows": rows + precision_rows(sample) + gap_rows, "lines": [summary, sentence]}
+        rows, advice = gap_advice([(gap, choice == "chosen") for choice, gap in drawn], self.gaps)
+        fates = ", ".join(f"{count[choice]} {fate}" for choice, fate in FATES.items())
+        summary = f"People reviewed {len(self.met)} of {len(self.gaps)} pairs: {fates}."
+        return {"rows": list(map(judged, HUMAN, measured)) + rows, "lines": [summary, advice]}
 
 
-# metric: label; limits of warn and critical (rising: the value should be low); advice. People agree with each
-# other in 66 % (AlpacaEval) to 81 % (MT-bench) of cases, with a good judge in up to 85 % (MT-bench).
-REVIEW_ROWS = {
-    "human_agreement": ("people agree with the labels", 0.80, 0.65, "try another or a second --judge-model"),
-    "human_kappa": ("people and labels, Cohen's kappa", 0.60, 0.40, "try another or a second --judge-model"),
-    "annotator_agreement": ("annotators agree", 0.65, 0.50, "settle with examples what better means"),
-    "annotator_kappa": ("annotators, Cohen's kappa", 0.40, 0.20, "settle with examples what better means"),
-    "label_error": ("wrong labels", 0.05, 0.20, "raise --min-score-gap"),
-    "precision_by_gap": ("right labels", 0.80, 0.65, "raise --min-score-gap"),
-    "gap_to_trust": ("smallest gap to trust", None, None, ""),
-    "gap_yield": ("pairs with at least that gap", None, None, ""),
-}
+# Metrics as in §9, here without formula. People agree with each other in 66 % (AlpacaEval) to 81 % (MT-bench)
+# of cases, with a good judge in up to 85 % (MT-bench).
+# fmt: off
+HUMAN = [
+    ("human_agreement", "people agree with the labels", "%", under(0.80, 0.65), "labels", ENOUGH, None),
+    ("human_kappa", "people and labels, Cohen's kappa", "", under(0.60, 0.40), "labels", ENOUGH, None),
+    ("annotator_agreement", "annotators agree", "%", under(0.65, 0.50), "people", ENOUGH, None),
+    ("label_error", "wrong labels", "%", over(0.05, 0.20), "labels", ENOUGH, None),
+]
+RIGHT = ("precision_by_gap", "right labels from gap", "%", under(0.80, 0.65), "labels", ENOUGH, None)
+TO_TRUST = ("gap_to_trust", "smallest gap to trust", "", FREE, "labels", ENOUGH, None)
+# fmt: on
+ADVICE["labels"] = "People see it otherwise: raise --min-score-gap, try another or a second --judge-model."
+ADVICE["people"] = "Annotators differ: settle with examples what better means, then review again."
 
 
-def review_row(metric: str, measured: tuple, detail: str = "") -> dict:
-    """(value, interval, n) -> {metric, label, value, interval, n, verdict, advice}.
+def kappa(count: Counter) -> Measured:
+    """Cohen's kappa of labels and people's choices, (agreement - chance) / (1 - chance).
 
-    The verdict is an alarm if the whole interval lies beyond a limit, and "not enough data" under ENOUGH."""
-    (label, warn, critical, advice), (value, interval, n) = REVIEW_ROWS[metric], measured
-    verdict = "" if value is not None and n >= ENOUGH else "not enough data"
-    if not verdict and warn is not None:
-        low, high = interval
-        beyond = (lambda limit: low > limit) if warn < critical else (lambda limit: high < limit)
-        verdict = "critical" if beyond(critical) else "warn" if beyond(warn) else "ok"
-    row = {"metric": metric, "label": label + detail, "value": value, "interval": interval, "n": n}
-    return row | {"verdict": verdict, "advice": advice if verdict in ("warn", "critical") else ""}
-
-
-def agreement(said: list[tuple[str, str]], cases: int) -> tuple:
-    """Share of equal choices among `said`, about `cases` pairs -> (value, Wilson's interval, cases)."""
-    return share(cases * sum(one == two for one, two in said) / max(len(said), 1), cases)
-
-
-def kappa(said: list[tuple[str, str]], cases: int) -> tuple:
-    """Cohen's kappa of two raters, (agreement - chance) / (1 - chance) -> (value, interval, cases).
-
-    Its categories are what a rater saw: A, B, tie, bad. Of "chosen" and "rejected" it could say nothing,
-    since a label always says "chosen". A fair coin put chosen on A or B, so by design each rater says A in
-    half of their choices of a side. The interval is Wilson's of agreement, with chance taken as it is."""
-    value, interval, _ = agreement(said, cases)
-    chance = 0.0
-    for kinds in (("chosen", "rejected"), ("tie",), ("bad",)):
-        one, two = (sum(both[rater] in kinds for both in said) / max(len(said), 1) for rater in (0, 1))
-        chance += one * two / len(kinds)
-    if value is None or chance == 1:  # nothing was said, or by both one thing only: "tie" or "bad"
-        return None, None, cases
-    value, low, high = ((x - chance) / (1 - chance) for x in (value, *interval))
-    return value, (low, high), cases
-
-
-def precision_rows(sample: list[tuple[float, bool]]) -> list[dict]:
-    """(gap, right or wrong) of reviewed pairs -> rows for up to four groups of equal size, ENOUGH in each."""
-    gaps, groups = sorted(gap for gap, _ in sample), min(4, len(sample) // ENOUGH)
-    edges = sorted({gaps[len(gaps) * i // groups] for i in range(groups)})
-    rows = []
-    for low, high in itertools.pairwise([*edges, math.inf] if edges else []):
-        inside = [right for gap, right in sample if low <= gap < high]
-        detail = f", gap {low:.3g} " + (f"to {high:.3g}" if high < math.inf else "and more")
-        rows.append(review_row("precision_by_gap", share(sum(inside), len(inside)), detail))
-    return rows
-
-
-def trusted_gap(sample: list[tuple[float, bool]]) -> tuple:
-    """(gap, right or wrong) of reviewed pairs -> the smallest gap to trust, (best, (low, high), n).
-
-    best: the first gap from which ENOUGH pairs (n) or more are right in TRUSTED of cases, an estimate. The
-    true one lies between low, the first from which Wilson's interval reaches up to TRUSTED, and high, the
-    first from which all of it lies above. None: no such gap in the sample."""
-    steps = sorted({float(f"{gap:.3g}") for gap, _ in sample})
-    inside = {step: [right for gap, right in sample if gap >= step] for step in steps}
-    shares = {step: share(sum(rights), len(rights)) for step, rights in inside.items() if rights}
-    best = next((step for step, (p, _, n) in shares.items() if p >= TRUSTED and n >= ENOUGH), None)
-    low = next((step for step, (_, interval, _) in shares.items() if interval[1] >= TRUSTED), None)
-    high = next((step for step, (_, interval, _) in shares.items() if interval[0] >= TRUSTED), None)
-    return best, (low, high), len(inside.get(best, ()))
+    Both choose among A, B, tie and bad. A fair coin put the label on A or B, so chance agrees with it in half
+    of the cases where people prefer a side. The interval is Wilson's of agreement, chance taken as it is."""
+    n, sides = count.total() - count[""], count["chosen"] + count["rejected"]
+    above = lambda agreed: (agreed - sides / 2 / n) / (1 - sides / 2 / n)
+    value, interval, _ = share(count["chosen"], n)
+    return Measured(above(value), tuple(map(above, interval)), n) if n else Measured()
 
 
 def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]:
-    """The smallest --min-score-gap to trust and its yield, a share of all `gaps`: two rows and a sentence."""
-    if len(sample) < ENOUGH:
-        return [], (
-            f"Not enough data to advise a --min-score-gap: {len(sample)} random pairs with a gap have a "
-            f"preferred side, {ENOUGH} are needed; they come last in the page."
-        )
-    best, (low, high), n = trusted_gap(sample)
+    """(gap, right or wrong) of reviewed pairs, gaps of all pairs -> rows and a sentence for the report.
+
+    To trust is the first gap from which ENOUGH pairs or more are right in TRUSTED of cases, an estimate. The
+    true one lies between the first from which Wilson's interval reaches up to TRUSTED, and the first from
+    which all of it lies above, if there is one in the sample."""
+    precision = {}  # from a gap up
+    for least in sorted({float(f"{gap:.3g}") for gap, _ in sample if gap < math.inf}):
+        rights = [right for gap, right in sample if least <= gap < math.inf]
+        precision |= {least: share(sum(rights), len(rights))} if rights else {}
+    steps = list(precision)[:: math.ceil(len(precision) / 4) or 1]  # four at most
+    rows = [judged(RIGHT, precision[gap]) | {"label": f"{RIGHT[1]} {gap:g} up"} for gap in steps]
+    first = lambda good: next((gap for gap, found in precision.items() if good(found)), None)
+    best = first(lambda found: found.value >= TRUSTED and found.n >= ENOUGH)
     if best is None:
-        return [], f"No --min-score-gap makes {TRUSTED:.0%} of the labels right in the reviewed sample."
-    kept = share(sum(gap >= best for gap in gaps), len(gaps))[0]
-    rows = [
-        review_row("gap_to_trust", (best, (low, high), n)),
-        review_row("gap_yield", (kept, None, len(gaps))),
-    ]
-    until = f"{high:g}" if high is not None else "beyond this sample"
-    return rows, (
+        few = f"of the {len(sample)} random pairs with a preferred side so far; they come last in the page."
+        return rows, f"No --min-score-gap leaves {ENOUGH} labels, {TRUSTED:.0%} of them right, {few}"
+    low = first(lambda found: found.interval[1] >= TRUSTED)
+    high = first(lambda found: found.interval[0] >= TRUSTED)
+    known, n = [gap for gap in gaps if gap < math.inf], precision[best].n
+    kept = sum(gap >= best for gap in known) / len(known)
+    row = judged(TO_TRUST, Measured(best, None, n)) | {"interval": (low, high), "yield": kept}
+    until = "beyond this sample" if high is None else f"{high:g}"
+    return [*rows, row], (
         f"--min-score-gap {best:g} is the smallest with {TRUSTED:.0%} right labels ({n} reviewed from there "
         f"up; 95 % interval: {low:g} to {until}); it keeps {kept:.0%} of the pairs."
     )
@@ -4030,9 +3893,7 @@ async def carry_out(path: str, run: Run, models: Models, total: int | None) -> i
     files = Files(args)
     report, review = Report(run.seed, run.orders), ReviewQueue(run.seed)
     takers = list(itertools.compress((books, report, review), (True, files.paths[4], files.paths[6])))
-    run.annotations = (
-        read_annotations(args.annotations) if args.annotations else None
-    )  # the plan met them, too
+    run.annotations = Annotations(args.annotations) if args.annotations else None  # the plan met them, too
     bar = progress(total)
 
     def emit(outcome: Outcome):
@@ -4245,14 +4106,12 @@ REVIEW_PAGE = r"""<!DOCTYPE html>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{{POLICY}}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Which answer is better?</title>
+<title data-zh="哪个回答更好？">Which answer is better?</title>
 <style>
-:root { color-scheme: light dark; --back: #f3f4f6; --card: #ffffff; --ink: #1b212b; --soft: #545d6b;
-  --on: #ffffff; --edge: #767f8d; --line: #d9dde3; --mark: #1a56c4; --alarm: #8f1d14; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #13161b; --card: #1c2129; --ink: #e6e9ee; --soft: #a6afbd;
-    --on: #10141a; --edge: #7f8998; --line: #323945; --mark: #8ab4f8; --alarm: #ffb4a9; }
-}
+:root { color-scheme: light dark; --back: light-dark(#f3f4f6, #13161b); --card: light-dark(#ffffff, #1c2129);
+  --ink: light-dark(#1b212b, #e6e9ee); --soft: light-dark(#545d6b, #a6afbd);
+  --edge: light-dark(#767f8d, #7f8998); --mark: light-dark(#1a56c4, #8ab4f8);
+  --on: light-dark(#ffffff, #101419); --alarm: light-dark(#8f1d14, #ffb4a9); }
 * { box-sizing: border-box; margin: 0; }
 body { height: 100dvh; display: flex; flex-direction: column; background: var(--back); color: var(--ink);
   font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif; }
@@ -4260,105 +4119,92 @@ header, footer, footer div, label { display: flex; align-items: center; gap: 8px
 header, footer { padding: 8px 16px; gap: 16px; }
 header, h3 { color: var(--soft); font-size: 0.875rem; }
 h1, h2 { flex: 1; font-size: 1rem; }
-#turns h3 { text-transform: capitalize; }
-progress { width: 8rem; accent-color: var(--mark); }
 #problem { color: var(--alarm); font-weight: 600; padding: 0 16px; }
 main { flex: 1; min-height: 0; padding: 0 16px; display: grid; gap: 12px;
   grid-template: minmax(4rem, auto) minmax(0, 1fr) / 1fr 1fr; }
-section { overflow: auto; padding: 12px 16px; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; }
+section, dialog, button, input { font: inherit; color: inherit; background: var(--card); padding: 8px 16px;
+  border: 1px solid var(--edge); border-radius: 6px; }
+section { overflow: auto; }
 section p { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
-p + h3 { margin-top: 8px; }
 #turns { grid-column: 1 / 3; max-height: 30dvh; }
-button, input { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--edge);
-  border-radius: 6px; padding: 6px 12px; min-height: 40px; }
-[aria-pressed=true], form button { background: var(--mark); border-color: var(--mark); color: var(--on); }
-kbd { margin-left: 2px; font: 0.75rem ui-monospace, monospace; opacity: 0.85; }
-:focus-visible { outline: 3px solid var(--mark); outline-offset: 2px; }
-footer div, footer button, footer label, #note { flex: 1 1 auto; min-width: 0; white-space: nowrap; }
-dialog { margin: auto; max-width: 36rem; padding: 24px; border: 1px solid var(--edge); border-radius: 12px;
-  background: var(--card); color: inherit; }
+[aria-pressed=true], form button { background: var(--mark); color: var(--on); }
+footer div, footer button, footer label, #note { flex: 1 1 auto; white-space: nowrap; }
+#number, #note { width: 5rem; }
+dialog { margin: auto; max-width: 36rem; }
 dialog form { display: grid; gap: 12px; }
 @media (max-width: 900px) {
   main { display: block; overflow: auto; padding: 0 8px; }
   section { margin-bottom: 8px; max-height: 60dvh; }
   header, footer { padding: 6px 8px; gap: 6px; justify-content: space-between; }
-  footer { display: grid; }
+  footer { flex-wrap: wrap; }
+  footer div { flex-basis: 100%; }
   header h1, progress, kbd { display: none; }
-  button { padding: 6px; font-size: 0.9375rem; }
+  button, input { padding: 8px 6px; }
 }
 </style>
 <header>
-  <h1>Which answer is better?</h1>
-  <form id="jump">
-    <label>Pair <input id="number" type="number" min="1" required> of <b id="total"></b> <kbd>J</kbd></label>
-  </form>
-  <progress id="bar" value="0" aria-label="Pairs judged"></progress>
+  <h1 data-zh="哪个回答更好？">Which answer is better?</h1>
+  <label data-zh="第 ">Pair <input id="number" type="number" data-key="j"> / <b id="total"></b></label>
+  <progress id="bar" value="0" aria-label="Pairs judged" data-zh="进度"></progress>
   <span id="status" role="status"></span>
-  <button data-do="download">Download <kbd>D</kbd></button>
-  <button data-do="help">Help <kbd>?</kbd></button>
+  <button data-do="download" data-key="d" data-zh="下载 ">Download <kbd>D</kbd></button>
+  <button data-do="help" data-key="?" data-zh="帮助 ">Help <kbd>?</kbd></button>
 </header>
 <p id="problem" role="alert"></p>
 <main>
-  <section id="turns" tabindex="0" aria-label="Conversation"></section>
-  <section tabindex="0" aria-label="Answer A"><h3>Answer A</h3><p id="a" dir="auto"></p></section>
-  <section tabindex="0" aria-label="Answer B"><h3>Answer B</h3><p id="b" dir="auto"></p></section>
+  <section id="turns" tabindex="0" aria-label="Conversation" data-zh="对话"></section>
+  <section tabindex="0" aria-label="A"><h3 data-zh="回答 A">Answer A</h3><p id="a" dir="auto"></p></section>
+  <section tabindex="0" aria-label="B"><h3 data-zh="回答 B">Answer B</h3><p id="b" dir="auto"></p></section>
 </main>
 <footer>
   <div>
-    <button data-do="a">A is better <kbd>← A</kbd></button>
-    <button data-do="tie">Tie <kbd>T</kbd></button>
-    <button data-do="bad">Both bad <kbd>X</kbd></button>
-    <button data-do="b">B is better <kbd>→ B</kbd></button>
+    <button data-do="a" data-key="a arrowleft" data-zh="A 更好 ">A is better <kbd>← A</kbd></button>
+    <button data-do="tie" data-key="t" data-zh="平局 ">Tie <kbd>T</kbd></button>
+    <button data-do="bad" data-key="x" data-zh="都不好 ">Both bad <kbd>X</kbd></button>
+    <button data-do="b" data-key="b arrowright" data-zh="B 更好 ">B is better <kbd>→ B</kbd></button>
   </div>
-  <div>
-    <button data-do="skip">Skip <kbd>S</kbd></button>
-    <button data-do="undo">Undo <kbd>U</kbd></button>
-    <label>Note <kbd>N</kbd> <input id="note" autocomplete="off"></label>
-  </div>
+  <button data-do="skip" data-key="s" data-zh="跳过 ">Skip <kbd>S</kbd></button>
+  <button data-do="undo" data-key="u" data-zh="撤销 ">Undo <kbd>U</kbd></button>
+  <label data-zh="备注 ">Note <kbd>N</kbd> <input id="note" autocomplete="off" data-key="n"></label>
 </footer>
 <dialog id="start" aria-labelledby="hello">
   <form method="dialog" id="who">
-    <h2 id="hello">Which answer is better?</h2>
-    <p>Read the conversation, then both answers. Prefer the one that helps more: it is right before all else,
-      then complete and clear. Length and decoration earn nothing. Tie: you see no difference. Both bad: no
-      one should learn from either.</p>
-    <p>Keys: ← or A, → or B, T tie, X both bad, S skip, U undo, N note (Enter leaves it), J jump to a pair,
-      ↑ ↓ scroll both answers, D download, ? this help. The buttons do the same.</p>
-    <p>Every verdict is saved in this browser at once, under your name; nothing is sent anywhere. Download the
-      file when you are done, or at any time before.</p>
-    <label>Your name <input id="name" required pattern=".*\S.*" maxlength="60" autocomplete="off"></label>
-    <button>Start</button>
+    <h2 id="hello" data-zh="哪个回答更好？">Which answer is better?</h2>
+    <p data-zh="选出更有帮助的回答：首先要正确，其次完整、清楚；长短和格式不加分。看不出差别选平局。">Prefer
+      the answer that helps more: it is right before all else, then complete and clear. Length and decoration
+      earn nothing. Tie: you see no difference. Both bad: no one should learn from either.</p>
+    <p data-zh="按钮上标有按键；J 跳转，↑ ↓ 滚动两个回答，回车离开输入框。">Each button names its key. J: jump
+      to a pair; ↑ ↓: scroll both answers; Enter: leave a field.</p>
+    <p data-zh="判断即时保存在本浏览器中，不会上传；评完后（或随时）请下载文件。">Every verdict is saved in
+      this browser at once; nothing is sent. Download the file when you are done, or at any time before.</p>
+    <label data-zh="您的名字 ">Your name <input id="name" required pattern=".*\S.*" maxlength="60"></label>
+    <button data-zh="开始">Start</button>
   </form>
 </dialog>
 <script type="application/json" id="data">{{DATA}}</script>
 <script>
 "use strict";
-const $ = id => document.getElementById(id), {salt, pairs} = JSON.parse($("data").textContent);
+const $ = id => document.getElementById(id), all = css => document.querySelectorAll(css);
+const {salt, pairs} = JSON.parse($("data").textContent), chinese = navigator.language.startsWith("zh");
 const entries = new Map();  // annotator + pair_id -> {seen: a, b, tie, bad or "", note, seconds, when, ...}
 let database, me = "", at = 0, since = 0;
 
+const say = (place, english, zh) => { $(place).textContent = chinese ? zh : english; };
+const unsaved = () => say("problem",
+  "This browser saves nothing: download your verdicts before you close it.", "无法保存：关闭之前请下载。");
 const entryOf = pair => entries.get(me + pair.pair_id)
   ?? {salt, annotator: me, pair_id: pair.pair_id, seen: "", note: "", seconds: 0, when: 0};
 const judged = pair => entryOf(pair).seen !== "";
 const byTime = (one, two) => one.when - two.when;
 const visible = text => text.replace(/[\0-\x08\x0b-\x1f\x7f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g,
   sign => sign === "\r" ? "" : `⟦U+${sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟧`);
-
-function unsaved() {
-  $("problem").textContent = "This browser saves nothing: download your verdicts before you close it.";
-}
-
-const result = request => new Promise((done, failed) => {
-  request.onsuccess = () => done(request.result);
-  request.onerror = () => failed(request.error);
-});
+const result = request => new Promise((done, onerror) =>
+  Object.assign(request, {onsuccess: () => done(request.result), onerror}));
 
 // In IndexedDB: Chromium may give a local file that is loaded again in its tab an empty, lost localStorage.
 async function load() {  // -> what every annotator of this page said, last judged last
-  const request = indexedDB.open("rlhf-review", 1);
-  request.onupgradeneeded = () =>
-    request.result.createObjectStore("verdicts", {keyPath: ["salt", "annotator", "pair_id"]});
+  const request = indexedDB.open("rlhf-review"), keyPath = ["salt", "annotator", "pair_id"];
+  request.onupgradeneeded = () => request.result.createObjectStore("verdicts", {keyPath});
   database = await result(request);
   const store = database.transaction("verdicts").objectStore("verdicts");
   return (await result(store.getAll(IDBKeyRange.bound([salt], [salt, []])))).sort(byTime);
@@ -4375,7 +4221,7 @@ function keep(pair, change) {
   } catch { unsaved(); }
 }
 
-function isOdd(text) {  // FNV-1a, folded
+function chosenIsLeft(text) {  // FNV-1a, folded
   let h = 0x811c9dc5;
   for (const letter of text) h = Math.imul(h ^ letter.charCodeAt(0), 0x01000193) >>> 0;
   return (h ^ h >>> 16) & 1;
@@ -4389,17 +4235,15 @@ function following(index) {  // the next pair that waits for a verdict; if none 
 function show(index) {
   at = index; since = performance.now();
   const pair = pairs[at], entry = entryOf(pair), done = pairs.filter(judged).length;
-  $("turns").replaceChildren(...pair.messages.flatMap(turn => {
-    const role = document.createElement("h3"), text = document.createElement("p");
-    role.textContent = turn.role; text.textContent = visible(turn.content); text.dir = "auto";
-    return [role, text];
-  }));
+  $("turns").replaceChildren(...pair.messages.flatMap(({role, content}) => [
+    Object.assign(document.createElement("h3"), {textContent: role}),
+    Object.assign(document.createElement("p"), {textContent: visible(content), dir: "auto"})]));
   for (const side of ["a", "b"]) $(side).textContent = visible(pair[side]);
-  for (const part of document.querySelectorAll("section")) part.scrollTop = 0;
-  for (const button of document.querySelectorAll("footer div:first-child button"))
-    button.setAttribute("aria-pressed", button.dataset.do === entry.seen);
+  for (const part of all("section")) part.scrollTop = 0;
+  for (const button of all("footer div button")) button.ariaPressed = button.dataset.do === entry.seen;
   $("number").value = at + 1; $("note").value = entry.note; $("bar").value = done;
-  $("status").textContent = done < pairs.length ? `${done} judged by ${me}` : "All judged: download them";
+  if (done < pairs.length) say("status", `${done} judged by ${me}`, `${me} 已评 ${done} 对`);
+  else say("status", "All judged: download them", "已全部评完，请下载");
 }
 
 function judge(seen) {
@@ -4408,72 +4252,61 @@ function judge(seen) {
   show(following(at));
 }
 
-function undo() {
-  const last = pairs.filter(judged).map(entryOf).sort(byTime).at(-1);
-  if (!last) return;
-  const index = pairs.findIndex(pair => pair.pair_id === last.pair_id);
-  keep(pairs[index], {seen: ""});
-  show(index);
-}
-
-function download() {  // only here is it worked out which side the label prefers
-  const lines = pairs.filter(judged).map(pair => {
-    const {pair_id, prompt_id, queue} = pair, {seen, note, seconds} = entryOf(pair);
-    const [a, b] = isOdd(salt + pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
-    const said = {pair_id, prompt_id, choice: {a, b}[seen] ?? seen, queue, note, annotator: me};
-    return JSON.stringify({...said, seconds: Number(seconds.toFixed(1))}) + "\n";
-  });
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob(lines));
-  link.download = `annotations-${me.replace(/[^\p{L}\p{N}]+/gu, "-")}.jsonl`;
-  link.click();
-}
-
-function enter(name) {
-  if (name === me) return;  // who only asked for help stays where they are
-  me = name;
-  show(following(-1));
-}
-
-function ask(name) {  // who is there, and what to do
-  $("name").value = name;
-  $("start").showModal();
-}
-
-const scrolled = by => document.querySelectorAll("section + section").forEach(part => part.scrollBy(0, by));
 const actions = {
   a: () => judge("a"), b: () => judge("b"), tie: () => judge("tie"), bad: () => judge("bad"),
-  skip: () => show(following(at)), undo, note: () => $("note").focus(), jump: () => $("number").select(),
-  up: () => scrolled(-80), down: () => scrolled(80), download, help: () => ask(me),
-};
-const keys = {
-  a: "a", arrowleft: "a", b: "b", arrowright: "b", t: "tie", x: "bad", s: "skip", u: "undo", d: "download",
-  n: "note", j: "jump", arrowup: "up", arrowdown: "down", "?": "help",
+  skip: () => show(following(at)), help: () => $("start").showModal(),
+  undo() {
+    const last = pairs.filter(judged).sort((one, two) => byTime(entryOf(one), entryOf(two))).at(-1);
+    if (last) { keep(last, {seen: ""}); show(pairs.indexOf(last)); }
+  },
+  download() {  // only here is it worked out which side the label prefers
+    const lines = pairs.filter(judged).map(pair => {
+      const {pair_id, prompt_id, queue} = pair, {seen, note, seconds} = entryOf(pair);
+      const [a, b] = chosenIsLeft(salt + pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
+      const said = {pair_id, prompt_id, choice: {a, b}[seen] ?? seen, queue, note, annotator: me};
+      return JSON.stringify({...said, seconds: Number(seconds.toFixed(1))}) + "\n";
+    });
+    const href = URL.createObjectURL(new Blob(lines)), name = me.replace(/[^\p{L}\p{N}]+/gu, "-");
+    Object.assign(document.createElement("a"), {href, download: `annotations-${name}.jsonl`}).click();
+  },
 };
 
-function onKey(event) {
-  const {target, key} = event, name = keys[key.toLowerCase()], scrolls = name === "up" || name === "down";
+document.onkeydown = event => {
+  const {target} = event, key = event.key.toLowerCase(), by = {arrowup: -80, arrowdown: 80}[key];
   if (!me || $("start").open || event.ctrlKey || event.metaKey || event.altKey) return;
+  const control = document.querySelector(`[data-key~="${CSS.escape(key)}"]`);
   if (target.matches("input")) {
-    if (key === "Escape" || (key === "Enter" && target.id === "note")) target.blur();
-  } else if (scrolls ? !target.matches("section") : name && !event.repeat) {
-    event.preventDefault();  // a focused text scrolls by itself, and a key held down judges once
-    actions[name]();
+    if (key === "escape" || key === "enter") target.blur();
+  } else if (by && !target.matches("section")) {  // a focused text scrolls by itself
+    for (const part of all("section + section")) part.scrollBy(0, by);
+  } else if (control && !event.repeat) {  // a key held down judges once
+    event.preventDefault();
+    if (control.matches("input")) control.focus(); else control.click();
   }
-}
+};
+$("number").onfocus = () => $("number").select();
+$("who").onsubmit = () => {
+  const name = $("name").value.trim();
+  if (name !== me) { me = name; show(following(-1)); }  // who only asked for help stays where they are
+};
+$("start").onclose = () => {
+  $("name").value = me;
+  if (!me) $("start").showModal();
+};
 
 async function begin() {  // nothing can be judged before what was saved is here and a name is given
-  if (!pairs.length) { $("problem").textContent = "There is no pair to review."; return; }
+  if (chinese) document.documentElement.lang = "zh";
+  for (const part of chinese ? all("[data-zh]") : [])
+    if (part.ariaLabel) part.ariaLabel = part.dataset.zh; else part.firstChild.data = part.dataset.zh;
+  $("total").textContent = $("number").max = $("bar").max = pairs.length;
   const saved = await load().catch(() => { unsaved(); return []; });
   for (const entry of saved) entries.set(entry.annotator + entry.pair_id, entry);
-  $("total").textContent = $("number").max = $("bar").max = pairs.length;
-  document.addEventListener("keydown", onKey);
-  for (const button of document.querySelectorAll("[data-do]")) button.onclick = actions[button.dataset.do];
+  for (const button of all("[data-do]")) button.onclick = actions[button.dataset.do];
   $("note").oninput = () => keep(pairs[at], {note: $("note").value});
-  $("jump").onsubmit = event => { event.preventDefault(); $("number").blur(); show($("number").value - 1); };
-  $("who").onsubmit = () => enter($("name").value.trim());
-  $("start").onclose = () => { if (!me) ask(""); };
-  ask(saved.at(-1)?.annotator ?? "");
+  $("number").onchange = () => show(Math.max(1, Math.min(pairs.length, Math.round($("number").value))) - 1);
+  $("name").value = saved.at(-1)?.annotator ?? "";
+  if (pairs.length) $("start").showModal();
+  else say("problem", "There is no pair to review.", "没有可评的数据。");
 }
 
 begin();

@@ -337,7 +337,8 @@ def test_a_verdict_hangs_on_the_bound_of_the_interval():
 
 
 def test_every_advice_names_a_flag_and_every_topic_is_used():
-    assert {topic for _, _, _, limits, topic, _, _ in rc.METRICS if limits != rc.FREE} == set(rc.ADVICE)
+    rows = rc.METRICS + rc.HUMAN
+    assert {topic for _, _, _, limits, topic, _, _ in rows if limits != rc.FREE} == set(rc.ADVICE)
     assert all(re.search(r"--[a-z-]+\b", text) for text in rc.ADVICE.values())
 
 
