@@ -3124,7 +3124,7 @@ RIGHT = ("precision_by_gap", "right labels from gap", "%", under(0.80, 0.65), "l
 TO_TRUST = ("gap_to_trust", "smallest gap to trust", "", FREE, "labels", ENOUGH, None)
 # fmt: on
 ADVICE["labels"] = "People see it otherwise: raise --min-score-gap, try another or a second --judge-model."
-ADVICE["people"] = "Annotators differ: settle with examples what better means, then review again."
+ADVICE["people"] = "Annotators differ: settle with examples what better means; then a new --review-path."
 
 
 def kappa(count: Counter) -> Measured:
