@@ -50,7 +50,6 @@ import filecmp
 import functools
 import gzip
 import hashlib
-import heapq
 import html
 import importlib.util
 import inspect
@@ -1959,7 +1958,7 @@ class Run:
         self.candidates = [(pool[i % len(pool)], i // len(pool)) for i in range(args.num_candidates)]
         self.judges = self.choose_judges()
         self.models: Models = None  # set when the run starts: it needs the event loop
-        self.annotations = read_annotations(args.annotations) if args.annotations else None
+        self.annotations = Annotations(args.annotations) if args.annotations else None
 
     def choose_judges(self) -> list[Model]:
         """--judge-model, or: the high model; heuristic if all is offline; none for rank_responses."""
@@ -2370,32 +2369,23 @@ def batch_reply(response: dict, failure: dict | None) -> Reply:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# §9 REPORT: Report (counts outcomes, then measures), METRICS (the verdicts), report_lines, report_html
+# §9 REPORT: the formulas; METRICS (formula, limits, advice); Report (counts, then numbers); the views
 # ----------------------------------------------------------------------------------------------------------
 
-REPORT_SAMPLE = 8_000  # pairs, at most, whose texts are kept for the metrics that need texts
-SAMPLE_CHARACTERS = 3_000_000  # of all kept texts, at most: about 3,000 pairs of 450-character answers
-SAMPLE_TEXT = 4_000  # characters of one text that are kept
-DIVERSITY_TEXTS = 500  # texts, at most, that are compared with each other
+REPORT_SAMPLE, SAMPLE_TEXT = 2_000, 4_000  # pairs whose texts are kept, characters of each text
+DIVERSITY = 500  # texts of a side that are compared with each other, by as many words of each
 DIVERSITY_TOKENS = 20_000  # distinct-n falls with the amount of text, so it is always taken of as much
 LONG_ENOUGH = 10  # tokens; shorter texts (labels, numbers) repeat by nature and count in no diversity metric
-SHOWN_PAIRS, SHOWN_TEXT = 3, 1_200  # sample pairs of each kind on the page; characters of each of their texts
+SHOWN_PAIRS, SHOWN_TEXT = 3, 1_200  # sample pairs of each kind on the page, characters of each of their texts
+FARTHEST = 1e12  # points; a score beyond counts as this, so that no sum overflows
 Z = 1.96  # standard errors to either side: 95 % intervals
 FOLDS = 5
+HEADLINES = ("gap", "longer", "flips", "identity", "words")  # of a terminal
 RATIOS = (1.1, 1.25, 1.5, 2.0)  # of the longer to the shorter answer: steps of the length curve
-LENGTHS = (0, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # characters: steps of the length histogram
-STAGES = ("input", "model", "judge", "filter", "human")
+ANSWERS, STAGES = ("chosen", "rejected"), "input model judge filter human"
 # How the names of one family's models begin.
 FAMILIES = ("gpt chatgpt o1 o3 o4", "qwen qwq qvq", "gemini gemma", "claude", "llama", "glm chatglm", "yi-")
 FAMILIES += ("mistral mixtral", "deepseek", "kimi moonshot", "doubao", "ernie", "baichuan", "hunyuan")
-HEADLINES = (
-    "longer",
-    "flips",
-    "identity",
-    "words",
-    "compression_chosen",
-    "repeated_prompts",
-)  # of a terminal
 
 # Looked for in an answer whose code blocks are reduced to their fence (after FastChat's style control).
 FORMATS = {
@@ -2405,73 +2395,15 @@ FORMATS = {
     "code": re.compile("```"),
     "tables": re.compile(r"^[ \t]*\|.*\|[ \t]*$", re.M),
     "emoji": re.compile("[\u2600-\u27bf\U0001f300-\U0001faff]"),
-    "links": re.compile(r"https?://|\]\("),
-    "exclamations": re.compile("[!！]"),
 }
 CODE_BLOCK = re.compile(r"```.*?```", re.S)
-
-ADVICE = {  # topic of a metric -> what to do about it
-    "yield": "Few records give a pair: raise --temperature, --num-candidates, or name a weaker --low-model.",
-    "scores": "The judge hardly tells answers apart: anchor it with a --rubric, or change --judge-model.",
-    "length": "A model learns length from this: raise --length-penalty if chosen is longer, else lower it.",
-    "order": "The judge follows the order: keep --judge-orders 2, raise --min-score-gap, add --judge-model.",
-    "format": "A model learns decoration from this: let a --rubric refuse it, a --system-prompt forbid it.",
-    "writer": "Labels say who wrote it: --method generate_pairs, --candidate-models, --when-low-wins flip.",
-    "family": "The judge may favour its own family: add a --judge-model of another one.",
-    "words": "Words tell the label (see them below): change --system-prompt, try --method generate_pairs.",
-    "prompts": "Prompts repeat: mix in other sources, cap one by --max-samples, use --strategy best_worst.",
-    "answers": "Answers follow a template: raise --temperature, add --candidate-models, --system-prompt.",
+# What a reward model could read off an answer, given with its model's name, instead of quality.
+MARKS = {
+    "format": lambda text, _: {name for name in FORMATS if FORMATS[name].search(CODE_BLOCK.sub("```", text))},
+    "words": lambda text, _: set(map(sys.intern, tokens(text))),
+    "opening": lambda text, _: {f"{place} {word}" for place, word in enumerate(tokens(text[:100])[:3])},
+    "identity": lambda _, model: {model} - {""},
 }
-SIDES = {"chosen": "answers", "rejected": "answers", "prompts": "prompts"}  # texts -> topic
-ANY = math.inf
-
-
-class Metric(NamedTuple):
-    """A row of the verdict table: an alarm if a value's whole 95 % interval lies outside of (low, high)."""
-
-    key: str
-    label: str
-    unit: str  # "%": a share 0..1; else what stands behind the number
-    warn: tuple[float, float]
-    critical: tuple[float, float]
-    topic: str  # of ADVICE
-    needs: int = 30  # cases; with fewer there is no verdict
-
-
-# Thresholds: AlpacaEval refuses judges that prefer the longer answer in over 70 %, people do in 64 %; sound
-# labels are guessed from words in 57..70 %, labels of who wrote it in 94..99 %; order flips GPT-4 in 35 % of
-# close pairs; good answers compress 2.2..3.0 times, templates over 3.5.
-METRICS = [
-    Metric("kept", "records that give a pair", "%", (0.30, ANY), (0.05, ANY), "yield"),
-    Metric("same_score", "votes at the most frequent score", "%", (-ANY, 0.45), (-ANY, 0.70), "scores"),
-    Metric("longer", "chosen is longer", "%", (0.40, 0.60), (0.30, 0.70), "length"),
-    Metric("length_ratio", "length of chosen / rejected, median", "×", (-ANY, 1.5), (-ANY, 2.0), "length"),
-    Metric("length_gap", "rank correlation of gap and length ratio", "", (-0.3, 0.3), (-0.5, 0.5), "length"),
-    Metric("flips", "verdicts that flip with the order", "%", (-ANY, 0.25), (-ANY, 0.40), "order"),
-    Metric("first_slot", "first-shown answer beats the last", "%", (0.40, 0.60), (0.30, 0.70), "order"),
-    Metric("slot_effect", "points gained by standing first", "", (-0.5, 0.5), (-1, 1), "order"),
-    *(
-        Metric(f"format_{name}", f"{name} in one only: chosen", "%", (0.40, 0.60), (0.25, 0.75), "format")
-        for name in FORMATS
-    ),
-    Metric("identity", "label guessed from the model's name", "%", (-ANY, 0.80), (-ANY, 0.95), "writer"),
-    Metric("own_family", "the judge's own family wins", "%", (-ANY, 0.60), (-ANY, ANY), "family"),
-    Metric("words", "label guessed from the words", "%", (-ANY, 0.70), (-ANY, 0.85), "words", 100),
-    Metric("opening", "label guessed from 3 first words", "%", (-ANY, 0.65), (-ANY, 0.80), "words", 100),
-    Metric("repeated_prompts", "records with an earlier prompt", "%", (-ANY, 0.05), (-ANY, 0.50), "prompts"),
-    *(
-        Metric(f"{key}_{side}", f"{label}, {side}", unit, warn, critical, topic, needs)
-        for side, topic in SIDES.items()
-        for key, label, unit, warn, critical, needs in (
-            ("near_duplicates", "near-duplicates", "%", (-ANY, 0.05), (-ANY, 0.25), 30),
-            ("self_repetition", "share a passage with 3 others", "%", (-ANY, 0.15), (-ANY, 0.50), 30),
-            ("compression", "compression ratio", "×", (-ANY, 3.5), (-ANY, 5.0), 30),
-            ("distinct_1", "distinct words", "%", (-ANY, ANY), (-ANY, ANY), 30),
-            ("distinct_2", "distinct pairs of words", "%", (-ANY, ANY), (-ANY, ANY), 30),
-            ("distinct_4", "distinct runs of 4 words", "%", (0.85, ANY), (0.70, ANY), 10_000),
-        )
-    ),
-]
 
 
 class Measured(NamedTuple):
@@ -2492,19 +2424,18 @@ def share(k: float, n: int) -> Measured:
     return Measured(p, (max(0.0, centre - half), min(1.0, centre + half)), n)
 
 
-def rate(counts: Counter) -> Measured:
-    """How often True was counted, of True and False."""
-    return share(counts[True], counts[True] + counts[False])
+rate = lambda counts: share(counts[True], counts.total())  # counts of True and False -> how often True
+ngrams = lambda parts, n: zip(*(parts[i:] for i in range(n)), strict=False)  # of a list, or of a text
 
 
-def mean(counts: Counter) -> Measured:
-    """The mean of counted numbers, plus and minus 1.96 standard errors."""
-    n = counts.total()
-    if n < 2:
+def median(values: list[float]) -> Measured:
+    """The median; its 95 % interval lies between two of the sorted values (binomial, Conover 1999, 3.2)."""
+    values, n = sorted(values), len(values)
+    if not n:
         return Measured()
-    centre = sum(x * k for x, k in counts.items()) / n
-    error = math.sqrt(sum(k * (x - centre) ** 2 for x, k in counts.items()) / (n - 1) / n)
-    return Measured(centre, (centre - Z * error, centre + Z * error), n)
+    reach = Z * math.sqrt(n) / 2
+    ends = values[max(0, math.floor(n / 2 - reach))], values[min(n - 1, math.ceil(n / 2 + reach))]
+    return Measured(statistics.median(values), ends, n)
 
 
 def sign_test(k: int, n: int) -> float:
@@ -2514,31 +2445,21 @@ def sign_test(k: int, n: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(k, n - k) + 1)) / 2**n)
 
 
-def ranks(values: list[float]) -> list[float]:
-    """Rank of each value from 1; equal values share the mean of their ranks."""
-    order = sorted(values)
-    return [(bisect.bisect_left(order, x) + bisect.bisect_right(order, x) + 1) / 2 for x in values]
-
-
 def spearman(xs: list[float], ys: list[float]) -> Measured:
     """Rank correlation -1..1; the interval is Fisher's z with Bonett and Wright's variance."""
     n = len(xs)
-    if n < 4 or len(set(xs)) < 2 or len(set(ys)) < 2:
+    if n < 4 or min(xs) == max(xs) or min(ys) == max(ys):
         return Measured()
-    rho = statistics.correlation(ranks(xs), ranks(ys))
-    z = math.atanh(max(-0.999999, min(0.999999, rho)))
-    half = Z * math.sqrt((1 + rho * rho / 2) / (n - 3))
+    # twice a value's rank: the sum of the first and the last place that it takes among the sorted ones
+    ranks = lambda values, order: [bisect.bisect_left(order, x) + bisect.bisect(order, x) for x in values]
+    rho = statistics.correlation(ranks(xs, sorted(xs)), ranks(ys, sorted(ys)))
+    z, half = math.atanh(max(-0.999999, min(0.999999, rho))), Z * math.sqrt((1 + rho * rho / 2) / (n - 3))
     return Measured(rho, (math.tanh(z - half), math.tanh(z + half)), n)
 
 
-def ngrams(words: list[str], n: int):
-    """All runs of n words."""
-    return zip(*(words[i:] for i in range(n)), strict=False)
-
-
-def distinct(texts: list[list[str]], n: int) -> Measured:
+def distinct(texts: list[str], n: int) -> Measured:
     """Share of different n-grams among the first DIVERSITY_TOKENS n-grams (Li et al., arXiv 1510.03055)."""
-    grams = (gram for words in texts for gram in ngrams(words, n))
+    grams = itertools.chain.from_iterable(ngrams(tokens(text), n) for text in texts)
     grams = list(itertools.islice(grams, DIVERSITY_TOKENS))
     return share(len(set(grams)), len(grams))
 
@@ -2549,102 +2470,68 @@ def compression(texts: list[str]) -> Measured:
     return Measured(len(data) / len(zlib.compress(data, 9)), None, len(texts)) if data else Measured()
 
 
-def self_repetition(texts: list[list[str]]) -> Measured:
+def self_repetition(texts: list[str]) -> Measured:
     """Share of texts with a run of 10 words (20 if over 30 % are CJK characters) that 3 others hold too."""
-    sets = []
-    for words in texts:
+    passages = []
+    for words in (tokens(text)[:DIVERSITY] for text in texts):
         cjk = sum(word >= "\u3040" for word in words) > 0.3 * len(words)
-        sets.append(set(map(hash, ngrams(words, 20 if cjk else 10))))
-    holders = Counter(itertools.chain(*sets))
-    return share(sum(any(holders[gram] > 3 for gram in grams) for grams in sets), len(sets))
-
-
-def shingles(text: str) -> set[str]:
-    """The text's runs of 5 characters, without case and white space."""
-    text = "".join(text.lower().split())
-    return {text[i : i + 5] for i in range(max(1, len(text) - 4))}
+        passages.append(set(map(hash, ngrams(words, 20 if cjk else 10))))
+    holders = Counter(itertools.chain.from_iterable(passages))
+    return share(sum(any(holders[gram] > 3 for gram in grams) for grams in passages), len(texts))
 
 
 def near_duplicates(texts: list[str]) -> Measured:
-    """Share of texts whose 5-grams have a Jaccard similarity >= NEAR_DUPLICATE with an earlier text's.
+    """Share of texts with a `similarity` of NEAR_DUPLICATE or more to an earlier one.
 
     Compared are texts that share one of their two smallest hashes: at a similarity of .8, over 9 in 10 do."""
     found, earlier = 0, defaultdict(list)
     for text in texts:
-        grams = shingles(text)
-        keys = heapq.nsmallest(2, (zlib.crc32(gram.encode()) for gram in grams))
-        others = (shingles(other) for key in keys for other in earlier[key][:5])
-        if any(len(grams & other) >= NEAR_DUPLICATE * len(grams | other) for other in others):
-            found += 1
-            continue
-        for key in keys:
-            earlier[key].append(text)
+        grams = {"".join(gram).encode() for gram in ngrams("".join(text.split()), 5)}
+        alike = [earlier[key] for key in sorted(map(zlib.crc32, grams))[:2]]
+        others = (other for some in alike for other in some[:5])
+        found += any(similarity(text, other, NEAR_DUPLICATE) >= NEAR_DUPLICATE for other in others)
+        for some in alike:
+            some.append(text)
     return share(found, len(texts))
 
 
-class Sampled(NamedTuple):
-    """What the sample keeps of a pair; texts are cut at SAMPLE_TEXT."""
-
-    prompt_id: str
-    prompts: str
-    chosen: str
-    rejected: str
-    models: tuple[str, str]  # of chosen and rejected
-    scores: tuple[float | None, float | None]
-    gap: float | None  # points; None where nothing measured it, or a person decided
-    lengths: tuple[int, int]  # characters of the whole answers
-    ratio: float  # of those lengths
-
-
-def formats(text: str) -> set[str]:
-    """Names of the FORMATS that a text uses."""
-    plain = CODE_BLOCK.sub("```", text)
-    return {name for name, pattern in FORMATS.items() if pattern.search(plain)}
-
-
-# What a reward model could read off an answer, given with its model's name, instead of quality.
-MARKS = {
-    "format": lambda text, _: formats(text),
-    "words": lambda text, _: set(tokens(text)),
-    "opening": lambda text, _: {f"{place} {word}" for place, word in enumerate(tokens(text[:100])[:3])},
-    "identity": lambda _, model: {model} if model else set(),
-}
-
-
-def one_sided(rows: list[Sampled], marks) -> list[tuple[int, tuple, tuple]]:
-    """Pairs whose sides differ -> (fold by prompt, marks of chosen only, marks of rejected only)."""
+def one_sided(rows: list[dict], marks) -> list[tuple[int, tuple, tuple]]:
+    """Sampled pairs whose sides differ -> (fold by prompt, marks of chosen only, marks of rejected only)."""
     found = []
     for row in rows:
-        chosen, rejected = marks(row.chosen, row.models[0]), marks(row.rejected, row.models[1])
+        chosen, rejected = (marks(row[side], row[f"model_{side}"]) for side in ANSWERS)
         if chosen != rejected:
-            only = [tuple(map(sys.intern, side)) for side in (chosen - rejected, rejected - chosen)]
-            found.append((int(row.prompt_id, 16) % FOLDS, *only))
+            fold = int(row["prompt_id"], 16) % FOLDS
+            found.append((fold, tuple(chosen - rejected), tuple(rejected - chosen)))
     return found
 
 
-def tally(sides: list[tuple]) -> tuple[Counter, Counter]:
-    """How often each mark stands in the chosen answer only, and in the rejected one only."""
-    chosen = Counter(itertools.chain(*(ours for _, ours, _ in sides)))
-    return chosen, Counter(itertools.chain(*(theirs for _, _, theirs in sides)))
-
-
-def log_odds(chosen: Counter, rejected: Counter) -> dict[str, float]:
-    """Mark -> ln((chosen + 1) / (rejected + 1)), for marks that were one-sided at least 5 times."""
-    marks = (mark for mark in chosen.keys() | rejected.keys() if chosen[mark] + rejected[mark] >= 5)
-    return {mark: math.log((chosen[mark] + 1) / (rejected[mark] + 1)) for mark in marks}
+def log_odds(sides: list[tuple]) -> dict[str, tuple[float, int, int]]:
+    """Mark -> (ln((c + 1) / (r + 1)), c, r): c times in chosen only, r in rejected only, 5 or more in all."""
+    chosen, rejected = (Counter(itertools.chain.from_iterable(side[i] for side in sides)) for i in (1, 2))
+    cases = ((mark, chosen[mark], rejected[mark]) for mark in chosen | rejected)
+    return {mark: (math.log((c + 1) / (r + 1)), c, r) for mark, c, r in cases if c + r >= 5}
 
 
 def held_out(sides: list[tuple]) -> Measured:
     """How often a sum of log-odds, learned on the other folds, points at the chosen answer (tie: half)."""
-    whole, right = tally(sides), 0.0
-    for number in range(FOLDS):
-        fold = [side for side in sides if side[0] == number]
-        weights = log_odds(*(every - own for every, own in zip(whole, tally(fold), strict=True)))
-        for _, ours, theirs in fold:
-            # fsum: exact, for the order of a set differs from run to run
-            score = math.fsum([weights.get(m, 0.0) for m in ours] + [-weights.get(m, 0.0) for m in theirs])
+    right = 0.0
+    for fold in range(FOLDS):
+        odds = log_odds([side for side in sides if side[0] != fold])
+        # fsum: exact, for the order of a set differs from run to run
+        weigh = lambda marks, odds=odds: math.fsum(odds[mark][0] for mark in marks if mark in odds)
+        for _, ours, theirs in (side for side in sides if side[0] == fold):
+            score = weigh(ours) - weigh(theirs)
             right += 0.5 + 0.5 * ((score > 0) - (score < 0))
     return share(right, len(sides))
+
+
+def telling(sides: list[tuple]) -> list[dict]:
+    """The ten words that speak most clearly for each side; in how many pairs they are on that side only."""
+    odds = sorted((-weight, word, c, r) for word, (weight, c, r) in log_odds(sides).items() if weight)
+    ends = dict.fromkeys(odds[:10] + odds[:-11:-1])
+    keys = ("speaks for", "word", "in chosen", "in rejected")
+    return [dict(zip(keys, (ANSWERS[c < r], word[:40], c, r), strict=True)) for _, word, c, r in ends]
 
 
 def family(model: str) -> str:
@@ -2654,15 +2541,76 @@ def family(model: str) -> str:
     return next((names[0] for names in rows if any(part.startswith(tuple(names)) for part in parts)), "")
 
 
-def judged(metric: Metric, measured: Measured) -> dict:
+ADVICE = {
+    "yield": "Few records give a pair: raise --temperature, --num-candidates, or name a weaker --low-model.",
+    "length": "A model learns length from this: raise --length-penalty if chosen is longer, else lower it.",
+    "order": "The judge follows the order: keep --judge-orders 2, raise --min-score-gap, add --judge-model.",
+    "format": "A model learns decoration from this: let a --rubric refuse it, a --system-prompt forbid it.",
+    "writer": "Labels say who wrote it: --method generate_pairs, --candidate-models, --when-low-wins flip.",
+    "words": "Words tell the label (see them below): change --system-prompt, try --method generate_pairs.",
+    "prompts": "Prompts repeat: mix in other sources, cap one by --max-samples, use --strategy best_worst.",
+    "answers": "Answers follow a template: raise --temperature, add --candidate-models, --system-prompt.",
+}
+under = lambda warn, critical: (critical, warn, math.inf, math.inf)
+over = lambda warn, critical: (-math.inf, -math.inf, warn, critical)
+FREE, HALF = over(math.inf, math.inf), (0.3, 0.4, 0.6, 0.7)
+counted = lambda name: lambda report: rate(report.counts[name])
+guessed = lambda name: lambda report: held_out(report.sides[name])
+middle = lambda name: lambda report: median(report.column(name))
+
+# Rows: key; label; unit ("%": of a share 0..1); limits (critical below, warn below, warn above, critical
+# above); topic of ADVICE; cases that a verdict needs; formula of the report.
+# Limits: AlpacaEval refuses judges that prefer the longer answer in over 70 %, people do in 64 %; sound
+# labels are guessed from words in 57..70 %, labels of who wrote it in 94..99 %; order flips GPT-4 in 35 % of
+# close pairs; good answers compress 2.2..3.0 times, templates over 3.5.
+# fmt: off
+METRICS = [
+    ("kept", "records that give a pair", "%", under(0.30, 0.05), "yield", 30, counted("kept")),
+    ("longer", "chosen is longer", "%", HALF, "length", 30, counted("longer")),
+    ("length_ratio", "length of chosen / rejected", "×", over(1.5, 2.0), "length", 30, middle("ratio")),
+    ("length_gap", "rank correlation of gap and length ratio", "", (-0.5, -0.3, 0.3, 0.5), "length", 30,
+     lambda r: spearman(r.column("gap"), [row["ratio"] for row in r.rows if row["gap"] is not None])),
+    ("flips", "verdicts that flip with the order", "%", over(0.25, 0.40), "order", 30, counted("flips")),
+    ("first_slot", "first-shown answer is above the middle", "%", HALF, "order", 30, counted(("place", 0))),
+    *((f"format_{name}", f"{name} in one only: chosen", "%", (0.25, 0.40, 0.60, 0.75), "format", 30,
+       lambda r, name=name: rate(Counter(name in c for _, c, r in r.sides["format"] if name in c + r)))
+      for name in FORMATS),
+    ("identity", "label guessed from the model", "%", over(0.8, 0.95), "writer", 30, guessed("identity")),
+    ("words", "label guessed from the words", "%", over(0.70, 0.85), "words", 100, guessed("words")),
+    ("opening", "label guessed from 3 first words", "%", over(0.65, 0.80), "words", 100, guessed("opening")),
+    ("repeated_prompts", "repeated prompts", "%", over(0.05, 0.50), "prompts", 30, counted("repeated")),
+    *((f"{what}_{side}", f"{what} of {side}, median", "", FREE, "", 30, middle(f"{what}_{side}"))
+      for what in ("score", "characters", "tokens") for side in ANSWERS),
+    ("gap", "gap of the scores, median", "", FREE, "", 30, middle("gap")),
+    *((f"{key}_{side}", f"{label}, {side}", unit, limits, topic, needs,
+       lambda r, formula=formula, side=side: formula(r.texts[side]))
+      for side, topic in (("chosen", "answers"), ("rejected", "answers"), ("prompts", "prompts"))
+      for key, label, unit, limits, needs, formula in (
+          ("near_duplicates", "near-duplicates", "%", over(0.05, 0.25), 30, near_duplicates),
+          ("self_repetition", "share a passage with 3 others", "%", over(0.15, 0.50), 30, self_repetition),
+          ("compression", "compression ratio", "×", over(3.5, 5.0), 30, compression),
+          ("distinct_1", "distinct words", "%", FREE, 30, functools.partial(distinct, n=1)),
+          ("distinct_2", "distinct pairs of words", "%", FREE, 30, functools.partial(distinct, n=2)),
+          ("distinct_4", "distinct runs of 4 words", "%", under(0.85, 0.70), 10_000,
+           functools.partial(distinct, n=4)),
+      )),
+]
+# fmt: on
+
+
+def judged(metric: tuple, measured: Measured) -> dict:
     """The report's row of a metric; its verdict hangs on the interval's end nearer to the healthy range."""
-    row = {"metric": metric.key, "label": metric.label, "unit": metric.unit, **measured._asdict()}
+    key, label, unit, limits, topic, needs, _ = metric
+    row = {"metric": key, "label": label, "unit": unit, **measured._asdict(), "verdict": "", "advice": ""}
+    if limits == FREE:
+        return row
+    if measured.value is None or measured.n < needs:
+        return row | {"verdict": "not enough data"}
     low, high = measured.interval or (measured.value, measured.value)
-    if measured.value is None or measured.n < metric.needs:
-        return row | {"verdict": "not enough data", "advice": ""}
-    outside = [high < floor or low > ceiling for floor, ceiling in (metric.warn, metric.critical)]
-    verdict = "critical" if outside[1] else "warn" if outside[0] else "ok"
-    return row | {"verdict": verdict, "advice": "" if verdict == "ok" else ADVICE[metric.topic]}
+    for level, floor, ceiling in (("critical", limits[0], limits[3]), ("warn", limits[1], limits[2])):
+        if high < floor or low > ceiling:
+            return row | {"verdict": level, "advice": ADVICE[topic]}
+    return row | {"verdict": "ok"}
 
 
 class Report:
@@ -2670,18 +2618,18 @@ class Report:
 
     def __init__(self, seed: int, orders: int = 2):
         self.random, self.orders = random.Random(seed), orders
-        self.records, self.kept, self.pairs, self.prompts = 0, 0, 0, set()
-        self.counts = defaultdict(Counter)  # name of a question -> its answers, counted
-        self.sample, self.limit, self.characters = [], 1.0, 0
+        self.pairs, self.prompts = 0, set()
+        self.counts = defaultdict(Counter)  # by question, or ("model", name)
+        self.rows = []  # the sample, see `sampled`
+        self.column = lambda name: [row[name] for row in self.rows if row[name] is not None]
 
     def add(self, outcome: Outcome) -> None:
         """Count what became of one record; a dropped one counts for what the judges said of its answers."""
-        self.records += 1
         self._add_votes([answer for answer in outcome.answers if answer.slots])
+        self.counts["kept"][bool(outcome.pairs)] += 1
         if not outcome.pairs:
             self.counts["dropped"][outcome.stage, outcome.reason.partition(":")[0]] += 1
             return
-        self.kept += 1
         prompt = int(outcome.record.prompt_id, 16)
         self.counts["repeated"][prompt in self.prompts] += 1
         self.prompts.add(prompt)
@@ -2692,262 +2640,139 @@ class Report:
         """What the judges said of one pool of answers, by the place where each answer stood."""
         if len(pool) < 2 or len({len(x) for answer in pool for x in (answer.votes, answer.slots)}) > 1:
             return
-        for answer in pool:
-            self.counts["votes"].update(answer.votes)
-            own = sum(answer.votes) / len(answer.votes)
-            for vote, slot in zip(answer.votes, answer.slots, strict=True):
-                self.counts["slot", slot][round(vote - own, 2)] += 1
-        for call in range(len(pool[0].votes)):
-            # first and last change places in the second order, so a fair judge favours neither
-            places = sorted((answer.slots[call], answer.votes[call]) for answer in pool)
-            first, last = places[0][1], places[-1][1]
-            if first != last:
-                self.counts["first"][first > last] += 1
-        for judge in range(0, len(pool[0].votes), self.orders) if self.orders > 1 else ():
-            self._add_orders([a.votes[judge : judge + 2] for a in pool], [a.slots[judge] for a in pool])
-
-    def _add_orders(self, votes: list[tuple[float, float]], slots: list[int]) -> None:
-        """Of one judge: do the first order's best and worst change places? Does it pay to stand first?"""
-        best, worst = max(votes, key=lambda vote: vote[0]), min(votes, key=lambda vote: vote[0])
-        if best[0] != worst[0] and best[1] != worst[1]:
-            self.counts["flips"][best[1] < worst[1]] += 1
-        for vote, slot in zip(votes, slots, strict=True):
-            if slot in (0, len(votes) - 1):  # it stood first in one order and last in the other
-                self.counts["gain"][vote[0] - vote[1] if slot == 0 else vote[1] - vote[0]] += 1
+        calls = list(zip(*(answer.votes for answer in pool), strict=True))
+        for call, votes in enumerate(calls):
+            # each answer stands early in one order and late in the other, so a fair judge favours no place
+            middle = statistics.median(votes)
+            for answer in pool:
+                if answer.votes[call] != middle:
+                    self.counts["place", answer.slots[call]][answer.votes[call] > middle] += 1
+        for one, other in zip(calls[::2], calls[1::2], strict=False) if self.orders == 2 else ():
+            best, worst = one.index(max(one)), one.index(min(one))
+            if one[best] != one[worst] and other[best] != other[worst]:
+                self.counts["flips"][other[best] < other[worst]] += 1
 
     def _add_pair(self, pair: Pair) -> None:
         """Counts over all pairs; then the texts, if the pair is drawn into the sample."""
         self.pairs += 1
-        chosen, rejected = pair.chosen, pair.rejected
-        models, lengths = (chosen.model, rejected.model), (len(chosen.text), len(rejected.text))
-        ratio = max(1, lengths[0]) / max(1, lengths[1])
-        self.counts["wins"][models] += 1
+        if pair.chosen.model != pair.rejected.model:
+            self.counts["model", pair.chosen.model][True] += 1
+            self.counts["model", pair.rejected.model][False] += 1
+        ratio = max(1, len(pair.chosen.text)) / max(1, len(pair.rejected.text))
         if ratio != 1:
-            step = bisect.bisect(RATIOS, max(ratio, 1 / ratio))
             self.counts["longer"][ratio > 1] += 1
-            self.counts["longer", step][ratio > 1] += 1
-        # Every pair draws a number; the smallest ones stay, as many as the limits allow.
-        draw = self.random.random()
-        if draw < self.limit:
-            texts = (pair.record.prompt, chosen.text, rejected.text)
-            texts = [text[:SAMPLE_TEXT].encode("utf-8", "replace").decode() for text in texts]
-            scores, gap = (chosen.value, rejected.value), None if pair.human else pair.gap
-            row = Sampled(pair.record.prompt_id, *texts, models, scores, gap, lengths, ratio)
-            heapq.heappush(self.sample, (-draw, self.pairs, row))
-            self.characters += sum(map(len, texts))
-        while len(self.sample) > REPORT_SAMPLE or self.characters > SAMPLE_CHARACTERS:
-            draw, _, row = heapq.heappop(self.sample)
-            self.limit = -draw
-            self.characters -= len(row.prompts) + len(row.chosen) + len(row.rejected)
+            self.counts["longer", bisect.bisect(RATIOS, max(ratio, 1 / ratio))][ratio > 1] += 1
+        # at any time, each pair so far is as likely as any other to be in the sample (algorithm R)
+        place = len(self.rows) if self.pairs <= REPORT_SAMPLE else self.random.randrange(self.pairs)
+        if place < REPORT_SAMPLE:
+            self.rows[place : place + 1] = [sampled(pair) | {"ratio": ratio}]
 
     def numbers(self, settings: dict, usage: list[dict], human: dict | None = None) -> dict:
         """All numbers of the report, ready for JSON; report_lines and report_html show these and no others.
 
         `usage`: a row per model and role; `human`: {"metrics", "lines"} of the review, shown as they are."""
-        rows = [row for _, _, row in sorted(self.sample, reverse=True)]
-        sides = {name: one_sided(rows, marks) for name, marks in MARKS.items()}
-        judges = {family(name) for name in settings.get("judges", [])} - {""}
-        own = sorted({m for pair in self.counts["wins"] for m in pair if family(m) in judges})
-        note = f"The judge may favour its own family ({', '.join(own[:5])}): add another --judge-model."
-        measured = self._counted(judges) | measure_sides(rows, sides) | measure_texts(rows)
+        self.random.shuffle(self.rows)
+        self.sides = {name: one_sided(self.rows, marks) for name, marks in MARKS.items()}
+        unique = list({row["prompt_id"]: row for row in self.rows}.values())[:DIVERSITY]
+        long = lambda texts: [text for text in texts if len(tokens(text)) >= LONG_ENOUGH]
+        self.texts = {side: long(row[side] for row in unique) for side in (*ANSWERS, "prompts")}
         human = human or {"metrics": [], "lines": []}
-        metrics = [judged(metric, measured[metric.key]) for metric in METRICS] + human["metrics"]
+        metrics = [judged(metric, metric[-1](self)) for metric in METRICS] + human["metrics"]
         alarms = [row for level in ("critical", "warn") for row in metrics if row["verdict"] == level]
-        dropped = self.counts["dropped"].most_common()
-        longer, columns = self.counts["longer"], sample_columns(rows)
-        sign = {"longer": longer[True], "n": longer.total(), "p": sign_test(longer[True], longer.total())}
+        checks = [row["verdict"] for row in metrics if row["verdict"]]
+        unsure = checks.count("not enough data")
+        kept, longer, dropped = (self.counts[name] for name in ("kept", "longer", "dropped"))
+        models = {name[1]: rate(counts) for name, counts in self.counts.items() if name[0] == "model"}
+        most = sorted(models.items(), key=lambda item: -item[1].n)[:20]
+        judges = {family(name) for name in settings.get("judges", [])} - {""}
+        own = ", ".join([name for name in sorted(models) if family(name) in judges][:5])
+        notes = [f"The judge may favour its own family ({own}): add another --judge-model."] * bool(own)
+        notes += [f"{unsure} of {len(checks)} checks had too few cases for a verdict."] * bool(unsure)
+        sign = {"longer": longer[True], "n": longer.total()}
         return {
             "warnings": [{"level": row["verdict"], **row} for row in alarms],
-            "notes": human["lines"] + [note] * bool(own),
-            "records": self.records,
-            "kept": self.kept,
+            "notes": human["lines"] + notes,
+            "records": kept.total(),
+            "kept": kept[True],
             "pairs": self.pairs,
-            "dropped": [{"stage": at, "reason": why, "records": n} for (at, why), n in dropped],
+            "dropped": [{"stage": at, "reason": why, "records": n} for (at, why), n in dropped.most_common()],
             "metrics": metrics,
-            "sign_test": sign,
-            "spreads": [spread(name, values) for name, values in columns.items() if len(values) > 1],
-            "models": self._models(),
-            "words": strongest(sides["words"]),
-            "charts": self._charts() + histograms(columns),
-            "samples": examples(rows),
-            "sample": {"pairs": len(rows), "characters": SAMPLE_TEXT, "diversity_texts": DIVERSITY_TEXTS},
+            "sign_test": sign | {"p": sign_test(*sign.values())},
+            "models": [{"model": name, "unit": "%", **won._asdict()} for name, won in most],
+            "words": telling(self.sides["words"]),
+            "charts": charts(self),
+            "samples": examples(self.rows),
+            "sample": {"pairs": len(self.rows), "characters": SAMPLE_TEXT, "diversity_texts": DIVERSITY},
             "cost": cost(usage, self.pairs),
             "usage": usage,
             "settings": settings,
         }
 
-    def _counted(self, judges: set[str]) -> dict[str, Measured]:
-        """The metrics that are exact counts of all records; `judges` are families."""
-        own, votes = Counter(), self.counts["votes"]
-        for models, n in self.counts["wins"].items():
-            chosen, rejected = (family(model) in judges for model in models)
-            if all(models) and chosen != rejected:
-                own[chosen] += n
-        return {
-            "kept": share(self.kept, self.records),
-            "same_score": share(max(votes.values(), default=0), votes.total()),
-            "longer": rate(self.counts["longer"]),
-            "flips": rate(self.counts["flips"]),
-            "first_slot": rate(self.counts["first"]),
-            "slot_effect": mean(self.counts["gain"]),
-            "own_family": rate(own),
-            "repeated_prompts": rate(self.counts["repeated"]),
-        }
 
-    def _models(self) -> list[dict]:
-        """How often each model's answer was chosen over another model's; the 20 most frequent models."""
-        met = defaultdict(Counter)
-        for (chosen, rejected), n in self.counts["wins"].items():
-            if chosen != rejected:
-                met[chosen][True] += n
-                met[rejected][False] += n
-        top = sorted(met, key=lambda model: (-met[model].total(), model))[:20]
-        return [{"model": model, "unit": "%", **rate(met[model])._asdict()} for model in top]
-
-    def _charts(self) -> list[dict]:
-        """The charts of exact counts: funnel, reasons, length curve, judge slots."""
-        dropped, left = self.counts["dropped"], self.records
-        funnel, reasons = {"read": Measured(left)}, {}
-        for stage in STAGES:
-            why = {reason: n for (at, reason), n in dropped.items() if at == stage}
-            left -= sum(why.values())
-            funnel |= {f"after {stage}": Measured(left)} if why else {}
-            reasons |= {f"{stage}: {reason}": Measured(n) for reason, n in why.items()}
-        steps = [f"up to {edge:g}×" for edge in RATIOS] + [f"over {RATIOS[-1]:g}×"]
-        curve = {name: rate(self.counts["longer", step]) for step, name in enumerate(steps)}
-        slots = sorted(key for key in self.counts if key[0] == "slot")
-        places = {f"place {key[1] + 1}": mean(self.counts[key]) for key in slots}
-        return [
-            chart("From records to pairs", "records left after each stage", "", {"": funnel}),
-            chart("Why records were dropped", "records, by stage and reason", "", {"": reasons}),
-            chart("Does length win?", "longer answer chosen, by how much longer", "%", {"": curve}, 0.5),
-            chart("Does place count?", "points in a place, less the answer's mean", "", {"": places}, 0),
-        ]
+def sampled(pair: Pair) -> dict:
+    """What the sample keeps of a pair: scores and gap in points, sizes of the whole answers, texts cut."""
+    bounded = lambda x: x if x is None else max(-FARTHEST, min(FARTHEST, x))
+    cut = lambda text: text[:SAMPLE_TEXT].encode("utf-8", "replace").decode()
+    row = {"prompt_id": pair.record.prompt_id, "prompts": cut(pair.record.prompt)}
+    row["gap"] = None if pair.human else bounded(pair.gap)
+    for side, answer in zip(ANSWERS, (pair.chosen, pair.rejected), strict=True):
+        row |= {side: cut(answer.text), f"model_{side}": answer.model, f"score_{side}": bounded(answer.value)}
+        row |= {f"characters_{side}": len(answer.text), f"tokens_{side}": len(tokens(answer.text))}
+    return row
 
 
-def median(values: list[float]) -> Measured:
-    """The median; its 95 % interval lies between two of the sorted values (binomial, Conover 1999, 3.2)."""
-    values, n = sorted(values) or [1.0], len(values)
-    reach = Z * math.sqrt(n) / 2
-    ends = max(0, math.floor(n / 2 - reach)), min(len(values) - 1, math.ceil(n / 2 + reach))
-    return Measured(statistics.median(values), (values[ends[0]], values[ends[1]]), n)
+def histogram(series: dict[str, list[float]]) -> dict:
+    """Share of each series' values from one round step to the next: about ten, the last one is open."""
+    values = sorted(itertools.chain.from_iterable(series.values())) or [0.0]
+    low, high = values[0], values[math.ceil(0.99 * (len(values) - 1))]
+    sizes = (k * 10.0**power for power in range(-9, 14) for k in (1, 2, 5))
+    size = next(size for size in sizes if 10 * size >= high - low)
+    last = math.floor(high / size)
+    steps = {f"{round(i * size, 9):g}": i for i in range(math.floor(low / size), last + 1)}
+    found = {name: Counter(min(last, math.floor(x / size)) for x in series[name]) for name in series}
+    return {name: {step: share(c[i], c.total()) for step, i in steps.items()} for name, c in found.items()}
 
 
-def measure_sides(rows: list[Sampled], sides: dict[str, list]) -> dict[str, Measured]:
-    """The metrics that compare the sides of sampled pairs; `sides`: what one_sided says of each of MARKS."""
-    scored = [row for row in rows if row.gap is not None]
-    chosen, rejected = tally(sides["format"])
-    return {
-        "length_ratio": median([row.ratio for row in rows]),
-        "length_gap": spearman([row.gap for row in scored], [row.ratio for row in scored]),
-        **{f"format_{name}": share(chosen[name], chosen[name] + rejected[name]) for name in FORMATS},
-        **{name: held_out(sides[name]) for name in ("identity", "words", "opening")},
-    }
-
-
-def measure_texts(rows: list[Sampled]) -> dict[str, Measured]:
-    """The diversity of prompts, chosen and rejected answers apart, from one pair per prompt."""
-    rows, found = list({row.prompt_id: row for row in rows}.values())[:DIVERSITY_TEXTS], {}
-    for side in SIDES:
-        both = ((text, tokens(text)) for text in (getattr(row, side) for row in rows))
-        both = [(text, words) for text, words in both if len(words) >= LONG_ENOUGH]
-        texts, split = [text for text, _ in both], [words for _, words in both]
-        found[f"near_duplicates_{side}"] = near_duplicates(texts)
-        found[f"self_repetition_{side}"] = self_repetition(split)
-        found[f"compression_{side}"] = compression(texts)
-        found |= {f"distinct_{n}_{side}": distinct(split, n) for n in (1, 2, 4)}
-    return found
-
-
-def sample_columns(rows: list[Sampled]) -> dict[str, list[float]]:
-    """The sample's numbers by name: scores and gap in points, lengths in characters and tokens."""
-    columns = {"gap": [row.gap for row in rows if row.gap is not None], "ratio": [row.ratio for row in rows]}
-    for i, side in enumerate(("chosen", "rejected")):
-        columns[f"score {side}"] = [row.scores[i] for row in rows if row.scores[i] is not None]
-        columns[f"characters {side}"] = [row.lengths[i] for row in rows]
-        columns[f"tokens {side}"] = [len(tokens(getattr(row, side))) for row in rows[:DIVERSITY_TEXTS]]
-    return columns
-
-
-def spread(name: str, values: list[float]) -> dict:
-    """How two or more numbers lie: n, mean and quantiles (interpolated)."""
-    cuts = statistics.quantiles(values, n=20, method="inclusive")
-    quantiles = {"p5": cuts[0], "p25": cuts[4], "median": cuts[9], "p75": cuts[14], "p95": cuts[18]}
-    return {"of": name, "n": len(values), "mean": statistics.fmean(values), **quantiles}
-
-
-def strongest(sides: list[tuple], most: int = 10) -> list[dict]:
-    """The words that speak most clearly for either side; counted are pairs with the word on one side only."""
-    chosen, rejected = tally(sides)
-    weights = log_odds(chosen, rejected)
-    order = sorted(weights, key=lambda word: (-weights[word], word))
-    ours, theirs = [w for w in order if weights[w] > 0], [w for w in order[::-1] if weights[w] < 0]
-    words = [("chosen", word) for word in ours[:most]] + [("rejected", word) for word in theirs[:most]]
+def charts(report: Report) -> list[dict]:
+    """The charts' data; `series` is name -> label -> Measured."""
+    left = report.counts["kept"].total()
+    funnel = {"left": {"read": Measured(left)}, "dropped": {"read": Measured()}}
+    for (stage, reason), n in sorted(report.counts["dropped"].items(), key=lambda x: STAGES.find(x[0][0])):
+        left, label = left - n, f"{stage}: {reason}"
+        funnel["left"][label], funnel["dropped"][label] = Measured(left), Measured(n)
+    gap, gaps = histogram({"from here to the next": report.column("gap")}), report.column("gap")
+    kept = {step: share(sum(x >= float(step) for x in gaps), len(gaps)) for step in next(iter(gap.values()))}
+    both = lambda what: histogram({side: report.column(f"{what}_{side}") for side in ANSWERS})
+    steps = [f"up to {edge:g}×" for edge in RATIOS] + [f"over {RATIOS[-1]:g}×"]
+    curve = {name: rate(report.counts["longer", step]) for step, name in enumerate(steps)}
+    places = sorted(name[1] for name, counts in report.counts.items() if name[0] == "place" and counts)
+    slots = {f"place {place + 1}": rate(report.counts["place", place]) for place in places}
+    row = lambda title, note, unit, series: {"title": title, "note": note, "unit": unit, "series": series}
     return [
-        {"speaks for": s, "word": w[:40], "in chosen": chosen[w], "in rejected": rejected[w]}
-        for s, w in words
+        row("From records to pairs", "records, after each reason to drop one", "", funnel),
+        row("Gap", "share of pairs; what a --min-score-gap keeps", "%", gap | {"from here on": kept}),
+        row("Scores", "share of answers, from here to the next step", "%", both("score")),
+        row("Length", "characters: share of answers, from here to the next step", "%", both("characters")),
+        row("Does length win?", "longer answer chosen, by how much longer; fair: 50%", "%", {"": curve}),
+        row("Does place count?", "shown there, an answer is above the middle; fair: 50%", "%", {"": slots}),
     ]
 
 
-def chart(
-    title: str, note: str, unit: str, series: dict[str, dict[str, Measured]], mark: float | None = None
-):
-    """Data of one chart; all series have the same labels; `mark`: where a line says what would be fair."""
-    return {"title": title, "note": note, "unit": unit, "series": series, "mark": mark}
-
-
-def even_edges(values: list[float]) -> list[float]:
-    """About 5 to 10 round steps from the least value to the 99th percentile."""
-    values = sorted(values) or [0.0]
-    width = values[math.ceil(0.99 * (len(values) - 1))] - values[0] or 1.0
-    power = 10.0 ** math.floor(math.log10(width))
-    step = power * (1 if width > 5 * power else 0.5 if width > 2 * power else 0.2)
-    first = math.floor(values[0] / step)
-    return [round((first + i) * step, 9) for i in range(int(width / step) + 1)]
-
-
-def histogram(title: str, note: str, series: dict[str, list[float]], edges: list[float]) -> dict:
-    """Share of each series from one edge to the next (the last is open); no bars if all values are equal."""
-    every = sorted(itertools.chain(*series.values()))
-    place = lambda value: max(0, bisect.bisect(edges, value) - 1)
-    labels = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)] + [f"from {edges[-1]:g}"]
-    bins = range(place(every[0]), place(every[-1]) + 1) if len(set(every)) > 1 else ()
-    found = {name: Counter(map(place, values)) for name, values in series.items()}
-    shares = {name: {labels[i]: share(c[i], c.total()) for i in bins} for name, c in found.items()}
-    return chart(title, note, "%", shares)
-
-
-def histograms(columns: dict[str, list[float]]) -> list[dict]:
-    """The charts of the sample: scores, gaps, what a higher --min-score-gap would keep, lengths."""
-    both = lambda what: {side: columns[f"{what} {side}"] for side in ("chosen", "rejected")}
-    scores, gaps, edges = both("score"), columns["gap"], even_edges(columns["gap"])
-    steps = [edge for edge in edges if edge > 0 and len(set(gaps)) > 1]
-    left = {f"{edge:g}": share(sum(gap >= edge for gap in gaps), len(gaps)) for edge in steps}
-    return [
-        histogram("Scores", "share of answers", scores, even_edges(scores["chosen"] + scores["rejected"])),
-        histogram("Gap", "score of chosen less rejected, share of pairs", {"": gaps}, edges),
-        chart("A higher --min-score-gap", "share of these pairs that it would keep", "%", {"": left}),
-        histogram("Length", "characters, share of answers", both("characters"), LENGTHS),
-    ]
-
-
-def examples(rows: list[Sampled]) -> list[dict]:
+def examples(rows: list[dict]) -> list[dict]:
     """Up to SHOWN_PAIRS pairs each of the lowest gap, the highest gap, and at random (the sample's order)."""
-    by_gap = sorted((row for row in rows if row.gap is not None), key=lambda row: row.gap)
+    by_gap = sorted((row for row in rows if row["gap"] is not None), key=lambda row: row["gap"])
     kinds = {"lowest gap": by_gap, "highest gap": by_gap[::-1], "random": rows}
-    texts = lambda row: {side: getattr(row, side)[:SHOWN_TEXT] for side in SIDES}
-    facts = lambda row: {"gap": row.gap, "models": row.models, "scores": row.scores, **texts(row)}
-    return [{"kind": kind, **facts(row)} for kind, some in kinds.items() for row in some[:SHOWN_PAIRS]]
+    cut = lambda row: {side: row[side][:SHOWN_TEXT] for side in (*ANSWERS, "prompts")}
+    return [{"kind": kind, **row, **cut(row)} for kind in kinds for row in kinds[kind][:SHOWN_PAIRS]]
 
 
 def cost(usage: list[dict], pairs: int) -> dict:
     """Sums over all models, and per kept pair; money is None if any model has no price."""
-    total = {}
-    for key in ("calls", "cached", "tokens_in", "tokens_out", "money"):
-        values = [row[key] for row in usage]
-        total[key] = None if None in values else sum(values)
-        total[f"{key}_per_pair"] = total[key] / pairs if pairs and total[key] is not None else None
-    return total
+    keys = ("calls", "cached", "tokens_in", "tokens_out", "money")
+    columns = {key: [row[key] for row in usage] for key in keys}
+    total = {key: None if None in values else sum(values) for key, values in columns.items()}
+    each = {f"{key}_per_pair": x / pairs if pairs and x is not None else None for key, x in total.items()}
+    return total | each
 
 
 def shown(value, unit: str = "") -> str:
@@ -2961,176 +2786,119 @@ def shown(value, unit: str = "") -> str:
     return f"{value:{',.0f' if abs(value) >= 100 or value == int(value) else '.3g'}} {unit}".rstrip()
 
 
-def quiet(numbers: dict) -> str:
-    """What to say where nothing warns: it means little if most checks had too few cases."""
-    rows = numbers["metrics"]
-    unsure = sum(row["verdict"] == "not enough data" for row in rows)
-    return "No warnings." + (f" {unsure} of {len(rows)} checks had too few cases for one." if unsure else "")
+def fact(row: dict) -> str:
+    """A metric in a few words: `chosen is longer 71% (95%: 66% to 75%, n 400)`."""
+    value, interval = (shown(row[key], row.get("unit", "")) for key in ("value", "interval"))
+    return f"{row['label']} {value} (95%: {interval}, n {row['n']:,})"
 
 
 def report_lines(numbers: dict) -> list[str]:
     """The report for a terminal: at most 12 lines of 110 columns, the three worst warnings first."""
-    alarms, money = numbers["warnings"], numbers["cost"].get("money_per_pair")
-    value = lambda row: f"{row['label']} {shown(row['value'], row.get('unit', ''))} (n {row['n']:,})"
-    found = [f"{row['level'].upper()} {value(row)}. {row['advice']}" for row in alarms[:3]]
-    found += [quiet(numbers)] if not alarms else [f"{len(alarms) - 3} more warnings."] * (len(alarms) > 3)
-    names = {"ratio": "length of chosen / rejected"}
-    facts = [f"{names.get(r['of'], r['of'])} {shown(r['median'])} (median)" for r in numbers["spreads"][:2]]
-    sure = [row for row in numbers["metrics"] if row["verdict"] in ("ok", "warn", "critical")]
-    facts += [f"{value(row)}: {row['verdict']}" for row in sure if row["metric"] in HEADLINES]
-    found.append("; ".join(facts + ([f"money per pair {shown(money)}"] if money else [])))
-    wrap = lambda text, most: textwrap.wrap(
-        text, 110, subsequent_indent="    ", max_lines=most, placeholder=" ..."
-    )
-    return list(itertools.chain(*(wrap(text, 2 + 2 * (text == found[-1])) for text in found)))
-
-
-def bars(chart: dict) -> str:
-    """One chart as a figure: a row per label, a bar per series, whiskers; its text says it all."""
-    series, unit, mark = chart["series"], chart["unit"], chart["mark"]
-    labels = list(next(iter(series.values())))
-    ends = [0, mark or 0]
-    for value, interval, _ in itertools.chain(*(row.values() for row in series.values())):
-        ends += [value or 0, *(interval if interval and mark is not None else ())]
-    low, high = min(ends), max(ends) or 1
-    left, step = 16 + 6.2 * min(24, max(map(len, labels), default=0)), 13 * len(series) + 7
-    at = lambda x: left + (x - low) / (high - low) * (300 - left)
-    parts, said, height = [], [], len(labels) * step + 4
-    for (i, label), (k, name) in itertools.product(enumerate(labels), enumerate(series)):
-        value, interval, _ = series[name][label]
-        y, (start, end) = 4 + i * step + 13 * k, sorted((at(0), at(value or 0)))
-        if k == 0:
-            place = f'x="{left - 8:.0f}" y="{y + 6.5 * len(series) + 3}"'
-            parts.append(f'<text {place} class="label">{html.escape(label[:24])}</text>')
-        parts.append(f'<rect x="{start:.1f}" y="{y}" width="{end - start:.1f}" height="11" class="s{k}"/>')
-        if interval and mark is not None:
-            line = f"M{at(interval[0]):.1f} {y + 5.5}H{at(interval[1]):.1f}"
-            parts.append(f'<path d="{line}" class="whisker"/>')
-        parts.append(f'<text x="358" y="{y + 9.5}" class="value">{shown(value, unit)}</text>')
-        said.append(f"{name} {label}: {shown(value, unit)}")
-    line = "" if mark is None else f'<path d="M{at(mark):.1f} 0V{height}" class="mark"/>'
-    keys = "".join(f'<i class="s{k}">{name}</i>' for k, name in enumerate(series) if name)
-    title, text = html.escape(chart["title"]), html.escape("; ".join(said))
-    return (
-        f"<figure><figcaption><h3>{title}</h3>{html.escape(chart['note'])} {keys}</figcaption>"
-        f'<svg viewBox="0 0 360 {height}" role="img"><title>{title}</title><desc>{text}</desc>'
-        f"{''.join(parts)}{line}</svg></figure>"
-    )
+    alarms = [f"{row['level'].upper()} {fact(row)}. {row['advice']}" for row in numbers["warnings"]]
+    more = [f"{len(alarms) - 3} more warnings."] * (len(alarms) > 3)
+    known = (row for row in numbers["metrics"] if row["metric"] in HEADLINES and row["n"])
+    sure = (row for row in known if row["verdict"] != "not enough data")
+    facts = "; ".join(f"{fact(row)} {row['verdict']}".strip() for row in sure)
+    lines = [*(alarms[:3] or ["No warnings."]), *more, " ".join(numbers["notes"]), facts]
+    wrap = lambda text: textwrap.wrap(text, 110, subsequent_indent="    ", max_lines=3, placeholder=" ...")
+    return list(itertools.chain.from_iterable(map(wrap, lines)))
 
 
 def table(rows: list[dict], *columns: str) -> str:
     """Rows as an HTML table of these keys (all, if none are named); a row's verdict is its class."""
-    columns = columns or tuple(rows[0] if rows else ())
-    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
-    body = ""
+    if not rows:
+        return "<p>None</p>"
+    columns = columns or tuple(rows[0])
+    text = "".join(f'<th scope="col">{column}</th>' for column in columns)
     for row in rows:
-        unit = lambda key, row=row: row.get("unit", "") if key in ("value", "interval") else ""
-        cells = "</td><td>".join(html.escape(shown(row[key], unit(key))) for key in columns)
-        body += f'<tr class="{html.escape(row.get("verdict", ""))}"><td>{cells}</td></tr>'
-    return (
-        f'<div class="wide" tabindex="0"><table><tr>{head}</tr>{body}</table></div>'
-        if rows
-        else "<p>None</p>"
-    )
+        unit = {"value": row.get("unit", ""), "interval": row.get("unit", "")}
+        cells = (shown(row[column], unit.get(column, "")) for column in columns)
+        text += f'<tr class="{row.get("verdict", "")}"><td>{"</td><td>".join(cells)}</td></tr>'
+    return f'<div class="wide" tabindex="0"><table>{text}</table></div>'
 
 
-def warning_html(row: dict) -> str:
-    """One warning as a list item, its flags set as code."""
-    level, label, advice = (html.escape(row[key]) for key in ("level", "label", "advice"))
-    value, interval = (shown(row[key], row.get("unit", "")) for key in ("value", "interval"))
-    facts = f"{value} <small>95%: {interval}, n {row['n']:,}</small>"
-    advice = re.sub("--[a-z-]+", r"<code>\g<0></code>", advice)
-    return f'<li class="{level}"><b>{level}</b> {label}: {facts}<p>{advice}</p></li>'
-
-
-def example_html(row: dict) -> str:
-    """One sample pair, side by side; each text runs in its own direction."""
-    text = lambda side: f'<p class="text" dir="auto">{html.escape(row[side])}</p>'
-    side = lambda i, name: (
-        f'<div class="{name}"><h4>{name} <small>{html.escape(row["models"][i])} '
-        f"{shown(row['scores'][i])}</small></h4>{text(name)}</div>"
-    )
-    pair = f'<div class="pair">{side(0, "chosen")}{side(1, "rejected")}</div>'
-    return f"<article><h3>{row['kind']}, gap {shown(row['gap'])}</h3>{text('prompts')}{pair}</article>"
+def bars(chart: dict) -> str:
+    """One chart as a figure: a table whose rows have a bar, a whisker for its interval, the value as text."""
+    series, unit = chart["series"], chart["unit"]
+    every = itertools.chain.from_iterable(row.values() for row in series.values())
+    top = max((x for value, interval, _ in every for x in (value or 0, *(interval or ()))), default=1) or 1
+    rows = ""
+    for label, (k, name) in itertools.product(next(iter(series.values())), enumerate(series)):
+        value, interval, _ = series[name][label]
+        width, low, high = (f"{100 * x / top:.1f}" for x in (value or 0, *(interval or (0, 0))))
+        bar = f'<rect width="{width}" height="10" class="s{k}"/><path d="M{low} 5H{high}"/>'
+        svg = f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{bar}</svg>'
+        head = "" if k else f'<th scope="row" rowspan="{len(series)}">{label}</th>'
+        rows += f"<tr>{head}<td>{svg}</td><td>{shown(value, unit)}</td></tr>"
+    keys = "".join(f'<i class="s{k}">{name}</i>' for k, name in enumerate(series) if name)
+    head = f"<figcaption><h3>{chart['title']}</h3>{chart['note']} {keys}</figcaption>"
+    return f"<figure>{head}<table>{rows}</table></figure>"
 
 
 def report_html(numbers: dict) -> str:
     """The report as one page that loads and runs nothing; what a model wrote enters it only escaped."""
-    style = REPORT_PAGE.partition("<style>")[2].partition("</style>")[0]
-    settings = [{"setting": key, "value": str(value)} for key, value in numbers["settings"].items()]
-    sample, total = (
-        numbers["sample"],
-        ("calls", "cached", "tokens_in", "tokens_out", "money", "money_per_pair"),
+    numbers = json.loads(html.escape(json.dumps(numbers), quote=False))  # each text in it, whoever wrote it
+    sample, style = numbers["sample"], REPORT_PAGE.partition("<style>")[2].partition("</style>")[0]
+    flags = lambda text: re.sub("--[a-z-]+", r"<code>\g<0></code>", text)
+    warning = lambda row: (
+        f'<li class="{row["level"]}"><b>{row["level"]}</b> {fact(row)}<p>{flags(row["advice"])}</p></li>'
     )
-    charts = [chart for chart in numbers["charts"] if any(chart["series"].values())]
+    part = lambda row, name: (
+        f'<div class="{name}"><h4>{name} <small>{row.get(f"model_{name}", row["kind"] + ", gap")} '
+        f'{shown(row.get(f"score_{name}", row["gap"]))}</small></h4><p dir="auto">{row[name]}</p></div>'
+    )
+    pair = lambda row: f"<article>{''.join(part(row, name) for name in ('prompts', *ANSWERS))}</article>"
     parts = {
         "HASH": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         "SUMMARY": f"{numbers['pairs']:,} pairs from {numbers['kept']:,} of {numbers['records']:,} records",
-        "WARNINGS": "".join(map(warning_html, numbers["warnings"])) or f"<li>{quiet(numbers)}</li>",
-        "NOTES": "".join(f'<p class="note">{html.escape(note)}</p>' for note in numbers["notes"]),
-        "CHARTS": "".join(map(bars, charts)),
+        "WARNINGS": "".join(map(warning, numbers["warnings"])) or "<li>No warnings.</li>",
+        "NOTES": "".join(f"<p>{note}</p>" for note in numbers["notes"]),
+        "CHARTS": "".join(bars(chart) for chart in numbers["charts"] if any(chart["series"].values())),
         "METRICS": table(numbers["metrics"], "label", "verdict", "value", "interval", "n"),
-        "SAMPLE": f"Texts: {sample['pairs']:,} pairs, each cut at {sample['characters']:,} characters; "
+        "SAMPLE": f"Texts: {sample['pairs']:,} pairs, each text cut at {sample['characters']:,} characters; "
         f"diversity: {sample['diversity_texts']:,} texts. "
         f"Sign test of a fair length: p = {numbers['sign_test']['p']:.2g}.",
-        "SPREADS": table(numbers["spreads"]),
         "MODELS": table(numbers["models"], "model", "value", "interval", "n"),
         "WORDS": table(numbers["words"]),
-        "PAIRS": "".join(map(example_html, numbers["samples"])),
-        "COST": table(numbers["usage"]) + table([numbers["cost"]], *total),
-        "SETTINGS": table(settings),
+        "PAIRS": "".join(map(pair, numbers["samples"])),
+        "COST": table(numbers["usage"]) + table([numbers["cost"]]),
+        "SETTINGS": table([{"setting": x, "value": str(value)} for x, value in numbers["settings"].items()]),
     }
     return re.sub("<!--([A-Z]+)-->", lambda mark: parts[mark[1]], REPORT_PAGE)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# §10 REVIEW: FLAGS, ReviewQueue, pair_id, filled_page; read_annotations, Annotations; kappa, trusted_gap
+# §10 REVIEW: FLAGS, ReviewQueue, pair_id, filled_page; Annotations, what they say; HUMAN, gap_advice
 # ----------------------------------------------------------------------------------------------------------
 
-REVIEW_SAMPLE = 200  # pairs in a page: half of them random, a quarter with narrow votes, a quarter flagged
-ENOUGH = 30  # reviewed pairs under which a rate gets no verdict
-TRUSTED = 0.95  # share of right labels for which a --min-score-gap is advised
-SAYINGS = {"choice": ("chosen", "rejected", "tie", "bad"), "queue": ("in doubt", "random")}  # of annotations
+REVIEW_SAMPLE = 200  # pairs in a page, half of them random
+ENOUGH, TRUSTED = 30, 0.95  # reviewed pairs and their share of right labels for which a gap is advised
+# People's choice, in the label's words -> what becomes of the pair; then the fields of a verdict, in JSON.
+FATES = {"chosen": "confirmed", "rejected": "flipped", "tie": "tie", "bad": "both bad",
+         "": "annotators disagree"}  # fmt: skip
+VERDICT = (r'pair_id "[0-9a-f]{16}", choice "(chosen|rejected|tie|bad)", queue "(in doubt|random)", '
+           r'annotator ".*[^ ].*"')  # fmt: skip
 
-BAIT = re.compile(
-    r"ignore (?:all|previous)|as the judge|score (?:this|me)|10/10|best (?:answer|response)"
-    r"|评委|打分|给(?:我|出)?(?:满分|10 ?分)|忽略(?:以上|之前)",
-    re.IGNORECASE,
-)
-IDENTITY = re.compile(
-    r"\b(?:I am|I['’]m|my name is) (?:ChatGPT|GPT|Claude|Qwen|Gemini|Bard|Llama|Vicuna|DeepSeek|Mistral|Kimi)"
-    r"|\b(?:trained|developed|made|created) by (?:OpenAI|Anthropic|Alibaba|Google|Meta|DeepSeek|Mistral)\b"
-    r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱|Kimi|Qwen|DeepSeek|ChatGPT|Claude)",
-    re.IGNORECASE,
-)
-ASKS_IDENTITY = re.compile(
-    r"(?:who|what) are you|your name|which model|yourself"
-    r"|你是谁|你叫|你的名字|什么模型|自我介绍|介绍.{0,4}自己",
-    re.IGNORECASE,
-)
-
+BAIT = r"(?i)ignore (?:all|previous)|as the judge|score (?:this|me)|10/10|best (?:answer|response)"
+BAIT += r"|评委|打分|给(?:我|出)?(?:满分|10 ?分)|忽略(?:以上|之前)"
+IDENTITY = r"(?i)\b(?:I am|I['’]m|my name is) (?:ChatGPT|GPT|Claude|Qwen|Gemini|Llama|DeepSeek|Mistral|Kimi)"
+IDENTITY += r"|\b(?:trained|developed|made|created) by (?:OpenAI|Anthropic|Alibaba|Google|Meta|DeepSeek)\b"
+IDENTITY += r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱|Kimi|Qwen|DeepSeek|ChatGPT|Claude)"
 # Why a kept pair deserves a second look, though all its votes agree.
 FLAGS = {
-    "judge bait": lambda pair: BAIT.search(pair.chosen.text) or BAIT.search(pair.rejected.text),
-    "identity leak": lambda pair: (
-        IDENTITY.search(pair.chosen.text) and not ASKS_IDENTITY.search(pair.record.prompt)
-    ),
-    "chosen refuses": lambda pair: refuses(pair.chosen.text),
-    "more than twice as long": lambda pair: len(pair.chosen.text) > 2 * len(pair.rejected.text),
+    "judge bait": lambda chosen, rejected: re.search(BAIT, chosen) or re.search(BAIT, rejected),
+    "identity leak": lambda chosen, _: re.search(IDENTITY, chosen),
+    "chosen refuses": lambda chosen, _: refuses(chosen),
+    "more than twice as long": lambda chosen, rejected: len(chosen) > 2 * len(rejected),
 }
 
 
-def flagged(pair: Pair) -> list[str]:
-    """The names of the FLAGS that the pair raises."""
-    return [name for name, raised in FLAGS.items() if raised(pair)]
-
-
-def margin(pair: Pair) -> float | None:
-    """Points by which the least convinced vote prefers chosen; None if only a choice is known.
+def margin(pair: Pair) -> float:
+    """Points by which the least convinced vote prefers chosen; infinite if only a choice is known.
 
     Every vote of a kept pair prefers chosen, so an order that nearly flipped it shows as a small margin."""
     if pair.gap is None or pair.record.signal == "choice":
-        return None
+        return math.inf
     votes = zip(pair.chosen.votes, pair.rejected.votes, strict=False)
     return min((better - worse for better, worse in votes), default=pair.gap)
 
@@ -3138,38 +2906,6 @@ def margin(pair: Pair) -> float | None:
 def pair_id(prompt: str, chosen: str, rejected: str) -> str:
     """16 hex digits that name a pair and its direction; `prompt` is the flattened text."""
     return digest(prompt, chosen, rejected)[:16]
-
-
-def id_of(pair: Pair) -> str:
-    """The pair_id of a pair."""
-    return pair_id(pair.record.prompt, pair.chosen.text, pair.rejected.text)
-
-
-def chosen_is_left(salt: str, name: str) -> bool:
-    """Whether answer A is chosen: FNV-1a (32 bit) of the page's salt and the pair_id, folded, is odd.
-
-    Folded, since its lowest bit alone is the parity of the letters. The page has the same in JavaScript."""
-    h = 0x811C9DC5
-    for byte in (salt + name).encode():
-        h = (h ^ byte) * 0x01000193 & 0xFFFFFFFF
-    return (h ^ h >> 16) & 1 == 1
-
-
-class Smallest:
-    """Of all pairs offered, each once, the REVIEW_SAMPLE with the smallest keys."""
-
-    def __init__(self):
-        self.best = {}  # pair_id -> (key, pair)
-
-    def offer(self, key: tuple, name: str, pair: Pair) -> None:
-        """Keep the pair if its key is among the smallest; up to twice the sample is held, to sort rarely."""
-        self.best[name] = (key, pair)
-        if len(self.best) > 2 * REVIEW_SAMPLE:
-            self.best = self.ordered()
-
-    def ordered(self) -> dict:
-        """pair_id -> (key, pair), smallest key first."""
-        return dict(sorted(self.best.items(), key=lambda item: item[1][0])[:REVIEW_SAMPLE])
 
 
 class ReviewQueue:
@@ -3180,35 +2916,28 @@ class ReviewQueue:
 
     def __init__(self, seed: int):
         self.seed = seed
-        self.drawn, self.narrow, self.flagged = Smallest(), Smallest(), Smallest()
+        self.drawn, self.doubtful = {}, {}  # pair_id -> (key, pair); the smallest keys are shown
 
     def add(self, outcome: Outcome) -> None:
-        """Consider the kept pairs of one record."""
+        """Consider the kept pairs of one record; a flag weighs like a margin four times as narrow."""
         for pair in outcome.pairs:
-            name, least, flags = id_of(pair), margin(pair), flagged(pair)
+            texts = (pair.chosen.text, pair.rejected.text)
+            name, flags = pair_id(pair.record.prompt, *texts), sum(bool(f(*texts)) for f in FLAGS.values())
             draw = digest(self.seed, name)
-            self.drawn.offer((draw,), name, pair)
-            if least is not None:
-                self.narrow.offer((least, draw), name, pair)
-            if flags:
-                self.flagged.offer((-len(flags), math.inf if least is None else least, draw), name, pair)
+            self.drawn[name] = draw, pair
+            self.doubtful[name] = (margin(pair) / 4**flags, -flags, draw), pair
+        if len(self.drawn) > 2 * REVIEW_SAMPLE:  # twice what is shown, to sort rarely
+            self.drawn, self.doubtful = smallest(self.drawn), smallest(self.doubtful)
 
     def selected(self) -> list[tuple[str, str, Pair]]:
         """[(pair_id, queue, pair), ...] in page order: those in doubt, narrowest first; then the random ones.
 
         A doubtful pair that was drawn counts as random, or the sample would look better than the data."""
-        drawn, narrow, flags = (best.ordered() for best in (self.drawn, self.narrow, self.flagged))
-        turns = itertools.chain.from_iterable(itertools.zip_longest(narrow, flags))  # one of each, in turn
-        doubtful, names = [name for name in dict.fromkeys(turns) if name], list(drawn)
-        for taken in range((len(names) + 1) // 2, len(names) + 1):  # more random ones if too few are in doubt
-            sample = dict.fromkeys(names[:taken])
-            doubt = [name for name in doubtful if name not in sample][: len(names) - taken]
-            if len(doubt) + len(sample) == len(names):
-                break
-        doubt.sort(key=lambda name: narrow.get(name, ((math.inf,),))[0])
-        pairs = {name: pair for name, (_, pair) in (drawn | narrow | flags).items()}
-        queues = dict.fromkeys(doubt, "in doubt") | dict.fromkeys(sample, "random")
-        return [(name, queue, pairs[name]) for name, queue in queues.items()]
+        drawn, doubtful = smallest(self.drawn), smallest(self.doubtful)
+        sample = dict.fromkeys(list(drawn)[: (len(drawn) + 1) // 2], "random")
+        doubts = [name for name in doubtful if name not in sample][: len(drawn) // 2]
+        queues, pairs = dict.fromkeys(doubts, "in doubt") | sample, drawn | doubtful
+        return [(name, queue, pairs[name][1]) for name, queue in queues.items()]
 
     def page(self) -> str:
         """The HTML page: texts stand on their sides already; no model, score or reason is in it."""
@@ -3222,10 +2951,23 @@ class ReviewQueue:
         return filled_page(REVIEW_PAGE, {"salt": salt, "pairs": pairs})
 
 
-def filled_page(page: str, data) -> str:
-    """A template of §12 with its data and its policy: its own script and style run, nothing is requested.
+def smallest(pairs: dict) -> dict:
+    """Of {pair_id: (key, pair)} the REVIEW_SAMPLE smallest keys, smallest first."""
+    return dict(sorted(pairs.items(), key=lambda item: item[1][0])[:REVIEW_SAMPLE])
 
-    The data is a block of JSON in which no text can end the block or become markup."""
+
+def chosen_is_left(salt: str, name: str) -> bool:
+    """Whether answer A is chosen: FNV-1a (32 bit) of the page's salt and the pair_id, folded (its lowest bit
+    alone is the parity of the letters), is odd. The page has the same in JavaScript."""
+    h = 0x811C9DC5
+    for byte in (salt + name).encode():
+        h = (h ^ byte) * 0x01000193 & 0xFFFFFFFF
+    return (h ^ h >> 16) & 1 == 1
+
+
+def filled_page(page: str, data) -> str:
+    """A template of §12 with its data, JSON in which no text can end the block or become markup, and with
+    its policy: its own script and style run, nothing is requested."""
     text = json.dumps(data, ensure_ascii=False)
     text = re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
@@ -3235,239 +2977,144 @@ def filled_page(page: str, data) -> str:
     return page.replace("{{POLICY}}", policy).replace("{{DATA}}", text)  # data last: it may hold a mark
 
 
-class Opinion(NamedTuple):
-    """What one annotator says about one pair."""
-
-    choice: str  # of SAYINGS; "" if two lines contradict each other
-    queue: str  # of SAYINGS
-    where: str  # "file:line"
-
-
-def read_annotations(paths: list) -> Annotations:
-    """Files from the review page -> their verdicts; `.problems` names the lines that were not used.
-
-    Raises UserError for a file that cannot be read or has no valid line."""
-    found = Annotations()
-    for path in paths:
-        try:
-            lines = Path(path).read_bytes().split(b"\n")
-        except OSError as error:
-            raise UserError(f"--annotations {path}: {error.strerror}") from None
-        if not sum([found.add(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]):
-            raise UserError(f"--annotations {path}: no line of it is a verdict from a review page")
-    return found
-
-
-def fault(row) -> str:
-    """Why a line of an annotations file cannot be used; "" if it can."""
-    if not isinstance(row, dict):
-        return "not a JSON object"
-    if not re.fullmatch("[0-9a-f]{16}", str(row.get("pair_id"))):
-        return "pair_id is not 16 hex digits"
-    for key, known in SAYINGS.items():
-        if row.get(key) not in known:
-            return f"{key} is {json.dumps(row.get(key))[:40]}, not one of {', '.join(known)}"
-    return "" if str(row.get("annotator") or "").strip() else "no annotator"
-
-
-def majority(choices: list[str]) -> str:
-    """What more than half of them say; "" if there is no such choice."""
-    choice, count = Counter(choices).most_common(1)[0]
-    return choice if 2 * count > len(choices) else ""
-
-
 class Annotations:
-    """What people say about pairs: applied by `decide`, summed up by `numbers`."""
+    """What people say about pairs: read from files, applied by `decide`, summed up by `numbers`."""
 
-    def __init__(self):
+    def __init__(self, paths: list):
+        """Raises UserError for a file that cannot be read or holds no verdict."""
         self.problems = []  # one-line messages: broken lines and double verdicts
-        self.opinions = {}  # pair_id -> {annotator: Opinion}
-        self.met = {}  # pair_id -> gap (None: unknown) of the reviewed pairs that came by
-        self.pairs, self.gaps = (
-            0,
-            array("d"),
-        )  # of all pairs that came by: how many, and the gaps that are known
+        self.said = defaultdict(dict)  # pair_id -> {annotator: row of the file, its "where": "file:line"}
+        self.met = {}  # pair_id -> (choice of the majority, gap) of the reviewed pairs that came by
+        self.gaps = array("d")  # of all pairs that came by; infinite where only a choice is known
+        for path in paths:
+            try:
+                lines = Path(path).read_bytes().split(b"\n")
+            except OSError as error:
+                raise UserError(f"--annotations {path}: {error.strerror}") from None
+            if not sum([self.add(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]):
+                raise UserError(f"--annotations {path}: no line of it is a verdict from a review page")
 
-    def add(self, raw: bytes, where: str) -> bool:
-        """Take in one line of a file; False, and a message, if it cannot be read."""
+    def add(self, line: bytes, where: str) -> bool:
+        """Take in a line of a file; False, and a message, if it cannot be used."""
         try:
-            row = json.loads(raw.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
-            row = None
-        if problem := fault(row):
-            self.problems.append(f"{where}: not used: {problem}")
+            row = json.loads(line.decode("utf-8-sig"))
+            fields = ("pair_id", "choice", "queue", "annotator")
+            said = ", ".join(f"{field} {json.dumps(row.get(field))}" for field in fields)
+        except (ValueError, RecursionError, AttributeError):
+            said = "no JSON object"
+        if not re.fullmatch(VERDICT, said):
+            self.problems.append(f"{where}: not used, no verdict: {said[:120]}")
             return False
-        opinion = Opinion(row["choice"], row["queue"], where)
-        said, name = self.opinions.setdefault(row["pair_id"], {}), str(row["annotator"]).strip()
-        if first := said.get(name):
-            same = first.choice == opinion.choice
-            outcome = "counted once" if same else "but differently: neither verdict is used"
-            self.problems.append(f"{where}: {name!r} judged this pair before, in {first.where}, {outcome}")
-            opinion = first if same else first._replace(choice="")
-        said[name] = opinion
+        name = row["annotator"].strip()
+        first = self.said[row["pair_id"]].setdefault(name, row | {"where": where})
+        if first["where"] != where:
+            twice = f"{name!r} judged this pair before, in {first['where']}"
+            self.problems.append(f"{where}: {twice}: counted once, or not at all if the verdicts differ")
+            first["choice"] = first["choice"] if first["choice"] == row["choice"] else ""
         return True
 
     def choices(self, name: str) -> list[str]:
-        """What was said about one pair_id, in the order of the annotators' names."""
-        said = sorted(self.opinions.get(name, {}).items())
-        return [opinion.choice for _, opinion in said if opinion.choice]
+        """What was said about one pair_id: a choice per annotator who does not contradict themselves."""
+        return [row["choice"] for row in self.said.get(name, {}).values() if row["choice"]]
 
     def decide(self, pair: Pair) -> Pair | None:
         """What people make of a pair: None (not reviewed: it stays), the pair, or the pair turned round.
 
         Scores stay with their answers. Raises Failed("human", ...) if most annotators see no difference or
         find both bad, and if no choice is made by more than half of them."""
-        name = id_of(pair)
-        gap = None if margin(pair) is None else pair.gap - pair.penalty  # what --min-score-gap looks at
-        self.pairs += 1
-        self.gaps.extend([] if gap is None else [gap])
+        name = pair_id(pair.record.prompt, pair.chosen.text, pair.rejected.text)
+        gap = math.inf if margin(pair) == math.inf else pair.gap - pair.penalty  # as --min-score-gap sees it
         choices = self.choices(name)
+        self.gaps.append(gap)
         if not choices:
             return None
-        self.met[name] = gap
-        choice = majority(choices)
+        choice, count = Counter(choices).most_common(1)[0]
+        choice = choice if 2 * count > len(choices) else ""
+        self.met[name] = choice, gap
         if choice == "chosen":
             return replace(pair, human=True)
         if choice == "rejected":
             return replace(pair, chosen=pair.rejected, rejected=pair.chosen, penalty=0.0, human=True)
-        reason = {"tie": "tie", "bad": "both bad", "": "annotators disagree"}[choice]
-        raise Failed("human", reason)
+        raise Failed("human", FATES[choice])
 
     def unused(self) -> list[str]:
         """One message for each verdict whose pair never came by: another file's, or flipped before."""
-        return [
-            f"{opinion.where}: not used: pair {name} is not in the input"
-            for name, said in self.opinions.items()
-            for opinion in said.values()
-            if name not in self.met and opinion.choice
-        ]
+        rows = [row for name, said in self.said.items() if name not in self.met for row in said.values()]
+        return [f"{row['where']}: not used: its pair is not in the input" for row in rows if row["choice"]]
 
     def numbers(self) -> dict:
-        """For the report: {"rows": [one dict per metric, see `review_row`], "lines": [sentence, ...]}.
+        """For the report: {"rows": [one per metric, see HUMAN], "lines": [sentence, ...]}.
 
-        Values are shares 0..1, kappas -1..1, gaps in points; intervals (low, high) of 95 %, or None. A label
-        is right where people prefer chosen, wrong where they prefer rejected; a tie is neither. Agreement is
-        over all reviewed pairs; error, precision and gap over the random ones, which stand for the file."""
-        said = {name: self.choices(name) for name in self.met}
-        final = {name: majority(choices) for name, choices in said.items()}
-        sides = SAYINGS["choice"][:2]
-        right = {name: choice == sides[0] for name, choice in final.items() if choice in sides}
-        drawn = [name for name in right if any(o.queue == "random" for o in self.opinions[name].values())]
-        sample = [(self.met[name], right[name]) for name in drawn if self.met[name] is not None]
-        labels = [("chosen", choice) for choice in final.values() if choice]
-        people = [two for choices in said.values() for two in itertools.combinations(choices, 2)]
-        shared = sum(len(choices) > 1 for choices in said.values())
-        rows = [
-            review_row("human_agreement", share(sum(right.values()), len(right))),
-            review_row("human_kappa", kappa(labels, len(labels))),
-            review_row("annotator_agreement", agreement(people, shared)),
-            review_row("annotator_kappa", kappa(people, shared)),
-            review_row("label_error", share(sum(not right[name] for name in drawn), len(drawn))),
+        A label is wrong where people prefer rejected; a tie is neither right nor wrong. Error, precision and
+        gap come from the random half of a page, which stands for the file."""
+        random = [name for name in self.met if any(r["queue"] == "random" for r in self.said[name].values())]
+        drawn = [self.met[name] for name in random if self.met[name][0] in ("chosen", "rejected")]
+        several = [choices for choices in map(self.choices, self.met) if len(choices) > 1]
+        same = [one == two for choices in several for one, two in itertools.combinations(choices, 2)]
+        count = Counter(choice for choice, _ in self.met.values())
+        measured = [
+            share(count["chosen"], count["chosen"] + count["rejected"]),
+            kappa(count),
+            share(len(several) * sum(same) / (len(same) or 1), len(several)),
+            share(sum(choice == "rejected" for choice, _ in drawn), len(drawn)),
         ]
-        gap_rows, sentence = gap_advice(sample, self.gaps)
-        count = Counter(final.values())
-        summary = (
-            f"People reviewed {len(final)} of {self.pairs} pairs: {count['chosen']} confirmed, "
-            f"{count['rejected']} flipped, {count['tie']} dropped as a tie, {count['bad']} as both bad, "
-            f"{count['']} because annotators disagree."
-        )
-        return {"rows": rows + precision_rows(sample) + gap_rows, "lines": [summary, sentence]}
+        rows, advice = gap_advice([(gap, choice == "chosen") for choice, gap in drawn], self.gaps)
+        fates = ", ".join(f"{count[choice]} {fate}" for choice, fate in FATES.items())
+        summary = f"People reviewed {len(self.met)} of {len(self.gaps)} pairs: {fates}."
+        return {"rows": list(map(judged, HUMAN, measured)) + rows, "lines": [summary, advice]}
 
 
-# metric: label; limits of warn and critical (rising: the value should be low); advice. People agree with each
-# other in 66 % (AlpacaEval) to 81 % (MT-bench) of cases, with a good judge in up to 85 % (MT-bench).
-REVIEW_ROWS = {
-    "human_agreement": ("people agree with the labels", 0.80, 0.65, "try another or a second --judge-model"),
-    "human_kappa": ("people and labels, Cohen's kappa", 0.60, 0.40, "try another or a second --judge-model"),
-    "annotator_agreement": ("annotators agree", 0.65, 0.50, "settle with examples what better means"),
-    "annotator_kappa": ("annotators, Cohen's kappa", 0.40, 0.20, "settle with examples what better means"),
-    "label_error": ("wrong labels", 0.05, 0.20, "raise --min-score-gap"),
-    "precision_by_gap": ("right labels", 0.80, 0.65, "raise --min-score-gap"),
-    "gap_to_trust": ("smallest gap to trust", None, None, ""),
-    "gap_yield": ("pairs with at least that gap", None, None, ""),
-}
+# Metrics as in §9, here without formula. People agree with each other in 66 % (AlpacaEval) to 81 % (MT-bench)
+# of cases, with a good judge in up to 85 % (MT-bench).
+# fmt: off
+HUMAN = [
+    ("human_agreement", "people agree with the labels", "%", under(0.80, 0.65), "labels", ENOUGH, None),
+    ("human_kappa", "people and labels, Cohen's kappa", "", under(0.60, 0.40), "labels", ENOUGH, None),
+    ("annotator_agreement", "annotators agree", "%", under(0.65, 0.50), "people", ENOUGH, None),
+    ("label_error", "wrong labels", "%", over(0.05, 0.20), "labels", ENOUGH, None),
+]
+RIGHT = ("precision_by_gap", "right labels from gap", "%", under(0.80, 0.65), "labels", ENOUGH, None)
+TO_TRUST = ("gap_to_trust", "smallest gap to trust", "", FREE, "labels", ENOUGH, None)
+# fmt: on
+ADVICE["labels"] = "People see it otherwise: raise --min-score-gap, try another or a second --judge-model."
+ADVICE["people"] = "Annotators differ: settle with examples what better means; then a new --review-path."
 
 
-def review_row(metric: str, measured: tuple, detail: str = "") -> dict:
-    """(value, interval, n) -> {metric, label, value, interval, n, verdict, advice}.
+def kappa(count: Counter) -> Measured:
+    """Cohen's kappa of labels and people's choices, (agreement - chance) / (1 - chance).
 
-    The verdict is an alarm if the whole interval lies beyond a limit, and "not enough data" under ENOUGH."""
-    (label, warn, critical, advice), (value, interval, n) = REVIEW_ROWS[metric], measured
-    verdict = "" if value is not None and n >= ENOUGH else "not enough data"
-    if not verdict and warn is not None:
-        low, high = interval
-        beyond = (lambda limit: low > limit) if warn < critical else (lambda limit: high < limit)
-        verdict = "critical" if beyond(critical) else "warn" if beyond(warn) else "ok"
-    row = {"metric": metric, "label": label + detail, "value": value, "interval": interval, "n": n}
-    return row | {"verdict": verdict, "advice": advice if verdict in ("warn", "critical") else ""}
-
-
-def agreement(said: list[tuple[str, str]], cases: int) -> tuple:
-    """Share of equal choices among `said`, about `cases` pairs -> (value, Wilson's interval, cases)."""
-    return share(cases * sum(one == two for one, two in said) / max(len(said), 1), cases)
-
-
-def kappa(said: list[tuple[str, str]], cases: int) -> tuple:
-    """Cohen's kappa of two raters, (agreement - chance) / (1 - chance) -> (value, interval, cases).
-
-    Its categories are what a rater saw: A, B, tie, bad. Of "chosen" and "rejected" it could say nothing,
-    since a label always says "chosen". A fair coin put chosen on A or B, so by design each rater says A in
-    half of their choices of a side. The interval is Wilson's of agreement, with chance taken as it is."""
-    value, interval, _ = agreement(said, cases)
-    chance = 0.0
-    for kinds in (("chosen", "rejected"), ("tie",), ("bad",)):
-        one, two = (sum(both[rater] in kinds for both in said) / max(len(said), 1) for rater in (0, 1))
-        chance += one * two / len(kinds)
-    if value is None or chance == 1:  # nothing was said, or by both one thing only: "tie" or "bad"
-        return None, None, cases
-    value, low, high = ((x - chance) / (1 - chance) for x in (value, *interval))
-    return value, (low, high), cases
-
-
-def precision_rows(sample: list[tuple[float, bool]]) -> list[dict]:
-    """(gap, right or wrong) of reviewed pairs -> rows for up to four groups of equal size, ENOUGH in each."""
-    gaps, groups = sorted(gap for gap, _ in sample), min(4, len(sample) // ENOUGH)
-    edges = sorted({gaps[len(gaps) * i // groups] for i in range(groups)})
-    rows = []
-    for low, high in itertools.pairwise([*edges, math.inf] if edges else []):
-        inside = [right for gap, right in sample if low <= gap < high]
-        detail = f", gap {low:.3g} " + (f"to {high:.3g}" if high < math.inf else "and more")
-        rows.append(review_row("precision_by_gap", share(sum(inside), len(inside)), detail))
-    return rows
-
-
-def trusted_gap(sample: list[tuple[float, bool]]) -> tuple:
-    """(gap, right or wrong) of reviewed pairs -> the smallest gap to trust, (best, (low, high), n).
-
-    best: the first gap from which ENOUGH pairs (n) or more are right in TRUSTED of cases, an estimate. The
-    true one lies between low, the first from which Wilson's interval reaches up to TRUSTED, and high, the
-    first from which all of it lies above. None: no such gap in the sample."""
-    steps = sorted({float(f"{gap:.3g}") for gap, _ in sample})
-    inside = {step: [right for gap, right in sample if gap >= step] for step in steps}
-    shares = {step: share(sum(rights), len(rights)) for step, rights in inside.items() if rights}
-    best = next((step for step, (p, _, n) in shares.items() if p >= TRUSTED and n >= ENOUGH), None)
-    low = next((step for step, (_, interval, _) in shares.items() if interval[1] >= TRUSTED), None)
-    high = next((step for step, (_, interval, _) in shares.items() if interval[0] >= TRUSTED), None)
-    return best, (low, high), len(inside.get(best, ()))
+    Both choose among A, B, tie and bad. A fair coin put the label on A or B, so chance agrees with it in half
+    of the cases where people prefer a side. The interval is Wilson's of agreement, chance taken as it is."""
+    n, sides = count.total() - count[""], count["chosen"] + count["rejected"]
+    above = lambda agreed: (agreed - sides / 2 / n) / (1 - sides / 2 / n)
+    value, interval, _ = share(count["chosen"], n)
+    return Measured(above(value), tuple(map(above, interval)), n) if n else Measured()
 
 
 def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]:
-    """The smallest --min-score-gap to trust and its yield, a share of all `gaps`: two rows and a sentence."""
-    if len(sample) < ENOUGH:
-        return [], (
-            f"Not enough data to advise a --min-score-gap: {len(sample)} random pairs with a gap have a "
-            f"preferred side, {ENOUGH} are needed; they come last in the page."
-        )
-    best, (low, high), n = trusted_gap(sample)
+    """(gap, right or wrong) of reviewed pairs, gaps of all pairs -> rows and a sentence for the report.
+
+    To trust is the first gap from which ENOUGH pairs or more are right in TRUSTED of cases, an estimate. The
+    true one lies between the first from which Wilson's interval reaches up to TRUSTED, and the first from
+    which all of it lies above, if there is one in the sample."""
+    precision = {}  # from a gap up
+    for least in sorted({float(f"{gap:.3g}") for gap, _ in sample if gap < math.inf}):
+        rights = [right for gap, right in sample if least <= gap < math.inf]
+        precision |= {least: share(sum(rights), len(rights))} if rights else {}
+    steps = list(precision)[:: math.ceil(len(precision) / 4) or 1]  # four at most
+    rows = [judged(RIGHT, precision[gap]) | {"label": f"{RIGHT[1]} {gap:g} up"} for gap in steps]
+    first = lambda good: next((gap for gap, found in precision.items() if good(found)), None)
+    best = first(lambda found: found.value >= TRUSTED and found.n >= ENOUGH)
     if best is None:
-        return [], f"No --min-score-gap makes {TRUSTED:.0%} of the labels right in the reviewed sample."
-    kept = share(sum(gap >= best for gap in gaps), len(gaps))[0]
-    rows = [
-        review_row("gap_to_trust", (best, (low, high), n)),
-        review_row("gap_yield", (kept, None, len(gaps))),
-    ]
-    until = f"{high:g}" if high is not None else "beyond this sample"
-    return rows, (
+        few = f"of the {len(sample)} random pairs with a preferred side so far; they come last in the page."
+        return rows, f"No --min-score-gap leaves {ENOUGH} labels, {TRUSTED:.0%} of them right, {few}"
+    low = first(lambda found: found.interval[1] >= TRUSTED)
+    high = first(lambda found: found.interval[0] >= TRUSTED)
+    known, n = [gap for gap in gaps if gap < math.inf], precision[best].n
+    kept = sum(gap >= best for gap in known) / len(known)
+    row = judged(TO_TRUST, Measured(best, None, n)) | {"interval": (low, high), "yield": kept}
+    until = "beyond this sample" if high is None else f"{high:g}"
+    return [*rows, row], (
         f"--min-score-gap {best:g} is the smallest with {TRUSTED:.0%} right labels ({n} reviewed from there "
         f"up; 95 % interval: {low:g} to {until}); it keeps {kept:.0%} of the pairs."
     )
@@ -4070,9 +3717,7 @@ async def carry_out(path: str, run: Run, models: Models, total: int | None) -> i
     files = Files(args)
     report, review = Report(run.seed, run.orders), ReviewQueue(run.seed)
     takers = list(itertools.compress((books, report, review), (True, files.paths[4], files.paths[6])))
-    run.annotations = (
-        read_annotations(args.annotations) if args.annotations else None
-    )  # the plan met them, too
+    run.annotations = Annotations(args.annotations) if args.annotations else None  # the plan met them, too
     bar = progress(total)
 
     def emit(outcome: Outcome):
@@ -4217,48 +3862,45 @@ REPORT_PAGE = """<!doctype html>
 @media (prefers-color-scheme: dark) {
   :root { --paper: #15181c; --card: #1d2126; --ink: #e4e6e8; --soft: #9ca5ae; --line: #31373e;
     --chosen: #6fb0dd; --rejected: #dba45c; --ok: #6cc390; --warn: #e5b454; --critical: #f28b82 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.25rem 4rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.55 system-ui, "Noto Sans", "PingFang SC", "Microsoft YaHei", sans-serif }
-h1 { font-size: 1.7rem; letter-spacing: -.01em; line-height: 1.2; margin: 0 }
-h2 { font-size: 1.15rem; margin: 2.75rem 0 .75rem }
-h3, h4 { font-size: .95rem; margin: 0 }
-small, header p, .note, figcaption { color: var(--soft); font-size: .86rem; font-weight: 400 }
+* { box-sizing: border-box; margin: 0 }
+body { margin: 0 auto; max-width: 76rem; padding: 2rem 1rem 4rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, "Noto Sans", "PingFang SC", "Microsoft YaHei", sans-serif }
+h1 { font-size: 1.7rem; line-height: 1.2 }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem }
+h3, h4 { font-size: .95rem; color: var(--ink) }
 header p { font-size: 1.05rem; margin: .25rem 0 1.5rem }
+small, header p, main > p, figcaption { color: var(--soft); font-size: .86rem; font-weight: 400 }
 ul { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr));
-  list-style: none; margin: 0 0 1rem; padding: 0 }
+  list-style: none; margin-bottom: 1rem; padding: 0 }
 code { font: .92em ui-monospace, monospace; white-space: nowrap }
 figure, article, .wide, li { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  margin: 0; padding: .8rem 1rem }
-li { --level: var(--ok); border-left: 4px solid var(--level) }
-li small { display: inline-block }
-li p { margin: .15rem 0 0; font-size: .92rem }
-li b { color: var(--level); font-size: .75rem; letter-spacing: .06em; text-transform: uppercase }
+  margin-bottom: 1rem; padding: .8rem 1rem }
 .ok { --level: var(--ok) } .warn { --level: var(--warn) } .critical { --level: var(--critical) }
-:is(.ok, .warn, .critical) td:nth-child(2) { color: var(--level) } tr.warn, tr.critical { font-weight: 600 }
-.grid { columns: 20rem; column-gap: 1rem } figure { break-inside: avoid; margin-bottom: 1rem !important }
-figcaption h3 { color: var(--ink) }
-figcaption i { border-left: .8em solid var(--chosen); font-style: normal; margin-left: .6em;
-  padding-left: .35em }
-figcaption i.s1 { border-color: var(--rejected) }
-svg { display: block; height: auto; margin-top: .6rem; width: 100% }
-svg text { fill: var(--soft); font-size: 11.5px; text-anchor: end } svg .value { fill: var(--ink) }
+li { border-left: 4px solid var(--level, var(--ok)); margin: 0 }
+li p { font-size: .92rem }
+li b { color: var(--level); font-size: .75rem; letter-spacing: .06em; text-transform: uppercase }
+tr[class] td:nth-child(2) { color: var(--level) } tr.warn, tr.critical { font-weight: 600 }
+.grid { columns: 22rem; column-gap: 1rem } figure { break-inside: avoid }
+figcaption { margin-bottom: .5rem }
+figcaption i { border-left: .8em solid var(--chosen); font-style: normal; padding: 0 .6em 0 .35em }
+figcaption .s1 { border-color: var(--rejected) }
+svg { display: block; height: .7rem; width: 100% }
 .s0 { fill: var(--chosen) } .s1 { fill: var(--rejected) }
-.whisker { stroke: var(--ink); stroke-width: 1.5; opacity: .6 }
-.mark { stroke: var(--critical); stroke-dasharray: 3 3 }
+path { stroke: var(--ink); opacity: .6; vector-effect: non-scaling-stroke }
 .wide { overflow-x: auto; padding: .25rem 1rem }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100% }
-th, td { border-bottom: 1px solid var(--line); padding: .4rem .8rem .4rem 0; text-align: left }
-td { overflow-wrap: break-word; vertical-align: top }
-td:first-child { min-width: 7rem } td:last-child { min-width: 3.6rem; overflow-wrap: anywhere }
-th { color: var(--soft); font-weight: 500 } tr:last-child td { border: 0 }
-article { margin-bottom: 1rem }
-.pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
-.pair > div { border-top: 3px solid var(--chosen); padding-top: .5rem }
-.pair > .rejected { border-color: var(--rejected) }
-.text { font-size: .92rem; margin: .4rem 0 1rem; overflow-wrap: anywhere; white-space: pre-wrap }
-@media (max-width: 40rem) { body { padding: 1.25rem .8rem 3rem } table { font-size: .8rem }
-  td, th { padding-right: .5rem } }
+th, td { padding: .4rem .8rem .4rem 0; text-align: left; vertical-align: top; overflow-wrap: break-word }
+.wide :is(th, td) { border-bottom: 1px solid var(--line) } .wide tr:last-child td { border: 0 }
+.wide td:last-child { overflow-wrap: anywhere; min-width: 3.6rem } th { color: var(--soft); font-weight: 500 }
+figure :is(th, td) { padding: .1rem .5rem .1rem 0; vertical-align: middle }
+figure th { max-width: 11rem; min-width: 4.5rem }
+figure td { width: 100% }
+figure td:last-child { padding: 0; text-align: right; width: auto; white-space: nowrap }
+article { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)) }
+article div { border-top: 3px solid var(--line); padding-top: .5rem }
+article .prompts { grid-column: 1 / -1 } .chosen { border-color: var(--chosen) }
+.rejected { border-color: var(--rejected) }
+article p { font-size: .92rem; margin: .4rem 0; overflow-wrap: anywhere; white-space: pre-wrap }
 </style>
 </head>
 <body>
@@ -4266,8 +3908,7 @@ article { margin-bottom: 1rem }
 <main>
 <ul><!--WARNINGS--></ul><!--NOTES-->
 <h2>The data at a glance</h2><div class="grid"><!--CHARTS--></div>
-<h2>Every metric and its verdict</h2><!--METRICS--><p class="note"><!--SAMPLE--></p>
-<h2>Distributions</h2><!--SPREADS-->
+<h2>Every metric and its verdict</h2><!--METRICS--><p><!--SAMPLE--></p>
 <h2>How often each model is chosen</h2><!--MODELS-->
 <h2>Words that give a side away</h2><!--WORDS-->
 <h2>Pairs to read</h2><!--PAIRS-->
@@ -4283,14 +3924,12 @@ REVIEW_PAGE = r"""<!DOCTYPE html>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{{POLICY}}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Which answer is better?</title>
+<title data-zh="哪个回答更好？">Which answer is better?</title>
 <style>
-:root { color-scheme: light dark; --back: #f3f4f6; --card: #ffffff; --ink: #1b212b; --soft: #545d6b;
-  --on: #ffffff; --edge: #767f8d; --line: #d9dde3; --mark: #1a56c4; --alarm: #8f1d14; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #13161b; --card: #1c2129; --ink: #e6e9ee; --soft: #a6afbd;
-    --on: #10141a; --edge: #7f8998; --line: #323945; --mark: #8ab4f8; --alarm: #ffb4a9; }
-}
+:root { color-scheme: light dark; --back: light-dark(#f3f4f6, #13161b); --card: light-dark(#ffffff, #1c2129);
+  --ink: light-dark(#1b212b, #e6e9ee); --soft: light-dark(#545d6b, #a6afbd);
+  --edge: light-dark(#767f8d, #7f8998); --mark: light-dark(#1a56c4, #8ab4f8);
+  --on: light-dark(#ffffff, #101419); --alarm: light-dark(#8f1d14, #ffb4a9); }
 * { box-sizing: border-box; margin: 0; }
 body { height: 100dvh; display: flex; flex-direction: column; background: var(--back); color: var(--ink);
   font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif; }
@@ -4298,115 +3937,112 @@ header, footer, footer div, label { display: flex; align-items: center; gap: 8px
 header, footer { padding: 8px 16px; gap: 16px; }
 header, h3 { color: var(--soft); font-size: 0.875rem; }
 h1, h2 { flex: 1; font-size: 1rem; }
-#turns h3 { text-transform: capitalize; }
-progress { width: 8rem; accent-color: var(--mark); }
 #problem { color: var(--alarm); font-weight: 600; padding: 0 16px; }
 main { flex: 1; min-height: 0; padding: 0 16px; display: grid; gap: 12px;
   grid-template: minmax(4rem, auto) minmax(0, 1fr) / 1fr 1fr; }
-section { overflow: auto; padding: 12px 16px; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; }
+section, dialog, button, input { font: inherit; color: inherit; background: var(--card); padding: 8px 16px;
+  border: 1px solid var(--edge); border-radius: 6px; }
+section { overflow: auto; }
 section p { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
-p + h3 { margin-top: 8px; }
 #turns { grid-column: 1 / 3; max-height: 30dvh; }
-button, input { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--edge);
-  border-radius: 6px; padding: 6px 12px; min-height: 40px; }
-[aria-pressed=true], form button { background: var(--mark); border-color: var(--mark); color: var(--on); }
-kbd { margin-left: 2px; font: 0.75rem ui-monospace, monospace; opacity: 0.85; }
-:focus-visible { outline: 3px solid var(--mark); outline-offset: 2px; }
-footer div, footer button, footer label, #note { flex: 1 1 auto; min-width: 0; white-space: nowrap; }
-dialog { margin: auto; max-width: 36rem; padding: 24px; border: 1px solid var(--edge); border-radius: 12px;
-  background: var(--card); color: inherit; }
+[aria-pressed=true], form button { background: var(--mark); color: var(--on); }
+footer div, footer button, footer label, #note { flex: 1 1 auto; white-space: nowrap; }
+#number, #note { width: 5rem; }
+dialog { margin: auto; max-width: 36rem; }
 dialog form { display: grid; gap: 12px; }
 @media (max-width: 900px) {
   main { display: block; overflow: auto; padding: 0 8px; }
   section { margin-bottom: 8px; max-height: 60dvh; }
   header, footer { padding: 6px 8px; gap: 6px; justify-content: space-between; }
-  footer { display: grid; }
+  footer { flex-wrap: wrap; }
+  footer div { flex-basis: 100%; }
   header h1, progress, kbd { display: none; }
-  button { padding: 6px; font-size: 0.9375rem; }
+  button, input { padding: 8px 6px; }
 }
 </style>
 <header>
-  <h1>Which answer is better?</h1>
-  <form id="jump">
-    <label>Pair <input id="number" type="number" min="1"> of <b id="total"></b> <kbd>J</kbd></label>
-  </form>
-  <progress id="bar" value="0" aria-label="Pairs judged"></progress>
+  <h1 data-zh="哪个回答更好？">Which answer is better?</h1>
+  <label data-zh="第 ">Pair <input id="number" type="number" data-key="j"> / <b id="total"></b></label>
+  <progress id="bar" value="0" aria-label="Pairs judged" data-zh="进度"></progress>
   <span id="status" role="status"></span>
-  <button data-do="download">Download <kbd>D</kbd></button>
-  <button data-do="help">Help <kbd>?</kbd></button>
+  <button data-do="download" data-key="d" data-zh="下载 ">Download <kbd>D</kbd></button>
+  <button data-do="help" data-key="?" data-zh="帮助 ">Help <kbd>?</kbd></button>
 </header>
 <p id="problem" role="alert"></p>
 <main>
-  <section id="turns" tabindex="0" aria-label="Conversation"></section>
-  <section tabindex="0" aria-label="Answer A"><h3>Answer A</h3><p id="a" dir="auto"></p></section>
-  <section tabindex="0" aria-label="Answer B"><h3>Answer B</h3><p id="b" dir="auto"></p></section>
+  <section id="turns" tabindex="0" aria-label="Conversation" data-zh="对话"></section>
+  <section tabindex="0" aria-label="A"><h3 data-zh="回答 A">Answer A</h3><p id="a" dir="auto"></p></section>
+  <section tabindex="0" aria-label="B"><h3 data-zh="回答 B">Answer B</h3><p id="b" dir="auto"></p></section>
 </main>
 <footer>
   <div>
-    <button data-do="a">A is better <kbd>← A</kbd></button>
-    <button data-do="tie">Tie <kbd>T</kbd></button>
-    <button data-do="bad">Both bad <kbd>X</kbd></button>
-    <button data-do="b">B is better <kbd>→ B</kbd></button>
+    <button data-do="a" data-key="a arrowleft" data-zh="A 更好 ">A is better <kbd>← A</kbd></button>
+    <button data-do="tie" data-key="t" data-zh="平局 ">Tie <kbd>T</kbd></button>
+    <button data-do="bad" data-key="x" data-zh="都不好 ">Both bad <kbd>X</kbd></button>
+    <button data-do="b" data-key="b arrowright" data-zh="B 更好 ">B is better <kbd>→ B</kbd></button>
   </div>
-  <div>
-    <button data-do="skip">Skip <kbd>S</kbd></button>
-    <button data-do="undo">Undo <kbd>U</kbd></button>
-    <label>Note <kbd>N</kbd> <input id="note" autocomplete="off"></label>
-  </div>
+  <button data-do="skip" data-key="s" data-zh="跳过 ">Skip <kbd>S</kbd></button>
+  <button data-do="undo" data-key="u" data-zh="撤销 ">Undo <kbd>U</kbd></button>
+  <label data-zh="备注 ">Note <kbd>N</kbd> <input id="note" autocomplete="off" data-key="n"></label>
 </footer>
 <dialog id="start" aria-labelledby="hello">
-  <form method="dialog">
-    <h2 id="hello">Which answer is better?</h2>
-    <p>Read the conversation, then both answers. Prefer the one that helps more: it is right before all else,
-      then complete and clear. Length and decoration earn nothing. Tie: you see no difference. Both bad: no
-      one should learn from either.</p>
-    <p>Keys: ← or A, → or B, T tie, X both bad, S skip, U undo, N note (Enter leaves it), J jump to a pair,
-      ↑ ↓ scroll both answers, D download, ? this help. The buttons do the same.</p>
-    <p>Every verdict is saved in this browser at once, under your name; nothing is sent anywhere. Download the
-      file when you are done, or at any time before.</p>
-    <label>Your name <input id="name" required maxlength="60" autocomplete="off"></label>
-    <button>Start</button>
+  <form method="dialog" id="who">
+    <h2 id="hello" data-zh="哪个回答更好？">Which answer is better?</h2>
+    <p data-zh="选出更有帮助的回答：首先要正确，其次完整、清楚；长短和格式不加分。看不出差别选平局。">Prefer
+      the answer that helps more: it is right before all else, then complete and clear. Length and decoration
+      earn nothing. Tie: you see no difference. Both bad: no one should learn from either.</p>
+    <p data-zh="按钮上标有按键；J 跳转，↑ ↓ 滚动两个回答，回车离开输入框。">Each button names its key. J: jump
+      to a pair; ↑ ↓: scroll both answers; Enter: leave a field.</p>
+    <p data-zh="判断即时保存在本浏览器中，不会上传；评完后（或随时）请下载文件。">Every verdict is saved in
+      this browser at once; nothing is sent. Download the file when you are done, or at any time before.</p>
+    <label data-zh="您的名字 ">Your name <input id="name" required pattern=".*\S.*" maxlength="60"></label>
+    <button data-zh="开始">Start</button>
   </form>
 </dialog>
 <script type="application/json" id="data">{{DATA}}</script>
 <script>
 "use strict";
-const $ = id => document.getElementById(id), {salt, pairs} = JSON.parse($("data").textContent);
-let me = "", at = 0, since = 0;
-let kept = new Map();  // pair_id -> {seen, choice, note, seconds, when} of annotator `me`, last judged last
+const $ = id => document.getElementById(id), all = css => document.querySelectorAll(css);
+const {salt, pairs} = JSON.parse($("data").textContent), chinese = navigator.language.startsWith("zh");
+const entries = new Map();  // annotator + pair_id -> {seen: a, b, tie, bad or "", note, seconds, when, ...}
+let database, me = "", at = 0, since = 0;
 
-const slot = pair => ["rlhf-review", salt, pair.pair_id, me].join(":");
-const judged = pair => Boolean(kept.get(pair.pair_id)?.choice);
-const recall = name => { try { return localStorage.getItem(name); } catch { return null; } };
+const say = (place, english, zh) => { $(place).textContent = chinese ? zh : english; };
+const unsaved = () => say("problem",
+  "This browser saves nothing: download your verdicts before you close it.", "无法保存：关闭之前请下载。");
+const entryOf = pair => entries.get(me + pair.pair_id)
+  ?? {salt, annotator: me, pair_id: pair.pair_id, seen: "", note: "", seconds: 0, when: 0};
+const judged = pair => entryOf(pair).seen !== "";
+const byTime = (one, two) => one.when - two.when;
 const visible = text => text.replace(/[\0-\x08\x0b-\x1f\x7f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g,
   sign => sign === "\r" ? "" : `⟦U+${sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟧`);
+const result = request => new Promise((done, onerror) =>
+  Object.assign(request, {onsuccess: () => done(request.result), onerror}));
 
-function remember(name, value) {
-  try { localStorage.setItem(name, value); } catch {
-    $("problem").textContent = "This browser saves nothing: download your verdicts before you close it.";
-  }
-}
-
-function isOdd(text) {  // FNV-1a, folded
-  let h = 0x811c9dc5;
-  for (const letter of text) h = Math.imul(h ^ letter.charCodeAt(0), 0x01000193) >>> 0;
-  return (h ^ h >>> 16) & 1;
-}
-
-function enter(name) {
-  me = name;
-  remember("rlhf-review", me);
-  const found = pairs.map(pair => [pair.pair_id, JSON.parse(recall(slot(pair)))]);
-  kept = new Map(found.filter(([, entry]) => entry).sort(([, one], [, two]) => one.when - two.when));
-  show(following(-1));
+// In IndexedDB: Chromium may give a local file that is loaded again in its tab an empty, lost localStorage.
+async function load() {  // -> what every annotator of this page said, last judged last
+  const request = indexedDB.open("rlhf-review"), keyPath = ["salt", "annotator", "pair_id"];
+  request.onupgradeneeded = () => request.result.createObjectStore("verdicts", {keyPath});
+  database = await result(request);
+  const store = database.transaction("verdicts").objectStore("verdicts");
+  return (await result(store.getAll(IDBKeyRange.bound([salt], [salt, []])))).sort(byTime);
 }
 
 function keep(pair, change) {
-  const entry = {seen: "", choice: "", note: "", seconds: 0, when: 0, ...kept.get(pair.pair_id), ...change};
-  if (change.choice) kept.delete(pair.pair_id);
-  kept.set(pair.pair_id, entry);
-  remember(slot(pair), JSON.stringify(entry));
+  const entry = {...entryOf(pair), ...change};
+  entries.set(me + pair.pair_id, entry);
+  try {
+    const saving = database.transaction("verdicts", "readwrite");
+    saving.onabort = unsaved;
+    saving.objectStore("verdicts").put(entry);
+    saving.commit();  // at once: closing the tab aborts what is not committed
+  } catch { unsaved(); }
+}
+
+function chosenIsLeft(text) {  // FNV-1a, folded
+  let h = 0x811c9dc5;
+  for (const letter of text) h = Math.imul(h ^ letter.charCodeAt(0), 0x01000193) >>> 0;
+  return (h ^ h >>> 16) & 1;
 }
 
 function following(index) {  // the next pair that waits for a verdict; if none does, the next one
@@ -4416,82 +4052,82 @@ function following(index) {  // the next pair that waits for a verdict; if none 
 
 function show(index) {
   at = index; since = performance.now();
-  const pair = pairs[at], entry = kept.get(pair.pair_id), done = pairs.filter(judged).length;
-  $("turns").replaceChildren(...pair.messages.flatMap(turn => {
-    const role = document.createElement("h3"), text = document.createElement("p");
-    role.textContent = turn.role; text.textContent = visible(turn.content); text.dir = "auto";
-    return [role, text];
-  }));
+  const pair = pairs[at], entry = entryOf(pair), done = pairs.filter(judged).length;
+  $("turns").replaceChildren(...pair.messages.flatMap(({role, content}) => [
+    Object.assign(document.createElement("h3"), {textContent: role}),
+    Object.assign(document.createElement("p"), {textContent: visible(content), dir: "auto"})]));
   for (const side of ["a", "b"]) $(side).textContent = visible(pair[side]);
-  for (const part of document.querySelectorAll("section")) part.scrollTop = 0;
-  for (const button of document.querySelectorAll("footer div:first-child button"))
-    button.setAttribute("aria-pressed", button.dataset.do === entry?.seen);
-  $("number").value = at + 1; $("note").value = entry?.note ?? ""; $("bar").value = done;
-  $("status").textContent = done < pairs.length ? `${done} judged by ${me}` : "All judged: download them";
+  for (const part of all("section")) part.scrollTop = 0;
+  for (const button of all("footer div button")) button.ariaPressed = button.dataset.do === entry.seen;
+  $("number").value = at + 1; $("note").value = entry.note; $("bar").value = done;
+  if (done < pairs.length) say("status", `${done} judged by ${me}`, `${me} 已评 ${done} 对`);
+  else say("status", "All judged: download them", "已全部评完，请下载");
 }
 
-function judge(seen) {  // only here is it worked out which side the label prefers
-  const pair = pairs[at], before = kept.get(pair.pair_id)?.seconds ?? 0;
-  const seconds = Math.round(10 * before + (performance.now() - since) / 100) / 10;
-  const [a, b] = isOdd(salt + pair.pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
-  keep(pair, {seen, choice: {a, b}[seen] ?? seen, seconds, when: Date.now()});
+function judge(seen) {
+  const seconds = entryOf(pairs[at]).seconds + (performance.now() - since) / 1000;
+  keep(pairs[at], {seen, seconds, when: Date.now()});
   show(following(at));
 }
 
-function undo() {
-  const last = [...kept].findLast(([, entry]) => entry.choice)?.[0];
-  if (!last) return;
-  const index = pairs.findIndex(pair => pair.pair_id === last);
-  keep(pairs[index], {seen: "", choice: ""});
-  show(index);
-}
-
-function download() {
-  const lines = pairs.filter(judged).map(({pair_id, prompt_id, queue}) => {
-    const {choice, note, seconds} = kept.get(pair_id);
-    return JSON.stringify({pair_id, prompt_id, choice, queue, note, annotator: me, seconds}) + "\n";
-  });
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob(lines));
-  link.download = `annotations-${me.replace(/[^\p{L}\p{N}]+/gu, "-")}.jsonl`;
-  link.click();
-}
-
-const scrolled = by => document.querySelectorAll("section + section").forEach(part => part.scrollBy(0, by));
 const actions = {
   a: () => judge("a"), b: () => judge("b"), tie: () => judge("tie"), bad: () => judge("bad"),
-  skip: () => show(following(at)), undo, note: () => $("note").focus(), jump: () => $("number").select(),
-  up: () => scrolled(-80), down: () => scrolled(80), download, help: () => $("start").showModal(),
-};
-const keys = {
-  a: "a", arrowleft: "a", b: "b", arrowright: "b", t: "tie", x: "bad", s: "skip", u: "undo", d: "download",
-  n: "note", j: "jump", arrowup: "up", arrowdown: "down", "?": "help",
+  skip: () => show(following(at)), help: () => $("start").showModal(),
+  undo() {
+    const last = pairs.filter(judged).sort((one, two) => byTime(entryOf(one), entryOf(two))).at(-1);
+    if (last) { keep(last, {seen: ""}); show(pairs.indexOf(last)); }
+  },
+  download() {  // only here is it worked out which side the label prefers
+    const lines = pairs.filter(judged).map(pair => {
+      const {pair_id, prompt_id, queue} = pair, {seen, note, seconds} = entryOf(pair);
+      const [a, b] = chosenIsLeft(salt + pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
+      const said = {pair_id, prompt_id, choice: {a, b}[seen] ?? seen, queue, note, annotator: me};
+      return JSON.stringify({...said, seconds: Number(seconds.toFixed(1))}) + "\n";
+    });
+    const href = URL.createObjectURL(new Blob(lines)), name = me.replace(/[^\p{L}\p{N}]+/gu, "-");
+    Object.assign(document.createElement("a"), {href, download: `annotations-${name}.jsonl`}).click();
+  },
 };
 
-document.addEventListener("keydown", event => {
-  const {target, key} = event, name = keys[key.toLowerCase()], scrolls = name === "up" || name === "down";
-  if (event.ctrlKey || event.metaKey || event.altKey || $("start").open) return;
+document.onkeydown = event => {
+  const {target} = event, key = event.key.toLowerCase(), by = {arrowup: -80, arrowdown: 80}[key];
+  if (!me || $("start").open || event.ctrlKey || event.metaKey || event.altKey) return;
+  const control = document.querySelector(`[data-key~="${CSS.escape(key)}"]`);
   if (target.matches("input")) {
-    if (key === "Escape" || (key === "Enter" && target.id === "note")) target.blur();
-  } else if (scrolls ? !target.matches("section") : name && !event.repeat) {
-    event.preventDefault();  // a focused text scrolls by itself, and a key held down judges once
-    actions[name]();
+    if (key === "escape" || key === "enter") target.blur();
+  } else if (by && !target.matches("section")) {  // a focused text scrolls by itself
+    for (const part of all("section + section")) part.scrollBy(0, by);
+  } else if (control && !event.repeat) {  // a key held down judges once
+    event.preventDefault();
+    if (control.matches("input")) control.focus(); else control.click();
   }
-});
-for (const button of document.querySelectorAll("[data-do]")) button.onclick = actions[button.dataset.do];
-$("note").oninput = () => keep(pairs[at], {note: $("note").value});
-$("jump").onsubmit = event => { event.preventDefault(); $("number").blur(); show($("number").value - 1); };
-$("start").onclose = () => {
+};
+$("number").onfocus = () => $("number").select();
+$("who").onsubmit = () => {
   const name = $("name").value.trim();
-  if (!name) $("start").showModal();
-  else if (name !== me) enter(name);
+  if (name !== me) { me = name; show(following(-1)); }  // who only asked for help stays where they are
+};
+$("start").onclose = () => {
+  $("name").value = me;
+  if (!me) $("start").showModal();
 };
 
-if (pairs.length) {
+async function begin() {  // nothing can be judged before what was saved is here and a name is given
+  if (chinese) document.documentElement.lang = "zh";
+  for (const part of chinese ? all("[data-zh]") : [])
+    if (part.ariaLabel) part.ariaLabel = part.dataset.zh; else part.firstChild.data = part.dataset.zh;
   $("total").textContent = $("number").max = $("bar").max = pairs.length;
-  $("name").value = recall("rlhf-review") ?? "";
-  $("start").showModal();
-} else $("problem").textContent = "There is no pair to review.";
+  const saved = await load().catch(() => { unsaved(); return []; });
+  for (const entry of saved) entries.set(entry.annotator + entry.pair_id, entry);
+  for (const button of all("[data-do]")) button.onclick = actions[button.dataset.do];
+  $("note").oninput = () => keep(pairs[at], {note: $("note").value});
+  $("number").onchange = () => show(Math.max(1, Math.min(pairs.length, Math.round($("number").value))) - 1);
+  $("name").value = saved.at(-1)?.annotator ?? "";
+  if (pairs.length) $("start").showModal();
+  else say("problem", "There is no pair to review.", "没有可评的数据。");
+}
+
+begin();
 </script>
 </html>
 """

@@ -8,6 +8,7 @@ import re
 import shutil
 import statistics
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from sklearn.metrics import cohen_kappa_score
 
 import rlhf_constructor as rc
 
@@ -50,7 +52,7 @@ def verdict_on(pair, choice, annotator="ann", queue="random"):
 
 def annotations(tmp_path, *lines, name="a.jsonl"):
     (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return rc.read_annotations([tmp_path / name])
+    return rc.Annotations([tmp_path / name])
 
 
 # ------------------------------------------------------------------------------------------ choosing pairs
@@ -89,14 +91,7 @@ def test_a_flagged_pair_is_in_doubt_whatever_its_gap(monkeypatch):
     ],
 )
 def test_a_flag_finds_its_text_and_leaves_an_innocent_one(flag, text, innocent):
-    assert flag in rc.flagged(pair_of(1, chosen=text, rejected="a plain answer"))
-    assert flag not in rc.flagged(pair_of(1, chosen=innocent, rejected="a plain answer"))
-
-
-def test_who_asks_for_a_name_may_be_told_it():
-    pair = pair_of(1, chosen="I am Qwen, nice to meet you.", rejected="a friend of yours, is it not")
-    pair.record.messages[0]["content"] = "Who are you?"
-    assert "identity leak" not in rc.flagged(pair)
+    assert rc.FLAGS[flag](text, "a plain answer") and not rc.FLAGS[flag](innocent, "a plain answer")
 
 
 def test_the_random_half_has_as_many_doubtful_pairs_as_the_data(monkeypatch):
@@ -111,15 +106,19 @@ def test_a_small_file_is_shown_whole_and_each_pair_once():
     assert len(rows) == 5 and len({name for name, _, _ in rows}) == 5
 
 
-def test_choices_without_a_gap_are_never_narrow_so_that_more_are_random():
-    rows = queue_of([pair_of(i, signal="choice") for i in range(30)]).selected()
-    assert [queue for _, queue, _ in rows] == ["random"] * 30
+def test_choices_without_a_gap_come_after_every_gap_unless_they_are_flagged(monkeypatch):
+    monkeypatch.setattr(rc, "REVIEW_SAMPLE", 8)
+    flagged = pair_of(99, chosen="good " * 9, signal="choice")
+    pairs = [pair_of(i, signal="choice") for i in range(40)]
+    for narrowest, extra in ((flagged, [flagged]), (pair_of(98), [pair_of(98), flagged])):
+        rows = queue_of(pairs + extra, 1).selected()
+        assert rows[0][2].chosen.text == narrowest.chosen.text
 
 
 def test_memory_does_not_grow_with_the_input(monkeypatch):
     monkeypatch.setattr(rc, "REVIEW_SAMPLE", 10)
     queue = queue_of([pair_of(i) for i in range(500)])
-    assert max(len(best.best) for best in (queue.drawn, queue.narrow, queue.flagged)) <= 20
+    assert max(len(queue.drawn), len(queue.doubtful)) <= 20
 
 
 def test_a_dropped_record_is_not_shown():
@@ -268,7 +267,7 @@ def test_the_same_verdict_does_not_flip_a_pair_back(tmp_path):
 def test_several_files_are_read_as_one(tmp_path):
     for name, choice in (("a", "chosen"), ("b", "rejected"), ("c", "rejected")):
         annotations(tmp_path, verdict_on(pair_of(1), choice, name), name=name)
-    people = rc.read_annotations([tmp_path / name for name in "abc"])
+    people = rc.Annotations([tmp_path / name for name in "abc"])
     assert people.decide(pair_of(1)).chosen.text == "poor 1"
 
 
@@ -282,21 +281,25 @@ def test_a_verdict_on_another_pair_is_reported_by_line(tmp_path):
 @pytest.mark.parametrize(
     "line, why",
     [
-        ("{broken", "not a JSON object"),
-        ("[1]", "not a JSON object"),
-        ("[" * 100_000, "not a JSON object"),
+        ("{broken", "no JSON object"),
+        ("[1]", "no JSON object"),
+        (
+            '{"pair_id": "0123456789abcdef", "choice": "tie", "queue": "random", "annotator": " "}',
+            'annotator " "',
+        ),
+        ("[" * 100_000, "no JSON object"),
         ('{"pair_id": "xyz"}', "pair_id"),
-        ('{"pair_id": "0123456789abcdef", "choice": "left"}', 'choice is "left"'),
-        ('{"pair_id": "0123456789abcdef", "choice": ["tie"]}', "choice is"),
-        ('{"pair_id": "0123456789abcdef", "choice": "tie", "queue": "x"}', 'queue is "x"'),
-        ('{"pair_id": "0123456789abcdef", "choice": "tie", "queue": "random"}', "no annotator"),
+        ('{"pair_id": "0123456789abcdef", "choice": "left"}', 'choice "left"'),
+        ('{"pair_id": "0123456789abcdef", "choice": ["tie"]}', 'choice ["tie"]'),
+        ('{"pair_id": "0123456789abcdef", "choice": "tie", "queue": "x"}', 'queue "x"'),
+        ('{"pair_id": "0123456789abcdef", "choice": "tie", "queue": "random"}', "annotator null"),
     ],
 )
 def test_a_broken_line_is_reported_and_not_used(tmp_path, line, why):
     people = annotations(tmp_path, verdict_on(pair_of(1), "chosen"), line)
     (problem,) = people.problems
-    assert problem.startswith(f"{tmp_path / 'a.jsonl'}:2: not used: ") and why in problem
-    assert len(people.opinions) == 1
+    assert problem.startswith(f"{tmp_path / 'a.jsonl'}:2: not used") and why in problem
+    assert len(people.said) == 1
 
 
 def test_a_verdict_given_twice_counts_once_and_a_contradiction_not_at_all(tmp_path):
@@ -311,7 +314,7 @@ def test_a_verdict_given_twice_counts_once_and_a_contradiction_not_at_all(tmp_pa
 
 def test_a_file_that_is_not_there_or_holds_no_verdict_is_a_user_error(tmp_path):
     with pytest.raises(rc.UserError, match="No such file"):
-        rc.read_annotations([tmp_path / "no.jsonl"])
+        rc.Annotations([tmp_path / "no.jsonl"])
     with pytest.raises(rc.UserError, match="no line"):
         annotations(tmp_path, '{"prompt": "p"}')
 
@@ -343,36 +346,36 @@ def test_hand_worked_rates(tmp_path):
     assert rows["label_error"]["value"] == pytest.approx(0.1) and low < 0.1 < high
     chance = 0.5 * 40 / 50  # people chose a side in 40 of 50 pairs, and half of those sides are A
     assert rows["human_kappa"]["value"] == pytest.approx((36 / 50 - chance) / (1 - chance))
-    assert "50 of 50 pairs: 36 confirmed, 4 flipped, 6 dropped as a tie, 4 as both bad" in lines[0]
+    assert "50 of 50 pairs: 36 confirmed, 4 flipped, 6 tie, 4 both bad, 0 annotators disagree" in lines[0]
 
 
-def test_who_always_says_a_agrees_by_chance_only():
-    said = [("chosen", "chosen"), ("chosen", "rejected")] * 50
-    value, (low, high), n = rc.kappa(said, 100)
+def test_who_always_says_a_agrees_with_the_labels_by_chance_only():
+    value, (low, high), n = rc.kappa(Counter(chosen=50, rejected=50))
     assert (value, n) == (0, 100) and low < 0 < high
 
 
-def test_kappa_is_cohens_where_sides_play_no_part():
-    both = [("tie", "tie")] * 20 + [("tie", "bad")] * 5 + [("bad", "tie")] * 10 + [("bad", "bad")] * 15
-    assert rc.kappa(both, 50)[0] == pytest.approx(0.4)  # the textbook's table: agreement .7, chance .5
+def test_kappa_is_cohens_of_the_sides_that_were_seen():
+    labels = ["A", "B"] * 50  # as the coin put chosen
+    people = labels[:70] + ["tie"] * 10 + ["A" if side == "B" else "B" for side in labels[80:]]
+    found = rc.kappa(Counter(chosen=70, tie=10, rejected=20))
+    assert found.value == pytest.approx(cohen_kappa_score(labels, people)) and found.n == 100
 
 
 def test_kappa_of_nothing_is_unknown():
-    assert rc.kappa([], 0) == (None, None, 0) and rc.kappa([("tie", "tie")], 1) == (None, None, 1)
+    assert rc.kappa(Counter()) == (None, None, 0) and rc.kappa(Counter(tie=1)).value == 0
 
 
 def test_annotators_are_compared_where_they_judged_the_same_pair(tmp_path):
     said = [(2.0, ("chosen", "chosen"))] * 30 + [(2.0, ("chosen", "rejected"))] * 10 + [(2.0, "chosen")] * 9
     rows, lines = reviewed(tmp_path, said)
     assert (rows["annotator_agreement"]["value"], rows["annotator_agreement"]["n"]) == (0.75, 40)
-    assert rows["annotator_kappa"]["value"] == pytest.approx(0.5)
-    assert "10 because annotators disagree" in lines[0]
+    assert "10 annotators disagree" in lines[0]
 
 
 def test_under_thirty_verdicts_there_is_no_verdict_and_no_advice(tmp_path):
     rows, lines = reviewed(tmp_path, [(2.0, "rejected")] * 29)
     assert {row["verdict"] for row in rows.values()} == {"not enough data"}
-    assert lines[1].startswith("Not enough data") and "29 random pairs" in lines[1]
+    assert lines[1].startswith("No --min-score-gap") and "29 random pairs" in lines[1]
 
 
 def test_an_alarm_needs_the_whole_interval(tmp_path):
@@ -392,7 +395,7 @@ def test_doubtful_pairs_count_for_agreement_but_estimate_nothing(tmp_path):
 def test_precision_is_told_by_gap(tmp_path):
     said = [(1.0, "rejected"), (1.0, "chosen")] * 20 + [(4.0, "chosen")] * 60
     numbers = reviewed(tmp_path, said)[0]
-    assert numbers["precision_by_gap"]["label"] == "right labels, gap 4 and more"
+    assert numbers["precision_by_gap"]["label"] == "right labels from gap 4 up"
     assert (numbers["precision_by_gap"]["value"], numbers["precision_by_gap"]["n"]) == (1.0, 60)
 
 
@@ -401,13 +404,13 @@ def test_the_smallest_gap_to_trust_and_its_yield(tmp_path):
     rows, lines = reviewed(tmp_path, said)
     assert (rows["gap_to_trust"]["value"], rows["gap_to_trust"]["n"]) == (2.5, 60)
     assert rows["gap_to_trust"]["interval"] == (2.5, None)  # 60 of 60 leave room for 94 %
-    assert rows["gap_yield"]["value"] == 0.6
+    assert rows["gap_to_trust"]["yield"] == 0.6
     assert lines[1].startswith("--min-score-gap 2.5 is the smallest") and "keeps 60%" in lines[1]
 
 
 def test_no_gap_is_advised_where_none_is_good_enough(tmp_path):
     _, lines = reviewed(tmp_path, [(1.0, "chosen"), (1.0, "rejected")] * 20)
-    assert lines[1].startswith("No --min-score-gap makes 95%")
+    assert lines[1].startswith("No --min-score-gap leaves")
 
 
 def test_the_true_gap_lies_in_the_interval_for_simulated_annotators():
@@ -420,7 +423,8 @@ def test_the_true_gap_lies_in_the_interval_for_simulated_annotators():
     draw, inside, errors = random.Random(5), 0, []
     for _ in range(200):
         gaps = [draw.randrange(61) / 10 for _ in range(300)]
-        best, (low, high), _ = rc.trusted_gap([(g, draw.random() > 0.5 * 2.718**-g) for g in gaps])
+        rows, _ = rc.gap_advice([(g, draw.random() > 0.5 * 2.718**-g) for g in gaps], gaps)
+        best, (low, high) = rows[-1]["value"], rows[-1]["interval"]
         inside += low <= true and (high is None or true <= high)
         errors.append(best - true)
     assert inside >= 180 and abs(statistics.median(errors)) <= 0.3
@@ -457,15 +461,14 @@ class Reviewer:
     def __init__(self, driver, path, name="ann"):
         self.driver = driver
         driver.get(Path(path).as_uri())
-        if name:
-            field = driver.find_element(By.ID, "name")
-            field.clear()
-            field.send_keys(name, Keys.ENTER)
-            self.wait()
+        self.start(name)
 
-    def wait(self):
-        """Until the dialog is closed and a pair is shown."""
-        WebDriverWait(self.driver, 10, 0.02).until(lambda _: self.text("status"))
+    def start(self, name):
+        """Give a name once the page asks for it; or only wait for that."""
+        WebDriverWait(self.driver, 10, 0.02).until(lambda _: self.field("start").get_attribute("open"))
+        if name:
+            self.field("name").clear()
+            self.field("name").send_keys(name, Keys.ENTER)
 
     def text(self, name):
         return self.driver.execute_script(
@@ -519,7 +522,6 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
         person = Reviewer(driver, page, name="")
         assert person.field("name").get_attribute("value") == "ann"
         person.field("name").send_keys(Keys.ENTER)
-        person.wait()
         assert person.text("status") == "10 judged by ann" and person.place == 11
         person.press("n")
         driver.switch_to.active_element.send_keys("at a glance: 好", Keys.ENTER)
@@ -535,7 +537,7 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
     assert [row["queue"] for row in rows] == ["in doubt"] * 10 + ["random"] * 10
     assert all(row["seconds"] >= 0 and row["annotator"] == "ann" for row in rows)
 
-    people, outcome = rc.read_annotations([file]), {}
+    people, outcome = rc.Annotations([file]), {}
     for i, pair in enumerate([*pairs, pair_of(77)]):
         try:
             decided = people.decide(pair)
@@ -544,7 +546,7 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
             outcome[i] = error.reason
     expected = {i: plan.get(i, "good") for i in range(20)} | {13: "both bad", 20: None}
     assert outcome == expected and people.unused() == people.problems == []
-    assert "20 of 21 pairs: 15 confirmed, 3 flipped, 1 dropped as a tie, 1 as" in people.numbers()["lines"][0]
+    assert "20 of 21 pairs: 15 confirmed, 3 flipped, 1 tie, 1 both bad" in people.numbers()["lines"][0]
 
 
 @needs_chromium
@@ -597,6 +599,51 @@ def test_each_annotator_has_verdicts_of_their_own(driver, twenty):
 
 
 @needs_chromium
+def test_every_verdict_survives_the_page_being_loaded_again_at_once_in_its_tab(driver, twenty):
+    person = Reviewer(driver, twenty[1], "reloader")
+    for number in range(1, 11):
+        person.press("a")
+        driver.refresh()
+        person.start("reloader")
+        assert person.text("status") == f"{number} judged by reloader"
+
+
+@contextlib.contextmanager
+def broken(driver, code):
+    """Pages that are opened in here run `code` first."""
+    added = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": code})
+    yield
+    driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+@needs_chromium
+def test_what_is_pressed_before_the_saved_verdicts_are_there_judges_nothing(driver, twenty):
+    person = Reviewer(driver, twenty[1], "hasty")
+    person.press("a")
+    with broken(driver, "IDBFactory.prototype.open = () => ({})"):  # never answers
+        driver.refresh()
+        person.press("a", "b", "t")
+        driver.find_element(By.CSS_SELECTOR, "[data-do=a]").click()
+        assert person.text("a") == person.text("status") == ""
+    assert Reviewer(driver, twenty[1], "hasty").text("status") == "1 judged by hasty"
+
+
+@needs_chromium
+def test_the_page_speaks_the_language_of_the_browser(driver, twenty):
+    agent = {"userAgent": driver.execute_script("return navigator.userAgent"), "acceptLanguage": "zh-CN"}
+    driver.execute_cdp_cmd("Emulation.setUserAgentOverride", agent)
+    try:
+        person = Reviewer(driver, twenty[1], "小明")
+        person.press("t")
+        assert person.text("status") == "小明 已评 1 对" and driver.title == "哪个回答更好？"
+        marked = "document.querySelectorAll('[data-zh]')"
+        left = f"[...{marked}].filter(e => !(e.ariaLabel ?? e.textContent).includes(e.dataset.zh))"
+        assert driver.execute_script(f"return {left}.map(e => e.outerHTML)") == []
+    finally:
+        driver.execute_cdp_cmd("Emulation.setUserAgentOverride", agent | {"acceptLanguage": "en-US"})
+
+
+@needs_chromium
 def test_nobody_starts_without_a_name(driver, twenty):
     person = Reviewer(driver, twenty[1], name="")
     person.field("name").clear()
@@ -606,16 +653,18 @@ def test_nobody_starts_without_a_name(driver, twenty):
 
 
 @needs_chromium
-def test_a_browser_that_refuses_to_save_says_so_and_still_downloads(driver, twenty, tmp_path):
-    code = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }"
-    added = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": code})
-    try:
+@pytest.mark.parametrize("refuses", ["IDBFactory.prototype.open", "IDBObjectStore.prototype.put"])
+def test_a_browser_that_refuses_to_save_says_so_and_still_downloads(driver, twenty, tmp_path, refuses):
+    folder = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    driver.execute_cdp_cmd("Browser.setDownloadBehavior", folder)
+    with broken(driver, f"{refuses} = () => {{ throw new DOMException('full', 'QuotaExceededError'); }}"):
         person = Reviewer(driver, twenty[1], "nomad")
-        assert "saves nothing" in person.text("problem")
-        person.press("a")
-        assert person.text("status") == "1 judged by nomad"
-    finally:
-        driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+    person.press("a", "b", "u", "d")
+    assert "saves nothing" in person.text("problem")
+    assert person.text("status") == "1 judged by nomad"
+    file = tmp_path / "annotations-nomad.jsonl"
+    WebDriverWait(driver, 10).until(lambda _: file.exists())
+    assert len(file.read_text("utf-8").splitlines()) == 1
 
 
 @needs_chromium
@@ -710,10 +759,9 @@ def test_colours_contrast_by_day_and_by_night():
         linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    themes = re.findall(r":root \{(.*?)\}", rc.REVIEW_PAGE, re.S)
-    assert len(themes) == 2
-    for theme in themes:
-        colours = dict(re.findall(r"--(\w+): (#\w+)", theme))
+    pairs = re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", rc.REVIEW_PAGE)
+    for theme in (1, 2):
+        colours = {row[0]: row[theme] for row in pairs}
         for front, back, least in [
             *[(front, back, 4.5) for front in ("ink", "soft", "alarm") for back in ("back", "card")],
             ("on", "mark", 4.5),

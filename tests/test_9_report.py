@@ -6,7 +6,6 @@ import math
 import random
 import re
 import statistics
-from collections import Counter
 
 import pytest
 
@@ -101,15 +100,7 @@ def test_clean_data_raises_no_alarm(write):
     numbers = report(outcomes(write))
     assert alarms(numbers) == set()
     said = {row["metric"] for row in numbers["metrics"] if row["verdict"] == "ok"}
-    assert {
-        "longer",
-        "flips",
-        "first_slot",
-        "slot_effect",
-        "words",
-        "identity",
-        "compression_prompts",
-    } <= said
+    assert {"longer", "flips", "first_slot", "words", "identity", "compression_prompts"} <= said
 
 
 def test_always_longer_chosen_is_critical(write):
@@ -147,19 +138,19 @@ def test_one_model_always_chosen_is_critical(write):
     assert {row["model"]: row["value"] for row in numbers["models"]} == {"qwen-max": 1.0, "qwen-flash": 0.0}
 
 
-def test_a_judge_with_a_first_slot_bonus_is_critical(write):
+def test_a_judge_with_a_first_slot_bonus_is_found(write):
     def bonus(rng, quality, place):
         return judge(rng, quality + (2 if place == 0 else 0), place)
 
     found = alarms(report(outcomes(write, judge=bonus)))
-    assert {"slot_effect"} <= found and "words" not in found
+    assert "first_slot" in found and "words" not in found
 
 
-def test_a_first_slot_bonus_beyond_all_quality_shows_in_wins_too(write):
+def test_a_first_slot_bonus_beyond_all_quality_is_critical(write):
     def bonus(rng, quality, place):
         return 9.0 - 2 * place
 
-    assert {"slot_effect", "first_slot", "flips"} <= alarms(report(outcomes(write, judge=bonus)), "critical")
+    assert {"first_slot", "flips"} <= alarms(report(outcomes(write, judge=bonus)), "critical")
 
 
 def test_a_judge_that_flips_is_critical_though_its_records_are_dropped(write):
@@ -197,7 +188,6 @@ def test_nearly_the_same_prompts_warn(write):
 def test_the_judges_own_family_is_named(write):
     numbers = report(outcomes(write), {"judges": ["openai:Qwen/Qwen3-32B@http://h/v1"]})
     assert any("qwen-max" in note for note in numbers["notes"])
-    assert metric(numbers, "own_family")["n"] > 30
 
 
 def test_labels_of_one_word_are_no_template(write):
@@ -243,24 +233,21 @@ def test_rank_correlation_is_scipys_with_ties():
     value, (low, high), n = rc.spearman(xs, ys)
     assert value == pytest.approx(stats.spearmanr(xs, ys).statistic) and n == 200
     assert low < value < high and high - low < 0.3
-    assert rc.ranks([30, 10, 20, 20]) == [4, 1, 2.5, 2.5]
 
 
-def test_mean_and_its_interval_by_hand():
-    value, (low, high), n = rc.mean(Counter({1: 2, 3: 2}))  # sd 1.1547, standard error .57735
-    assert (value, n) == (2, 4) and (low, high) == pytest.approx(
-        (2 - 1.96 * 0.57735, 2 + 1.96 * 0.57735), abs=1e-4
-    )
+def test_median_and_its_interval_by_hand():
+    # n = 100: ranks 50 +- 1.96 * 5, so the values with 40 and 60 below them
+    assert rc.median(list(range(100))) == (49.5, (40, 60), 100)
+    assert rc.median([7]) == (7, (7, 7), 1) and rc.median([]) == (None, None, 0)
 
 
 def test_distinct_n_by_hand():
-    texts = [["a", "b", "a", "b"], ["a", "b"]]
-    assert rc.distinct(texts, 1)[::2] == (2 / 6, 6)
-    assert rc.distinct(texts, 2)[::2] == (2 / 4, 4)  # ab ba ab, ab: no pair spans two texts
+    assert rc.distinct(["a b a b", "a b"], 1)[::2] == (2 / 6, 6)
+    assert rc.distinct(["a b a b", "a b"], 2)[::2] == (2 / 4, 4)  # ab ba ab, ab: no pair spans two texts
 
 
 def test_distinct_n_is_taken_of_a_fixed_amount_of_text():
-    assert rc.distinct([[str(i % 50_000) for i in range(100_000)]], 1)[::2] == (1.0, rc.DIVERSITY_TOKENS)
+    assert rc.distinct([" ".join(map(str, range(50_000)))], 1)[::2] == (1.0, rc.DIVERSITY_TOKENS)
 
 
 def test_compression_ratio_is_zlibs():
@@ -268,8 +255,9 @@ def test_compression_ratio_is_zlibs():
 
 
 def test_self_repetition_counts_runs_of_10_words_in_4_texts():
-    stock = [f"w{i}" for i in range(10)]
-    texts = [[*stock, f"own{i}"] for i in range(4)] + [[f"{i} {j}" for j in range(12)] for i in range(6)]
+    stock = " ".join(f"w{i}" for i in range(10))
+    texts = [f"{stock} own{i}" for i in range(4)]
+    texts += [" ".join(f"w{i}x{j}" for j in range(12)) for i in range(6)]
     assert rc.self_repetition(texts).value == 0.4
     assert rc.self_repetition(texts[1:]).value == 0.0
 
@@ -278,18 +266,13 @@ def test_near_duplicates_are_those_of_the_exact_jaccard_similarity():
     rng = random.Random(3)
     texts = [" ".join(rng.choices(ENGLISH, k=40)) for _ in range(60)]
     texts += [text + " more" for text in texts[:15]]
-    shingles = [rc.shingles(text) for text in texts]
-    exact = sum(
-        any(len(a & b) / len(a | b) >= rc.NEAR_DUPLICATE for b in shingles[:i])
-        for i, a in enumerate(shingles)
-    )
-    assert exact == 15 and rc.near_duplicates(texts).value * len(texts) == pytest.approx(exact, abs=1)
+    assert rc.near_duplicates(texts[:60]).value == 0.0
+    assert rc.near_duplicates(texts).value * len(texts) == pytest.approx(15, abs=1)
 
 
 def test_the_bag_of_words_weighs_by_smoothed_log_odds():
     sides = [(0, ("good",), ("bad",))] * 6 + [(0, ("bad",), ("good",))] + [(0, ("rare",), ())] * 4
-    weights = rc.log_odds(*rc.tally(sides))
-    assert weights == {"good": math.log(7 / 2), "bad": math.log(2 / 7)}
+    assert rc.log_odds(sides) == {"good": (math.log(7 / 2), 6, 1), "bad": (math.log(2 / 7), 1, 6)}
 
 
 def test_held_out_guessing_agrees_with_naive_bayes_on_one_sided_words():
@@ -320,17 +303,11 @@ def test_held_out_guessing_finds_nothing_in_noise():
 
 
 def test_formats_are_seen_outside_of_code_only():
-    assert rc.formats("# A\n- b\n**c** 😀 [d](e) | f!") == {
-        "headers",
-        "lists",
-        "bold",
-        "emoji",
-        "links",
-        "exclamations",
-    }
-    assert rc.formats("```\n# comment\n- x **y**\n```") == {"code"}
-    assert rc.formats("1、甲\n| a | b |\n") == {"lists", "tables"}
-    assert rc.formats("2 * 3 * 4 - 1 #tag __init__") == {"bold"}
+    formats = lambda text: rc.MARKS["format"](text, "")
+    assert formats("# A\n- b\n**c** 😀") == {"headers", "lists", "bold", "emoji"}
+    assert formats("```\n# comment\n- x **y**\n```") == {"code"}
+    assert formats("1、甲\n| a | b |\n") == {"lists", "tables"}
+    assert formats("2 * 3 * 4 - 1 #tag __init__") == {"bold"}
 
 
 @pytest.mark.parametrize(
@@ -351,7 +328,7 @@ def test_families_go_by_the_name_of_the_model(model, family):
 
 
 def test_a_verdict_hangs_on_the_bound_of_the_interval():
-    row = next(m for m in rc.METRICS if m.key == "longer")
+    row = next(row for row in rc.METRICS if row[0] == "longer")
     assert rc.judged(row, rc.share(65, 100))["verdict"] == "ok"  # 55 % to 74 %
     assert rc.judged(row, rc.share(650, 1000))["verdict"] == "warn"  # 62 % to 68 %
     assert rc.judged(row, rc.share(800, 1000))["verdict"] == "critical"
@@ -360,7 +337,8 @@ def test_a_verdict_hangs_on_the_bound_of_the_interval():
 
 
 def test_every_advice_names_a_flag_and_every_topic_is_used():
-    assert {m.topic for m in rc.METRICS} == set(rc.ADVICE)
+    rows = rc.METRICS + rc.HUMAN
+    assert {topic for _, _, _, limits, topic, _, _ in rows if limits != rc.FREE} == set(rc.ADVICE)
     assert all(re.search(r"--[a-z-]+\b", text) for text in rc.ADVICE.values())
 
 
@@ -374,14 +352,15 @@ def test_funnel_adds_up_and_counts_reasons_by_their_head():
     numbers = report([fate(record, [pair])] + [fate(record, stage=s, reason=r) for s, r in drops])
     assert numbers["records"] == numbers["kept"] + sum(row["records"] for row in numbers["dropped"]) == 4
     assert numbers["dropped"][0] == {"stage": "judge", "reason": "orders disagree", "records": 2}
-    assert list(numbers["charts"][0]["series"][""]) == ["read", "after judge", "after filter"]
+    left = {name: n for name, (n, _, _) in numbers["charts"][0]["series"]["left"].items()}
+    assert left == {"read": 4, "judge: orders disagree": 2, "filter: identical": 1}
 
 
 def test_length_curve_by_hand():
     record = rc.Record([{"role": "user", "content": "q"}])
     sizes = [(100, 105), (105, 100), (130, 100), (100, 300), (50, 50)]
     pairs = [rc.Pair(record, rc.Answer("x" * c), rc.Answer("y" * r)) for c, r in sizes]
-    curve = report([fate(record, [pair]) for pair in pairs])["charts"][2]["series"][""]
+    curve = report([fate(record, [pair]) for pair in pairs])["charts"][4]["series"][""]
     assert {name: (value, n) for name, (value, _, n) in curve.items()} == {
         "up to 1.1×": (0.5, 2),
         "up to 1.25×": (None, 0),
@@ -397,8 +376,7 @@ def test_flips_and_slots_by_hand_with_two_judges_of_two_orders():
     b = rc.Answer("b", votes=(5, 6, 5, 5), slots=(1, 0, 1, 0))
     made.add(fate(record, answers=[a, b], stage="judge", reason="orders disagree"))
     assert made.counts["flips"] == {True: 1, False: 1}
-    assert made.counts["first"] == {True: 3, False: 1}
-    assert made.counts["gain"] == {4: 1, 1: 2, 0: 1}
+    assert made.counts["place", 0] == {True: 3, False: 1} and made.counts["place", 1] == {True: 1, False: 3}
 
 
 @pytest.mark.parametrize("slots", [(), (0,)])
@@ -406,30 +384,27 @@ def test_votes_without_places_count_in_no_position_metric(slots):
     made, record = rc.Report(0), rc.Record([{"role": "user", "content": "q"}])
     answers = [rc.Answer("a", votes=(8, 4), slots=slots), rc.Answer("b", votes=(5, 6), slots=slots)]
     made.add(fate(record, answers=answers, stage="judge", reason="x"))
-    assert not made.counts["flips"] and not made.counts["first"]
+    assert not made.counts["flips"] and not made.counts["place", 0]
 
 
 def test_one_order_gives_no_flips():
     made, record = rc.Report(0, orders=1), rc.Record([{"role": "user", "content": "q"}])
     answers = [rc.Answer("a", votes=(8, 9), slots=(0, 1)), rc.Answer("b", votes=(5, 6), slots=(1, 0))]
     made.add(fate(record, answers=answers, stage="judge", reason="x"))
-    assert not made.counts["flips"] and made.counts["first"].total() == 2
+    assert not made.counts["flips"] and made.counts["place", 0].total() == 2
 
 
-def test_the_sample_is_bounded_in_pairs_and_characters_seeded_and_even(monkeypatch):
-    space = rc.Report._add_pair.__globals__
-    monkeypatch.setitem(space, "REPORT_SAMPLE", 300)
-    monkeypatch.setitem(space, "SAMPLE_CHARACTERS", 20_000)
+def test_the_sample_is_bounded_seeded_and_even(monkeypatch):
+    monkeypatch.setattr(rc, "REPORT_SAMPLE", 200)
     drawn = []
     for _ in range(2):
         made = rc.Report(3)
         for i in range(4000):
             record = rc.Record([{"role": "user", "content": str(i)}])
-            made.add(fate(record, [rc.Pair(record, rc.Answer("x" * 50), rc.Answer("y" * 46))]))
-        drawn.append(sorted(int(row.prompts) for *_, row in made.sample))
-    assert drawn[0] == drawn[1] and 190 <= len(drawn[0]) <= 200
-    assert made.characters == sum(len(r.prompts) + len(r.chosen) + len(r.rejected) for *_, r in made.sample)
-    assert 1600 < statistics.fmean(drawn[0]) < 2400
+            made.add(fate(record, [rc.Pair(record, rc.Answer("x" * 50_000), rc.Answer("y" * 46))]))
+        drawn.append([int(row["prompts"]) for row in made.rows])
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 200 and 1600 < statistics.fmean(drawn[0]) < 2400
+    assert {len(row["chosen"]) for row in made.rows} == {rc.SAMPLE_TEXT}
 
 
 def test_a_gap_that_a_person_overruled_is_no_gap():
@@ -452,19 +427,30 @@ def test_two_runs_give_the_same_numbers(write):
 
 
 def test_histogram_shares_by_hand():
-    found = rc.histogram("t", "n", {"": [1, 1.5, 2, 9]}, [1, 2, 3])["series"][""]
-    assert {name: value for name, (value, _, _) in found.items()} == {
-        "1 to 2": 0.5,
-        "2 to 3": 0.25,
-        "from 3": 0.25,
+    found = rc.histogram({"a": [1, 1.5, 2, 9], "b": [4]})
+    assert {name: value for name, (value, _, _) in found["a"].items() if value} == {
+        "1": 0.5,
+        "2": 0.25,
+        "9": 0.25,
     }
-    assert rc.histogram("t", "n", {"": [1, 1]}, [0, 1])["series"] == {"": {}}
+    assert (
+        list(found["a"]) == list(found["b"]) == [str(i) for i in range(1, 10)]
+        and found["b"]["4"].value == 1.0
+    )
 
 
-def test_edges_are_round_and_few():
-    assert rc.even_edges([1, 10]) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
-    for low, high in ((-3.2, 4.1), (0.001, 0.002), (5, 5), (-900, 12_000)):
-        assert 2 <= len(rc.even_edges([low, high, high])) <= 12
+@pytest.mark.parametrize("low, high", [(-3.2, 4.1), (0.001, 0.002), (5, 5), (-900, 12_000), (-1e12, 1e12)])
+def test_steps_of_a_histogram_are_few(low, high):
+    assert 1 <= len(rc.histogram({"": [low, high, high]})[""]) <= 12
+
+
+def test_absurd_scores_leave_the_report_whole():
+    record = rc.Record([{"role": "user", "content": "q"}])
+    pairs = [
+        rc.Pair(record, rc.Answer("a", score=1e308), rc.Answer("b" * i, score=-1e308)) for i in range(1, 50)
+    ]
+    numbers = report([fate(record, [pair]) for pair in pairs])
+    assert "</html>" in rc.report_html(json.loads(json.dumps(numbers, allow_nan=False)))
 
 
 def test_costs_are_summed_and_shared_among_the_pairs():
@@ -501,9 +487,9 @@ def awful(rng, i, chosen, rejected):
 def test_terminal_lines_are_few_short_and_begin_with_the_warnings(write):
     numbers = report(outcomes(write, change=awful, prompt=lambda rng, i: "one prompt"))
     lines = rc.report_lines(numbers)
-    assert len(numbers["warnings"]) > 5 and lines[0].startswith("CRITICAL ")
+    assert len(numbers["warnings"]) > 4 and lines[0].startswith("CRITICAL ")
     assert len(lines) <= 25 and max(map(len, lines)) <= 110
-    assert rc.report_lines(report(outcomes(write)))[0].startswith("No warnings.")
+    assert rc.report_lines(report(outcomes(write)))[0] == "No warnings."
 
 
 def test_warnings_have_stable_keys(write):
@@ -511,13 +497,18 @@ def test_warnings_have_stable_keys(write):
     assert all(
         {"metric", "level", "value", "interval", "n", "advice"} <= set(row) for row in numbers["warnings"]
     )
-    assert [m["metric"] for m in numbers["metrics"]] == [m.key for m in rc.METRICS]
+    assert [m["metric"] for m in numbers["metrics"]] == [row[0] for row in rc.METRICS]
 
 
 def test_every_chart_says_its_values_as_text(write):
     page = rc.report_html(report(outcomes(write)))
-    assert page.count('role="img"') == page.count("<desc>") == page.count("<figure>") >= 6
-    assert "read: 400" in page
+    bars = re.findall(r'<td><svg [^>]*aria-hidden="true">.*?</svg></td><td>(.*?)</td>', page)
+    assert (
+        page.count("<figure>") == 6
+        and len(bars) == page.count("<svg ") > 20
+        and bars[0] == "400"
+        and all(bars)
+    )
 
 
 HOSTILE = [
