@@ -50,6 +50,7 @@ import filecmp
 import functools
 import gzip
 import hashlib
+import heapq
 import html
 import importlib.util
 import inspect

@@ -490,20 +490,38 @@ def test_replies_are_kept_as_text_and_nothing_else(rlhf, tmp_path):
     assert len(kept) == 4 and sum("scores" in json.loads(text) for (text,) in kept if text[0] == "{") == 2
 
 
-def test_the_first_throttle_is_measured_over_the_first_second():
+async def turns(lane, count):
+    """The times at which so many calls may start, without waiting for them."""
+
+    async def pause(seconds):
+        pass
+
+    return [await lane.turn(pause) for _ in range(count)]
+
+
+def test_the_first_guess_of_a_rate_is_what_came_through_the_first_burst():
     lane = rc.Lane(rc.Model("openai", "m"), None)
-    for _ in range(64):
-        lane.wait()
-    for _ in range(14):
-        lane.refused()
-    assert lane.rate == pytest.approx(1.05 * 50, rel=0.01)
+    starts = asyncio.run(turns(lane, 64))
+    for start in starts[:14]:
+        lane.refused(start)
+    assert lane.rate == pytest.approx(50, rel=0.01)
 
 
 def test_a_throttle_on_the_very_first_call_does_not_put_the_run_to_sleep():
     lane = rc.Lane(rc.Model("openai", "m"), None)
-    lane.wait()
-    lane.refused()
-    assert lane.rate == 1.0
+    [start] = asyncio.run(turns(lane, 1))
+    lane.refused(start)
+    assert lane.rate == 0.5
+
+
+@pytest.mark.parametrize(
+    "starts, refusals, rate", [(50, 0, 52.5), (50, 5, 47.5), (50, 40, 40), (20, 0, 50), (50, 1, 52.5)]
+)
+def test_a_rate_follows_what_came_through_in_small_steps(starts, refusals, rate):
+    lane = rc.Lane(rc.Model("openai", "m"), None)
+    lane.rate, lane.starts, lane.refusals = 50.0, starts, refusals
+    lane.steer(lane.since + 1)
+    assert lane.rate == pytest.approx(rate) and lane.starts == 0
 
 
 def test_an_answer_all_spent_on_thinking_is_called_truncated(rlhf):
