@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["openai[aiohttp]>=1.92", "dashscope>=1.25.21", "tqdm"]
+# dependencies = ["openai[aiohttp]>=1.92", "dashscope>=1.25.21", "tqdm>=4.60"]
 # ///
 """Build RLHF preference data: prompts in, JSONL rows of prompt, chosen, rejected (and their scores) out.
 
