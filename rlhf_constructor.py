@@ -1282,10 +1282,8 @@ class ApiError(Exception):
 
     def __init__(self, status: int, code, message, retry_after: str | None = None):
         super().__init__(message)
-        self.status, self.code, self.message = (
-            status,
-            *(redacted(scrub(str(x or ""))) for x in (code, message)),
-        )
+        self.status = status
+        self.code, self.message = (redacted(scrub(str(said or ""))) for said in (code, message))
         seconds = number(retry_after)  # an HTTP date reads as nothing, and the pacing alone decides
         self.retry_after = min(60.0, max(0.0, seconds or 0.0))
 
@@ -1509,12 +1507,8 @@ class Lane:
         self.model, self.provider = model, provider
         self.door, self.opened, self.proven = asyncio.Lock(), False, False
         self.fixes, self.streak, self.patient_since = [], ("", 0), 0.0
-        self.gate, self.rate, self.growth = (
-            asyncio.Lock(),
-            0.0,
-            1.05,
-        )  # rate: calls a second, 0 = no limit known
-        self.next_start = self.cut = 0.0
+        self.gate, self.next_start, self.cut = asyncio.Lock(), 0.0, 0.0
+        self.rate, self.growth = 0.0, 1.05  # calls a second, 0 = no limit known; how it grows
         self.begin(time.monotonic())
 
     def begin(self, now: float):
@@ -1585,10 +1579,6 @@ class Lane:
             note(f"{self.model.name}: {fix[1]} (as the server asks)")
         return True
 
-    def batch_client(self):
-        """An OpenAI client for the provider's batch engine."""
-        return self.provider.batch_client()
-
     def wire(self, options: dict, fixes: list) -> dict:
         """Options as they are sent: the provider's defaults, ours, and what was learned."""
         wire = {**self.provider.defaults, **options}
@@ -1617,9 +1607,8 @@ class Cache:
             self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
             self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
         except sqlite3.DatabaseError as error:
-            raise UserError(
-                f"{path}: is no cache of this version ({error}); name another --cache-path"
-            ) from None
+            hint = "name another --cache-path"
+            raise UserError(f"{path}: is no cache of this version ({error}); {hint}") from None
 
     def do(self, sql: str, *values) -> list[tuple]:
         """One statement, committed -> its rows; raises Stop where the file cannot be read or written."""
@@ -1685,7 +1674,7 @@ class Models:
 
     def __init__(self, args, cache: Cache, dry: bool = False, batches=None, spent: float = 0.0):
         self.args, self.cache, self.dry, self.batches = args, cache, dry, batches
-        self.lanes, self.usage = {}, defaultdict(Usage)
+        self.lanes, self.providers, self.usage = {}, {}, defaultdict(Usage)
         self.stop, self.stopping = None, asyncio.Event()
         self.in_flight, self.first_prompts = 0, []
         self.spent, self.reserved = spent, 0.0  # money: paid for replies, expected of the calls in flight
@@ -1747,10 +1736,16 @@ class Models:
         rate = BATCH_RATE if self.args.batch else 1.0
         return Reply(f"<answer {named}>", "stop", *self.expected(model, messages, role), rate, pending=True)
 
-    def cost(self, model: Model, messages: list, role: str) -> float:
-        """Money to expect of an online call; 0 where no --max-cost asks."""
-        asked = self.args.max_cost is not None and model.is_paid
-        return self.price(model, *self.expected(model, messages, role)) if asked else 0.0
+    def cost(self, model: Model, messages: list, options: dict, role: str) -> float:
+        """Money that an online call may cost, 0 where no --max-cost asks.
+
+        A reply is taken to be as long as it may be; once 20 are known, 1.5 times as long as the longest."""
+        if self.args.max_cost is None:
+            return 0.0
+        tokens_in, longest = self.expected(model, messages, role)
+        most, usage = options.get("max_tokens", longest), self.usage[model, role]
+        known = usage.calls + usage.cached >= 20
+        return self.price(model, tokens_in, min(most, 1.5 * longest) if known else most)
 
     def affords(self, money: float) -> bool:
         """False if --max-cost might be passed."""
@@ -1761,18 +1756,18 @@ class Models:
         """Set money aside for a call; raises Stop where there is not enough left."""
         if not self.affords(money):
             spent = f"{self.spent:.4g} of --max-cost {self.args.max_cost:g} are spent"
-            raise self.halt(f"{spent}, and the next call might pass it: raise it and run the same command")
+            raise self.halt(
+                f"{spent}, another call might pass it: raise it (or lower --max-tokens), run again"
+            )
         self.reserved += money
 
     def lane(self, model: Model) -> Lane:
         """The model's lane, opened on first use; the SDK is imported here."""
         if model not in self.lanes:
-            same = (lane.provider for other, lane in self.lanes.items()
-                    if (other.provider, other.url) == (model.provider, model.url))  # fmt: skip
-            provider = next(same, None) or PROVIDERS[model.provider](
-                model.url, key_of(model), self.args.timeout
-            )
-            self.lanes[model] = Lane(model, provider)
+            door = model.provider, model.url, key_of(model)
+            if door not in self.providers:
+                self.providers[door] = PROVIDERS[model.provider](*door[1:], self.args.timeout)
+            self.lanes[model] = Lane(model, self.providers[door])
         return self.lanes[model]
 
     async def fetch(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
@@ -1812,7 +1807,7 @@ class Models:
 
     async def call(self, lane: Lane, fixes: list, messages: list, options: dict, hints: dict) -> Reply:
         """One call as it goes over the wire; whatever goes wrong comes out as ApiError."""
-        money = self.cost(lane.model, messages, hints["role"])
+        money = self.cost(lane.model, messages, options, hints["role"])
         while self.in_flight and not self.affords(money):  # what is in flight may cost less than expected
             await self.pause(0.05)
         self.reserve(money)
@@ -1829,17 +1824,14 @@ class Models:
     def ruling(self, lane: Lane, error: ApiError, start: float = 0.0) -> str:
         """ApiError -> "wait", "retry" or "record"; raises Stop where no further call can succeed."""
         name, subject = lane.model.name, f"{error.status} {error.code}"
-        kind, advice = next(
-            (kind, advice) for pattern, kind, advice in VERDICTS if re.search(pattern, subject)
-        )
+        _, kind, advice = next(row for row in VERDICTS if re.search(row[0], subject))
         if kind == "stop" or (kind == "stop unless proven" and not lane.proven):
             served = " or ".join(DEFAULT_MODELS.get(lane.model.provider, ["one that the server lists"]))
             advice = fill(advice, key=lane.provider.key or "the key", served=served)
             raise self.halt(f"{name}: {advice} ({error})")
         if kind == "wait" and lane.refused(start) > PATIENCE:
-            raise self.halt(
-                f"{name}: nothing but 429 for {PATIENCE // 60} minutes; run the same command later"
-            )
+            waited = f"nothing but 429 for {PATIENCE // 60} minutes"
+            raise self.halt(f"{name}: {waited}; run the same command later")
         return "record" if kind == "stop unless proven" else kind
 
     def give_up(self, lane: Lane, error: ApiError, kind: str) -> Exception:
@@ -1881,7 +1873,7 @@ class Models:
 
     async def close(self):
         """Close every client once."""
-        for provider in {id(lane.provider): lane.provider for lane in self.lanes.values()}.values():
+        for provider in self.providers.values():
             await provider.close()
 
 
@@ -1949,12 +1941,13 @@ class Run:
         self.reads_answers, self.excluded = getattr(self.method, "reads_answers", False), set()
         self.orders, self.length_penalty = args.judge_orders, args.length_penalty
         self.min_chosen_score, self.flips = args.min_chosen_score, args.when_low_wins == "flip"
-        self.rubric = args.rubric or RUBRIC
+        self.rubric, rules = args.rubric or RUBRIC, defaultdict(list)
+        for name, rule in FILTERS.items():
+            rules[rule.on] += [] if name in args.skip_filter else [rule]
+        self.rules = rules  # of answers and of pairs, less --skip-filter
         high, low = DEFAULT_MODELS[args.provider]
-        self.high, self.low = (
-            parse_model(args.high_model or high, args),
-            parse_model(args.low_model or low, args),
-        )
+        self.high = parse_model(args.high_model or high, args)
+        self.low = parse_model(args.low_model or low, args)
         pool = [parse_model(spec, args) for spec in args.candidate_models or []] or [self.high, self.low]
         self.candidates = [(pool[i % len(pool)], i // len(pool)) for i in range(args.num_candidates)]
         self.judges = self.choose_judges()
@@ -2049,9 +2042,10 @@ class Run:
 
     def complaint(self, on: str, *subject) -> str:
         """The first reason that a filter on answers or pairs has against the subject, "" if there is none."""
-        skipped = self.args.skip_filter
-        rules = (rule for name, rule in FILTERS.items() if rule.on == on and name not in skipped)
-        return next(filter(None, (rule(*subject) for rule in rules)), "")
+        for rule in self.rules[on]:
+            if reason := rule(*subject):
+                return reason
+        return ""
 
     async def judge(self, record: Record, answers: list[Answer]) -> list[Answer]:
         """The same answers with score and votes (see `judge_answers`)."""
@@ -2194,7 +2188,9 @@ class Batches:
 
             async def send(again):
                 file.seek(0)
-                return await lane.batch_client().files.create(file=("batch.jsonl", file), purpose="batch")
+                return await lane.provider.batch_client().files.create(
+                    file=("batch.jsonl", file), purpose="batch"
+                )
 
             uploaded = (await self.reach(lane, send)).id
         with self.cache.transaction():
@@ -2213,7 +2209,7 @@ class Batches:
             body = {"model": lane.model.name, "messages": messages, **lane.wire(options, lane.fixes)}
             line = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
             data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-            money = models.cost(lane.model, messages, role) * BATCH_RATE
+            money = models.cost(lane.model, messages, options, role) * BATCH_RATE
             unaffordable = not models.affords(money) and models.reserved > 0
             if unaffordable or (last and file.tell() + len(data) > BATCH_BYTES):
                 break  # until what is on its way has come in, and has cost less than expected
@@ -2226,7 +2222,7 @@ class Batches:
         """Start the batch of an uploaded file unless it runs, wait for its end, and take in what it brings.
 
         `batch_id`: None for a file of this run; "" if a former run was killed before it could note the id."""
-        batches, wait, said = lane.batch_client().batches, BATCH_POLL[0], ""
+        batches, wait, said = lane.provider.batch_client().batches, BATCH_POLL[0], ""
         look = lambda again: batches.retrieve(batch_id)
         try:
             start = functools.partial(self.start, batches, file, batch_id is None)
@@ -2299,7 +2295,9 @@ class Batches:
         async def download(again):
             copy.seek(0)
             copy.truncate()
-            async with lane.batch_client().files.with_streaming_response.content(results) as response:
+            async with lane.provider.batch_client().files.with_streaming_response.content(
+                results
+            ) as response:
                 async for chunk in response.iter_bytes():
                     copy.write(chunk)
 
@@ -3199,13 +3197,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--seed", int, 0, "N", "of everything drawn")
     flag("--dry-run", bool, help="call nobody, write nothing: show calls, tokens, price, the first prompts")
     flag("--price", price, [], "MODEL=IN/OUT", "money per million tokens in and out; repeatable")
-    flag(
-        "--max-cost",
-        between(0.0, 1e9),
-        None,
-        "X",
-        "stop before the job, all its runs, costs more; needs --price",
-    )
+    flag("--max-cost", between(0.0, 1e9), None, "X", "stop before all runs together cost more (--price)")
     group = parser.add_argument_group("report and review")
     flag("--report-path", str, None, "FILE", "page, and its .json; default <output>.report.html; or none")
     flag("--review-path", str, None, "FILE", "a page to judge pairs by hand, blind")
@@ -3725,9 +3717,9 @@ async def carry_out(path: str, run: Run, models: Models, total: int | None) -> i
         for taker in takers:
             taker.add(outcome)
         files.add(outcome, run)
-        cost = {"cost": f"{models.spent:.4g}"} if args.prices else {}
-        bar.set_postfix(books.counts() | {"tokens": models.tokens()} | cost, refresh=False)
-        bar.update()
+        if bar.update() or books.read == total:  # it was drawn, as it is a few times a second at most
+            cost = {"cost": f"{models.spent:.4g}"} if args.prices else {}
+            bar.set_postfix(books.counts() | {"tokens": models.tokens()} | cost)
 
     try:
         with interruptible(models):
