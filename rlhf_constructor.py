@@ -1756,9 +1756,8 @@ class Models:
         """Set money aside for a call; raises Stop where there is not enough left."""
         if not self.affords(money):
             spent = f"{self.spent:.4g} of --max-cost {self.args.max_cost:g} are spent"
-            raise self.halt(
-                f"{spent}, another call might pass it: raise it (or lower --max-tokens), run again"
-            )
+            hint = "raise it (or lower --max-tokens) and run again"
+            raise self.halt(f"{spent}, one more call might pass it: {hint}")
         self.reserved += money
 
     def lane(self, model: Model) -> Lane:
