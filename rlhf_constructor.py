@@ -1243,7 +1243,7 @@ def as_prompts(pair: Pair, run) -> list[dict]:
 # ==========================================================================================================
 
 # ----------------------------------------------------------------------------------------------------------
-# §7 MODELS: Model, Reply, ApiError; the providers; FIXES, VERDICTS; Lane, Cache, Usage, Models; Run
+# §7 MODELS: Model, Reply, ApiError; the providers; FIXES, VERDICTS; Lane, Cache, Hashes, Usage, Models; Run
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -1644,6 +1644,27 @@ class Cache:
     def close(self):
         if self.db:
             self.db.close()
+
+
+class Hashes:
+    """A set of hashes in about 24 bytes each, where Python's takes 70: all that is kept of a whole input."""
+
+    def __init__(self):
+        self.slots, self.count = array("Q", bytes(8 * 1024)), 0
+
+    def is_new(self, value: int) -> bool:
+        """Enter a hash -> False if it was there (open addressing; a free slot holds 0)."""
+        if 2 * self.count > len(self.slots):
+            former, self.slots, self.count = self.slots, array("Q", bytes(16 * len(self.slots))), 0
+            for one in filter(None, former):
+                self.is_new(one)
+        value, last = value & 0xFFFFFFFFFFFFFFFF or 1, len(self.slots) - 1
+        place = value & last
+        while self.slots[place] not in (0, value):
+            place = place + 1 & last
+        new, self.slots[place] = not self.slots[place], value
+        self.count += new
+        return new
 
 
 @dataclass
@@ -2616,7 +2637,7 @@ class Report:
 
     def __init__(self, seed: int, orders: int = 2):
         self.random, self.orders = random.Random(seed), orders
-        self.pairs, self.prompts = 0, set()
+        self.pairs, self.prompts = 0, Hashes()
         self.counts = defaultdict(Counter)  # by question, or ("model", name)
         self.rows = []  # the sample, see `sampled`
         self.column = lambda name: [row[name] for row in self.rows if row[name] is not None]
@@ -2629,8 +2650,7 @@ class Report:
             self.counts["dropped"][outcome.stage, outcome.reason.partition(":")[0]] += 1
             return
         prompt = int(outcome.record.prompt_id, 16)
-        self.counts["repeated"][prompt in self.prompts] += 1
-        self.prompts.add(prompt)
+        self.counts["repeated"][not self.prompts.is_new(prompt)] += 1
         for pair in outcome.pairs:
             self._add_pair(pair)
 
@@ -3368,17 +3388,16 @@ def check_input(path: str, run: Run):
 
 def records_of(path: str, run: Run):
     """Yields (line, Record or Failed): the input, with repeated and excluded prompts marked as failed."""
-    seen, limit = set(), run.args.max_samples if run.args.max_samples >= 0 else None
+    seen, limit = Hashes(), run.args.max_samples if run.args.max_samples >= 0 else None
     records = read_records(path, dict(run.args.rename), run.reads_answers)
     for line, record in itertools.islice(records, limit):
         if isinstance(record, Record):
             words = [(m["role"], *m["content"].split()) for m in record.messages]
             answers = [(answer.text, answer.votes) for answer in record.answers]
             key = hash(repr((words, answers)))  # all that is kept of a record
-            reason = "repeated prompt" + " and answers" * bool(answers) if key in seen else ""
+            reason = "" if seen.is_new(key) else "repeated prompt" + " and answers" * bool(answers)
             if not reason and run.excluded and not run.excluded.isdisjoint(runs_of(record)):
                 reason = "excluded prompt"
-            seen.add(key)
             record = Failed("input", reason, record=record) if reason else record
         yield line, record
 
@@ -3448,7 +3467,7 @@ class Files:
 
     def __init__(self, args):
         self.args, self.paths, self.rows = args, written_paths(args), Counter()
-        self.keys, self.kinds, self.warned = set(), set(), False
+        self.keys, self.kinds, self.warned = Hashes(), set(), False
         self.open = {path: opened(path + ".part") for path in self.paths[:4] if path}
         for file in self.open.values():
             file.truncate(0)
@@ -3479,10 +3498,8 @@ class Files:
             raise AssertionError(f"line {pair.record.line}: a pair without a lead reached the writer")
         for row in make(pair, run):
             once = [row[name] for name in getattr(make, "once", ())]
-            key = hash(json.dumps(once))
-            if not once or key not in self.keys:
+            if not once or self.keys.is_new(hash(json.dumps(once))):
                 yield row
-            self.keys.add(key)
 
     def write(self, path: str, row: dict):
         """One JSON line."""
