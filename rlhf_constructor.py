@@ -44,6 +44,7 @@ import atexit
 import base64
 import bisect
 import contextlib
+import copy
 import csv
 import difflib
 import filecmp
@@ -771,6 +772,9 @@ def defused(text: str) -> str:
     return RESERVED.sub(lambda mark: {"<": "‹", "[": "⟦"}[mark[0]], text)
 
 
+GRADE = re.compile(r".{0,60}(?<![A-Za-z])\d")  # a number near an id
+
+
 def judge_prompt(record: Record, texts: list[str], *, rubric: str, reference: str, seed: tuple):
     """-> (the judge's prompt, the ids in the order of `texts`).
 
@@ -807,7 +811,8 @@ def parse_scores(reply: str, ids: list[str]) -> list[float] | None:
     before, entries, after = last_object(re.sub(r",(\s*[}\]])", r"\1", without_thinking(reply)))
     part = before.count("{") != before.count("}") or before.rstrip().endswith("[")
     thought = before.count("<think") > before.count("</think")
-    again = re.search(rf"[{{}}\]]|(?:{'|'.join(ids)}).{{0,60}}(?<![A-Za-z])\d", after)
+    graded = (GRADE.match(rest) for name in ids for rest in after.split(name)[1:])
+    again = re.search(r"[{}\]]", after) or any(graded)
     keys, scores = [key for key, _ in entries if key in ("scores", *ids)], dict(entries).get("scores")
     alone = sorted(keys) == sorted(["scores", *ids]) and isinstance(scores, dict) and set(scores) == set(ids)
     if part or thought or again or not alone:
@@ -1691,14 +1696,15 @@ class Models:
     """The one door to every model: cache, then provider, then cache; with pacing, retries and stop rules.
 
     With `dry` nobody is asked: what the cache does not hold is counted, guessed and marked pending. With
-    `batches` it is noted there; nobody is asked online. `spent`: money that the cached replies had cost."""
+    `batches` it is noted there, and nobody is asked online. `foretell` is awaited before the first call."""
 
-    def __init__(self, args, cache: Cache, dry: bool = False, batches=None, spent: float = 0.0):
-        self.args, self.cache, self.dry, self.batches = args, cache, dry, batches
+    def __init__(self, args, cache: Cache, dry: bool = False):
+        self.args, self.cache, self.dry, self.batches = args, cache, dry, None
+        self.foretell, self.counting, self.total = None, asyncio.Lock(), None
         self.lanes, self.providers, self.usage = {}, {}, defaultdict(Usage)
         self.stop, self.stopping = None, asyncio.Event()
         self.in_flight, self.first_prompts = 0, []
-        self.spent, self.reserved = spent, 0.0  # money: paid for replies, expected of the calls in flight
+        self.spent, self.reserved = 0.0, 0.0  # money: paid for replies, expected of the calls in flight
 
     async def ask(self, model: Model, messages, options, sample=0, role="answer", reference="") -> Reply:
         """-> Reply; one that is cut at the limit is asked for once more with twice the limit.
@@ -1722,6 +1728,10 @@ class Models:
             return self.count(model, hints, reply, cached=True)
         if self.dry:
             return self.count(model, hints, self.guess(model, messages, hints))
+        async with self.counting:
+            if self.foretell:
+                await self.foretell()
+                self.foretell = None
         if self.batches:
             self.batches.want(key, model, messages, options, hints["role"])
         reply = await self.fetch(model, messages, options, hints)
@@ -2159,8 +2169,9 @@ WAITING = "model = ? AND file = '' AND asked = 1 AND tries <= ?"
 class Batches:
     """What a run still wants, and the batches that fetch it: nothing is submitted twice, whoever kills us."""
 
-    def __init__(self, run: Run, cache: Cache):
-        self.cache, self.models, self.retries = cache, run.models, run.args.max_retries
+    def __init__(self, run: Run, models: Models):
+        cache, self.models, self.retries = models.cache, models, run.args.max_retries
+        self.cache = cache
         self.known = {name_of(model): model for model in run.asked() if model.is_paid}
         self.most = defaultdict(lambda: BATCH_REQUESTS)  # requests in one batch, by model
         self.sent = {}  # file -> (fixes of its requests, money set aside for them)
@@ -3412,7 +3423,8 @@ def runs_of(record: Record) -> set[int]:
 
 async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
     """Pass over the input and ask nobody -> (records read, records that would ask, the counts)."""
-    run.models = models = Models(run.args, cache, dry=True)
+    run, models = copy.copy(run), Models(run.args, cache, dry=True)
+    run.models = models
     met = lambda: sum(usage.calls + usage.cached for usage in models.usage.values())
     total = asking = 0
     for _, record in records_of(path, run):
@@ -3668,43 +3680,43 @@ async def construct(args) -> int:
     path = spooled(args)
     check_input(path, run)
     kept = args.cache_path != "none" and run.pays() and (os.path.exists(args.cache_path) or not args.dry_run)
-    cache, total, spent = Cache(args.cache_path if kept else None), None, 0.0
+    cache = Cache(args.cache_path if kept else None)
     try:
-        if args.dry_run or run.pays():
-            total, asking, planned = await plan(path, run, cache)
-            if args.dry_run:
-                show_plan(total, asking, planned)
-                return 0
-            note(plan_line(asking, planned))
-            spent = sum(usage.kept for usage in planned.usage.values())
-        models = Models(args, cache, spent=spent)
+        if args.dry_run:
+            show_plan(*await plan(path, run, cache))
+            return 0
+        models = Models(args, cache)
+        models.foretell = functools.partial(foretell, path, run, models)
         if args.batch and run.pays():
-            models.batches = await fill_cache(path, run, cache, spent)
-        return await carry_out(path, run, models, total)
+            await fill_cache(path, run, models)
+        return await carry_out(path, run, models)
     finally:
         cache.close()
 
 
-async def fill_cache(path: str, run: Run, cache: Cache, spent: float) -> Batches:
+async def foretell(path: str, run: Run, models: Models):
+    """Before the first call: say what may be called, and learn what the replies in the cache have cost."""
+    models.total, asking, planned = await plan(path, run, models.cache)
+    models.spent = sum(usage.kept for usage in planned.usage.values())
+    note(plan_line(asking, planned))
+
+
+async def fill_cache(path: str, run: Run, models: Models):
     """--batch: passes over the input, and batches for what they want, until the cache holds every reply."""
-    run.models = models = Models(run.args, cache, spent=spent)
-    models.batches = Batches(run, cache)
-    with open(f"{cache.path}.batch", "a") as guard, interruptible(models):
-        refuse(not lock(guard), f"{cache.path}: another --batch run is using it")
-        try:
-            while True:
-                pending = 0
-                for line, record in records_of(path, run):
-                    try:
-                        await fate(line, record, run)
-                    except Pending:
-                        pending += 1
-                if not pending:
-                    return models.batches
-                note(f"{pending} records wait for replies")
-                await models.batches.work_off()
-        finally:
-            await models.close()
+    run.models, models.batches = models, Batches(run, models)
+    with open(f"{models.cache.path}.batch", "a") as guard, interruptible(models):
+        refuse(not lock(guard), f"{models.cache.path}: another --batch run is using it")
+        while True:
+            pending = 0
+            for line, record in records_of(path, run):
+                try:
+                    await fate(line, record, run)
+                except Pending:
+                    pending += 1
+            if not pending:
+                return models.usage.clear()  # the run itself counts them
+            note(f"{pending} records wait for replies")
+            await models.batches.work_off()
 
 
 async def fate(line: int, record, run: Run) -> Outcome:
@@ -3720,20 +3732,19 @@ async def fate(line: int, record, run: Run) -> Outcome:
     return outcome
 
 
-async def carry_out(path: str, run: Run, models: Models, total: int | None) -> int:
+async def carry_out(path: str, run: Run, models: Models) -> int:
     """The run itself: records through the method, outcomes into files, books, report and review page."""
-    args, books, run.models = run.args, Books(), models
-    files = Files(args)
+    args, books, files, run.models = run.args, Books(), Files(run.args), models
     report, review = Report(run.seed, run.orders), ReviewQueue(run.seed)
     takers = list(itertools.compress((books, report, review), (True, files.paths[4], files.paths[6])))
-    run.annotations = Annotations(args.annotations) if args.annotations else None  # the plan met them, too
-    bar = progress(total)
+    bar = progress()
 
     def emit(outcome: Outcome):
         for taker in takers:
             taker.add(outcome)
         files.add(outcome, run)
-        if bar.update() or books.read == total:  # it was drawn, as it is a few times a second at most
+        bar.total = models.total
+        if bar.update() or books.read == models.total:  # it was drawn, as it is a few times a second at most
             cost = {"cost": f"{models.spent:.4g}"} if args.prices else {}
             bar.set_postfix(books.counts() | {"tokens": models.tokens()} | cost)
 
@@ -3787,12 +3798,12 @@ def settings_of(path: str, run: Run) -> dict:
     return scrub(settings)  # a file's name need not be UTF-8
 
 
-def progress(total: int | None):
+def progress():
     """A tqdm bar on stderr; without tqdm, something as quiet as it."""
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
 
-        return tqdm(total=total, unit=" records", mininterval=0.5 if sys.stderr.isatty() else 10)
+        return tqdm(unit=" records", mininterval=0.5 if sys.stderr.isatty() else 10)
     nothing = lambda *_, **__: None
     return types.SimpleNamespace(set_postfix=nothing, update=nothing, close=nothing)
 
