@@ -3522,11 +3522,14 @@ class Files:
             file.close()
 
 
+private = functools.partial(os.open, mode=0o600)  # an opener: what holds prompts is its owner's to read
+
+
 def opened(path: str):
     """A file to write and its folder, locked; raises UserError if another run has it, or nobody can."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+        file = open(path, "a", encoding="utf-8", newline="\n", opener=private)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     refuse(not lock(file), f"{path}: another run is writing it")
@@ -3681,7 +3684,7 @@ async def fill_cache(path: str, run: Run, cache: Cache, spent: float) -> Batches
     """--batch: passes over the input, and batches for what they want, until the cache holds every reply."""
     run.models = models = Models(run.args, cache, spent=spent)
     models.batches = Batches(run, cache)
-    with open(f"{cache.path}.batch", "a") as guard, interruptible(models):
+    with open(f"{cache.path}.batch", "a", opener=private) as guard, interruptible(models):
         refuse(not lock(guard), f"{cache.path}: another --batch run is using it")
         try:
             while True:
@@ -3759,7 +3762,8 @@ def report_out(path: str, run: Run, files: Files, report: Report, review: Review
         lines = report_lines(numbers)
     for name, text in texts.items():
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-        Path(name).write_text(text, "utf-8", newline="\n")
+        with open(name, "w", encoding="utf-8", newline="\n", opener=private) as file:
+            file.write(text)
     return lines
 
 
