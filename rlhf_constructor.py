@@ -1904,12 +1904,18 @@ def is_private(url: str) -> bool:
 
 
 def redacted(text: str) -> str:
-    """`text` without our keys, in whatever case they are echoed."""
+    """`text` without our keys, in whatever form they are echoed."""
     for name in {provider.key for provider in PROVIDERS.values()} - {""}:
         key = os.environ.get(name, "").strip()
-        if len(key) >= 8 and key.lower() in text.lower():
-            text = re.sub(re.escape(key), "[key]", text, flags=re.I)
+        text = echoes(key).sub("[key]", text) if len(key) >= 8 else text
     return text
+
+
+@functools.lru_cache
+def echoes(key: str) -> re.Pattern:
+    """A key in any case, each character as it is, escaped as in JSON, or URL-encoded (again, too)."""
+    forms = (rf"(?:\\?{re.escape(c)}|(?:%(?:25){{0,2}}|\\{{1,2}}u00){ord(c):02x})" for c in key)
+    return re.compile("".join(forms), re.I)
 
 
 ADDRESS = re.compile(r"https?://(\[[0-9a-f:]+\]|[^/:@?#]+)(:\d+)?(/|$)", re.I)
@@ -1921,13 +1927,13 @@ def parse_model(spec: str, args) -> Model:
         return Model("offline", "reference")
     head, _, rest = spec.partition(":")
     provider, rest = (head, rest) if head in PROVIDERS and rest else (args.provider, spec)
-    name, at, url = rest.partition("@http")
-    url, entry = at[1:] + url if at else "", PROVIDERS[provider]
+    name, *at = re.split("@(?=http)", rest, maxsplit=1, flags=re.I)
+    url, entry = at[0] if at else "", PROVIDERS[provider]
     if not url and entry.url_variable:
         url = (args.base_url if provider == args.provider else "") or os.environ.get(entry.url_variable, "")
-    secret = "@" in url.partition("://")[2].partition("/")[0] or "?" in url
+    secret = re.search("[@?#]", url) or name.count("@") > 1
     hint = "a key belongs into the environment, not the URL"
-    refuse(not name or secret, f"{name!r} is not [provider:]model[@URL]; {hint}")
+    refuse(not name or secret, f"{name.partition('@')[0]!r} is not [provider:]model[@URL]; {hint}")
     bare = re.search(r"@(localhost|[\w.-]+:\d)", name)
     hint = "an address is written http://HOST:PORT/v1 or https://HOST/v1"
     refuse(bare or (url and not ADDRESS.match(url)), f"{name if bare else url}: {hint}")

@@ -6,6 +6,7 @@ import urllib.parse
 
 import pytest
 
+import rlhf_constructor as rc
 from tests.conftest import SCRIPT
 from tests.server import DASHSCOPE_KEY, OPENAI_KEY, Api, Fault, demo_world
 
@@ -15,7 +16,8 @@ PROMPTS = [{"prompt": f"Question {n}?"} for n in range(12)]
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
 @pytest.mark.parametrize("mask", [0o022, 0], ids=["usual umask", "no umask"])
-def test_whatever_holds_prompts_is_readable_by_its_owner_only(rlhf, tmp_path, mask):
+def test_whatever_holds_prompts_is_readable_by_its_owner_only(rlhf, tmp_path, monkeypatch, mask):
+    monkeypatch.setattr(rc, "BATCH_POLL", (0.01, 0.05))
     flags = ("--test-fraction", 0.4, "--candidates-path", "c.jsonl", "--review-path", "r.html", "--batch")
     refused = lambda call: Fault(400) if "Question 3" in call.prompt else demo_world(call)
     former = os.umask(mask)
