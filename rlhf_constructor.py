@@ -1617,9 +1617,8 @@ class Cache:
             self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
             self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
         except sqlite3.DatabaseError as error:
-            raise UserError(
-                f"{path}: is no cache of this version ({error}); name another --cache-path"
-            ) from None
+            cause = f"{error}: in use elsewhere, damaged or of another version?"
+            raise UserError(f"{path}: is no cache to use ({cause}); name another --cache-path") from None
 
     def do(self, sql: str, *values) -> list[tuple]:
         """One statement, committed -> its rows; raises Stop where the file cannot be read or written."""
@@ -1639,7 +1638,7 @@ class Cache:
         """Store and commit; never called for an error."""
         if self.db:
             row = key, reply.text, reply.finish, reply.tokens_in, reply.tokens_out, reply.rate, model
-            self.do("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?)", *row)
+            self.do(f"INSERT OR REPLACE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?)", *row)
 
     @contextlib.contextmanager
     def transaction(self):
