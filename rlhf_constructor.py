@@ -1003,7 +1003,11 @@ STRATEGIES = {f.__name__: f for f in (best_worst, best_random, all_pairs, adjace
 # `on="pair"`: rule(pair, run). `fixed=True`: --skip-filter does not take it. Cheap bounds come first, because
 # these rules run on every text; each has a counter-example in the tests, a good pair that looks bad.
 
-CODE = re.compile(r"```.*?```|`[^`\n]+`|https?://\S+|\$\$.*?\$\$|\$[^$\n]+\$|\\\[.*?\\\]|\\\(.*?\\\)", re.S)
+CODE = re.compile(
+    r"```.*?```|`[^`\n]+`|https?://\S+|\$\$.*?\$\$|\$[^$\n]+\$"
+    r"|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\)",  # up to the next opening: linear in the text
+    re.S,
+)
 CONTROL = re.compile(r"(?m)(<\|)\w[^|\n<>]*\|>|\[/?(INST\])|</?(think>)|<</?(SYS>)>|^(Human|Assistant): ")
 CANNOT = r"(?:can(?:no|['’])t|cannot|am (?:unable|not able) to|won['’]t|will not)"
 ZH_CANNOT = "(?:无法|不能|没有办法|没法|不便|拒绝)"
@@ -1024,10 +1028,11 @@ LANGUAGE_ASKED = re.compile(
     r"(?i)translat|english|chinese|french|japanese|korean|german|spanish|russian|italian|language|python|java"
     r"|sql|code|英语|英文|翻译|译成|译为|法语|日语|德语|韩语|俄语|西班牙语|中文|汉语|代码|函数|程序|编写|算法|排序|脚本|命令|公式"
 )
+ZH_COUNT = "二三四五六七八九十百千两几"
 REPEAT_ASKED = re.compile(  # "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not
     r"(?i)\brepeat|again and again|lines of|\b(?:\d+|three|four|five|six|seven|eight|nine|t[ew]\w+"
     r"|\w+ty|\w+teen|hundred) times\b(?! *\d)|\b(?:songs?|lyrics|poems?|refrain|chorus|chant|rhymes?)\b"
-    r"|重复|反复|(?<!谷)歌|诗|(?<![第\d])(?:\d+|[二三四五六七八九十百千两几]+) *[遍次行]"
+    rf"|重复|反复|(?<!谷)歌|诗|(?<![第\d{ZH_COUNT}])(?:\d+|[{ZH_COUNT}]+) *[遍次行]"
 )
 ERROR_TEXT = re.compile(
     r"\s*(?:\*\*(?:API REQUEST|NETWORK) ERROR|NETWORK ERROR DUE TO|\$(?:ERROR|MODERATION)\$"
