@@ -819,7 +819,8 @@ def parse_scores(reply: str, ids: list[str]) -> list[float] | None:
 def last_object(text: str) -> tuple[str, list, str]:
     """-> the text before the last whole JSON object, each (key, value) in it at any depth, the text after."""
     entries, found, start, end = [], [], 0, 0
-    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: entries.extend(pairs) or dict(pairs))
+    keep = lambda pairs: entries.extend(pairs) or dict(pairs)
+    decoder = json.JSONDecoder(object_pairs_hook=keep, strict=False)  # a reason may hold plain line breaks
     for brace in re.finditer(r"\{", text):
         if brace.start() >= end:  # else it is inside the object that was read before
             entries.clear()
