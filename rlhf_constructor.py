@@ -824,7 +824,8 @@ def parse_scores(reply: str, ids: list[str]) -> list[float] | None:
 def last_object(text: str) -> tuple[str, list, str]:
     """-> the text before the last whole JSON object, each (key, value) in it at any depth, the text after."""
     entries, found, start, end = [], [], 0, 0
-    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: entries.extend(pairs) or dict(pairs))
+    keep = lambda pairs: entries.extend(pairs) or dict(pairs)
+    decoder = json.JSONDecoder(object_pairs_hook=keep, strict=False)  # a reason may hold plain line breaks
     for brace in re.finditer(r"\{", text):
         if brace.start() >= end:  # else it is inside the object that was read before
             entries.clear()
@@ -1008,7 +1009,11 @@ STRATEGIES = {f.__name__: f for f in (best_worst, best_random, all_pairs, adjace
 # `on="pair"`: rule(pair, run). `fixed=True`: --skip-filter does not take it. Cheap bounds come first, because
 # these rules run on every text; each has a counter-example in the tests, a good pair that looks bad.
 
-CODE = re.compile(r"```.*?```|`[^`\n]+`|https?://\S+|\$\$.*?\$\$|\$[^$\n]+\$|\\\[.*?\\\]|\\\(.*?\\\)", re.S)
+CODE = re.compile(
+    r"```.*?```|`[^`\n]+`|https?://\S+|\$\$.*?\$\$|\$[^$\n]+\$"
+    r"|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\)",  # up to the next opening: linear in the text
+    re.S,
+)
 CONTROL = re.compile(r"(?m)(<\|)\w[^|\n<>]*\|>|\[/?(INST\])|</?(think>)|<</?(SYS>)>|^(Human|Assistant): ")
 CANNOT = r"(?:can(?:no|['’])t|cannot|am (?:unable|not able) to|won['’]t|will not)"
 ZH_CANNOT = "(?:无法|不能|没有办法|没法|不便|拒绝)"
@@ -1029,10 +1034,11 @@ LANGUAGE_ASKED = re.compile(
     r"(?i)translat|english|chinese|french|japanese|korean|german|spanish|russian|italian|language|python|java"
     r"|sql|code|英语|英文|翻译|译成|译为|法语|日语|德语|韩语|俄语|西班牙语|中文|汉语|代码|函数|程序|编写|算法|排序|脚本|命令|公式"
 )
+ZH_COUNT = "二三四五六七八九十百千两几"
 REPEAT_ASKED = re.compile(  # "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not
     r"(?i)\brepeat|again and again|lines of|\b(?:\d+|three|four|five|six|seven|eight|nine|t[ew]\w+"
     r"|\w+ty|\w+teen|hundred) times\b(?! *\d)|\b(?:songs?|lyrics|poems?|refrain|chorus|chant|rhymes?)\b"
-    r"|重复|反复|(?<!谷)歌|诗|(?<![第\d])(?:\d+|[二三四五六七八九十百千两几]+) *[遍次行]"
+    rf"|重复|反复|(?<!谷)歌|诗|(?<![第\d{ZH_COUNT}])(?:\d+|[{ZH_COUNT}]+) *[遍次行]"
 )
 ERROR_TEXT = re.compile(
     r"\s*(?:\*\*(?:API REQUEST|NETWORK) ERROR|NETWORK ERROR DUE TO|\$(?:ERROR|MODERATION)\$"
@@ -1612,8 +1618,8 @@ class Cache:
             self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
             self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
         except sqlite3.DatabaseError as error:
-            hint = "name another --cache-path"
-            raise UserError(f"{path}: is no cache of this version ({error}); {hint}") from None
+            cause = f"{error}: in use elsewhere, damaged or of another version?"
+            raise UserError(f"{path}: is no cache to use ({cause}); name another --cache-path") from None
 
     def do(self, sql: str, *values) -> list[tuple]:
         """One statement, committed -> its rows; raises Stop where the file cannot be read or written."""
@@ -1633,7 +1639,7 @@ class Cache:
         """Store and commit; never called for an error."""
         if self.db:
             row = key, reply.text, reply.finish, reply.tokens_in, reply.tokens_out, reply.rate, model
-            self.do("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?)", *row)
+            self.do(f"INSERT OR REPLACE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?)", *row)
 
     @contextlib.contextmanager
     def transaction(self):
@@ -1926,12 +1932,18 @@ def is_private(url: str) -> bool:
 
 
 def redacted(text: str) -> str:
-    """`text` without our keys, in whatever case they are echoed."""
+    """`text` without our keys, in whatever form they are echoed."""
     for name in {provider.key for provider in PROVIDERS.values()} - {""}:
         key = os.environ.get(name, "").strip()
-        if len(key) >= 8 and key.lower() in text.lower():
-            text = re.sub(re.escape(key), "[key]", text, flags=re.I)
+        text = echoes(key).sub("[key]", text) if len(key) >= 8 else text
     return text
+
+
+@functools.lru_cache
+def echoes(key: str) -> re.Pattern:
+    """A key in any case, each character as it is, escaped as in JSON, or URL-encoded (again, too)."""
+    forms = (rf"(?:\\?{re.escape(c)}|(?:%(?:25){{0,2}}|\\{{1,2}}u00){ord(c):02x})" for c in key)
+    return re.compile("".join(forms), re.I)
 
 
 ADDRESS = re.compile(r"https?://(\[[0-9a-f:]+\]|[^/:@?#]+)(:\d+)?(/|$)", re.I)
@@ -1943,13 +1955,13 @@ def parse_model(spec: str, args) -> Model:
         return Model("offline", "reference")
     head, _, rest = spec.partition(":")
     provider, rest = (head, rest) if head in PROVIDERS and rest else (args.provider, spec)
-    name, at, url = rest.partition("@http")
-    url, entry = at[1:] + url if at else "", PROVIDERS[provider]
+    name, *at = re.split("@(?=http)", rest, maxsplit=1, flags=re.I)
+    url, entry = at[0] if at else "", PROVIDERS[provider]
     if not url and entry.url_variable:
         url = (args.base_url if provider == args.provider else "") or os.environ.get(entry.url_variable, "")
-    secret = "@" in url.partition("://")[2].partition("/")[0] or "?" in url
+    secret = re.search("[@?#]", url) or name.count("@") > 1
     hint = "a key belongs into the environment, not the URL"
-    refuse(not name or secret, f"{name!r} is not [provider:]model[@URL]; {hint}")
+    refuse(not name or secret, f"{name.partition('@')[0]!r} is not [provider:]model[@URL]; {hint}")
     bare = re.search(r"@(localhost|[\w.-]+:\d)", name)
     hint = "an address is written http://HOST:PORT/v1 or https://HOST/v1"
     refuse(bare or (url and not ADDRESS.match(url)), f"{name if bare else url}: {hint}")
@@ -3542,11 +3554,14 @@ class Files:
             file.close()
 
 
+private = functools.partial(os.open, mode=0o600)  # an opener: what holds prompts is its owner's to read
+
+
 def opened(path: str):
     """A file to write and its folder, locked; raises UserError if another run has it, or nobody can."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+        file = open(path, "a", encoding="utf-8", newline="\n", opener=private)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     refuse(not lock(file), f"{path}: another run is writing it")
@@ -3681,16 +3696,17 @@ async def construct(args) -> int:
     check_input(path, run)
     kept = args.cache_path != "none" and run.pays() and (os.path.exists(args.cache_path) or not args.dry_run)
     cache = Cache(args.cache_path if kept else None)
+    models = Models(args, cache)
     try:
         if args.dry_run:
             show_plan(*await plan(path, run, cache))
             return 0
-        models = Models(args, cache)
         models.foretell = functools.partial(foretell, path, run, models)
         if args.batch and run.pays():
             await fill_cache(path, run, models)
         return await carry_out(path, run, models)
     finally:
+        await models.close()
         cache.close()
 
 
@@ -3703,9 +3719,9 @@ async def foretell(path: str, run: Run, models: Models):
 
 async def fill_cache(path: str, run: Run, models: Models):
     """--batch: passes over the input, and batches for what they want, until the cache holds every reply."""
-    run.models, models.batches = models, Batches(run, models)
-    with open(f"{models.cache.path}.batch", "a") as guard, interruptible(models):
+    with open(f"{models.cache.path}.batch", "a", opener=private) as guard, interruptible(models):
         refuse(not lock(guard), f"{models.cache.path}: another --batch run is using it")
+        run.models, models.batches = models, Batches(run, models)
         while True:
             pending = 0
             for line, record in records_of(path, run):
@@ -3754,7 +3770,6 @@ async def carry_out(path: str, run: Run, models: Models) -> int:
             await in_order(records_of(path, run), work, emit, args.concurrency, models)
     finally:
         bar.close()
-        await models.close()
     stopped = models.stop
     files.close(done=not stopped)
     for problem in run.annotations.problems + run.annotations.unused() if run.annotations else ():
@@ -3778,7 +3793,8 @@ def report_out(path: str, run: Run, files: Files, report: Report, review: Review
         lines = report_lines(numbers)
     for name, text in texts.items():
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-        Path(name).write_text(text, "utf-8", newline="\n")
+        with open(name, "w", encoding="utf-8", newline="\n", opener=private) as file:
+            file.write(text)
     return lines
 
 

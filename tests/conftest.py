@@ -59,7 +59,7 @@ def rlhf(tmp_path, monkeypatch, capsys):
             source = write_jsonl(tmp_path / "in.jsonl", source)
         for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "DASHSCOPE_API_KEY", "DASHSCOPE_HTTP_BASE_URL"):
             monkeypatch.delenv(name, raising=False)
-        for name, value in (api.env() if api else {}).items() | env.items():
+        for name, value in ((api.env() if api else {}) | env).items():
             monkeypatch.setenv(name, value)
         status = rc.main(["--input-file", str(source), "--output-path", output, *map(str, flags)])
         streams = capsys.readouterr()

@@ -48,6 +48,7 @@ READ = [
     pytest.param('{"sc\\u006fres": {"\\u004b3": 8, "Q7": 3.5}}', [8.0, 3.5], id="escaped keys"),
     pytest.param(f"K3 is shorter.\n<think>{FLIPPED}</think>\n{GOOD}", [8.0, 3.5], id="another verdict in a late think"),
     pytest.param('{"draft": "K3 8, Q7 2", ' + GOOD[1:], [8.0, 3.5], id="another key beside"),
+    pytest.param(GOOD.replace("ok", "K3 is right.\n\nQ7\tis not."), [8.0, 3.5], id="line breaks in the reason"),
     pytest.param('{"verdict": ' + GOOD + "}", [8.0, 3.5], id="wrapped in an object"),
 ]  # fmt: skip
 

@@ -315,7 +315,7 @@ def test_a_refusal_opens_like_one_and_says_it(text, refused):
         ("Write it 20 times.", True), ("Say hello ten times", True), ("Repeat after me", True), ("写20遍", True),
         ("请重复十次", True), ("Write a song about rain", True), ("写一首诗", True), ("写十行“你好”", True),
         ("What is 6 times 7?", False), ("How many times did he win?", False), ("Life in modern times", False),
-        ("介绍一下中国的银行", False), ("第二次世界大战是哪年结束的？", False), ("请描述一次旅行", False), ("谷歌是什么公司？", False),
+        ("介绍一下中国的银行", False), ("第二次世界大战是哪年结束的？", False), ("第二十次会议说了什么？", False), ("请描述一次旅行", False), ("谷歌是什么公司？", False),
         ("人工智能为什么越来越普遍？", False), ("如何进行垃圾分类？", False),
     ],
 )  # fmt: skip
