@@ -4,12 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 import rlhf_constructor as rc
 from tests.conftest import DATA, ROOT, SCRIPT, rows, write_jsonl
-from tests.server import Api, demo_world
+from tests.server import Api, demo_world, is_judge
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"(?:<!-- (\w+) -->\n)?```bash\n(.*?)```", README, re.S)
@@ -53,6 +54,15 @@ def checkout(tmp_path, first_pairs):
     return tmp_path
 
 
+def world(call):
+    """demo_world, but a model's answers vary with the temperature, and a reward model sees one answer."""
+    if call.protocol == "reward":
+        call = replace(call, messages=call.messages[-1:])
+    elif not is_judge(call):
+        call = replace(call, model=f"{call.model} at {call.params.get('temperature')}")
+    return demo_world(call)
+
+
 def run(block, folder, api):
     """Run a README block, with this interpreter for `python` and the loopback server for every address."""
     block = re.sub("(?m)^export .*$", "", ADDRESS.sub(api.url, SET_UP.sub("", block)))
@@ -72,14 +82,14 @@ def title(block):
 
 
 def test_every_line_of_a_command_block_is_a_known_kind():
-    known = ("python rlhf_constructor.py", "export ", "python3 -m venv", "# ", "echo ", "cat ", "split ", "for ")
+    known = ("python", "export ", "# ", "echo ", "cat ", "split ", "for ")
     lines = [line for _, block in BLOCKS for line in block.splitlines()]
     assert all(line.startswith(known) for line in lines) and len(LINES) >= 30
 
 
 @pytest.mark.parametrize("block", OURS, ids=map(title, OURS))
 def test_the_commands_run(checkout, block):
-    with Api(demo_world) as api:
+    with Api(world) as api:
         done = run(block, checkout, api)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert block == NAMED["plan"] or any((checkout / "data").glob("rlhf_*")), "it left a file"
@@ -87,12 +97,12 @@ def test_the_commands_run(checkout, block):
 
 @pytest.mark.parametrize("name", re.findall(r"<!-- output of: (\w+) -->", README))
 def test_the_output_shown_is_the_real_one(checkout, name):
-    with Api(demo_world) as api:
+    with Api(world) as api:
         assert run(NAMED[name], checkout, api).stdout == shown("output of", name)
 
 
 def test_the_progress_shown_is_the_real_one_but_for_the_order_of_two_models(checkout):
-    with Api(demo_world) as api:
+    with Api(world) as api:
         said = run(NAMED["batch"], checkout, api).stderr
         assert api.count() == 0
     told = re.findall(r"^(?:batch |\d+ records wait).*$", said, re.M)
@@ -101,14 +111,14 @@ def test_the_progress_shown_is_the_real_one_but_for_the_order_of_two_models(chec
 
 
 def test_the_job_array_joins_to_the_bytes_of_one_run(checkout):
-    with Api(demo_world) as api:
+    with Api(world) as api:
         assert run(NAMED["array"], checkout, api).returncode == 0
         paid = api.count()
-        whole = re.search("python rlhf_constructor.py.*(?= & done)", NAMED["array"])[0]
-        whole = whole.replace("$part", "data/alpaca_demo.jsonl").replace("$(basename data/alpaca_demo.jsonl)", "w.jsonl")
+        one = re.search("python rlhf_constructor.py.*(?= & done)", NAMED["array"])[0]
+        whole = one.replace("$(basename $part)", "whole").replace("$part", "data/alpaca_demo.jsonl")
         assert run(whole, checkout, api).returncode == 0 and api.count() == paid
     joined = (checkout / "data" / "rlhf_joined.jsonl").read_bytes()
-    assert joined and joined == (checkout / "data" / "rlhf_out" / "w.jsonl").read_bytes()
+    assert joined and joined == (checkout / "data" / "rlhf_out" / "whole.jsonl").read_bytes()
 
 
 def test_the_row_shown_is_in_the_file():
@@ -119,7 +129,7 @@ def test_the_row_shown_is_in_the_file():
 
 def test_every_flag_in_the_readme_exists_and_every_flag_is_in_the_readme():
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
-    assert named <= FLAGS and FLAGS - named <= {"--help"} and "`--help`" in README
+    assert named <= FLAGS and FLAGS - named <= {"-h", "--help"} and "`--help`" in README
 
 
 def test_every_link_inside_the_page_and_every_picture_leads_somewhere():
@@ -146,8 +156,9 @@ def test_every_output_format_method_and_strategy_is_named():
 
 def test_the_table_of_scale_follows_from_its_formulas():
     p, a, v, j = 100, 400, 120, 510
-    bare = rc.judge_prompt(rc.Record([{"role": "user", "content": ""}]), ["", ""], rubric=rc.RUBRIC, reference="", seed=(0,))
-    assert abs(len(bare[0]) / 4 - j) < 0.1 * j
+    nothing = rc.Record([{"role": "user", "content": ""}])
+    sheet, _ = rc.judge_prompt(nothing, ["", ""], rubric=rc.RUBRIC, reference="", seed=(0,))
+    assert abs(len(sheet) / 4 - j) < 0.1 * j and {"answer": a, "judge": v} == rc.GUESSED_TOKENS
     sizes = {n: (n * p + 2 * (j + p + n * a), n * a + 2 * v) for n in (2, 4)}
     for size in sizes.values():
         assert all(f"{tokens:,}" in README for tokens in size)
@@ -155,8 +166,8 @@ def test_the_table_of_scale_follows_from_its_formulas():
     for n in (1_000, 100_000, 10_000_000):
         calls = 4 * n
         files = 2 * -(-n // 50_000) + -(-2 * n // 16_667)
-        slow, fast = (f"{float(f'{calls / rate / 3600:.2g}'):g}" for rate in (50, 500))
-        slow = slow if n < 10**7 else f"{calls / 50 / 3600:.0f}"
-        million = lambda tokens: f"{float(f'{tokens / 1e6:.3g}'):,.0f} M"
-        row = [f"{n:,}", f"{calls:,}", million(n * into), million(n * out), slow, fast, f"{files:,}"]
+        hours = [calls / rate / 3600 for rate in (50, 500)]
+        hours = [f"{h:.0f}" if h > 9 else f"{h:.2g}" for h in hours]
+        millions = [f"{float(f'{n * tokens / 1e6:.3g}'):,.0f} M" for tokens in (into, out)]
+        row = [f"{n:,}", f"{calls:,}", *millions, *hours, f"{files:,}"]
         assert "| " + " | ".join(row) + " |" in README, row
