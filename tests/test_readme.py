@@ -16,7 +16,6 @@ README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"(?:<!-- (\w+) -->\n)?```bash\n(.*?)```", README, re.S)
 NAMED = {name: block for name, block in BLOCKS if name}
 OURS = [block for _, block in BLOCKS if "python rlhf_constructor.py" in block]
-LINES = [line for block in OURS for line in block.splitlines() if "rlhf_constructor.py" in line]
 METHOD = re.search(r"```python\n(@register.*?)```", README, re.S)[1]
 FLAGS = {flag for action in rc.build_parser()._actions for flag in action.option_strings}
 SET_UP = re.compile(r"python3 -m venv .*? && \.venv/bin/(?=python rlhf)")
@@ -82,9 +81,10 @@ def title(block):
 
 
 def test_every_line_of_a_command_block_is_a_known_kind():
-    known = ("python", "export ", "# ", "echo ", "cat ", "split ", "for ")
-    lines = [line for _, block in BLOCKS for line in block.splitlines()]
-    assert all(line.startswith(known) for line in lines) and len(LINES) >= 30
+    known = ("python", "export ", "echo ", "cat ", "split ", "for ", "done", "wait")
+    lines = [line for _, block in BLOCKS for line in re.sub(r"\\\n *", "", block).splitlines()]
+    assert all(line.lstrip().startswith(known) for line in lines)
+    assert sum("rlhf_constructor.py" in line for line in lines) >= 30
 
 
 @pytest.mark.parametrize("block", OURS, ids=map(title, OURS))
@@ -114,7 +114,7 @@ def test_the_job_array_joins_to_the_bytes_of_one_run(checkout):
     with Api(world) as api:
         assert run(NAMED["array"], checkout, api).returncode == 0
         paid = api.count()
-        one = re.search("python rlhf_constructor.py.*(?= & done)", NAMED["array"])[0]
+        one = re.search(r"python rlhf_constructor.py[^&]*", NAMED["array"])[0]
         whole = one.replace("$(basename $part)", "whole").replace("$part", "data/alpaca_demo.jsonl")
         assert run(whole, checkout, api).returncode == 0 and api.count() == paid
     joined = (checkout / "data" / "rlhf_joined.jsonl").read_bytes()
