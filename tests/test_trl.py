@@ -210,7 +210,9 @@ def test_the_programs_of_the_readme_train_in_the_order_in_which_they_stand(rlhf,
         causal(shape).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     pairs = rlhf(DATA / "alpaca_demo.jsonl", "--provider", "offline", output="data/rlhf_preference.jsonl")
-    for line in re.search(r"<!-- convert -->\n```bash\n(.*?)```", README, re.S)[1].splitlines():
+    for line in (
+        re.search(r"<!-- convert -->\n```bash\n(.*?)```", README, re.S)[1].replace("\\\n", "").splitlines()
+    ):
         flags = line.split()[2:]
         made = rlhf(pairs.output, *flags, output=flags[flags.index("--output-path") + 1])
         assert made.status == 0 and made.pairs
