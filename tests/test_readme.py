@@ -1,78 +1,173 @@
-"""Every command in the README runs as it is written, and the output it shows is the real one."""
+"""Every command in the README runs as it is written, and what it shows is what comes out."""
 
 import re
-import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 import rlhf_constructor as rc
 from tests.conftest import DATA, ROOT, SCRIPT, rows, write_jsonl
-from tests.server import Api, demo_world
+from tests.server import Api, demo_world, is_judge
 
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
-OURS = [line for line in COMMANDS if "python rlhf_constructor.py" in line]
+BLOCKS = re.findall(r"(?:<!-- (\w+) -->\n)?```bash\n(.*?)```", README, re.S)
+NAMED = {name: block for name, block in BLOCKS if name}
+OURS = [block for _, block in BLOCKS if "python rlhf_constructor.py" in block]
 METHOD = re.search(r"```python\n(@register.*?)```", README, re.S)[1]
+FLAGS = {flag for action in rc.build_parser()._actions for flag in action.option_strings}
+SET_UP = re.compile(r"python3 -m venv .*? && \.venv/bin/(?=python rlhf)")
+ADDRESS = re.compile(r"http://(?:localhost|10\.0\.0\.\d+):\d+")
+
+pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="no bash here")
+
+
+@pytest.fixture(scope="module")
+def first_pairs(tmp_path_factory):
+    """What the README's first command leaves for those that go on from it."""
+    folder = tmp_path_factory.mktemp("first")
+    flags = ["--provider", "offline", "--input-file", str(DATA / "alpaca_demo.jsonl")]
+    assert rc.main([*flags, "--output-path", str(folder / "rlhf_preference.jsonl")]) == 0
+    return folder / "rlhf_preference.jsonl"
 
 
 @pytest.fixture
-def checkout(tmp_path):
-    """A copy of what a user downloads, with the README's own method added where it says."""
+def checkout(tmp_path, first_pairs):
+    """A copy of what a user downloads and has by then, with the README's own method where it says."""
     shutil.copytree(DATA, tmp_path / "data", ignore=shutil.ignore_patterns("rlhf_*", ".*"))
-    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    shutil.copy(first_pairs, tmp_path / "data")
     source = SCRIPT.read_text("utf-8")
     assert source.count("\ndef beats(") == 1
     pair = rows(DATA / "preference_pairs.jsonl")[0]
     name = rc.pair_id(*(pair[key] for key in ("prompt", "chosen", "rejected")))
-    verdict = {
-        "pair_id": name,
-        "prompt_id": "",
-        "choice": "rejected",
-        "queue": "random",
-        "note": "",
-        "annotator": "Ann",
-        "seconds": 3,
-    }
+    verdict = {"pair_id": name, "prompt_id": "", "choice": "rejected", "queue": "random", "note": "",
+               "annotator": "Ann", "seconds": 3}  # fmt: skip
     write_jsonl(tmp_path / "annotations-Ann.jsonl", [verdict])
     (tmp_path / SCRIPT.name).write_text(source.replace("\ndef beats(", f"\n{METHOD}\n\ndef beats("), "utf-8")
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
     return tmp_path
 
 
-def run(line, folder, api, method=""):
-    """Run a README line, with this interpreter for `python` and the loopback server for every address."""
-    line = line.split("&& ")[-1].replace("http://localhost:11434/v1", api.openai_url)
-    words = shlex.split(line, comments=True)
-    assert words[0].endswith("python")
-    return subprocess.run(
-        [sys.executable, *words[1:]], cwd=folder, env=api.env(), capture_output=True, text=True
-    )
+def world(call):
+    """demo_world, but a model's answers vary with the temperature, and a reward model sees one answer."""
+    if call.protocol == "reward":
+        call = replace(call, messages=call.messages[-1:])
+    elif not is_judge(call):
+        call = replace(call, model=f"{call.model} at {call.params.get('temperature')}")
+    return demo_world(call)
+
+
+def run(block, folder, api):
+    """Run a README block, with this interpreter for `python` and the loopback server for every address."""
+    block = re.sub("(?m)^export .*$", "", ADDRESS.sub(api.url, SET_UP.sub("", block)))
+    env = api.env()
+    env |= {"PATH": f"{folder / 'bin'}:{env['PATH']}"}
+    command = ["bash", "-euo", "pipefail", "-c", block]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def shown(kind, name):
+    """The text of the README's block under `<!-- KIND: NAME -->`."""
+    return re.search(rf"<!-- {kind}: {re.escape(name)} -->\n```\w*\n(.*?)```", README, re.S)[1]
+
+
+def title(block):
+    return re.sub(r"^.*rlhf_constructor.py ", "", next(x for x in block.splitlines() if "rlhf_" in x))[:60]
 
 
 def test_every_line_of_a_command_block_is_a_known_kind():
-    known = ("python rlhf_constructor.py", "export ", "python3 -m venv")
-    assert all(line.startswith(known) for line in COMMANDS) and len(OURS) >= 10
+    known = ("python", "export ", "echo ", "cat ", "split ", "for ", "done", "wait")
+    lines = [line for _, block in BLOCKS for line in re.sub(r"\\\n *", "", block).splitlines()]
+    assert all(line.lstrip().startswith(known) for line in lines)
+    assert sum("rlhf_constructor.py" in line for line in lines) >= 30
 
 
-@pytest.mark.parametrize(
-    "line", OURS, ids=[re.sub(r"^.*rlhf_constructor.py ", "", line)[:60] for line in OURS]
-)
-def test_a_command_runs(checkout, line):
-    with Api(demo_world) as api:
-        if "--annotations" in line:  # it goes on from the command before
-            run(OURS[OURS.index(line) - 1], checkout, api)
-        done = run(line, checkout, api)
+@pytest.mark.parametrize("block", OURS, ids=map(title, OURS))
+def test_the_commands_run(checkout, block):
+    with Api(world) as api:
+        done = run(block, checkout, api)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert block == NAMED["plan"] or any((checkout / "data").glob("rlhf_*")), "it left a file"
 
 
-def test_the_first_output_is_the_real_one(checkout):
-    shown = re.search(r"<!-- output of: try -->\n```\n(.*?)```", README, re.S)[1]
-    with Api(demo_world) as api:
-        assert run(OURS[0], checkout, api).stdout == shown
+@pytest.mark.parametrize("name", re.findall(r"<!-- output of: (\w+) -->", README))
+def test_the_output_shown_is_the_real_one(checkout, name):
+    with Api(world) as api:
+        assert run(NAMED[name], checkout, api).stdout == shown("output of", name)
 
 
-def test_every_flag_in_the_readme_exists():
-    flags = {flag for action in rc.build_parser()._actions for flag in action.option_strings}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags
+def test_the_progress_shown_is_the_real_one_but_for_the_order_of_two_models(checkout):
+    with Api(world) as api:
+        said = run(NAMED["batch"], checkout, api).stderr
+        assert api.count() == 0
+    told = re.findall(r"^(?:batch |\d+ records wait).*$", said, re.M)
+    plain = lambda lines: sorted(re.sub(r"batch-\d", "batch-N", line) for line in lines)
+    assert plain(told) == plain(shown("progress of", "batch").splitlines())
+
+
+def test_the_job_array_joins_to_the_bytes_of_one_run(checkout):
+    with Api(world) as api:
+        assert run(NAMED["array"], checkout, api).returncode == 0
+        paid = api.count()
+        one = re.search(r"python rlhf_constructor.py[^&]*", NAMED["array"])[0]
+        whole = one.replace("$(basename $part)", "whole").replace("$part", "data/alpaca_demo.jsonl")
+        assert run(whole, checkout, api).returncode == 0 and api.count() == paid
+    joined = (checkout / "data" / "rlhf_joined.jsonl").read_bytes()
+    assert joined and joined == (checkout / "data" / "rlhf_out" / "whole.jsonl").read_bytes()
+
+
+def test_the_row_shown_is_in_the_file():
+    number, path = re.search(r"<!-- line (\d+) of: (\S+) -->", README).groups()
+    line = (ROOT / path).read_text("utf-8").splitlines()[int(number) - 1]
+    assert shown(f"line {number} of", path) == line + "\n"
+
+
+def test_every_flag_in_the_readme_exists_and_every_flag_is_in_the_readme():
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert named <= FLAGS and FLAGS - named <= {"-h", "--help"} and "`--help`" in README
+
+
+def test_every_link_inside_the_page_and_every_picture_leads_somewhere():
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    slug = lambda head: re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-")
+    heads = {slug(head) for head in re.findall(r"^#+ (.*)$", prose, re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= heads
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert len(pictures) == 2 and all((ROOT / path).stat().st_size < 200_000 for path in pictures)
+
+
+def test_every_error_message_in_the_table_is_one_of_the_scripts():
+    table = README.partition("| it says |")[2].partition("\n\n")[0]
+    source = re.sub(r'"\s*\n\s*f?"', "", SCRIPT.read_text("utf-8"))
+    messages = re.findall(r"^\| `(.*?)` \|", table, re.M)
+    missing = [m for m in messages if not all(part in source for part in m.split(" ... "))]
+    assert missing == [] and len(messages) >= 25
+
+
+def test_every_output_format_method_and_strategy_is_named():
+    for name in (*rc.OUTPUTS, *rc.METHODS):
+        assert f"`{name}`" in README, name
+
+
+def test_the_table_of_scale_follows_from_its_formulas():
+    p, a, v, j = 100, 400, 120, 510
+    nothing = rc.Record([{"role": "user", "content": ""}])
+    sheet, _ = rc.judge_prompt(nothing, ["", ""], rubric=rc.RUBRIC, reference="", seed=(0,))
+    assert abs(len(sheet) / 4 - j) < 0.1 * j and {"answer": a, "judge": v} == rc.GUESSED_TOKENS
+    sizes = {n: (n * p + 2 * (j + p + n * a), n * a + 2 * v) for n in (2, 4)}
+    for size in sizes.values():
+        assert all(f"{tokens:,}" in README for tokens in size)
+    into, out = sizes[2]
+    for n in (1_000, 100_000, 10_000_000):
+        calls = 4 * n
+        files = 2 * -(-n // 50_000) + -(-2 * n // 16_667)
+        hours = [calls / rate / 3600 for rate in (50, 500)]
+        hours = [f"{h:.0f}" if h > 9 else f"{h:.2g}" for h in hours]
+        millions = [f"{float(f'{n * tokens / 1e6:.3g}'):,.0f} M" for tokens in (into, out)]
+        row = [f"{n:,}", f"{calls:,}", *millions, *hours, f"{files:,}"]
+        assert "| " + " | ".join(row) + " |" in README, row

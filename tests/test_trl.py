@@ -5,10 +5,14 @@
 Without these packages the tests are skipped. No model is downloaded: it is made here, at random."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 
-from tests.conftest import DATA
+from tests.conftest import DATA, ROOT
 from tests.test_6_formats import RANK, mixed
 
 pytestmark = pytest.mark.trl
@@ -184,3 +188,40 @@ def test_20_megabytes_of_scored_pairs_keep_their_floats(loaded):
     data = loaded(records, "--min-score-gap", 0.1)
     assert data.features["score_chosen"].dtype == data.features["score_rejected"].dtype == "float64"
     assert data.data.nbytes > 19_000_000
+
+
+# --- the README's programs, as printed: on the CPU, one step each, with a random model where its name leads to
+
+ON_CPU = """import runpy, sys, transformers
+old = transformers.TrainingArguments.__post_init__
+def on_cpu(self):
+    self.use_cpu, self.max_steps = True, 1
+    old(self)
+transformers.TrainingArguments.__post_init__ = on_cpu
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+README = (ROOT / "README.md").read_text("utf-8")
+PROGRAMS = re.findall(r"<!-- trl: (\S+) -->\n```python\n(.*?)```", README, re.S)
+
+
+def test_the_programs_of_the_readme_train_in_the_order_in_which_they_stand(rlhf, shape, tokenizer, tmp_path):
+    named = {name for _, program in PROGRAMS for name in re.findall(r'model="([^"]+)"', program)}
+    for name in named:
+        causal(shape).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    pairs = rlhf(DATA / "alpaca_demo.jsonl", "--provider", "offline", output="data/rlhf_preference.jsonl")
+    for line in (
+        re.search(r"<!-- convert -->\n```bash\n(.*?)```", README, re.S)[1].replace("\\\n", "").splitlines()
+    ):
+        flags = line.split()[2:]
+        made = rlhf(pairs.output, *flags, output=flags[flags.index("--output-path") + 1])
+        assert made.status == 0 and made.pairs
+    (tmp_path / "on_cpu.py").write_text(ON_CPU)
+    for number, (source, program) in enumerate(PROGRAMS):
+        assert source in program and (tmp_path / source).exists()
+        (tmp_path / f"{number}.py").write_text(program)
+        command = [sys.executable, "on_cpu.py", f"{number}.py"]
+        env = os.environ | {"HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and "'train_loss': " in done.stdout, done.stderr[-2000:]
+    assert len(PROGRAMS) == 4
