@@ -1443,17 +1443,18 @@ class ask_offline:
             shown = re.findall(fence, messages[-1]["content"], re.S)
             scores = {name: round(likeness(text, hints["reference"]), 1) for name, _, text in shown}
             return Reply(json.dumps({"reason": "closeness to the reference answer", "scores": scores}))
-        return Reply(weakened(hints["reference"], random.Random(digest(messages, hints["sample"]))))
+        chinese = chinese_share(messages[-1]["content"] + hints["reference"])[0] > 0.3
+        draw = random.Random(digest(messages, hints["sample"]))
+        return Reply(weakened(hints["reference"], chinese, draw))
 
     async def close(self):
         pass
 
 
-def weakened(text: str, draw: random.Random) -> str:
+def weakened(text: str, chinese: bool, draw: random.Random) -> str:
     """A worse version of a good answer: some of its sentences; an evasion for a short one."""
     sentences = re.findall(r".+?(?:[.!?](?=\s)|[。！？\n]|$)\s*", text, re.S)
     if len(sentences) < 3:
-        chinese = chinese_share(text)[0] > 0.3
         return "这个问题不太好说，要看具体情况。" if chinese else "That is hard to say; it depends."
     keep = sorted(draw.sample(range(len(sentences)), max(1, len(sentences) * draw.choice((3, 4, 5, 6)) // 8)))
     return "".join(sentences[i] for i in keep).strip()
@@ -1663,19 +1664,27 @@ class Hashes:
     def __init__(self):
         self.slots, self.count = array("Q", bytes(8 * 1024)), 0
 
-    def is_new(self, value: int) -> bool:
-        """Enter a hash -> False if it was there (open addressing; a free slot holds 0)."""
-        if 2 * self.count > len(self.slots):
-            former, self.slots, self.count = self.slots, array("Q", bytes(16 * len(self.slots))), 0
-            for one in filter(None, former):
-                self.is_new(one)
+    def find(self, value: int) -> tuple[int, int]:
+        """-> the value as it is kept, and the place where it stands or may stand: a free slot holds 0."""
         value, last = value & 0xFFFFFFFFFFFFFFFF or 1, len(self.slots) - 1
         place = value & last
         while self.slots[place] not in (0, value):
             place = place + 1 & last
+        return value, place
+
+    def is_new(self, value: int) -> bool:
+        """Enter a hash -> False if it was there."""
+        if 2 * self.count > len(self.slots):
+            former, self.slots, self.count = self.slots, array("Q", bytes(16 * len(self.slots))), 0
+            for one in filter(None, former):
+                self.is_new(one)
+        value, place = self.find(value)
         new, self.slots[place] = not self.slots[place], value
         self.count += new
         return new
+
+    def __contains__(self, value: int) -> bool:
+        return self.slots[self.find(value)[1]] != 0
 
 
 @dataclass
@@ -1731,7 +1740,8 @@ class Models:
             return self.count(model, hints, await self.fetch(model, messages, options, hints))
         key = digest(model.provider, model.url, model.name, messages, options, hints["sample"])
         if reply := self.cache.get(key):
-            return self.count(model, hints, reply, cached=True)
+            fresh = self.batches and int(key[:16], 16) in self.batches.fresh
+            return self.count(model, hints, reply, cached=not fresh)
         if self.dry:
             return self.count(model, hints, self.guess(model, messages, hints))
         async with self.counting:
@@ -1748,7 +1758,7 @@ class Models:
         """Enter a reply in the books -> the reply."""
         money = self.price(model, reply.tokens_in, reply.tokens_out) * reply.rate
         self.usage[model, hints["role"]].add(reply, cached, money)
-        self.spent += 0 if cached else money
+        self.spent += 0 if cached or self.batches else money  # a batch's is counted as it comes in
         return reply
 
     def price(self, model: Model, tokens_in: int, tokens_out: int) -> float:
@@ -1764,14 +1774,17 @@ class Models:
         return tokens_in, max(GUESSED_TOKENS[role], usage.longest)
 
     def guess(self, model: Model, messages: list, hints: dict) -> Reply:
-        """A pending reply, with the tokens to expect."""
-        role, sample = hints["role"], hints["sample"]
-        if len(self.first_prompts) < 20:
-            self.first_prompts.append((f"{model.name} as {role}", messages))
+        """A pending reply, with the tokens to expect, also of answers that are shown and not there yet."""
+        role, place = hints["role"], hints["sample"] + 1
+        prompt, prompts = (f"{model.name} as {role}", messages), self.first_prompts
+        prompts += [prompt] if len(prompts) < 20 and prompt not in prompts else []
         namesake = any(other.name == model.name and other != model for other, _ in self.usage)
-        named = f"{sample + 1} of " * bool(sample) + model.name + f"@{model.url}" * namesake
+        text = f"<answer{f' {place}' * (place > 1)} of {model.name}{f'@{model.url}' * namesake}>"
+        tokens_in, tokens_out = self.expected(model, messages, role)
+        missing = re.findall(r"^[<‹]answer(?: \d+)? of .*>$", flatten(messages), re.M)
+        tokens_in += GUESSED_TOKENS["answer"] * len(missing)
         rate = BATCH_RATE if self.args.batch else 1.0
-        return Reply(f"<answer {named}>", "stop", *self.expected(model, messages, role), rate, pending=True)
+        return Reply(text, "stop", tokens_in, tokens_out, rate, pending=True)
 
     def cost(self, model: Model, messages: list, options: dict, role: str) -> float:
         """Money that an online call may cost, 0 where no --max-cost asks.
@@ -2187,6 +2200,7 @@ class Batches:
         self.known = {name_of(model): model for model in run.asked() if model.is_paid}
         self.most = defaultdict(lambda: BATCH_REQUESTS)  # requests in one batch, by model
         self.sent = {}  # file -> (fixes of its requests, money set aside for them)
+        self.fresh = Hashes()  # keys of the replies that came in this run
         columns = "key TEXT UNIQUE, model, role, request, file, asked, tries, error, curable"
         cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
         cache.do("CREATE TABLE IF NOT EXISTS batches (file PRIMARY KEY, model, id)")
@@ -2366,6 +2380,7 @@ class Batches:
             change = "UPDATE wanted SET file = '', tries = ?, error = ?, curable = ? WHERE key = ?"
             return self.cache.do(change, tries, failed_call(lane.model, error).reason, curable, key)
         lane.answered()
+        self.fresh.is_new(int(key[:16], 16))
         self.cache.put(key, reply, lane.model.name)
         self.cache.do("DELETE FROM wanted WHERE key = ?", key)
         self.models.spent += self.models.price(lane.model, reply.tokens_in, reply.tokens_out) * BATCH_RATE
@@ -3476,7 +3491,7 @@ def show_plan(records: int, asking: int, models: Models):
     print(plan_line(asking, models) if models.usage else "no model would be called")
     for row in models.rows():
         money = "" if row["money"] is None else f", {row['money']:.4f} at the given price"
-        batches = f" in {-(-row['calls'] // BATCH_REQUESTS)} batches" if models.args.batch else ""
+        batches = f" in {-(-row['calls'] // BATCH_REQUESTS)} or more batches" if models.args.batch else ""
         calls = f"{row['model']} as {row['role']}: {row['calls']} to pay{batches}, {row['cached']} cached"
         print(f"  {calls}, about {row['tokens_in']:,} tokens in and {row['tokens_out']:,} out{money}")
     for who, messages in models.first_prompts[: len(models.usage) + 1]:

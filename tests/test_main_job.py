@@ -97,7 +97,7 @@ QUICK = ("--provider", "dashscope", *MODELS[2:])  # the quicker of the two SDKs
 
 
 def test_a_noisy_judge_leaves_few_wrong_pairs(rlhf):
-    with Api(noisy_world(1.5)) as api:
+    with Api(noisy_world(1.5, still=True)) as api:
         trusting = rlhf(PROMPTS, *QUICK, "--judge-model", "none", api=api, output="t.jsonl").pairs
         judged = rlhf(PROMPTS, *QUICK, api=api).pairs
     print(f"no judge: {wrong_share(trusting):.1%} wrong; judged: {wrong_share(judged):.1%} of {len(judged)}")
@@ -106,7 +106,7 @@ def test_a_noisy_judge_leaves_few_wrong_pairs(rlhf):
 
 
 def test_the_best_and_the_worst_of_four_are_hardly_ever_confused(rlhf):
-    with Api(noisy_world(1.5)) as api:
+    with Api(noisy_world(1.5, still=True)) as api:
         pairs = rlhf(PROMPTS, *QUICK, "--method", "generate_pairs", api=api).pairs
         assert sum(map(is_judge, api.calls)) == 2 * 1000
     print(f"{wrong_share(pairs):.1%} wrong of {len(pairs)}")
