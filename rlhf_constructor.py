@@ -1774,9 +1774,12 @@ class Models:
         if model not in self.lanes:
             same = (lane.provider for other, lane in self.lanes.items()
                     if (other.provider, other.url) == (model.provider, model.url))  # fmt: skip
-            provider = next(same, None) or PROVIDERS[model.provider](
-                model.url, key_of(model), self.args.timeout
-            )
+            make, key = PROVIDERS[model.provider], key_of(model)
+            try:
+                provider = next(same, None) or make(model.url, key, self.args.timeout)
+            except Exception as error:  # its text may quote a proxy's password
+                hint = "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
+                raise self.halt(f"{model.name}: no client ({type(error).__name__}): {hint}") from None
             self.lanes[model] = Lane(model, provider)
         return self.lanes[model]
 
@@ -3299,6 +3302,8 @@ def check(args) -> Run:
             missing = not args.dry_run and not importlib.util.find_spec(package)
             refuse(missing, f"the package {package} is missing: pip install -r requirements.txt")
         keyless = provider.key and not (args.dry_run or model.url or key_of(model))
+        odd = provider.key and re.search(r"[^!-~]", key_of(model))
+        refuse(odd, f"{provider.key} holds what no key has (curly quotes? a space?): export it again")
         refuse(keyless, f"{provider.key} is not set: export {provider.key}=sk-..., or try --provider offline")
     return run
 
