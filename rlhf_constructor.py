@@ -308,8 +308,10 @@ def message(turn) -> dict:
     if not isinstance(name, str) or name.lower() not in ROLES:
         raise Failed("input", f"unknown role: {name!r} (known: {', '.join(ROLES)})")
     role, said = ROLES[name.lower()], turn.get("content", turn.get("value"))
-    if isinstance(said, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in said):
-        said = "\n".join(str(part.get("text", "")) for part in said)
+    if isinstance(said, list):
+        texts = [part.get("text") for part in said if isinstance(part, dict) and part.get("type") == "text"]
+        whole = len(texts) == len(said) and all(isinstance(text, str) for text in texts)
+        said = "\n".join(texts) if whole else said
     if not isinstance(said, str):
         raise Failed("input", f"not a text: a {role} turn holds a {type(said).__name__}")
     return {"role": role, "content": said.strip()}
@@ -1328,7 +1330,8 @@ def api_error(error: Exception) -> ApiError:
 def replied(content, finish, tokens_in, tokens_out) -> Reply:
     """Fields of either SDK -> Reply; raises ApiError for a 200 without text (a cut one may be empty)."""
     if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text") for part in content]
+        content = "".join(text for text in texts if isinstance(text, str))
     if not isinstance(content, str) or (not content.strip() and finish != "length"):
         raise ApiError(200, "garbled", "the reply holds no text")
     counts = (int(min(max(number(count) or 0, 0), 10**9)) for count in (tokens_in, tokens_out))
