@@ -44,6 +44,7 @@ import atexit
 import base64
 import bisect
 import contextlib
+import copy
 import csv
 import difflib
 import filecmp
@@ -773,6 +774,9 @@ def defused(text: str) -> str:
     return RESERVED.sub(lambda mark: {"<": "‹", "[": "⟦"}[mark[0]], text)
 
 
+GRADE = re.compile(r".{0,60}(?<![A-Za-z])\d")  # a number near an id
+
+
 def judge_prompt(record: Record, texts: list[str], *, rubric: str, reference: str, seed: tuple):
     """-> (the judge's prompt, the ids in the order of `texts`).
 
@@ -809,7 +813,8 @@ def parse_scores(reply: str, ids: list[str]) -> list[float] | None:
     before, entries, after = last_object(re.sub(r",(\s*[}\]])", r"\1", without_thinking(reply)))
     part = before.count("{") != before.count("}") or before.rstrip().endswith("[")
     thought = before.count("<think") > before.count("</think")
-    again = re.search(rf"[{{}}\]]|(?:{'|'.join(ids)}).{{0,60}}(?<![A-Za-z])\d", after)
+    graded = (GRADE.match(rest) for name in ids for rest in after.split(name)[1:])
+    again = re.search(r"[{}\]]", after) or any(graded)
     keys, scores = [key for key, _ in entries if key in ("scores", *ids)], dict(entries).get("scores")
     alone = sorted(keys) == sorted(["scores", *ids]) and isinstance(scores, dict) and set(scores) == set(ids)
     if part or thought or again or not alone:
@@ -1251,7 +1256,7 @@ def as_prompts(pair: Pair, run) -> list[dict]:
 # ==========================================================================================================
 
 # ----------------------------------------------------------------------------------------------------------
-# §7 MODELS: Model, Reply, ApiError; the providers; FIXES, VERDICTS; Lane, Cache, Usage, Models; Run
+# §7 MODELS: Model, Reply, ApiError; the providers; FIXES, VERDICTS; Lane, Cache, Hashes, Usage, Models; Run
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -1290,10 +1295,8 @@ class ApiError(Exception):
 
     def __init__(self, status: int, code, message, retry_after: str | None = None):
         super().__init__(message)
-        self.status, self.code, self.message = (
-            status,
-            *(redacted(scrub(str(x or ""))) for x in (code, message)),
-        )
+        self.status = status
+        self.code, self.message = (redacted(scrub(str(said or ""))) for said in (code, message))
         seconds = number(retry_after)  # an HTTP date reads as nothing, and the pacing alone decides
         self.retry_after = min(60.0, max(0.0, seconds or 0.0))
 
@@ -1518,12 +1521,8 @@ class Lane:
         self.model, self.provider = model, provider
         self.door, self.opened, self.proven = asyncio.Lock(), False, False
         self.fixes, self.streak, self.patient_since = [], ("", 0), 0.0
-        self.gate, self.rate, self.growth = (
-            asyncio.Lock(),
-            0.0,
-            1.05,
-        )  # rate: calls a second, 0 = no limit known
-        self.next_start = self.cut = 0.0
+        self.gate, self.next_start, self.cut = asyncio.Lock(), 0.0, 0.0
+        self.rate, self.growth = 0.0, 1.05  # calls a second, 0 = no limit known; how it grows
         self.begin(time.monotonic())
 
     def begin(self, now: float):
@@ -1594,10 +1593,6 @@ class Lane:
             note(f"{self.model.name}: {fix[1]} (as the server asks)")
         return True
 
-    def batch_client(self):
-        """An OpenAI client for the provider's batch engine."""
-        return self.provider.batch_client()
-
     def wire(self, options: dict, fixes: list) -> dict:
         """Options as they are sent: the provider's defaults, ours, and what was learned."""
         wire = {**self.provider.defaults, **options}
@@ -1665,6 +1660,27 @@ class Cache:
             self.db.close()
 
 
+class Hashes:
+    """A set of hashes in about 24 bytes each, where Python's takes 70: all that is kept of a whole input."""
+
+    def __init__(self):
+        self.slots, self.count = array("Q", bytes(8 * 1024)), 0
+
+    def is_new(self, value: int) -> bool:
+        """Enter a hash -> False if it was there (open addressing; a free slot holds 0)."""
+        if 2 * self.count > len(self.slots):
+            former, self.slots, self.count = self.slots, array("Q", bytes(16 * len(self.slots))), 0
+            for one in filter(None, former):
+                self.is_new(one)
+        value, last = value & 0xFFFFFFFFFFFFFFFF or 1, len(self.slots) - 1
+        place = value & last
+        while self.slots[place] not in (0, value):
+            place = place + 1 & last
+        new, self.slots[place] = not self.slots[place], value
+        self.count += new
+        return new
+
+
 @dataclass
 class Usage:
     """What one model did in one role: replies fetched, replies from the cache, tokens and money of both."""
@@ -1689,14 +1705,15 @@ class Models:
     """The one door to every model: cache, then provider, then cache; with pacing, retries and stop rules.
 
     With `dry` nobody is asked: what the cache does not hold is counted, guessed and marked pending. With
-    `batches` it is noted there; nobody is asked online. `spent`: money that the cached replies had cost."""
+    `batches` it is noted there, and nobody is asked online. `foretell` is awaited before the first call."""
 
-    def __init__(self, args, cache: Cache, dry: bool = False, batches=None, spent: float = 0.0):
-        self.args, self.cache, self.dry, self.batches = args, cache, dry, batches
-        self.lanes, self.usage = {}, defaultdict(Usage)
+    def __init__(self, args, cache: Cache, dry: bool = False):
+        self.args, self.cache, self.dry, self.batches = args, cache, dry, None
+        self.foretell, self.counting, self.total = None, asyncio.Lock(), None
+        self.lanes, self.providers, self.usage = {}, {}, defaultdict(Usage)
         self.stop, self.stopping = None, asyncio.Event()
         self.in_flight, self.first_prompts = 0, []
-        self.spent, self.reserved = spent, 0.0  # money: paid for replies, expected of the calls in flight
+        self.spent, self.reserved = 0.0, 0.0  # money: paid for replies, expected of the calls in flight
 
     async def ask(self, model: Model, messages, options, sample=0, role="answer", reference="") -> Reply:
         """-> Reply; one that is cut at the limit is asked for once more with twice the limit.
@@ -1720,6 +1737,10 @@ class Models:
             return self.count(model, hints, reply, cached=True)
         if self.dry:
             return self.count(model, hints, self.guess(model, messages, hints))
+        async with self.counting:
+            if self.foretell:
+                await self.foretell()
+                self.foretell = None
         if self.batches:
             self.batches.want(key, model, messages, options, hints["role"])
         reply = await self.fetch(model, messages, options, hints)
@@ -1755,10 +1776,16 @@ class Models:
         rate = BATCH_RATE if self.args.batch else 1.0
         return Reply(f"<answer {named}>", "stop", *self.expected(model, messages, role), rate, pending=True)
 
-    def cost(self, model: Model, messages: list, role: str) -> float:
-        """Money to expect of an online call; 0 where no --max-cost asks."""
-        asked = self.args.max_cost is not None and model.is_paid
-        return self.price(model, *self.expected(model, messages, role)) if asked else 0.0
+    def cost(self, model: Model, messages: list, options: dict, role: str) -> float:
+        """Money that an online call may cost, 0 where no --max-cost asks.
+
+        A reply is taken to be as long as it may be; once 20 are known, 1.5 times as long as the longest."""
+        if self.args.max_cost is None:
+            return 0.0
+        tokens_in, longest = self.expected(model, messages, role)
+        most, usage = options.get("max_tokens", longest), self.usage[model, role]
+        known = usage.calls + usage.cached >= 20
+        return self.price(model, tokens_in, min(most, 1.5 * longest) if known else most)
 
     def affords(self, money: float) -> bool:
         """False if --max-cost might be passed."""
@@ -1769,21 +1796,22 @@ class Models:
         """Set money aside for a call; raises Stop where there is not enough left."""
         if not self.affords(money):
             spent = f"{self.spent:.4g} of --max-cost {self.args.max_cost:g} are spent"
-            raise self.halt(f"{spent}, and the next call might pass it: raise it and run the same command")
+            hint = "raise it (or lower --max-tokens) and run again"
+            raise self.halt(f"{spent}, one more call might pass it: {hint}")
         self.reserved += money
 
     def lane(self, model: Model) -> Lane:
         """The model's lane, opened on first use; the SDK is imported here."""
         if model not in self.lanes:
-            same = (lane.provider for other, lane in self.lanes.items()
-                    if (other.provider, other.url) == (model.provider, model.url))  # fmt: skip
-            make, key = PROVIDERS[model.provider], key_of(model)
-            try:
-                provider = next(same, None) or make(model.url, key, self.args.timeout)
-            except Exception as error:  # its text may quote a proxy's password
-                hint = "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
-                raise self.halt(f"{model.name}: no client ({type(error).__name__}): {hint}") from None
-            self.lanes[model] = Lane(model, provider)
+            door = model.provider, model.url, key_of(model)
+            if door not in self.providers:
+                make = PROVIDERS[model.provider]
+                try:
+                    self.providers[door] = make(*door[1:], self.args.timeout)
+                except Exception as error:  # its text may quote a proxy's password
+                    hint = "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
+                    raise self.halt(f"{model.name}: no client ({type(error).__name__}): {hint}") from None
+            self.lanes[model] = Lane(model, self.providers[door])
         return self.lanes[model]
 
     async def fetch(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
@@ -1823,7 +1851,7 @@ class Models:
 
     async def call(self, lane: Lane, fixes: list, messages: list, options: dict, hints: dict) -> Reply:
         """One call as it goes over the wire; whatever goes wrong comes out as ApiError."""
-        money = self.cost(lane.model, messages, hints["role"])
+        money = self.cost(lane.model, messages, options, hints["role"])
         while self.in_flight and not self.affords(money):  # what is in flight may cost less than expected
             await self.pause(0.05)
         self.reserve(money)
@@ -1840,17 +1868,14 @@ class Models:
     def ruling(self, lane: Lane, error: ApiError, start: float = 0.0) -> str:
         """ApiError -> "wait", "retry" or "record"; raises Stop where no further call can succeed."""
         name, subject = lane.model.name, f"{error.status} {error.code}"
-        kind, advice = next(
-            (kind, advice) for pattern, kind, advice in VERDICTS if re.search(pattern, subject)
-        )
+        _, kind, advice = next(row for row in VERDICTS if re.search(row[0], subject))
         if kind == "stop" or (kind == "stop unless proven" and not lane.proven):
             served = " or ".join(DEFAULT_MODELS.get(lane.model.provider, ["one that the server lists"]))
             advice = fill(advice, key=lane.provider.key or "the key", served=served)
             raise self.halt(f"{name}: {advice} ({error})")
         if kind == "wait" and lane.refused(start) > PATIENCE:
-            raise self.halt(
-                f"{name}: nothing but 429 for {PATIENCE // 60} minutes; run the same command later"
-            )
+            waited = f"nothing but 429 for {PATIENCE // 60} minutes"
+            raise self.halt(f"{name}: {waited}; run the same command later")
         return "record" if kind == "stop unless proven" else kind
 
     def give_up(self, lane: Lane, error: ApiError, kind: str) -> Exception:
@@ -1892,7 +1917,7 @@ class Models:
 
     async def close(self):
         """Close every client once."""
-        for provider in {id(lane.provider): lane.provider for lane in self.lanes.values()}.values():
+        for provider in self.providers.values():
             await provider.close()
 
 
@@ -1966,12 +1991,13 @@ class Run:
         self.reads_answers, self.excluded = getattr(self.method, "reads_answers", False), set()
         self.orders, self.length_penalty = args.judge_orders, args.length_penalty
         self.min_chosen_score, self.flips = args.min_chosen_score, args.when_low_wins == "flip"
-        self.rubric = args.rubric or RUBRIC
+        self.rubric, rules = args.rubric or RUBRIC, defaultdict(list)
+        for name, rule in FILTERS.items():
+            rules[rule.on] += [] if name in args.skip_filter else [rule]
+        self.rules = rules  # of answers and of pairs, less --skip-filter
         high, low = DEFAULT_MODELS[args.provider]
-        self.high, self.low = (
-            parse_model(args.high_model or high, args),
-            parse_model(args.low_model or low, args),
-        )
+        self.high = parse_model(args.high_model or high, args)
+        self.low = parse_model(args.low_model or low, args)
         pool = [parse_model(spec, args) for spec in args.candidate_models or []] or [self.high, self.low]
         self.candidates = [(pool[i % len(pool)], i // len(pool)) for i in range(args.num_candidates)]
         self.judges = self.choose_judges()
@@ -2066,9 +2092,10 @@ class Run:
 
     def complaint(self, on: str, *subject) -> str:
         """The first reason that a filter on answers or pairs has against the subject, "" if there is none."""
-        skipped = self.args.skip_filter
-        rules = (rule for name, rule in FILTERS.items() if rule.on == on and name not in skipped)
-        return next(filter(None, (rule(*subject) for rule in rules)), "")
+        for rule in self.rules[on]:
+            if reason := rule(*subject):
+                return reason
+        return ""
 
     async def judge(self, record: Record, answers: list[Answer]) -> list[Answer]:
         """The same answers with score and votes (see `judge_answers`)."""
@@ -2162,8 +2189,9 @@ WAITING = "model = ? AND file = '' AND asked = 1 AND tries <= ?"
 class Batches:
     """What a run still wants, and the batches that fetch it: nothing is submitted twice, whoever kills us."""
 
-    def __init__(self, run: Run, cache: Cache):
-        self.cache, self.models, self.retries = cache, run.models, run.args.max_retries
+    def __init__(self, run: Run, models: Models):
+        cache, self.models, self.retries = models.cache, models, run.args.max_retries
+        self.cache = cache
         self.known = {name_of(model): model for model in run.asked() if model.is_paid}
         self.most = defaultdict(lambda: BATCH_REQUESTS)  # requests in one batch, by model
         self.sent = {}  # file -> (fixes of its requests, money set aside for them)
@@ -2211,7 +2239,9 @@ class Batches:
 
             async def send(again):
                 file.seek(0)
-                return await lane.batch_client().files.create(file=("batch.jsonl", file), purpose="batch")
+                return await lane.provider.batch_client().files.create(
+                    file=("batch.jsonl", file), purpose="batch"
+                )
 
             uploaded = (await self.reach(lane, send)).id
         with self.cache.transaction():
@@ -2230,7 +2260,7 @@ class Batches:
             body = {"model": lane.model.name, "messages": messages, **lane.wire(options, lane.fixes)}
             line = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
             data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-            money = models.cost(lane.model, messages, role) * BATCH_RATE
+            money = models.cost(lane.model, messages, options, role) * BATCH_RATE
             unaffordable = not models.affords(money) and models.reserved > 0
             if unaffordable or (last and file.tell() + len(data) > BATCH_BYTES):
                 break  # until what is on its way has come in, and has cost less than expected
@@ -2243,7 +2273,7 @@ class Batches:
         """Start the batch of an uploaded file unless it runs, wait for its end, and take in what it brings.
 
         `batch_id`: None for a file of this run; "" if a former run was killed before it could note the id."""
-        batches, wait, said = lane.batch_client().batches, BATCH_POLL[0], ""
+        batches, wait, said = lane.provider.batch_client().batches, BATCH_POLL[0], ""
         look = lambda again: batches.retrieve(batch_id)
         try:
             start = functools.partial(self.start, batches, file, batch_id is None)
@@ -2316,7 +2346,9 @@ class Batches:
         async def download(again):
             copy.seek(0)
             copy.truncate()
-            async with lane.batch_client().files.with_streaming_response.content(results) as response:
+            async with lane.provider.batch_client().files.with_streaming_response.content(
+                results
+            ) as response:
                 async for chunk in response.iter_bytes():
                     copy.write(chunk)
 
@@ -2636,7 +2668,7 @@ class Report:
 
     def __init__(self, seed: int, orders: int = 2):
         self.random, self.orders = random.Random(seed), orders
-        self.pairs, self.prompts = 0, set()
+        self.pairs, self.prompts = 0, Hashes()
         self.counts = defaultdict(Counter)  # by question, or ("model", name)
         self.rows = []  # the sample, see `sampled`
         self.column = lambda name: [row[name] for row in self.rows if row[name] is not None]
@@ -2649,8 +2681,7 @@ class Report:
             self.counts["dropped"][outcome.stage, outcome.reason.partition(":")[0]] += 1
             return
         prompt = int(outcome.record.prompt_id, 16)
-        self.counts["repeated"][prompt in self.prompts] += 1
-        self.prompts.add(prompt)
+        self.counts["repeated"][not self.prompts.is_new(prompt)] += 1
         for pair in outcome.pairs:
             self._add_pair(pair)
 
@@ -3216,13 +3247,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--seed", int, 0, "N", "of everything drawn")
     flag("--dry-run", bool, help="call nobody, write nothing: show calls, tokens, price, the first prompts")
     flag("--price", price, [], "MODEL=IN/OUT", "money per million tokens in and out; repeatable")
-    flag(
-        "--max-cost",
-        between(0.0, 1e9),
-        None,
-        "X",
-        "stop before the job, all its runs, costs more; needs --price",
-    )
+    flag("--max-cost", between(0.0, 1e9), None, "X", "stop before all runs together cost more (--price)")
     group = parser.add_argument_group("report and review")
     flag("--report-path", str, None, "FILE", "page, and its .json; default <output>.report.html; or none")
     flag("--review-path", str, None, "FILE", "a page to judge pairs by hand, blind")
@@ -3396,17 +3421,16 @@ def check_input(path: str, run: Run):
 
 def records_of(path: str, run: Run):
     """Yields (line, Record or Failed): the input, with repeated and excluded prompts marked as failed."""
-    seen, limit = set(), run.args.max_samples if run.args.max_samples >= 0 else None
+    seen, limit = Hashes(), run.args.max_samples if run.args.max_samples >= 0 else None
     records = read_records(path, dict(run.args.rename), run.reads_answers)
     for line, record in itertools.islice(records, limit):
         if isinstance(record, Record):
             words = [(m["role"], *m["content"].split()) for m in record.messages]
             answers = [(answer.text, answer.votes) for answer in record.answers]
             key = hash(repr((words, answers)))  # all that is kept of a record
-            reason = "repeated prompt" + " and answers" * bool(answers) if key in seen else ""
+            reason = "" if seen.is_new(key) else "repeated prompt" + " and answers" * bool(answers)
             if not reason and run.excluded and not run.excluded.isdisjoint(runs_of(record)):
                 reason = "excluded prompt"
-            seen.add(key)
             record = Failed("input", reason, record=record) if reason else record
         yield line, record
 
@@ -3421,7 +3445,8 @@ def runs_of(record: Record) -> set[int]:
 
 async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
     """Pass over the input and ask nobody -> (records read, records that would ask, the counts)."""
-    run.models = models = Models(run.args, cache, dry=True)
+    run, models = copy.copy(run), Models(run.args, cache, dry=True)
+    run.models = models
     met = lambda: sum(usage.calls + usage.cached for usage in models.usage.values())
     total = asking = 0
     for _, record in records_of(path, run):
@@ -3476,7 +3501,7 @@ class Files:
 
     def __init__(self, args):
         self.args, self.paths, self.rows = args, written_paths(args), Counter()
-        self.keys, self.kinds, self.warned = set(), set(), False
+        self.keys, self.kinds, self.warned = Hashes(), set(), False
         self.open = {path: opened(path + ".part") for path in self.paths[:4] if path}
         for file in self.open.values():
             file.truncate(0)
@@ -3507,10 +3532,8 @@ class Files:
             raise AssertionError(f"line {pair.record.line}: a pair without a lead reached the writer")
         for row in make(pair, run):
             once = [row[name] for name in getattr(make, "once", ())]
-            key = hash(json.dumps(once))
-            if not once or key not in self.keys:
+            if not once or self.keys.is_new(hash(json.dumps(once))):
                 yield row
-            self.keys.add(key)
 
     def write(self, path: str, row: dict):
         """One JSON line."""
@@ -3682,43 +3705,43 @@ async def construct(args) -> int:
     path = spooled(args)
     check_input(path, run)
     kept = args.cache_path != "none" and run.pays() and (os.path.exists(args.cache_path) or not args.dry_run)
-    cache, total, spent = Cache(args.cache_path if kept else None), None, 0.0
+    cache = Cache(args.cache_path if kept else None)
     try:
-        if args.dry_run or run.pays():
-            total, asking, planned = await plan(path, run, cache)
-            if args.dry_run:
-                show_plan(total, asking, planned)
-                return 0
-            note(plan_line(asking, planned))
-            spent = sum(usage.kept for usage in planned.usage.values())
-        models = Models(args, cache, spent=spent)
+        if args.dry_run:
+            show_plan(*await plan(path, run, cache))
+            return 0
+        models = Models(args, cache)
+        models.foretell = functools.partial(foretell, path, run, models)
         if args.batch and run.pays():
-            models.batches = await fill_cache(path, run, cache, spent)
-        return await carry_out(path, run, models, total)
+            await fill_cache(path, run, models)
+        return await carry_out(path, run, models)
     finally:
         cache.close()
 
 
-async def fill_cache(path: str, run: Run, cache: Cache, spent: float) -> Batches:
+async def foretell(path: str, run: Run, models: Models):
+    """Before the first call: say what may be called, and learn what the replies in the cache have cost."""
+    models.total, asking, planned = await plan(path, run, models.cache)
+    models.spent = sum(usage.kept for usage in planned.usage.values())
+    note(plan_line(asking, planned))
+
+
+async def fill_cache(path: str, run: Run, models: Models):
     """--batch: passes over the input, and batches for what they want, until the cache holds every reply."""
-    run.models = models = Models(run.args, cache, spent=spent)
-    models.batches = Batches(run, cache)
-    with open(f"{cache.path}.batch", "a", opener=private) as guard, interruptible(models):
-        refuse(not lock(guard), f"{cache.path}: another --batch run is using it")
-        try:
-            while True:
-                pending = 0
-                for line, record in records_of(path, run):
-                    try:
-                        await fate(line, record, run)
-                    except Pending:
-                        pending += 1
-                if not pending:
-                    return models.batches
-                note(f"{pending} records wait for replies")
-                await models.batches.work_off()
-        finally:
-            await models.close()
+    run.models, models.batches = models, Batches(run, models)
+    with open(f"{models.cache.path}.batch", "a", opener=private) as guard, interruptible(models):
+        refuse(not lock(guard), f"{models.cache.path}: another --batch run is using it")
+        while True:
+            pending = 0
+            for line, record in records_of(path, run):
+                try:
+                    await fate(line, record, run)
+                except Pending:
+                    pending += 1
+            if not pending:
+                return models.usage.clear()  # the run itself counts them
+            note(f"{pending} records wait for replies")
+            await models.batches.work_off()
 
 
 async def fate(line: int, record, run: Run) -> Outcome:
@@ -3734,22 +3757,21 @@ async def fate(line: int, record, run: Run) -> Outcome:
     return outcome
 
 
-async def carry_out(path: str, run: Run, models: Models, total: int | None) -> int:
+async def carry_out(path: str, run: Run, models: Models) -> int:
     """The run itself: records through the method, outcomes into files, books, report and review page."""
-    args, books, run.models = run.args, Books(), models
-    files = Files(args)
+    args, books, files, run.models = run.args, Books(), Files(run.args), models
     report, review = Report(run.seed, run.orders), ReviewQueue(run.seed)
     takers = list(itertools.compress((books, report, review), (True, files.paths[4], files.paths[6])))
-    run.annotations = Annotations(args.annotations) if args.annotations else None  # the plan met them, too
-    bar = progress(total)
+    bar = progress()
 
     def emit(outcome: Outcome):
         for taker in takers:
             taker.add(outcome)
         files.add(outcome, run)
-        cost = {"cost": f"{models.spent:.4g}"} if args.prices else {}
-        bar.set_postfix(books.counts() | {"tokens": models.tokens()} | cost, refresh=False)
-        bar.update()
+        bar.total = models.total
+        if bar.update() or books.read == models.total:  # it was drawn, as it is a few times a second at most
+            cost = {"cost": f"{models.spent:.4g}"} if args.prices else {}
+            bar.set_postfix(books.counts() | {"tokens": models.tokens()} | cost)
 
     try:
         with interruptible(models):
@@ -3802,12 +3824,12 @@ def settings_of(path: str, run: Run) -> dict:
     return scrub(settings)  # a file's name need not be UTF-8
 
 
-def progress(total: int | None):
+def progress():
     """A tqdm bar on stderr; without tqdm, something as quiet as it."""
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
 
-        return tqdm(total=total, unit=" records", mininterval=0.5 if sys.stderr.isatty() else 10)
+        return tqdm(unit=" records", mininterval=0.5 if sys.stderr.isatty() else 10)
     nothing = lambda *_, **__: None
     return types.SimpleNamespace(set_postfix=nothing, update=nothing, close=nothing)
 

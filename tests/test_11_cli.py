@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 import rlhf_constructor as rc
 from tests.conftest import DATA, ROOT, SCRIPT, rows, write_jsonl
-from tests.server import Api, Fault, demo_world
+from tests.server import Api, Fault, Reply, demo_world
 
 DEMO = DATA / "alpaca_demo.jsonl"
 MODELS = ("--provider", "openai", "--high-model", "gpt-4o", "--low-model", "gpt-4o-mini")
@@ -207,11 +208,29 @@ def test_a_dry_run_needs_no_key_calls_nobody_and_writes_nothing(rlhf, tmp_path):
 
 
 def test_a_budget_stops_the_run_and_a_larger_one_goes_on(rlhf):
-    prices = ("--price", "gpt-4o=1000/1000", "--price", "gpt-4o-mini=1000/1000", "--concurrency", 1)
+    prices = ("--price", "gpt-4o=1000/1000", "--price", "gpt-4o-mini=1000/1000", "--max-tokens", 500)
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 2, api=api)
         assert result.status == 3 and "--max-cost 2 are spent" in result.err and 4 <= api.count() < 40
         assert rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 1000, api=api).status == 0 and api.count() == 48
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_budget_is_never_passed_whatever_the_replies_turn_out_to_cost(rlhf, seed):
+    luck, spent = random.Random(seed), []
+
+    async def answer(call):
+        await asyncio.sleep(luck.random() / 50)
+        reply = demo_world(call)
+        spent.append(luck.choice((5, 20, 300)))
+        return Reply(reply, tokens_in=0, tokens_out=spent[-1])
+
+    prices = ("--price", "gpt-4o=0/1000000", "--price", "gpt-4o-mini=0/1000000", "--max-tokens", 300)
+    prompts = [{"prompt": f"Question {n}"} for n in range(40)]
+    with Api(answer) as api:
+        for limit in (700, 2500):
+            assert rlhf(prompts, *MODELS, *prices, "--max-cost", limit, api=api).status == 3
+            assert 0.5 * limit < sum(spent) <= limit
 
 
 def test_a_budget_of_nothing_still_takes_what_the_cache_holds(rlhf):

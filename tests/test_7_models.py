@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 
 import pytest
 
@@ -527,3 +528,12 @@ def test_a_rate_follows_what_came_through_in_small_steps(starts, refusals, rate)
 def test_an_answer_all_spent_on_thinking_is_called_truncated(rlhf):
     with Api(faulty(Reply("", finish="length"), lambda call: call.model == "weak")) as api:
         assert rlhf(PROMPTS[:1], *OPENAI, api=api).reasons == ["filter: truncated"]
+
+
+def test_hashes_are_a_set_of_hashes():
+    seen, model, luck = rc.Hashes(), set(), random.Random(1)
+    for _ in range(5000):
+        value = luck.choice((luck.getrandbits(64), -luck.getrandbits(62), luck.randrange(-9, 9)))
+        known = (value & 2**64 - 1 or 1) in model
+        assert seen.is_new(value) != known
+        model.add(value & 2**64 - 1 or 1)
