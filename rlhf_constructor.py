@@ -1943,7 +1943,8 @@ def redacted(text: str) -> str:
     """`text` without our keys, in whatever form they are echoed."""
     for name in {provider.key for provider in PROVIDERS.values()} - {""}:
         key = os.environ.get(name, "").strip()
-        text = echoes(key).sub("[key]", text) if len(key) >= 8 else text
+        if len(key) >= 8 and (key.lower() in text.lower() or "%" in text or "\\" in text):
+            text = echoes(key).sub("[key]", text)
     return text
 
 
