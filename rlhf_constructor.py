@@ -309,8 +309,10 @@ def message(turn) -> dict:
     if not isinstance(name, str) or name.lower() not in ROLES:
         raise Failed("input", f"unknown role: {name!r} (known: {', '.join(ROLES)})")
     role, said = ROLES[name.lower()], turn.get("content", turn.get("value"))
-    if isinstance(said, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in said):
-        said = "\n".join(str(part.get("text", "")) for part in said)
+    if isinstance(said, list):
+        texts = [part.get("text") for part in said if isinstance(part, dict) and part.get("type") == "text"]
+        whole = len(texts) == len(said) and all(isinstance(text, str) for text in texts)
+        said = "\n".join(texts) if whole else said
     if not isinstance(said, str):
         raise Failed("input", f"not a text: a {role} turn holds a {type(said).__name__}")
     return {"role": role, "content": said.strip()}
@@ -1331,7 +1333,8 @@ def api_error(error: Exception) -> ApiError:
 def replied(content, finish, tokens_in, tokens_out) -> Reply:
     """Fields of either SDK -> Reply; raises ApiError for a 200 without text (a cut one may be empty)."""
     if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text") for part in content]
+        content = "".join(text for text in texts if isinstance(text, str))
     if not isinstance(content, str) or (not content.strip() and finish != "length"):
         raise ApiError(200, "garbled", "the reply holds no text")
     counts = (int(min(max(number(count) or 0, 0), 10**9)) for count in (tokens_in, tokens_out))
@@ -1815,7 +1818,12 @@ class Models:
         if model not in self.lanes:
             door = model.provider, model.url, key_of(model)
             if door not in self.providers:
-                self.providers[door] = PROVIDERS[model.provider](*door[1:], self.args.timeout)
+                make = PROVIDERS[model.provider]
+                try:
+                    self.providers[door] = make(*door[1:], self.args.timeout)
+                except Exception as error:  # its text may quote a proxy's password
+                    hint = "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
+                    raise self.halt(f"{model.name}: no client ({type(error).__name__}): {hint}") from None
             self.lanes[model] = Lane(model, self.providers[door])
         return self.lanes[model]
 
@@ -1948,7 +1956,8 @@ def redacted(text: str) -> str:
     """`text` without our keys, in whatever form they are echoed."""
     for name in {provider.key for provider in PROVIDERS.values()} - {""}:
         key = os.environ.get(name, "").strip()
-        text = echoes(key).sub("[key]", text) if len(key) >= 8 else text
+        if len(key) >= 8 and (key.lower() in text.lower() or "%" in text or "\\" in text):
+            text = echoes(key).sub("[key]", text)
     return text
 
 
@@ -3337,6 +3346,8 @@ def check(args) -> Run:
             missing = not args.dry_run and not importlib.util.find_spec(package)
             refuse(missing, f"the package {package} is missing: pip install -r requirements.txt")
         keyless = provider.key and not (args.dry_run or model.url or key_of(model))
+        odd = provider.key and re.search(r"[^!-~]", key_of(model))
+        refuse(odd, f"{provider.key} holds what no key has (curly quotes? a space?): export it again")
         refuse(keyless, f"{provider.key} is not set: export {provider.key}=sk-..., or try --provider offline")
     return run
 

@@ -113,6 +113,7 @@ REFUSED = [
     pytest.param({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "not a text",
                  id="a turn that only calls a tool"),
     pytest.param({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not a text", id="a picture"),
+    pytest.param({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "not a text", id="a part that is null"),
     pytest.param({"messages": ["Hi"]}, "unknown role", id="turns that are strings"),
     pytest.param({"instruction": {"text": "Hi"}}, "not a text: `instruction` holds a dict", id="nested junk"),
     pytest.param({"instruction": "Add", "input": 10**400}, "not a text: `input` holds a int", id="a huge integer"),

@@ -19,7 +19,7 @@ from tests.conftest import ROOT, rows, write_jsonl
 from tests.server import Api, demo_world, is_judge
 
 MODELS = ("--provider", "openai", "--high-model", "gpt-4o", "--low-model", "gpt-4o-mini")
-PROMPTS = [{"prompt": f"Question {n}: which way is best?"} for n in range(60)]
+PROMPTS = [{"prompt": f"Question {n}: which way is best?"} for n in range(90)]
 WORKERS = 4
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX processes and file systems")
 
@@ -175,16 +175,17 @@ BESIDE = ("--cache-path", "cache.sqlite")
 def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(rlhf, tmp_path, where, flags):
     with Api(world) as api, small_disk(tmp_path / "disk", "100k") as remount:
         whole = rlhf(LONG, *MODELS, "--cache-path", "other.sqlite", api=api, output="whole.jsonl")
+        paid = api.count()
         full = rlhf(LONG, *MODELS, *flags, api=api, output=where)
         assert one_line(full, 3, "stopped: "), full.err
         assert full.output.exists() == ("disk/r.html" in flags), "a part of it has its name"
-        paid = api.count()
         gc.collect()  # as the end of the process does: close what a failed flush has left open
         remount("size=10m")
         done = rlhf(LONG, *MODELS, *flags, api=api, output=where)
         assert (done.status, done.output.read_bytes()) == (0, whole.output.read_bytes()), done.err
         assert done.dropped == whole.dropped and len(whole.pairs) + len(whole.dropped) == len(LONG)
-        assert api.count() <= paid + ("disk/cache.sqlite" in flags) * 4 * len(LONG)
+        lost = api.count() - 2 * paid
+        assert 0 <= lost <= ("disk/cache.sqlite" in flags) * 2 * 16, "what could not be stored, at most"
 
 
 def test_a_read_only_folder_is_refused_before_anything_is_called(rlhf, tmp_path):

@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from tests.server import Api, Fault, Reply, is_judge, judge_reply, shown
+from tests.server import Api, Fault, Reply, is_judge, judge_reply, shown, success
 
 OPENAI = ("--provider", "openai", "--high-model", "strong", "--low-model", "weak", "--max-retries", 2)
 DASHSCOPE = ("--provider", "dashscope", *OPENAI[2:])
@@ -304,3 +304,65 @@ def test_a_judge_that_is_not_there_stops_the_run_and_answers_are_not_paid_twice(
         )
         answers = rlhf(PROMPTS, *sdk, "--judge-model", "j", api=api)
         assert len(answers.pairs) == 6 and api.count("strong") == api.count("weak") == 6
+
+
+# --- replies of any shape
+
+JUNK = [
+    None,
+    True,
+    0,
+    -1,
+    1e999,
+    "",
+    "x",
+    [],
+    {},
+    [None],
+    {"text": 5},
+    {"error": "busy"},
+    "stop",
+    10**30,
+    [{"text": None}],
+    [[]],
+]
+
+
+def places(node):
+    """Every (container, key) in a JSON value."""
+    for key in list(node) if isinstance(node, dict) else range(len(node)):
+        yield node, key
+        yield from places(node[key]) if isinstance(node[key], dict | list) else ()
+
+
+def spoilt(reply, luck):
+    """A good reply's JSON in which one value, wherever it stands, is junk or gone."""
+    node, key = luck.choice(list(places(reply)))
+    if luck.random() < 0.2:
+        del node[key]
+    else:
+        node[key] = luck.choice(JUNK)
+    return json.dumps(reply).encode()
+
+
+@BOTH
+def test_a_reply_with_junk_anywhere_is_an_answer_or_costs_its_record_only(rlhf, sdk):
+    def answer(call):
+        luck = random.Random(call.prompt)
+        if is_judge(call) or call.model == "strong" or luck.random() < 0.2:
+            return world(call)
+        return Fault(
+            luck.choice([200] * 9 + [400, 422, 500]),
+            kind="body",
+            body=spoilt(success(call, Reply(world(call))), luck),
+        )
+
+    prompts = [{"prompt": f"What is {n} plus {n}?"} for n in range(300)]
+    with Api(answer) as api:
+        result = rlhf(prompts, *sdk, "--max-retries", 0, api=api)
+    assert result.status in (0, 1) and len(result.pairs) + len(result.dropped) == 300, result.err
+    for pair in result.pairs:
+        assert pair["chosen"] == f"A right answer to: {pair['prompt']}"
+        assert pair["rejected"] in (f"A mistaken answer to: {pair['prompt']}", "x", "stop")
+    print(f"{len(result.pairs)} replies were answers in spite of it, {len(result.dropped)} were not")
+    assert {row["stage"] for row in result.dropped} <= {"model", "filter"}

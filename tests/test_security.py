@@ -61,6 +61,39 @@ def test_an_address_with_a_password_is_refused_and_never_printed(rlhf, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "key", ["“sk-hunter2pass”", "sk-hunter2 pass", "sk-hunter2\npass", "sk-hunter2pass密钥"]
+)
+@pytest.mark.parametrize("provider", ["openai", "dashscope"])
+def test_a_key_that_was_pasted_badly_is_refused_in_one_line_and_not_printed(rlhf, tmp_path, key, provider):
+    result = rlhf(PROMPTS, "--provider", provider, OPENAI_API_KEY=key, DASHSCOPE_API_KEY=key)
+    assert result.status == 2 and "holds what no key has" in result.err and result.err.count("\n") == 1
+    assert "hunter2" not in result.err and [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_proxy_that_is_no_address_is_one_line_without_its_password(rlhf):
+    proxies = dict.fromkeys(
+        ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"), "http://user:hunter2/pass@127.0.0.1:9"
+    )
+    result = rlhf(
+        PROMPTS,
+        *MODELS,
+        "--base-url",
+        "http://models.invalid/v1",
+        OPENAI_API_KEY=OPENAI_KEY,
+        NO_PROXY="",
+        no_proxy="",
+        **proxies,
+    )
+    said = result.out + result.err
+    assert (
+        result.status == 3
+        and "HTTP_PROXY" in result.err
+        and "Traceback" not in said
+        and "hunter2" not in said
+    )
+
+
 FORMS = {
     "as it is": str,
     "in capitals": str.upper,
