@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -322,11 +323,13 @@ def main():
     )
     rows = []
     for name in options.only or PARTS:
+        start = time.monotonic()
         print(f"\n{name}: {PARTS[name].__doc__}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             for row in PARTS[name](options.quick, Path(folder)):
                 rows.append(row.cells())
                 print(line(rows[-1]), flush=True)
+        print(f"({time.monotonic() - start:.0f} s)")
     print("\nRequired:", *map(line, filter(lambda cells: cells[-1], rows)), sep="\n")
     print(f"\nload {os.getloadavg()[0]:.1f} at the end")
 
