@@ -23,18 +23,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SCRIPT, BARE, SERVER = ROOT / "rlhf_constructor.py", ROOT / "tests" / "bare.py", ROOT / "tests" / "server.py"
 LATENCY = 0.2  # seconds the server takes for an answer
-REPEATS = {
-    16: 1,
-    64: 2,
-    256: 3,
-}  # by calls in flight: short runs are the noisy ones; the best of each side counts
+REPEATS = {16: 1, 64: 2, 256: 3}  # by calls in flight: short runs are the noisy ones
 API = {"openai": "/v1", "dashscope": "/api/v1"}  # where the server speaks a provider's protocol
 PARTS = {}
 
 
 @dataclass
 class Row:
-    """One line of the table: a value, how it is written, and what issue it has to keep to."""
+    """One line of the table: a value, how it is written, and the limit it has to keep, if there is one."""
 
     what: str
     value: float
@@ -173,9 +169,7 @@ def memory(quick: bool, folder: Path):
         ways = {"offline": (("--provider", "offline"), ()), "--batch": (batch, EAGER)}
         peaks = lambda way: [script(source[n], *way[0], through=way[1]).accounted(n).peak for n in source]
         for way, (low, high) in zip(ways, pool.map(peaks, ways.values())):
-            yield Row(
-                f"{way}: MB more for {large:,} records than for {small:,}", high - low, "{:.0f}", most=40
-            )
+            yield Row(f"{way}: MB more for {large:,} than for {small:,}", high - low, "{:.0f}", most=40)
             yield Row(f"{way}: MB for {small:,} records", low, "{:.0f}")
 
 
@@ -313,13 +307,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", action="append", choices=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes, to see that it runs; no figures to keep"
-    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     options = parser.parse_args()
     print(
-        f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, Python {sys.version.split()[0]}",
-        flush=True,
+        f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True
     )
     rows = []
     for name in options.only or PARTS:
