@@ -235,11 +235,18 @@ class Api:
     async def _start(self, listener: socket.socket) -> None:
         app = web.Application(client_max_size=2**28)
         app.add_routes([web.post(path, self._handle) for path in PROTOCOLS])
+        app.add_routes([web.get("/stats", self._stats)])
         for root in ("/v1", "/compatible-mode/v1"):
             app.add_routes(self.engine.routes(root))
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.05)
         await self._runner.setup()
         await web.SockSite(self._runner, listener, backlog=1024).start()
+
+    async def _stats(self, request: web.Request) -> web.Response:
+        """For who started us as a process: calls so far, seconds from the first to the last, CPU seconds."""
+        times = [call.time for call in self.calls] or [0.0]
+        stats = {"calls": len(self.calls), "span": times[-1] - times[0], "cpu": time.process_time()}
+        return web.json_response(stats)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body, protocol = await request.read(), PROTOCOLS[request.path]
@@ -428,6 +435,9 @@ def main() -> None:
     parser.add_argument("--retry-after", default="")
     o = parser.parse_args()
     with suppress(KeyboardInterrupt), Api(demo_world, o.latency, o.limit, o.port, o.retry_after) as api:
+        api.engine.calls = api.engine.keys = deque(
+            maxlen=0
+        )  # nobody here looks at them, and they may be many
         print(api.url, flush=True)
         threading.Event().wait()
 
