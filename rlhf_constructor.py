@@ -3898,6 +3898,9 @@ def main(argv: list[str] | None = None) -> int:
     except Stop as stop:
         note(f"{PROGRAM}: stopped: {redacted(str(stop))}")
         return stop.status
+    except BrokenPipeError:  # `| head`: all files are written by then
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (or it complains at exit)
+        return 0
     except (OSError, sqlite3.Error) as error:
         note(f"{PROGRAM}: stopped: {error}; with room on the disk the same command goes on from here")
         return 3

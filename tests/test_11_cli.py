@@ -662,3 +662,11 @@ def test_a_model_alone_stands_for_its_first_answer(rlhf, monkeypatch):
     monkeypatch.setitem(rc.METHODS, "mine", mine)
     with Api(demo_world) as api:
         assert rlhf(PROMPTS, "--method", "mine", *MODELS, api=api).pairs
+
+
+def test_nobody_reading_the_summary_is_no_error(process, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "2 + 2?", "output": "It is 4."}])
+    run = process("--provider", "offline", "--input-file", source, "--output-path", "out.jsonl")
+    run.stdout.close()
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == 0 and "Traceback" not in err and "stopped" not in err
