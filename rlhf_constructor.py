@@ -214,10 +214,12 @@ def register(table: dict, **settings):
     return enter
 
 
+CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
 def digest(*parts) -> str:
     """sha256 (64 hex digits) of the canonical JSON of `parts`: the source of ids, seeds and cache keys."""
-    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(CANONICAL.encode(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def flatten(messages: list[dict]) -> str:
@@ -1384,7 +1386,9 @@ class ask_dashscope:
 
         logging.getLogger("dashscope").setLevel(logging.CRITICAL)
         self.sdk, self.url, self.key, self.timeout = dashscope, url, key, timeout
-        proxied = bool(urllib.request.getproxies())  # reading the environment at each call costs 0.45 ms
+        proxied = bool(
+            urllib.request.getproxies().keys() - {"no"}
+        )  # reading the environment at each call costs 0.45 ms
         self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=proxied)
         self.common = {"api_key": key or "none", "session": self.session, "request_timeout": timeout}
         self.common |= {"base_address": url} if url else {}
@@ -1608,7 +1612,7 @@ class Cache:
     FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model"
 
     def __init__(self, path: str | None):
-        self.path, self.db = path, None
+        self.path, self.db, self.empty = path, None, True
         if not path:
             return
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -1620,7 +1624,7 @@ class Cache:
                     self.db.execute(f"PRAGMA {pragma}")
             columns = self.FIELDS.replace("key", "key PRIMARY KEY", 1)
             self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
-            self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
+            self.empty = not self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
         except sqlite3.DatabaseError as error:
             cause = f"{error}: in use elsewhere, damaged or of another version?"
             raise UserError(f"{path}: is no cache to use ({cause}); name another --cache-path") from None
@@ -1741,6 +1745,8 @@ class Models:
         """One request through the cache; its key is what was asked for, before any fix changes it."""
         if not model.is_paid:
             return self.count(model, hints, await self.fetch(model, messages, options, hints))
+        if self.dry and self.cache.empty:  # no need to look
+            return self.count(model, hints, self.guess(model, messages, hints))
         key = digest(model.provider, model.url, model.name, messages, options, hints["sample"])
         if reply := self.cache.get(key):
             fresh = self.batches and int(key[:16], 16) in self.batches.fresh
@@ -3462,7 +3468,7 @@ def runs_of(record: Record) -> set[int]:
 async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
     """Pass over the input and ask nobody -> (records read, records that would ask, the counts)."""
     run, models = copy.copy(run), Models(run.args, cache, dry=True)
-    run.models = models
+    run.models, run.rules = models, run.rules if not cache.empty else {"answer": [], "pair": []}
     met = lambda: sum(usage.calls + usage.cached for usage in models.usage.values())
     total = asking = 0
     for _, record in records_of(path, run):
