@@ -1725,7 +1725,7 @@ class Models:
         self.foretell, self.counting, self.total = None, asyncio.Lock(), None
         self.lanes, self.providers, self.usage = {}, {}, defaultdict(Usage)
         self.stop, self.stopping = None, asyncio.Event()
-        self.in_flight, self.first_prompts = 0, []
+        self.in_flight, self.first_prompts = 0, {}
         self.spent, self.reserved = 0.0, 0.0  # money: paid for replies, expected of the calls in flight
 
     async def ask(self, model: Model, messages, options, sample=0, role="answer", reference="") -> Reply:
@@ -1785,8 +1785,7 @@ class Models:
     def guess(self, model: Model, messages: list, hints: dict) -> Reply:
         """A pending reply, with the tokens to expect, also of answers that are shown and not there yet."""
         role, place = hints["role"], hints["sample"] + 1
-        prompt, prompts = (f"{model.name} as {role}", messages), self.first_prompts
-        prompts += [prompt] if len(prompts) < 20 and prompt not in prompts else []
+        self.first_prompts.setdefault(f"{model.name} as {role}", messages)
         namesake = any(other.name == model.name and other != model for other, _ in self.usage)
         text = f"<answer{f' {place}' * (place > 1)} of {model.name}{f'@{model.url}' * namesake}>"
         tokens_in, tokens_out = self.expected(model, messages, role)
@@ -3366,6 +3365,8 @@ def check_paths(args):
     for path in inputs:
         wrong = "is no file" if os.path.exists(path) else f"no such file{nearest(path)}"
         refuse(not os.path.isfile(path), f"{path}: {wrong}")
+        other = re.search(r"\.(xlsx?|parquet|arrow|docx?|pdf|zip)$", path, re.I)
+        refuse(other, f"{path}: {other and other[0]} is not read; .jsonl .json .csv .tsv are, each also .gz")
     target = args.output_path
     refuse(not re.search(r"[^/\\]\.jsonl?$", target), f"--output-path {target}: name a .jsonl file")
     args.cache_path = args.cache_path or os.path.join(os.path.dirname(target), ".rlhf_cache.sqlite")
@@ -3416,6 +3417,10 @@ def spooled(args) -> str:
     return file.name
 
 
+RANKED = """with answers: `responses` beside `scores`, `ranks` or `order`; objects with `score` or `rank`; \
+`response_a`, `response_b` with `score_a` or `winner`; `chosen` and `rejected`"""
+
+
 def check_input(path: str, run: Run):
     """The first 20 records say whether this file can work at all; raises UserError if not."""
     args, name = run.args, "stdin" if run.args.input_file == "-" else run.args.input_file
@@ -3430,8 +3435,10 @@ def check_input(path: str, run: Run):
         refuse(both, f"--rename {old}={new}: there is a field {new!r} already; rename that one, too")
     good = [record for _, record in first if isinstance(record, Record)]
     reasons = [f"{line}: {record.reason}" for line, record in first if isinstance(record, Failed)]
-    shapes = "; ".join(map(first_line, INPUTS.values()))
-    refuse(not good, f"{name}:{''.join(reasons[:1])}. Accepted: {shapes}. Other fields: --rename OLD=NEW")
+    shapes = "; ".join([*map(first_line, INPUTS.values()), *[RANKED] * run.reads_answers])
+    hint = f". Accepted: {shapes}. Other fields: --rename OLD=NEW"
+    helps = re.search(": (no known|no answers|not a record|not JSON)", "".join(reasons[:1]))
+    refuse(not good, f"{name}:{''.join(reasons[:1])}{hint if helps else ''}")
     needy = any(model.provider == "offline" and model.name != "heuristic" for model in run.asked())
     bare = needy and not any(record.reference for record in good)
     refuse(bare, f"{name}: no record has an answer, which offline models need: name a provider's models")
@@ -3511,7 +3518,7 @@ def show_plan(records: int, asking: int, models: Models):
         batches = f" in {-(-row['calls'] // BATCH_REQUESTS)} or more batches" if models.args.batch else ""
         calls = f"{row['model']} as {row['role']}: {row['calls']} to pay{batches}, {row['cached']} cached"
         print(f"  {calls}, about {row['tokens_in']:,} tokens in and {row['tokens_out']:,} out{money}")
-    for who, messages in models.first_prompts[: len(models.usage) + 1]:
+    for who, messages in models.first_prompts.items():
         print(f"\n--- {who} is asked:\n{flatten(messages)}")
 
 
@@ -3655,7 +3662,7 @@ class Books:
         others = dropped - sum(count for _, count in top)
         lines += [f"  {others:6}  other reasons"] if others else []
         advice = [f"  {REMEDIES[reason]}" for (_, reason), _ in top[:3] if reason in REMEDIES]
-        few = advice and self.paired < 0.3 * self.read
+        few = advice and self.read >= 10 and self.paired < 0.3 * self.read
         return [*lines, "few pairs came out; what helps:", *dict.fromkeys(advice)] if few else lines
 
 
@@ -3674,7 +3681,10 @@ def last_lines(books: Books, files: Files, models: Models) -> list[str]:
     if used:
         keys = ("calls", "cached", "tokens_in", "tokens_out")
         calls, cached, sent, got = (sum(row[key] for row in used) for key in keys)
-        lines.append(f"{calls} calls made, {cached} replies cached, {sent:,} tokens in, {got:,} out")
+        money = sum(row["money"] or 0 for row in used)
+        paid = f", {money:.4g} paid" if money else ""
+        told = f"{sent:,} tokens in, {got:,} out{paid} for both"
+        lines.append(f"{calls} calls made, {cached} replies cached; {told}")
     output, drops, *_ = files.paths
     if models.stop:
         again = "goes on from here" if models.cache.db else "pays for all again: there was no cache"
@@ -3682,7 +3692,8 @@ def last_lines(books: Books, files: Files, models: Models) -> list[str]:
     written = [path for path in files.open if files.rows[path] or path != drops]
     lines += [f"{files.rows[path]:8} rows  {path}" for path in written]
     lines += [f"         page  {path}" for path in files.paths[4::2] if path]
-    return [*lines, f"next: head -n 1 {output if books.pairs else drops}"]
+    worth_a_look = next((path for path in (output, drops) if files.rows[path]), None)
+    return lines + [f"next: head -n 1 {worth_a_look}"] * bool(worth_a_look)
 
 
 async def in_order(source, work, emit, workers: int, models: Models):
@@ -3774,8 +3785,9 @@ async def fate(line: int, record, run: Run) -> Outcome:
     except (Stop, Pending, UserError):
         raise
     except Exception as error:
-        traceback.print_exc()
-        raise Stop(f"{run.args.input_file}:{line}: {run.args.method} raised {error!r}") from None
+        if not run.models.stop:  # others in work may well raise the same
+            traceback.print_exc()
+        raise run.models.halt(f"{run.args.input_file}:{line}: {run.args.method} raised {error!r}") from None
     outcome.record.line = line
     return outcome
 
@@ -3802,10 +3814,15 @@ async def carry_out(path: str, run: Run, models: Models) -> int:
             await in_order(records_of(path, run), work, emit, args.concurrency, models)
     finally:
         bar.close()
+    if run.annotations:
+        problems = run.annotations.problems + run.annotations.unused()
+        none = "none of the verdicts is about a pair of this input: give the file that the page was made from"
+        for problem in problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20):
+            note(problem)
+        if not models.stop and not run.annotations.met:
+            models.halt(none, 2)
     stopped = models.stop
     files.close(done=not stopped)
-    for problem in run.annotations.problems + run.annotations.unused() if run.annotations else ():
-        note(problem)
     lines = [] if stopped else report_out(path, run, files, report, review)
     print("\n".join(lines + books.lines() + last_lines(books, files, models)))
     if stopped:

@@ -670,3 +670,32 @@ def test_nobody_reading_the_summary_is_no_error(process, tmp_path):
     run.stdout.close()
     _, err = run.communicate(timeout=30)
     assert run.returncode == 0 and "Traceback" not in err and "stopped" not in err
+
+
+def test_annotations_of_another_file_are_refused(rlhf, tmp_path):
+    verdict = {
+        "pair_id": "0" * 16,
+        "prompt_id": "",
+        "choice": "rejected",
+        "queue": "random",
+        "annotator": "ann",
+    }
+    write_jsonl(tmp_path / "a.jsonl", [verdict])
+    result = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "a.jsonl")
+    assert result.status == 2 and "none of the verdicts" in result.err and not result.output.exists()
+
+
+def test_a_bug_in_a_method_of_ones_own_is_shown_once(rlhf, monkeypatch):
+    async def broken(record, run):
+        """a method with a bug"""
+        await asyncio.sleep(0)
+        return record.nothing
+
+    monkeypatch.setitem(rc.METHODS, "broken", broken)
+    result = rlhf(DATA / "alpaca_demo.jsonl", "--method", "broken", "--provider", "offline")
+    assert result.status == 3 and result.err.count("Traceback") == 1 and "alpaca_demo.jsonl:" in result.err
+
+
+def test_a_spreadsheet_is_refused_by_its_name(rlhf, tmp_path):
+    (tmp_path / "q.xlsx").write_bytes(b"PK")
+    assert ".xlsx is not read" in rlhf(tmp_path / "q.xlsx", "--provider", "offline").err
