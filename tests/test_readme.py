@@ -171,3 +171,24 @@ def test_the_table_of_scale_follows_from_its_formulas():
         millions = [f"{float(f'{n * tokens / 1e6:.3g}'):,.0f} M" for tokens in (into, out)]
         row = [f"{n:,}", f"{calls:,}", *millions, *hours, f"{files:,}"]
         assert "| " + " | ".join(row) + " |" in README, row
+
+
+def test_the_default_models_are_named():
+    for provider in ("dashscope", "openai"):
+        high, low = rc.DEFAULT_MODELS[provider]
+        assert f"`{high}` and `{low}`" in README and f"--high-model {high} --low-model {low}" in README
+
+
+def test_calls_per_pair_are_what_this_tool_asks():
+    table = re.findall(r"^\| (\d) \| \d+ % \| (\d+) % \| ([\d.]+) \|$", README, re.M)
+    assert [n for n, _, _ in table] == ["2", "4", "8"]
+    assert all(f"{(int(n) + 2) / int(share) * 100:.1f}" == calls for n, share, calls in table)
+
+
+def test_the_gaps_of_signals_and_the_size_of_a_review_are_the_scripts():
+    least = {name: f"{rc.SCORE_GAP_SHARE * scale:g}" for name, (_, scale) in rc.SIGNALS.items()}
+    assert least["rating"] == least["fine-grained_score"] and least["overall_score"] == least["votes"]
+    leads = [f"{rc.SCORE_GAP_SHARE * scale:g}" for _, _, scale in rc.LEADS.values()]
+    said = README.partition("How much better is enough?")[2].partition("\n\n")[0]
+    assert all(number in said for number in (least["rating"], least["votes"], *leads))
+    assert f"at most {rc.REVIEW_SAMPLE} pairs" in README
