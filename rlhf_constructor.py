@@ -2445,7 +2445,7 @@ def batch_reply(response: dict, failure: dict | None) -> Reply:
 # ----------------------------------------------------------------------------------------------------------
 
 REPORT_SAMPLE, SAMPLE_TEXT = 2_000, 4_000  # pairs whose texts are kept, characters of each text
-DIVERSITY = 500  # texts of a side that are compared with each other, by as many words of each
+DIVERSITY = 500  # texts of a side that are compared with each other, by as many words of each; phrases
 DIVERSITY_TOKENS = 20_000  # distinct-n falls with the amount of text, so it is always taken of as much
 LONG_ENOUGH = 10  # tokens; shorter texts (labels, numbers) repeat by nature and count in no diversity metric
 SHOWN_PAIRS, SHOWN_TEXT = 3, 1_200  # sample pairs of each kind on the page, characters of each of their texts
@@ -2471,11 +2471,11 @@ FORMATS = {
 CODE_BLOCK = re.compile(r"```.*?```", re.S)
 LETTER = TOKEN.pattern.partition("|")[2].removesuffix("+")
 PHRASE = re.compile(rf"(?<!{LETTER})(?=([{CJK}]{{2}}|{LETTER}+))")  # one CJK character tells a reader little
+phrases = lambda text, _: set(PHRASE.findall(text.lower()))
 # What a reward model could read off an answer, given with its model's name, instead of quality.
 MARKS = {
     "format": lambda text, _: {name for name in FORMATS if FORMATS[name].search(CODE_BLOCK.sub("```", text))},
     "words": lambda text, _: set(map(sys.intern, tokens(text))),
-    "phrases": lambda text, _: set(map(sys.intern, PHRASE.findall(text.lower()))),
     "opening": lambda text, _: {f"{place} {word}" for place, word in enumerate(tokens(text[:100])[:3])},
     "identity": lambda _, model: {model} - {""},
 }
@@ -2758,7 +2758,7 @@ class Report:
         advice = ADVICE_GIVEN if given else ADVICE
         metrics = [judged(metric, metric[-1](self), advice) for metric in METRICS] + human["metrics"]
         alarms = warnings_of(metrics)
-        calm, notes = remarks(metrics, alarms, self.pairs)
+        calm, notes = remarks(metrics, alarms != [], self.pairs)
         kept, dropped = self.counts["kept"], self.counts["dropped"]
         models = {name[1]: rate(counts) for name, counts in self.counts.items() if name[0] == "model"}
         most = sorted(models.items(), key=lambda item: -item[1].n)[:20]
@@ -2777,7 +2777,7 @@ class Report:
             "dropped": [{"stage": at, "reason": why, "records": n} for (at, why), n in dropped.most_common()],
             "metrics": metrics,
             "models": [{"model": name, "unit": "%", **won._asdict()} for name, won in most],
-            "words": telling(self.sides["phrases"]),
+            "words": telling(one_sided(self.rows[:DIVERSITY], phrases)),
             "charts": charts(self),
             "samples": examples(self.rows),
             "sample": {"pairs": len(self.rows), "characters": SAMPLE_TEXT, "diversity_texts": DIVERSITY},
@@ -2799,16 +2799,15 @@ def warnings_of(metrics: list[dict]) -> list[dict]:
     return list(found.values())
 
 
-def remarks(metrics: list[dict], alarms: list[dict], pairs: int) -> tuple[list[str], list[str]]:
-    """[class, sentence] for a report without warnings, and the note on the checks that had too few cases."""
+def remarks(metrics: list[dict], warned: bool, pairs: int) -> tuple[list[str], list[str]]:
+    """What is said in place of warnings, [class, sentence]; the note on checks that had too few cases."""
     checks = [row["verdict"] for row in metrics if row["verdict"] not in ("", "not applicable")]
     unsure = checks.count("too few")
     few = f"{unsure} of {len(checks)} checks had too few cases."
-    if not pairs:
-        return ["unknown", "No pairs: nothing to check."], []
-    if 2 * unsure > len(checks):
-        return ["unknown", f"Too little data to judge: {few}"], [few] * bool(alarms)
-    return ["ok", "No warnings."], [few] * bool(unsure)
+    if pairs and 2 * unsure <= len(checks):
+        return ["ok", "No warnings."], [few] * bool(unsure)
+    calm = f"Too little data to judge: {few}" if pairs else "No pairs: nothing to check."
+    return ["unknown", calm], [few] * (warned and pairs > 0)
 
 
 def sampled(pair: Pair) -> dict:
@@ -2973,7 +2972,7 @@ def report_html(numbers: dict) -> str:
         "CHARTS": "".join(bars(chart) for chart in numbers["charts"] if any(chart["series"].values())),
         "METRICS": table(measured, "label", "verdict", "value", "interval", "n"),
         "SAMPLE": f"Texts: {sample['pairs']:,} pairs, each text cut at {sample['characters']:,} characters; "
-        f"diversity: {sample['diversity_texts']:,} texts.",
+        f"diversity and words that give a side away: {sample['diversity_texts']:,} texts.",
         "MODELS": table(numbers["models"], "model", "value", "interval", "n"),
         "WORDS": table(numbers["words"]),
         "PAIRS": "".join(map(pair, numbers["samples"])),
@@ -3994,8 +3993,7 @@ code { font: .92em ui-monospace, monospace; white-space: nowrap }
 figure, article, .wide, li { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   margin-bottom: 1rem; padding: .8rem 1rem }
 .ok { --level: var(--ok) } .warn { --level: var(--warn) } .critical { --level: var(--critical) }
-.unknown { --level: var(--soft) }
-li { border-left: 4px solid var(--level, var(--ok)); margin: 0 }
+li { border-left: 4px solid var(--level, var(--soft)); margin: 0 }
 li p { font-size: .92rem }
 li b { color: var(--level); font-size: .75rem; letter-spacing: .06em; text-transform: uppercase }
 tr[class] td:nth-child(2) { color: var(--level) } tr.warn, tr.critical { font-weight: 600 }
@@ -4005,15 +4003,15 @@ figcaption i { border-left: .8em solid var(--chosen); font-style: normal; paddin
 figcaption .s1 { border-color: var(--rejected) }
 svg { display: block; height: .7rem; width: 100% }
 .s0 { fill: var(--chosen) } .s1 { fill: var(--rejected) }
-path { stroke: var(--ink); opacity: .6; vector-effect: non-scaling-stroke }
-.tick { stroke-dasharray: 2; opacity: .45 }
+path { stroke: var(--ink); opacity: .6; vector-effect: non-scaling-stroke } .tick { stroke-dasharray: 2 }
 .wide { overflow-x: auto; padding: .25rem 1rem }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100% }
-th, td { padding: .4rem .8rem .4rem 0; text-align: left; vertical-align: top; overflow-wrap: break-word }
+th, td { padding: .4rem .5rem .4rem 0; text-align: left; vertical-align: top; overflow-wrap: break-word }
 .wide :is(th, td) { border-bottom: 1px solid var(--line) } .wide tr:last-child td { border: 0 }
-.wide td:last-child { overflow-wrap: anywhere; min-width: 3.6rem } th { color: var(--soft); font-weight: 500 }
+.wide td:last-child { overflow-wrap: anywhere; min-width: 3rem; padding-right: 0 }
+th { color: var(--soft); font-weight: 500 }
 figure :is(th, td) { padding: .1rem .5rem .1rem 0; vertical-align: middle }
-figure th { max-width: 11rem; min-width: 4.5rem }
+figure th { max-width: 11rem; min-width: 5.6rem }
 figure td { width: 100% }
 figure td:last-child { padding: 0; text-align: right; width: auto; white-space: nowrap }
 article { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)) }
