@@ -2444,7 +2444,7 @@ def batch_reply(response: dict, failure: dict | None) -> Reply:
 # ----------------------------------------------------------------------------------------------------------
 
 REPORT_SAMPLE, SAMPLE_TEXT = 2_000, 4_000  # pairs whose texts are kept, characters of each text
-DIVERSITY = 500  # texts of a side that are compared with each other, by as many words of each
+DIVERSITY = 500  # texts of a side that are compared with each other, by as many words of each; phrases
 DIVERSITY_TOKENS = 20_000  # distinct-n falls with the amount of text, so it is always taken of as much
 LONG_ENOUGH = 10  # tokens; shorter texts (labels, numbers) repeat by nature and count in no diversity metric
 SHOWN_PAIRS, SHOWN_TEXT = 3, 1_200  # sample pairs of each kind on the page, characters of each of their texts
@@ -2468,6 +2468,9 @@ FORMATS = {
     "emoji": re.compile("[\u2600-\u27bf\U0001f300-\U0001faff]"),
 }
 CODE_BLOCK = re.compile(r"```.*?```", re.S)
+LETTER = TOKEN.pattern.partition("|")[2].removesuffix("+")
+PHRASE = re.compile(rf"(?<!{LETTER})(?=([{CJK}]{{2}}|{LETTER}+))")  # one CJK character tells a reader little
+phrases = lambda text, _: set(PHRASE.findall(text.lower()))
 # What a reward model could read off an answer, given with its model's name, instead of quality.
 MARKS = {
     "format": lambda text, _: {name for name in FORMATS if FORMATS[name].search(CODE_BLOCK.sub("```", text))},
@@ -2509,18 +2512,11 @@ def median(values: list[float]) -> Measured:
     return Measured(statistics.median(values), ends, n)
 
 
-def sign_test(k: int, n: int) -> float:
-    """Two-sided p of k heads in n throws of a fair coin: exact up to n = 1,000, then by the normal curve."""
-    if n > 1000:
-        return math.erfc(max(0.0, abs(k - n / 2) - 0.5) / math.sqrt(n / 2))
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(k, n - k) + 1)) / 2**n)
-
-
 def spearman(xs: list[float], ys: list[float]) -> Measured:
     """Rank correlation -1..1; the interval is Fisher's z with Bonett and Wright's variance."""
     n = len(xs)
     if n < 4 or min(xs) == max(xs) or min(ys) == max(ys):
-        return Measured()
+        return Measured(n=n if n < 4 else 0)
     # twice a value's rank: the sum of the first and the last place that it takes among the sorted ones
     ranks = lambda values, order: [bisect.bisect_left(order, x) + bisect.bisect(order, x) for x in values]
     rho = statistics.correlation(ranks(xs, sorted(xs)), ranks(ys, sorted(ys)))
@@ -2598,7 +2594,7 @@ def held_out(sides: list[tuple]) -> Measured:
 
 
 def telling(sides: list[tuple]) -> list[dict]:
-    """The ten words that speak most clearly for each side; in how many pairs they are on that side only."""
+    """The ten phrases that speak most clearly for each side; in how many pairs they are on that side only."""
     odds = sorted((-weight, word, c, r) for word, (weight, c, r) in log_odds(sides).items() if weight)
     ends = dict.fromkeys(odds[:10] + odds[:-11:-1])
     keys = ("speaks for", "word", "in chosen", "in rejected")
@@ -2622,6 +2618,16 @@ ADVICE = {
     "prompts": "Prompts repeat: mix in other sources, cap one by --max-samples, use --strategy best_worst.",
     "answers": "Answers follow a template: raise --temperature, add --candidate-models, --system-prompt.",
 }
+# Where no answer is made, the data itself has to change.
+AGAIN = "or remove the labels and judge again with --judge-model."
+ADVICE_GIVEN = ADVICE | {
+    "yield": "Few records give a pair: see the reasons below; a lower --min-score-gap drops fewer.",
+    "length": f"A model learns length from this: drop pairs until either side is longer as often, {AGAIN}",
+    "format": f"A model learns decoration from this: drop pairs until both sides have it as often, {AGAIN}",
+    "writer": "Labels say who wrote it: find where answers came from; drop pairs until each wins as often.",
+    "words": f"Words tell the label (see them below): find where the answers came from, {AGAIN}",
+    "answers": "Answers follow a template: find where they came from, drop such pairs, mix in other sources.",
+}
 under = lambda warn, critical: (critical, warn, math.inf, math.inf)
 over = lambda warn, critical: (-math.inf, -math.inf, warn, critical)
 FREE, HALF = over(math.inf, math.inf), (0.3, 0.4, 0.6, 0.7)
@@ -2629,26 +2635,26 @@ counted = lambda name: lambda report: rate(report.counts[name])
 guessed = lambda name: lambda report: held_out(report.sides[name])
 middle = lambda name: lambda report: median(report.column(name))
 
-# Rows: key; label; unit ("%": of a share 0..1); limits (critical below, warn below, warn above, critical
-# above); topic of ADVICE; cases that a verdict needs; formula of the report.
+# Rows: key; label; unit ("%": of a share 0..1; "±1": a coefficient); limits (critical below, warn below, warn
+# above, critical above); topic of ADVICE; cases that a verdict needs; formula. Warnings keep this order.
 # Limits: AlpacaEval refuses judges that prefer the longer answer in over 70 %, people do in 64 %; sound
 # labels are guessed from words in 57..70 %, labels of who wrote it in 94..99 %; order flips GPT-4 in 35 % of
 # close pairs; good answers compress 2.2..3.0 times, templates over 3.5.
 # fmt: off
 METRICS = [
     ("kept", "records that give a pair", "%", under(0.30, 0.05), "yield", 30, counted("kept")),
+    ("identity", "label guessed from the model", "%", over(0.8, 0.95), "writer", 30, guessed("identity")),
+    ("words", "label guessed from the words", "%", over(0.70, 0.85), "words", 100, guessed("words")),
+    ("opening", "label guessed from 3 first words", "%", over(0.65, 0.80), "words", 100, guessed("opening")),
     ("longer", "chosen is longer", "%", HALF, "length", 30, counted("longer")),
     ("length_ratio", "length of chosen / rejected", "×", over(1.5, 2.0), "length", 30, middle("ratio")),
-    ("length_gap", "rank correlation of gap and length ratio", "", (-0.5, -0.3, 0.3, 0.5), "length", 30,
+    ("length_gap", "rank correlation of gap and length ratio", "±1", (-0.5, -0.3, 0.3, 0.5), "length", 30,
      lambda r: spearman(r.column("gap"), [row["ratio"] for row in r.rows if row["gap"] is not None])),
     ("flips", "verdicts that flip with the order", "%", over(0.25, 0.40), "order", 30, counted("flips")),
     ("first_slot", "first-shown answer is above the middle", "%", HALF, "order", 30, counted(("place", 0))),
     *((f"format_{name}", f"{name} in one only: chosen", "%", (0.25, 0.40, 0.60, 0.75), "format", 30,
        lambda r, name=name: rate(Counter(name in c for _, c, r in r.sides["format"] if name in c + r)))
       for name in FORMATS),
-    ("identity", "label guessed from the model", "%", over(0.8, 0.95), "writer", 30, guessed("identity")),
-    ("words", "label guessed from the words", "%", over(0.70, 0.85), "words", 100, guessed("words")),
-    ("opening", "label guessed from 3 first words", "%", over(0.65, 0.80), "words", 100, guessed("opening")),
     ("repeated_prompts", "repeated prompts", "%", over(0.05, 0.50), "prompts", 30, counted("repeated")),
     *((f"{what}_{side}", f"{what} of {side}, median", "", FREE, "", 30, middle(f"{what}_{side}"))
       for what in ("score", "characters", "tokens") for side in ANSWERS),
@@ -2659,7 +2665,7 @@ METRICS = [
       for key, label, unit, limits, needs, formula in (
           ("near_duplicates", "near-duplicates", "%", over(0.05, 0.25), 30, near_duplicates),
           ("self_repetition", "share a passage with 3 others", "%", over(0.15, 0.50), 30, self_repetition),
-          ("compression", "compression ratio", "×", over(3.5, 5.0), 30, compression),
+          ("compression", "compression ratio", "×", over(3.5, math.inf), 30, compression),
           ("distinct_1", "distinct words", "%", FREE, 30, functools.partial(distinct, n=1)),
           ("distinct_2", "distinct pairs of words", "%", FREE, 30, functools.partial(distinct, n=2)),
           ("distinct_4", "distinct runs of 4 words", "%", under(0.85, 0.70), 10_000,
@@ -2669,18 +2675,18 @@ METRICS = [
 # fmt: on
 
 
-def judged(metric: tuple, measured: Measured) -> dict:
+def judged(metric: tuple, measured: Measured, advice: dict = ADVICE) -> dict:
     """The report's row of a metric; its verdict hangs on the interval's end nearer to the healthy range."""
     key, label, unit, limits, topic, needs, _ = metric
     row = {"metric": key, "label": label, "unit": unit, **measured._asdict(), "verdict": "", "advice": ""}
     if limits == FREE:
         return row
-    if measured.value is None or measured.n < needs:
-        return row | {"verdict": "not enough data"}
+    if measured.n < needs:
+        return row | {"verdict": "too few" if measured.n else "not applicable"}
     low, high = measured.interval or (measured.value, measured.value)
     for level, floor, ceiling in (("critical", limits[0], limits[3]), ("warn", limits[1], limits[2])):
         if high < floor or low > ceiling:
-            return row | {"verdict": level, "advice": ADVICE[topic]}
+            return row | {"verdict": level, "advice": advice[topic]}
     return row | {"verdict": "ok"}
 
 
@@ -2747,29 +2753,30 @@ class Report:
         long = lambda texts: [text for text in texts if len(tokens(text)) >= LONG_ENOUGH]
         self.texts = {side: long(row[side] for row in unique) for side in (*ANSWERS, "prompts")}
         human = human or {"metrics": [], "lines": []}
-        metrics = [judged(metric, metric[-1](self)) for metric in METRICS] + human["metrics"]
-        alarms = [row for level in ("critical", "warn") for row in metrics if row["verdict"] == level]
-        checks = [row["verdict"] for row in metrics if row["verdict"]]
-        unsure = checks.count("not enough data")
-        kept, longer, dropped = (self.counts[name] for name in ("kept", "longer", "dropped"))
+        given = getattr(METHODS.get(settings.get("method")), "reads_answers", False)
+        advice = ADVICE_GIVEN if given else ADVICE
+        metrics = [judged(metric, metric[-1](self), advice) for metric in METRICS] + human["metrics"]
+        alarms = warnings_of(metrics)
+        calm, notes = remarks(metrics, alarms != [], self.pairs)
+        kept, dropped = self.counts["kept"], self.counts["dropped"]
         models = {name[1]: rate(counts) for name, counts in self.counts.items() if name[0] == "model"}
         most = sorted(models.items(), key=lambda item: -item[1].n)[:20]
+        scored = self.column("score_chosen") or not self.pairs
+        notes += [] if scored else ["No scores in this data (choices or ranks)."]
         judges = {family(name) for name in settings.get("judges", [])} - {""}
         own = ", ".join([name for name in sorted(models) if family(name) in judges][:5])
-        notes = [f"The judge may favour its own family ({own}): add another --judge-model."] * bool(own)
-        notes += [f"{unsure} of {len(checks)} checks had too few cases for a verdict."] * bool(unsure)
-        sign = {"longer": longer[True], "n": longer.total()}
+        notes += [f"The judge may favour its own family ({own}): add another --judge-model."] * bool(own)
         return {
-            "warnings": [{"level": row["verdict"], **row} for row in alarms],
+            "warnings": alarms,
+            "calm": calm,
             "notes": human["lines"] + notes,
             "records": kept.total(),
             "kept": kept[True],
             "pairs": self.pairs,
             "dropped": [{"stage": at, "reason": why, "records": n} for (at, why), n in dropped.most_common()],
             "metrics": metrics,
-            "sign_test": sign | {"p": sign_test(*sign.values())},
             "models": [{"model": name, "unit": "%", **won._asdict()} for name, won in most],
-            "words": telling(self.sides["words"]),
+            "words": telling(one_sided(self.rows[:DIVERSITY], phrases)),
             "charts": charts(self),
             "samples": examples(self.rows),
             "sample": {"pairs": len(self.rows), "characters": SAMPLE_TEXT, "diversity_texts": DIVERSITY},
@@ -2779,26 +2786,55 @@ class Report:
         }
 
 
+def warnings_of(metrics: list[dict]) -> list[dict]:
+    """Critical ones first; a single one where the texts of both sides have the same fault."""
+    found = {}
+    for level, row in itertools.product(("critical", "warn"), metrics):
+        if row["verdict"] == level:
+            one = {"level": level, **row}
+            twin = found.setdefault((level, row["label"].replace(", rejected", ", chosen")), one)
+            if twin is not one:
+                twin["label"] = f"{row['label']} {shown(row['value'], row['unit'])}, chosen"
+    return list(found.values())
+
+
+def remarks(metrics: list[dict], warned: bool, pairs: int) -> tuple[list[str], list[str]]:
+    """What is said in place of warnings, [class, sentence]; the note on checks that had too few cases."""
+    checks = [row["verdict"] for row in metrics if row["verdict"] not in ("", "not applicable")]
+    unsure = checks.count("too few")
+    few = f"{unsure} of {len(checks)} checks had too few cases."
+    if pairs and 2 * unsure <= len(checks):
+        return ["ok", "No warnings."], [few] * bool(unsure)
+    calm = f"Too little data to judge: {few}" if pairs else "No pairs: nothing to check."
+    return ["unknown", calm], [few] * (warned and pairs > 0)
+
+
 def sampled(pair: Pair) -> dict:
-    """What the sample keeps of a pair: scores and gap in points, sizes of the whole answers, texts cut."""
-    bounded = lambda x: x if x is None else max(-FARTHEST, min(FARTHEST, x))
+    """What the sample keeps of a pair: scores and gap in points (of two scores only: ranks and choices share
+    no scale with them), sizes of the whole answers, texts cut."""
+    scored = None not in (pair.chosen.score, pair.rejected.score)
+    bounded = lambda x: max(-FARTHEST, min(FARTHEST, x)) if scored else None
     cut = lambda text: text[:SAMPLE_TEXT].encode("utf-8", "replace").decode()
     row = {"prompt_id": pair.record.prompt_id, "prompts": cut(pair.record.prompt)}
     row["gap"] = None if pair.human else bounded(pair.gap)
     for side, answer in zip(ANSWERS, (pair.chosen, pair.rejected), strict=True):
-        row |= {side: cut(answer.text), f"model_{side}": answer.model, f"score_{side}": bounded(answer.value)}
+        row |= {side: cut(answer.text), f"model_{side}": answer.model, f"score_{side}": bounded(answer.score)}
         row |= {f"characters_{side}": len(answer.text), f"tokens_{side}": len(tokens(answer.text))}
     return row
 
 
 def histogram(series: dict[str, list[float]]) -> dict:
-    """Share of each series' values from one round step to the next: about ten, the last one is open."""
-    values = sorted(itertools.chain.from_iterable(series.values())) or [0.0]
+    """Share of each series' values by round steps, `1 to 2` (without 2): about ten, the last one is open."""
+    values = sorted(itertools.chain.from_iterable(series.values()))
+    if not values:
+        return {name: {} for name in series}
     low, high = values[0], values[math.ceil(0.99 * (len(values) - 1))]
     sizes = (k * 10.0**power for power in range(-9, 14) for k in (1, 2, 5))
     size = next(size for size in sizes if 10 * size >= high - low)
     last = math.floor(high / size)
-    steps = {f"{round(i * size, 9):g}": i for i in range(math.floor(low / size), last + 1)}
+    edge = lambda i: f"{round(i * size, 9):g}"
+    steps = {f"{edge(i)} to {edge(i + 1)}": i for i in range(math.floor(low / size), last)}
+    steps[f"{edge(last)} or more"] = last
     found = {name: Counter(min(last, math.floor(x / size)) for x in series[name]) for name in series}
     return {name: {step: share(c[i], c.total()) for step, i in steps.items()} for name, c in found.items()}
 
@@ -2806,25 +2842,30 @@ def histogram(series: dict[str, list[float]]) -> dict:
 def charts(report: Report) -> list[dict]:
     """The charts' data; `series` is name -> label -> Measured."""
     left = report.counts["kept"].total()
-    funnel = {"left": {"read": Measured(left)}, "dropped": {"read": Measured()}}
+    funnel = {"left": {"read": Measured(left)}, "dropped": {"read": Measured(0)}}
     for (stage, reason), n in sorted(report.counts["dropped"].items(), key=lambda x: STAGES.find(x[0][0])):
         left, label = left - n, f"{stage}: {reason}"
         funnel["left"][label], funnel["dropped"][label] = Measured(left), Measured(n)
-    gap, gaps = histogram({"from here to the next": report.column("gap")}), report.column("gap")
-    kept = {step: share(sum(x >= float(step) for x in gaps), len(gaps)) for step in next(iter(gap.values()))}
+    gaps = report.column("gap")
+    gap = histogram({"share with this gap": gaps})
+    least = {step: float(step.split()[0]) for step in gap["share with this gap"]}
+    kept = {step: share(sum(x >= least[step] for x in gaps), len(gaps)) for step in least}
     both = lambda what: histogram({side: report.column(f"{what}_{side}") for side in ANSWERS})
     steps = [f"up to {edge:g}×" for edge in RATIOS] + [f"over {RATIOS[-1]:g}×"]
     curve = {name: rate(report.counts["longer", step]) for step, name in enumerate(steps)}
     places = sorted(name[1] for name, counts in report.counts.items() if name[0] == "place" and counts)
     slots = {f"place {place + 1}": rate(report.counts["place", place]) for place in places}
-    row = lambda title, note, unit, series: {"title": title, "note": note, "unit": unit, "series": series}
+    keys = ("title", "note", "unit", "top", "series")
+    row = lambda *values: dict(zip(keys, values, strict=True))
+    fair = "bars run from 0 to 100%, the tick is a fair 50%"
+    gap |= {"share with at least this gap": kept}
     return [
-        row("From records to pairs", "records, after each reason to drop one", "", funnel),
-        row("Gap", "share of pairs; what a --min-score-gap keeps", "%", gap | {"from here on": kept}),
-        row("Scores", "share of answers, from here to the next step", "%", both("score")),
-        row("Length", "characters: share of answers, from here to the next step", "%", both("characters")),
-        row("Does length win?", "longer answer chosen, by how much longer; fair: 50%", "%", {"": curve}),
-        row("Does place count?", "shown there, an answer is above the middle; fair: 50%", "%", {"": slots}),
+        row("From records to pairs", "records, after each reason to drop one", "", None, funnel),
+        row("Gap", "pairs; what a --min-score-gap keeps", "%", None, gap),
+        row("Scores", "share of answers", "%", None, both("score")),
+        row("Length", "characters: share of answers", "%", None, both("characters")),
+        row("Does length win?", f"longer answer chosen, by how much longer; {fair}", "%", 1, {"": curve}),
+        row("Does place count?", f"shown there, an answer is above the middle; {fair}", "%", 1, {"": slots}),
     ]
 
 
@@ -2851,25 +2892,25 @@ def shown(value, unit: str = "") -> str:
         return " to ".join(shown(end, unit) for end in value)
     if value is None or isinstance(value, str):
         return value or "–"
-    if unit == "%":
-        return f"{100 * value:.0f}%"
+    if unit in ("%", "±1"):
+        return f"{100 * value:.0f}%" if unit == "%" else f"{value:.2f}"
     return f"{value:{',.0f' if abs(value) >= 100 or value == int(value) else '.3g'}} {unit}".rstrip()
 
 
 def fact(row: dict) -> str:
     """A metric in a few words: `chosen is longer 71% (95%: 66% to 75%, n 400)`."""
     value, interval = (shown(row[key], row.get("unit", "")) for key in ("value", "interval"))
-    return f"{row['label']} {value} (95%: {interval}, n {row['n']:,})"
+    interval = f"95%: {interval}, " if row["interval"] else ""
+    return f"{row['label']} {value} ({interval}n {row['n']:,})"
 
 
 def report_lines(numbers: dict) -> list[str]:
     """The report for a terminal: at most 12 lines of 110 columns, the three worst warnings first."""
     alarms = [f"{row['level'].upper()} {fact(row)}. {row['advice']}" for row in numbers["warnings"]]
-    more = [f"{len(alarms) - 3} more warnings."] * (len(alarms) > 3)
+    more = [f"{len(alarms) - 3} more warning{'s' * (len(alarms) > 4)}."] * (len(alarms) > 3)
     known = (row for row in numbers["metrics"] if row["metric"] in HEADLINES and row["n"])
-    sure = (row for row in known if row["verdict"] != "not enough data")
-    facts = "; ".join(f"{fact(row)} {row['verdict']}".strip() for row in sure)
-    lines = [*(alarms[:3] or ["No warnings."]), *more, " ".join(numbers["notes"]), facts]
+    facts = "; ".join(f"{fact(row)} {row['verdict']}".strip() for row in known if row["verdict"] != "too few")
+    lines = [*(alarms[:3] or [numbers["calm"][1]]), *more, " ".join(numbers["notes"]), facts]
     wrap = lambda text: textwrap.wrap(text, 110, subsequent_indent="    ", max_lines=3, placeholder=" ...")
     return list(itertools.chain.from_iterable(map(wrap, lines)))
 
@@ -2891,12 +2932,13 @@ def bars(chart: dict) -> str:
     """One chart as a figure: a table whose rows have a bar, a whisker for its interval, the value as text."""
     series, unit = chart["series"], chart["unit"]
     every = itertools.chain.from_iterable(row.values() for row in series.values())
-    top = max((x for value, interval, _ in every for x in (value or 0, *(interval or ()))), default=1) or 1
+    most = max((x for value, interval, _ in every for x in (value or 0, *(interval or ()))), default=1) or 1
+    top, tick = (chart["top"], '<path class="tick" d="M50 0V10"/>') if chart["top"] else (most, "")
     rows = ""
     for label, (k, name) in itertools.product(next(iter(series.values())), enumerate(series)):
         value, interval, _ = series[name][label]
         width, low, high = (f"{100 * x / top:.1f}" for x in (value or 0, *(interval or (0, 0))))
-        bar = f'<rect width="{width}" height="10" class="s{k}"/><path d="M{low} 5H{high}"/>'
+        bar = f'<rect width="{width}" height="10" class="s{k}"/>{tick}<path d="M{low} 5H{high}"/>'
         svg = f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{bar}</svg>'
         head = "" if k else f'<th scope="row" rowspan="{len(series)}">{label}</th>'
         rows += f"<tr>{head}<td>{svg}</td><td>{shown(value, unit)}</td></tr>"
@@ -2909,29 +2951,31 @@ def report_html(numbers: dict) -> str:
     """The report as one page that loads and runs nothing; what a model wrote enters it only escaped."""
     numbers = json.loads(html.escape(json.dumps(numbers), quote=False))  # each text in it, whoever wrote it
     sample, style = numbers["sample"], REPORT_PAGE.partition("<style>")[2].partition("</style>")[0]
+    measured, usage = [row for row in numbers["metrics"] if row["n"]], numbers["usage"]
+    calm = '<li class="{}">{}</li>'.format(*numbers["calm"])
     flags = lambda text: re.sub("--[a-z-]+", r"<code>\g<0></code>", text)
     warning = lambda row: (
         f'<li class="{row["level"]}"><b>{row["level"]}</b> {fact(row)}<p>{flags(row["advice"])}</p></li>'
     )
+    score = lambda row, key: f" {shown(row[key])}" if row.get(key) is not None else ""
     part = lambda row, name: (
-        f'<div class="{name}"><h4>{name} <small>{row.get(f"model_{name}", row["kind"] + ", gap")} '
-        f'{shown(row.get(f"score_{name}", row["gap"]))}</small></h4><p dir="auto">{row[name]}</p></div>'
+        f'<div class="{name}"><h4>{name} <small>{row.get(f"model_{name}", row["kind"])}'
+        f'{score(row, f"score_{name}")}</small></h4><p dir="auto">{row[name]}</p></div>'
     )
     pair = lambda row: f"<article>{''.join(part(row, name) for name in ('prompts', *ANSWERS))}</article>"
     parts = {
         "HASH": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         "SUMMARY": f"{numbers['pairs']:,} pairs from {numbers['kept']:,} of {numbers['records']:,} records",
-        "WARNINGS": "".join(map(warning, numbers["warnings"])) or "<li>No warnings.</li>",
+        "WARNINGS": "".join(map(warning, numbers["warnings"])) or calm,
         "NOTES": "".join(f"<p>{note}</p>" for note in numbers["notes"]),
         "CHARTS": "".join(bars(chart) for chart in numbers["charts"] if any(chart["series"].values())),
-        "METRICS": table(numbers["metrics"], "label", "verdict", "value", "interval", "n"),
+        "METRICS": table(measured, "label", "verdict", "value", "interval", "n"),
         "SAMPLE": f"Texts: {sample['pairs']:,} pairs, each text cut at {sample['characters']:,} characters; "
-        f"diversity: {sample['diversity_texts']:,} texts. "
-        f"Sign test of a fair length: p = {numbers['sign_test']['p']:.2g}.",
+        f"diversity and words that give a side away: {sample['diversity_texts']:,} texts.",
         "MODELS": table(numbers["models"], "model", "value", "interval", "n"),
         "WORDS": table(numbers["words"]),
         "PAIRS": "".join(map(pair, numbers["samples"])),
-        "COST": table(numbers["usage"]) + table([numbers["cost"]]),
+        "COST": f"<h2>Cost</h2>{table(usage)}{table([numbers['cost']])}" if usage else "",
         "SETTINGS": table([{"setting": x, "value": str(value)} for x, value in numbers["settings"].items()]),
     }
     return re.sub("<!--([A-Z]+)-->", lambda mark: parts[mark[1]], REPORT_PAGE)
@@ -3129,8 +3173,8 @@ class Annotations:
             share(sum(choice == "rejected" for choice, _ in drawn), len(drawn)),
         ]
         rows, advice = gap_advice([(gap, choice == "chosen") for choice, gap in drawn], self.gaps)
-        fates = ", ".join(f"{count[choice]} {fate}" for choice, fate in FATES.items())
-        summary = f"People reviewed {len(self.met)} of {len(self.gaps)} pairs: {fates}."
+        fates = ", ".join(f"{count[choice]} {fate}" for choice, fate in FATES.items() if count[choice])
+        summary = f"People reviewed {len(self.met)} of {len(self.gaps)} pairs: {fates or 'none yet'}."
         return {"rows": list(map(judged, HUMAN, measured)) + rows, "lines": [summary, advice]}
 
 
@@ -3139,7 +3183,7 @@ class Annotations:
 # fmt: off
 HUMAN = [
     ("human_agreement", "people agree with the labels", "%", under(0.80, 0.65), "labels", ENOUGH, None),
-    ("human_kappa", "people and labels, Cohen's kappa", "", under(0.60, 0.40), "labels", ENOUGH, None),
+    ("human_kappa", "people and labels, Cohen's kappa", "±1", under(0.60, 0.40), "labels", ENOUGH, None),
     ("annotator_agreement", "annotators agree", "%", under(0.65, 0.50), "people", ENOUGH, None),
     ("label_error", "wrong labels", "%", over(0.05, 0.20), "labels", ENOUGH, None),
 ]
@@ -3176,8 +3220,10 @@ def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]
     first = lambda good: next((gap for gap, found in precision.items() if good(found)), None)
     best = first(lambda found: found.value >= TRUSTED and found.n >= ENOUGH)
     if best is None:
-        few = f"of the {len(sample)} random pairs with a preferred side so far; they come last in the page."
-        return rows, f"No --min-score-gap leaves {ENOUGH} labels, {TRUSTED:.0%} of them right, {few}"
+        good, pairs = f"with {TRUSTED:.0%} right labels", "random pairs with a preferred side"
+        if len(sample) < ENOUGH:
+            return rows, f"A gap {good} needs at least {ENOUGH} {pairs}; there are {len(sample)} so far."
+        return rows, f"There is no gap {good} among {ENOUGH} or more of the {len(sample)} {pairs}."
     low = first(lambda found: found.interval[1] >= TRUSTED)
     high = first(lambda found: found.interval[0] >= TRUSTED)
     known, n = [gap for gap in gaps if gap < math.inf], precision[best].n
@@ -3964,7 +4010,7 @@ code { font: .92em ui-monospace, monospace; white-space: nowrap }
 figure, article, .wide, li { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   margin-bottom: 1rem; padding: .8rem 1rem }
 .ok { --level: var(--ok) } .warn { --level: var(--warn) } .critical { --level: var(--critical) }
-li { border-left: 4px solid var(--level, var(--ok)); margin: 0 }
+li { border-left: 4px solid var(--level, var(--soft)); margin: 0 }
 li p { font-size: .92rem }
 li b { color: var(--level); font-size: .75rem; letter-spacing: .06em; text-transform: uppercase }
 tr[class] td:nth-child(2) { color: var(--level) } tr.warn, tr.critical { font-weight: 600 }
@@ -3974,14 +4020,15 @@ figcaption i { border-left: .8em solid var(--chosen); font-style: normal; paddin
 figcaption .s1 { border-color: var(--rejected) }
 svg { display: block; height: .7rem; width: 100% }
 .s0 { fill: var(--chosen) } .s1 { fill: var(--rejected) }
-path { stroke: var(--ink); opacity: .6; vector-effect: non-scaling-stroke }
+path { stroke: var(--ink); opacity: .6; vector-effect: non-scaling-stroke } .tick { stroke-dasharray: 2 }
 .wide { overflow-x: auto; padding: .25rem 1rem }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100% }
-th, td { padding: .4rem .8rem .4rem 0; text-align: left; vertical-align: top; overflow-wrap: break-word }
+th, td { padding: .4rem .5rem .4rem 0; text-align: left; vertical-align: top; overflow-wrap: break-word }
 .wide :is(th, td) { border-bottom: 1px solid var(--line) } .wide tr:last-child td { border: 0 }
-.wide td:last-child { overflow-wrap: anywhere; min-width: 3.6rem } th { color: var(--soft); font-weight: 500 }
+.wide td:last-child { overflow-wrap: anywhere; min-width: 3rem; padding-right: 0 }
+th { color: var(--soft); font-weight: 500 }
 figure :is(th, td) { padding: .1rem .5rem .1rem 0; vertical-align: middle }
-figure th { max-width: 11rem; min-width: 4.5rem }
+figure th { max-width: 11rem; min-width: 5.6rem }
 figure td { width: 100% }
 figure td:last-child { padding: 0; text-align: right; width: auto; white-space: nowrap }
 article { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)) }
@@ -3996,11 +4043,11 @@ article p { font-size: .92rem; margin: .4rem 0; overflow-wrap: anywhere; white-s
 <main>
 <ul><!--WARNINGS--></ul><!--NOTES-->
 <h2>The data at a glance</h2><div class="grid"><!--CHARTS--></div>
-<h2>Every metric and its verdict</h2><!--METRICS--><p><!--SAMPLE--></p>
+<h2>Every metric that applies, and its verdict</h2><!--METRICS--><p><!--SAMPLE--></p>
 <h2>How often each model is chosen</h2><!--MODELS-->
 <h2>Words that give a side away</h2><!--WORDS-->
 <h2>Pairs to read</h2><!--PAIRS-->
-<h2>Cost</h2><!--COST-->
+<!--COST-->
 <h2>Settings</h2><!--SETTINGS-->
 </main>
 </body>
