@@ -2512,6 +2512,13 @@ def median(values: list[float]) -> Measured:
     return Measured(statistics.median(values), ends, n)
 
 
+def sign_test(k: int, n: int) -> float:
+    """Two-sided p of k heads in n throws of a fair coin: exact up to n = 1,000, then by the normal curve."""
+    if n > 1000:
+        return math.erfc(max(0.0, abs(k - n / 2) - 0.5) / math.sqrt(n / 2))
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(k, n - k) + 1)) / 2**n)
+
+
 def spearman(xs: list[float], ys: list[float]) -> Measured:
     """Rank correlation -1..1; the interval is Fisher's z with Bonett and Wright's variance."""
     n = len(xs)
@@ -2758,6 +2765,8 @@ class Report:
         metrics = [judged(metric, metric[-1](self), advice) for metric in METRICS] + human["metrics"]
         alarms = warnings_of(metrics)
         calm, notes = remarks(metrics, alarms != [], self.pairs)
+        longer = self.counts["longer"]
+        sign = {"longer": longer[True], "n": longer.total()}
         kept, dropped = self.counts["kept"], self.counts["dropped"]
         models = {name[1]: rate(counts) for name, counts in self.counts.items() if name[0] == "model"}
         most = sorted(models.items(), key=lambda item: -item[1].n)[:20]
@@ -2775,6 +2784,7 @@ class Report:
             "pairs": self.pairs,
             "dropped": [{"stage": at, "reason": why, "records": n} for (at, why), n in dropped.most_common()],
             "metrics": metrics,
+            "sign_test": sign | {"p": sign_test(*sign.values())},
             "models": [{"model": name, "unit": "%", **won._asdict()} for name, won in most],
             "words": telling(one_sided(self.rows[:DIVERSITY], phrases)),
             "charts": charts(self),
@@ -2971,7 +2981,8 @@ def report_html(numbers: dict) -> str:
         "CHARTS": "".join(bars(chart) for chart in numbers["charts"] if any(chart["series"].values())),
         "METRICS": table(measured, "label", "verdict", "value", "interval", "n"),
         "SAMPLE": f"Texts: {sample['pairs']:,} pairs, each text cut at {sample['characters']:,} characters; "
-        f"diversity and words that give a side away: {sample['diversity_texts']:,} texts.",
+        f"diversity and words that give a side away: {sample['diversity_texts']:,} texts. "
+        f"Sign test of a fair length: p = {numbers['sign_test']['p']:.2g}.",
         "MODELS": table(numbers["models"], "model", "value", "interval", "n"),
         "WORDS": table(numbers["words"]),
         "PAIRS": "".join(map(pair, numbers["samples"])),

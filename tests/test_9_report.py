@@ -109,7 +109,7 @@ def test_always_longer_chosen_is_critical(write):
 
     numbers = report(outcomes(write, change=longer))
     assert {"longer", "length_ratio"} <= alarms(numbers, "critical")
-    assert metric(numbers, "longer")["value"] == 1.0
+    assert metric(numbers, "longer")["value"] == 1.0 and numbers["sign_test"]["p"] < 1e-9
 
 
 def test_bold_only_in_chosen_is_critical_and_names_no_other_format(write):
@@ -217,6 +217,15 @@ def test_wilson_interval_by_hand():
     value, (low, high), n = rc.share(2, 4)
     half = math.sqrt(0.25 * 0.9604 + 0.9604**2 / 4) / 1.9604
     assert (value, n) == (0.5, 4) and (low, high) == pytest.approx((0.5 - half, 0.5 + half))
+
+
+@pytest.mark.parametrize(
+    "k, n", [(0, 0), (3, 10), (5, 10), (30, 100), (560, 1000), (540, 1001), (5200, 10000)]
+)
+def test_sign_test_is_the_binomial_test(k, n):
+    stats = pytest.importorskip("scipy.stats")
+    wanted = stats.binomtest(k, n).pvalue if n else 1.0
+    assert rc.sign_test(k, n) == pytest.approx(wanted, rel=0.02, abs=1e-12)
 
 
 def test_rank_correlation_is_scipys_with_ties():
