@@ -383,7 +383,8 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
     for line, row in read_rows(path):
         try:
             if rename and isinstance(row, dict):
-                row = {rename.get(name, name): value for name, value in row.items()}
+                named = {rename.get(name, name): value for name, value in row.items()}
+                row = named if len(named) == len(row) else Failed("input", "--rename: two fields of one name")
             records = [row] if isinstance(row, Failed) else parse_row(row, with_answers)
         except Failed as error:
             records = [error]
@@ -491,6 +492,7 @@ LEADS = {  # by how much the second answer is better: name -> (the first's field
     "overall_preference": ("response1", 0.0, 3.0),  # HelpSteer3
 }
 WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "by labels", "by flags")
+FROM_0 = WINNERS[1:]  # a number in these is an index from 0; in `winner` nobody knows
 EVEN = r"tie|draw|both|neither"
 LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers", "summaries")
 TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
@@ -627,7 +629,7 @@ def claims_of(shape: Shape, row: dict, winners: dict) -> list[Claim]:
     count, claims, ready = len(shape.texts), [], shape.ends in READY
     best = {"chosen": 0} if ready else {}
     best |= {"margin": 1} if ready and (number(row.get("margin")) or 0) < 0 else {}
-    best |= {name: winner_index(said, shape) for name, said in winners.items()}
+    best |= {name: winner_index(name, said, shape) for name, said in winners.items()}
     for name, index in best.items():
         if index in range(count):
             claims.append(Claim(name, "choice", 0.0, [(float(i == index),) for i in range(count)]))
@@ -644,14 +646,15 @@ def claims_of(shape: Shape, row: dict, winners: dict) -> list[Claim]:
     return claims
 
 
-def winner_index(said, shape: Shape) -> int | None:
+def winner_index(verdict: str, said, shape: Shape) -> int | None:
     """A verdict (index from 0, `model_a`, `a`, a model's name) -> index or None; raises Failed for a tie."""
     name, place = str(said).strip().lower(), number(said)
     end = re.sub(r"^(model|response|answer|output|assistant)_?(?=\w$)", "", name)
     found = {i for i, one in enumerate(shape.ends) if one.lower() == end}
     found |= {i for i, model in enumerate(shape.models) if model and str(model).lower() == name}
     if place is not None and shape.ends not in READY:
-        found |= {0, 1} if shape.ends[:1] == ("1",) else {place}
+        from_0 = shape.ends[:1] == ("0",) or verdict in FROM_0
+        found |= {place} if from_0 else {0, 1}  # 1 of a and b: from 0 or from 1?
     if re.match(EVEN, name) and (not found or re.fullmatch(EVEN, name)):
         raise Failed("input", "both bad" if "bad" in name or name == "neither" else "tie")
     if len(found) > 1:
@@ -776,9 +779,6 @@ def defused(text: str) -> str:
     return RESERVED.sub(lambda mark: {"<": "‹", "[": "⟦"}[mark[0]], text)
 
 
-GRADE = re.compile(r".{0,60}(?<![A-Za-z])\d")  # a number near an id
-
-
 def judge_prompt(record: Record, texts: list[str], *, rubric: str, reference: str, seed: tuple):
     """-> (the judge's prompt, the ids in the order of `texts`).
 
@@ -815,8 +815,7 @@ def parse_scores(reply: str, ids: list[str]) -> list[float] | None:
     before, entries, after = last_object(re.sub(r",(\s*[}\]])", r"\1", without_thinking(reply)))
     part = before.count("{") != before.count("}") or before.rstrip().endswith("[")
     thought = before.count("<think") > before.count("</think")
-    graded = (GRADE.match(rest) for name in ids for rest in after.split(name)[1:])
-    again = re.search(r"[{}\]]", after) or any(graded)
+    again = re.search(r"[{}\]]", after) or any(name in after for name in ids)
     keys, scores = [key for key, _ in entries if key in ("scores", *ids)], dict(entries).get("scores")
     alone = sorted(keys) == sorted(["scores", *ids]) and isinstance(scores, dict) and set(scores) == set(ids)
     if part or thought or again or not alone:
@@ -1340,7 +1339,7 @@ def replied(content, finish, tokens_in, tokens_out) -> Reply:
     if not isinstance(content, str) or (not content.strip() and finish != "length"):
         raise ApiError(200, "garbled", "the reply holds no text")
     counts = (int(min(max(number(count) or 0, 0), 10**9)) for count in (tokens_in, tokens_out))
-    return Reply(redacted(scrub(content)), scrub(str(finish or "stop")), *counts)
+    return Reply(redacted(scrub(content)), redacted(scrub(str(finish or "stop"))), *counts)
 
 
 # A provider: __init__(url, key, timeout), await call(name, messages, options, hints) -> Reply, await close().
@@ -1647,7 +1646,7 @@ class Cache:
         """Store and commit; never called for an error."""
         if self.db:
             row = key, reply.text, reply.finish, reply.tokens_in, reply.tokens_out, reply.rate, model
-            self.do(f"INSERT OR REPLACE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?)", *row)
+            self.do(f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?)", *row)
 
     @contextlib.contextmanager
     def transaction(self):
@@ -1723,6 +1722,7 @@ class Models:
     def __init__(self, args, cache: Cache, dry: bool = False):
         self.args, self.cache, self.dry, self.batches = args, cache, dry, None
         self.foretell, self.counting, self.total = None, asyncio.Lock(), None
+        self.asking = {}  # key -> the call that is under way
         self.lanes, self.providers, self.usage = {}, {}, defaultdict(Usage)
         self.stop, self.stopping = None, asyncio.Event()
         self.in_flight, self.first_prompts = 0, {}
@@ -1759,8 +1759,19 @@ class Models:
                 self.foretell = None
         if self.batches:
             self.batches.want(key, model, messages, options, hints["role"])
-        reply = await self.fetch(model, messages, options, hints)
-        self.cache.put(key, reply, model.name)
+        if waiting := self.asking.get(key):  # the same is asked at the same time: one call serves both
+            await asyncio.wait([waiting])
+            if not waiting.cancelled():
+                return self.count(model, hints, waiting.result(), cached=True)
+        waiting = self.asking[key] = asyncio.get_running_loop().create_future()
+        try:
+            reply = await self.fetch(model, messages, options, hints)
+            self.cache.put(key, reply, model.name)
+            reply = self.cache.get(key) or reply  # another process may have been first
+            waiting.set_result(reply)
+        finally:
+            waiting.cancel()
+            self.asking.pop(key, None)
         return self.count(model, hints, reply)
 
     def count(self, model: Model, hints: dict, reply: Reply, cached: bool = False) -> Reply:
@@ -1778,8 +1789,8 @@ class Models:
     def expected(self, model: Model, messages: list, role: str) -> tuple[int, int]:
         """Tokens to expect of a call, in and out: the longest reply so far stands for the next one."""
         text, usage = flatten(messages), self.usage[model, role]
-        chinese = len(re.findall(rf"[{CJK}]", text))  # about 0.7 tokens each, another character 0.25
-        tokens_in = round(0.7 * chinese + 0.25 * (len(text) - chinese))
+        chinese, plain = len(re.findall(rf"[{CJK}]", text)), len(text.encode("ascii", "ignore"))
+        tokens_in = round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
         return tokens_in, max(GUESSED_TOKENS[role], usage.longest)
 
     def guess(self, model: Model, messages: list, hints: dict) -> Reply:
@@ -1800,6 +1811,8 @@ class Models:
         A reply is taken to be as long as it may be; once 20 are known, 1.5 times as long as the longest."""
         if self.args.max_cost is None:
             return 0.0
+        if model.name not in self.args.prices:
+            raise self.halt(f"--max-cost needs the price of {model.name}, too: --price {model.name}=IN/OUT")
         tokens_in, longest = self.expected(model, messages, role)
         most, usage = options.get("max_tokens", longest), self.usage[model, role]
         known = usage.calls + usage.cached >= 20
@@ -2199,6 +2212,7 @@ class Run:
 
 BATCH_RATE = 0.5  # of the online price: OpenAI's and Model Studio's
 BATCH_REQUESTS, BATCH_BYTES = 50_000, 100_000_000  # in one file, at most
+BATCH_PASSES = 50  # over the input, at most: a method that draws at random would never come to an end
 BATCH_POLL = (1.0, 60.0)  # seconds between two looks at a batch: at first, and at last
 TOO_BIG = "token_limit_exceeded"  # more than the account may have in its queue
 FOR_GOOD = 1_000  # tries of a request that is not sent again
@@ -2217,8 +2231,13 @@ class Batches:
         self.fresh = Hashes()  # keys of the replies that came in this run
         columns = "key TEXT UNIQUE, model, role, request, file, asked, tries, error, curable"
         cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
-        cache.do("CREATE TABLE IF NOT EXISTS batches (file PRIMARY KEY, model, id)")
-        cache.do("UPDATE wanted SET tries = 0, asked = 0 WHERE file = ''")  # a new run, a new chance
+        cache.do("CREATE TABLE IF NOT EXISTS batches (file PRIMARY KEY, model, id, money)")
+        for file, name, money in cache.do("SELECT file, model, money FROM batches"):  # a former run's
+            if name in self.known:
+                self.sent[file] = [], money
+                models.reserved += money
+        cache.do("UPDATE wanted SET asked = 0")
+        cache.do("UPDATE wanted SET tries = 0 WHERE file = ''")  # a new run, a new chance
 
     def want(self, key: str, model: Model, messages: list, options: dict, role: str):
         """Note a request; raises Pending, or Failed if it has failed too often."""
@@ -2251,6 +2270,8 @@ class Batches:
 
     async def upload(self, lane: Lane) -> str:
         """Upload the next requests as one file -> its id, stored before a batch is made of it; "" if none."""
+        if self.models.stop:
+            raise self.models.stop
         chosen = name_of(lane.model), self.retries
         with tempfile.TemporaryFile() as file:
             last, money = self.write(lane, file, chosen)
@@ -2265,7 +2286,7 @@ class Batches:
 
             uploaded = (await self.reach(lane, send)).id
         with self.cache.transaction():
-            self.cache.do("INSERT INTO batches VALUES (?, ?, '')", uploaded, chosen[0])
+            self.cache.do("INSERT INTO batches VALUES (?, ?, '', ?)", uploaded, chosen[0], money)
             move = f"UPDATE wanted SET file = ? WHERE {WAITING} AND rowid <= ?"
             self.cache.do(move, uploaded, *chosen, last)
         self.sent[uploaded] = list(lane.fixes), money
@@ -2293,13 +2314,33 @@ class Batches:
         """Start the batch of an uploaded file unless it runs, wait for its end, and take in what it brings.
 
         `batch_id`: None for a file of this run; "" if a former run was killed before it could note the id."""
+        try:
+            batch = await self.ended(lane, file, batch_id)
+            found = [batch.output_file_id, batch.error_file_id]
+            entered = sum([await self.take_in(lane, file, results) for results in found if results])
+        except ApiError as error:
+            if error.status != 404:
+                return self.refused(lane, file, error.code, error.message)
+            note(f"{lane.model.name}: a batch is gone at the provider; its requests are submitted again")
+            return self.release(file)
+        if batch.status == "failed":
+            error = next(iter((batch.errors and batch.errors.data) or ()), None)
+            return self.refused(lane, file, getattr(error, "code", ""), getattr(error, "message", ""))
+        if not entered and batch.request_counts and batch.request_counts.completed:
+            hint = "its results cannot be read yet; run the same command later"
+            raise self.models.halt(f"batch {batch.id}: {hint}")
+        change = "UPDATE wanted SET tries = tries + 1, error = ? WHERE file = ?"
+        self.cache.do(change, f"batch {batch.status}", file)  # of those without any result
+        self.release(file)
+        if batch.status == "cancelled":  # whoever cancelled it meant it
+            raise self.models.halt(f"batch {batch.id} was cancelled; the same command submits its rest again")
+
+    async def ended(self, lane: Lane, file: str, batch_id: str | None):
+        """The batch of a file, once it has ended; raises ApiError if it is refused."""
         batches, wait, said = lane.provider.batch_client().batches, BATCH_POLL[0], ""
         look = lambda again: batches.retrieve(batch_id)
-        try:
-            start = functools.partial(self.start, batches, file, batch_id is None)
-            batch = await self.reach(lane, look if batch_id else start)
-        except ApiError as error:
-            return self.refused(lane, file, error.code, error.message)
+        start = functools.partial(self.start, batches, file, batch_id is None)
+        batch = await self.reach(lane, look if batch_id else start)
         batch_id = batch.id
         self.cache.do("UPDATE batches SET id = ? WHERE file = ?", batch_id, file)
         while batch.status not in ("completed", "failed", "expired", "cancelled"):
@@ -2307,17 +2348,7 @@ class Batches:
             await self.models.pause(wait)
             wait, batch = min(BATCH_POLL[1], 1.5 * wait), await self.reach(lane, look)
         self.tell(lane, batch, said)
-        for results in filter(None, (batch.output_file_id, batch.error_file_id)):
-            await self.take_in(lane, file, results)
-        if batch.status == "failed":
-            error = next(iter(batch.errors.data if batch.errors else ()), None)
-            return self.refused(lane, file, getattr(error, "code", ""), getattr(error, "message", ""))
-        self.cache.do(
-            "UPDATE wanted SET tries = tries + 1, error = ? WHERE file = ?", f"batch {batch.status}", file
-        )
-        self.release(file)
-        if batch.status == "cancelled":  # whoever cancelled it meant it
-            raise self.models.halt(f"batch {batch.id} was cancelled; the same command submits its rest again")
+        return batch
 
     @staticmethod
     async def start(batches, file: str, fresh: bool, again: bool):
@@ -2333,10 +2364,14 @@ class Batches:
         """Await call(again) until it works -> its result; raises ApiError for a refusal, Stop for silence."""
         for tries in range(1 + self.retries):
             try:
-                return await call(tries > 0)
+                found = await call(tries > 0)
+                if isinstance(found, str):  # a gateway's page
+                    raise ApiError(200, "garbled", "the reply is no JSON")
+                return found
             except Exception as failure:  # as in Models.call
                 error = api_error(failure)
-            if error.code == TOO_BIG or self.models.ruling(lane, error) == "record":
+            gone = error.status == 404 and "model" not in error.code
+            if gone or error.code == TOO_BIG or self.models.ruling(lane, error) == "record":
                 raise error
             await self.models.pause(max(error.retry_after, min(30, 2**tries / 4)))
         raise self.models.halt(
@@ -2355,20 +2390,21 @@ class Batches:
 
     def release(self, file: str) -> int:
         """Forget an ended batch -> how many of its requests have no reply and wait again."""
-        self.models.reserved -= self.sent.pop(file, (None, 0.0))[1]
+        money = self.sent.pop(file, (None, 0.0))[1]
+        self.models.reserved = round(self.models.reserved - money, 12)  # a residue would never be spent
         with self.cache.transaction():
             self.cache.do("DELETE FROM batches WHERE file = ?", file)
-            return len(self.cache.do("UPDATE wanted SET file = '' WHERE file = ? RETURNING rowid", file))
+            free = "UPDATE wanted SET file = '' WHERE file IN (?, ?) RETURNING rowid"
+            return len(self.cache.do(free, file, f"{file}!"))
 
-    async def take_in(self, lane: Lane, file: str, results: str):
-        """Stream a file of results to disk and enter it line by line; a line ends at \\n and nowhere else."""
+    async def take_in(self, lane: Lane, file: str, results: str) -> int:
+        """Stream a file of results to disk and enter its lines -> how many; \\n ends a line, nothing else."""
 
         async def download(again):
             copy.seek(0)
             copy.truncate()
-            async with lane.provider.batch_client().files.with_streaming_response.content(
-                results
-            ) as response:
+            files = lane.provider.batch_client().files
+            async with files.with_streaming_response.content(results) as response:
                 async for chunk in response.iter_bytes():
                     copy.write(chunk)
 
@@ -2376,28 +2412,33 @@ class Batches:
             await self.reach(lane, download)
             copy.seek(0)
             with self.cache.transaction():
-                for raw in copy:
-                    self.enter(lane, file, raw)
+                return sum([self.enter(lane, file, raw) for raw in copy])
 
-    def enter(self, lane: Lane, file: str, raw: bytes):
-        """One result, joined by its custom_id and never by its place: into the cache, or a failed try."""
+    def enter(self, lane: Lane, file: str, raw: bytes) -> bool:
+        """One result, joined by its custom_id and never by its place: into the cache, or a failed try.
+
+        False: the line is no result of this batch. A failed one waits as `file!`: a success may follow."""
         try:
             line = json.loads(raw)
             key, response = str(line["custom_id"]), line.get("response") or {}
-            [(tries,)] = self.cache.do("SELECT tries FROM wanted WHERE key = ? AND file = ?", key, file)
+            query = "SELECT tries FROM wanted WHERE key = ? AND file IN (?, ?)"
+            [(tries,)] = self.cache.do(query, key, file, f"{file}!")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return  # no result of this batch
+            return False
         try:
             reply = batch_reply(response, line.get("error"))
         except ApiError as error:
             curable, tries = self.failing(lane, file, error, tries)
-            change = "UPDATE wanted SET file = '', tries = ?, error = ?, curable = ? WHERE key = ?"
-            return self.cache.do(change, tries, failed_call(lane.model, error).reason, curable, key)
+            change = "UPDATE wanted SET file = ?, tries = ?, error = ?, curable = ? WHERE key = ?"
+            reason = failed_call(lane.model, error).reason
+            self.cache.do(change, f"{file}!", tries, reason, curable, key)
+            return True
         lane.answered()
         self.fresh.is_new(int(key[:16], 16))
         self.cache.put(key, reply, lane.model.name)
         self.cache.do("DELETE FROM wanted WHERE key = ?", key)
         self.models.spent += self.models.price(lane.model, reply.tokens_in, reply.tokens_out) * BATCH_RATE
+        return True
 
     def failing(self, lane: Lane, file: str, error: ApiError, tries: int) -> tuple[bool, int]:
         """What a failed line means -> (whether a rerun may cure it, how often it has failed by now)."""
@@ -3388,12 +3429,18 @@ def check(args) -> Run:
     check_paths(args)
     answers = getattr(METHODS[args.method], "reads_answers", False)
     refuse(args.annotations and not answers, "--annotations need --method rank_responses and their pairs")
+    for _, key, value in args.model_option:
+        bad = key == "max_tokens" and (type(value) is not int or value < 1)
+        refuse(bad, f"--model-option max_tokens={json.dumps(value)}: give a number of 1 or more")
     run = Run(args)
     both = args.strategy in ("all_pairs", "adjacent") and args.min_chosen_score is None
     hint = "use --strategy best_worst, or --min-chosen-score"
     refuse(args.output_format == "kto" and both, f"kto would label one answer both ways: {hint}")
+    people = args.annotations and args.strategy != "best_worst"
+    refuse(args.output_format == "kto" and people, "kto with --annotations takes --strategy best_worst")
     same = "high" in getattr(run.method, "asks", ("high",)) and run.high == run.low
     refuse(same, f"--high-model and --low-model are both {run.high.name}: name two")
+    refuse(len(set(run.judges)) < len(run.judges), "a judge is named twice: each has one voice")
     alone = getattr(run.method, "needs_judge", False) and not run.judges
     refuse(alone, f"{args.method} needs a judge: leave out --judge-model none, or name a model")
     rewards = {judge.is_reward for judge in run.judges}
@@ -3512,7 +3559,7 @@ def records_of(path: str, run: Run):
     for line, record in itertools.islice(records, limit):
         if isinstance(record, Record):
             words = [(m["role"], *m["content"].split()) for m in record.messages]
-            answers = [(answer.text, answer.votes) for answer in record.answers]
+            answers = sorted((answer.text, answer.votes) for answer in record.answers)
             key = hash(repr((words, answers)))  # all that is kept of a record
             reason = "" if seen.is_new(key) else "repeated prompt" + " and answers" * bool(answers)
             if not reason and run.excluded and not run.excluded.isdisjoint(runs_of(record)):
@@ -3777,6 +3824,8 @@ async def in_order(source, work, emit, workers: int, models: Models):
     async def guarded():
         try:
             await worker()
+        except Pending:
+            models.halt("a reply is missing after all batches: does the method ask something new each time?")
         except (Stop, UserError, OSError, sqlite3.Error) as error:
             models.halt(str(error), getattr(error, "status", 2 if isinstance(error, UserError) else 3))
         except BaseException as error:  # a bug: nobody goes on
@@ -3802,9 +3851,14 @@ async def construct(args) -> int:
             show_plan(*await plan(path, run, cache))
             return 0
         models.foretell = functools.partial(foretell, path, run, models)
+        files = Files(args)
         if args.batch and run.pays():
-            await fill_cache(path, run, models)
-        return await carry_out(path, run, models)
+            try:
+                await fill_cache(path, run, models)
+            except BaseException:
+                files.close(done=False)
+                raise
+        return await carry_out(path, run, models, files)
     finally:
         await models.close()
         cache.close()
@@ -3822,7 +3876,7 @@ async def fill_cache(path: str, run: Run, models: Models):
     with open(f"{models.cache.path}.batch", "a", opener=private) as guard, interruptible(models):
         refuse(not lock(guard), f"{models.cache.path}: another --batch run is using it")
         run.models, models.batches = models, Batches(run, models)
-        while True:
+        for _ in range(BATCH_PASSES):
             pending = 0
             for line, record in records_of(path, run):
                 try:
@@ -3832,7 +3886,14 @@ async def fill_cache(path: str, run: Run, models: Models):
             if not pending:
                 return models.usage.clear()  # the run itself counts them
             note(f"{pending} records wait for replies")
-            await models.batches.work_off()
+            try:
+                await models.batches.work_off()
+            except ApiError as error:
+                hint = "the same command goes on from here"
+                raise models.halt(f"the batch engine refused ({error}); {hint}") from None
+    raise models.halt(
+        f"{BATCH_PASSES} passes and no end: does {run.args.method} ask something new each time?"
+    )
 
 
 async def fate(line: int, record, run: Run) -> Outcome:
@@ -3849,9 +3910,9 @@ async def fate(line: int, record, run: Run) -> Outcome:
     return outcome
 
 
-async def carry_out(path: str, run: Run, models: Models) -> int:
+async def carry_out(path: str, run: Run, models: Models, files: Files) -> int:
     """The run itself: records through the method, outcomes into files, books, report and review page."""
-    args, books, files, run.models = run.args, Books(), Files(run.args), models
+    args, books, run.models = run.args, Books(), models
     report, review = Report(run.seed, run.orders), ReviewQueue(run.seed)
     takers = list(itertools.compress((books, report, review), (True, files.paths[4], files.paths[6])))
     bar = progress()
@@ -3859,7 +3920,11 @@ async def carry_out(path: str, run: Run, models: Models) -> int:
     def emit(outcome: Outcome):
         for taker in takers:
             taker.add(outcome)
-        files.add(outcome, run)
+        try:
+            files.add(outcome, run)
+        except (TypeError, ValueError, AssertionError) as error:  # a pair of a method of one's own
+            line = f"{args.input_file}:{outcome.record.line}"
+            raise models.halt(f"{line}: {args.method} made a pair that no row can hold: {error}") from None
         bar.total = models.total
         if bar.update() or books.read == models.total:  # it was drawn, as it is a few times a second at most
             cost = {"cost": f"{models.spent:.4g}"} if args.prices else {}
@@ -3917,7 +3982,7 @@ def settings_of(path: str, run: Run) -> dict:
     settings["versions"]["python"] = ".".join(map(str, sys.version_info[:3]))
     with open(path, "rb") as file:
         settings["input_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return scrub(settings)  # a file's name need not be UTF-8
+    return json.loads(scrub(json.dumps(settings, ensure_ascii=False)))  # a file's name need not be UTF-8
 
 
 def progress():
@@ -3955,7 +4020,7 @@ def interruptible(models: Models):
 
 def note(text: str):
     """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(redacted(text), file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

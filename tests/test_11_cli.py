@@ -699,3 +699,32 @@ def test_a_bug_in_a_method_of_ones_own_is_shown_once(rlhf, monkeypatch):
 def test_a_spreadsheet_is_refused_by_its_name(rlhf, tmp_path):
     (tmp_path / "q.xlsx").write_bytes(b"PK")
     assert ".xlsx is not read" in rlhf(tmp_path / "q.xlsx", "--provider", "offline").err
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (("--judge-model", "j", "--judge-model", "j"), "named twice"),
+        (("--model-option", "max_tokens=null"), "max_tokens=null"),
+        (("--model-option", "max_tokens=-5"), "max_tokens=-5"),
+    ],
+)
+def test_what_would_defeat_a_guarantee_is_refused(rlhf, flags, says):
+    result = rlhf(PROMPTS, *MODELS, *flags, OPENAI_API_KEY="k" * 20)
+    assert result.status == 2 and says in result.err
+
+
+def test_one_request_asked_twice_at_once_is_paid_once_and_a_rerun_gives_the_same(rlhf):
+    flags = (
+        "--method",
+        "generate_pairs",
+        "--candidate-models",
+        "gpt-4o",
+        "openai:gpt-4o",
+        "gpt-4o-mini",
+        "gpt-4o-mini",
+    )
+    with Api(demo_world) as api:
+        first = rlhf(PROMPTS, *MODELS, *flags, api=api).output.read_bytes()
+        calls = api.count()
+        assert rlhf(PROMPTS, *MODELS, *flags, api=api).output.read_bytes() == first and api.count() == calls

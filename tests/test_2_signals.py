@@ -677,3 +677,16 @@ def test_a_prompt_may_come_again_with_other_answers_but_not_with_the_same(rlhf):
     result = rlhf([first, other, rescored, first, LISTS | {"ranks": [1, 2]}], *RANK)
     assert len(result.pairs) == 4 and len({row["prompt_id"] for row in result.pairs}) == 1
     assert result.reasons == ["input: repeated prompt and answers"] and result.dropped[0]["line"] == 4
+
+
+@pytest.mark.parametrize("winner", [1, 2, "1", "2"])
+def test_a_number_as_winner_of_a_and_b_is_not_guessed_at(winner):
+    row = {"prompt": "p", "response_a": "one", "response_b": "two", "winner": winner}
+    with pytest.raises(rc.Failed, match="ambiguous winner"):
+        rc.parse_row(row, with_answers=True)
+
+
+def test_a_field_renamed_onto_another_costs_the_record(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "ranking": [1, 2], "ranks": [2, 1]}\n', "utf-8")
+    [(_, found)] = rc.read_records(str(tmp_path / "a.jsonl"), {"ranking": "ranks"}, with_answers=True)
+    assert isinstance(found, rc.Failed) and "two fields" in found.reason

@@ -311,3 +311,73 @@ def test_one_input_in_four_parts_on_one_cache_joins_to_the_bytes_of_a_single_run
         assert paid == api.count() == len({(call.model, call.prompt) for call in api.calls})
     joined = b"".join((tmp_path / "out" / part).read_bytes() for part in parts)
     assert joined == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_file_of_results_that_cannot_be_read_costs_nothing_again(rlhf):
+    with Api(world) as api:
+        api.engine.spoil = lambda lines: ["<html>gateway</html>"]
+        result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
+        assert result.status == 3 and "cannot be read yet" in result.err
+        paid, api.engine.spoil = len(api.engine.keys), lambda lines: lines
+        for batch in api.engine.batches.values():
+            api.engine.finish(batch | {"id": batch["id"]})
+        answered = {
+            name: batch for name, batch in api.engine.batches.items() if batch.pop("output_file_id", 0)
+        }
+        for batch in answered.values():
+            api.engine.finish(batch)  # the same answers, readable now
+        api.engine.keys[paid:] = []
+        assert rlhf(PROMPTS, *OPENAI, "--batch", api=api).status == 0
+        assert len(api.engine.keys) == 48 and len(api.engine.batches) == 3
+
+
+def test_a_batch_that_is_gone_at_the_provider_is_submitted_again(rlhf):
+    with Api(world) as api:
+        api.engine.looks = 10**9
+        api.engine.ends = lambda batch, requests: "completed"
+        run = rlhf(
+            PROMPTS,
+            *OPENAI,
+            "--batch",
+            "--max-cost",
+            0,
+            "--price",
+            "strong=1/1",
+            "--price",
+            "weak=1/1",
+            api=api,
+        )
+        assert run.status == 3 and not api.engine.files
+        api.engine.looks = 1
+        assert rlhf(PROMPTS, *OPENAI, "--batch", api=api).status == 0
+
+
+def test_money_of_batches_under_way_counts_after_a_kill(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", PROMPTS)
+    price = ("--price", "strong=10/10", "--price", "weak=10/10", "--max-cost", 0.3)
+    flags = (*OPENAI, "--batch", *price, "--input-file", source, "--output-path", "out.jsonl")
+    with Api(world) as api:
+        api.engine.looks = 10**9
+        for _ in range(3):
+            run = start(tmp_path, api, *flags)
+            until = time.monotonic() + 20
+            while run.poll() is None and not api.engine.batches and time.monotonic() < until:
+                time.sleep(0.01)
+            time.sleep(0.3)
+            run.kill()
+            run.communicate()
+        sent = sum(api.engine.files[b["input_file_id"]].count(b"\n") for b in api.engine.batches.values())
+    assert 0 < sent * 4096 * 10 / 1e6 * 0.5 <= 0.3
+
+
+def test_what_was_used_once_is_not_replaced_by_a_late_batch(rlhf):
+    with Api(world) as api:
+        api.engine.creating = lambda requests: Fault(400, code="odd")
+        assert rlhf(PROMPTS, *OPENAI, "--batch", api=api).status == 3
+        online = rlhf(PROMPTS, *OPENAI, api=api)
+        cache = rc.Cache(".rlhf_cache.sqlite")
+        [(key,)] = cache.do("SELECT key FROM replies LIMIT 1")
+        first = cache.get(key)
+        cache.put(key, rc.Reply("another"), "strong")
+        assert online.status == 0 and cache.get(key) == first
+        cache.close()
