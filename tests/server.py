@@ -346,6 +346,8 @@ class BatchEngine:
         return web.json_response({"object": "list", "data": page, "has_more": more, **ends})
 
     async def _look(self, request: web.Request) -> web.Response:
+        if request.match_info["id"] not in self.batches:
+            return web.json_response(failure("openai", Fault(404, code="not_found")), status=404)
         batch = self.batches[request.match_info["id"]]
         batch["looks"] += 1
         if batch["status"] == "in_progress" and batch["looks"] > self.looks:

@@ -331,25 +331,22 @@ def test_a_file_of_results_that_cannot_be_read_costs_nothing_again(rlhf):
         assert len(api.engine.keys) == 48 and len(api.engine.batches) == 3
 
 
-def test_a_batch_that_is_gone_at_the_provider_is_submitted_again(rlhf):
+def test_a_batch_that_is_gone_at_the_provider_is_submitted_again(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", PROMPTS)
+    flags = (*OPENAI, "--batch", "--input-file", source, "--output-path", "out.jsonl")
     with Api(world) as api:
         api.engine.looks = 10**9
-        api.engine.ends = lambda batch, requests: "completed"
-        run = rlhf(
-            PROMPTS,
-            *OPENAI,
-            "--batch",
-            "--max-cost",
-            0,
-            "--price",
-            "strong=1/1",
-            "--price",
-            "weak=1/1",
-            api=api,
-        )
-        assert run.status == 3 and not api.engine.files
+        run = start(tmp_path, api, *flags)
+        while run.poll() is None and len(api.engine.batches) < 2:
+            time.sleep(0.01)
+        run.send_signal(signal.SIGINT)
+        run.communicate(timeout=30)
+        api.engine.batches.clear()
         api.engine.looks = 1
-        assert rlhf(PROMPTS, *OPENAI, "--batch", api=api).status == 0
+        again = start(tmp_path, api, *flags)
+        _, err = again.communicate(timeout=60)
+    assert again.returncode == 0 and "gone at the provider" in err
+    assert len(rows(tmp_path / "out.jsonl")) == 12 and len(api.engine.keys) == 48
 
 
 def test_money_of_batches_under_way_counts_after_a_kill(tmp_path):
