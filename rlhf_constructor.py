@@ -1642,11 +1642,13 @@ class Cache:
         rows = self.do(query, key) if self.db else []
         return Reply(*rows[0]) if rows else None
 
-    def put(self, key: str, reply: Reply, model: str):
-        """Store and commit; never called for an error."""
-        if self.db:
-            row = key, reply.text, reply.finish, reply.tokens_in, reply.tokens_out, reply.rate, model
-            self.do(f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?)", *row)
+    def put(self, key: str, reply: Reply, model: str) -> bool:
+        """Store and commit, never an error. False if there is a reply already: the first one stays."""
+        if not self.db:
+            return True
+        row = key, reply.text, reply.finish, reply.tokens_in, reply.tokens_out, reply.rate, model
+        new = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING 1"
+        return bool(self.do(new, *row))
 
     @contextlib.contextmanager
     def transaction(self):
@@ -1766,8 +1768,8 @@ class Models:
         waiting = self.asking[key] = asyncio.get_running_loop().create_future()
         try:
             reply = await self.fetch(model, messages, options, hints)
-            self.cache.put(key, reply, model.name)
-            reply = self.cache.get(key) or reply  # another process may have been first
+            if not self.cache.put(key, reply, model.name):  # another process was first: its reply counts
+                reply = self.cache.get(key)
             waiting.set_result(reply)
         finally:
             waiting.cancel()
@@ -3650,7 +3652,8 @@ class Files:
             why = {"line": record.line, "stage": outcome.stage, "reason": outcome.reason}
             known = {"prompt_id": record.prompt_id if record.messages else "", "prompt": record.prompt}
             self.write(dropped, why | known | {"answers": answers})
-        held = int(digest(run.seed, record.messages)[:8], 16) / 16**8 < self.args.test_fraction
+        share = self.args.test_fraction
+        held = share and int(digest(run.seed, record.messages)[:8], 16) / 16**8 < share
         for row in itertools.chain.from_iterable(self.rows_of(pair, run) for pair in outcome.pairs):
             self.kinds.add("score_chosen" in row)
             self.write(test if held else output, row)
