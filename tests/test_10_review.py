@@ -522,6 +522,7 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
         person = Reviewer(driver, page, name="")
         assert person.field("name").get_attribute("value") == "ann"
         person.field("name").send_keys(Keys.ENTER)
+        person.wait()
         assert person.text("status") == "10 judged by ann" and person.place == 11
         person.press("n")
         driver.switch_to.active_element.send_keys("at a glance: 好", Keys.ENTER)
@@ -529,7 +530,8 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
             judge_as_planned(person, plan)
         person.press("d")
         file = tmp_path / "annotations-ann.jsonl"
-        WebDriverWait(driver, 10).until(lambda _: file.exists())
+        # Chromium makes an empty file of that name first
+        WebDriverWait(driver, 10).until(lambda _: file.exists() and file.read_bytes().count(b"\n") == 20)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     keys = ["pair_id", "prompt_id", "choice", "queue", "note", "annotator", "seconds"]
     assert len(rows) == 20 and all(list(row) == keys for row in rows)
