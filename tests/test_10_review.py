@@ -522,7 +522,7 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
         person = Reviewer(driver, page, name="")
         assert person.field("name").get_attribute("value") == "ann"
         person.field("name").send_keys(Keys.ENTER)
-        person.wait()
+        WebDriverWait(driver, 10).until(lambda _: person.text("status"))
         assert person.text("status") == "10 judged by ann" and person.place == 11
         person.press("n")
         driver.switch_to.active_element.send_keys("at a glance: 好", Keys.ENTER)
@@ -665,7 +665,7 @@ def test_a_browser_that_refuses_to_save_says_so_and_still_downloads(driver, twen
     assert "saves nothing" in person.text("problem")
     assert person.text("status") == "1 judged by nomad"
     file = tmp_path / "annotations-nomad.jsonl"
-    WebDriverWait(driver, 10).until(lambda _: file.exists())
+    WebDriverWait(driver, 10).until(lambda _: file.exists() and file.read_bytes())
     assert len(file.read_text("utf-8").splitlines()) == 1
 
 
