@@ -1386,9 +1386,7 @@ class ask_dashscope:
 
         logging.getLogger("dashscope").setLevel(logging.CRITICAL)
         self.sdk, self.url, self.key, self.timeout = dashscope, url, key, timeout
-        proxied = bool(
-            urllib.request.getproxies().keys() - {"no"}
-        )  # reading the environment at each call costs 0.45 ms
+        proxied = bool(urllib.request.getproxies().keys() - {"no"})  # asking at each call costs 0.45 ms
         self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=proxied)
         self.common = {"api_key": key or "none", "session": self.session, "request_timeout": timeout}
         self.common |= {"base_address": url} if url else {}
@@ -1477,12 +1475,6 @@ def likeness(text: str, reference: str) -> float:
     return max(1.0, min(10.0, 1 + 2 * math.log10(1 + ours.total()) + 3 * variety + ended - 3 * refuses(text)))
 
 
-def move(options: dict, old: str, new: str):
-    """Rename an option, if it is there."""
-    if old in options:
-        options[new] = options.pop(old)
-
-
 def switch_thinking(options: dict):
     """Leave out enable_thinking where we sent false (the model has no such switch), else send false."""
     if options.pop("enable_thinking", True):
@@ -1492,7 +1484,7 @@ def switch_thinking(options: dict):
 # What a refusal of the request says -> how to change it. Learned once per model, then reported.
 FIXES = [
     (r"max_completion_tokens", "max_completion_tokens",
-     lambda o: move(o, "max_tokens", "max_completion_tokens")),
+     lambda o: o.update(max_completion_tokens=o.pop("max_tokens")) if "max_tokens" in o else None),
     (r"max_(completion_)?tokens.{0,60}(not supported|unsupported|unknown|unrecognized)", "no max_tokens",
      lambda o: (o.pop("max_tokens", 0), o.pop("max_completion_tokens", 0))),
     (r"temperature", "no temperature", lambda o: o.pop("temperature", 0)),
@@ -2074,11 +2066,10 @@ class Run:
         """--judge-model, or: the high model; heuristic if all is offline; none for rank_responses."""
         if self.args.judge_model:
             return [parse_model(spec, self.args) for spec in self.args.judge_model if spec != "none"]
-        if getattr(self.method, "reads_answers", False):
+        if self.reads_answers:
             return []
-        if not any(
-            model.is_paid for model in (self.high, self.low, *(model for model, _ in self.candidates))
-        ):
+        writers = {self.high, self.low} | {model for model, _ in self.candidates}
+        if not any(model.is_paid for model in writers):
             return [Model("offline", "heuristic")]
         ask = "with reference as the high model, say who judges: --judge-model MODEL (or none)"
         refuse(not self.high.is_paid, ask)
@@ -2086,11 +2077,8 @@ class Run:
 
     def asked(self) -> list[Model]:
         """Every model that this run may call: the method's and the judges."""
-        roles = {
-            "high": [self.high],
-            "low": [self.low],
-            "candidates": [model for model, _ in self.candidates],
-        }
+        pool = [model for model, _ in self.candidates]
+        roles = {"high": [self.high], "low": [self.low], "candidates": pool}
         named = [model for role in getattr(self.method, "asks", ("high", "low")) for model in roles[role]]
         return list(dict.fromkeys(named + self.judges))
 
@@ -2314,9 +2302,8 @@ class Batches:
 
             async def send(again):
                 file.seek(0)
-                return await lane.provider.batch_client().files.create(
-                    file=("batch.jsonl", file), purpose="batch"
-                )
+                files = lane.provider.batch_client().files
+                return await files.create(file=("batch.jsonl", file), purpose="batch")
 
             uploaded = (await self.reach(lane, send)).id
         with self.cache.transaction():
@@ -2408,9 +2395,8 @@ class Batches:
             if gone or error.code == TOO_BIG or self.models.ruling(lane, error) == "record":
                 raise error
             await self.models.pause(max(error.retry_after, min(30, 2**tries / 4)))
-        raise self.models.halt(
-            f"{lane.model.name}: the batch engine is out of reach ({error}); run it again later"
-        )
+        where = f"{lane.model.name}: the batch engine is out of reach"
+        raise self.models.halt(f"{where} ({error}); run it again later")
 
     def refused(self, lane: Lane, file: str, code: str, message: str):
         """A batch that was not taken: its requests wait again, in smaller parts if it was too big."""
