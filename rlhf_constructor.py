@@ -1601,7 +1601,7 @@ class Lane:
 class Cache:
     """Every paid reply, in SQLite, committed before it is used; processes may share it. None: no cache.
 
-    `payer`: who pays for what comes in, the output's path: a budget counts that over all runs."""
+    `payer` stands for the output that a reply was paid for: its budget counts them over all its runs."""
 
     FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer"
 
@@ -3866,7 +3866,7 @@ async def construct(args) -> int:
     path = spooled(args)
     check_input(path, run)
     kept = args.cache_path != "none" and run.pays() and (os.path.exists(args.cache_path) or not args.dry_run)
-    cache = Cache(args.cache_path if kept else None, payer=os.path.realpath(args.output_path))
+    cache = Cache(args.cache_path if kept else None, payer=digest(os.path.realpath(args.output_path))[:16])
     models = Models(args, cache)
     try:
         if args.dry_run:
