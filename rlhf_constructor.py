@@ -298,42 +298,6 @@ def from_prompt(row: dict) -> list[Record] | None:
     return [conversation(said, row)] if isinstance(said, list) else None
 
 
-def text_of(row: dict, name: str) -> str:
-    """The field as text, "" if it is missing or blank; raises Failed if it holds anything else."""
-    value = row.get(name)
-    if not isinstance(value, str | None):
-        raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
-    return value if value and value.strip() else ""
-
-
-def message(turn) -> dict:
-    """An OpenAI or ShareGPT turn -> {"role", "content"}; raises Failed for tool turns and pictures."""
-    name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
-    if not isinstance(name, str) or name.lower() not in ROLES:
-        raise Failed("input", f"unknown role: {name!r} (known: {', '.join(ROLES)})")
-    role, said = ROLES[name.lower()], turn.get("content", turn.get("value"))
-    if isinstance(said, list):
-        texts = [part.get("text") for part in said if isinstance(part, dict) and part.get("type") == "text"]
-        whole = len(texts) == len(said) and all(isinstance(text, str) for text in texts)
-        said = "\n".join(texts) if whole else said
-    if not isinstance(said, str):
-        raise Failed("input", f"not a text: a {role} turn holds a {type(said).__name__}")
-    return {"role": role, "content": said.strip()}
-
-
-def chat(exchanges: list) -> list[dict]:
-    """[(question, answer), ...] -> turns."""
-    roles = ("user", "assistant")
-    return [{"role": r, "content": said} for one in exchanges for r, said in zip(roles, one, strict=True)]
-
-
-def human_turns(said: str) -> list[dict]:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar) -> turns, less a last empty one; else []."""
-    parts = re.split(r"\n\n(Human|Assistant): ?", said)[1:] if said.startswith("\n\nHuman:") else []
-    turns = [{"from": who, "value": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
-    return turns if not turns or turns[-1]["value"].strip() else turns[:-1]
-
-
 def conversation(turns: list, row: dict) -> Record:
     """Turns, and the row's `system` before them -> Record; its reference is a last answer, or the row's own.
 
@@ -350,6 +314,39 @@ def conversation(turns: list, row: dict) -> Record:
     return Record(messages, next(iter(good), ""))
 
 
+def message(turn) -> dict:
+    """An OpenAI or ShareGPT turn -> {"role", "content"}; raises Failed for tool turns and pictures."""
+    name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+    if not isinstance(name, str) or name.lower() not in ROLES:
+        raise Failed("input", f"unknown role: {name!r} (known: {', '.join(ROLES)})")
+    role, said = ROLES[name.lower()], turn.get("content", turn.get("value"))
+    parts = said if isinstance(said, list) else [{"type": "text", "text": said}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise Failed("input", f"not a text: a {role} turn holds a {type(said).__name__}")
+    return {"role": role, "content": "\n".join(texts).strip()}
+
+
+def text_of(row: dict, name: str) -> str:
+    """The field as text, "" if it is missing or blank; raises Failed if it holds anything else."""
+    value = row.get(name)
+    if not isinstance(value, str | None):
+        raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
+    return value if value and value.strip() else ""
+
+
+def chat(exchanges: list) -> list[dict]:
+    """[(question, answer), ...] -> turns."""
+    roles = ("user", "assistant")
+    return [{"role": r, "content": said} for one in exchanges for r, said in zip(roles, one, strict=True)]
+
+
+def human_turns(said: str) -> list[dict]:
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar) -> turns; [] if it is none."""
+    parts = re.split(r"\n\n(Human|Assistant): ?", said)[1:] if said.startswith("\n\nHuman:") else []
+    return [{"from": who, "value": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
+
+
 def parse_row(row, with_answers: bool = False) -> list[Record]:
     """One input row -> its records (usually one).
 
@@ -358,7 +355,8 @@ def parse_row(row, with_answers: bool = False) -> list[Record]:
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise Failed("input", f"not a record: a {type(row).__name__} instead of an object")
-    row = in_plain_names(row)
+    for sign, in_plain_names in DATA_SETS.items():
+        row = row | in_plain_names(row) if row.get(sign) is not None else row
     records = next(filter(None, (adapter(row) for adapter in INPUTS.values())), None)
     if records is None:
         blank = any(not str(row.get(name, "?") or "").strip() for name in ("instruction", *PROMPT_FIELDS))
@@ -375,6 +373,8 @@ def parse_row(row, with_answers: bool = False) -> list[Record]:
     return records
 
 
+BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark is none
+NOT_UTF_8 = "not UTF-8: convert it, e.g. iconv -f gb18030 -t utf-8"
 # What reading raises where junk is nested in place of a text or a number.
 JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
 
@@ -392,60 +392,47 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
         except JUNK as error:
             records = [Failed("input", f"malformed record: {error}")]
         for record in records:
-            if isinstance(record, Record):
-                record.line = line
+            record.line = line
             yield line, record
 
 
-NOT_UTF_8 = "not UTF-8: convert it, e.g. iconv -f gb18030 -t utf-8"
-
-
 def read_rows(path: str):
-    """Yields (line, row or Failed) of .jsonl .json .csv .tsv, each also .gz; raises UserError."""
-    name = path.removesuffix(".gz")
+    """Yields (line, row or Failed) of .csv, .tsv, JSON lines or one JSON array, also .gz; raises UserError."""
+    delimiter = {".csv": ",", ".tsv": "\t"}.get(path.removesuffix(".gz")[-4:])
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            if name.endswith((".csv", ".tsv")):
-                yield from table_rows(file, "\t" if name.endswith(".tsv") else ",")
+            if delimiter:
+                yield from table_rows(file, delimiter)
+                return
+            lines = ((n, raw.strip(BLANK)) for n, raw in enumerate(file, 1) if raw.strip(BLANK))
+            first = next(lines, (1, b"[]"))
+            if first[1].startswith(b"["):
+                whole = parse_json(b"\n".join([first[1], *(raw for _, raw in lines)]))
+                yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
             else:
-                yield from json_rows(file)
+                yield from ((n, parse_json(raw)) for n, raw in itertools.chain([first], lines))
     except UnicodeDecodeError:
         raise UserError(f"{path}: {NOT_UTF_8}") from None
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def json_rows(file):
-    """JSON lines; or, where the first character says so, one JSON array or one indented object read whole."""
-    lines = ((n, raw) for n, raw in enumerate(file, 1) if raw.strip(b"\xef\xbb\xbf \t\r\n"))
-    first, head = next(lines, (1, b""))
-    head = head.lstrip(b"\xef\xbb\xbf \t")
-    if head[:1] == b"[" or head.strip() == b"{":
-        whole = parse_json(head + b"".join(raw for _, raw in lines))
-        if isinstance(whole, dict) and len(whole) == 1 and not {"messages", "conversations"} & whole.keys():
-            [whole] = whole.values() if isinstance(*whole.values(), list) else [whole]  # {"data": [...]}
-        yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
-    elif head:
-        yield from ((n, parse_json(raw)) for n, raw in itertools.chain([(first, head)], lines))
-
-
 def parse_json(raw: bytes):
     """bytes -> value, or (not raised) Failed, so that one broken line costs one record."""
+
+    def unique(pairs: list) -> dict:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice")  # which of the two was meant?
+        return dict(pairs)
+
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
         suspect = b"\\ud" in raw or b"\\uD" in raw  # only there can half an emoji be
         return json.loads(scrub(json.dumps(value, ensure_ascii=False))) if suspect else value
     except UnicodeDecodeError:
         return Failed("input", NOT_UTF_8)
     except (ValueError, RecursionError) as error:
         return Failed("input", f"not JSON: {error}")
-
-
-def no_duplicates(pairs: list) -> dict:
-    """JSON object pairs -> dict; raises ValueError if a key stands twice: which of the two was meant?"""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
 
 
 def scrub(text):
@@ -458,7 +445,7 @@ def table_rows(file, delimiter: str):
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     names, cells = next(reader, []), []
-    if len(set(filter(None, names))) < len(list(filter(None, names))):
+    if max(Counter(filter(None, names)).values(), default=1) > 1:
         raise csv.Error("a name stands twice in its header")
     while cells is not None:
         start = reader.line_num + 1
@@ -483,7 +470,7 @@ SIGNALS = {  # name -> (kind, width of the scale in points, 0 = unknown); lists 
     "fine-grained_score": ("score", 4.0),
     "score": ("score", 0.0), "rm_score": ("score", 0.0), "reward": ("score", 0.0), "rating": ("score", 4.0),
     "overall_score": ("score", 9.0),  # the first release of UltraFeedback has errors in it: see `settle`
-    "rank": ("rank", 0.0), "order": ("order", 0.0),
+    "rank": ("rank", 0.0), "order": ("rank", 0.0),
 }
 OWN = tuple(name for name in SIGNALS if name != "order")  # what an answer's own object or field can say
 BESIDE = {form: name for name in SIGNALS for form in (name, f"{name}s", f"all_{name}s")}
@@ -493,23 +480,19 @@ LEADS = {  # by how much the second answer is better: name -> (the first's field
     "overall_preference": ("response1", 0.0, 3.0),  # HelpSteer3
 }
 WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "by labels", "by flags")
-FROM_0 = WINNERS[1:]  # a number in these is an index from 0; in `winner` nobody knows
 EVEN = r"tie|draw|both|neither"
 LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers", "summaries")
 TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
 FIRST = re.compile(r"(response|answer|output|completion|generation|human_ref|summary|text)(_?)([aA01])")
 READY = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
 READY_FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
-ENDS_AB = ("response_a", "response_b")
-
-# Data sets whose names mislead: a field that gives one away -> the row's fields in plain names.
-DATA_SETS = {
+DATA_SETS = {  # whose names mislead: a field that gives one away -> the row's fields in plain names
     # SHP, HelpSteer3, WebGPT, summarize comparisons; Chatbot Arena 33k and 140k, 55k; pairs of turns
-    "human_ref_A": lambda r: {"prompt": r["history"], WINNERS[-2]: {1: 0, 0: 1}.get(number(r["labels"]))},
+    "human_ref_A": lambda r: {"prompt": r["history"], "by labels": {1: 0, 0: 1}.get(number(r["labels"]))},
     "overall_preference": lambda r: {"prompt": r["context"]} if "context" in r else {},
     "question": lambda r: {"prompt": r["question"]["full_text"]} if isinstance(r["question"], dict) else {},
     "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"]} if "info" in r else {},
-    "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"], ENDS_AB),
+    "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"]),
     "winner_model_a": lambda r: arena_55k(r),
     "chosen": lambda r: ready_texts(r, READY[0]),
     "preferred_output": lambda r: ready_texts(r, READY[1]),
@@ -517,15 +500,7 @@ DATA_SETS = {
 # fmt: on
 
 
-def in_plain_names(row: dict) -> dict:
-    """The row, with a misleading data set's fields under plain names; chats without a prompt are split."""
-    for sign, plain in DATA_SETS.items():
-        if row.get(sign) is not None:
-            row = row | plain(row)
-    return row
-
-
-def battle(one: list, two: list, names: tuple) -> dict:
+def battle(one: list, two: list, names: tuple = ("response_a", "response_b")) -> dict:
     """Two conversations -> their common history as `messages`, and the two last answers by these names."""
     a, b = conversation(one, {}), conversation(two, {})
     if a.messages != b.messages:
@@ -534,12 +509,13 @@ def battle(one: list, two: list, names: tuple) -> dict:
 
 
 def arena_55k(row: dict) -> dict:
-    """Chatbot Arena 55k: turns are JSON lists in a string, the winner is flagged, None unless one is."""
-    flags = {"a": "winner_model_a", "b": "winner_model_b", "tie": "winner_tie"}
-    said = [name for name, flag in flags.items() if row.get(flag) is True or number(row.get(flag)) == 1]
-    asked, a, b = (json.loads(t) if t[:1] == "[" else [t] for t in map(row.get, ("prompt", *ENDS_AB)))
-    chats = [chat(zip(asked, answers, strict=True)) for answers in (a, b)]
-    return battle(*chats, ENDS_AB) | {WINNERS[-1]: said[0] if len(said) == 1 else None}
+    """Chatbot Arena 55k: turns are JSON lists in a string, and one of three flags says who won."""
+    ends = ("model_a", "model_b", "tie")
+    won = [end for end in ends if str(row.get(f"winner_{end}")) in ("1", "1.0", "True")]
+    said = [row[name] for name in ("prompt", "response_a", "response_b")]
+    asked, *both = (json.loads(text) if text[:1] == "[" else [text] for text in said)
+    chats = [chat(zip(asked, answers, strict=True)) for answers in both]
+    return battle(*chats) | {"by flags": " and ".join(won)}
 
 
 def ready_texts(row: dict, names: tuple) -> dict:
@@ -557,7 +533,7 @@ def ready_texts(row: dict, names: tuple) -> dict:
 
 
 # Answers as a row holds them. `ends` tell their fields apart: a, b; 1, 2; chosen, rejected; none in a list.
-Shape = namedtuple("Shape", "texts models ends signals")  # signals: [(a name of SIGNALS, a value per answer)]
+Shape = namedtuple("Shape", "texts models ends columns")  # columns: [(a name of SIGNALS, a value per answer)]
 # What one signal says of them: kind choice, score or rank; for each a tuple, higher is better, or None.
 Claim = namedtuple("Claim", "name kind scale votes")
 
@@ -571,31 +547,44 @@ def add_answers(record: Record, row: dict):
     shapes = shapes_of(row)
     if not shapes:
         raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}")
-    texts, models, _, signals = shapes[0]
-    if any(len(values) != len(texts) for values in (models, *(values for _, values in signals))):
+    texts, models, ends, columns = shapes[0]
+    counts = {len(texts), len(models), *(len(values) for _, values in columns)}
+    if len(counts) > 1 and ends not in READY:
         raise Failed("input", f"lists of unequal length: {len(texts)} answers")
     texts = [text_of({"answer": text}, "answer").strip() for text in texts]
     record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=True)]
-    said = {name: row[name] for name in WINNERS if name in row}
-    said = {name: winner for name, winner in said.items() if winner is not None} or said
-    heard = [(shape, claims_of(shape, row, said)) for shape in shapes]
-    for name in said.keys() - {claim.name for _, claims in heard for claim in claims}:
-        raise Failed("input", f"no preference: the winner is {str(said[name])[:40]!r}")
-    claims = [claim for shape, claims in heard for claim in aligned(claims, shape, texts)]
+    verdicts = {name: row[name] for name in WINNERS if name in row}
+    verdicts = {name: said for name, said in verdicts.items() if said is not None} or verdicts
+    claims = []
+    for shape in shapes:
+        own = [text.strip() if isinstance(text, str) else "" for text in shape.texts]
+        places = [own.index(text) if text in own else None for text in texts]
+        places = range(len(texts)) if own == texts else places  # where a text stands twice
+        for claim in claims_of(shape, row, verdicts):
+            votes = [None if place is None else claim.votes[place] for place in places]
+            claims.append(claim._replace(votes=votes))
+    unheard = [said for name, said in verdicts.items() if name not in {claim.name for claim in claims}]
+    if unheard:
+        raise Failed("input", f"no preference: the winner is {str(unheard[0])[:40]!r}")
     if claims:
         settle(record, claims)
 
 
 def shapes_of(row: dict) -> list[Shape]:
     """Every shape in which the row holds answers; the texts of the first are the record's."""
-    beside = [(BESIDE[n], row[n]) for n in row if n in BESIDE and row[n] and isinstance(row[n], list)]
-    lists = [listed(row, row[n], beside) for n in LISTS if row.get(n) and isinstance(row[n], list)]
+    filled = [name for name in row if row[name] and isinstance(row[name], list)]
+    beside = [(BESIDE[name], row[name]) for name in filled if name in BESIDE]
+    lists = [listed(row, row[name], beside) for name in LISTS if name in filled]
     beside = [] if lists else beside
-    ready = [names for names in READY if all(row.get(name) is not None for name in names)]
-    two = [(name, values) for name, values in beside if len(values) == 2]
-    pairs = [sided(row, [row[n] for n in names], names, READY_FORMS, two) for names in ready]
-    runs = [suffixed(row, *first.groups(), beside) for first in map(FIRST.fullmatch, row) if first]
-    return pairs + lists + [shape for shape in runs if len(shape.texts) > 1]
+    ready = [names for names in READY if None not in map(row.get, names)]
+    pairs = [sided(row, names, names, READY_FORMS, beside) for names in ready]
+    runs = []
+    for stem, mark, first in (found.groups() for found in map(FIRST.fullmatch, row) if found):
+        ends = tuple(chr(ord(first) + i) for i in range(8))
+        fields = list(itertools.takewhile(row.__contains__, [stem + mark + end for end in ends]))
+        if len(fields) > 1 and not (first == "1" and f"{stem}{mark}0" in row):
+            runs.append(sided(row, fields, ends[: len(fields)], (f"{{0}}{mark}{{1}}",), beside))
+    return pairs + lists + runs
 
 
 def listed(row: dict, items: list, beside: list) -> Shape:
@@ -605,32 +594,24 @@ def listed(row: dict, items: list, beside: list) -> Shape:
     models = [item.get("model") for item in items]
     if not any(models):
         models = row.get("models") or row.get("generation_models") or models
-    named = set().union(*items)
-    signals = [(name, [item.get(name) for item in items]) for name in OWN if name in named]
-    return Shape(texts, models, (), signals + beside)
+    columns = [(name, [item.get(name) for item in items]) for name in OWN]
+    return Shape(texts, models, (), columns + beside)
 
 
-def suffixed(row: dict, stem: str, mark: str, first: str, beside: list) -> Shape:
-    """response_a, response_b, ... in the row: as many as follow one another, from a, A, 0 or 1 on."""
-    run = [chr(ord(first) + i) for i in range(8)] if stem + mark + "0" not in row or first != "1" else []
-    ends = tuple(itertools.takewhile(lambda end: stem + mark + end in row, run))
-    return sided(row, [row[stem + mark + end] for end in ends], ends, [f"{{0}}{mark}{{1}}"], beside)
-
-
-def sided(row: dict, texts: list, ends: tuple, forms: tuple, beside: list) -> Shape:
+def sided(row: dict, fields: list, ends: tuple, forms: tuple, beside: list) -> Shape:
     """Answers in fields of their own, with the fields of the same form: score_a, model_a; chosen_score."""
     column = lambda name, form: [row.get(form.format(name, end)) for end in ends]
     models = next(filter(any, (column("model", form) for form in forms)), [""] * len(ends))
-    signals = [(name, column(name, form)) for name in OWN for form in forms]
-    return Shape(texts, models, ends, signals + beside)
+    columns = [(name, column(name, form)) for name in OWN for form in forms]
+    return Shape([row[field] for field in fields], models, ends, columns + beside)
 
 
-def claims_of(shape: Shape, row: dict, winners: dict) -> list[Claim]:
+def claims_of(shape: Shape, row: dict, verdicts: dict) -> list[Claim]:
     """All that the row says of a shape's answers; raises Failed for ties and for what cannot be read."""
     count, claims, ready = len(shape.texts), [], shape.ends in READY
     best = {"chosen": 0} if ready else {}
     best |= {"margin": 1} if ready and (number(row.get("margin")) or 0) < 0 else {}
-    best |= {name: winner_index(name, said, shape) for name, said in winners.items()}
+    best |= {name: winner_index(name, said, shape) for name, said in verdicts.items()}
     for name, index in best.items():
         if index in range(count):
             claims.append(Claim(name, "choice", 0.0, [(float(i == index),) for i in range(count)]))
@@ -641,7 +622,7 @@ def claims_of(shape: Shape, row: dict, winners: dict) -> list[Claim]:
             if not 0 < abs(lead) <= scale:  # -100: neither
                 raise Failed("input", "tie" if lead == 0 else "no preference")
             claims.append(Claim(name, "score", scale, [(0.0,), (lead,)]))
-    for name, values in shape.signals:
+    for name, values in shape.columns:
         if len(values) == count and any(value not in (None, [], "") for value in values):
             claims.append(measured(name, values, math.inf if ready else count))
     return claims
@@ -653,9 +634,8 @@ def winner_index(verdict: str, said, shape: Shape) -> int | None:
     end = re.sub(r"^(model|response|answer|output|assistant)_?(?=\w$)", "", name)
     found = {i for i, one in enumerate(shape.ends) if one.lower() == end}
     found |= {i for i, model in enumerate(shape.models) if model and str(model).lower() == name}
-    if place is not None and shape.ends not in READY:
-        from_0 = shape.ends[:1] == ("0",) or verdict in FROM_0
-        found |= {place} if from_0 else {0, 1}  # 1 of a and b: from 0 or from 1?
+    if place is not None and shape.ends not in READY:  # in `winner`, 1 of a and b: from 0 or from 1?
+        found |= {place} if verdict != "winner" or shape.ends[:1] == ("0",) else {0, 1}
     if re.match(EVEN, name) and (not found or re.fullmatch(EVEN, name)):
         raise Failed("input", "both bad" if "bad" in name or name == "neither" else "tie")
     if len(found) > 1:
@@ -666,29 +646,20 @@ def winner_index(verdict: str, said, shape: Shape) -> int | None:
 def measured(name: str, values: list, most: float) -> Claim:
     """A column of scores, ranks or lists of them -> votes; `most`: the highest rank there can be."""
     kind, scale = SIGNALS[name]
-    if kind == "order":  # indices, best first -> the rank of each answer; names say nothing
-        indices = [str(value).removesuffix(".0") for value in values]
-        if sorted(indices) != sorted(map(str, range(len(values)))) and None not in map(number, values):
+    if name == "order":  # indices, best first -> the rank of each answer; names say nothing
+        places = [number(value) for value in values]
+        if None not in places and sorted(places) != list(range(len(places))):
             raise Failed("input", "order is not a list of all indices from 0")
-        values = [indices.index(str(i)) if str(i) in indices else None for i in range(len(values))]
+        values = [None if None in places else places.index(i) for i in range(len(places))]
     rows = [tuple(map(number, value if isinstance(value, list) else [value])) for value in values]
     votes = [row if row and None not in row else None for row in rows]
     if len({len(vote) for vote in votes if vote}) > 1:
         raise Failed("input", "votes of unequal length")
-    if kind == "score":
-        return Claim(name, kind, scale, votes)
-    if not all(0 <= rank <= most for vote in votes for rank in vote or ()):
-        raise Failed("input", "ranks out of range")
-    return Claim(name, "rank", scale, [vote and tuple(-rank for rank in vote) for vote in votes])
-
-
-def aligned(claims: list[Claim], shape: Shape, texts: list[str]) -> list[Claim]:
-    """Claims on a shape's answers -> claims on the answers that have these texts."""
-    own = [text.strip() if isinstance(text, str) else "" for text in shape.texts]
-    if own == texts:
-        return claims
-    places = [own.index(text) if text in own else None for text in texts]
-    return [c._replace(votes=[None if i is None else c.votes[i] for i in places]) for c in claims]
+    if kind == "rank":
+        if not all(0 <= rank <= most for vote in votes for rank in vote or ()):
+            raise Failed("input", "ranks out of range")
+        votes = [vote and tuple(-rank for rank in vote) for vote in votes]
+    return Claim(name, kind, scale, votes)
 
 
 def settle(record: Record, claims: list[Claim]):
@@ -702,12 +673,15 @@ def settle(record: Record, claims: list[Claim]):
     rated = [i for i in range(len(record.answers)) if all(claim.votes[i] is not None for claim in said)]
     if not said or len(rated) < 2:
         raise Failed("input", "no preference: fewer than two answers are rated")
-    twos = itertools.combinations(rated, 2)
-    signs = [[sign(claim.votes[i], claim.votes[j]) for claim in said] for i, j in twos]
-    if any(1 in one and -1 in one for one in signs):
-        names = ", ".join(dict.fromkeys(claim.name for claim in said))
-        raise Failed("input", f"contradictory signals: {names}")
-    if all(0 in one for one in signs):
+    apart = False
+    for i, j in itertools.combinations(rated, 2):
+        both = [zip(claim.votes[i], claim.votes[j], strict=True) for claim in said]
+        signs = [{(a > b) - (a < b) for a, b in votes} for votes in both]
+        if {1} in signs and {-1} in signs:
+            names = ", ".join(dict.fromkeys(claim.name for claim in said))
+            raise Failed("input", f"contradictory signals: {names}")
+        apart = apart or {0} not in signs
+    if not apart:
         raise Failed("input", "tie")
     record.signal, record.scale = said[0].kind, said[0].scale
     scores = [claim for claim in said if claim.kind == "score" and said[0].name not in LEADS]
@@ -716,12 +690,6 @@ def settle(record: Record, claims: list[Claim]):
         record.answers[i].votes = sum((claim.votes[i] for claim in said), ())
         record.answers[i].score = statistics.fmean(scores[0].votes[i]) if scores else None
     record.answers = [record.answers[i] for i in rated]
-
-
-def sign(one: tuple, two: tuple) -> int | None:
-    """1 if the first is ahead in every vote, -1 if it is behind in each, 0 if they are equal, else None."""
-    signs = {(a > b) - (a < b) for a, b in zip(one, two, strict=True)}
-    return signs.pop() if len(signs) == 1 else None
 
 
 # ----------------------------------------------------------------------------------------------------------
