@@ -29,11 +29,6 @@ The one flow: read_records -> method(record, run) -> pairs -> filters -> output 
     §10 REVIEW               blind review by people, and what they say
     §11 CLI                  flags, files, the run itself
     §12 PAGES                the two HTML templates
-
-Add a method of your own in three steps:
-    1. write `async def my_method(record, run)` in §4 under `@register(METHODS)`, with a one-line docstring;
-    2. ask with `await run.ask_all(...)`, score with `await run.judge(...)`, return `pair_up(...)`;
-    3. run it with `--method my_method`: cache, resume, filters, report and accounting come with it.
 """
 
 from __future__ import annotations
@@ -52,7 +47,6 @@ import functools
 import gc
 import gzip
 import hashlib
-import heapq
 import html
 import importlib.util
 import inspect
@@ -200,8 +194,7 @@ PREFIXES = {id(INPUTS): "from_", id(OUTPUTS): "as_", id(PROVIDERS): "ask_"}
 def register(table: dict, **settings):
     """Decorator: enter a function or class in `table` under its own name, with `settings` as its attributes.
 
-    --method and the like, the end of --help and error texts are made from the tables. Raises ValueError for a
-    name that is taken and for a missing docstring."""
+    Choices and the end of --help come from the tables. Raises ValueError: name taken, or no docstring."""
 
     def enter(entry):
         name = entry.__name__.removeprefix(PREFIXES.get(id(table), ""))
@@ -215,12 +208,10 @@ def register(table: dict, **settings):
     return enter
 
 
-CANONICAL = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-
-
 def digest(*parts) -> str:
     """sha256 (64 hex digits) of the canonical JSON of `parts`: the source of ids, seeds and cache keys."""
-    return hashlib.sha256(CANONICAL.encode(parts).encode("utf-8", "surrogatepass")).hexdigest()
+    canonical = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def flatten(messages: list[dict]) -> str:
@@ -397,7 +388,7 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
 
 
 def read_rows(path: str):
-    """Yields (line, row or Failed) of .csv, .tsv, JSON lines or one JSON array, also .gz; raises UserError."""
+    """Yields (line, row or Failed) of .csv, .tsv, lines or one array of JSON, also .gz; raises UserError."""
     delimiter = {".csv": ",", ".tsv": "\t"}.get(path.removesuffix(".gz")[-4:])
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
@@ -472,7 +463,7 @@ SIGNALS = {  # name -> (kind, width of the scale in points, 0 = unknown); lists 
     "overall_score": ("score", 9.0),  # the first release of UltraFeedback has errors in it: see `settle`
     "rank": ("rank", 0.0), "order": ("rank", 0.0),
 }
-OWN = tuple(name for name in SIGNALS if name != "order")  # what an answer's own object or field can say
+OWN = ("model", *(name for name in SIGNALS if name != "order"))  # what is said of one answer
 BESIDE = {form: name for name in SIGNALS for form in (name, f"{name}s", f"all_{name}s")}
 LEADS = {  # by how much the second answer is better: name -> (the first's field, a tie, width of the scale)
     "preference": ("output_1", 1.5, 0.5),  # AlpacaEval
@@ -533,8 +524,8 @@ def ready_texts(row: dict, names: tuple) -> dict:
 
 
 # Answers as a row holds them. `ends` tell their fields apart: a, b; 1, 2; chosen, rejected; none in a list.
-Shape = namedtuple("Shape", "texts models ends columns")  # columns: [(a name of SIGNALS, a value per answer)]
-# What one signal says of them: kind choice, score or rank; for each a tuple, higher is better, or None.
+Shape = namedtuple("Shape", "texts ends columns")  # columns: [(a name of OWN or SIGNALS, a value per answer)]
+# What one signal says: kind is choice, score or rank; votes: text -> a tuple, higher is better.
 Claim = namedtuple("Claim", "name kind scale votes")
 
 
@@ -547,22 +538,15 @@ def add_answers(record: Record, row: dict):
     shapes = shapes_of(row)
     if not shapes:
         raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}")
-    texts, models, ends, columns = shapes[0]
-    counts = {len(texts), len(models), *(len(values) for _, values in columns)}
-    if len(counts) > 1 and ends not in READY:
+    texts, ends, columns = shapes[0]
+    if ends not in READY and any(len(values) != len(texts) for _, values in columns):
         raise Failed("input", f"lists of unequal length: {len(texts)} answers")
+    models = next((values for name, values in columns if name == "model" and any(values)), [""] * len(texts))
     texts = [text_of({"answer": text}, "answer").strip() for text in texts]
-    record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=True)]
     verdicts = {name: row[name] for name in WINNERS if name in row}
     verdicts = {name: said for name, said in verdicts.items() if said is not None} or verdicts
-    claims = []
-    for shape in shapes:
-        own = [text.strip() if isinstance(text, str) else "" for text in shape.texts]
-        places = [own.index(text) if text in own else None for text in texts]
-        places = range(len(texts)) if own == texts else places  # where a text stands twice
-        for claim in claims_of(shape, row, verdicts):
-            votes = [None if place is None else claim.votes[place] for place in places]
-            claims.append(claim._replace(votes=votes))
+    claims = [claim for shape in shapes for claim in claims_of(shape, row, verdicts)]
+    record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=True)]
     unheard = [said for name, said in verdicts.items() if name not in {claim.name for claim in claims}]
     if unheard:
         raise Failed("input", f"no preference: the winner is {str(unheard[0])[:40]!r}")
@@ -574,7 +558,8 @@ def shapes_of(row: dict) -> list[Shape]:
     """Every shape in which the row holds answers; the texts of the first are the record's."""
     filled = [name for name in row if row[name] and isinstance(row[name], list)]
     beside = [(BESIDE[name], row[name]) for name in filled if name in BESIDE]
-    lists = [listed(row, row[name], beside) for name in LISTS if name in filled]
+    models = [("model", row[name]) for name in ("models", "generation_models") if name in filled]
+    lists = [listed(row[name], beside + models) for name in LISTS if name in filled]
     beside = [] if lists else beside
     ready = [names for names in READY if None not in map(row.get, names)]
     pairs = [sided(row, names, names, READY_FORMS, beside) for names in ready]
@@ -587,23 +572,17 @@ def shapes_of(row: dict) -> list[Shape]:
     return pairs + lists + runs
 
 
-def listed(row: dict, items: list, beside: list) -> Shape:
+def listed(items: list, beside: list) -> Shape:
     """A list of texts, or of objects that hold a text and what is known of it."""
     items = [item if isinstance(item, dict) else {"text": item} for item in items]
     texts = [next((item[name] for name in TEXTS if item.get(name)), "") for item in items]
-    models = [item.get("model") for item in items]
-    if not any(models):
-        models = row.get("models") or row.get("generation_models") or models
-    columns = [(name, [item.get(name) for item in items]) for name in OWN]
-    return Shape(texts, models, (), columns + beside)
+    return Shape(texts, (), [(name, [item.get(name) for item in items]) for name in OWN] + beside)
 
 
 def sided(row: dict, fields: list, ends: tuple, forms: tuple, beside: list) -> Shape:
     """Answers in fields of their own, with the fields of the same form: score_a, model_a; chosen_score."""
-    column = lambda name, form: [row.get(form.format(name, end)) for end in ends]
-    models = next(filter(any, (column("model", form) for form in forms)), [""] * len(ends))
-    columns = [(name, column(name, form)) for name in OWN for form in forms]
-    return Shape([row[field] for field in fields], models, ends, columns + beside)
+    columns = [(name, [row.get(form.format(name, end)) for end in ends]) for name in OWN for form in forms]
+    return Shape([row[field] for field in fields], ends, columns + beside)
 
 
 def claims_of(shape: Shape, row: dict, verdicts: dict) -> list[Claim]:
@@ -623,8 +602,14 @@ def claims_of(shape: Shape, row: dict, verdicts: dict) -> list[Claim]:
                 raise Failed("input", "tie" if lead == 0 else "no preference")
             claims.append(Claim(name, "score", scale, [(0.0,), (lead,)]))
     for name, values in shape.columns:
-        if len(values) == count and any(value not in (None, [], "") for value in values):
+        if name in SIGNALS and len(values) == count and any(value not in (None, [], "") for value in values):
             claims.append(measured(name, values, math.inf if ready else count))
+    texts = [text.strip() if isinstance(text, str) else "" for text in shape.texts]
+    for i, claim in enumerate(claims):
+        rated = [(text, vote) for text, vote in zip(texts, claim.votes, strict=True) if vote]
+        if len(set(rated)) > len(dict(rated)):
+            raise Failed("input", "contradictory signals: one answer, two ranks")
+        claims[i] = claim._replace(votes=dict(rated))
     return claims
 
 
@@ -633,7 +618,10 @@ def winner_index(verdict: str, said, shape: Shape) -> int | None:
     name, place = str(said).strip().lower(), number(said)
     end = re.sub(r"^(model|response|answer|output|assistant)_?(?=\w$)", "", name)
     found = {i for i, one in enumerate(shape.ends) if one.lower() == end}
-    found |= {i for i, model in enumerate(shape.models) if model and str(model).lower() == name}
+    models = [values for column, values in shape.columns if column == "model"]
+    found |= {
+        i for column in models for i, model in enumerate(column) if str(model or "").lower() == name != ""
+    }
     if place is not None and shape.ends not in READY:  # in `winner`, 1 of a and b: from 0 or from 1?
         found |= {place} if verdict != "winner" or shape.ends[:1] == ("0",) else {0, 1}
     if re.match(EVEN, name) and (not found or re.fullmatch(EVEN, name)):
@@ -668,14 +656,15 @@ def settle(record: Record, claims: list[Claim]):
     A claim on fewer than two answers compares nothing. Raises Failed("input", ...), see `add_answers`."""
     if any(claim.name == "fine-grained_score" for claim in claims):
         claims = [claim for claim in claims if claim.name != "overall_score"]
-    said = [claim for claim in claims if sum(vote is not None for vote in claim.votes) > 1]
+    of = lambda answer, claim: claim.votes.get(answer.text)
+    said = [claim for claim in claims if sum(bool(of(answer, claim)) for answer in record.answers) > 1]
     said.sort(key=lambda claim: ("choice", "score", "rank").index(claim.kind))
-    rated = [i for i in range(len(record.answers)) if all(claim.votes[i] is not None for claim in said)]
+    rated = [answer for answer in record.answers if all(of(answer, claim) for claim in said)]
     if not said or len(rated) < 2:
         raise Failed("input", "no preference: fewer than two answers are rated")
     apart = False
-    for i, j in itertools.combinations(rated, 2):
-        both = [zip(claim.votes[i], claim.votes[j], strict=True) for claim in said]
+    for one, two in itertools.combinations(rated, 2):
+        both = [zip(of(one, claim), of(two, claim), strict=True) for claim in said]
         signs = [{(a > b) - (a < b) for a, b in votes} for votes in both]
         if {1} in signs and {-1} in signs:
             names = ", ".join(dict.fromkeys(claim.name for claim in said))
@@ -683,13 +672,12 @@ def settle(record: Record, claims: list[Claim]):
         apart = apart or {0} not in signs
     if not apart:
         raise Failed("input", "tie")
-    record.signal, record.scale = said[0].kind, said[0].scale
+    record.answers, record.signal, record.scale = rated, said[0].kind, said[0].scale
     scores = [claim for claim in said if claim.kind == "score" and said[0].name not in LEADS]
     scores.sort(key=lambda claim: claim.name in ("votes", *LEADS))  # their own mean or median is better
-    for i in rated:
-        record.answers[i].votes = sum((claim.votes[i] for claim in said), ())
-        record.answers[i].score = statistics.fmean(scores[0].votes[i]) if scores else None
-    record.answers = [record.answers[i] for i in rated]
+    for answer in rated:
+        answer.votes = sum((of(answer, claim) for claim in said), ())
+        answer.score = statistics.fmean(of(answer, scores[0])) if scores else None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -864,17 +852,16 @@ async def together(tasks: list) -> list:
     tasks = [asyncio.ensure_future(task) for task in tasks]
     results = await asyncio.gather(*tasks, return_exceptions=True)
     raised = [e for task, e in zip(tasks, results, strict=True) if task.cancelled() or task.exception()]
-    for kind in (Stop, Pending, Failed, BaseException):
-        for error in raised:
-            if isinstance(error, kind):
-                raise error
+    if raised:
+        raise max(raised, key=lambda error: [isinstance(error, kind) for kind in (Stop, Pending, Failed)])
     return results
 
 
 # ----------------------------------------------------------------------------------------------------------
 # §4 METHODS: model_comparison, generate_pairs, rank_responses; beats, pair_up and its strategies
 # ----------------------------------------------------------------------------------------------------------
-# EDIT HERE to add a method: copy one, rename it, and --method knows it. A method works through `run`:
+# EDIT HERE to add a method: copy one, rename it, give it a one-line docstring, and --method knows it. Cache,
+# resume, filters, report and accounting come with it. A method works through `run`:
 #   run.high, run.low, run.candidates   the models that the flags name
 #   await run.ask_all(record, [(model, sample), ...])       -> usable answers; raises Failed if fewer than two
 #   await run.ask_text(record, model, [messages], sample)   -> one text, for drafts, critiques, revisions
@@ -951,7 +938,7 @@ def best_worst(ranked, record, run):
     if not run.length_penalty:
         return [(ranked[0], ranked[-1])]
     pairs = [(a, b) for a, b in itertools.combinations(ranked, 2) if beats(a, b)]
-    return heapq.nlargest(1, pairs, key=lambda p: p[0].value - p[1].value - penalty(*p, run))
+    return [max(pairs, key=lambda p: p[0].value - p[1].value - penalty(*p, run))] if pairs else []
 
 
 def best_random(ranked, record, run):
@@ -1054,15 +1041,13 @@ def loop(record: Record, answer: Answer) -> str | None:
     raw = answer.text.encode()
     if len(raw) < 200 or len(raw) < 2 * len(zlib.compress(raw, 1)) or REPEAT_ASKED.search(record.prompt):
         return None
-    repeats = tail_repeats(answer.text.strip()) or repeated_share(answer.text) > 0.30
-    return "repetition loop" if repeats else None
-
-
-def tail_repeats(text: str) -> bool:
-    """The text ends with a unit of at most 200 characters, 4 times or more, 100 characters in all."""
-    sizes = range(1, min(200, len(text) // 4) + 1)
+    text = answer.text.strip()
+    sizes = range(
+        1, min(200, len(text) // 4) + 1
+    )  # of a unit that stands at least 4 times, 100 characters in all
     unit = next((text[-n:] for n in sizes if text.endswith(text[-n:] * max(4, -(-100 // n)))), "")
-    return any(map(str.isalnum, unit))  # a ruled line is no loop
+    looped = any(map(str.isalnum, unit))  # a ruled line is no loop
+    return "repetition loop" if looped or repeated_share(text) > 0.30 else None
 
 
 def repeated_share(text: str) -> float:
