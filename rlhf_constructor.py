@@ -476,7 +476,7 @@ LISTS = ("responses", "generations", "all_generated_responses", "completions", "
 TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
 FIRST = re.compile(r"(response|answer|output|completion|generation|human_ref|summary|text)(_?)([aA01])")
 READY = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
-READY_FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
+FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
 DATA_SETS = {  # whose names mislead: a field that gives one away -> the row's fields in plain names
     # SHP, HelpSteer3, WebGPT, summarize comparisons; Chatbot Arena 33k and 140k, 55k; pairs of turns
     "human_ref_A": lambda r: {"prompt": r["history"], "by labels": {1: 0, 0: 1}.get(number(r["labels"]))},
@@ -561,8 +561,7 @@ def shapes_of(row: dict) -> list[Shape]:
     models = [("model", row[name]) for name in ("models", "generation_models") if name in filled]
     lists = [listed(row[name], beside + models) for name in LISTS if name in filled]
     beside = [] if lists else beside
-    ready = [names for names in READY if None not in map(row.get, names)]
-    pairs = [sided(row, names, names, READY_FORMS, beside) for names in ready]
+    pairs = [sided(row, names, names, FORMS, beside) for names in READY if None not in map(row.get, names)]
     runs = []
     for stem, mark, first in (found.groups() for found in map(FIRST.fullmatch, row) if found):
         ends = tuple(chr(ord(first) + i) for i in range(8))
@@ -587,30 +586,24 @@ def sided(row: dict, fields: list, ends: tuple, forms: tuple, beside: list) -> S
 
 def claims_of(shape: Shape, row: dict, verdicts: dict) -> list[Claim]:
     """All that the row says of a shape's answers; raises Failed for ties and for what cannot be read."""
-    count, claims, ready = len(shape.texts), [], shape.ends in READY
+    count, ready = len(shape.texts), shape.ends in READY
     best = {"chosen": 0} if ready else {}
     best |= {"margin": 1} if ready and (number(row.get("margin")) or 0) < 0 else {}
     best |= {name: winner_index(name, said, shape) for name, said in verdicts.items()}
-    for name, index in best.items():
-        if index in range(count):
-            claims.append(Claim(name, "choice", 0.0, [(float(i == index),) for i in range(count)]))
+    choices = {name: index for name, index in best.items() if index in range(count)}
+    said = [(name, "choice", 0.0, [float(i == at) for i in range(count)]) for name, at in choices.items()]
     for name, (first, even, scale) in LEADS.items():
         if row.get(name) is not None and count == 2 and row.get(first) == shape.texts[0]:
-            said = number(row[name])
-            lead = math.nan if said is None else said - even
+            place = number(row[name])
+            lead = math.nan if place is None else place - even
             if not 0 < abs(lead) <= scale:  # -100: neither
                 raise Failed("input", "tie" if lead == 0 else "no preference")
-            claims.append(Claim(name, "score", scale, [(0.0,), (lead,)]))
+            said.append((name, "score", scale, [0.0, lead]))
     for name, values in shape.columns:
         if name in SIGNALS and len(values) == count and any(value not in (None, [], "") for value in values):
-            claims.append(measured(name, values, math.inf if ready else count))
+            said.append((name, *SIGNALS[name], values))
     texts = [text.strip() if isinstance(text, str) else "" for text in shape.texts]
-    for i, claim in enumerate(claims):
-        rated = [(text, vote) for text, vote in zip(texts, claim.votes, strict=True) if vote]
-        if len(set(rated)) > len(dict(rated)):
-            raise Failed("input", "contradictory signals: one answer, two ranks")
-        claims[i] = claim._replace(votes=dict(rated))
-    return claims
+    return [claim_on(texts, *one, most=math.inf if ready else count) for one in said]
 
 
 def winner_index(verdict: str, said, shape: Shape) -> int | None:
@@ -618,10 +611,9 @@ def winner_index(verdict: str, said, shape: Shape) -> int | None:
     name, place = str(said).strip().lower(), number(said)
     end = re.sub(r"^(model|response|answer|output|assistant)_?(?=\w$)", "", name)
     found = {i for i, one in enumerate(shape.ends) if one.lower() == end}
-    models = [values for column, values in shape.columns if column == "model"]
-    found |= {
-        i for column in models for i, model in enumerate(column) if str(model or "").lower() == name != ""
-    }
+    for column, values in shape.columns:
+        if column == "model":
+            found |= {i for i, model in enumerate(values) if model and str(model).lower() == name}
     if place is not None and shape.ends not in READY:  # in `winner`, 1 of a and b: from 0 or from 1?
         found |= {place} if verdict != "winner" or shape.ends[:1] == ("0",) else {0, 1}
     if re.match(EVEN, name) and (not found or re.fullmatch(EVEN, name)):
@@ -631,23 +623,23 @@ def winner_index(verdict: str, said, shape: Shape) -> int | None:
     return found.pop() if found else None
 
 
-def measured(name: str, values: list, most: float) -> Claim:
-    """A column of scores, ranks or lists of them -> votes; `most`: the highest rank there can be."""
-    kind, scale = SIGNALS[name]
+def claim_on(texts: list, name: str, kind: str, scale: float, values: list, most: float) -> Claim:
+    """A number (or a list of them) for each text -> the claim; `most`: the highest rank there can be."""
     if name == "order":  # indices, best first -> the rank of each answer; names say nothing
         places = [number(value) for value in values]
         if None not in places and sorted(places) != list(range(len(places))):
             raise Failed("input", "order is not a list of all indices from 0")
         values = [None if None in places else places.index(i) for i in range(len(places))]
     rows = [tuple(map(number, value if isinstance(value, list) else [value])) for value in values]
-    votes = [row if row and None not in row else None for row in rows]
-    if len({len(vote) for vote in votes if vote}) > 1:
+    rated = [(text, row) for text, row in zip(texts, rows, strict=True) if row and None not in row]
+    if len({len(row) for _, row in rated}) > 1:
         raise Failed("input", "votes of unequal length")
-    if kind == "rank":
-        if not all(0 <= rank <= most for vote in votes for rank in vote or ()):
-            raise Failed("input", "ranks out of range")
-        votes = [vote and tuple(-rank for rank in vote) for vote in votes]
-    return Claim(name, kind, scale, votes)
+    if kind == "rank" and not all(0 <= rank <= most for _, row in rated for rank in row):
+        raise Failed("input", "ranks out of range")
+    if len(set(rated)) > len(dict(rated)):
+        raise Failed("input", "contradictory signals: one answer, two ranks")
+    sense = -1 if kind == "rank" else 1
+    return Claim(name, kind, scale, {text: tuple(sense * vote for vote in row) for text, row in rated})
 
 
 def settle(record: Record, claims: list[Claim]):
@@ -683,8 +675,7 @@ def settle(record: Record, claims: list[Claim]):
 # ----------------------------------------------------------------------------------------------------------
 # §3 JUDGE: JUDGE_PROMPT, RUBRIC, judge_prompt, parse_scores, combine, judge_answers
 # ----------------------------------------------------------------------------------------------------------
-# Joint scoring in two reversed orders is the cheapest protocol that measures its own position bias. The label
-# bugs of this field are all one step from here: keep this section small and its tests many.
+# Joint scoring in two reversed orders is the cheapest protocol that measures its own position bias.
 
 RUBRIC = """\
 - First of all: does the answer do what was asked, and is it right? Check facts, results and code yourself.
