@@ -192,9 +192,7 @@ PREFIXES = {id(INPUTS): "from_", id(OUTPUTS): "as_", id(PROVIDERS): "ask_"}
 
 
 def register(table: dict, **settings):
-    """Decorator: enter a function or class in `table` under its own name, with `settings` as its attributes.
-
-    Choices and the end of --help come from the tables. Raises ValueError: name taken, or no docstring."""
+    """Decorator: enter a function or class in `table` under its own name, with `settings` as attributes."""
 
     def enter(entry):
         name = entry.__name__.removeprefix(PREFIXES.get(id(table), ""))
@@ -290,9 +288,7 @@ def from_prompt(row: dict) -> list[Record] | None:
 
 
 def conversation(turns: list, row: dict) -> Record:
-    """Turns, and the row's `system` before them -> Record; its reference is a last answer, or the row's own.
-
-    A completion that is labelled bad (KTO) is none. Raises Failed if there is no user turn to answer."""
+    """Turns, after the row's `system` -> Record; its reference is their last answer, or the row's own."""
     messages = [message(turn) for turn in turns]
     if text_of(row, "system") and messages[:1] and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": row["system"]})
@@ -300,7 +296,7 @@ def conversation(turns: list, row: dict) -> Record:
     known = [messages.pop()["content"] if answered else "", *(row.get(name) for name in REFERENCE_FIELDS)]
     if not messages or messages[-1]["role"] != "user":
         raise Failed("input", "the conversation has no user turn to answer")
-    bad = str(row.get("label")).strip().lower() in ("false", "0", "0.0")
+    bad = str(row.get("label")).strip().lower() in ("false", "0", "0.0")  # a KTO row
     good = [] if bad else [text.strip() for text in known if isinstance(text, str) and text.strip()]
     return Record(messages, next(iter(good), ""))
 
@@ -339,10 +335,7 @@ def human_turns(said: str) -> list[dict]:
 
 
 def parse_row(row, with_answers: bool = False) -> list[Record]:
-    """One input row -> its records (usually one).
-
-    The first entry of INPUTS that knows the fields counts; `with_answers` also reads its answers and the
-    signal on them. Raises Failed("input", ...) for a row of no known shape and for an empty prompt."""
+    """One input row -> its records (usually one), if asked with its answers; raises Failed("input", ...)."""
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise Failed("input", f"not a record: a {type(row).__name__} instead of an object")
@@ -643,9 +636,7 @@ def claim_on(texts: list, name: str, kind: str, scale: float, values: list, most
 
 
 def settle(record: Record, claims: list[Claim]):
-    """Keep the answers that every claim rates, with the votes of all; the first claim names the signal.
-
-    A claim on fewer than two answers compares nothing. Raises Failed("input", ...), see `add_answers`."""
+    """Keep the answers that every claim (on two at least) rates, with the votes of all; raises Failed."""
     if any(claim.name == "fine-grained_score" for claim in claims):
         claims = [claim for claim in claims if claim.name != "overall_score"]
     of = lambda answer, claim: claim.votes.get(answer.text)
@@ -739,10 +730,8 @@ def judge_prompt(record: Record, texts: list[str], *, rubric: str, reference: st
         if not any(nonce in text for text in everything):
             break
     ids = [letter + draw.choice("3456789") for letter in draw.sample("CDEFGHJKMNPQRTVWXYZ", len(texts))]
-
-    def fenced(tag: str, text: str, name: str = "") -> str:
-        return f'<{tag}{name} nonce="{nonce}">\n{defused(text)}\n</{tag} nonce="{nonce}">'
-
+    mark = f'nonce="{nonce}"'
+    fenced = lambda tag, text, name="": f"<{tag}{name} {mark}>\n{defused(text)}\n</{tag} {mark}>"
     data = [fenced("prompt", record.prompt)]
     data += [fenced("reference", reference), REFERENCE_NOTE] if reference else []
     data += [fenced("answer", text, f' id="{name}"') for name, text in zip(ids, texts, strict=True)]
@@ -805,9 +794,7 @@ def combine(votes: tuple[float, ...], judges: int) -> float:
 
 
 async def judge_answers(record: Record, answers: list[Answer], run) -> list[Answer]:
-    """-> the answers in the same order, each with score, votes and slots; raises Failed("judge", ...).
-
-    Order 0 is drawn from a hash, order 1 is its reverse; all sheets are asked for at once."""
+    """-> the answers in the same order, each with score, votes and slots; raises Failed("judge", ...)."""
     first = sorted(range(len(answers)), key=lambda i: digest(run.seed, record.messages, answers[i].text))
     both = run.orders == 2 and not run.judges[0].is_reward  # a reward model sees one answer at a time
     orders = [first, first[::-1]] if both else [first]
