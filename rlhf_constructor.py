@@ -536,10 +536,10 @@ def add_answers(record: Record, row: dict):
         raise Failed("input", f"lists of unequal length: {len(texts)} answers")
     models = next((values for name, values in columns if name == "model" and any(values)), [""] * len(texts))
     texts = [text_of({"answer": text}, "answer").strip() for text in texts]
+    record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=True)]
     verdicts = {name: row[name] for name in WINNERS if name in row}
     verdicts = {name: said for name, said in verdicts.items() if said is not None} or verdicts
     claims = [claim for shape in shapes for claim in claims_of(shape, row, verdicts)]
-    record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=True)]
     unheard = [said for name, said in verdicts.items() if name not in {claim.name for claim in claims}]
     if unheard:
         raise Failed("input", f"no preference: the winner is {str(unheard[0])[:40]!r}")

@@ -17,7 +17,7 @@ A, B = "Rain falls when a cloud grows too heavy.", "The gods are weeping again."
 Q = "Why does it rain?"
 GOOD = {
     "prompt": "Is ice cold?",
-    "responses": ["Yes, it is at zero degrees or below.", "Never."],
+    "responses": ["Yes, at zero degrees or below.", "Never."],
     "scores": [200, 1],
 }
 
@@ -340,6 +340,18 @@ def test_a_ready_pair_that_is_ranked_the_other_way_round_is_none(fate):
     assert fate(PAIR | {"chosen_rank": 4, "rejected_rank": 1}).startswith(CONTRADICTION)
 
 
+@pytest.mark.parametrize("drop", ["a tie by name", "strength 0", "scores against ranks", "a rank below 0"])
+def test_a_dropped_record_keeps_its_answers(rlhf, drop):
+    [row] = rlhf([GOOD, DROPS[drop][0]], *RANK).dropped
+    assert [answer["text"] for answer in row["answers"]] == [A, B]
+
+
+@pytest.mark.parametrize("models", [["m", "n"], ["k", "l", "m", "n"]])
+def test_a_list_of_models_beside_a_ready_pair_names_nobody(rlhf, models):
+    [row] = rlhf([PAIR | {"models": models}], *RANK).pairs
+    assert [row["chosen"], row["chosen_model"], row["rejected_model"]] == [A, "", ""]
+
+
 @pytest.mark.parametrize("record, reason", DROPS.values(), ids=DROPS)
 def test_what_does_not_say_which_is_better_gives_no_pair(fate, record, reason):
     assert str(fate(record)).startswith(reason)
@@ -399,34 +411,14 @@ def test_deep_json_is_a_pair_or_a_reason(rlhf, tmp_path, depth):
 
 def test_answers_of_a_megabyte_are_exported_whole(fate):
     draw = random.Random(1)
-    long, longer = (
-        "".join(draw.choices(letters + "  ", k=1_000_000)).strip() for letters in (LOW, LOW.upper())
-    )
+    long, longer = ("".join(draw.choices(a + "  ", k=1_000_000)).strip() for a in (LOW, LOW.upper()))
     assert fate({"prompt": Q, "responses": [long, longer], "scores": [1, 2]}) == (longer, long)
 
 
 # --- 3,000 mutated records: none stops the run, and no pair contradicts what its record says.
 
-JUNK = [
-    None,
-    "",
-    "N/A",
-    math.nan,
-    -100,
-    0,
-    1,
-    2,
-    -1,
-    0.5,
-    1e308,
-    True,
-    "7",
-    "tie",
-    [],
-    {},
-    [[1, 2], [3]],
-    {"a": []},
-]
+JUNK = [None, "", "N/A", math.nan, -100, 0, 1, 2, -1, 0.5, 1e308, True, "7", "tie", [], {}, [[1, 2], [3]],
+        {"a": []}]  # fmt: skip
 
 
 def mutate(record, draw):
@@ -460,28 +452,23 @@ def mutate(record, draw):
 
 def says(record, chosen, rejected) -> bool:
     """An independent reading of four shapes: does the record say that `chosen` is better?"""
+    said = [chosen, rejected]
     if "preference_strength" in record:
         strength = float(record["preference_strength"])
         first, second = (record[f"response_{i}"].strip() for i in (1, 2))
-        return (chosen, rejected) == ((first, second) if strength < 0 else (second, first)) and 0 < abs(
-            strength
-        ) <= 3
+        return said == ([first, second] if strength < 0 else [second, first]) and 0 < abs(strength) <= 3
     if "winner" in record:
-        winner, loser = {"a": "ab", "b": "ba", "0": "ab", "1": "ba"}[str(record["winner"])[-1]]
-        return (chosen, rejected) == (
-            record[f"response_{winner}"].strip(),
-            record[f"response_{loser}"].strip(),
-        )
+        ends = {"a": "ab", "b": "ba", "0": "ab", "1": "ba"}[str(record["winner"])[-1]]
+        return said == [record[f"response_{end}"].strip() for end in ends]
     if "chosen" in record:
         scores = [record.get(f"score_{side}") for side in ("chosen", "rejected")]
         numeric = [re.fullmatch(r"-?\d+(\.\d+)?(e\+?\d+)?", str(score)) for score in scores]
         agrees = not all(numeric) or float(scores[0]) > float(scores[1])
-        said_so = [
+        texts = [
             text[0] if isinstance(text, list) else text for text in (record["chosen"], record["rejected"])
         ]
-        return [chosen, rejected] == [text.strip() for text in said_so] and agrees
-    texts, scores = record["responses"], record["scores"]
-    score = {str(text).strip(): value for text, value in zip(texts, scores)}
+        return said == [text.strip() for text in texts] and agrees
+    score = {str(text).strip(): value for text, value in zip(record["responses"], record["scores"])}
     better, worse = (v if isinstance(v, list) else [v] for v in (score[chosen], score[rejected]))
     return all(float(b) > float(w) for b, w in zip(better, worse, strict=True))
 
@@ -578,12 +565,7 @@ def test_gap(fate, record, flags, expected):
 # --- Strategies: one record, worked by hand.
 
 ONE, TWO, THREE, BAD = FOUR  # 9, 7, 4 and 1 points; they stand in another order in the record
-WORKED = {
-    "prompt": Q,
-    "responses": [THREE, ONE, BAD, TWO],
-    "scores": [4, 9, 1, 7],
-    "models": ["c", "a", "d", "b"],
-}
+WORKED = {"prompt": Q, "responses": [THREE, ONE, BAD, TWO], "scores": [4, 9, 1, 7], "models": [*"cadb"]}
 STRATEGIES = {
     "best_worst": [(ONE, BAD)],
     "all_pairs": [(ONE, TWO), (ONE, THREE), (ONE, BAD), (TWO, THREE), (TWO, BAD), (THREE, BAD)],
@@ -596,18 +578,11 @@ def test_strategy_from_record_to_output_line(rlhf, strategy, expected):
     rows = rlhf([WORKED], *RANK, "--strategy", strategy).pairs
     points, model = {ONE: 9.0, TWO: 7.0, THREE: 4.0, BAD: 1.0}, {ONE: "a", TWO: "b", THREE: "c", BAD: "d"}
     assert rows == [
-        {
-            "prompt": Q,
-            "chosen": better,
-            "rejected": worse,
-            "score_chosen": points[better],
-            "score_rejected": points[worse],
-            "chosen_model": model[better],
-            "rejected_model": model[worse],
-            "prompt_id": rows[0]["prompt_id"],
-        }
+        {"prompt": Q, "chosen": better, "rejected": worse, "score_chosen": points[better],
+         "score_rejected": points[worse], "chosen_model": model[better], "rejected_model": model[worse],
+         "prompt_id": rows[0]["prompt_id"]}
         for better, worse in expected
-    ]
+    ]  # fmt: skip
 
 
 def test_best_random_draws_the_rejected_by_the_seed(rlhf):
@@ -629,9 +604,8 @@ def test_equal_ranks_form_no_pair(fate, strategy):
 def length(n, seed):
     """A text of exactly n characters."""
     draw = random.Random(seed)
-    return (
-        " ".join("".join(draw.choices("abcdefghij", k=5)) for _ in range(n))[: n - 1].replace("  ", " ") + "x"
-    )
+    words = ("".join(draw.choices("abcdefghij", k=5)) for _ in range(n))
+    return " ".join(words)[: n - 1] + "x"
 
 
 def test_length_penalty_worked_by_hand(rlhf):
