@@ -1020,10 +1020,9 @@ def loop(record: Record, answer: Answer) -> str | None:
     if len(raw) < 200 or len(raw) < 2 * len(zlib.compress(raw, 1)) or REPEAT_ASKED.search(record.prompt):
         return None
     text = answer.text.strip()
-    sizes = range(
-        1, min(200, len(text) // 4) + 1
-    )  # of a unit that stands at least 4 times, 100 characters in all
-    unit = next((text[-n:] for n in sizes if text.endswith(text[-n:] * max(4, -(-100 // n)))), "")
+    sizes = range(1, min(200, len(text) // 4) + 1)
+    tails = ((text[-n:], max(4, math.ceil(100 / n))) for n in sizes)  # a unit, and how often it must stand
+    unit = next((unit for unit, times in tails if text.endswith(unit * times)), "")
     looped = any(map(str.isalnum, unit))  # a ruled line is no loop
     return "repetition loop" if looped or repeated_share(text) > 0.30 else None
 
