@@ -552,7 +552,12 @@ def shapes_of(row: dict) -> list[Shape]:
     filled = [name for name in row if row[name] and isinstance(row[name], list)]
     beside = [(BESIDE[name], row[name]) for name in filled if name in BESIDE]
     models = [("model", row[name]) for name in ("models", "generation_models") if name in filled]
-    lists = [listed(row[name], beside + models) for name in LISTS if name in filled]
+    lists = []
+    for items in (row[name] for name in LISTS if name in filled):
+        items = [item if isinstance(item, dict) else {"text": item} for item in items]
+        texts = [next((item[name] for name in TEXTS if item.get(name)), "") for item in items]
+        columns = [(name, [item.get(name) for item in items]) for name in OWN]
+        lists.append(Shape(texts, (), columns + beside + models))
     beside = [] if lists else beside
     pairs = [sided(row, names, names, FORMS, beside) for names in READY if None not in map(row.get, names)]
     runs = []
@@ -562,13 +567,6 @@ def shapes_of(row: dict) -> list[Shape]:
         if len(fields) > 1 and not (first == "1" and f"{stem}{mark}0" in row):
             runs.append(sided(row, fields, ends[: len(fields)], (f"{{0}}{mark}{{1}}",), beside))
     return pairs + lists + runs
-
-
-def listed(items: list, beside: list) -> Shape:
-    """A list of texts, or of objects that hold a text and what is known of it."""
-    items = [item if isinstance(item, dict) else {"text": item} for item in items]
-    texts = [next((item[name] for name in TEXTS if item.get(name)), "") for item in items]
-    return Shape(texts, (), [(name, [item.get(name) for item in items]) for name in OWN] + beside)
 
 
 def sided(row: dict, fields: list, ends: tuple, forms: tuple, beside: list) -> Shape:
@@ -694,7 +692,6 @@ then end with one line of JSON and nothing after it: {"reason": "at most 40 word
 with a number from 1 to 10 for every id."""
 
 REFERENCE_NOTE = "For checking correctness only, no model of length or style; other right answers exist."
-
 THINKING = re.compile(r"\A(?:\s*<think(?:ing)?>(?:.*?</think(?:ing)?>\s*|.*))+", re.S)
 THOUGHT_END = re.compile(r"\A(?!.*<think).*?(?<!`)</think(?:ing)?>", re.S)
 RESERVED = re.compile(r"<(?=/?(?:answer|prompt|reference)\b|\|)|\[(?=/?INST\])", re.I)
