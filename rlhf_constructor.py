@@ -381,7 +381,7 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
 
 
 def read_rows(path: str):
-    """Yields (line, row or Failed) of .csv, .tsv, lines or one array of JSON, also .gz; raises UserError."""
+    """Yields (line, row or Failed) of .csv, .tsv, lines or one value of JSON, also .gz; raises UserError."""
     delimiter = {".csv": ",", ".tsv": "\t"}.get(path.removesuffix(".gz")[-4:])
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
@@ -390,9 +390,10 @@ def read_rows(path: str):
                 return
             lines = ((n, raw.strip(BLANK)) for n, raw in enumerate(file, 1) if raw.strip(BLANK))
             first = next(lines, (1, b"[]"))
-            if first[1].startswith(b"["):
+            if first[1].startswith(b"[") or first[1] == b"{":  # an array, or one indented object
                 whole = parse_json(b"\n".join([first[1], *(raw for _, raw in lines)]))
-                yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
+                held = whole.get("data") if isinstance(whole, dict) else whole
+                yield from enumerate(held if isinstance(held, list) else [whole], 1)
             else:
                 yield from ((n, parse_json(raw)) for n, raw in itertools.chain([first], lines))
     except UnicodeDecodeError:

@@ -143,6 +143,9 @@ FILES = [
     pytest.param("in.json", f"[{A}, {B}]", BOTH, id="JSON array on one line"),
     pytest.param("in.json", f"\ufeff\n {INDENTED}", BOTH, id="indented JSON array"),
     pytest.param("in.jsonl", INDENTED, BOTH, id="JSON array named .jsonl"),
+    pytest.param("in.json", json.dumps({"data": json.loads(INDENTED)}, indent=1), BOTH, id="an array in an object"),
+    pytest.param("in.json", json.dumps({"prompt": "a"}, indent=4), [(1, "a")], id="one indented object"),
+    pytest.param("in.json", json.dumps({"messages": turns("a")}, indent=4), [(1, "a")], id="one indented chat"),
     pytest.param("in.csv", "prompt,x\na,1\nb,2\n", [(2, "a"), (3, "b")], id="CSV"),
     pytest.param("in.csv", '\ufeffprompt\r\n"a"\r\n\r\nb', [(2, "a"), (4, "b")], id="CSV with BOM and CRLF"),
     pytest.param("in.csv", 'prompt\n"two\nlines, ""quoted"""\n', [(3, 'two\nlines, "quoted"')], id="CSV quotes"),
@@ -198,7 +201,7 @@ def test_deep_nesting_never_ends_the_run(tmp_path, depth, name):
     assert len(rows) == (2 if name == "in.jsonl" else 1)
 
 
-@pytest.mark.parametrize("whole", ["[" + A, f"[{A}\n{B}]", INDENTED + "x"])
+@pytest.mark.parametrize("whole", ["[" + A, '{\n"prompt": "a"', f"[{A}\n{B}]", INDENTED + "x"])
 def test_a_broken_json_array_is_one_failed_record(tmp_path, whole):
     [(line, reason)] = read(tmp_path, whole, "in.json")
     assert line == 1 and reason.startswith("not JSON")
