@@ -335,7 +335,7 @@ def reviewed(tmp_path, said, queue="random"):
         with contextlib.suppress(rc.Failed):
             people.decide(pair)
     numbers = people.numbers()
-    return {row["metric"]: row for row in numbers["rows"]}, numbers["lines"]
+    return {row["metric"]: row for row in numbers["metrics"]}, numbers["lines"]
 
 
 def test_hand_worked_rates(tmp_path):

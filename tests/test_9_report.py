@@ -275,7 +275,10 @@ def test_near_duplicates_are_those_of_the_exact_jaccard_similarity():
 
 def test_the_bag_of_words_weighs_by_smoothed_log_odds():
     sides = [(0, ("good",), ("bad",))] * 6 + [(0, ("bad",), ("good",))] + [(0, ("rare",), ())] * 4
-    assert rc.log_odds(sides) == {"good": (math.log(7 / 2), 6, 1), "bad": (math.log(2 / 7), 1, 6)}
+    counts = rc.tally(sides, rc.OFTEN)
+    assert counts == {"good": (6, 1), "bad": (1, 6)}
+    assert rc.log_odds(counts, {}) == {"good": math.log(7 / 2), "bad": math.log(2 / 7)}
+    assert rc.log_odds(counts, {"good": (3, 0)}) == {"bad": math.log(2 / 7)}
 
 
 def test_held_out_guessing_agrees_with_naive_bayes_on_one_sided_words():
@@ -306,7 +309,7 @@ def test_held_out_guessing_finds_nothing_in_noise():
 
 
 def test_formats_are_seen_outside_of_code_only():
-    formats = lambda text: rc.MARKS["format"](text, "")
+    formats = lambda text: rc.marks(text, "")["format"]
     assert formats("# A\n- b\n**c** 😀") == {"headers", "lists", "bold", "emoji"}
     assert formats("```\n# comment\n- x **y**\n```") == {"code"}
     assert formats("1、甲\n| a | b |\n") == {"lists", "tables"}
@@ -350,7 +353,7 @@ def test_advice_for_answers_that_exist_asks_for_no_other_answers(write, method, 
     numbers = report(outcomes(write, change=awful), {"method": method})
     advice = " ".join(row["advice"] for row in numbers["warnings"])
     assert len(numbers["warnings"]) > 4 and bool(re.search(MAKING, advice)) == flagged
-    assert not re.search(MAKING, " ".join(rc.ADVICE_GIVEN[key] for key in ("yield", "answers", "words")))
+    assert not re.search(MAKING, " ".join(rc.ADVICE_GIVEN.values()))
 
 
 def test_every_advice_names_a_flag_and_every_topic_is_used():
@@ -563,7 +566,7 @@ def test_every_chart_says_its_values_as_text(write):
 HOSTILE = [
     "</script><script>document.title='owned'</script>",
     "<img src=http://127.0.0.1:9/x.png onerror=\"document.title='owned'\">",
-    "[a](javascript:alert(1)) <a href='javascript:alert(1)'>x</a> <!--COST-->",
+    "[a](javascript:alert(1)) <a href='javascript:alert(1)'>x</a> {{COST}}",
     "</style><style>body{display:none}</style><link rel=stylesheet href=//127.0.0.1:9>\u202e",
 ]
 
@@ -600,7 +603,7 @@ def test_the_page_loads_nothing_logs_nothing_and_keeps_hostile_text_as_text(brow
     sent = [m["params"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     urls = {one["request"]["url"] for one in sent if one["documentURL"] == page.as_uri()}
     assert urls == {page.as_uri()} and browser.get_log("browser") == []
-    assert browser.title == "Preference data report" and "default-src 'none'; style" in browser.page_source
+    assert browser.title == "Preference data report" and "default-src 'none'; base" in browser.page_source
     find = lambda css: browser.execute_script(f"return document.querySelectorAll({css!r}).length")
     assert find("script, img, link, a, [onerror]") == 0 and find("style") == 1
     text = browser.execute_script("return document.body.textContent")
