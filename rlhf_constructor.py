@@ -2515,7 +2515,7 @@ Z = 1.96  # standard errors to either side: 95 % intervals
 FOLDS, OFTEN = 5, 5  # of the held-out guesses; pairs that a mark needs to count as a clue
 HEADLINES = ("gap", "longer", "flips", "identity", "words")  # of a terminal
 RATIOS = (1.1, 1.25, 1.5, 2.0)  # of the longer to the shorter answer: steps of the length curve
-ANSWERS, TEXTS = ("chosen", "rejected"), ("prompts", "chosen", "rejected")
+ANSWERS, SIDES = ("chosen", "rejected"), ("prompts", "chosen", "rejected")
 # How the names of one family's models begin.
 FAMILIES = ("gpt chatgpt o1 o3 o4", "qwen qwq qvq", "gemini gemma", "claude", "llama", "glm chatglm", "yi-")
 FAMILIES += ("mistral mixtral", "deepseek", "kimi moonshot", "doubao", "ernie", "baichuan", "hunyuan")
@@ -2850,7 +2850,7 @@ class Report:
         self.random.shuffle(self.rows)
         self.sides = one_sided(self.rows, marks)
         unique = list({row["prompt_id"]: row for row in self.rows}.values())[:DIVERSITY]
-        self.texts = {side: list(filter(is_long, (row[side] for row in unique))) for side in TEXTS}
+        self.texts = {side: list(filter(is_long, (row[side] for row in unique))) for side in SIDES}
         human = human or {"metrics": [], "lines": []}
         given = getattr(METHODS.get(settings.get("method")), "reads_answers", False)
         metrics = [judged(metric, metric[-1](self), given) for metric in METRICS] + human["metrics"]
@@ -2958,7 +2958,7 @@ def examples(rows: list[dict]) -> list[dict]:
     """Up to SHOWN_PAIRS pairs each of the lowest gap, the highest gap, and at random (the sample's order)."""
     by_gap = sorted((row for row in rows if row["gap"] is not None), key=lambda row: row["gap"])
     kinds = {"lowest gap": by_gap, "highest gap": by_gap[::-1], "random": rows}
-    cut = lambda row: {side: row[side][:SHOWN_TEXT] for side in TEXTS}
+    cut = lambda row: {side: row[side][:SHOWN_TEXT] for side in SIDES}
     return [{"kind": kind, **row, **cut(row)} for kind in kinds for row in kinds[kind][:SHOWN_PAIRS]]
 
 
@@ -3045,7 +3045,7 @@ def report_html(numbers: dict) -> str:
         f'<div class="{name}"><h4>{name} <small>{row.get(f"model_{name}", row["kind"])}'
         f'{score(row, f"score_{name}")}</small></h4><p dir="auto">{row[name]}</p></div>'
     )
-    pair = lambda row: f"<article>{''.join(part(row, name) for name in TEXTS)}</article>"
+    pair = lambda row: f"<article>{''.join(part(row, name) for name in SIDES)}</article>"
     columns = ("label", "verdict", "value", "interval", "n")
     parts = {
         "SUMMARY": f"{numbers['pairs']:,} pairs from {numbers['kept']:,} of {numbers['records']:,} records",
