@@ -2614,11 +2614,10 @@ def self_repetition(texts: list[str]) -> Measured:
 def near_duplicates(texts: list[str]) -> Measured:
     """Share of texts with a `similarity` of NEAR_DUPLICATE or more to an earlier one.
 
-    Compared are texts that share one of their two smallest hashes (of numbers, so that they are the same in
-    each run): at a similarity of .8, over 9 in 10 do."""
+    Compared are texts that share one of their two smallest hashes: at a similarity of .8, over 9 in 10 do."""
     found, earlier = 0, defaultdict(list)
     for text in texts:
-        codes = list(map(ord, "".join(text.split())))
+        codes = list(map(ord, "".join(text.split())))  # the hash of a text differs from run to run
         alike = [earlier[key] for key in heapq.nsmallest(2, set(map(hash, ngrams(codes, 5))))]
         others = set().union(*(some[:5] for some in alike))
         found += any(similarity(text, other, NEAR_DUPLICATE) >= NEAR_DUPLICATE for other in others)
@@ -2762,10 +2761,8 @@ METRICS = [
 # fmt: on
 
 
-def judged(metric: tuple, measured: Measured, given: bool = False) -> dict:
-    """The report's row of a metric; its verdict hangs on the interval's end nearer to the healthy range.
-
-    `given`: the answers were, so that advice is on the data."""
+def judged(metric: tuple, measured: Measured, given_answers: bool = False) -> dict:
+    """The report's row of a metric; its verdict hangs on the interval's end nearer to the healthy range."""
     key, label, unit, limits, topic, needs, _ = metric
     row = {"metric": key, "label": label, "unit": unit, **measured._asdict(), "verdict": "", "advice": ""}
     if limits == FREE:
@@ -2774,7 +2771,7 @@ def judged(metric: tuple, measured: Measured, given: bool = False) -> dict:
         return row | {"verdict": "too few" if measured.n else "not applicable"}
     low, high = measured.interval or (measured.value, measured.value)
     cause, _, remedy = ADVICE[topic].partition(": ")
-    advice = f"{cause}: {ADVICE_GIVEN.get(topic, remedy) if given else remedy}"
+    advice = f"{cause}: {ADVICE_GIVEN.get(topic, remedy) if given_answers else remedy}"
     for level, floor, ceiling in (("critical", limits[0], limits[3]), ("warn", limits[1], limits[2])):
         if high < floor or low > ceiling:
             return row | {"verdict": level, "advice": advice}
@@ -2854,7 +2851,9 @@ class Report:
         human = human or {"metrics": [], "lines": []}
         given = getattr(METHODS.get(settings.get("method")), "reads_answers", False)
         metrics = [judged(metric, metric[-1](self), given) for metric in METRICS] + human["metrics"]
-        warnings, calm, notes = conclusions(metrics, self.pairs)
+        worst = sorted(metrics, key=lambda row: row["verdict"] != "critical")
+        warnings = [{"level": row["verdict"], **row} for row in worst if row["advice"]]
+        calm, notes = remarks(metrics, warnings != [], self.pairs)
         longer, kept, dropped = (self.counts[name] for name in ("longer", "kept", "dropped"))
         models = {name[1]: rate(counts) for name, counts in self.counts.items() if name[0] == "model"}
         most = sorted(models.items(), key=lambda item: -item[1].n)[:20]
@@ -2888,24 +2887,15 @@ class Report:
         }
 
 
-def conclusions(metrics: list[dict], pairs: int) -> tuple[list[dict], list[str], list[str]]:
-    """-> the warnings, critical ones first; what to say in their place, [class, sentence]; notes."""
-    found = {}  # one warning where the texts of both sides have the same fault
-    for level, row in itertools.product(("critical", "warn"), metrics):
-        if row["verdict"] == level:
-            one = {"level": level, **row}
-            twin = found.setdefault((level, row["label"].replace(", rejected", ", chosen")), one)
-            if twin is not one:
-                twin["label"] = f"{row['label']} {shown(row['value'], row['unit'])}, chosen"
+def remarks(metrics: list[dict], warned: bool, pairs: int) -> tuple[list[str], list[str]]:
+    """What is said in place of warnings, [class, sentence]; the note on checks that had too few cases."""
     checks = [row["verdict"] for row in metrics if row["verdict"] not in ("", "not applicable")]
     unsure = checks.count("too few")
     few = f"{unsure} of {len(checks)} checks had too few cases."
-    calm, notes = ["ok", "No warnings."], [few] * bool(unsure)
-    if not pairs:
-        calm, notes = ["unknown", "No pairs: nothing to check."], []
-    elif 2 * unsure > len(checks):
-        calm, notes = ["unknown", f"Too little data to judge: {few}"], [few] * bool(found)
-    return list(found.values()), calm, notes
+    if pairs and 2 * unsure <= len(checks):
+        return ["ok", "No warnings."], [few] * bool(unsure)
+    calm = f"Too little data to judge: {few}" if pairs else "No pairs: nothing to check."
+    return ["unknown", calm], [few] * (warned and pairs > 0)
 
 
 def histogram(series: dict[str, list[float]]) -> dict:
