@@ -2657,14 +2657,10 @@ def tally(sides: list[tuple], least: int = 1) -> dict[str, tuple[int, int]]:
 
 
 def log_odds(counts: dict, held: dict) -> dict[str, float]:
-    """Two tallies -> mark: ln((c + 1) / (r + 1)), without those that are held out; of OFTEN cases or more."""
-    odds = {}
-    for mark, both in counts.items():
-        less = held.get(mark, (0, 0))
-        c, r = both[0] - less[0], both[1] - less[1]
-        if c + r >= OFTEN:
-            odds[mark] = math.log((c + 1) / (r + 1))
-    return odds
+    """Two tallies -> mark: ln((c + 1) / (r + 1)) without what is held out, of marks with OFTEN cases left."""
+    less = ((mark, c, r, *held.get(mark, (0, 0))) for mark, (c, r) in counts.items())
+    left = ((mark, c - held_c, r - held_r) for mark, c, r, held_c, held_r in less)
+    return {mark: math.log((c + 1) / (r + 1)) for mark, c, r in left if c + r >= OFTEN}
 
 
 def held_out(sides: list[tuple]) -> Measured:
@@ -2851,10 +2847,9 @@ class Report:
         human = human or {"metrics": [], "lines": []}
         given = getattr(METHODS.get(settings.get("method")), "reads_answers", False)
         metrics = [judged(metric, metric[-1](self), given) for metric in METRICS] + human["metrics"]
-        worst = sorted(metrics, key=lambda row: row["verdict"] != "critical")
-        warnings = [{"level": row["verdict"], **row} for row in worst if row["advice"]]
-        calm, notes = remarks(metrics, warnings != [], self.pairs)
-        longer, kept, dropped = (self.counts[name] for name in ("longer", "kept", "dropped"))
+        warnings, calm, notes = summed_up(metrics)
+        kept, dropped = self.counts["kept"], self.counts["dropped"]
+        longer, unequal = self.counts["longer"][True], self.counts["longer"].total()
         models = {name[1]: rate(counts) for name, counts in self.counts.items() if name[0] == "model"}
         most = sorted(models.items(), key=lambda item: -item[1].n)[:20]
         if self.pairs and not self.column("score_chosen"):
@@ -2871,11 +2866,7 @@ class Report:
             "pairs": self.pairs,
             "dropped": [{"stage": at, "reason": why, "records": n} for (at, why), n in dropped.most_common()],
             "metrics": metrics,
-            "sign_test": {
-                "longer": longer[True],
-                "n": (n := longer.total()),
-                "p": sign_test(longer[True], n),
-            },
+            "sign_test": {"longer": longer, "n": unequal, "p": sign_test(longer, unequal)},
             "models": [{"model": name, "unit": "%", **won._asdict()} for name, won in most],
             "words": telling(one_sided(self.rows[:DIVERSITY], phrases)["phrases"]),
             "charts": charts(self),
@@ -2887,15 +2878,15 @@ class Report:
         }
 
 
-def remarks(metrics: list[dict], warned: bool, pairs: int) -> tuple[list[str], list[str]]:
-    """What is said in place of warnings, [class, sentence]; the note on checks that had too few cases."""
+def summed_up(metrics: list[dict]) -> tuple[list[dict], tuple[str, str], list[str]]:
+    """-> warnings, critical ones first; what is said where there are none (class, sentence); notes."""
+    worst = sorted(metrics, key=lambda row: row["verdict"] != "critical")
+    warnings = [{"level": row["verdict"], **row} for row in worst if row["advice"]]
     checks = [row["verdict"] for row in metrics if row["verdict"] not in ("", "not applicable")]
-    unsure = checks.count("too few")
-    few = f"{unsure} of {len(checks)} checks had too few cases."
-    if pairs and 2 * unsure <= len(checks):
-        return ["ok", "No warnings."], [few] * bool(unsure)
-    calm = f"Too little data to judge: {few}" if pairs else "No pairs: nothing to check."
-    return ["unknown", calm], [few] * (warned and pairs > 0)
+    few = f"{checks.count('too few')} of {len(checks)} checks had too few cases."
+    if 2 * checks.count("too few") >= len(checks):
+        return warnings, ("unknown", f"Too little data to judge: {few}"), [few] if warnings else []
+    return warnings, ("ok", "No warnings."), [few] if "too few" in checks else []
 
 
 def histogram(series: dict[str, list[float]]) -> dict:
@@ -3108,10 +3099,8 @@ def pair_id(prompt: str, chosen: str, rejected: str) -> str:
 
 
 class ReviewQueue:
-    """Chooses pairs to review, in one pass and bounded memory.
-
-    Half of a page is a random sample of the kept pairs, the only half that rates are estimated from; the
-    other is in doubt: narrow votes or flags. Dropped records are left out: no row could take a verdict."""
+    """Chooses kept pairs to review, in one pass and bounded memory: half of a page at random, the only half
+    that rates are estimated from; the other half in doubt, for narrow votes or flags."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -3235,8 +3224,8 @@ class Annotations:
     def numbers(self) -> dict:
         """For the report: {"metrics": [see HUMAN], "lines": [sentence, ...]}.
 
-        A label is wrong where people prefer rejected; a tie is neither right nor wrong. Error, precision and
-        gap come from the random half of a page, which stands for the file."""
+        A label is wrong where people prefer rejected; a tie is neither. Error, precision and gap come from
+        the random half of a page, which stands for the file."""
         random = [name for name in self.met if any(r["queue"] == "random" for r in self.said[name].values())]
         drawn = [self.met[name] for name in random if self.met[name][0] in ("chosen", "rejected")]
         several = [choices for choices in map(self.choices, self.met) if len(choices) > 1]
@@ -3282,9 +3271,8 @@ def kappa(count: Counter) -> Measured:
 def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]:
     """(gap, right or wrong) of reviewed pairs, gaps of all pairs -> rows and a sentence for the report.
 
-    To trust is the first gap from which ENOUGH pairs or more are right in TRUSTED of cases, an estimate. The
-    true one lies between the first from which Wilson's interval reaches up to TRUSTED, and the first from
-    which all of it lies above, if there is one in the sample."""
+    To trust is the first gap from which ENOUGH pairs or more are right in TRUSTED of cases. The true one is
+    between the first from which Wilson's interval reaches TRUSTED, and the first from which all of it is."""
     precision = {}  # from a gap up
     for least in sorted({float(f"{gap:.3g}") for gap, _ in sample if gap < math.inf}):
         rights = [right for gap, right in sample if least <= gap < math.inf]
@@ -3294,10 +3282,8 @@ def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]
     first = lambda good: next((gap for gap, found in precision.items() if good(found)), None)
     best = first(lambda found: found.value >= TRUSTED and found.n >= ENOUGH)
     if best is None:
-        good, pairs = f"with {TRUSTED:.0%} right labels", "random pairs with a preferred side"
-        if len(sample) < ENOUGH:
-            return rows, f"A gap {good} needs at least {ENOUGH} {pairs}; there are {len(sample)} so far."
-        return rows, f"There is no gap {good} among {ENOUGH} or more of the {len(sample)} {pairs}."
+        good = f"{TRUSTED:.0%} right labels in {ENOUGH} or more random pairs with a preferred side"
+        return rows, f"There is no gap with {good}; there are {len(sample)} such pairs so far."
     low = first(lambda found: found.interval[1] >= TRUSTED)
     high = first(lambda found: found.interval[0] >= TRUSTED)
     known, n = [gap for gap in gaps if gap < math.inf], precision[best].n
@@ -4085,14 +4071,13 @@ REPORT_PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{{POLICY}}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>Preference data report</title>
 <style>
-:root { --paper: #faf9f6; --card: #fff; --ink: #22262b; --soft: #5c646d; --line: #e3e0d9;
-  --chosen: #2f6f9f; --rejected: #c98a3c; --ok: #2d7a4b; --warn: #8a5a06; --critical: #b3322b }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15181c; --card: #1d2126; --ink: #e4e6e8; --soft: #9ca5ae; --line: #31373e;
-    --chosen: #6fb0dd; --rejected: #dba45c; --ok: #6cc390; --warn: #e5b454; --critical: #f28b82 } }
+:root { color-scheme: light dark; --paper: light-dark(#faf9f6, #15181c); --card: light-dark(#fff, #1d2126);
+  --ink: light-dark(#22262b, #e4e6e8); --soft: light-dark(#5c646d, #9ca5ae);
+  --line: light-dark(#e3e0d9, #31373e); --critical: light-dark(#b3322b, #f28b82);
+  --chosen: light-dark(#2f6f9f, #6fb0dd); --rejected: light-dark(#c98a3c, #dba45c);
+  --ok: light-dark(#2d7a4b, #6cc390); --warn: light-dark(#8a5a06, #e5b454) }
 * { box-sizing: border-box; margin: 0 }
 body { margin: 0 auto; max-width: 76rem; padding: 2rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, "Noto Sans", "PingFang SC", "Microsoft YaHei", sans-serif }

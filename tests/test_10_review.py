@@ -375,7 +375,7 @@ def test_annotators_are_compared_where_they_judged_the_same_pair(tmp_path):
 def test_under_thirty_verdicts_there_is_no_verdict_and_no_advice(tmp_path):
     rows, lines = reviewed(tmp_path, [(2.0, "rejected")] * 29)
     assert {row["verdict"] for row in rows.values()} == {"too few", "not applicable"}
-    assert "needs at least 30 random pairs" in lines[1] and lines[1].endswith("there are 29 so far.")
+    assert "30 or more random pairs" in lines[1] and lines[1].endswith("there are 29 such pairs so far.")
 
 
 def test_an_alarm_needs_the_whole_interval(tmp_path):

@@ -451,7 +451,7 @@ def test_ranks_and_choices_are_no_scores():
 
 def test_too_little_data_is_no_clean_bill(write):
     for n, said in (
-        (0, "No pairs: nothing to check."),
+        (0, "Too little data to judge: "),
         (20, "Too little data to judge: "),
         (400, "No warnings."),
     ):
