@@ -2572,7 +2572,8 @@ def sign_test(k: int, n: int) -> float:
     """Two-sided p of k heads in n throws of a fair coin: exact up to n = 1,000, then by the normal curve."""
     if n > 1000:
         return math.erfc(max(0.0, abs(k - n / 2) - 0.5) / math.sqrt(n / 2))
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(k, n - k) + 1)) / 2**n)
+    following = lambda ways, i: ways * (n - i) // (i + 1)  # from C(n, i) to C(n, i + 1)
+    return min(1.0, 2 * sum(itertools.accumulate(range(min(k, n - k)), following, initial=1)) / 2**n)
 
 
 def spearman(xs: list[float], ys: list[float]) -> Measured:
@@ -2616,8 +2617,8 @@ def near_duplicates(texts: list[str]) -> Measured:
 
     Compared are texts that share one of their two smallest hashes: at a similarity of .8, over 9 in 10 do."""
     found, earlier = 0, defaultdict(list)
-    for text in texts:
-        codes = list(map(ord, "".join(text.split())))  # the hash of a text differs from run to run
+    for text in ("".join(text.split()) for text in texts):
+        codes = list(map(ord, text))  # the hash of letters differs from run to run
         alike = [earlier[key] for key in heapq.nsmallest(2, set(map(hash, ngrams(codes, 5))))]
         others = set().union(*(some[:5] for some in alike))
         found += any(similarity(text, other, NEAR_DUPLICATE) >= NEAR_DUPLICATE for other in others)
@@ -3271,8 +3272,8 @@ def kappa(count: Counter) -> Measured:
 def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]:
     """(gap, right or wrong) of reviewed pairs, gaps of all pairs -> rows and a sentence for the report.
 
-    To trust is the first gap from which ENOUGH pairs or more are right in TRUSTED of cases. The true one is
-    between the first from which Wilson's interval reaches TRUSTED, and the first from which all of it is."""
+    To trust is the first gap from which ENOUGH pairs or more are right in TRUSTED of cases; the true one is
+    between the first from which Wilson's interval reaches TRUSTED and the first from which it lies above."""
     precision = {}  # from a gap up
     for least in sorted({float(f"{gap:.3g}") for gap, _ in sample if gap < math.inf}):
         rights = [right for gap, right in sample if least <= gap < math.inf]

@@ -5,20 +5,19 @@ import http.server
 import json
 import random
 import re
-import shutil
 import statistics
 import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from sklearn.metrics import cohen_kappa_score
 
 import rlhf_constructor as rc
+from tests.chromium import CHROMIUM, browser, needs_chromium
 
 
 def fate(record, pairs=(), answers=(), stage="", reason=""):
@@ -431,28 +430,6 @@ def test_the_true_gap_lies_in_the_interval_for_simulated_annotators():
 
 
 # -------------------------------------------------------------------------------------------- in a browser
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
-
-
-@contextlib.contextmanager
-def browser(folder):
-    """Headless Chromium with its profile and its downloads in `folder`."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    for flag in f"{flags} disable-component-update disable-sync user-data-dir={folder / 'profile'}".split(
-        " "
-    ):
-        options.add_argument(f"--{flag}")
-    options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 class Reviewer:

@@ -10,6 +10,7 @@ import statistics
 import pytest
 
 import rlhf_constructor as rc
+from tests.chromium import browser, needs_chromium
 
 
 def fate(record, pairs=(), answers=(), stage="", reason=""):
@@ -23,17 +24,11 @@ CHINESE = [chr(0x4E00 + 7 * i) for i in range(2000)]
 SETTINGS = {"method": "generate_pairs", "judges": ["gpt-4o"], "seed": 0}
 COLUMNS = ("model", "role", "calls", "cached", "tokens_in", "tokens_out", "money")
 USAGE = [
-    {
-        "model": "qwen-max",
-        "role": "answer",
-        "calls": 400,
-        "cached": 100,
-        "tokens_in": 9000,
-        "tokens_out": 70000,
-    }
-    | {"money": 1.5},
-    {"model": "gpt-4o", "role": "judge", "calls": 800, "cached": 0, "tokens_in": 90000, "tokens_out": 30000}
-    | {"money": 2.5},
+    dict(zip(COLUMNS, row))
+    for row in (
+        ("qwen-max", "answer", 400, 100, 9000, 70000, 1.5),
+        ("gpt-4o", "judge", 800, 0, 90000, 30000, 2.5),
+    )
 ]
 
 
@@ -574,38 +569,21 @@ def hostile(rng, i, chosen, rejected):
     chosen.model, rejected.model = "<b>m</b>", "\"><script>document.title='owned'</script>"
 
 
-@pytest.fixture
-def browser(tmp_path):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    for flag in [
-        *flags.split(),
-        "disable-component-update",
-        "disable-sync",
-        f"user-data-dir={tmp_path}/profile",
-    ]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
-    yield driver
-    driver.quit()
-
-
-def test_the_page_loads_nothing_logs_nothing_and_keeps_hostile_text_as_text(browser, tmp_path, write):
+@needs_chromium
+def test_the_page_loads_nothing_logs_nothing_and_keeps_hostile_text_as_text(tmp_path, write):
     page = tmp_path / "report.html"
     page.write_text(rc.report_html(report(outcomes(write, change=hostile))), encoding="utf-8")
-    browser.get(page.as_uri())
-    sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [m["params"] for m in sent if m["method"] == "Network.requestWillBeSent"]
-    urls = {one["request"]["url"] for one in sent if one["documentURL"] == page.as_uri()}
-    assert urls == {page.as_uri()} and browser.get_log("browser") == []
-    assert browser.title == "Preference data report" and "default-src 'none'; base" in browser.page_source
-    find = lambda css: browser.execute_script(f"return document.querySelectorAll({css!r}).length")
-    assert find("script, img, link, a, [onerror]") == 0 and find("style") == 1
-    text = browser.execute_script("return document.body.textContent")
-    assert all(bad in text for bad in HOSTILE) and find("article") == 9
-    for width in (390, 1280):
-        browser.set_window_size(width, 900)
-        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    with browser(tmp_path) as driver:
+        driver.get(page.as_uri())
+        sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+        sent = [m["params"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+        urls = {one["request"]["url"] for one in sent if one["documentURL"] == page.as_uri()}
+        assert urls == {page.as_uri()} and driver.get_log("browser") == []
+        assert driver.title == "Preference data report" and "default-src 'none'; base" in driver.page_source
+        find = lambda css: driver.execute_script(f"return document.querySelectorAll({css!r}).length")
+        assert find("script, img, link, a, [onerror]") == 0 and find("style") == 1
+        text = driver.execute_script("return document.body.textContent")
+        assert all(bad in text for bad in HOSTILE) and find("article") == 9
+        for width in (390, 1280):
+            driver.set_window_size(width, 900)
+            assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
