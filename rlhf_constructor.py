@@ -2440,10 +2440,10 @@ LONG_ENOUGH = 10  # tokens; shorter texts (labels, numbers) repeat by nature and
 SHOWN_PAIRS, SHOWN_TEXT = 3, 1_200  # sample pairs of each kind on the page, characters of each of their texts
 FARTHEST = 1e12  # points; a score beyond counts as this, so that no sum overflows
 Z = 1.96  # standard errors to either side: 95 % intervals
-FOLDS = 5
+FOLDS, OFTEN = 5, 5  # of the held-out guesses; pairs that a mark needs to count as a clue
 HEADLINES = ("gap", "longer", "flips", "identity", "words")  # of a terminal
 RATIOS = (1.1, 1.25, 1.5, 2.0)  # of the longer to the shorter answer: steps of the length curve
-ANSWERS, STAGES = ("chosen", "rejected"), "input model judge filter human"
+ANSWERS, SIDES = ("chosen", "rejected"), ("prompts", "chosen", "rejected")
 # How the names of one family's models begin.
 FAMILIES = ("gpt chatgpt o1 o3 o4", "qwen qwq qvq", "gemini gemma", "claude", "llama", "glm chatglm", "yi-")
 FAMILIES += ("mistral mixtral", "deepseek", "kimi moonshot", "doubao", "ernie", "baichuan", "hunyuan")
@@ -2460,14 +2460,7 @@ FORMATS = {
 CODE_BLOCK = re.compile(r"```.*?```", re.S)
 LETTER = TOKEN.pattern.partition("|")[2].removesuffix("+")
 PHRASE = re.compile(rf"(?<!{LETTER})(?=([{CJK}]{{2}}|{LETTER}+))")  # one CJK character tells a reader little
-phrases = lambda text, _: set(PHRASE.findall(text.lower()))
-# What a reward model could read off an answer, given with its model's name, instead of quality.
-MARKS = {
-    "format": lambda text, _: {name for name in FORMATS if FORMATS[name].search(CODE_BLOCK.sub("```", text))},
-    "words": lambda text, _: set(map(sys.intern, tokens(text))),
-    "opening": lambda text, _: {f"{place} {word}" for place, word in enumerate(tokens(text[:100])[:3])},
-    "identity": lambda _, model: {model} - {""},
-}
+phrases = lambda text, _: {"phrases": set(PHRASE.findall(text.lower()))}
 
 
 class Measured(NamedTuple):
@@ -2489,7 +2482,8 @@ def share(k: float, n: int) -> Measured:
 
 
 rate = lambda counts: share(counts[True], counts.total())  # counts of True and False -> how often True
-ngrams = lambda parts, n: zip(*(parts[i:] for i in range(n)), strict=False)  # of a list, or of a text
+ngrams = lambda words, n: zip(*(words[i:] for i in range(n)), strict=False)
+is_long = lambda text: len(list(itertools.islice(TOKEN.finditer(text), LONG_ENOUGH))) == LONG_ENOUGH
 
 
 def median(values: list[float]) -> Measured:
@@ -2506,7 +2500,8 @@ def sign_test(k: int, n: int) -> float:
     """Two-sided p of k heads in n throws of a fair coin: exact up to n = 1,000, then by the normal curve."""
     if n > 1000:
         return math.erfc(max(0.0, abs(k - n / 2) - 0.5) / math.sqrt(n / 2))
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(k, n - k) + 1)) / 2**n)
+    following = lambda ways, i: ways * (n - i) // (i + 1)  # from C(n, i) to C(n, i + 1)
+    return min(1.0, 2 * sum(itertools.accumulate(range(min(k, n - k)), following, initial=1)) / 2**n)
 
 
 def spearman(xs: list[float], ys: list[float]) -> Measured:
@@ -2538,10 +2533,11 @@ def self_repetition(texts: list[str]) -> Measured:
     """Share of texts with a run of 10 words (20 if over 30 % are CJK characters) that 3 others hold too."""
     passages = []
     for words in (tokens(text)[:DIVERSITY] for text in texts):
-        cjk = sum(word >= "\u3040" for word in words) > 0.3 * len(words)
+        cjk = sum(map("\u3040".__le__, words)) > 0.3 * len(words)
         passages.append(set(map(hash, ngrams(words, 20 if cjk else 10))))
     holders = Counter(itertools.chain.from_iterable(passages))
-    return share(sum(any(holders[gram] > 3 for gram in grams) for grams in passages), len(texts))
+    common = {gram for gram, n in holders.items() if n > 3}
+    return share(sum(not common.isdisjoint(grams) for grams in passages), len(texts))
 
 
 def near_duplicates(texts: list[str]) -> Measured:
@@ -2549,42 +2545,62 @@ def near_duplicates(texts: list[str]) -> Measured:
 
     Compared are texts that share one of their two smallest hashes: at a similarity of .8, over 9 in 10 do."""
     found, earlier = 0, defaultdict(list)
-    for text in texts:
-        grams = {"".join(gram).encode() for gram in ngrams("".join(text.split()), 5)}
-        alike = [earlier[key] for key in sorted(map(zlib.crc32, grams))[:2]]
-        others = (other for some in alike for other in some[:5])
+    for text in ("".join(text.split()) for text in texts):
+        codes = list(map(ord, text))  # the hash of letters differs from run to run
+        alike = [earlier[key] for key in heapq.nsmallest(2, set(map(hash, ngrams(codes, 5))))]
+        others = set().union(*(some[:5] for some in alike))
         found += any(similarity(text, other, NEAR_DUPLICATE) >= NEAR_DUPLICATE for other in others)
         for some in alike:
             some.append(text)
     return share(found, len(texts))
 
 
-def one_sided(rows: list[dict], marks) -> list[tuple[int, tuple, tuple]]:
-    """Sampled pairs whose sides differ -> (fold by prompt, marks of chosen only, marks of rejected only)."""
-    found = []
+def marks(text: str, model: str) -> dict[str, set]:
+    """What a reward model could read off an answer, or off its model's name, instead of quality."""
+    words, prose = list(map(sys.intern, tokens(text))), CODE_BLOCK.sub("```", text)
+    return {
+        "format": {name for name, pattern in FORMATS.items() if pattern.search(prose)},
+        "words": set(words),
+        "opening": {f"{place} {word}" for place, word in enumerate(words[:3])},
+        "identity": {model} - {""},
+    }
+
+
+def one_sided(rows: list[dict], marks) -> dict[str, list[tuple]]:
+    """Kind of mark -> the pairs that differ in it: [(fold, marks of chosen only, of rejected only), ...]."""
+    found = defaultdict(list)
     for row in rows:
         chosen, rejected = (marks(row[side], row[f"model_{side}"]) for side in ANSWERS)
-        if chosen != rejected:
-            fold = int(row["prompt_id"], 16) % FOLDS
-            found.append((fold, tuple(chosen - rejected), tuple(rejected - chosen)))
+        fold = int(row["prompt_id"], 16) % FOLDS
+        for kind, ours in chosen.items():
+            if ours != rejected[kind]:
+                found[kind].append((fold, tuple(ours - rejected[kind]), tuple(rejected[kind] - ours)))
     return found
 
 
-def log_odds(sides: list[tuple]) -> dict[str, tuple[float, int, int]]:
-    """Mark -> (ln((c + 1) / (r + 1)), c, r): c times in chosen only, r in rejected only, 5 or more in all."""
-    chosen, rejected = (Counter(itertools.chain.from_iterable(side[i] for side in sides)) for i in (1, 2))
-    cases = ((mark, chosen[mark], rejected[mark]) for mark in chosen | rejected)
-    return {mark: (math.log((c + 1) / (r + 1)), c, r) for mark, c, r in cases if c + r >= 5}
+def tally(sides: list[tuple], least: int = 1) -> dict[str, tuple[int, int]]:
+    """Mark -> in how many pairs it is in chosen only, and in rejected only; if both are `least` together."""
+    either = Counter(itertools.chain.from_iterable(ours + theirs for _, ours, theirs in sides))
+    chosen = Counter(itertools.chain.from_iterable(ours for _, ours, _ in sides))
+    return {mark: (c := chosen.get(mark, 0), n - c) for mark, n in either.items() if n >= least}
+
+
+def log_odds(counts: dict, held: dict) -> dict[str, float]:
+    """Two tallies -> mark: ln((c + 1) / (r + 1)) without what is held out, of marks with OFTEN cases left."""
+    less = ((mark, c, r, *held.get(mark, (0, 0))) for mark, (c, r) in counts.items())
+    left = ((mark, c - held_c, r - held_r) for mark, c, r, held_c, held_r in less)
+    return {mark: math.log((c + 1) / (r + 1)) for mark, c, r in left if c + r >= OFTEN}
 
 
 def held_out(sides: list[tuple]) -> Measured:
     """How often a sum of log-odds, learned on the other folds, points at the chosen answer (tie: half)."""
-    right = 0.0
+    right, counts = 0.0, tally(sides, OFTEN)
     for fold in range(FOLDS):
-        odds = log_odds([side for side in sides if side[0] != fold])
+        held = [side for side in sides if side[0] == fold]
+        odds = log_odds(counts, tally(held))
         # fsum: exact, for the order of a set differs from run to run
-        weigh = lambda marks, odds=odds: math.fsum(odds[mark][0] for mark in marks if mark in odds)
-        for _, ours, theirs in (side for side in sides if side[0] == fold):
+        weigh = lambda marks, odds=odds: math.fsum(map(odds.get, marks, itertools.repeat(0.0)))
+        for _, ours, theirs in held:
             score = weigh(ours) - weigh(theirs)
             right += 0.5 + 0.5 * ((score > 0) - (score < 0))
     return share(right, len(sides))
@@ -2592,9 +2608,9 @@ def held_out(sides: list[tuple]) -> Measured:
 
 def telling(sides: list[tuple]) -> list[dict]:
     """The ten phrases that speak most clearly for each side; in how many pairs they are on that side only."""
-    odds = sorted((-weight, word, c, r) for word, (weight, c, r) in log_odds(sides).items() if weight)
-    ends = dict.fromkeys(odds[:10] + odds[:-11:-1])
-    keys = ("speaks for", "word", "in chosen", "in rejected")
+    counts = tally(sides, OFTEN)
+    odds = sorted((-weight, word, *counts[word]) for word, weight in log_odds(counts, {}).items() if weight)
+    ends, keys = dict.fromkeys(odds[:10] + odds[:-11:-1]), ("speaks for", "word", "in chosen", "in rejected")
     return [dict(zip(keys, (ANSWERS[c < r], word[:40], c, r), strict=True)) for _, word, c, r in ends]
 
 
@@ -2614,16 +2630,14 @@ ADVICE = {
     "words": "Words tell the label (see them below): change --system-prompt, try --method generate_pairs.",
     "prompts": "Prompts repeat: mix in other sources, cap one by --max-samples, use --strategy best_worst.",
     "answers": "Answers follow a template: raise --temperature, add --candidate-models, --system-prompt.",
+    "labels": "People see it otherwise: raise --min-score-gap, try another or a second --judge-model.",
+    "people": "Annotators differ: settle with examples what better means; then a new --review-path.",
 }
-# Where no answer is made, the data itself has to change.
-AGAIN = "or remove the labels and judge again with --judge-model."
-ADVICE_GIVEN = ADVICE | {
-    "yield": "Few records give a pair: see the reasons below; a lower --min-score-gap drops fewer.",
-    "length": f"A model learns length from this: drop pairs until either side is longer as often, {AGAIN}",
-    "format": f"A model learns decoration from this: drop pairs until both sides have it as often, {AGAIN}",
-    "writer": "Labels say who wrote it: find where answers came from; drop pairs until each wins as often.",
-    "words": f"Words tell the label (see them below): find where the answers came from, {AGAIN}",
-    "answers": "Answers follow a template: find where they came from, drop such pairs, mix in other sources.",
+# What it ends with where the answers were given, so that the data itself has to change.
+ALIKE = "drop pairs until both sides are alike in this, or remove the labels and judge again: --judge-model."
+ADVICE_GIVEN = dict.fromkeys(("length", "format", "writer", "words"), ALIKE) | {
+    "yield": "see the reasons below; a lower --min-score-gap drops fewer.",
+    "answers": "find where they came from, drop such pairs, mix in other sources.",
 }
 under = lambda warn, critical: (critical, warn, math.inf, math.inf)
 over = lambda warn, critical: (-math.inf, -math.inf, warn, critical)
@@ -2631,6 +2645,7 @@ FREE, HALF = over(math.inf, math.inf), (0.3, 0.4, 0.6, 0.7)
 counted = lambda name: lambda report: rate(report.counts[name])
 guessed = lambda name: lambda report: held_out(report.sides[name])
 middle = lambda name: lambda report: median(report.column(name))
+different = lambda n: lambda texts: distinct(texts, n)
 
 # Rows: key; label; unit ("%": of a share 0..1; "±1": a coefficient); limits (critical below, warn below, warn
 # above, critical above); topic of ADVICE; cases that a verdict needs; formula. Warnings keep this order.
@@ -2663,16 +2678,15 @@ METRICS = [
           ("near_duplicates", "near-duplicates", "%", over(0.05, 0.25), 30, near_duplicates),
           ("self_repetition", "share a passage with 3 others", "%", over(0.15, 0.50), 30, self_repetition),
           ("compression", "compression ratio", "×", over(3.5, math.inf), 30, compression),
-          ("distinct_1", "distinct words", "%", FREE, 30, functools.partial(distinct, n=1)),
-          ("distinct_2", "distinct pairs of words", "%", FREE, 30, functools.partial(distinct, n=2)),
-          ("distinct_4", "distinct runs of 4 words", "%", under(0.85, 0.70), 10_000,
-           functools.partial(distinct, n=4)),
+          ("distinct_1", "distinct words", "%", FREE, 30, different(1)),
+          ("distinct_2", "distinct pairs of words", "%", FREE, 30, different(2)),
+          ("distinct_4", "distinct runs of 4 words", "%", under(0.85, 0.70), 10_000, different(4)),
       )),
 ]
 # fmt: on
 
 
-def judged(metric: tuple, measured: Measured, advice: dict = ADVICE) -> dict:
+def judged(metric: tuple, measured: Measured, given_answers: bool = False) -> dict:
     """The report's row of a metric; its verdict hangs on the interval's end nearer to the healthy range."""
     key, label, unit, limits, topic, needs, _ = metric
     row = {"metric": key, "label": label, "unit": unit, **measured._asdict(), "verdict": "", "advice": ""}
@@ -2681,9 +2695,11 @@ def judged(metric: tuple, measured: Measured, advice: dict = ADVICE) -> dict:
     if measured.n < needs:
         return row | {"verdict": "too few" if measured.n else "not applicable"}
     low, high = measured.interval or (measured.value, measured.value)
+    cause, _, remedy = ADVICE[topic].partition(": ")
+    advice = f"{cause}: {ADVICE_GIVEN.get(topic, remedy) if given_answers else remedy}"
     for level, floor, ceiling in (("critical", limits[0], limits[3]), ("warn", limits[1], limits[2])):
         if high < floor or low > ceiling:
-            return row | {"verdict": level, "advice": advice[topic]}
+            return row | {"verdict": level, "advice": advice}
     return row | {"verdict": "ok"}
 
 
@@ -2694,7 +2710,7 @@ class Report:
         self.random, self.orders = random.Random(seed), orders
         self.pairs, self.prompts = 0, Hashes()
         self.counts = defaultdict(Counter)  # by question, or ("model", name)
-        self.rows = []  # the sample, see `sampled`
+        self.rows = []  # the sample
         self.column = lambda name: [row[name] for row in self.rows if row[name] is not None]
 
     def add(self, outcome: Outcome) -> None:
@@ -2704,8 +2720,7 @@ class Report:
         if not outcome.pairs:
             self.counts["dropped"][outcome.stage, outcome.reason.partition(":")[0]] += 1
             return
-        prompt = int(outcome.record.prompt_id, 16)
-        self.counts["repeated"][not self.prompts.is_new(prompt)] += 1
+        self.counts["repeated"][not self.prompts.is_new(int(outcome.record.prompt_id, 16))] += 1
         for pair in outcome.pairs:
             self._add_pair(pair)
 
@@ -2726,7 +2741,7 @@ class Report:
                 self.counts["flips"][other[best] < other[worst]] += 1
 
     def _add_pair(self, pair: Pair) -> None:
-        """Counts over all pairs; then the texts, if the pair is drawn into the sample."""
+        """Counts over all pairs; then sizes and cut texts, if the pair is drawn into the sample."""
         self.pairs += 1
         if pair.chosen.model != pair.rejected.model:
             self.counts["model", pair.chosen.model][True] += 1
@@ -2737,36 +2752,42 @@ class Report:
             self.counts["longer", bisect.bisect(RATIOS, max(ratio, 1 / ratio))][ratio > 1] += 1
         # at any time, each pair so far is as likely as any other to be in the sample (algorithm R)
         place = len(self.rows) if self.pairs <= REPORT_SAMPLE else self.random.randrange(self.pairs)
-        if place < REPORT_SAMPLE:
-            self.rows[place : place + 1] = [sampled(pair) | {"ratio": ratio}]
+        if place >= REPORT_SAMPLE:
+            return
+        scored = None not in (pair.chosen.score, pair.rejected.score)  # ranks and choices are no points
+        bounded = lambda x: max(-FARTHEST, min(FARTHEST, x)) if scored else None
+        cut = lambda text: text[:SAMPLE_TEXT].encode("utf-8", "replace").decode()
+        row = {"prompt_id": pair.record.prompt_id, "prompts": cut(pair.record.prompt), "ratio": ratio}
+        row["gap"] = None if pair.human else bounded(pair.gap)
+        for side, answer in zip(ANSWERS, (pair.chosen, pair.rejected), strict=True):
+            row |= {side: cut(answer.text), f"model_{side}": answer.model}
+            row |= {f"score_{side}": bounded(answer.score), f"characters_{side}": len(answer.text)}
+            row[f"tokens_{side}"] = len(tokens(answer.text))
+        self.rows[place : place + 1] = [row]
 
     def numbers(self, settings: dict, usage: list[dict], human: dict | None = None) -> dict:
         """All numbers of the report, ready for JSON; report_lines and report_html show these and no others.
 
         `usage`: a row per model and role; `human`: {"metrics", "lines"} of the review, shown as they are."""
         self.random.shuffle(self.rows)
-        self.sides = {name: one_sided(self.rows, marks) for name, marks in MARKS.items()}
+        self.sides = one_sided(self.rows, marks)
         unique = list({row["prompt_id"]: row for row in self.rows}.values())[:DIVERSITY]
-        long = lambda texts: [text for text in texts if len(tokens(text)) >= LONG_ENOUGH]
-        self.texts = {side: long(row[side] for row in unique) for side in (*ANSWERS, "prompts")}
+        self.texts = {side: list(filter(is_long, (row[side] for row in unique))) for side in SIDES}
         human = human or {"metrics": [], "lines": []}
         given = getattr(METHODS.get(settings.get("method")), "reads_answers", False)
-        advice = ADVICE_GIVEN if given else ADVICE
-        metrics = [judged(metric, metric[-1](self), advice) for metric in METRICS] + human["metrics"]
-        alarms = warnings_of(metrics)
-        calm, notes = remarks(metrics, alarms != [], self.pairs)
-        longer = self.counts["longer"]
-        sign = {"longer": longer[True], "n": longer.total()}
+        metrics = [judged(metric, metric[-1](self), given) for metric in METRICS] + human["metrics"]
+        warnings, calm, notes = summed_up(metrics)
         kept, dropped = self.counts["kept"], self.counts["dropped"]
+        longer, unequal = self.counts["longer"][True], self.counts["longer"].total()
         models = {name[1]: rate(counts) for name, counts in self.counts.items() if name[0] == "model"}
         most = sorted(models.items(), key=lambda item: -item[1].n)[:20]
-        scored = self.column("score_chosen") or not self.pairs
-        notes += [] if scored else ["No scores in this data (choices or ranks)."]
+        if self.pairs and not self.column("score_chosen"):
+            notes.append("No scores in this data (choices or ranks).")
         judges = {family(name) for name in settings.get("judges", [])} - {""}
-        own = ", ".join([name for name in sorted(models) if family(name) in judges][:5])
-        notes += [f"The judge may favour its own family ({own}): add another --judge-model."] * bool(own)
+        if own := ", ".join([name for name in sorted(models) if family(name) in judges][:5]):
+            notes.append(f"The judge may favour its own family ({own}): add another --judge-model.")
         return {
-            "warnings": alarms,
+            "warnings": warnings,
             "calm": calm,
             "notes": human["lines"] + notes,
             "records": kept.total(),
@@ -2774,9 +2795,9 @@ class Report:
             "pairs": self.pairs,
             "dropped": [{"stage": at, "reason": why, "records": n} for (at, why), n in dropped.most_common()],
             "metrics": metrics,
-            "sign_test": sign | {"p": sign_test(*sign.values())},
+            "sign_test": {"longer": longer, "n": unequal, "p": sign_test(longer, unequal)},
             "models": [{"model": name, "unit": "%", **won._asdict()} for name, won in most],
-            "words": telling(one_sided(self.rows[:DIVERSITY], phrases)),
+            "words": telling(one_sided(self.rows[:DIVERSITY], phrases)["phrases"]),
             "charts": charts(self),
             "samples": examples(self.rows),
             "sample": {"pairs": len(self.rows), "characters": SAMPLE_TEXT, "diversity_texts": DIVERSITY},
@@ -2786,41 +2807,15 @@ class Report:
         }
 
 
-def warnings_of(metrics: list[dict]) -> list[dict]:
-    """Critical ones first; a single one where the texts of both sides have the same fault."""
-    found = {}
-    for level, row in itertools.product(("critical", "warn"), metrics):
-        if row["verdict"] == level:
-            one = {"level": level, **row}
-            twin = found.setdefault((level, row["label"].replace(", rejected", ", chosen")), one)
-            if twin is not one:
-                twin["label"] = f"{row['label']} {shown(row['value'], row['unit'])}, chosen"
-    return list(found.values())
-
-
-def remarks(metrics: list[dict], warned: bool, pairs: int) -> tuple[list[str], list[str]]:
-    """What is said in place of warnings, [class, sentence]; the note on checks that had too few cases."""
+def summed_up(metrics: list[dict]) -> tuple[list[dict], tuple[str, str], list[str]]:
+    """-> warnings, critical ones first; what is said where there are none (class, sentence); notes."""
+    worst = sorted(metrics, key=lambda row: row["verdict"] != "critical")
+    warnings = [{"level": row["verdict"], **row} for row in worst if row["advice"]]
     checks = [row["verdict"] for row in metrics if row["verdict"] not in ("", "not applicable")]
-    unsure = checks.count("too few")
-    few = f"{unsure} of {len(checks)} checks had too few cases."
-    if pairs and 2 * unsure <= len(checks):
-        return ["ok", "No warnings."], [few] * bool(unsure)
-    calm = f"Too little data to judge: {few}" if pairs else "No pairs: nothing to check."
-    return ["unknown", calm], [few] * (warned and pairs > 0)
-
-
-def sampled(pair: Pair) -> dict:
-    """What the sample keeps of a pair: scores and gap in points (of two scores only: ranks and choices share
-    no scale with them), sizes of the whole answers, texts cut."""
-    scored = None not in (pair.chosen.score, pair.rejected.score)
-    bounded = lambda x: max(-FARTHEST, min(FARTHEST, x)) if scored else None
-    cut = lambda text: text[:SAMPLE_TEXT].encode("utf-8", "replace").decode()
-    row = {"prompt_id": pair.record.prompt_id, "prompts": cut(pair.record.prompt)}
-    row["gap"] = None if pair.human else bounded(pair.gap)
-    for side, answer in zip(ANSWERS, (pair.chosen, pair.rejected), strict=True):
-        row |= {side: cut(answer.text), f"model_{side}": answer.model, f"score_{side}": bounded(answer.score)}
-        row |= {f"characters_{side}": len(answer.text), f"tokens_{side}": len(tokens(answer.text))}
-    return row
+    few = f"{checks.count('too few')} of {len(checks)} checks had too few cases."
+    if 2 * checks.count("too few") >= len(checks):
+        return warnings, ("unknown", f"Too little data to judge: {few}"), [few] if warnings else []
+    return warnings, ("ok", "No warnings."), [few] if "too few" in checks else []
 
 
 def histogram(series: dict[str, list[float]]) -> dict:
@@ -2841,39 +2836,39 @@ def histogram(series: dict[str, list[float]]) -> dict:
 
 def charts(report: Report) -> list[dict]:
     """The charts' data; `series` is name -> label -> Measured."""
-    left = report.counts["kept"].total()
+    counts = report.counts
+    left = counts["kept"].total()
     funnel = {"left": {"read": Measured(left)}, "dropped": {"read": Measured(0)}}
-    for (stage, reason), n in sorted(report.counts["dropped"].items(), key=lambda x: STAGES.find(x[0][0])):
+    order = "input model judge filter human".find
+    for (stage, reason), n in sorted(counts["dropped"].items(), key=lambda drop: order(drop[0][0])):
         left, label = left - n, f"{stage}: {reason}"
         funnel["left"][label], funnel["dropped"][label] = Measured(left), Measured(n)
     gaps = report.column("gap")
     gap = histogram({"share with this gap": gaps})
-    least = {step: float(step.split()[0]) for step in gap["share with this gap"]}
-    kept = {step: share(sum(x >= least[step] for x in gaps), len(gaps)) for step in least}
+    above = lambda step: share(sum(x >= float(step.split()[0]) for x in gaps), len(gaps))
+    gap["share with at least this gap"] = {step: above(step) for step in gap["share with this gap"]}
     both = lambda what: histogram({side: report.column(f"{what}_{side}") for side in ANSWERS})
     steps = [f"up to {edge:g}×" for edge in RATIOS] + [f"over {RATIOS[-1]:g}×"]
-    curve = {name: rate(report.counts["longer", step]) for step, name in enumerate(steps)}
-    places = sorted(name[1] for name, counts in report.counts.items() if name[0] == "place" and counts)
-    slots = {f"place {place + 1}": rate(report.counts["place", place]) for place in places}
-    keys = ("title", "note", "unit", "top", "series")
-    row = lambda *values: dict(zip(keys, values, strict=True))
+    curve = {name: rate(counts["longer", step]) for step, name in enumerate(steps)}
+    places = sorted(name[1] for name in counts if name[0] == "place" and counts[name])
+    slots = {f"place {place + 1}": rate(counts["place", place]) for place in places}
     fair = "bars run from 0 to 100%, the tick is a fair 50%"
-    gap |= {"share with at least this gap": kept}
-    return [
-        row("From records to pairs", "records, after each reason to drop one", "", None, funnel),
-        row("Gap", "pairs; what a --min-score-gap keeps", "%", None, gap),
-        row("Scores", "share of answers", "%", None, both("score")),
-        row("Length", "characters: share of answers", "%", None, both("characters")),
-        row("Does length win?", f"longer answer chosen, by how much longer; {fair}", "%", 1, {"": curve}),
-        row("Does place count?", f"shown there, an answer is above the middle; {fair}", "%", 1, {"": slots}),
-    ]
+    rows = (
+        ("From records to pairs", "records, after each reason to drop one", "", None, funnel),
+        ("Gap", "pairs; what a --min-score-gap keeps", "%", None, gap),
+        ("Scores", "share of answers", "%", None, both("score")),
+        ("Length", "characters: share of answers", "%", None, both("characters")),
+        ("Does length win?", f"longer answer chosen, by how much longer; {fair}", "%", 1, {"": curve}),
+        ("Does place count?", f"shown there, an answer is above the middle; {fair}", "%", 1, {"": slots}),
+    )
+    return [dict(zip(("title", "note", "unit", "top", "series"), row, strict=True)) for row in rows]
 
 
 def examples(rows: list[dict]) -> list[dict]:
     """Up to SHOWN_PAIRS pairs each of the lowest gap, the highest gap, and at random (the sample's order)."""
     by_gap = sorted((row for row in rows if row["gap"] is not None), key=lambda row: row["gap"])
     kinds = {"lowest gap": by_gap, "highest gap": by_gap[::-1], "random": rows}
-    cut = lambda row: {side: row[side][:SHOWN_TEXT] for side in (*ANSWERS, "prompts")}
+    cut = lambda row: {side: row[side][:SHOWN_TEXT] for side in SIDES}
     return [{"kind": kind, **row, **cut(row)} for kind in kinds for row in kinds[kind][:SHOWN_PAIRS]]
 
 
@@ -2950,9 +2945,7 @@ def bars(chart: dict) -> str:
 def report_html(numbers: dict) -> str:
     """The report as one page that loads and runs nothing; what a model wrote enters it only escaped."""
     numbers = json.loads(html.escape(json.dumps(numbers), quote=False))  # each text in it, whoever wrote it
-    sample, style = numbers["sample"], REPORT_PAGE.partition("<style>")[2].partition("</style>")[0]
-    measured, usage = [row for row in numbers["metrics"] if row["n"]], numbers["usage"]
-    calm = '<li class="{}">{}</li>'.format(*numbers["calm"])
+    usage, sample, calm = (numbers[key] for key in ("usage", "sample", "calm"))
     flags = lambda text: re.sub("--[a-z-]+", r"<code>\g<0></code>", text)
     warning = lambda row: (
         f'<li class="{row["level"]}"><b>{row["level"]}</b> {fact(row)}<p>{flags(row["advice"])}</p></li>'
@@ -2962,28 +2955,39 @@ def report_html(numbers: dict) -> str:
         f'<div class="{name}"><h4>{name} <small>{row.get(f"model_{name}", row["kind"])}'
         f'{score(row, f"score_{name}")}</small></h4><p dir="auto">{row[name]}</p></div>'
     )
-    pair = lambda row: f"<article>{''.join(part(row, name) for name in ('prompts', *ANSWERS))}</article>"
+    pair = lambda row: f"<article>{''.join(part(row, name) for name in SIDES)}</article>"
+    columns = ("label", "verdict", "value", "interval", "n")
     parts = {
-        "HASH": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         "SUMMARY": f"{numbers['pairs']:,} pairs from {numbers['kept']:,} of {numbers['records']:,} records",
-        "WARNINGS": "".join(map(warning, numbers["warnings"])) or calm,
+        "WARNINGS": "".join(map(warning, numbers["warnings"])) or f'<li class="{calm[0]}">{calm[1]}</li>',
         "NOTES": "".join(f"<p>{note}</p>" for note in numbers["notes"]),
         "CHARTS": "".join(bars(chart) for chart in numbers["charts"] if any(chart["series"].values())),
-        "METRICS": table(measured, "label", "verdict", "value", "interval", "n"),
+        "METRICS": table([row for row in numbers["metrics"] if row["n"]], *columns),
         "SAMPLE": f"Texts: {sample['pairs']:,} pairs, each text cut at {sample['characters']:,} characters; "
         f"diversity and words that give a side away: {sample['diversity_texts']:,} texts. "
         f"Sign test of a fair length: p = {numbers['sign_test']['p']:.2g}.",
-        "MODELS": table(numbers["models"], "model", "value", "interval", "n"),
+        "MODELS": table(numbers["models"], "model", *columns[2:]),
         "WORDS": table(numbers["words"]),
         "PAIRS": "".join(map(pair, numbers["samples"])),
         "COST": f"<h2>Cost</h2>{table(usage)}{table([numbers['cost']])}" if usage else "",
         "SETTINGS": table([{"setting": x, "value": str(value)} for x, value in numbers["settings"].items()]),
     }
-    return re.sub("<!--([A-Z]+)-->", lambda mark: parts[mark[1]], REPORT_PAGE)
+    return filled_page(REPORT_PAGE, parts)
+
+
+def filled_page(page: str, parts: dict[str, str]) -> str:
+    """A template of §12 with its parts, each at its `{{NAME}}`, and a policy: only its own script and style
+    run, and nothing is requested."""
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    for tag, body in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
+        code = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{code}'"
+    parts = parts | {"POLICY": policy}  # all at once, for a part may hold a mark
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda mark: parts[mark[1]], page)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# §10 REVIEW: FLAGS, ReviewQueue, pair_id, filled_page; Annotations, what they say; HUMAN, gap_advice
+# §10 REVIEW: FLAGS, ReviewQueue, pair_id; Annotations, what they say; HUMAN, gap_advice
 # ----------------------------------------------------------------------------------------------------------
 
 REVIEW_SAMPLE = 200  # pairs in a page, half of them random
@@ -3024,10 +3028,8 @@ def pair_id(prompt: str, chosen: str, rejected: str) -> str:
 
 
 class ReviewQueue:
-    """Chooses pairs to review, in one pass and bounded memory.
-
-    Half of a page is a random sample of the kept pairs, the only half that rates are estimated from; the
-    other is in doubt: narrow votes or flags. Dropped records are left out: no row could take a verdict."""
+    """Chooses kept pairs to review, in one pass and bounded memory: half of a page at random, the only half
+    that rates are estimated from; the other half in doubt, for narrow votes or flags."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -3063,7 +3065,10 @@ class ReviewQueue:
             a, b = texts if chosen_is_left(salt, name) else texts[::-1]
             row = {"pair_id": name, "prompt_id": pair.record.prompt_id, "queue": queue}
             pairs.append(row | {"messages": pair.record.messages, "a": a, "b": b})
-        return filled_page(REVIEW_PAGE, {"salt": salt, "pairs": pairs})
+        data = json.dumps({"salt": salt, "pairs": pairs}, ensure_ascii=False)
+        unsafe = "[<>&\u2028\u2029\ud800-\udfff]"  # could end the block, become markup, or be no UTF-8
+        data = re.sub(unsafe, lambda found: f"\\u{ord(found[0]):04x}", data)
+        return filled_page(REVIEW_PAGE, {"DATA": data})
 
 
 def smallest(pairs: dict) -> dict:
@@ -3078,18 +3083,6 @@ def chosen_is_left(salt: str, name: str) -> bool:
     for byte in (salt + name).encode():
         h = (h ^ byte) * 0x01000193 & 0xFFFFFFFF
     return (h ^ h >> 16) & 1 == 1
-
-
-def filled_page(page: str, data) -> str:
-    """A template of §12 with its data, JSON in which no text can end the block or become markup, and with
-    its policy: its own script and style run, nothing is requested."""
-    text = json.dumps(data, ensure_ascii=False)
-    text = re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
-    policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
-    for tag, body in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
-        code = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
-        policy += f"; {tag}-src 'sha256-{code}'"
-    return page.replace("{{POLICY}}", policy).replace("{{DATA}}", text)  # data last: it may hold a mark
 
 
 class Annotations:
@@ -3158,10 +3151,10 @@ class Annotations:
         return [f"{row['where']}: not used: its pair is not in the input" for row in rows if row["choice"]]
 
     def numbers(self) -> dict:
-        """For the report: {"rows": [one per metric, see HUMAN], "lines": [sentence, ...]}.
+        """For the report: {"metrics": [see HUMAN], "lines": [sentence, ...]}.
 
-        A label is wrong where people prefer rejected; a tie is neither right nor wrong. Error, precision and
-        gap come from the random half of a page, which stands for the file."""
+        A label is wrong where people prefer rejected; a tie is neither. Error, precision and gap come from
+        the random half of a page, which stands for the file."""
         random = [name for name in self.met if any(r["queue"] == "random" for r in self.said[name].values())]
         drawn = [self.met[name] for name in random if self.met[name][0] in ("chosen", "rejected")]
         several = [choices for choices in map(self.choices, self.met) if len(choices) > 1]
@@ -3176,7 +3169,7 @@ class Annotations:
         rows, advice = gap_advice([(gap, choice == "chosen") for choice, gap in drawn], self.gaps)
         fates = ", ".join(f"{count[choice]} {fate}" for choice, fate in FATES.items() if count[choice])
         summary = f"People reviewed {len(self.met)} of {len(self.gaps)} pairs: {fates or 'none yet'}."
-        return {"rows": list(map(judged, HUMAN, measured)) + rows, "lines": [summary, advice]}
+        return {"metrics": list(map(judged, HUMAN, measured)) + rows, "lines": [summary, advice]}
 
 
 # Metrics as in §9, here without formula. People agree with each other in 66 % (AlpacaEval) to 81 % (MT-bench)
@@ -3191,8 +3184,6 @@ HUMAN = [
 RIGHT = ("precision_by_gap", "right labels from gap", "%", under(0.80, 0.65), "labels", ENOUGH, None)
 TO_TRUST = ("gap_to_trust", "smallest gap to trust", "", FREE, "labels", ENOUGH, None)
 # fmt: on
-ADVICE["labels"] = "People see it otherwise: raise --min-score-gap, try another or a second --judge-model."
-ADVICE["people"] = "Annotators differ: settle with examples what better means; then a new --review-path."
 
 
 def kappa(count: Counter) -> Measured:
@@ -3209,9 +3200,8 @@ def kappa(count: Counter) -> Measured:
 def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]:
     """(gap, right or wrong) of reviewed pairs, gaps of all pairs -> rows and a sentence for the report.
 
-    To trust is the first gap from which ENOUGH pairs or more are right in TRUSTED of cases, an estimate. The
-    true one lies between the first from which Wilson's interval reaches up to TRUSTED, and the first from
-    which all of it lies above, if there is one in the sample."""
+    To trust is the first gap from which ENOUGH pairs or more are right in TRUSTED of cases; the true one is
+    between the first from which Wilson's interval reaches TRUSTED and the first from which it lies above."""
     precision = {}  # from a gap up
     for least in sorted({float(f"{gap:.3g}") for gap, _ in sample if gap < math.inf}):
         rights = [right for gap, right in sample if least <= gap < math.inf]
@@ -3221,10 +3211,8 @@ def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]
     first = lambda good: next((gap for gap, found in precision.items() if good(found)), None)
     best = first(lambda found: found.value >= TRUSTED and found.n >= ENOUGH)
     if best is None:
-        good, pairs = f"with {TRUSTED:.0%} right labels", "random pairs with a preferred side"
-        if len(sample) < ENOUGH:
-            return rows, f"A gap {good} needs at least {ENOUGH} {pairs}; there are {len(sample)} so far."
-        return rows, f"There is no gap {good} among {ENOUGH} or more of the {len(sample)} {pairs}."
+        good = f"{TRUSTED:.0%} right labels in {ENOUGH} or more random pairs with a preferred side"
+        return rows, f"There is no gap with {good}; there are {len(sample)} such pairs so far."
     low = first(lambda found: found.interval[1] >= TRUSTED)
     high = first(lambda found: found.interval[0] >= TRUSTED)
     known, n = [gap for gap in gaps if gap < math.inf], precision[best].n
@@ -3906,8 +3894,7 @@ def report_out(path: str, run: Run, files: Files, report: Report, review: Review
     page, data, review_page = files.paths[4:]
     texts, lines = {review_page: review.page()} if review_page else {}, []
     if page:
-        said = run.annotations.numbers() if run.annotations else {"rows": [], "lines": []}
-        human = {"metrics": said["rows"], "lines": said["lines"]}
+        human = run.annotations.numbers() if run.annotations else None
         numbers = report.numbers(settings_of(path, run), run.models.rows(), human)
         texts |= {data: json.dumps(numbers, ensure_ascii=False, indent=1) + "\n", page: report_html(numbers)}
         lines = report_lines(numbers)
@@ -4011,16 +3998,15 @@ REPORT_PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'sha256-<!--HASH-->'">
+<meta http-equiv="Content-Security-Policy" content="{{POLICY}}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>Preference data report</title>
 <style>
-:root { --paper: #faf9f6; --card: #fff; --ink: #22262b; --soft: #5c646d; --line: #e3e0d9;
-  --chosen: #2f6f9f; --rejected: #c98a3c; --ok: #2d7a4b; --warn: #8a5a06; --critical: #b3322b }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15181c; --card: #1d2126; --ink: #e4e6e8; --soft: #9ca5ae; --line: #31373e;
-    --chosen: #6fb0dd; --rejected: #dba45c; --ok: #6cc390; --warn: #e5b454; --critical: #f28b82 } }
+:root { color-scheme: light dark; --paper: light-dark(#faf9f6, #15181c); --card: light-dark(#fff, #1d2126);
+  --ink: light-dark(#22262b, #e4e6e8); --soft: light-dark(#5c646d, #9ca5ae);
+  --line: light-dark(#e3e0d9, #31373e); --critical: light-dark(#b3322b, #f28b82);
+  --chosen: light-dark(#2f6f9f, #6fb0dd); --rejected: light-dark(#c98a3c, #dba45c);
+  --ok: light-dark(#2d7a4b, #6cc390); --warn: light-dark(#8a5a06, #e5b454) }
 * { box-sizing: border-box; margin: 0 }
 body { margin: 0 auto; max-width: 76rem; padding: 2rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, "Noto Sans", "PingFang SC", "Microsoft YaHei", sans-serif }
@@ -4064,16 +4050,16 @@ article p { font-size: .92rem; margin: .4rem 0; overflow-wrap: anywhere; white-s
 </style>
 </head>
 <body>
-<header><h1>Is this preference data fit to train on?</h1><p><!--SUMMARY--></p></header>
+<header><h1>Is this preference data fit to train on?</h1><p>{{SUMMARY}}</p></header>
 <main>
-<ul><!--WARNINGS--></ul><!--NOTES-->
-<h2>The data at a glance</h2><div class="grid"><!--CHARTS--></div>
-<h2>Every metric that applies, and its verdict</h2><!--METRICS--><p><!--SAMPLE--></p>
-<h2>How often each model is chosen</h2><!--MODELS-->
-<h2>Words that give a side away</h2><!--WORDS-->
-<h2>Pairs to read</h2><!--PAIRS-->
-<!--COST-->
-<h2>Settings</h2><!--SETTINGS-->
+<ul>{{WARNINGS}}</ul>{{NOTES}}
+<h2>The data at a glance</h2><div class="grid">{{CHARTS}}</div>
+<h2>Every metric that applies, and its verdict</h2>{{METRICS}}<p>{{SAMPLE}}</p>
+<h2>How often each model is chosen</h2>{{MODELS}}
+<h2>Words that give a side away</h2>{{WORDS}}
+<h2>Pairs to read</h2>{{PAIRS}}
+{{COST}}
+<h2>Settings</h2>{{SETTINGS}}
 </main>
 </body>
 </html>

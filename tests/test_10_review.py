@@ -5,20 +5,19 @@ import http.server
 import json
 import random
 import re
-import shutil
 import statistics
 import threading
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from sklearn.metrics import cohen_kappa_score
 
 import rlhf_constructor as rc
+from tests.chromium import CHROMIUM, browser, needs_chromium
 
 
 def fate(record, pairs=(), answers=(), stage="", reason=""):
@@ -335,7 +334,7 @@ def reviewed(tmp_path, said, queue="random"):
         with contextlib.suppress(rc.Failed):
             people.decide(pair)
     numbers = people.numbers()
-    return {row["metric"]: row for row in numbers["rows"]}, numbers["lines"]
+    return {row["metric"]: row for row in numbers["metrics"]}, numbers["lines"]
 
 
 def test_hand_worked_rates(tmp_path):
@@ -375,7 +374,7 @@ def test_annotators_are_compared_where_they_judged_the_same_pair(tmp_path):
 def test_under_thirty_verdicts_there_is_no_verdict_and_no_advice(tmp_path):
     rows, lines = reviewed(tmp_path, [(2.0, "rejected")] * 29)
     assert {row["verdict"] for row in rows.values()} == {"too few", "not applicable"}
-    assert "needs at least 30 random pairs" in lines[1] and lines[1].endswith("there are 29 so far.")
+    assert "30 or more random pairs" in lines[1] and lines[1].endswith("there are 29 such pairs so far.")
 
 
 def test_an_alarm_needs_the_whole_interval(tmp_path):
@@ -431,28 +430,6 @@ def test_the_true_gap_lies_in_the_interval_for_simulated_annotators():
 
 
 # -------------------------------------------------------------------------------------------- in a browser
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
-
-
-@contextlib.contextmanager
-def browser(folder):
-    """Headless Chromium with its profile and its downloads in `folder`."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    for flag in f"{flags} disable-component-update disable-sync user-data-dir={folder / 'profile'}".split(
-        " "
-    ):
-        options.add_argument(f"--{flag}")
-    options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 class Reviewer:

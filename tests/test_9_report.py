@@ -10,6 +10,7 @@ import statistics
 import pytest
 
 import rlhf_constructor as rc
+from tests.chromium import browser, needs_chromium
 
 
 def fate(record, pairs=(), answers=(), stage="", reason=""):
@@ -23,17 +24,11 @@ CHINESE = [chr(0x4E00 + 7 * i) for i in range(2000)]
 SETTINGS = {"method": "generate_pairs", "judges": ["gpt-4o"], "seed": 0}
 COLUMNS = ("model", "role", "calls", "cached", "tokens_in", "tokens_out", "money")
 USAGE = [
-    {
-        "model": "qwen-max",
-        "role": "answer",
-        "calls": 400,
-        "cached": 100,
-        "tokens_in": 9000,
-        "tokens_out": 70000,
-    }
-    | {"money": 1.5},
-    {"model": "gpt-4o", "role": "judge", "calls": 800, "cached": 0, "tokens_in": 90000, "tokens_out": 30000}
-    | {"money": 2.5},
+    dict(zip(COLUMNS, row))
+    for row in (
+        ("qwen-max", "answer", 400, 100, 9000, 70000, 1.5),
+        ("gpt-4o", "judge", 800, 0, 90000, 30000, 2.5),
+    )
 ]
 
 
@@ -170,8 +165,6 @@ def test_templated_answers_are_critical(write):
 
     numbers = report(outcomes(write, change=template))
     found = alarms(numbers, "critical")
-    told = [row["label"] for row in numbers["warnings"] if row["metric"].startswith("compression")]
-    assert len(told) == 1 and re.fullmatch("compression ratio, rejected [0-9.]+ ×, chosen", told[0])
     assert {row["level"] for row in numbers["warnings"] if "compression" in row["metric"]} == {"warn"}
     assert "self_repetition_chosen" in found and not any("prompts" in key for key in found)
 
@@ -275,7 +268,10 @@ def test_near_duplicates_are_those_of_the_exact_jaccard_similarity():
 
 def test_the_bag_of_words_weighs_by_smoothed_log_odds():
     sides = [(0, ("good",), ("bad",))] * 6 + [(0, ("bad",), ("good",))] + [(0, ("rare",), ())] * 4
-    assert rc.log_odds(sides) == {"good": (math.log(7 / 2), 6, 1), "bad": (math.log(2 / 7), 1, 6)}
+    counts = rc.tally(sides, rc.OFTEN)
+    assert counts == {"good": (6, 1), "bad": (1, 6)}
+    assert rc.log_odds(counts, {}) == {"good": math.log(7 / 2), "bad": math.log(2 / 7)}
+    assert rc.log_odds(counts, {"good": (3, 0)}) == {"bad": math.log(2 / 7)}
 
 
 def test_held_out_guessing_agrees_with_naive_bayes_on_one_sided_words():
@@ -306,7 +302,7 @@ def test_held_out_guessing_finds_nothing_in_noise():
 
 
 def test_formats_are_seen_outside_of_code_only():
-    formats = lambda text: rc.MARKS["format"](text, "")
+    formats = lambda text: rc.marks(text, "")["format"]
     assert formats("# A\n- b\n**c** 😀") == {"headers", "lists", "bold", "emoji"}
     assert formats("```\n# comment\n- x **y**\n```") == {"code"}
     assert formats("1、甲\n| a | b |\n") == {"lists", "tables"}
@@ -350,7 +346,7 @@ def test_advice_for_answers_that_exist_asks_for_no_other_answers(write, method, 
     numbers = report(outcomes(write, change=awful), {"method": method})
     advice = " ".join(row["advice"] for row in numbers["warnings"])
     assert len(numbers["warnings"]) > 4 and bool(re.search(MAKING, advice)) == flagged
-    assert not re.search(MAKING, " ".join(rc.ADVICE_GIVEN[key] for key in ("yield", "answers", "words")))
+    assert not re.search(MAKING, " ".join(rc.ADVICE_GIVEN.values()))
 
 
 def test_every_advice_names_a_flag_and_every_topic_is_used():
@@ -450,7 +446,7 @@ def test_ranks_and_choices_are_no_scores():
 
 def test_too_little_data_is_no_clean_bill(write):
     for n, said in (
-        (0, "No pairs: nothing to check."),
+        (0, "Too little data to judge: "),
         (20, "Too little data to judge: "),
         (400, "No warnings."),
     ):
@@ -563,7 +559,7 @@ def test_every_chart_says_its_values_as_text(write):
 HOSTILE = [
     "</script><script>document.title='owned'</script>",
     "<img src=http://127.0.0.1:9/x.png onerror=\"document.title='owned'\">",
-    "[a](javascript:alert(1)) <a href='javascript:alert(1)'>x</a> <!--COST-->",
+    "[a](javascript:alert(1)) <a href='javascript:alert(1)'>x</a> {{COST}}",
     "</style><style>body{display:none}</style><link rel=stylesheet href=//127.0.0.1:9>\u202e",
 ]
 
@@ -573,38 +569,21 @@ def hostile(rng, i, chosen, rejected):
     chosen.model, rejected.model = "<b>m</b>", "\"><script>document.title='owned'</script>"
 
 
-@pytest.fixture
-def browser(tmp_path):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    for flag in [
-        *flags.split(),
-        "disable-component-update",
-        "disable-sync",
-        f"user-data-dir={tmp_path}/profile",
-    ]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
-    yield driver
-    driver.quit()
-
-
-def test_the_page_loads_nothing_logs_nothing_and_keeps_hostile_text_as_text(browser, tmp_path, write):
+@needs_chromium
+def test_the_page_loads_nothing_logs_nothing_and_keeps_hostile_text_as_text(tmp_path, write):
     page = tmp_path / "report.html"
     page.write_text(rc.report_html(report(outcomes(write, change=hostile))), encoding="utf-8")
-    browser.get(page.as_uri())
-    sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [m["params"] for m in sent if m["method"] == "Network.requestWillBeSent"]
-    urls = {one["request"]["url"] for one in sent if one["documentURL"] == page.as_uri()}
-    assert urls == {page.as_uri()} and browser.get_log("browser") == []
-    assert browser.title == "Preference data report" and "default-src 'none'; style" in browser.page_source
-    find = lambda css: browser.execute_script(f"return document.querySelectorAll({css!r}).length")
-    assert find("script, img, link, a, [onerror]") == 0 and find("style") == 1
-    text = browser.execute_script("return document.body.textContent")
-    assert all(bad in text for bad in HOSTILE) and find("article") == 9
-    for width in (390, 1280):
-        browser.set_window_size(width, 900)
-        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    with browser(tmp_path) as driver:
+        driver.get(page.as_uri())
+        sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+        sent = [m["params"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+        urls = {one["request"]["url"] for one in sent if one["documentURL"] == page.as_uri()}
+        assert urls == {page.as_uri()} and driver.get_log("browser") == []
+        assert driver.title == "Preference data report" and "default-src 'none'; base" in driver.page_source
+        find = lambda css: driver.execute_script(f"return document.querySelectorAll({css!r}).length")
+        assert find("script, img, link, a, [onerror]") == 0 and find("style") == 1
+        text = driver.execute_script("return document.body.textContent")
+        assert all(bad in text for bad in HOSTILE) and find("article") == 9
+        for width in (390, 1280):
+            driver.set_window_size(width, 900)
+            assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
