@@ -47,6 +47,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import heapq
 import html
 import importlib.util
 import inspect

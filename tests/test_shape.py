@@ -119,3 +119,18 @@ def test_the_script_runs_everywhere_as_utf_8():
     assert not re.search(r"\bos\.(fork|getuid|chmod|kill|symlink)\b", SOURCE)
     for call in re.findall(r"\.(?:read_text|write_text)\([^)]*\)", SOURCE):
         assert "utf-8" in call, call
+
+
+def test_no_name_of_the_module_is_given_twice():
+    """a constant of one section that takes another's name changes what that one does"""
+    given = [name for node in TREE.body for name in names_bound(node)]
+    assert sorted(given) == sorted(set(given))
+
+
+def names_bound(node) -> list[str]:
+    """The names that a statement of the module binds anew."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name) and
+            isinstance(part.ctx, ast.Store)]  # fmt: skip
