@@ -70,7 +70,7 @@ REFUSED = {
     "no folder can be made": (["--input-file", DEMO, "--output-path", "/proc/none/o.jsonl"], ["--provider", "offline"], "/proc/none"),
     "a name too long": (["--input-file", DEMO, "--output-path", "n" * 300 + ".jsonl"], ["--provider", "offline"], "cannot be written"),
     "no table out": (["--input-file", DEMO, "--output-path", "o.csv"], [], "name a .jsonl file"),
-    "renamed onto a field": (["--input-file", "two.jsonl", "--rename", "question=prompt"], ["--provider", "offline"], "a field 'prompt' already"),
+    "renamed onto a field": (["--input-file", "two.jsonl", "--rename", "question=prompt"], ["--provider", "offline"], "two fields of one name"),
     "one file for two": (["--input-file", DEMO, "--candidates-path", "o.jsonl", "--output-path", "o.jsonl"], [], "the same"),
     "excluded is missing": (["--input-file", DEMO, "--exclude-prompts", "none.jsonl"], [], "none.jsonl: no such"),
     "missing rubric": (["--input-file", DEMO, "--rubric", "none.txt"], [], "none.txt"),
