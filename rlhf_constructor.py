@@ -3526,14 +3526,14 @@ def check_input(path: str, run: Run):
     rows = (row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict))
     fields = dict.fromkeys(itertools.chain.from_iterable(rows))
     for old, new in args.rename:
-        known = ", ".join(fields)[:200]
-        refuse(old not in fields, f"--rename {old}={new}: no {old!r} among the fields: {known}")
+        refuse(
+            old not in fields, f"--rename {old}={new}: no {old!r} among the fields: {', '.join(fields):.200}"
+        )
     good = [record for _, record in first if isinstance(record, Record)]
     if not good:
         line, failed = first[0]
-        ranked = (
-            "`responses` and `scores`, `ranks` or `order`; `response_a`, `response_b` and `winner`; `chosen`"
-        )
+        ranked = "lists of answers with `scores`, `ranks` or `order`; objects with `score` or `rank`; "
+        ranked += "`response_a`, `response_b` with `score_a` or `winner`; `chosen` and `rejected`"
         shapes = "; ".join([*map(first_line, INPUTS.values()), *[ranked] * run.reads_answers])
         strange = re.match("no known|no answers|not a record|not JSON", failed.reason)
         hint = f". Accepted: {shapes}. Other fields: --rename OLD=NEW" if strange else ""
@@ -3544,8 +3544,7 @@ def check_input(path: str, run: Run):
     if args.exclude_prompts:
         others = read_records(args.exclude_prompts)
         run.excluded = {key for _, other in others if isinstance(other, Record) for key in runs_of(other)}
-        unknown = f"--exclude-prompts {args.exclude_prompts}: no record in it is recognised"
-        refuse(not run.excluded, unknown)
+        refuse(not run.excluded, f"--exclude-prompts {args.exclude_prompts}: no record in it is recognised")
 
 
 def records_of(path: str, run: Run):
@@ -3591,7 +3590,7 @@ def plan_line(records: int, models: Models) -> str:
     """`26 records x (1 qwen-max + 1 qwen-plus + 2 qwen-max as judge) = 104 calls, 31 of them cached; ...`"""
     rows = models.rows()
     counts = [(row["calls"] + row["cached"], row["model"], row["role"] == "judge") for row in rows]
-    even = all(n % records == 0 for n, _, _ in counts)
+    even = records and all(n % records == 0 for n, _, _ in counts)
     parts = [f"{n // records if even else n} {model}{' as judge' * judge}" for n, model, judge in counts]
     total, sums, listing = sum(n for n, _, _ in counts), cost(rows, 0), " + ".join(parts)
     line = f"{records} records x ({listing})" if even else f"{records} records: {listing}"
@@ -3616,9 +3615,6 @@ def show_plan(records: int, asking: int, models: Models):
         print(f"  {calls}, about {row['tokens_in']:,} tokens in and {row['tokens_out']:,} out{money}")
     for who, messages in models.first_prompts.items():
         print(f"\n--- {who} is asked:\n{flatten(messages)}")
-
-
-# --- the run
 
 
 class Files:
@@ -3681,7 +3677,12 @@ class Files:
         if len(self.kinds) > 1:
             note("some pairs have no scores, so the score columns are left out of the whole file")
             for path in filter(None, (self.output, self.test)):
-                without_scores(path + ".part")
+                with open(path + ".part", "rb") as source, open(path + ".part", "r+b") as target:
+                    for line in source:  # in place: what is written never passes what is read
+                        row = json.loads(line)
+                        row = {key: row[key] for key in row if key not in ("score_chosen", "score_rejected")}
+                        target.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                    target.truncate()
         for path in self.open:
             if os.path.exists(path) and not filecmp.cmp(path, path + ".part", shallow=False):
                 os.replace(path, path + ".bak")
@@ -3696,16 +3697,14 @@ class Files:
                 file.close()
 
 
-private = functools.partial(os.open, mode=0o600)  # an opener: what holds prompts is its owner's to read
-
-
 def opened(path: str):
-    """A file to write and its folder, locked; raises UserError if another run has it, or nobody can.
+    """A file to write and its folder; locked, so that no other run has it, and for its owner's eyes only.
 
-    A dead process holds no lock."""
+    Raises UserError if another run has it, or nobody can. A dead process holds no lock."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        file = open(path, "a", encoding="utf-8", newline="\n", opener=private)  # noqa: SIM115
+        owned = functools.partial(os.open, mode=0o600)
+        file = open(path, "a", encoding="utf-8", newline="\n", opener=owned)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     try:
@@ -3723,15 +3722,6 @@ def opened(path: str):
         renamed = True
     refuse(renamed, f"{path}: another run is using it")
     return file
-
-
-def without_scores(path: str):
-    """Take the two score columns out of a JSONL file, in place: what is written never passes what is read."""
-    with open(path, "rb") as source, open(path, "r+b") as target:
-        for line in source:
-            row = {k: v for k, v in json.loads(line).items() if k not in ("score_chosen", "score_rejected")}
-            target.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        target.truncate()
 
 
 # Why few pairs came out -> what to type about it. All of it is served from the cache but for new answers.
@@ -3828,7 +3818,8 @@ async def construct(args) -> int:
 
 async def fill_cache(path: str, run: Run):
     """--batch: passes over the input, and batches for what they want, until the cache holds every reply."""
-    models = run.models
+    models, run = run.models, copy.copy(run)
+    run.annotations = None  # they count the pairs that come by
     with opened(f"{models.cache.path}.batch"):
         models.batches = Batches(run, models)
         for _ in range(BATCH_PASSES):
@@ -3912,8 +3903,8 @@ def report_out(path: str, run: Run, files: Files, report: Report, review: Review
         texts |= {data: json.dumps(numbers, ensure_ascii=False, indent=1) + "\n", page: report_html(numbers)}
         lines = report_lines(numbers)
     for name, text in texts.items():
-        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-        with open(name, "w", encoding="utf-8", newline="\n", opener=private) as file:
+        with opened(name) as file:
+            file.truncate(0)
             file.write(text)
     return lines
 
