@@ -3462,8 +3462,8 @@ def check(args) -> Run:
 def check_paths(args):
     """The inputs are there; what is written can be, and is neither an input nor written twice."""
     refuse(not args.input_file, "--input-file FILE is missing, e.g. --input-file data/alpaca_demo.jsonl")
-    source = args.input_file if args.input_file != "-" else None
-    inputs = [path for path in (source, args.exclude_prompts, *args.annotations) if path]
+    named = (args.input_file, args.exclude_prompts, *args.annotations)
+    inputs = [path for path in named if path not in (None, "-")]
     for path in inputs:
         wrong = "is no file" if os.path.exists(path) else f"no such file{nearest(path)}"
         refuse(not os.path.isfile(path), f"{path}: {wrong}")
@@ -3765,7 +3765,6 @@ async def in_order(source, work, emit, workers: int, models: Models):
 
     Whatever ends this early halts the run; what is in work ends first, for its calls are paid."""
     free, window = asyncio.Semaphore(workers), deque()
-
     try:
         for item in source:
             await free.acquire()
@@ -3856,7 +3855,7 @@ async def fate(line: int, record, run: Run) -> Outcome:
 
 
 async def carry_out(path: str, run: Run, files: Files) -> int:
-    """The run itself: records through the method, outcomes into files, books, report and review page."""
+    """The run itself: records through the method, outcomes into files, report and review page."""
     args, models, said = run.args, run.models, run.annotations
     report, review = Report(run.seed, run.orders), ReviewQueue(run.seed)
     takers = list(itertools.compress((report, review), files.pages[::2]))
@@ -3872,8 +3871,8 @@ async def carry_out(path: str, run: Run, files: Files) -> int:
         bar.total = models.total
         if bar.update() or files.read == models.total:  # it was drawn, as it is a few times a second at most
             counts = {"pairs": files.pairs, "drops": files.dropped.total(), "failures": files.curable}
-            cost = {"cost": f"{models.spent:.4g}"} if args.prices else {}
-            bar.set_postfix(counts | {"tokens": models.tokens()} | cost)
+            counts |= {"tokens": models.tokens()} | ({"cost": f"{models.spent:.4g}"} if args.prices else {})
+            bar.set_postfix(counts)
 
     with contextlib.closing(progress()) as bar:
         work = lambda item: fate(*item, run)
