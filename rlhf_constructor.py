@@ -3486,25 +3486,22 @@ def check_paths(args):
 
 
 def written_paths(args) -> list[str]:
-    """Output, drops, test split, candidates, report page and numbers, review page; "" if not asked for.
-
-    A link stands for the file that it points to."""
+    """[output, drops, test split, candidates, report page, its numbers, review page]; "" if not asked for."""
     stem = re.sub(r"\.jsonl?$", "", args.output_path)
     report = re.sub(r"\.(html|json)$", "", args.report_path or f"{stem}.report")
     reports = ["", ""] if args.report_path == "none" else [f"{report}.html", f"{report}.json"]
     split = f"{stem}.test.jsonl" if args.test_fraction else ""
     lines = [args.output_path, f"{stem}.dropped.jsonl", split, args.candidates_path or ""]
     paths = [*lines, *reports, args.review_path or ""]
-    return [os.path.realpath(path) if os.path.islink(path) else path for path in paths]
+    return [os.path.realpath(path) if os.path.islink(path) else path for path in paths]  # links stay
 
 
 def nearest(path: str) -> str:
     """`; did you mean data/alpaca_demo.jsonl?` if a file of about that name is near, else nothing."""
-    for folder in (os.path.dirname(path) or ".", "data", os.path.join(os.path.dirname(__file__), "data")):
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-        for near in difflib.get_close_matches(os.path.basename(path), names, 1, 0.75):
-            return f"; did you mean {os.path.normpath(os.path.join(folder, near))}?"
-    return ""
+    folders = Path(__file__).parent / "data", Path("data"), Path(path).parent
+    known = {file.name: file for folder in folders for file in folder.glob("*")}
+    near = difflib.get_close_matches(Path(path).name, known, 1, 0.75)
+    return f"; did you mean {known[near[0]]}?" if near else ""
 
 
 def spooled(args) -> str:
@@ -3698,9 +3695,7 @@ class Files:
 
 
 def opened(path: str):
-    """A file to write and its folder; locked, so that no other run has it, and for its owner's eyes only.
-
-    Raises UserError if another run has it, or nobody can. A dead process holds no lock."""
+    """A file to write, locked, its owner's to read; raises UserError if another run has it, or nobody can."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         owned = functools.partial(os.open, mode=0o600)
@@ -3716,7 +3711,7 @@ def opened(path: str):
             return file
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process, however that ends
         renamed = not os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # by who had it
     except OSError:
         renamed = True
