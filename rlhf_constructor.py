@@ -49,6 +49,7 @@ import csv
 import difflib
 import filecmp
 import functools
+import gc
 import gzip
 import hashlib
 import heapq
@@ -1292,11 +1293,11 @@ class Reply:
 
 
 class ApiError(Exception):
-    """A call without a usable reply: status 0 if there was none, 200 if it was garbled."""
+    """A call without a usable reply: status 0 if there was none, 200 if it was garbled (and billed)."""
 
-    def __init__(self, status: int, code, message, retry_after: str | None = None):
+    def __init__(self, status: int, code, message, retry_after: str | None = None, billed: tuple = (0, 0)):
         super().__init__(message)
-        self.status = status
+        self.status, self.billed = status, billed  # tokens in and out
         self.code, self.message = (redacted(scrub(str(said or ""))) for said in (code, message))
         seconds = number(retry_after)  # an HTTP date reads as nothing, and the pacing alone decides
         self.retry_after = min(60.0, max(0.0, seconds or 0.0))
@@ -1333,12 +1334,12 @@ def api_error(error: Exception) -> ApiError:
 
 def replied(content, finish, tokens_in, tokens_out) -> Reply:
     """Fields of either SDK -> Reply; raises ApiError for a 200 without text (a cut one may be empty)."""
+    counts = tuple(int(min(max(number(count) or 0, 0), 10**9)) for count in (tokens_in, tokens_out))
     if isinstance(content, list):
         texts = [part.get("text") for part in content]
         content = "".join(text for text in texts if isinstance(text, str))
     if not isinstance(content, str) or (not content.strip() and finish != "length"):
-        raise ApiError(200, "garbled", "the reply holds no text")
-    counts = (int(min(max(number(count) or 0, 0), 10**9)) for count in (tokens_in, tokens_out))
+        raise ApiError(200, "garbled", "the reply holds no text", billed=counts)
     return Reply(redacted(scrub(content)), redacted(scrub(str(finish or "stop"))), *counts)
 
 
@@ -1385,9 +1386,7 @@ class ask_dashscope:
 
         logging.getLogger("dashscope").setLevel(logging.CRITICAL)
         self.sdk, self.url, self.key, self.timeout = dashscope, url, key, timeout
-        proxied = bool(
-            urllib.request.getproxies().keys() - {"no"}
-        )  # reading the environment at each call costs 0.45 ms
+        proxied = bool(urllib.request.getproxies().keys() - {"no"})  # asking at each call costs 0.45 ms
         self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=proxied)
         self.common = {"api_key": key or "none", "session": self.session, "request_timeout": timeout}
         self.common |= {"base_address": url} if url else {}
@@ -1476,12 +1475,6 @@ def likeness(text: str, reference: str) -> float:
     return max(1.0, min(10.0, 1 + 2 * math.log10(1 + ours.total()) + 3 * variety + ended - 3 * refuses(text)))
 
 
-def move(options: dict, old: str, new: str):
-    """Rename an option, if it is there."""
-    if old in options:
-        options[new] = options.pop(old)
-
-
 def switch_thinking(options: dict):
     """Leave out enable_thinking where we sent false (the model has no such switch), else send false."""
     if options.pop("enable_thinking", True):
@@ -1491,7 +1484,7 @@ def switch_thinking(options: dict):
 # What a refusal of the request says -> how to change it. Learned once per model, then reported.
 FIXES = [
     (r"max_completion_tokens", "max_completion_tokens",
-     lambda o: move(o, "max_tokens", "max_completion_tokens")),
+     lambda o: o.update(max_completion_tokens=o.pop("max_tokens")) if "max_tokens" in o else None),
     (r"max_(completion_)?tokens.{0,60}(not supported|unsupported|unknown|unrecognized)", "no max_tokens",
      lambda o: (o.pop("max_tokens", 0), o.pop("max_completion_tokens", 0))),
     (r"temperature", "no temperature", lambda o: o.pop("temperature", 0)),
@@ -1606,12 +1599,14 @@ class Lane:
 
 
 class Cache:
-    """Every paid reply, in SQLite, committed before it is used; processes may share it. None: no cache."""
+    """Every paid reply, in SQLite, committed before it is used; processes may share it. None: no cache.
 
-    FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model"
+    `payer` stands for the output that a reply was paid for: its budget counts them over all its runs."""
 
-    def __init__(self, path: str | None):
-        self.path, self.db, self.empty = path, None, True
+    FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer"
+
+    def __init__(self, path: str | None, payer: str = ""):
+        self.path, self.payer, self.db, self.empty = path, payer, None, True
         if not path:
             return
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -1646,9 +1641,14 @@ class Cache:
         """Store and commit, never an error. False if there is a reply already: the first one stays."""
         if not self.db:
             return True
-        row = key, reply.text, reply.finish, reply.tokens_in, reply.tokens_out, reply.rate, model
-        new = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING 1"
+        row = key, reply.text, reply.finish, reply.tokens_in, reply.tokens_out, reply.rate, model, self.payer
+        new = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING 1"
         return bool(self.do(new, *row))
+
+    def bill(self) -> list[tuple[str, float, float]]:
+        """[(model, tokens in, tokens out), ...] that this payer has paid for, a batch's at its rate."""
+        sums = "SELECT model, sum(rate * tokens_in), sum(rate * tokens_out) FROM replies"
+        return self.do(f"{sums} WHERE payer = ? GROUP BY model", self.payer) if self.db else []
 
     @contextlib.contextmanager
     def transaction(self):
@@ -1705,7 +1705,7 @@ class Usage:
     tokens_out: int = 0
     money: float = 0.0
     kept: float = 0.0  # money that the cached ones had cost
-    longest: int = 0  # tokens of the longest reply
+    longest: int = 0  # tokens of the longest reply, for estimates
 
     def add(self, reply: Reply, cached: bool, money: float):
         """Count one reply."""
@@ -1728,7 +1728,9 @@ class Models:
         self.lanes, self.providers, self.usage = {}, {}, defaultdict(Usage)
         self.stop, self.stopping = None, asyncio.Event()
         self.in_flight, self.first_prompts = 0, {}
-        self.spent, self.reserved = 0.0, 0.0  # money: paid for replies, expected of the calls in flight
+        bill = cache.bill() if args.prices and not dry else []
+        self.spent = sum(self.price(*row) for row in bill)  # money, by this run and those before it
+        self.reserved, self.surplus = 0.0, defaultdict(lambda: 1.0)  # money of calls in flight; see `cost`
 
     async def ask(self, model: Model, messages, options, sample=0, role="answer", reference="") -> Reply:
         """-> Reply; one that is cut at the limit is asked for once more with twice the limit.
@@ -1755,10 +1757,11 @@ class Models:
             return self.count(model, hints, reply, cached=not fresh)
         if self.dry:
             return self.count(model, hints, self.guess(model, messages, hints))
-        async with self.counting:
-            if self.foretell:
-                await self.foretell()
-                self.foretell = None
+        if self.foretell:
+            async with self.counting:
+                if self.foretell:
+                    await self.foretell()
+                    self.foretell = None
         if self.batches:
             self.batches.want(key, model, messages, options, hints["role"])
         if waiting := self.asking.get(key):  # the same is asked at the same time: one call serves both
@@ -1768,6 +1771,7 @@ class Models:
         waiting = self.asking[key] = asyncio.get_running_loop().create_future()
         try:
             reply = await self.fetch(model, messages, options, hints)
+            self.pay(model, reply)
             if not self.cache.put(key, reply, model.name):  # another process was first: its reply counts
                 reply = self.cache.get(key)
             waiting.set_result(reply)
@@ -1778,14 +1782,24 @@ class Models:
 
     def count(self, model: Model, hints: dict, reply: Reply, cached: bool = False) -> Reply:
         """Enter a reply in the books -> the reply."""
-        money = self.price(model, reply.tokens_in, reply.tokens_out) * reply.rate
+        money = self.price(model.name, reply.tokens_in, reply.tokens_out) * reply.rate
         self.usage[model, hints["role"]].add(reply, cached, money)
-        self.spent += 0 if cached or self.batches else money  # a batch's is counted as it comes in
         return reply
 
-    def price(self, model: Model, tokens_in: int, tokens_out: int) -> float:
-        """Money for tokens at --price, 0 without one."""
-        into, out = self.args.prices.get(model.name, (0, 0))
+    def pay(self, model: Model, reply: Reply):
+        """A reply has come in, whatever becomes of it."""
+        self.spent += self.price(model.name, reply.tokens_in, reply.tokens_out) * reply.rate
+
+    def write_off(self, model: Model, role: str, error: ApiError, rate: float = 1.0):
+        """A 200 without text is billed, too: it stands in the books under a key that no request has."""
+        if any(error.billed):
+            nothing = Reply("", "no text", *error.billed, rate)
+            self.cache.put(f"no text: {os.urandom(16).hex()}", nothing, model.name)
+            self.pay(model, self.count(model, {"role": role}, nothing))
+
+    def price(self, name: str, tokens_in: float, tokens_out: float) -> float:
+        """Money for tokens of a model at --price, 0 without one."""
+        into, out = self.args.prices.get(name, (0, 0))
         return (tokens_in * into + tokens_out * out) / PRICE_UNIT
 
     def expected(self, model: Model, messages: list, role: str) -> tuple[int, int]:
@@ -1808,17 +1822,20 @@ class Models:
         return Reply(text, "stop", tokens_in, tokens_out, rate, pending=True)
 
     def cost(self, model: Model, messages: list, options: dict, role: str) -> float:
-        """Money that an online call may cost, 0 where no --max-cost asks.
+        """Money that a call may cost at most, 0 where no --max-cost asks.
 
-        A reply is taken to be as long as it may be; once 20 are known, 1.5 times as long as the longest."""
+        No token is shorter than a byte (50 more for a message's frame), no reply longer than --max-tokens. A
+        model that has billed more (thoughts, hidden prompts) is taken to do so again. A batch would wait days
+        for money set aside in vain: there a reply counts 1.5 times the longest once 20 are known."""
         if self.args.max_cost is None:
             return 0.0
         if model.name not in self.args.prices:
             raise self.halt(f"--max-cost needs the price of {model.name}, too: --price {model.name}=IN/OUT")
-        tokens_in, longest = self.expected(model, messages, role)
-        most, usage = options.get("max_tokens", longest), self.usage[model, role]
-        known = usage.calls + usage.cached >= 20
-        return self.price(model, tokens_in, min(most, 1.5 * longest) if known else most)
+        size, usage = sum(len(m["content"].encode()) + 50 for m in messages), self.usage[model, role]
+        longest = options.get("max_tokens", GUESSED_TOKENS[role])
+        if self.batches and usage.calls + usage.cached >= 20:
+            longest = min(longest, 1.5 * usage.longest)
+        return self.price(model.name, size, longest) * self.surplus[model]
 
     def affords(self, money: float) -> bool:
         """False if --max-cost might be passed."""
@@ -1844,6 +1861,8 @@ class Models:
                 except Exception as error:  # its text may quote a proxy's password
                     hint = "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
                     raise self.halt(f"{model.name}: no client ({type(error).__name__}): {hint}") from None
+                gc.freeze()  # an SDK's objects are there to stay: collecting garbage need not look through
+                gc.set_threshold(20_000)  # them again and again, which took 13 % of a run's time
             self.lanes[model] = Lane(model, self.providers[door])
         return self.lanes[model]
 
@@ -1884,16 +1903,21 @@ class Models:
 
     async def call(self, lane: Lane, fixes: list, messages: list, options: dict, hints: dict) -> Reply:
         """One call as it goes over the wire; whatever goes wrong comes out as ApiError."""
-        money = self.cost(lane.model, messages, options, hints["role"])
+        model, money = lane.model, self.cost(lane.model, messages, options, hints["role"])
         while self.in_flight and not self.affords(money):  # what is in flight may cost less than expected
             await self.pause(0.05)
         self.reserve(money)
         self.in_flight += 1
         try:
             async with asyncio.timeout(self.args.timeout):  # openai alone never times out on a slow drip
-                return await lane.provider.call(lane.model.name, messages, lane.wire(options, fixes), hints)
-        except Exception as error:  # SDKs let anything through: JSONDecodeError, TypeError, IndexError, ...
-            raise api_error(error) from None
+                reply = await lane.provider.call(model.name, messages, lane.wire(options, fixes), hints)
+            paid = self.price(model.name, reply.tokens_in, reply.tokens_out)
+            self.surplus[model] *= max(1.0, paid / money) if money else 1.0
+            return reply
+        except Exception as failure:  # SDKs let anything through: JSONDecodeError, TypeError, IndexError, ...
+            error = api_error(failure)
+            self.write_off(model, hints["role"], error)
+            raise error from None
         finally:
             self.in_flight -= 1
             self.reserved -= money
@@ -2042,11 +2066,10 @@ class Run:
         """--judge-model, or: the high model; heuristic if all is offline; none for rank_responses."""
         if self.args.judge_model:
             return [parse_model(spec, self.args) for spec in self.args.judge_model if spec != "none"]
-        if getattr(self.method, "reads_answers", False):
+        if self.reads_answers:
             return []
-        if not any(
-            model.is_paid for model in (self.high, self.low, *(model for model, _ in self.candidates))
-        ):
+        writers = {self.high, self.low} | {model for model, _ in self.candidates}
+        if not any(model.is_paid for model in writers):
             return [Model("offline", "heuristic")]
         ask = "with reference as the high model, say who judges: --judge-model MODEL (or none)"
         refuse(not self.high.is_paid, ask)
@@ -2054,11 +2077,8 @@ class Run:
 
     def asked(self) -> list[Model]:
         """Every model that this run may call: the method's and the judges."""
-        roles = {
-            "high": [self.high],
-            "low": [self.low],
-            "candidates": [model for model, _ in self.candidates],
-        }
+        pool = [model for model, _ in self.candidates]
+        roles = {"high": [self.high], "low": [self.low], "candidates": pool}
         named = [model for role in getattr(self.method, "asks", ("high", "low")) for model in roles[role]]
         return list(dict.fromkeys(named + self.judges))
 
@@ -2282,9 +2302,8 @@ class Batches:
 
             async def send(again):
                 file.seek(0)
-                return await lane.provider.batch_client().files.create(
-                    file=("batch.jsonl", file), purpose="batch"
-                )
+                files = lane.provider.batch_client().files
+                return await files.create(file=("batch.jsonl", file), purpose="batch")
 
             uploaded = (await self.reach(lane, send)).id
         with self.cache.transaction():
@@ -2376,9 +2395,8 @@ class Batches:
             if gone or error.code == TOO_BIG or self.models.ruling(lane, error) == "record":
                 raise error
             await self.models.pause(max(error.retry_after, min(30, 2**tries / 4)))
-        raise self.models.halt(
-            f"{lane.model.name}: the batch engine is out of reach ({error}); run it again later"
-        )
+        where = f"{lane.model.name}: the batch engine is out of reach"
+        raise self.models.halt(f"{where} ({error}); run it again later")
 
     def refused(self, lane: Lane, file: str, code: str, message: str):
         """A batch that was not taken: its requests wait again, in smaller parts if it was too big."""
@@ -2423,13 +2441,14 @@ class Batches:
         try:
             line = json.loads(raw)
             key, response = str(line["custom_id"]), line.get("response") or {}
-            query = "SELECT tries FROM wanted WHERE key = ? AND file IN (?, ?)"
-            [(tries,)] = self.cache.do(query, key, file, f"{file}!")
+            query = "SELECT role, tries FROM wanted WHERE key = ? AND file IN (?, ?)"
+            [(role, tries)] = self.cache.do(query, key, file, f"{file}!")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return False
         try:
             reply = batch_reply(response, line.get("error"))
         except ApiError as error:
+            self.models.write_off(lane.model, role, error, BATCH_RATE)
             curable, tries = self.failing(lane, file, error, tries)
             change = "UPDATE wanted SET file = ?, tries = ?, error = ?, curable = ? WHERE key = ?"
             reason = failed_call(lane.model, error).reason
@@ -2439,7 +2458,7 @@ class Batches:
         self.fresh.is_new(int(key[:16], 16))
         self.cache.put(key, reply, lane.model.name)
         self.cache.do("DELETE FROM wanted WHERE key = ?", key)
-        self.models.spent += self.models.price(lane.model, reply.tokens_in, reply.tokens_out) * BATCH_RATE
+        self.models.pay(lane.model, reply)
         return True
 
     def failing(self, lane: Lane, file: str, error: ApiError, tries: int) -> tuple[bool, int]:
@@ -3787,13 +3806,12 @@ async def construct(args) -> int:
     path = spooled(args)
     check_input(path, run)
     kept = args.cache_path != "none" and run.pays() and (os.path.exists(args.cache_path) or not args.dry_run)
-    cache = Cache(args.cache_path if kept else None)
+    cache = Cache(args.cache_path if kept else None, payer=digest(os.path.realpath(args.output_path))[:16])
     run.models = models = Models(args, cache)
 
     async def foretell():
-        """Before the first call: say what may be called, learn what the replies in the cache have cost."""
+        """Before the first call: say what may be called."""
         models.total, asking, planned = await plan(path, run, cache)
-        models.spent = sum(usage.kept for usage in planned.usage.values())
         note(plan_line(asking, planned))
 
     models.foretell = foretell

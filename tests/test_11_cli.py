@@ -215,22 +215,42 @@ def test_a_budget_stops_the_run_and_a_larger_one_goes_on(rlhf):
         assert rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 1000, api=api).status == 0 and api.count() == 48
 
 
+BUDGET = ("--price", "gpt-4o=0/1000000", "--price", "gpt-4o-mini=0/1000000", "--max-tokens", 3000)
+FORTY = [{"prompt": f"Question {n}"} for n in range(40)]
+
+
+@pytest.mark.parametrize("text", [None, ""], ids=["", "some without text"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_budget_is_never_passed_whatever_the_replies_turn_out_to_cost(rlhf, seed):
+def test_a_budget_is_never_passed_however_long_replies_grow(rlhf, seed, text):
     luck, spent = random.Random(seed), []
 
     async def answer(call):
         await asyncio.sleep(luck.random() / 50)
-        reply = demo_world(call)
-        spent.append(luck.choice((5, 20, 300)))
-        return Reply(reply, tokens_in=0, tokens_out=spent[-1])
+        spent.append(50 if len(spent) < 90 else luck.choice((50, 200, 3000)))
+        lost = text is not None and luck.random() < 0.3
+        return Reply(text if lost else demo_world(call), tokens_in=0, tokens_out=spent[-1])
 
-    prices = ("--price", "gpt-4o=0/1000000", "--price", "gpt-4o-mini=0/1000000", "--max-tokens", 300)
-    prompts = [{"prompt": f"Question {n}"} for n in range(40)]
     with Api(answer) as api:
-        for limit in (700, 2500):
-            assert rlhf(prompts, *MODELS, *prices, "--max-cost", limit, api=api).status == 3
+        for limit in (7000, 25000):
+            assert rlhf(FORTY, *MODELS, *BUDGET, "--max-cost", limit, api=api).status == 3
             assert 0.5 * limit < sum(spent) <= limit
+
+
+def test_a_model_that_bills_thoughts_beyond_max_tokens_is_known_by_its_first_reply(rlhf):
+    with Api(lambda call: Reply(demo_world(call), tokens_in=0, tokens_out=9000)) as api:
+        rlhf(FORTY, *MODELS, *BUDGET, "--max-cost", 50000, "--concurrency", 1, api=api)
+        assert api.count() == 5  # 45,000 spent; a reply of 3,000 would still have fitted
+
+
+def test_a_budget_is_of_one_output_whatever_the_method_asks_by_now(rlhf):
+    with Api(lambda call: Reply(demo_world(call), tokens_in=0, tokens_out=1000)) as api:
+        rlhf(FORTY, *MODELS, *BUDGET, "--max-cost", 20000, api=api)
+        first = api.count()
+        again = rlhf(FORTY, *MODELS, *BUDGET, "--max-cost", 20000, "--judge-model", "gpt-4o-mini", api=api)
+        assert again.status == 3 and api.count() <= 20 and first > 10  # the other judge's verdicts count on
+        other = ("--output-path", "other.jsonl")
+        rlhf(FORTY, *MODELS, *BUDGET, "--max-cost", 20000, *other, api=api)
+        assert 20 < api.count() <= 40
 
 
 def test_a_budget_of_nothing_still_takes_what_the_cache_holds(rlhf):
