@@ -3517,7 +3517,7 @@ def written_paths(args) -> list[str]:
 
 def nearest(path: str) -> str:
     """`; did you mean data/alpaca_demo.jsonl?` if a file of about that name is near, else nothing."""
-    folders = Path(__file__).parent / "data", Path("data"), Path(path).parent
+    folders = Path(__file__).resolve().parent / "data", Path("data"), Path(path).parent
     known = {file.name: file for folder in folders for file in folder.glob("*")}
     near = difflib.get_close_matches(Path(path).name, known, 1, 0.75)
     return f"; did you mean {known[near[0]]}?" if near else ""
