@@ -3466,15 +3466,15 @@ def check(args) -> Run:
     refuse(args.batch and args.cache_path == "none", "--batch lives on its cache: name a --cache-path")
     for model in filter(lambda model: model.is_paid, run.asked()):
         provider, key = PROVIDERS[model.provider], key_of(model)
-        unpriced = args.max_cost is not None and model.name not in args.prices
+        unpriced = provider.key and args.max_cost is not None and model.name not in args.prices
         refuse(unpriced, f"--max-cost needs every model's price: --price {model.name}=IN/OUT")
         for package in filter(None, (getattr(provider, "package", None), args.batch and "openai")):
             missing = not args.dry_run and not importlib.util.find_spec(package)
             refuse(missing, f"the package {package} is missing: pip install -r requirements.txt")
         odd = re.search(r"[^!-~]", key)
         refuse(odd, f"{provider.key} holds what no key has (curly quotes? a space?): export it again")
-        hint = f"export {provider.key}=sk-..., or try --provider offline"
-        refuse(not (key or args.dry_run or model.url), f"{provider.key} is not set: {hint}")
+        keyless = provider.key and not (key or args.dry_run or model.url)
+        refuse(keyless, f"{provider.key} is not set: export {provider.key}=sk-..., or try --provider offline")
     return run
 
 
