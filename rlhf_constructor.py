@@ -73,7 +73,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from array import array
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict, deque, namedtuple
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -3227,11 +3227,10 @@ def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]
 
 
 # ----------------------------------------------------------------------------------------------------------
-# §11 CLI: build_parser, check, records_of, plan, Files, Books, construct, carry_out, main
+# §11 CLI: build_parser, check, records_of, plan, Files, in_order, construct, carry_out, main
 # ----------------------------------------------------------------------------------------------------------
 
 PROGRAM = "rlhf_constructor.py"
-WELCOME = "{0}\n\n{2}\n\nMethods:\n".format(*__doc__.split("\n\n"))  # with its three commands to try
 
 
 class Parser(argparse.ArgumentParser):
@@ -3245,9 +3244,11 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags, one line each: name, type, default, metavar, help."""
+    shown = {"methods": METHODS, "inputs": INPUTS, "filters": FILTERS, "output formats": OUTPUTS}
+    shown |= {"providers": PROVIDERS, "strategies": STRATEGIES}
     parser = Parser(
         prog=PROGRAM, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__.split("\n\n")[0], epilog=tables(),
+        description=__doc__.split("\n\n")[0], epilog=catalogue(shown),
     )  # fmt: skip
 
     def flag(name, kind, default=None, metavar=None, help="", **more):
@@ -3312,12 +3313,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def tables() -> str:
-    """The end of --help: every entry of every table with the first line of its docstring."""
-    shown = {"methods": METHODS, "inputs": INPUTS, "filters": FILTERS, "output formats": OUTPUTS}
-    shown |= {"providers": PROVIDERS, "strategies": STRATEGIES}
+def catalogue(tables: dict[str, dict]) -> str:
+    """{heading: table} -> every entry with the first line of its docstring."""
     lines = []
-    for title, table in shown.items():
+    for title, table in tables.items():
         lines += ["", f"{title}:", *(f"  {name:18} {first_line(entry)}" for name, entry in table.items())]
     return "\n".join(lines)
 
@@ -3346,9 +3345,10 @@ def between(low, high):
 
 # fmt: off
 OPTION = "(?:([^=]*):)?([^:=]+)=(.*)"
+model_option = formed("[MODEL:]KEY=JSON, e.g. top_p=0.9 or stop='[\"END\"]'; max_tokens is 1 or more",
+                      lambda model, key, value: (model or "", key, json.loads(value)), OPTION,
+                      lambda it: it[1] != "max_tokens" or (type(it[2]) is int and it[2] > 0))
 renaming = formed("OLD=NEW", lambda *names: names, "([^=]+)=(.+)")
-model_option = formed("[MODEL:]KEY=JSON, e.g. top_p=0.9 or stop='[\"END\"]'",
-                      lambda model, key, value: (model or "", key, json.loads(value)), OPTION)
 price = formed("MODEL=IN/OUT, e.g. qwen-max=2.4/9.6",  # money per million tokens
                lambda model, *rates: (model, tuple(map(float, rates))), r"(.+)=([\d.]+)/([\d.]+)")
 text_file = formed("a file with text", lambda path: Path(path).read_text("utf-8-sig").strip(), good=bool)
@@ -3367,15 +3367,11 @@ def check(args) -> Run:
     check_paths(args)
     answers = getattr(METHODS[args.method], "reads_answers", False)
     refuse(args.annotations and not answers, "--annotations need --method rank_responses and their pairs")
-    for _, key, value in args.model_option:
-        bad = key == "max_tokens" and (type(value) is not int or value < 1)
-        refuse(bad, f"--model-option max_tokens={json.dumps(value)}: give a number of 1 or more")
     run = Run(args)
-    both = args.strategy in ("all_pairs", "adjacent") and args.min_chosen_score is None
-    hint = "use --strategy best_worst, or --min-chosen-score"
+    several = args.strategy in ("all_pairs", "adjacent") and args.min_chosen_score is None
+    both = several or (args.annotations and args.strategy != "best_worst")
+    hint = "use --strategy best_worst, or (without --annotations) --min-chosen-score"
     refuse(args.output_format == "kto" and both, f"kto would label one answer both ways: {hint}")
-    people = args.annotations and args.strategy != "best_worst"
-    refuse(args.output_format == "kto" and people, "kto with --annotations takes --strategy best_worst")
     same = "high" in getattr(run.method, "asks", ("high",)) and run.high == run.low
     refuse(same, f"--high-model and --low-model are both {run.high.name}: name two")
     refuse(len(set(run.judges)) < len(run.judges), "a judge is named twice: each has one voice")
@@ -3385,16 +3381,16 @@ def check(args) -> Run:
     refuse(len(rewards) > 1, "a reward model's scale is its own: it cannot share a panel with other judges")
     refuse(args.batch and True in rewards, "--batch has no endpoint for reward models: leave it out")
     refuse(args.batch and args.cache_path == "none", "--batch lives on its cache: name a --cache-path")
-    for model in run.asked() if run.pays() else ():
-        provider = PROVIDERS[model.provider]
+    for model in filter(lambda model: model.is_paid, run.asked()):
+        provider, key = PROVIDERS[model.provider], key_of(model)
         unpriced = provider.key and args.max_cost is not None and model.name not in args.prices
         refuse(unpriced, f"--max-cost needs every model's price: --price {model.name}=IN/OUT")
         for package in filter(None, (getattr(provider, "package", None), args.batch and "openai")):
             missing = not args.dry_run and not importlib.util.find_spec(package)
             refuse(missing, f"the package {package} is missing: pip install -r requirements.txt")
-        keyless = provider.key and not (args.dry_run or model.url or key_of(model))
-        odd = provider.key and re.search(r"[^!-~]", key_of(model))
+        odd = re.search(r"[^!-~]", key)
         refuse(odd, f"{provider.key} holds what no key has (curly quotes? a space?): export it again")
+        keyless = provider.key and not (key or args.dry_run or model.url)
         refuse(keyless, f"{provider.key} is not set: export {provider.key}=sk-..., or try --provider offline")
     return run
 
@@ -3402,8 +3398,8 @@ def check(args) -> Run:
 def check_paths(args):
     """The inputs are there; what is written can be, and is neither an input nor written twice."""
     refuse(not args.input_file, "--input-file FILE is missing, e.g. --input-file data/alpaca_demo.jsonl")
-    source = [args.input_file] if args.input_file != "-" else []
-    inputs = [path for path in (*source, args.exclude_prompts, *args.annotations) if path]
+    named = (args.input_file, args.exclude_prompts, *args.annotations)
+    inputs = [path for path in named if path not in (None, "-")]
     for path in inputs:
         wrong = "is no file" if os.path.exists(path) else f"no such file{nearest(path)}"
         refuse(not os.path.isfile(path), f"{path}: {wrong}")
@@ -3416,10 +3412,9 @@ def check_paths(args):
     taken = [path + end for path in written for end in ("", ".part", ".bak")]
     twice = len(set(map(os.path.realpath, taken))) < len(taken)
     refuse(twice, "two of the files to write are the same: " + ", ".join(written))
-    for path in inputs:
-        over = any(os.path.exists(name) and os.path.samefile(name, path) for name in taken)
-        refuse(over, f"{path} is an input and would be written over: choose another name for the output")
     for path in taken:
+        over = os.path.exists(path) and any(os.path.samefile(path, name) for name in inputs)
+        refuse(over, f"{path} is an input and would be written over: choose another name for the output")
         refuse(os.path.exists(path) and not os.path.isfile(path), f"{path}: is no file; choose another")
         folder = next(filter(os.path.exists, Path(path).absolute().parents), path)
         closed = not os.path.isdir(folder) or not os.access(folder, os.W_OK)
@@ -3427,25 +3422,22 @@ def check_paths(args):
 
 
 def written_paths(args) -> list[str]:
-    """Output, drops, test split, candidates, report page and numbers, review page; "" if not asked for.
-
-    A link stands for the file that it points to."""
+    """[output, drops, test split, candidates, report page, its numbers, review page]; "" if not asked for."""
     stem = re.sub(r"\.jsonl?$", "", args.output_path)
     report = re.sub(r"\.(html|json)$", "", args.report_path or f"{stem}.report")
     reports = ["", ""] if args.report_path == "none" else [f"{report}.html", f"{report}.json"]
     split = f"{stem}.test.jsonl" if args.test_fraction else ""
     lines = [args.output_path, f"{stem}.dropped.jsonl", split, args.candidates_path or ""]
     paths = [*lines, *reports, args.review_path or ""]
-    return [os.path.realpath(path) if os.path.islink(path) else path for path in paths]
+    return [os.path.realpath(path) if os.path.islink(path) else path for path in paths]  # links stay
 
 
 def nearest(path: str) -> str:
     """`; did you mean data/alpaca_demo.jsonl?` if a file of about that name is near, else nothing."""
-    for folder in (os.path.dirname(path) or ".", "data", os.path.join(os.path.dirname(__file__), "data")):
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-        for near in difflib.get_close_matches(os.path.basename(path), names, 1, 0.75):
-            return f"; did you mean {os.path.normpath(os.path.join(folder, near))}?"
-    return ""
+    folders = Path(__file__).resolve().parent / "data", Path("data"), Path(path).parent
+    known = {file.name: file for folder in folders for file in folder.glob("*")}
+    near = difflib.get_close_matches(Path(path).name, known, 1, 0.75)
+    return f"; did you mean {known[near[0]]}?" if near else ""
 
 
 def spooled(args) -> str:
@@ -3459,35 +3451,33 @@ def spooled(args) -> str:
     return file.name
 
 
-RANKED = """with answers: `responses` beside `scores`, `ranks` or `order`; objects with `score` or `rank`; \
-`response_a`, `response_b` with `score_a` or `winner`; `chosen` and `rejected`"""
-
-
 def check_input(path: str, run: Run):
     """The first 20 records say whether this file can work at all; raises UserError if not."""
     args, name = run.args, "stdin" if run.args.input_file == "-" else run.args.input_file
     first = list(itertools.islice(read_records(path, dict(args.rename), run.reads_answers), 20))
     refuse(not first, f"{name}: holds no record")
-    rows = [row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict)]
+    rows = (row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict))
     fields = dict.fromkeys(itertools.chain.from_iterable(rows))
     for old, new in args.rename:
-        known = ", ".join(fields)[:200]
-        refuse(old not in fields, f"--rename {old}={new}: no {old!r} among the fields: {known}")
-        both = new not in dict(args.rename) and any(old in row and new in row for row in rows)
-        refuse(both, f"--rename {old}={new}: there is a field {new!r} already; rename that one, too")
+        refuse(
+            old not in fields, f"--rename {old}={new}: no {old!r} among the fields: {', '.join(fields):.200}"
+        )
     good = [record for _, record in first if isinstance(record, Record)]
-    reasons = [f"{line}: {record.reason}" for line, record in first if isinstance(record, Failed)]
-    shapes = "; ".join([*map(first_line, INPUTS.values()), *[RANKED] * run.reads_answers])
-    hint = f". Accepted: {shapes}. Other fields: --rename OLD=NEW"
-    helps = re.search(": (no known|no answers|not a record|not JSON)", "".join(reasons[:1]))
-    refuse(not good, f"{name}:{''.join(reasons[:1])}{hint if helps else ''}")
+    if not good:
+        line, failed = first[0]
+        ranked = "lists of answers with `scores`, `ranks` or `order`; objects with `score` or `rank`; "
+        ranked += "`response_a`, `response_b` with `score_a` or `winner`; `chosen` and `rejected`"
+        shapes = "; ".join([*map(first_line, INPUTS.values()), *[ranked] * run.reads_answers])
+        strange = re.match("no known|no answers|not a record|not JSON", failed.reason)
+        hint = f". Accepted: {shapes}. Other fields: --rename OLD=NEW" if strange else ""
+        raise UserError(f"{name}:{line}: {failed.reason}{hint}")
     needy = any(model.provider == "offline" and model.name != "heuristic" for model in run.asked())
     bare = needy and not any(record.reference for record in good)
     refuse(bare, f"{name}: no record has an answer, which offline models need: name a provider's models")
-    others = read_records(args.exclude_prompts) if args.exclude_prompts else ()
-    run.excluded = {key for _, other in others if isinstance(other, Record) for key in runs_of(other)}
-    unknown = args.exclude_prompts and not run.excluded
-    refuse(unknown, f"--exclude-prompts {args.exclude_prompts}: no record in it is recognised")
+    if args.exclude_prompts:
+        others = read_records(args.exclude_prompts)
+        run.excluded = {key for _, other in others if isinstance(other, Record) for key in runs_of(other)}
+        refuse(not run.excluded, f"--exclude-prompts {args.exclude_prompts}: no record in it is recognised")
 
 
 def records_of(path: str, run: Run):
@@ -3498,11 +3488,11 @@ def records_of(path: str, run: Run):
         if isinstance(record, Record):
             words = [(m["role"], *m["content"].split()) for m in record.messages]
             answers = sorted((answer.text, answer.votes) for answer in record.answers)
-            key = hash(repr((words, answers)))  # all that is kept of a record
-            reason = "" if seen.is_new(key) else "repeated prompt" + " and answers" * bool(answers)
-            if not reason and run.excluded and not run.excluded.isdisjoint(runs_of(record)):
-                reason = "excluded prompt"
-            record = Failed("input", reason, record=record) if reason else record
+            if not seen.is_new(hash(repr((words, answers)))):  # all that is kept of a record
+                reason = "repeated prompt" + " and answers" * bool(answers)
+                record = Failed("input", reason, record=record)
+            elif run.excluded and not run.excluded.isdisjoint(runs_of(record)):
+                record = Failed("input", "excluded prompt", record=record)
         yield line, record
 
 
@@ -3517,14 +3507,14 @@ def runs_of(record: Record) -> set[int]:
 async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
     """Pass over the input and ask nobody -> (records read, records that would ask, the counts)."""
     run, models = copy.copy(run), Models(run.args, cache, dry=True)
-    run.models, run.rules = models, run.rules if not cache.empty else {"answer": [], "pair": []}
-    met = lambda: sum(usage.calls + usage.cached for usage in models.usage.values())
-    total = asking = 0
+    run.models, run.annotations = models, None
+    run.rules = {"answer": [], "pair": []} if cache.empty else run.rules
+    total = asking = met = 0
     for _, record in records_of(path, run):
-        before = met()
         with contextlib.suppress(Exception):  # a guess may break a method that reads replies; no run guesses
             await run.outcome(record)
-        asking += met() > before
+        before, met = met, sum(usage.calls + usage.cached for usage in models.usage.values())
+        asking += met > before
         total += 1
     return total, asking, models
 
@@ -3532,29 +3522,25 @@ async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
 def plan_line(records: int, models: Models) -> str:
     """`26 records x (1 qwen-max + 1 qwen-plus + 2 qwen-max as judge) = 104 calls, 31 of them cached; ...`"""
     rows = models.rows()
-    counts = [
-        (row["model"] + " as judge" * (row["role"] == "judge"), row["calls"] + row["cached"]) for row in rows
-    ]
-    total, cached = sum(count for _, count in counts), sum(row["cached"] for row in rows)
-    even = records and all(count % records == 0 for _, count in counts)
-    parts = " + ".join(f"{count // records if even else count} {name}" for name, count in counts)
-    asks = f"{records} records x ({parts})" if even else f"{records} records: {parts}"
-    line = f"{asks} = {total} calls, {cached} of them cached"
-    unjudged = sum(count for name, count in counts if not name.endswith(" as judge"))
+    counts = [(row["calls"] + row["cached"], row["model"], row["role"] == "judge") for row in rows]
+    even = records and all(n % records == 0 for n, _, _ in counts)
+    parts = [f"{n // records if even else n} {model}{' as judge' * judge}" for n, model, judge in counts]
+    total, sums, listing = sum(n for n, _, _ in counts), cost(rows, 0), " + ".join(parts)
+    line = f"{records} records x ({listing})" if even else f"{records} records: {listing}"
+    line += f" = {total} calls, {sums['cached']} of them cached"
+    unjudged = sum(n for n, _, judge in counts if not judge)
     if models.args.method == "model_comparison" and unjudged < total:
         line += f"; --judge-model none: {unjudged}"
-    if rows and all(row["money"] is not None for row in rows):
+    if sums["money"] is not None:
         spent = sum(usage.kept for usage in models.usage.values())
-        line += (
-            f"; about {sum(row['money'] for row in rows):.4g} at the given prices, {spent:.4g} of it spent"
-        )
+        line += f"; about {sums['money']:.4g} at the given prices, {spent:.4g} of it spent"
     return line
 
 
 def show_plan(records: int, asking: int, models: Models):
     """--dry-run: what would be asked, what it would cost, and the first record's prompts in full."""
     print(f"{records} records read; nothing is called, nothing is written")
-    print(plan_line(asking, models) if models.usage else "no model would be called")
+    print(plan_line(asking, models) if models.rows() else "no model would be called")
     for row in models.rows():
         money = "" if row["money"] is None else f", {row['money']:.4f} at the given price"
         batches = f" in {-(-row['calls'] // BATCH_REQUESTS)} or more batches" if models.args.batch else ""
@@ -3564,149 +3550,109 @@ def show_plan(records: int, asking: int, models: Models):
         print(f"\n--- {who} is asked:\n{flatten(messages)}")
 
 
-# --- the run
-
-
 class Files:
-    """What a run writes: `<name>.part`, locked against a second run, until all is done."""
+    """What a run writes and counts: every record read is one with pairs or one dropped.
 
-    def __init__(self, args):
-        self.args, self.paths, self.rows = args, written_paths(args), Counter()
+    Lines go to `<name>.part`, locked against a second run, until all is done."""
+
+    def __init__(self, run: Run):
+        self.run, self.rows, self.dropped = run, Counter(), Counter()
+        self.read = self.pairs = self.curable = 0
         self.keys, self.kinds, self.warned = Hashes(), set(), False
-        self.open = {path: opened(path + ".part") for path in self.paths[:4] if path}
+        self.output, self.drops, self.test, self.candidates, *self.pages = written_paths(run.args)
+        paths = filter(None, (self.output, self.drops, self.test, self.candidates))
+        self.open = {path: opened(path + ".part") for path in paths}
         for file in self.open.values():
             file.truncate(0)
 
-    def add(self, outcome: Outcome, run: Run):
-        """Write a record's rows or its line among the dropped, and its answers where they are wanted."""
-        record, (output, dropped, test, candidates) = outcome.record, self.paths[:4]
-        answers = [vars(answer) for answer in record.answers]
-        if candidates and answers:
+    def add(self, outcome: Outcome):
+        """Count a record; write its rows or its line among the dropped, and its answers where wanted."""
+        record, answers = outcome.record, [vars(answer) for answer in outcome.answers]
+        if self.candidates and answers:
             known = {"prompt": record.messages, "prompt_id": record.prompt_id}
-            self.write(candidates, known | {"completions": answers})
+            self.write(self.candidates, known | {"completions": answers})
         if not outcome.pairs:
             why = {"line": record.line, "stage": outcome.stage, "reason": outcome.reason}
             known = {"prompt_id": record.prompt_id if record.messages else "", "prompt": record.prompt}
-            self.write(dropped, why | known | {"answers": answers})
-        share = self.args.test_fraction
-        held = share and int(digest(run.seed, record.messages)[:8], 16) / 16**8 < share
-        for row in itertools.chain.from_iterable(self.rows_of(pair, run) for pair in outcome.pairs):
+            self.write(self.drops, why | known | {"answers": answers})
+            self.dropped[outcome.stage, outcome.reason.split(":")[0]] += 1
+        for pair in outcome.pairs:
+            self.add_pair(pair)
+        self.read += 1
+        self.curable += outcome.curable
+
+    def add_pair(self, pair: Pair):
+        """Write the rows of a pair that keeps the law of direction, less what a format writes only `once`."""
+        chosen, rejected, args, record = pair.chosen.score, pair.rejected.score, self.run.args, pair.record
+        if not pair.human and chosen is not None and chosen <= rejected:
+            raise AssertionError(f"line {record.line}: a pair without a lead reached the writer")
+        share, make = args.test_fraction, OUTPUTS[args.output_format]
+        held = share and int(digest(args.seed, record.messages)[:8], 16) / 16**8 < share
+        for row in make(pair, self.run):
+            once = [row[name] for name in getattr(make, "once", ())]
+            if once and not self.keys.is_new(hash(json.dumps(once))):
+                continue
             self.kinds.add("score_chosen" in row)
-            self.write(test if held else output, row)
+            self.write(self.test if held else self.output, row)
             if isinstance(row.get("prompt"), str) and len(record.messages) > 1 and not self.warned:
                 self.warned = True
                 note(f"line {record.line}: turns become one text; --output-format conversational keeps them")
-
-    def rows_of(self, pair: Pair, run: Run):
-        """A pair that keeps the law of direction -> its rows, less what a format writes only `once`."""
-        chosen, rejected, make = pair.chosen.score, pair.rejected.score, OUTPUTS[self.args.output_format]
-        if not pair.human and chosen is not None and chosen <= rejected:
-            raise AssertionError(f"line {pair.record.line}: a pair without a lead reached the writer")
-        for row in make(pair, run):
-            once = [row[name] for name in getattr(make, "once", ())]
-            if not once or self.keys.is_new(hash(json.dumps(once))):
-                yield row
+        self.pairs += 1
 
     def write(self, path: str, row: dict):
-        """One JSON line."""
         self.open[path].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self.rows[path] += 1
 
-    def close(self, done: bool):
-        """When all is done and on the disk, every part gets its name; a part that is not done stays.
-
-        A former file that differs stays as .bak; a list of no drops goes."""
-        output, drops, test = self.paths[:3]
-        keep = done and os.name != "nt"  # the lock, until an open file is renamed; on Windows none can be
-        for file in self.open.values():
-            with contextlib.nullcontext() if done else contextlib.suppress(OSError):
-                file.flush() if keep else file.close()
-        for path, file in self.open.items() if done else ():
-            part = path + ".part"
-            if len(self.kinds) > 1 and path in (output, test):
-                note(
-                    f"{path}: some pairs have no scores, so the score columns are left out of the whole file"
-                )
-                without_scores(part)
-            if os.path.exists(path) and not filecmp.cmp(path, part, shallow=False):
+    def finish(self):
+        """All is done: every part gets its name. A former file that differs stays as .bak."""
+        for file in self.open.values():  # its lock is needed until then, but Windows renames no open file
+            file.close() if os.name == "nt" else file.flush()
+        if len(self.kinds) > 1:
+            note("some pairs have no scores, so the score columns are left out of the whole file")
+            for path in filter(None, (self.output, self.test)):
+                with open(path + ".part", "rb") as source, open(path + ".part", "r+b") as target:
+                    for line in source:  # in place: what is written never passes what is read
+                        row = json.loads(line)
+                        row = {key: row[key] for key in row if key not in ("score_chosen", "score_rejected")}
+                        target.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                    target.truncate()
+        for path in self.open:
+            if os.path.exists(path) and not filecmp.cmp(path, path + ".part", shallow=False):
                 os.replace(path, path + ".bak")
-            os.replace(part, path)
-            if path == drops and not self.rows[path]:
-                os.remove(path)
-            file.close()
+            os.replace(path + ".part", path)
+        if not self.rows[self.drops]:
+            os.remove(self.drops)
 
-
-private = functools.partial(os.open, mode=0o600)  # an opener: what holds prompts is its owner's to read
+    def close(self):
+        """Let go of every file; a part that is not done stays."""
+        for file in self.open.values():
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def opened(path: str):
-    """A file to write and its folder, locked; raises UserError if another run has it, or nobody can."""
+    """A file to write, locked, its owner's to read; raises UserError if another run has it, or nobody can."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        file = open(path, "a", encoding="utf-8", newline="\n", opener=private)  # noqa: SIM115
+        owned = functools.partial(os.open, mode=0o600)
+        file = open(path, "a", encoding="utf-8", newline="\n", opener=owned)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    refuse(not lock(file), f"{path}: another run is writing it")
-    return file
-
-
-def lock(file) -> bool:
-    """Lock an open file for this process; false if another holds it. A dead process holds nothing."""
-    file.seek(0)  # from where Windows locks a byte
     try:
         if os.name == "nt":
             import msvcrt
 
+            file.seek(0)  # from where it locks a byte
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            return True
+            return file
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))  # not renamed meanwhile
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with the process, however that ends
+        renamed = not os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # by who had it
     except OSError:
-        return False
-
-
-def without_scores(path: str):
-    """Take the two score columns out of a JSONL file, in place: what is written never passes what is read."""
-    with open(path, "rb") as source, open(path, "r+b") as target:
-        for line in source:
-            row = {k: v for k, v in json.loads(line).items() if k not in ("score_chosen", "score_rejected")}
-            target.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        target.truncate()
-
-
-class Books:
-    """Every record read is one with pairs or one dropped, and the numbers add up."""
-
-    def __init__(self):
-        self.read = self.paired = self.pairs = self.curable = 0
-        self.dropped = Counter()
-
-    def add(self, outcome: Outcome):
-        """Count a record."""
-        self.read += 1
-        self.pairs += len(outcome.pairs)
-        self.paired += bool(outcome.pairs)
-        if not outcome.pairs:
-            self.dropped[outcome.stage, outcome.reason.split(":")[0]] += 1
-            self.curable += outcome.curable
-
-    def counts(self) -> dict[str, int]:
-        """For the progress bar."""
-        return {"pairs": self.pairs, "drops": self.dropped.total(), "failures": self.curable}
-
-    def lines(self) -> list[str]:
-        """The summary's first lines: sums, reasons, and what to do where fewer than 30 % gave a pair."""
-        share = f" ({self.paired / self.read:.0%})" if self.read else ""
-        dropped, top = self.dropped.total(), self.dropped.most_common(5)
-        lines = [f"{self.read} records read: {self.paired}{share} gave {self.pairs} pairs, {dropped} dropped"]
-        lines += [f"  {count:6}  {stage}: {reason}" for (stage, reason), count in top]
-        others = dropped - sum(count for _, count in top)
-        lines += [f"  {others:6}  other reasons"] if others else []
-        advice = [f"  {REMEDIES[reason]}" for (_, reason), _ in top[:3] if reason in REMEDIES]
-        few = advice and self.read >= 10 and self.paired < 0.3 * self.read
-        return [*lines, "few pairs came out; what helps:", *dict.fromkeys(advice)] if few else lines
+        renamed = True
+    refuse(renamed, f"{path}: another run is using it")
+    return file
 
 
 # Why few pairs came out -> what to type about it. All of it is served from the cache but for new answers.
@@ -3718,63 +3664,57 @@ REMEDIES = {
 }
 
 
-def last_lines(books: Books, files: Files, models: Models) -> list[str]:
-    """Calls and tokens, the files written, the next command."""
-    lines, used = [], models.rows()
-    if used:
-        keys = ("calls", "cached", "tokens_in", "tokens_out")
-        calls, cached, sent, got = (sum(row[key] for row in used) for key in keys)
-        money = sum(row["money"] or 0 for row in used)
-        paid = f", {money:.4g} paid" if money else ""
-        told = f"{sent:,} tokens in, {got:,} out{paid} for both"
-        lines.append(f"{calls} calls made, {cached} replies cached; {told}")
-    output, drops, *_ = files.paths
+def summary(files: Files, models: Models) -> list[str]:
+    """Records, pairs and drops, and what to do where few came out; calls; files written; the next command."""
+    dropped, top = files.dropped.total(), files.dropped.most_common(5)
+    paired = files.read - dropped
+    share = f" ({paired / files.read:.0%})" if files.read else ""
+    lines = [f"{files.read} records read: {paired}{share} gave {files.pairs} pairs, {dropped} dropped"]
+    lines += [f"  {count:6}  {stage}: {reason}" for (stage, reason), count in top]
+    others = dropped - sum(count for _, count in top)
+    lines += [f"  {others:6}  other reasons"] if others else []
+    advice = [f"  {REMEDIES[reason]}" for (_, reason), _ in top[:3] if reason in REMEDIES]
+    if advice and files.read >= 10 and paired < 0.3 * files.read:
+        lines += ["few pairs came out; what helps:", *dict.fromkeys(advice)]
+    if used := models.rows():
+        sums = cost(used, files.pairs)
+        paid = f", {sums['money']:.4g} paid" if sums["money"] else ""
+        told = f"{sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out{paid} for both"
+        lines.append(f"{sums['calls']} calls made, {sums['cached']} replies cached; {told}")
     if models.stop:
         again = "goes on from here" if models.cache.db else "pays for all again: there was no cache"
-        return [*lines, f"{output}.part holds what was ready; the same command {again}"]
-    written = [path for path in files.open if files.rows[path] or path != drops]
-    lines += [f"{files.rows[path]:8} rows  {path}" for path in written]
-    lines += [f"         page  {path}" for path in files.paths[4::2] if path]
-    worth_a_look = next((path for path in (output, drops) if files.rows[path]), None)
-    return lines + [f"next: head -n 1 {worth_a_look}"] * bool(worth_a_look)
+        return [*lines, f"{files.output}.part holds what was ready; the same command {again}"]
+    rows = files.rows
+    lines += [f"{rows[path]:8} rows  {path}" for path in files.open if rows[path] or path != files.drops]
+    lines += [f"         page  {path}" for path in files.pages[::2] if path]
+    worth_a_look = [path for path in (files.output, files.drops) if rows[path]]
+    return lines + [f"next: head -n 1 {path}" for path in worth_a_look[:1]]
 
 
 async def in_order(source, work, emit, workers: int, models: Models):
-    """Workers share one iterator; results are emitted in its order; a bounded window waits its turn."""
-    room, ready, numbered, emitted = asyncio.Semaphore(workers * WINDOW), {}, enumerate(source), 0
+    """`workers` items are in work at once; results are emitted in order, a bounded window waits its turn.
 
-    async def worker():
-        nonlocal emitted
-        while not models.stop:
-            await room.acquire()
+    Whatever ends this early halts the run; what is in work ends first, for its calls are paid."""
+    free, window = asyncio.Semaphore(workers), deque()
+    try:
+        for item in source:
+            await free.acquire()
             if models.stop:
-                return
-            try:
-                index, item = next(numbered)
-            except StopIteration:
-                return
-            ready[index] = await work(item)
-            while emitted in ready:
-                emit(ready.pop(emitted))
-                emitted += 1
-                room.release()
-            await asyncio.sleep(0)  # nothing may have been awaited: let others, and Ctrl-C, have a turn
-
-    async def guarded():
-        try:
-            await worker()
-        except Pending:
-            models.halt("a reply is missing after all batches: does the method ask something new each time?")
-        except (Stop, UserError, OSError, sqlite3.Error) as error:
-            models.halt(str(error), getattr(error, "status", 2 if isinstance(error, UserError) else 3))
-        except BaseException as error:  # a bug: nobody goes on
-            models.halt(repr(error))
+                break
+            window.append(asyncio.create_task(work(item)))
+            window[-1].add_done_callback(lambda _: free.release())
+            while window and (window[0].done() or len(window) > workers * WINDOW):
+                emit(await window.popleft())
+        while window:
+            emit(await window.popleft())
+    except Pending:
+        models.halt("a reply is missing after all batches: does the method ask something new each time?")
+    except BaseException as error:
+        models.halt(repr(error))  # nobody goes on
+        if not isinstance(error, Stop):
             raise
-        finally:
-            for _ in range(workers if models.stop else 0):
-                room.release()  # whoever waits for room shall see the stop
-
-    await together([guarded() for _ in range(workers)])
+    finally:
+        await asyncio.gather(*window, return_exceptions=True)
 
 
 async def construct(args) -> int:
@@ -3784,36 +3724,33 @@ async def construct(args) -> int:
     check_input(path, run)
     kept = args.cache_path != "none" and run.pays() and (os.path.exists(args.cache_path) or not args.dry_run)
     cache = Cache(args.cache_path if kept else None, payer=digest(os.path.realpath(args.output_path))[:16])
-    models = Models(args, cache)
+    run.models = models = Models(args, cache)
+
+    async def foretell():
+        """Before the first call: say what may be called."""
+        models.total, asking, planned = await plan(path, run, cache)
+        note(plan_line(asking, planned))
+
+    models.foretell = foretell
     try:
         if args.dry_run:
             show_plan(*await plan(path, run, cache))
             return 0
-        models.foretell = functools.partial(foretell, path, run, models)
-        files = Files(args)
-        if args.batch and run.pays():
-            try:
-                await fill_cache(path, run, models)
-            except BaseException:
-                files.close(done=False)
-                raise
-        return await carry_out(path, run, models, files)
+        with contextlib.closing(Files(run)) as files, interruptible(models):
+            if args.batch and run.pays():
+                await fill_cache(path, run)
+            return await carry_out(path, run, files)
     finally:
         await models.close()
         cache.close()
 
 
-async def foretell(path: str, run: Run, models: Models):
-    """Before the first call: say what may be called."""
-    models.total, asking, planned = await plan(path, run, models.cache)
-    note(plan_line(asking, planned))
-
-
-async def fill_cache(path: str, run: Run, models: Models):
+async def fill_cache(path: str, run: Run):
     """--batch: passes over the input, and batches for what they want, until the cache holds every reply."""
-    with open(f"{models.cache.path}.batch", "a", opener=private) as guard, interruptible(models):
-        refuse(not lock(guard), f"{models.cache.path}: another --batch run is using it")
-        run.models, models.batches = models, Batches(run, models)
+    models, run = run.models, copy.copy(run)
+    run.annotations = None  # they count the pairs that come by
+    with opened(f"{models.cache.path}.batch"):
+        models.batches = Batches(run, models)
         for _ in range(BATCH_PASSES):
             pending = 0
             for line, record in records_of(path, run):
@@ -3829,17 +3766,16 @@ async def fill_cache(path: str, run: Run, models: Models):
             except ApiError as error:
                 hint = "the same command goes on from here"
                 raise models.halt(f"the batch engine refused ({error}); {hint}") from None
-    raise models.halt(
-        f"{BATCH_PASSES} passes and no end: does {run.args.method} ask something new each time?"
-    )
 
 
 async def fate(line: int, record, run: Run) -> Outcome:
     """What becomes of a record; a bug in a method of one's own stops the run and names the record's line."""
     try:
         outcome = await run.outcome(record)
-    except (Stop, Pending, UserError):
+    except (Pending, UserError):
         raise
+    except Stop as stop:  # the cache's, too
+        raise run.models.halt(str(stop), stop.status) from None
     except Exception as error:
         if not run.models.stop:  # others in work may well raise the same
             traceback.print_exc()
@@ -3848,51 +3784,46 @@ async def fate(line: int, record, run: Run) -> Outcome:
     return outcome
 
 
-async def carry_out(path: str, run: Run, models: Models, files: Files) -> int:
-    """The run itself: records through the method, outcomes into files, books, report and review page."""
-    args, books, run.models = run.args, Books(), models
+async def carry_out(path: str, run: Run, files: Files) -> int:
+    """The run itself: records through the method, outcomes into files, report and review page."""
+    args, models, said = run.args, run.models, run.annotations
     report, review = Report(run.seed, run.orders), ReviewQueue(run.seed)
-    takers = list(itertools.compress((books, report, review), (True, files.paths[4], files.paths[6])))
-    bar = progress()
+    takers = list(itertools.compress((report, review), files.pages[::2]))
 
     def emit(outcome: Outcome):
-        for taker in takers:
-            taker.add(outcome)
         try:
-            files.add(outcome, run)
+            files.add(outcome)
         except (TypeError, ValueError, AssertionError) as error:  # a pair of a method of one's own
             line = f"{args.input_file}:{outcome.record.line}"
             raise models.halt(f"{line}: {args.method} made a pair that no row can hold: {error}") from None
+        for taker in takers:
+            taker.add(outcome)
         bar.total = models.total
-        if bar.update() or books.read == models.total:  # it was drawn, as it is a few times a second at most
-            cost = {"cost": f"{models.spent:.4g}"} if args.prices else {}
-            bar.set_postfix(books.counts() | {"tokens": models.tokens()} | cost)
+        if bar.update() or files.read == models.total:  # it was drawn, as it is a few times a second at most
+            counts = {"pairs": files.pairs, "drops": files.dropped.total(), "failures": files.curable}
+            counts |= {"tokens": models.tokens()} | ({"cost": f"{models.spent:.4g}"} if args.prices else {})
+            bar.set_postfix(counts)
 
-    try:
-        with interruptible(models):
-            work = lambda item: fate(*item, run)
-            await in_order(records_of(path, run), work, emit, args.concurrency, models)
-    finally:
-        bar.close()
-    if run.annotations:
-        problems = run.annotations.problems + run.annotations.unused()
-        none = "none of the verdicts is about a pair of this input: give the file that the page was made from"
-        for problem in problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20):
+    with contextlib.closing(progress()) as bar:
+        work = lambda item: fate(*item, run)
+        await in_order(records_of(path, run), work, emit, args.concurrency, models)
+    if said:
+        for problem in said.problems + said.unused():
             note(problem)
-        if not models.stop and not run.annotations.met:
-            models.halt(none, 2)
-    stopped = models.stop
-    files.close(done=not stopped)
-    lines = [] if stopped else report_out(path, run, files, report, review)
-    print("\n".join(lines + books.lines() + last_lines(books, files, models)))
-    if stopped:
-        raise stopped
-    return 1 if books.curable or not books.pairs else 0
+        if not said.met:
+            models.halt("none of the verdicts is about a pair of this input: give the page's own input", 2)
+    if not models.stop:
+        files.finish()
+    lines = [] if models.stop else report_out(path, run, files, report, review)
+    print("\n".join(lines + summary(files, models)))
+    if models.stop:
+        raise models.stop
+    return 1 if files.curable or not files.pairs else 0
 
 
 def report_out(path: str, run: Run, files: Files, report: Report, review: ReviewQueue) -> list[str]:
     """Write the report's page and numbers and the review page -> the terminal's lines."""
-    page, data, review_page = files.paths[4:]
+    page, data, review_page = files.pages
     texts, lines = {review_page: review.page()} if review_page else {}, []
     if page:
         human = run.annotations.numbers() if run.annotations else None
@@ -3900,8 +3831,8 @@ def report_out(path: str, run: Run, files: Files, report: Report, review: Review
         texts |= {data: json.dumps(numbers, ensure_ascii=False, indent=1) + "\n", page: report_html(numbers)}
         lines = report_lines(numbers)
     for name, text in texts.items():
-        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-        with open(name, "w", encoding="utf-8", newline="\n", opener=private) as file:
+        with opened(name) as file:
+            file.truncate(0)
             file.write(text)
     return lines
 
@@ -3915,8 +3846,8 @@ def settings_of(path: str, run: Run) -> dict:
     settings["models"] = [model.name for model in run.asked() if model not in run.judges]
     settings["judges"] = [model.name for model in run.judges]
     packages = [name for name in ("openai", "dashscope") if importlib.util.find_spec(name)]
-    settings["versions"] = {name: importlib.metadata.version(name) for name in packages}
-    settings["versions"]["python"] = ".".join(map(str, sys.version_info[:3]))
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    settings["versions"] = versions | {"python": ".".join(map(str, sys.version_info[:3]))}
     with open(path, "rb") as file:
         settings["input_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return json.loads(scrub(json.dumps(settings, ensure_ascii=False)))  # a file's name need not be UTF-8
@@ -3944,11 +3875,7 @@ def interruptible(models: Models):
         note(f"\nstopping: {models.in_flight} calls in flight come home first; Ctrl-C again leaves them")
         loop.call_soon_threadsafe(models.halt, "interrupted", 130)
 
-    try:
-        former = signal.signal(signal.SIGINT, stop)
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        yield
-        return
+    former = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
@@ -3967,18 +3894,16 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     if not argv:
-        print(
-            WELCOME + "".join(f"  {name:18} {first_line(method)}\n" for name, method in METHODS.items()),
-            end="",
-        )
+        title, _, commands, *_ = __doc__.split("\n\n")
+        print(title, commands + "\n" + catalogue({"Methods": METHODS}), sep="\n\n")
         return 0
     try:
         return asyncio.run(construct(build_parser().parse_args(argv)))
     except UserError as error:
-        note(f"{PROGRAM}: error: {redacted(str(error))}")
+        note(f"{PROGRAM}: error: {error}")
         return 2
     except Stop as stop:
-        note(f"{PROGRAM}: stopped: {redacted(str(stop))}")
+        note(f"{PROGRAM}: stopped: {stop}")
         return stop.status
     except BrokenPipeError:  # `| head`: all files are written by then
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (or it complains at exit)

@@ -70,7 +70,7 @@ REFUSED = {
     "no folder can be made": (["--input-file", DEMO, "--output-path", "/proc/none/o.jsonl"], ["--provider", "offline"], "/proc/none"),
     "a name too long": (["--input-file", DEMO, "--output-path", "n" * 300 + ".jsonl"], ["--provider", "offline"], "cannot be written"),
     "no table out": (["--input-file", DEMO, "--output-path", "o.csv"], [], "name a .jsonl file"),
-    "renamed onto a field": (["--input-file", "two.jsonl", "--rename", "question=prompt"], ["--provider", "offline"], "a field 'prompt' already"),
+    "renamed onto a field": (["--input-file", "two.jsonl", "--rename", "question=prompt"], ["--provider", "offline"], "two fields of one name"),
     "one file for two": (["--input-file", DEMO, "--candidates-path", "o.jsonl", "--output-path", "o.jsonl"], [], "the same"),
     "excluded is missing": (["--input-file", DEMO, "--exclude-prompts", "none.jsonl"], [], "none.jsonl: no such"),
     "missing rubric": (["--input-file", DEMO, "--rubric", "none.txt"], [], "none.txt"),
@@ -155,7 +155,7 @@ def test_every_record_is_a_pair_or_a_drop_with_its_line(rlhf, tmp_path):
         lines[0],
         '{"prompt": " "}',
         '{"prompt": "refuse me"}',
-        '"a plain string"',
+        '"a string"',
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     bad = lambda call: Fault(400) if "refuse" in call.prompt else demo_world(call)
@@ -521,12 +521,8 @@ def test_a_broken_cache_is_named_and_left_alone(rlhf, tmp_path):
     (tmp_path / "c.sqlite").write_bytes(b"no database " * 99)
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, "--cache-path", "c.sqlite", api=api)
-        assert (
-            result.status == 2
-            and "c.sqlite" in result.err
-            and "Traceback" not in result.err
-            and not api.calls
-        )
+        assert result.status == 2 and not api.calls
+        assert "c.sqlite" in result.err and "Traceback" not in result.err
 
 
 def test_an_input_that_breaks_off_is_an_error_with_the_progress_kept(rlhf, tmp_path):
@@ -547,9 +543,8 @@ def test_a_bug_in_a_method_of_ones_own_shows_its_line_and_keeps_the_progress(rlh
     monkeypatch.setitem(rc.METHODS, "mine", mine)
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, "--method", "mine", *MODELS, api=api)
-    assert (
-        result.status == 3 and "ZeroDivisionError" in result.err and "in.jsonl:8: mine raised" in result.err
-    )
+    assert result.status == 3
+    assert "ZeroDivisionError" in result.err and "in.jsonl:8: mine raised" in result.err
 
 
 def test_a_method_of_ones_own_has_everything_without_a_line_for_it(rlhf, monkeypatch):
@@ -567,11 +562,9 @@ def test_a_method_of_ones_own_has_everything_without_a_line_for_it(rlhf, monkeyp
         result = rlhf(PROMPTS, "--method", "revise", *MODELS, api=api)
         calls = api.count()
         assert result.status == 0 and len(result.pairs) + len(result.dropped) == 12
-        assert (
-            f"= {calls} calls" in result.err
-            and rlhf(PROMPTS, "--method", "revise", *MODELS, api=api).status == 0
-        )
-        assert api.count() == calls == 48
+        assert f"= {calls} calls" in result.err
+        again = rlhf(PROMPTS, "--method", "revise", *MODELS, api=api)
+        assert again.status == 0 and api.count() == calls == 48
 
 
 # --- report and review
@@ -632,11 +625,21 @@ def test_annotators_who_disagree_drop_the_pair(rlhf, tmp_path):
     )
 
 
+def test_a_pair_is_counted_once_though_the_plan_passes_it_too(rlhf, tmp_path):
+    """Only where a judge is asked is there a plan, and only its first call asks for it."""
+    first = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", output="a.jsonl").pairs
+    write_jsonl(tmp_path / "v.jsonl", judged_by("Ann", first, ["chosen"]))
+    write_jsonl(tmp_path / "b.jsonl", [*first, {"prompt": "Q?", "responses": ["an answer", "a worse one"]}])
+    flags = ("--method", "rank_responses", *MODELS, "--judge-model", "gpt-4o", "--annotations", "v.jsonl")
+    with Api(demo_world) as api:
+        result = rlhf(tmp_path / "b.jsonl", *flags, api=api)
+    assert api.count() == 2 and "reviewed 1 of 30 pairs" in result.out
+
+
 def test_annotations_without_their_pairs_are_refused(rlhf, tmp_path):
     (tmp_path / "v.jsonl").write_text("{}\n")
-    assert (
-        "need --method rank_responses" in rlhf(DEMO, "--provider", "offline", "--annotations", "v.jsonl").err
-    )
+    result = rlhf(DEMO, "--provider", "offline", "--annotations", "v.jsonl")
+    assert "need --method rank_responses" in result.err
     refused = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "v.jsonl")
     assert refused.status == 2 and "no line of it is a verdict" in refused.err
 
@@ -693,14 +696,8 @@ def test_nobody_reading_the_summary_is_no_error(process, tmp_path):
 
 
 def test_annotations_of_another_file_are_refused(rlhf, tmp_path):
-    verdict = {
-        "pair_id": "0" * 16,
-        "prompt_id": "",
-        "choice": "rejected",
-        "queue": "random",
-        "annotator": "ann",
-    }
-    write_jsonl(tmp_path / "a.jsonl", [verdict])
+    other = {"prompt": "Another", "chosen": "a", "rejected": "b", "prompt_id": ""}
+    write_jsonl(tmp_path / "a.jsonl", judged_by("Ann", [other], ["rejected"]))
     result = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "a.jsonl")
     assert result.status == 2 and "none of the verdicts" in result.err and not result.output.exists()
 
@@ -735,15 +732,8 @@ def test_what_would_defeat_a_guarantee_is_refused(rlhf, flags, says):
 
 
 def test_one_request_asked_twice_at_once_is_paid_once_and_a_rerun_gives_the_same(rlhf):
-    flags = (
-        "--method",
-        "generate_pairs",
-        "--candidate-models",
-        "gpt-4o",
-        "openai:gpt-4o",
-        "gpt-4o-mini",
-        "gpt-4o-mini",
-    )
+    pool = ("gpt-4o", "openai:gpt-4o", "gpt-4o-mini", "gpt-4o-mini")
+    flags = ("--method", "generate_pairs", "--candidate-models", *pool)
     with Api(demo_world) as api:
         first = rlhf(PROMPTS, *MODELS, *flags, api=api).output.read_bytes()
         calls = api.count()

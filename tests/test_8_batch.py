@@ -276,7 +276,7 @@ def test_two_batch_runs_do_not_share_a_cache(tmp_path):
             time.sleep(0.01)
         second = start(tmp_path, api, *flags, "--output-path", "b.jsonl")
         _, err = second.communicate(timeout=30)
-        assert second.returncode == 2 and "another --batch run" in err
+        assert second.returncode == 2 and ".batch: another run is using it" in err
         first.kill()
         first.communicate()
 
