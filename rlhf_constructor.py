@@ -3808,7 +3808,8 @@ async def carry_out(path: str, run: Run, files: Files) -> int:
         work = lambda item: fate(*item, run)
         await in_order(records_of(path, run), work, emit, args.concurrency, models)
     if said:
-        for problem in said.problems + said.unused():
+        problems = said.problems + said.unused()
+        for problem in problems[:20] + [f"... and {len(problems) - 20} more"] * (len(problems) > 20):
             note(problem)
         if not said.met:
             models.halt("none of the verdicts is about a pair of this input: give the page's own input", 2)
@@ -3830,10 +3831,13 @@ def report_out(path: str, run: Run, files: Files, report: Report, review: Review
         numbers = report.numbers(settings_of(path, run), run.models.rows(), human)
         texts |= {data: json.dumps(numbers, ensure_ascii=False, indent=1) + "\n", page: report_html(numbers)}
         lines = report_lines(numbers)
-    for name, text in texts.items():
-        with opened(name) as file:
-            file.truncate(0)
-            file.write(text)
+    try:
+        for name, text in texts.items():
+            with opened(name) as file:
+                file.truncate(0)
+                file.write(text)
+    except UserError as error:  # too late to be the user's
+        raise Stop(f"the pairs are written, but {error}") from None
     return lines
 
 
