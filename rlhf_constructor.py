@@ -1070,8 +1070,14 @@ def similarity(a: str, b: str, floor: float) -> float:
     sample = runs(a, 5, max(1, len(a) // 16))  # at `floor` .8 half of them missing is one in 1,000
     if sum(gram in b for gram in sample) < len(sample) / 2:
         return 0.0
-    ours, theirs = set(runs(a, 5)), set(runs(b, 5))
+    ours, theirs = grams(a), grams(b)
     return len(ours & theirs) / len(ours | theirs)
+
+
+@functools.lru_cache(maxsize=16)
+def grams(text: str) -> set[str]:
+    """The character 5-grams of a text, kept for a while: the report compares one with several."""
+    return set(runs(text, 5))
 
 
 @register(FILTERS, on="pair")
@@ -1785,13 +1791,13 @@ class Models:
             door = model.provider, model.url, key_of(model)
             if door not in self.providers:
                 make = PROVIDERS[model.provider]
+                gc.set_threshold(20_000)  # looking for garbage every 700 objects took 15 % of the time
                 try:
                     self.providers[door] = make(*door[1:], self.args.timeout)
                 except Exception as error:  # its text may quote a proxy's password
                     hint = "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
                     raise self.halt(f"{model.name}: no client ({type(error).__name__}): {hint}") from None
-                gc.freeze()  # an SDK's objects are there to stay: collecting garbage need not look through
-                gc.set_threshold(20_000)  # them again and again, which took 13 % of a run's time
+                gc.freeze()  # an SDK's objects are there to stay
             self.lanes[model] = Lane(model, self.providers[door])
         return self.lanes[model]
 

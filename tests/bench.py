@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SCRIPT, BARE, SERVER = ROOT / "rlhf_constructor.py", ROOT / "tests" / "bare.py", ROOT / "tests" / "server.py"
 LATENCY = 0.2  # seconds the server takes for an answer
-REPEATS = {16: 1, 64: 2, 256: 3}  # by calls in flight: short runs are the noisy ones
+REPEATS = {16: 1, 64: 2, 256: 5}  # by calls in flight: short runs are the noisy ones
 API = {"openai": "/v1", "dashscope": "/api/v1"}  # where the server speaks a provider's protocol
 PARTS = {}
 
