@@ -2540,7 +2540,7 @@ def self_repetition(texts: list[str]) -> Measured:
     """Share of texts with a run of 10 words (20 if over 30 % are CJK characters) that 3 others hold too."""
     passages = []
     for words in (tokens(text)[:DIVERSITY] for text in texts):
-        cjk = sum(map("\u3040".__le__, words)) > 0.3 * len(words)
+        cjk = sum(word >= "\u3040" for word in words) > 0.3 * len(words)
         passages.append(set(map(hash, ngrams(words, 20 if cjk else 10))))
     holders = Counter(itertools.chain.from_iterable(passages))
     common = {gram for gram, n in holders.items() if n > 3}
