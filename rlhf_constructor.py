@@ -839,11 +839,14 @@ async def together(tasks: list) -> list:
 # ----------------------------------------------------------------------------------------------------------
 # EDIT HERE to add a method: copy one, rename it, give it a one-line docstring, and --method knows it. Cache,
 # resume, filters, report and accounting come with it. A method works through `run`:
-#   run.high, run.low, run.candidates   the models that the flags name
+#   run.high, run.low, run.candidates, run.judges           the models that the flags name
 #   await run.ask_all(record, [(model, sample), ...])       -> usable answers; raises Failed if fewer than two
-#   await run.ask_text(record, model, [messages], sample)   -> one text, for drafts, critiques, revisions
+#   await run.ask_text(record, model, messages, sample=0)   -> one text, for drafts, critiques, revisions
 #   await run.judge(record, answers)                        -> the same answers with score and votes
-# It opens no file and catches nothing; what it raises is accounted for. `register` may be told:
+#   pair_up(record, answers, run)                           -> pairs by --strategy, from answers with votes
+# It opens no file and catches nothing. `raise Failed("judge", "the draft won")` drops the record for that
+# reason; any other exception is a bug and stops the run. A plain `def` works, but it cannot ask anybody.
+# `register` may be told:
 #   gap           points by which chosen must lead (default 1)
 #   asks          which of run's models it calls: high, low, candidates (default high and low)
 #   needs_judge   --judge-model none is refused
@@ -857,7 +860,7 @@ async def model_comparison(record: Record, run: Run) -> list[Pair]:
     if not run.judges:  # --judge-model none: the models are trusted, and the rows carry no scores
         return [Pair(record, chosen=high, rejected=low)]
     high, low = await run.judge(record, [high, low])
-    [pair] = pair_up(record, [high, low], run)
+    [pair] = pair_up(record, [high, low], run)  # of two answers, every strategy makes one pair
     if pair.chosen is low and not (run.flips and beats(low, high, by=FLIP_GAP)):
         raise Failed("judge", "low model won")
     return [pair]
@@ -1055,7 +1058,8 @@ def folded(text: str) -> str:
 @register(FILTERS, on="pair")
 def near_duplicate(pair: Pair, run) -> str | None:
     """80 % of the two answers' character 5-grams are the same, and no judge sees a gap of 3 points"""
-    judged = pair.chosen.slots or (len(pair.chosen.votes) > 1 and pair.record.signal == "score")
+    confirmed = len(pair.chosen.votes) > 1 and pair.record.signal == "score"  # by a second score in the input
+    judged = pair.chosen.slots or confirmed
     if pair.human or (judged and pair.gap >= NEAR_DUPLICATE_GAP):
         return None
     similar = similarity(pair.chosen.text, pair.rejected.text, NEAR_DUPLICATE)
@@ -1132,6 +1136,7 @@ def floor(pair: Pair, run) -> str | None:
 # ----------------------------------------------------------------------------------------------------------
 # EDIT HERE to add a format: `as_name(pair, run)` -> rows with the same keys, in the same order, every time.
 # Loaders fix a column's type by its first rows: no nulls, scores always floats, ids always strings.
+# `register` may be told `once`: fields by which a row that came before is not written again.
 
 
 @register(OUTPUTS)
@@ -2041,25 +2046,27 @@ class Run:
         if model == Model("offline", "reference"):
             return Answer(record.reference, "reference")
         try:
-            reply = await self.ask_reply(record, model, record.messages, sample)
+            return await self.generate(record, model, record.messages, sample)
         except Failed as error:
             return error
-        return Answer(without_thinking(reply.text).strip(), model.name, finish=reply.finish)
 
     async def ask_text(self, record: Record, model: Model, messages: list[dict], sample: int = 0) -> str:
-        """Ask a model anything about a record -> its text; raises Failed."""
-        reply = await self.ask_reply(record, model, messages, sample)
-        return without_thinking(reply.text).strip()
+        """Ask a model anything about a record -> its text; raises Failed, also for what no answer may be."""
+        answer = await self.generate(record, model, messages, sample)
+        if reason := self.complaint("answer", record, answer):
+            raise Failed("filter", reason)
+        return answer.text
 
-    async def ask_reply(self, record: Record, model: Model, messages: list[dict], sample: int) -> Reply:
-        """The reply of a model that generates, steered by --system-prompt."""
+    async def generate(self, record: Record, model: Model, messages: list[dict], sample: int) -> Answer:
+        """The answer of a model, steered by --system-prompt, without what it thought."""
         if self.args.system_prompt:
             own = messages[0]["content"] if messages[0]["role"] == "system" else ""
             system = "\n\n".join(filter(None, (self.args.system_prompt, own)))
             messages = [{"role": "system", "content": system}, *messages[bool(own) :]]
         given = self.args.temperature
         options = self.options(model, TEMPERATURES[sample % len(TEMPERATURES)] if given is None else given)
-        return await self.models.ask(model, messages, options, sample, "answer", record.reference)
+        reply = await self.models.ask(model, messages, options, sample, "answer", record.reference)
+        return Answer(without_thinking(reply.text).strip(), model.name, finish=reply.finish)
 
     def usable(self, record, answers, failures: list = (), drop_refusals=False) -> list[Answer]:
         """Answers that pass the answer filters, each text once; raises Failed with fewer than two of them."""
@@ -2157,6 +2164,8 @@ class Run:
         if pair.chosen.votes and not pair.human and not beats(pair.chosen, pair.rejected):
             return Failed("judge", "orders disagree")
         reason = self.complaint("pair", pair, self)
+        for answer in (pair.chosen, pair.rejected):  # a method of one's own may have made them itself
+            reason = reason or self.complaint("answer", pair.record, answer)
         return Failed("filter", reason) if reason else pair
 
 

@@ -370,3 +370,29 @@ def test_a_name_is_taken_once_and_needs_a_docstring():
     for entry, reason in ((model_comparison, "the name is taken"), (lambda: 0, "no docstring")):
         with pytest.raises(ValueError, match=reason):
             rc.register(rc.METHODS)(entry)
+
+
+# --- a method of one's own meets the same filters
+
+LOOP = "Well, this is a loop that goes on. " * 40
+UNFIT = {"empty answer": "", "control tokens": "<|im_end|> Yes.", "repetition loop": LOOP,
+         "truncated": rc.Reply("It is for", finish="length")}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", UNFIT)
+def test_what_no_answer_may_be_is_no_text_to_work_with(reason):
+    run = run_of(*STRONG_AND_WEAK, *judged_by("judge"), says=lambda name, prompt: UNFIT[reason])
+    assert why(wait(run.ask_text(ask(), run.high, ask().messages))) == f"filter: {reason}"
+
+
+@pytest.mark.parametrize("reason", ["empty answer", "control tokens", "repetition loop"])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_what_no_answer_may_be_is_no_side_of_a_pair(reason, side):
+    texts = {"chosen": "It is 42, for six sevens are that.", "rejected": "No idea."} | {side: UNFIT[reason]}
+
+    def mine(record, run):
+        return [rc.Pair(record, *map(rc.Answer, texts.values()))]
+
+    run = run_of("--judge-model", "none")
+    run.method = mine
+    assert fate(ask(reference="42"), run) == f"filter: {reason}"
