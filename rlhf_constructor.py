@@ -79,7 +79,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # ----------------------------------------------------------------------------------------------------------
-# §1 SETTINGS AND TYPES: constants to edit; Record, Answer, Pair; Failed, Pending, Stop, UserError; register
+# §1 SETTINGS AND TYPES: constants; Record, Answer, Pair, Outcome; Failed, Pending, Stop, UserError; register
 # ----------------------------------------------------------------------------------------------------------
 
 # (high, low) models of each provider when no flag names them. Checked 2026-11: model names age, edit them.
@@ -160,6 +160,22 @@ class Pair:
         return None if None in values else values[0] - values[1]
 
 
+@dataclass
+class Outcome:
+    """What became of one record: its pairs, or the stage and reason of the drop."""
+
+    record: Record
+    pairs: list[Pair] = field(default_factory=list)
+    stage: str = ""
+    reason: str = ""
+    curable: bool = False  # see Failed
+
+    @property
+    def answers(self) -> list[Answer]:
+        """The whole pool, judged where a judge was reached."""
+        return self.record.answers
+
+
 class UserError(Exception):
     """Something the user can mend: one line, exit status 2, before anything is called or written."""
 
@@ -228,22 +244,6 @@ TOKEN = re.compile(rf"[{CJK}]|[A-Za-z0-9\u00c0-\u024f\u0400-\u04ff_']+")
 def tokens(text: str) -> list[str]:
     """Words and CJK characters, lower-cased: `"Ship 两 boxes"` -> `["ship", "两", "boxes"]`."""
     return TOKEN.findall(text.lower())
-
-
-@dataclass
-class Outcome:
-    """What became of one record: its pairs, or the stage and reason of the drop."""
-
-    record: Record
-    pairs: list[Pair] = field(default_factory=list)
-    stage: str = ""
-    reason: str = ""
-    curable: bool = False  # see Failed
-
-    @property
-    def answers(self) -> list[Answer]:
-        """The whole pool, judged where a judge was reached."""
-        return self.record.answers
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -898,7 +898,7 @@ def pair_up(record: Record, answers: list[Answer], run) -> list[Pair]:
         raise ValueError("pair_up needs votes: await run.judge(record, answers) first")
     ranked = sorted(answers, key=lambda a: (-a.value, digest(run.seed, record.messages, a.text)))
     pairs = [Pair(record, a, b, penalty(a, b, run)) for a, b in STRATEGIES[run.strategy](ranked, record, run)]
-    pairs = [pair for pair in pairs if beats(pair.chosen, pair.rejected) and pair.gap > 0]
+    pairs = [pair for pair in pairs if beats(pair.chosen, pair.rejected) and pair.gap > 0]  # 0 by rounding
     if not pairs:
         tied = ranked[0].votes == ranked[-1].votes
         raise Failed("input" if record.signal else "judge", "tie" if tied else "orders disagree")
@@ -2068,7 +2068,7 @@ class Run:
         reply = await self.models.ask(model, messages, options, sample, "answer", record.reference)
         return Answer(without_thinking(reply.text).strip(), model.name, finish=reply.finish)
 
-    def usable(self, record, answers, failures: list = (), drop_refusals=False) -> list[Answer]:
+    def usable(self, record, answers, failures=(), drop_refusals=False) -> list[Answer]:
         """Answers that pass the answer filters, each text once; raises Failed with fewer than two of them."""
         kept, reasons = [], list(failures)
         for answer in answers:
