@@ -2639,7 +2639,7 @@ def family(model: str) -> str:
 
 ADVICE = {
     "yield": "Few records give a pair: raise --temperature, --num-candidates, or name a weaker --low-model.",
-    "length": "A model learns length from this: raise --length-penalty if chosen is longer, else lower it.",
+    "length": "A model learns length from this: more --length-penalty favours short answers, less long.",
     "order": "The judge follows the order: keep --judge-orders 2, raise --min-score-gap, add --judge-model.",
     "format": "A model learns decoration from this: let a --rubric refuse it, a --system-prompt forbid it.",
     "writer": "Labels say who wrote it: --method generate_pairs, --candidate-models, --when-low-wins flip.",
