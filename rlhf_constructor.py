@@ -460,10 +460,10 @@ SIGNALS = {  # name -> (kind, width of the scale in points, 0 = unknown); lists 
 }
 OWN = ("model", *(name for name in SIGNALS if name != "order"))  # what is said of one answer
 BESIDE = {form: name for name in SIGNALS for form in (name, f"{name}s", f"all_{name}s")}
-LEADS = {  # by how much the second answer is better: name -> (the first's field, a tie, width of the scale)
-    "preference": ("output_1", 1.5, 0.5),  # AlpacaEval
-    "preference_strength": ("response_1", 0.0, 3.0),  # HelpSteer2
-    "overall_preference": ("response1", 0.0, 3.0),  # HelpSteer3
+LEADS = {  # by how much the second answer is better: name -> (their fields, a tie, width of the scale)
+    "preference": (("output_1", "output_2"), 1.5, 0.5),  # AlpacaEval
+    "preference_strength": (("response_1", "response_2"), 0.0, 3.0),  # HelpSteer2
+    "overall_preference": (("response1", "response2"), 0.0, 3.0),  # HelpSteer3
 }
 WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "by labels", "by flags")
 EVEN = r"tie|draw|both|neither"
@@ -519,9 +519,16 @@ def ready_texts(row: dict, names: tuple) -> dict:
 
 
 # Answers as a row holds them. `ends` tell their fields apart: a, b; 1, 2; chosen, rejected; none in a list.
-Shape = namedtuple("Shape", "texts ends columns")  # columns: [(a name of OWN or SIGNALS, a value per answer)]
+# columns: [(a name of OWN or SIGNALS, a value per answer)]; fields: those of the row that it has them from.
+Shape = namedtuple("Shape", "texts ends columns fields")
 # What one signal says: kind is choice, score or rank; votes: text -> a tuple, higher is better.
 Claim = namedtuple("Claim", "name kind scale votes")
+UNSAID = (None, "", [])
+
+
+def spaced(text) -> str:
+    """A text as signals know it, white space folded; "" for what is none."""
+    return " ".join(text.split()) if isinstance(text, str) else ""
 
 
 def add_answers(record: Record, row: dict):
@@ -533,7 +540,7 @@ def add_answers(record: Record, row: dict):
     shapes = shapes_of(row)
     if not shapes:
         raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}")
-    texts, ends, columns = shapes[0]
+    texts, ends, columns, _ = shapes[0]
     if ends not in READY and any(len(values) != len(texts) for _, values in columns):
         raise Failed("input", f"lists of unequal length: {len(texts)} answers")
     models = next((values for name, values in columns if name == "model" and any(values)), [""] * len(texts))
@@ -541,6 +548,8 @@ def add_answers(record: Record, row: dict):
     record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=True)]
     verdicts = {name: row[name] for name in WINNERS if name in row}
     verdicts = {name: said for name, said in verdicts.items() if said is not None} or verdicts
+    for one, two in itertools.combinations(shapes, 2):
+        check_places(one, two, row, verdicts)
     claims = [claim for shape in shapes for claim in claims_of(shape, row, verdicts)]
     unheard = [said for name, said in verdicts.items() if name not in {claim.name for claim in claims}]
     if unheard:
@@ -559,7 +568,7 @@ def shapes_of(row: dict) -> list[Shape]:
         items = [item if isinstance(item, dict) else {"text": item} for item in items]
         texts = [next((item[name] for name in TEXTS if item.get(name)), "") for item in items]
         columns = [(name, [item.get(name) for item in items]) for name in OWN]
-        lists.append(Shape(texts, (), columns + beside + models))
+        lists.append(Shape(texts, (), columns + beside + models, set()))
     beside = [] if lists else beside
     pairs = [sided(row, names, names, FORMS, beside) for names in READY if None not in map(row.get, names)]
     runs = []
@@ -574,7 +583,28 @@ def shapes_of(row: dict) -> list[Shape]:
 def sided(row: dict, fields: list, ends: tuple, forms: tuple, beside: list) -> Shape:
     """Answers in fields of their own, with the fields of the same form: score_a, model_a; chosen_score."""
     columns = [(name, [row.get(form.format(name, end)) for end in ends]) for name in OWN for form in forms]
-    return Shape([row[field] for field in fields], ends, columns + beside)
+    said = {form.format(name, end) for name in SIGNALS for form in forms for end in ends}
+    said = {name for name in said if row.get(name) is not None}
+    return Shape([row[field] for field in fields], ends, columns + beside, said)
+
+
+def check_places(one: Shape, two: Shape, row: dict, verdicts: dict):
+    """Raises Failed if the row says by places what could be meant of either shape, and their texts differ."""
+    ours, theirs = ({spaced(text) for text in shape.texts} - {""} for shape in (one, two))
+    same = ours <= theirs if one.ends in READY else ours == theirs  # a ready pair may be two of a list
+    both = by_place(one, row, verdicts) & by_place(two, row, verdicts)
+    if both and ours and theirs and not same:
+        raise Failed("input", f"ambiguous: which answers does `{min(both)}` speak of?")
+
+
+def by_place(shape: Shape, row: dict, verdicts: dict) -> set[str]:
+    """The fields of the row that could speak of a shape's answers by their places."""
+    beside = {
+        name for name in BESIDE if isinstance(row.get(name), list) and len(row[name]) == len(shape.texts)
+    }
+    beside = {name for name in beside if not all(value in UNSAID for value in row[name])}
+    chosen = {name for name, said in verdicts.items() if winner_index(name, said, shape) is not None}
+    return shape.fields | beside | chosen
 
 
 def claims_of(shape: Shape, row: dict, verdicts: dict) -> list[Claim]:
@@ -585,17 +615,17 @@ def claims_of(shape: Shape, row: dict, verdicts: dict) -> list[Claim]:
     best |= {name: winner_index(name, said, shape) for name, said in verdicts.items()}
     choices = {name: index for name, index in best.items() if index in range(count)}
     said = [(name, "choice", 0.0, [float(i == at) for i in range(count)]) for name, at in choices.items()]
-    for name, (first, even, scale) in LEADS.items():
-        if row.get(name) is not None and count == 2 and row.get(first) == shape.texts[0]:
+    for name, (fields, even, scale) in LEADS.items():
+        if row.get(name) is not None and shape.texts == [row.get(field) for field in fields]:
             place = number(row[name])
             lead = math.nan if place is None else place - even
             if not 0 < abs(lead) <= scale:  # -100: neither
                 raise Failed("input", "tie" if lead == 0 else "no preference")
             said.append((name, "score", scale, [0.0, lead]))
     for name, values in shape.columns:
-        if name in SIGNALS and len(values) == count and any(value not in (None, [], "") for value in values):
+        if name in SIGNALS and len(values) == count and not all(value in UNSAID for value in values):
             said.append((name, *SIGNALS[name], values))
-    texts = [text.strip() if isinstance(text, str) else "" for text in shape.texts]
+    texts = [spaced(text) for text in shape.texts]
     return [claim_on(texts, *one, most=math.inf if ready else count) for one in said]
 
 
@@ -639,7 +669,7 @@ def settle(record: Record, claims: list[Claim]):
     """Keep the answers that every claim (on two at least) rates, with the votes of all; raises Failed."""
     if any(claim.name == "fine-grained_score" for claim in claims):
         claims = [claim for claim in claims if claim.name != "overall_score"]
-    of = lambda answer, claim: claim.votes.get(answer.text)
+    of = lambda answer, claim: claim.votes.get(spaced(answer.text))
     said = [claim for claim in claims if sum(bool(of(answer, claim)) for answer in record.answers) > 1]
     said.sort(key=lambda claim: ("choice", "score", "rank").index(claim.kind))
     rated = [answer for answer in record.answers if all(of(answer, claim) for claim in said)]

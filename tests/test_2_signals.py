@@ -311,6 +311,7 @@ DROPS = {
     "scores tie where a verdict does not": (SUFFIXED | {"winner": "a", "score_a": 2, "score_b": 2}, "input: tie"),
     "ranks tie where scores do not": (LISTS | {"scores": [9, 2], "ranks": [1, 1]}, "input: tie"),
     "a ready pair against the list it came from": (PAIR | {"generations": [B, A], "ratings": [5, 1]}, CONTRADICTION),
+    "a ready pair against its list, behind a double space": (PAIR | {"generations": [A.replace(" ", "  "), B], "ratings": [1, 5]}, CONTRADICTION),
     "a ready pair against a verdict": (PAIR | {"response_a": A, "response_b": B, "winner": "b"}, CONTRADICTION),
     "a ready pair and a verdict on something else": (PAIR | {"winner": "b"}, NOBODY),
     "two ready pairs": (PAIR | {"preferred_output": B, "non_preferred_output": A}, CONTRADICTION),
@@ -374,6 +375,36 @@ AGREE = {
 @pytest.mark.parametrize("record", AGREE.values(), ids=AGREE)
 def test_signals_that_agree_are_one(fate, record):
     assert fate(record) == (B, A)
+
+
+OTHERS = {"prompt": Q, "answers": ["Paris", "the city of Paris"]}
+OPTIONS = {
+    "prompt": Q,
+    "answer_a": "Paris",
+    "answer_b": "the city of Paris",
+    "response_a": A,
+    "response_b": B,
+}
+# fmt: off
+OF_WHICH = {
+    "an index": OTHERS | {"response_0": A, "response_1": B, "better_response_id": 1},
+    "a list beside both": OTHERS | {"response_a": A, "response_b": B, "scores": [9, 2]},
+    "a list beside a pair of other texts": OTHERS | {"chosen": A, "rejected": B, "ranks": [2, 1]},
+    "a list beside two lists": OTHERS | {"generations": [A, B], "ratings": [5, 1]},
+    "an end of two": OPTIONS | {"winner": "model_a"},
+    "scores by ends of two": OPTIONS | {"score_a": 9, "score_b": 1},
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("record", OF_WHICH.values(), ids=OF_WHICH)
+def test_what_could_speak_of_other_answers_gives_no_pair(fate, record):
+    assert fate(record).startswith("input: ambiguous: which answers does")
+
+
+def test_a_lead_speaks_of_its_own_two_answers_only(fate):
+    record = NUMBERED | {"preference_strength": -2, "responses": [A, "A reference that nobody compared."]}
+    assert fate(record).startswith(NOBODY)
 
 
 def test_two_answers_that_only_one_of_two_signals_tells_apart_form_no_pair(fate):
