@@ -447,6 +447,7 @@ def table_rows(file, delimiter: str):
 
 
 # --- Answers that exist already, and what says which of them is better (for rank_responses).
+# Who reads this file for the first time may skip to §3.
 # One name, one direction, never a guess: a higher score, a lower rank, an earlier index in `order` wins.
 # Whatever a row says is heard, in every shape; where two of its signals differ on two answers, no pair comes.
 
@@ -497,7 +498,7 @@ def battle(one: list, two: list, names: tuple = ("response_a", "response_b")) ->
 def arena_55k(row: dict) -> dict:
     """Chatbot Arena 55k: turns are JSON lists in a string, and one of three flags says who won."""
     ends = ("model_a", "model_b", "tie")
-    won = [end for end in ends if str(row.get(f"winner_{end}")) in ("1", "1.0", "True")]
+    won = [end for end in ends if str(row.get(f"winner_{end}")).lower() in ("1", "1.0", "true")]
     said = [row[name] for name in ("prompt", "response_a", "response_b")]
     asked, *both = (json.loads(text) if text[:1] == "[" else [text] for text in said)
     chats = [chat(zip(asked, answers, strict=True)) for answers in both]
@@ -546,8 +547,10 @@ def add_answers(record: Record, row: dict):
     models = next((values for name, values in columns if name == "model" and any(values)), [""] * len(texts))
     texts = [text_of({"answer": text}, "answer").strip() for text in texts]
     record.answers = [Answer(text, str(model or "")) for text, model in zip(texts, models, strict=True)]
+    if ends in READY and folded(texts[0]) == folded(texts[1]):
+        raise Failed("filter", "identical answers")
     verdicts = {name: row[name] for name in WINNERS if name in row}
-    verdicts = {name: said for name, said in verdicts.items() if said is not None} or verdicts
+    verdicts = {name: said for name, said in verdicts.items() if said not in UNSAID} or verdicts
     for one, two in itertools.combinations(shapes, 2):
         check_places(one, two, row, verdicts)
     claims = [claim for shape in shapes for claim in claims_of(shape, row, verdicts)]
@@ -568,16 +571,17 @@ def shapes_of(row: dict) -> list[Shape]:
         items = [item if isinstance(item, dict) else {"text": item} for item in items]
         texts = [next((item[name] for name in TEXTS if item.get(name)), "") for item in items]
         columns = [(name, [item.get(name) for item in items]) for name in OWN]
-        lists.append(Shape(texts, (), columns + beside + models, set()))
+        columns += beside + [(name, values) for name, values in models if len(values) == len(texts)]
+        lists.append(Shape(texts, (), columns, set()))
     beside = [] if lists else beside
     pairs = [sided(row, names, names, FORMS, beside) for names in READY if None not in map(row.get, names)]
-    runs = []
+    suffixed = []
     for stem, mark, first in (found.groups() for found in map(FIRST.fullmatch, row) if found):
         ends = tuple(chr(ord(first) + i) for i in range(8))
         fields = list(itertools.takewhile(row.__contains__, [stem + mark + end for end in ends]))
         if len(fields) > 1 and not (first == "1" and f"{stem}{mark}0" in row):
-            runs.append(sided(row, fields, ends[: len(fields)], (f"{{0}}{mark}{{1}}",), beside))
-    return pairs + lists + runs
+            suffixed.append(sided(row, fields, ends[: len(fields)], (f"{{0}}{mark}{{1}}",), beside))
+    return pairs + lists + suffixed
 
 
 def sided(row: dict, fields: list, ends: tuple, forms: tuple, beside: list) -> Shape:
@@ -631,7 +635,7 @@ def claims_of(shape: Shape, row: dict, verdicts: dict) -> list[Claim]:
 
 def winner_index(verdict: str, said, shape: Shape) -> int | None:
     """A verdict (index from 0, `model_a`, `a`, a model's name) -> index or None; raises Failed for a tie."""
-    name, place = str(said).strip().lower(), number(said)
+    name, place = "" if said is None else str(said).strip().lower(), number(said)
     end = re.sub(r"^(model|response|answer|output|assistant)_?(?=\w$)", "", name)
     found = {i for i, one in enumerate(shape.ends) if one.lower() == end}
     for column, values in shape.columns:
@@ -659,18 +663,19 @@ def claim_on(texts: list, name: str, kind: str, scale: float, values: list, most
         raise Failed("input", "votes of unequal length")
     if kind == "rank" and not all(0 <= rank <= most for _, row in rated for rank in row):
         raise Failed("input", "ranks out of range")
-    if len(set(rated)) > len(dict(rated)):
+    if any(text and row != dict(rated)[text] for text, row in rated):
         raise Failed("input", "contradictory signals: one answer, two ranks")
     sense = -1 if kind == "rank" else 1
     return Claim(name, kind, scale, {text: tuple(sense * vote for vote in row) for text, row in rated})
 
 
 def settle(record: Record, claims: list[Claim]):
-    """Keep the answers that every claim (on two at least) rates, with the votes of all; raises Failed."""
-    if any(claim.name == "fine-grained_score" for claim in claims):
-        claims = [claim for claim in claims if claim.name != "overall_score"]
+    """Give the record the answers that every claim (on two at least) rates, its signal and scale, and each
+    answer its votes in all of these claims and the first one's score; raises Failed."""
     of = lambda answer, claim: claim.votes.get(spaced(answer.text))
     said = [claim for claim in claims if sum(bool(of(answer, claim)) for answer in record.answers) > 1]
+    if any(claim.name == "fine-grained_score" for claim in said):
+        said = [claim for claim in said if claim.name != "overall_score"]
     said.sort(key=lambda claim: ("choice", "score", "rank").index(claim.kind))
     rated = [answer for answer in record.answers if all(of(answer, claim) for claim in said)]
     if not said or len(rated) < 2:
@@ -679,15 +684,16 @@ def settle(record: Record, claims: list[Claim]):
     for one, two in itertools.combinations(rated, 2):
         both = [zip(of(one, claim), of(two, claim), strict=True) for claim in said]
         signs = [{(a > b) - (a < b) for a, b in votes} for votes in both]
-        if {1} in signs and {-1} in signs:
+        if {1} in signs and {-1} in signs and one.text and two.text:
             names = ", ".join(dict.fromkeys(claim.name for claim in said))
             raise Failed("input", f"contradictory signals: {names}")
         apart = apart or {0} not in signs
     if not apart:
         raise Failed("input", "tie")
     record.answers, record.signal, record.scale = rated, said[0].kind, said[0].scale
-    scores = [claim for claim in said if claim.kind == "score" and said[0].name not in LEADS]
-    scores.sort(key=lambda claim: claim.name in ("votes", *LEADS))  # their own mean or median is better
+    # what a lead's scale measures, or what a lead says, is no score of one answer
+    scores = [claim for claim in said if claim.kind == "score" and not {claim.name, said[0].name} & {*LEADS}]
+    scores.sort(key=lambda claim: claim.name == "votes")  # their own mean or median is better
     for answer in rated:
         answer.votes = sum((of(answer, claim) for claim in said), ())
         answer.score = statistics.fmean(of(answer, scores[0])) if scores else None
@@ -1065,7 +1071,7 @@ def repeated_share(text: str) -> float:
     chinese = sum(len(word) == 1 and not word.isascii() for word in words) > 0.3 * len(words)
     found = runs(tuple(words), 20 if chinese else 10)
     counts = Counter(found)
-    inside = {i + j for i, run in enumerate(found) if counts[run] > 1 for j in range(len(run))}
+    inside = {i + j for i, passage in enumerate(found) if counts[passage] > 1 for j in range(len(passage))}
     return len(inside) / max(1, len(words))
 
 
@@ -1104,7 +1110,8 @@ def similarity(a: str, b: str, floor: float) -> float:
     sample = runs(a, 5, max(1, len(a) // 16))  # at `floor` .8 half of them missing is one in 1,000
     if sum(gram in b for gram in sample) < len(sample) / 2:
         return 0.0
-    ours, theirs = grams(a), grams(b)
+    kept = grams if len(b) <= SAMPLE_TEXT else grams.__wrapped__  # the sets of a book are 40 MB each
+    ours, theirs = kept(a), kept(b)
     return len(ours & theirs) / len(ours | theirs)
 
 
@@ -1148,7 +1155,7 @@ def chinese_share(text: str) -> tuple[float, int]:
 @register(FILTERS, on="pair")
 def gap(pair: Pair, run) -> str | None:
     """chosen is not significantly better: the gap, less any length penalty, is under --min-score-gap"""
-    small = not pair.human and pair.gap is not None and pair.gap - pair.penalty < run.needed_gap(pair)
+    small = not pair.human and pair.gap is not None and pair.gap - pair.penalty < run.needed_gap(pair) - 1e-9
     return "gap too small" if small else None
 
 

@@ -156,6 +156,11 @@ def test_the_inputs_own_scores_and_models_are_exported(rlhf):
     assert (row["score_chosen"], row["chosen_model"], row["rejected_model"]) == (8.5, "m", "n")
 
 
+def test_a_strength_beside_a_choice_is_no_score(rlhf):
+    [row] = rlhf([NUMBERED | {"preference_strength": -2, "winner": "response_1"}], *RANK).pairs
+    assert row["chosen"] == A and "score_chosen" not in row
+
+
 def test_the_judges_combined_score_of_a_candidates_file_is_kept_as_it_was(rlhf):
     votes = [[8, 8, 9, 9, 3, 3], [2, 2, 2, 2, 1, 1]]  # three judges: the median of 8, 9 and 3, not the mean
     [row] = rlhf([{"prompt": Q, "completions": two("response", score=[8.0, 2.0], votes=votes)}], *RANK).pairs
@@ -320,7 +325,8 @@ DROPS = {
     "a model that is called as the other one's end": (SUFFIXED | {"model_a": "b", "model_b": "a", "winner": "a"}, "input: ambiguous winner"),
     "a model that is called tie": (SUFFIXED | {"model_a": "tie", "model_b": "m", "winner": "tie"}, "input: tie"),
     "scores beyond what can be added": (LISTS | {"scores": [1e308, 1.7e308]}, UNRATED),
-    "identical chosen and rejected": (PAIR | {"rejected": f" {A.lower()} "}, CONTRADICTION),
+    "identical chosen and rejected": (PAIR | {"rejected": f" {A.lower()} "}, "filter: identical answers"),
+    "winner null, and a model called none": (SUFFIXED | {"winner": None, "model_a": "none", "model_b": "m"}, NOBODY),
 }
 # fmt: on
 
@@ -365,6 +371,12 @@ AGREE = {
     "the same answers in two shapes": LISTS | {"scores": [2, 9], "response_a": B, "response_b": A, "winner": "a"},
     "a pair and the list it came from": {"prompt": Q, "chosen": B, "rejected": A, "generations": [A, B], "ratings": [1, 5], "order": ["rejected", "chosen"]},
     "a verdict of null beside one that speaks": LISTS | {"choice": 1, "winner": None},
+    "a verdict of nothing beside one that speaks": LISTS | {"choice": 1, "winner": ""},
+    "a flag that a spreadsheet wrote": ONE_HOT | {"winner_model_a": "FALSE", "winner_model_b": "TRUE"},
+    "answers without text, rated apart": {"prompt": Q, "responses": [A, "", None, B], "scores": [3, 1, 2, 5]},
+    "a list whose answers cannot be read": PAIR | {"chosen": B, "rejected": A, "generations": [[said(B)], [said(A)]], "ratings": [5, 1]},
+    "fine-grained_score of one answer only": {"prompt": Q, "completions": two("text", **{"overall_score": [2, 8], "fine-grained_score": [4, None]})},
+    "a list of other models beside answers that name their own": {"prompt": Q, "models": ["k"], "completions": two("text", model=["m", "n"], score=[2, 9])},
     "a score for one answer only compares nothing": SUFFIXED | {"winner": "b", "score_a": 5},
     "a model whose name begins like a tie": SUFFIXED | {"model_a": "m", "model_b": "Tie-breaker-7b", "winner": "tie-breaker-7b"},
     "a model that is called as its own end": SUFFIXED | {"model_a": "a", "model_b": "b", "winner": "b"},
@@ -558,6 +570,7 @@ def fine(a, b):
 GAPS = {
     "scores of unknown range: any gap": (LISTS | {"scores": [0.02, 0.01]}, (), KEPT),
     "ratings span 4 points: .75 is too small": (LISTS | {"ratings": [4.0, 3.25]}, (), SMALL),
+    "ratings: .8 is enough": (LISTS | {"ratings": [4.0, 3.2]}, (), KEPT),
     "ratings: one point is enough": (LISTS | {"ratings": [4, 3]}, (), KEPT),
     "overall_score spans 9: 1.5 is too small": ({"prompt": Q, "responses": two("text", overall_score=[7, 5.5])}, (), SMALL),
     "overall_score: 2 is enough": ({"prompt": Q, "responses": two("text", overall_score=[7, 5])}, (), KEPT),
