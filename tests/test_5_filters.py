@@ -341,6 +341,12 @@ def test_jaccard_similarity_by_hand():
     assert rc.similarity("abcdefgh", "abcd efgx", 0.1) == pytest.approx(3 / 5)
 
 
+def test_long_texts_leave_no_5_grams_in_memory():
+    rc.grams.cache_clear()
+    long = "".join(random.Random(0).choices(ZH_LONG, k=50_000))
+    assert rc.similarity(long, long + "x", 0.8) > 0.99 and rc.grams.cache_info().currsize == 0
+
+
 def test_the_cheap_bounds_of_near_duplicates_change_no_verdict():
     draw, grams = random.Random(0), lambda text: {text[i : i + 5] for i in range(len(text) - 4)}
     for _ in range(300):
