@@ -358,8 +358,7 @@ def parse_row(row, with_answers: bool = False) -> list[Record]:
     return records
 
 
-BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark is none
-NOT_UTF_8 = "not UTF-8: convert it, e.g. iconv -f gb18030 -t utf-8"
+BLANK = b"\xef\xbb\xbf \t\r\n"  # no part of a line: a byte order mark (three bytes), white space
 # What reading raises where junk is nested in place of a text or a number.
 JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
 
@@ -390,17 +389,31 @@ def read_rows(path: str):
                 yield from table_rows(file, delimiter)
                 return
             lines = ((n, raw.strip(BLANK)) for n, raw in enumerate(file, 1) if raw.strip(BLANK))
-            first = next(lines, (1, b"[]"))
-            if first[1].startswith(b"[") or first[1] == b"{":  # an array, or one indented object
-                whole = parse_json(b"\n".join([first[1], *(raw for _, raw in lines)]))
-                held = whole.get("data") if isinstance(whole, dict) else whole
-                yield from enumerate(held if isinstance(held, list) else [whole], 1)
+            first, second = next(lines, (1, b"[]")), next(lines, None)
+            lines = itertools.chain([first], [second] if second else [], lines)
+            if first[1].startswith(b"[") or first[1] == b"{" or not second:  # an array, or one object
+                whole = parse_json(b"\n".join(raw for _, raw in lines))
+                held = held_rows(whole) if isinstance(whole, dict) else whole
+                yield from enumerate(held, 1) if isinstance(held, list) else [(first[0], whole)]
             else:
-                yield from ((n, parse_json(raw)) for n, raw in itertools.chain([first], lines))
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: {NOT_UTF_8}") from None
+                yield from ((n, parse_json(raw)) for n, raw in lines)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {not_utf_8(error)}") from None
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def held_rows(whole: dict) -> list | None:
+    """The rows that the object of a whole file wraps, `{"data": [...]}`; None if it is a record itself."""
+    if whole.keys() & {"messages", "conversations", "instruction", *PROMPT_FIELDS, *DATA_SETS}:
+        return None
+    return next(iter(whole.values())) if len(whole) == 1 else whole.get("data")
+
+
+def not_utf_8(error: UnicodeDecodeError) -> str:
+    """What is wrong with bytes that are no UTF-8, and the command that mends it."""
+    code = "utf-16" if error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "gb18030"
+    return f"not UTF-8: convert it, e.g. iconv -f {code} -t utf-8 FILE > NEW"
 
 
 def parse_json(raw: bytes):
@@ -415,8 +428,8 @@ def parse_json(raw: bytes):
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
         suspect = b"\\ud" in raw or b"\\uD" in raw  # only there can half an emoji be
         return json.loads(scrub(json.dumps(value, ensure_ascii=False))) if suspect else value
-    except UnicodeDecodeError:
-        return Failed("input", NOT_UTF_8)
+    except UnicodeDecodeError as error:
+        return Failed("input", not_utf_8(error))
     except (ValueError, RecursionError) as error:
         return Failed("input", f"not JSON: {error}")
 
@@ -429,7 +442,10 @@ def scrub(text):
 def table_rows(file, delimiter: str):
     """CSV or TSV with a header; the line is that of the row's end. An open quote costs the lines it spans."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    header = text.readline()
+    delimiter = ";" if ";" in header and delimiter not in header else delimiter  # Excel, in much of Europe
+    reader = csv.reader(itertools.chain([header], text), delimiter=delimiter, strict=True)
     names, cells = next(reader, []), []
     if max(Counter(filter(None, names)).values(), default=1) > 1:
         raise csv.Error("a name stands twice in its header")
@@ -437,9 +453,10 @@ def table_rows(file, delimiter: str):
         start = reader.line_num + 1
         try:
             cells = next(reader, None)
-            if cells and len(cells) > len(names):
+            filled = any(map(str.strip, cells or []))
+            if filled and len(cells) > len(names):
                 yield reader.line_num, Failed("input", "more cells than the header has")
-            elif cells:
+            elif filled:
                 yield reader.line_num, dict(itertools.zip_longest(names, cells))
         except csv.Error as error:
             lines = f"lines {start} to {reader.line_num}"

@@ -146,6 +146,13 @@ FILES = [
     pytest.param("in.json", json.dumps({"data": json.loads(INDENTED)}, indent=1), BOTH, id="an array in an object"),
     pytest.param("in.json", json.dumps({"prompt": "a"}, indent=4), [(1, "a")], id="one indented object"),
     pytest.param("in.json", json.dumps({"messages": turns("a")}, indent=4), [(1, "a")], id="one indented chat"),
+    pytest.param("in.json", json.dumps({"rows": json.loads(INDENTED)}, indent=1), BOTH, id="an array in an object, under any name"),
+    pytest.param("in.json", json.dumps({"data": json.loads(INDENTED)}), BOTH, id="an array in an object in one line"),
+    pytest.param("in.json", json.dumps({"prompt": "a", "data": ["b", "c"]}, indent=4), [(1, "a")], id="one indented object with data of its own"),
+    pytest.param("in.jsonl", '\n{"messages": [{"role": "user", "content": "a"}]}', [(2, "a")], id="one chat in one line"),
+    pytest.param("in.csv", "prompt;x\na, or b;1\n", [(2, "a, or b")], id="a European CSV"),
+    pytest.param("in.csv", "prompt;x,y\n1;a,2\n", [(2, "no known fields: prompt;x, y")], id="a semicolon in a name"),
+    pytest.param("in.csv", "prompt,x\na,1\n,\n , ,,\nb,2\n", [(2, "a"), (5, "b")], id="CSV with rows of empty cells"),
     pytest.param("in.csv", "prompt,x\na,1\nb,2\n", [(2, "a"), (3, "b")], id="CSV"),
     pytest.param("in.csv", '\ufeffprompt\r\n"a"\r\n\r\nb', [(2, "a"), (4, "b")], id="CSV with BOM and CRLF"),
     pytest.param("in.csv", 'prompt\n"two\nlines, ""quoted"""\n', [(3, 'two\nlines, "quoted"')], id="CSV quotes"),
@@ -226,6 +233,16 @@ UNREADABLE = [
 def test_an_unreadable_file_is_one_clear_error(tmp_path, name, content, message):
     with pytest.raises(rc.UserError, match=message):
         read(tmp_path, content, name)
+
+
+@pytest.mark.parametrize("code", ["utf-16", "gb18030"])
+@pytest.mark.parametrize("name, text", [("in.csv", "prompt\n你好\n"), ("in.jsonl", '{"prompt": "你好"}')])
+def test_a_file_that_is_not_utf_8_is_told_the_whole_command(tmp_path, name, text, code):
+    try:
+        [(_, said)] = read(tmp_path, text.encode(code), name)
+    except rc.UserError as error:
+        said = str(error)
+    assert said.endswith(f"not UTF-8: convert it, e.g. iconv -f {code} -t utf-8 FILE > NEW")
 
 
 def test_a_missing_file_is_one_clear_error(tmp_path):
