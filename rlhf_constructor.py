@@ -1278,6 +1278,28 @@ def replied(content, finish, tokens_in, tokens_out) -> Reply:
     return Reply(redacted(scrub(content)), redacted(scrub(str(finish or "stop"))), *counts)
 
 
+# Where a reply keeps its text, why it ended, tokens in and out.
+REPLY = ("choices.message.content", "choices.finish_reason", "usage.prompt_tokens", "usage.completion_tokens")
+
+
+def parts(reply, paths) -> list:
+    """What stands at each path through objects or JSON, of a list in its first item; None if nothing does."""
+    found = []
+    for path in paths:
+        thing = reply
+        for step in path.split("."):
+            thing = (thing or [None])[0] if isinstance(thing, list) else thing
+            thing = thing.get(step) if isinstance(thing, dict) else getattr(thing, step, None)
+        found.append(thing)
+    return found
+
+
+def about_tokens(text: str) -> int:
+    """Tokens of a text, roughly: 0.7 for a CJK character, 0.25 for another in ASCII, else 1."""
+    chinese, plain = len(re.findall(rf"[{CJK}]", text)), len(text.encode("ascii", "ignore"))
+    return round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
+
+
 # A provider: __init__(url, key, timeout), await call(name, messages, options, hints) -> Reply, await close().
 # EDIT HERE to add one.
 
@@ -1296,9 +1318,7 @@ class ask_openai:
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
         reply = await self.client.chat.completions.create(model=name, messages=messages, extra_body=options)
-        choice, usage = reply.choices[0], reply.usage
-        counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-        return replied(choice.message.content, choice.finish_reason, *counts)
+        return replied(*parts(reply, REPLY))
 
     def batch_client(self):
         return self.client
@@ -1338,9 +1358,8 @@ class ask_dashscope:
         if reply.status_code != 200:
             code = "ModelNotFound" if "Model not exist" in str(reply.message) else reply.code
             raise ApiError(reply.status_code, code, reply.message, (reply.headers or {}).get("Retry-After"))
-        choice, usage = reply.output["choices"][0], reply.usage or {}
-        counts = usage.get("input_tokens"), usage.get("output_tokens")
-        return replied(choice["message"]["content"], choice["finish_reason"], *counts)
+        said = ("output.choices.message.content", "output.choices.finish_reason")
+        return replied(*parts(reply, (*said, "usage.input_tokens", "usage.output_tokens")))
 
     def batch_client(self):
         """Its batch engine speaks OpenAI's protocol, at an address of its own."""
@@ -1367,7 +1386,7 @@ class ask_reward(ask_openai):
         scores = first.get("probs") or first.get("embedding") or [first.get("score")]
         if len(scores) != 1 or number(scores[0]) is None:
             raise ApiError(422, "labels", f"/classify gives {len(scores)} numbers; a reward model gives one")
-        return Reply(repr(float(scores[0])))
+        return replied(repr(float(scores[0])), "stop", *parts(reply, REPLY[2:]))
 
 
 @register(PROVIDERS, key="", url_variable="", defaults={})
@@ -1452,7 +1471,7 @@ class Lane:
     def __init__(self, model: Model, provider):
         self.model, self.provider = model, provider
         self.door, self.opened, self.proven = asyncio.Lock(), False, False
-        self.fixes, self.streak, self.patient_since = [], ("", 0), 0.0
+        self.fixes, self.streak, self.patient_since, self.estimates = [], ("", 0), 0.0, False
         self.gate, self.next_start, self.cut = asyncio.Lock(), 0.0, 0.0
         self.rate, self.growth = 0.0, 1.05  # calls a second, 0 = no limit known; how it grows
         self.begin(time.monotonic())
@@ -1524,6 +1543,17 @@ class Lane:
             self.fixes.append(fix)
             note(f"{self.model.name}: {fix[1]} (as the server asks)")
         return True
+
+    def counted(self, messages: list, reply: Reply) -> Reply:
+        """The reply with its tokens: estimates where the server counts none, which is said once."""
+        if not self.model.is_paid or (reply.tokens_in and (reply.tokens_out or self.model.is_reward)):
+            return reply
+        if not self.estimates:
+            self.estimates = True
+            note(f"{self.model.name}: bills no tokens: they are estimated from the text")
+        reply.tokens_in = reply.tokens_in or about_tokens(flatten(messages))
+        reply.tokens_out = reply.tokens_out or about_tokens(reply.text)
+        return reply
 
     def wire(self, options: dict, fixes: list) -> dict:
         """Options as they are sent: the provider's defaults, ours, and what was learned."""
@@ -1665,7 +1695,8 @@ class Models:
         self.in_flight, self.first_prompts = 0, {}
         bill = cache.bill() if args.prices and not dry else []
         self.spent = sum(self.price(*row) for row in bill)  # money, by this run and those before it
-        self.reserved, self.surplus = 0.0, defaultdict(lambda: 1.0)  # money of calls in flight; see `cost`
+        self.reserved = 0.0  # money of calls in flight
+        self.surplus = defaultdict(lambda: (1.0, 1.0))  # see `pay`
 
     async def ask(self, model: Model, messages, options, sample=0, role="answer", reference="") -> Reply:
         """-> Reply; one that is cut at the limit is asked for once more with twice the limit.
@@ -1706,7 +1737,7 @@ class Models:
         waiting = self.asking[key] = asyncio.get_running_loop().create_future()
         try:
             reply = await self.fetch(model, messages, options, hints)
-            self.pay(model, reply)
+            self.pay(model, reply, (messages, options, hints["role"]))
             if not self.cache.put(key, reply, model.name):  # another process was first: its reply counts
                 reply = self.cache.get(key)
             waiting.set_result(reply)
@@ -1721,16 +1752,22 @@ class Models:
         self.usage[model, hints["role"]].add(reply, cached, money)
         return reply
 
-    def pay(self, model: Model, reply: Reply):
-        """A reply has come in, whatever becomes of it."""
-        self.spent += self.price(model.name, reply.tokens_in, reply.tokens_out) * reply.rate
+    def pay(self, model: Model, reply: Reply, request: tuple):
+        """A reply to `request` (messages, options, role) has come in, whatever becomes of it.
 
-    def write_off(self, model: Model, role: str, error: ApiError, rate: float = 1.0):
+        A model that bills more than `most` tokens (thoughts, hidden prompts) is taken to do so again."""
+        self.spent += self.price(model.name, reply.tokens_in, reply.tokens_out) * reply.rate
+        if self.args.max_cost is not None:
+            (size, longest), (more_in, more_out) = self.most(*request), self.surplus[model]
+            more = max(more_in, reply.tokens_in / size), max(more_out, reply.tokens_out / longest)
+            self.surplus[model] = more
+
+    def write_off(self, model: Model, error: ApiError, request: tuple, rate: float = 1.0):
         """A 200 without text is billed, too: it stands in the books under a key that no request has."""
         if any(error.billed):
             nothing = Reply("", "no text", *error.billed, rate)
             self.cache.put(f"no text: {os.urandom(16).hex()}", nothing, model.name)
-            self.pay(model, self.count(model, {"role": role}, nothing))
+            self.pay(model, self.count(model, {"role": request[2]}, nothing), request)
 
     def price(self, name: str, tokens_in: float, tokens_out: float) -> float:
         """Money for tokens of a model at --price, 0 without one."""
@@ -1739,10 +1776,7 @@ class Models:
 
     def expected(self, model: Model, messages: list, role: str) -> tuple[int, int]:
         """Tokens to expect of a call, in and out: the longest reply so far stands for the next one."""
-        text, usage = flatten(messages), self.usage[model, role]
-        chinese, plain = len(re.findall(rf"[{CJK}]", text)), len(text.encode("ascii", "ignore"))
-        tokens_in = round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
-        return tokens_in, max(GUESSED_TOKENS[role], usage.longest)
+        return about_tokens(flatten(messages)), max(GUESSED_TOKENS[role], self.usage[model, role].longest)
 
     def guess(self, model: Model, messages: list, hints: dict) -> Reply:
         """A pending reply, with the tokens to expect, also of answers that are shown and not there yet."""
@@ -1756,21 +1790,27 @@ class Models:
         rate = BATCH_RATE if self.args.batch else 1.0
         return Reply(text, "stop", tokens_in, tokens_out, rate, pending=True)
 
+    def most(self, messages: list, options: dict, role: str) -> tuple[int, int]:
+        """Tokens in and out that should be the most: none is shorter than a byte (50 more for a message's
+        frame), no reply longer than --max-tokens."""
+        size = sum(len(m["content"].encode()) + 50 for m in messages)
+        return size, options.get("max_tokens", GUESSED_TOKENS[role])
+
     def cost(self, model: Model, messages: list, options: dict, role: str) -> float:
         """Money that a call may cost at most, 0 where no --max-cost asks.
 
-        No token is shorter than a byte (50 more for a message's frame), no reply longer than --max-tokens. A
-        model that has billed more (thoughts, hidden prompts) is taken to do so again. A batch would wait days
-        for money set aside in vain: there a reply counts 1.5 times the longest once 20 are known."""
+        A batch would wait days for money set aside in vain: there a reply counts 1.5 times the longest once
+        20 are known."""
         if self.args.max_cost is None:
             return 0.0
         if model.name not in self.args.prices:
             raise self.halt(f"--max-cost needs the price of {model.name}, too: --price {model.name}=IN/OUT")
-        size, usage = sum(len(m["content"].encode()) + 50 for m in messages), self.usage[model, role]
-        longest = options.get("max_tokens", GUESSED_TOKENS[role])
+        usage, (more_in, more_out) = self.usage[model, role], self.surplus[model]
+        size, longest = self.most(messages, options, role)
+        longest *= more_out
         if self.batches and usage.calls + usage.cached >= 20:
             longest = min(longest, 1.5 * usage.longest)
-        return self.price(model.name, size, longest) * self.surplus[model]
+        return self.price(model.name, size * more_in, longest)
 
     def affords(self, money: float) -> bool:
         """False if --max-cost might be passed."""
@@ -1838,20 +1878,19 @@ class Models:
 
     async def call(self, lane: Lane, fixes: list, messages: list, options: dict, hints: dict) -> Reply:
         """One call as it goes over the wire; whatever goes wrong comes out as ApiError."""
-        model, money = lane.model, self.cost(lane.model, messages, options, hints["role"])
-        while self.in_flight and not self.affords(money):  # what is in flight may cost less than expected
-            await self.pause(0.05)
+        model, request = lane.model, (messages, options, hints["role"])
+        while self.in_flight and not self.affords(self.cost(model, *request)):
+            await self.pause(0.05)  # what is in flight may cost less than expected
+        money = self.cost(model, *request)
         self.reserve(money)
         self.in_flight += 1
         try:
             async with asyncio.timeout(self.args.timeout):  # openai alone never times out on a slow drip
                 reply = await lane.provider.call(model.name, messages, lane.wire(options, fixes), hints)
-            paid = self.price(model.name, reply.tokens_in, reply.tokens_out)
-            self.surplus[model] *= max(1.0, paid / money) if money else 1.0
-            return reply
+            return lane.counted(messages, reply)
         except Exception as failure:  # SDKs let anything through: JSONDecodeError, TypeError, IndexError, ...
             error = api_error(failure)
-            self.write_off(model, hints["role"], error)
+            self.write_off(model, error, request)
             raise error from None
         finally:
             self.in_flight -= 1
@@ -2376,14 +2415,15 @@ class Batches:
         try:
             line = json.loads(raw)
             key, response = str(line["custom_id"]), line.get("response") or {}
-            query = "SELECT role, tries FROM wanted WHERE key = ? AND file IN (?, ?)"
-            [(role, tries)] = self.cache.do(query, key, file, f"{file}!")
+            query = "SELECT role, tries, request FROM wanted WHERE key = ? AND file IN (?, ?)"
+            [(role, tries, wanted)] = self.cache.do(query, key, file, f"{file}!")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return False
+        request = *json.loads(wanted), role
         try:
-            reply = batch_reply(response, line.get("error"))
+            reply = lane.counted(request[0], batch_reply(response, line.get("error")))
         except ApiError as error:
-            self.models.write_off(lane.model, role, error, BATCH_RATE)
+            self.models.write_off(lane.model, error, request, BATCH_RATE)
             curable, tries = self.failing(lane, file, error, tries)
             change = "UPDATE wanted SET file = ?, tries = ?, error = ?, curable = ? WHERE key = ?"
             reason = failed_call(lane.model, error).reason
@@ -2393,7 +2433,7 @@ class Batches:
         self.fresh.is_new(int(key[:16], 16))
         self.cache.put(key, reply, lane.model.name)
         self.cache.do("DELETE FROM wanted WHERE key = ?", key)
-        self.models.pay(lane.model, reply)
+        self.models.pay(lane.model, reply, request)
         return True
 
     def failing(self, lane: Lane, file: str, error: ApiError, tries: int) -> tuple[bool, int]:
@@ -2428,9 +2468,7 @@ def batch_reply(response: dict, failure: dict | None) -> Reply:
         if status != 200:
             failure = body.get("error") or failure or {}
             raise ApiError(status, failure.get("code") or failure.get("type"), failure.get("message"))
-        choice, usage = body["choices"][0], body.get("usage") or {}
-        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        reply = replied(choice["message"]["content"], choice["finish_reason"], *counts)
+        reply = replied(*parts(body, REPLY))
     except Exception as error:  # a garbled line is as good as a dropped reply
         raise api_error(error) from None
     return replace(reply, rate=BATCH_RATE)

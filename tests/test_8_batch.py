@@ -1,5 +1,6 @@
 """§8 BATCH: the real openai SDK against a loopback batch engine; nothing is paid twice, nothing is mixed up."""
 
+import json
 import os
 import random
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -378,3 +380,14 @@ def test_what_was_used_once_is_not_replaced_by_a_late_batch(rlhf):
         cache.put(key, rc.Reply("another"), "strong")
         assert online.status == 0 and cache.get(key) == first
         cache.close()
+
+
+def test_a_result_that_bills_no_tokens_costs_what_its_text_would(rlhf):
+    silent = lambda line: json.dumps(json.loads(line) | {"response": unbilled(json.loads(line)["response"])})
+    unbilled = lambda response: response | {"body": response["body"] | {"usage": None}}
+    with Api(world) as api:
+        api.engine.spoil = lambda lines: list(map(silent, lines))
+        result = rlhf(PROMPTS, *OPENAI, "--batch", "--price", "strong=1/1", "--price", "weak=1/1", api=api)
+        assert result.status == 0 and result.err.count("strong: bills no tokens") == 1
+        usage = json.loads(Path("out.report.json").read_text("utf-8"))["usage"]
+        assert all(row["tokens_in"] and row["tokens_out"] and row["money"] for row in usage)
