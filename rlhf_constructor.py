@@ -1571,7 +1571,7 @@ class Cache:
     FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer"
 
     def __init__(self, path: str | None, payer: str = ""):
-        self.path, self.payer, self.db, self.empty = path, payer, None, True
+        self.path, self.payer, self.db, self.empty, self.under_way = path, payer, None, True, 0.0
         if not path:
             return
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -1584,6 +1584,9 @@ class Cache:
             columns = self.FIELDS.replace("key", "key PRIMARY KEY", 1)
             self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
             self.empty = not self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
+            self.db.execute("CREATE TABLE IF NOT EXISTS batches (file PRIMARY KEY, model, id, money, payer)")
+            theirs = "SELECT total(money) FROM batches WHERE payer = ?"  # money for batches under way
+            [(self.under_way,)] = self.db.execute(theirs, (payer,))
         except sqlite3.DatabaseError as error:
             cause = f"{error}: in use elsewhere, damaged or of another version?"
             raise UserError(f"{path}: is no cache to use ({cause}); name another --cache-path") from None
@@ -1603,12 +1606,16 @@ class Cache:
         return Reply(*rows[0]) if rows else None
 
     def put(self, key: str, reply: Reply, model: str) -> bool:
-        """Store and commit, never an error. False if there is a reply already: the first one stays."""
+        """Store and commit, never an error. False if there is a reply already: that one stays, ours is only
+        in the books."""
         if not self.db:
             return True
-        row = key, reply.text, reply.finish, reply.tokens_in, reply.tokens_out, reply.rate, model, self.payer
+        row = reply.text, reply.finish, reply.tokens_in, reply.tokens_out, reply.rate, model, self.payer
         new = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING 1"
-        return bool(self.do(new, *row))
+        if self.do(new, key, *row):
+            return True
+        self.do(new, f"paid twice: {os.urandom(16).hex()}", *row)
+        return False
 
     def bill(self) -> list[tuple[str, float, float]]:
         """[(model, tokens in, tokens out), ...] that this payer has paid for, a batch's at its rate."""
@@ -1693,9 +1700,9 @@ class Models:
         self.lanes, self.providers, self.usage = {}, {}, defaultdict(Usage)
         self.stop, self.stopping = None, asyncio.Event()
         self.in_flight, self.first_prompts = 0, {}
-        bill = cache.bill() if args.prices and not dry else []
-        self.spent = sum(self.price(*row) for row in bill)  # money, by this run and those before it
-        self.reserved = 0.0  # money of calls in flight
+        self.bill = cache.bill() if args.prices and not dry else []
+        self.spent = sum(self.price(*row) for row in self.bill)  # money, by this run and those before it
+        self.reserved = cache.under_way  # money of calls in flight and of batches
         self.surplus = defaultdict(lambda: (1.0, 1.0))  # see `pay`
 
     async def ask(self, model: Model, messages, options, sample=0, role="answer", reference="") -> Reply:
@@ -1821,7 +1828,8 @@ class Models:
         """Set money aside for a call; raises Stop where there is not enough left."""
         if not self.affords(money):
             spent = f"{self.spent:.4g} of --max-cost {self.args.max_cost:g} are spent"
-            hint = "raise it (or lower --max-tokens) and run again"
+            spent += f", {self.reserved:.4g} are set aside for batches under way" * (self.reserved > 1e-9)
+            hint = f"it may cost up to {money:.4g}; raise it (or lower --max-tokens) and run again"
             raise self.halt(f"{spent}, one more call might pass it: {hint}")
         self.reserved += money
 
@@ -2203,8 +2211,8 @@ class Run:
 # §8 BATCH: Batches, which fill the cache through the providers' own batch engines
 # ----------------------------------------------------------------------------------------------------------
 # Methods know nothing of it. A pass over the input (§11) raises Pending for what the cache does not hold and
-# leaves the request in the table `wanted`; batches fetch what is wanted; passes go on until nothing is. Both
-# tables stand in the cache's file, so that a run that was killed goes on with the batches it had started.
+# leaves the request in the table `wanted`; batches fetch what is wanted; passes go on until nothing is. That
+# table and `batches` are in the cache's file: a run that was killed goes on with the batches it had started.
 
 BATCH_RATE = 0.5  # of the online price: OpenAI's and Model Studio's
 BATCH_REQUESTS, BATCH_BYTES = 50_000, 100_000_000  # in one file, at most
@@ -2223,15 +2231,10 @@ class Batches:
         self.cache = cache
         self.known = {name_of(model): model for model in run.asked() if model.is_paid}
         self.most = defaultdict(lambda: BATCH_REQUESTS)  # requests in one batch, by model
-        self.sent = {}  # file -> (fixes of its requests, money set aside for them)
+        self.sent = {}  # file -> fixes of its requests
         self.fresh = Hashes()  # keys of the replies that came in this run
         columns = "key TEXT UNIQUE, model, role, request, file, asked, tries, error, curable"
         cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
-        cache.do("CREATE TABLE IF NOT EXISTS batches (file PRIMARY KEY, model, id, money)")
-        for file, name, money in cache.do("SELECT file, model, money FROM batches"):  # a former run's
-            if name in self.known:
-                self.sent[file] = [], money
-                models.reserved += money
         cache.do("UPDATE wanted SET asked = 0")
         cache.do("UPDATE wanted SET tries = 0 WHERE file = ''")  # a new run, a new chance
 
@@ -2247,7 +2250,13 @@ class Batches:
         raise Pending
 
     async def work_off(self):
-        """Submit what is wanted, and wait until every batch, old ones too, has ended and is in the cache."""
+        """Submit what is wanted, and wait until every batch, old ones too, has ended and is in the cache.
+
+        A batch is paid by whom it is taken in, whichever output it was started for."""
+        adopt = "UPDATE batches SET payer = ? WHERE model = ? AND payer != ? RETURNING money"
+        for name in self.known:
+            adopted = self.cache.do(adopt, self.cache.payer, name, self.cache.payer)
+            self.models.reserved += sum(money for (money,) in adopted)
         await together([self.work_off_one(model) for model in list(self.known.values())])
 
     async def work_off_one(self, model: Model):
@@ -2281,10 +2290,11 @@ class Batches:
 
             uploaded = (await self.reach(lane, send)).id
         with self.cache.transaction():
-            self.cache.do("INSERT INTO batches VALUES (?, ?, '', ?)", uploaded, chosen[0], money)
+            row = uploaded, chosen[0], money, self.cache.payer
+            self.cache.do("INSERT INTO batches VALUES (?, ?, '', ?, ?)", *row)
             move = f"UPDATE wanted SET file = ? WHERE {WAITING} AND rowid <= ?"
             self.cache.do(move, uploaded, *chosen, last)
-        self.sent[uploaded] = list(lane.fixes), money
+        self.sent[uploaded] = list(lane.fixes)
         return uploaded
 
     def write(self, lane: Lane, file, chosen: tuple) -> tuple[int, float]:
@@ -2297,13 +2307,19 @@ class Batches:
             line = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
             data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
             money = models.cost(lane.model, messages, options, role) * BATCH_RATE
-            unaffordable = not models.affords(money) and models.reserved > 0
-            if unaffordable or (last and file.tell() + len(data) > BATCH_BYTES):
+            later = not models.affords(money) and self.awaits_money()
+            if later or (last and file.tell() + len(data) > BATCH_BYTES):
                 break  # until what is on its way has come in, and has cost less than expected
             models.reserve(money)
             file.write(data)
             last, total = rowid, total + money
         return last, total
+
+    def awaits_money(self) -> bool:
+        """True if money is set aside for more than batches of models that this run does not ask."""
+        rows = self.cache.do("SELECT model, money FROM batches WHERE payer = ?", self.cache.payer)
+        idle = sum(money for name, money in rows if name not in self.known)
+        return self.models.reserved > idle + 1e-9
 
     async def collect(self, lane: Lane, file: str, batch_id: str | None):
         """Start the batch of an uploaded file unless it runs, wait for its end, and take in what it brings.
@@ -2384,10 +2400,9 @@ class Batches:
 
     def release(self, file: str) -> int:
         """Forget an ended batch -> how many of its requests have no reply and wait again."""
-        money = self.sent.pop(file, (None, 0.0))[1]
-        self.models.reserved = round(self.models.reserved - money, 12)  # a residue would never be spent
         with self.cache.transaction():
-            self.cache.do("DELETE FROM batches WHERE file = ?", file)
+            [(money,)] = self.cache.do("DELETE FROM batches WHERE file = ? RETURNING money", file)
+            self.models.reserved = round(self.models.reserved - money, 12)  # a residue would never be spent
             free = "UPDATE wanted SET file = '' WHERE file IN (?, ?) RETURNING rowid"
             return len(self.cache.do(free, file, f"{file}!"))
 
@@ -2433,12 +2448,12 @@ class Batches:
         self.fresh.is_new(int(key[:16], 16))
         self.cache.put(key, reply, lane.model.name)
         self.cache.do("DELETE FROM wanted WHERE key = ?", key)
-        self.models.pay(lane.model, reply, request)
+        self.models.pay(lane.model, self.models.count(lane.model, {"role": role}, reply), request)
         return True
 
     def failing(self, lane: Lane, file: str, error: ApiError, tries: int) -> tuple[bool, int]:
         """What a failed line means -> (whether a rerun may cure it, how often it has failed by now)."""
-        if lane.learn(error, self.sent.get(file, ((), 0))[0]):
+        if lane.learn(error, self.sent.get(file, [])):
             return True, tries + 1
         try:
             kind = self.models.ruling(lane, error)
@@ -3439,6 +3454,15 @@ def check(args) -> Run:
     return run
 
 
+def check_prices(run: Run):
+    """With --max-cost, what this output has paid for has a price; a price that nobody needs is noted."""
+    paid, prices = {name for name, *_ in run.models.bill}, run.args.prices.keys()
+    for name in sorted(paid - prices) if run.args.max_cost is not None else ():
+        raise UserError(f"this output has paid for {name} already: --price {name}=IN/OUT, too")
+    for name in sorted(prices - paid - {model.name for model in run.asked()}):
+        note(f"--price {name}: no model of this run has that name")
+
+
 def check_paths(args):
     """The inputs are there; what is written can be, and is neither an input nor written twice."""
     refuse(not args.input_file, "--input-file FILE is missing, e.g. --input-file data/alpaca_demo.jsonl")
@@ -3723,7 +3747,7 @@ def summary(files: Files, models: Models) -> list[str]:
     if used := models.rows():
         sums = cost(used, files.pairs)
         paid = f", {sums['money']:.4g} paid" if sums["money"] else ""
-        told = f"{sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out{paid} for both"
+        told = f"{sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out{paid} over all runs"
         lines.append(f"{sums['calls']} calls made, {sums['cached']} replies cached; {told}")
     if models.stop:
         again = "goes on from here" if models.cache.db else "pays for all again: there was no cache"
@@ -3777,6 +3801,7 @@ async def construct(args) -> int:
 
     models.foretell = foretell
     try:
+        check_prices(run)
         if args.dry_run:
             show_plan(*await plan(path, run, cache))
             return 0
@@ -3796,6 +3821,7 @@ async def fill_cache(path: str, run: Run):
     with opened(f"{models.cache.path}.batch"):
         models.batches = Batches(run, models)
         for _ in range(BATCH_PASSES):
+            models.usage.clear()  # a pass counts all that is known, and so does the run itself
             pending = 0
             for line, record in records_of(path, run):
                 try:
@@ -3803,7 +3829,7 @@ async def fill_cache(path: str, run: Run):
                 except Pending:
                     pending += 1
             if not pending:
-                return models.usage.clear()  # the run itself counts them
+                return models.usage.clear()
             note(f"{pending} records wait for replies")
             try:
                 await models.batches.work_off()
