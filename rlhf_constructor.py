@@ -1337,6 +1337,28 @@ def replied(content, finish, tokens_in, tokens_out) -> Reply:
     return Reply(redacted(scrub(content)), redacted(scrub(str(finish or "stop"))), *counts)
 
 
+# Where a reply keeps its text, why it ended, tokens in and out.
+REPLY = ("choices.message.content", "choices.finish_reason", "usage.prompt_tokens", "usage.completion_tokens")
+
+
+def parts(reply, paths) -> list:
+    """What stands at each path through objects or JSON, of a list in its first item; None if nothing does."""
+    found = []
+    for path in paths:
+        thing = reply
+        for step in path.split("."):
+            thing = (thing or [None])[0] if isinstance(thing, list) else thing
+            thing = thing.get(step) if isinstance(thing, dict) else getattr(thing, step, None)
+        found.append(thing)
+    return found
+
+
+def about_tokens(text: str) -> int:
+    """Tokens of a text, roughly: 0.7 for a CJK character, 0.25 for another in ASCII, else 1."""
+    chinese, plain = len(re.findall(rf"[{CJK}]", text)), len(text.encode("ascii", "ignore"))
+    return round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
+
+
 # A provider: __init__(url, key, timeout), await call(name, messages, options, hints) -> Reply, await close().
 # EDIT HERE to add one.
 
@@ -1355,9 +1377,7 @@ class ask_openai:
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
         reply = await self.client.chat.completions.create(model=name, messages=messages, extra_body=options)
-        choice, usage = reply.choices[0], reply.usage
-        counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-        return replied(choice.message.content, choice.finish_reason, *counts)
+        return replied(*parts(reply, REPLY))
 
     def batch_client(self):
         return self.client
@@ -1397,9 +1417,8 @@ class ask_dashscope:
         if reply.status_code != 200:
             code = "ModelNotFound" if "Model not exist" in str(reply.message) else reply.code
             raise ApiError(reply.status_code, code, reply.message, (reply.headers or {}).get("Retry-After"))
-        choice, usage = reply.output["choices"][0], reply.usage or {}
-        counts = usage.get("input_tokens"), usage.get("output_tokens")
-        return replied(choice["message"]["content"], choice["finish_reason"], *counts)
+        said = ("output.choices.message.content", "output.choices.finish_reason")
+        return replied(*parts(reply, (*said, "usage.input_tokens", "usage.output_tokens")))
 
     def batch_client(self):
         """Its batch engine speaks OpenAI's protocol, at an address of its own."""
@@ -1426,7 +1445,7 @@ class ask_reward(ask_openai):
         scores = first.get("probs") or first.get("embedding") or [first.get("score")]
         if len(scores) != 1 or number(scores[0]) is None:
             raise ApiError(422, "labels", f"/classify gives {len(scores)} numbers; a reward model gives one")
-        return Reply(repr(float(scores[0])))
+        return replied(repr(float(scores[0])), "stop", *parts(reply, REPLY[2:]))
 
 
 @register(PROVIDERS, key="", url_variable="", defaults={})
@@ -1511,7 +1530,7 @@ class Lane:
     def __init__(self, model: Model, provider):
         self.model, self.provider = model, provider
         self.door, self.opened, self.proven = asyncio.Lock(), False, False
-        self.fixes, self.streak, self.patient_since = [], ("", 0), 0.0
+        self.fixes, self.streak, self.patient_since, self.estimates = [], ("", 0), 0.0, False
         self.gate, self.next_start, self.cut = asyncio.Lock(), 0.0, 0.0
         self.rate, self.growth = 0.0, 1.05  # calls a second, 0 = no limit known; how it grows
         self.begin(time.monotonic())
@@ -1584,6 +1603,17 @@ class Lane:
             note(f"{self.model.name}: {fix[1]} (as the server asks)")
         return True
 
+    def counted(self, messages: list, reply: Reply) -> Reply:
+        """The reply with its tokens: estimates where the server counts none, which is said once."""
+        if not self.model.is_paid or (reply.tokens_in and (reply.tokens_out or self.model.is_reward)):
+            return reply
+        if not self.estimates:
+            self.estimates = True
+            note(f"{self.model.name}: bills no tokens: they are estimated from the text")
+        reply.tokens_in = reply.tokens_in or about_tokens(flatten(messages))
+        reply.tokens_out = reply.tokens_out or about_tokens(reply.text)
+        return reply
+
     def wire(self, options: dict, fixes: list) -> dict:
         """Options as they are sent: the provider's defaults, ours, and what was learned."""
         wire = {**self.provider.defaults, **options}
@@ -1600,7 +1630,7 @@ class Cache:
     FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer"
 
     def __init__(self, path: str | None, payer: str = ""):
-        self.path, self.payer, self.db, self.empty = path, payer, None, True
+        self.path, self.payer, self.db, self.empty, self.under_way = path, payer, None, True, 0.0
         if not path:
             return
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -1613,6 +1643,9 @@ class Cache:
             columns = self.FIELDS.replace("key", "key PRIMARY KEY", 1)
             self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
             self.empty = not self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
+            self.db.execute("CREATE TABLE IF NOT EXISTS batches (file PRIMARY KEY, model, id, money, payer)")
+            theirs = "SELECT total(money) FROM batches WHERE payer = ?"  # money for batches under way
+            [(self.under_way,)] = self.db.execute(theirs, (payer,))
         except sqlite3.DatabaseError as error:
             cause = f"{error}: in use elsewhere, damaged or of another version?"
             raise UserError(f"{path}: is no cache to use ({cause}); name another --cache-path") from None
@@ -1632,12 +1665,16 @@ class Cache:
         return Reply(*rows[0]) if rows else None
 
     def put(self, key: str, reply: Reply, model: str) -> bool:
-        """Store and commit, never an error. False if there is a reply already: the first one stays."""
+        """Store and commit, never an error. False if there is a reply already: that one stays, ours is only
+        in the books."""
         if not self.db:
             return True
-        row = key, reply.text, reply.finish, reply.tokens_in, reply.tokens_out, reply.rate, model, self.payer
+        row = reply.text, reply.finish, reply.tokens_in, reply.tokens_out, reply.rate, model, self.payer
         new = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING 1"
-        return bool(self.do(new, *row))
+        if self.do(new, key, *row):
+            return True
+        self.do(new, f"paid twice: {os.urandom(16).hex()}", *row)
+        return False
 
     def bill(self) -> list[tuple[str, float, float]]:
         """[(model, tokens in, tokens out), ...] that this payer has paid for, a batch's at its rate."""
@@ -1722,9 +1759,10 @@ class Models:
         self.lanes, self.providers, self.usage = {}, {}, defaultdict(Usage)
         self.stop, self.stopping = None, asyncio.Event()
         self.in_flight, self.first_prompts = 0, {}
-        bill = cache.bill() if args.prices and not dry else []
-        self.spent = sum(self.price(*row) for row in bill)  # money, by this run and those before it
-        self.reserved, self.surplus = 0.0, defaultdict(lambda: 1.0)  # money of calls in flight; see `cost`
+        self.bill = cache.bill() if args.prices and not dry else []
+        self.spent = sum(self.price(*row) for row in self.bill)  # money, by this run and those before it
+        self.reserved = cache.under_way  # money of calls in flight and of batches
+        self.surplus = defaultdict(lambda: (1.0, 1.0))  # see `pay`
 
     async def ask(self, model: Model, messages, options, sample=0, role="answer", reference="") -> Reply:
         """-> Reply; one that is cut at the limit is asked for once more with twice the limit.
@@ -1765,7 +1803,7 @@ class Models:
         waiting = self.asking[key] = asyncio.get_running_loop().create_future()
         try:
             reply = await self.fetch(model, messages, options, hints)
-            self.pay(model, reply)
+            self.pay(model, reply, (messages, options, hints["role"]))
             if not self.cache.put(key, reply, model.name):  # another process was first: its reply counts
                 reply = self.cache.get(key)
             waiting.set_result(reply)
@@ -1780,16 +1818,22 @@ class Models:
         self.usage[model, hints["role"]].add(reply, cached, money)
         return reply
 
-    def pay(self, model: Model, reply: Reply):
-        """A reply has come in, whatever becomes of it."""
-        self.spent += self.price(model.name, reply.tokens_in, reply.tokens_out) * reply.rate
+    def pay(self, model: Model, reply: Reply, request: tuple):
+        """A reply to `request` (messages, options, role) has come in, whatever becomes of it.
 
-    def write_off(self, model: Model, role: str, error: ApiError, rate: float = 1.0):
+        A model that bills more than `most` tokens (thoughts, hidden prompts) is taken to do so again."""
+        self.spent += self.price(model.name, reply.tokens_in, reply.tokens_out) * reply.rate
+        if self.args.max_cost is not None:
+            (size, longest), (more_in, more_out) = self.most(*request), self.surplus[model]
+            more = max(more_in, reply.tokens_in / size), max(more_out, reply.tokens_out / longest)
+            self.surplus[model] = more
+
+    def write_off(self, model: Model, error: ApiError, request: tuple, rate: float = 1.0):
         """A 200 without text is billed, too: it stands in the books under a key that no request has."""
         if any(error.billed):
             nothing = Reply("", "no text", *error.billed, rate)
             self.cache.put(f"no text: {os.urandom(16).hex()}", nothing, model.name)
-            self.pay(model, self.count(model, {"role": role}, nothing))
+            self.pay(model, self.count(model, {"role": request[2]}, nothing), request)
 
     def price(self, name: str, tokens_in: float, tokens_out: float) -> float:
         """Money for tokens of a model at --price, 0 without one."""
@@ -1798,10 +1842,7 @@ class Models:
 
     def expected(self, model: Model, messages: list, role: str) -> tuple[int, int]:
         """Tokens to expect of a call, in and out: the longest reply so far stands for the next one."""
-        text, usage = flatten(messages), self.usage[model, role]
-        chinese, plain = len(re.findall(rf"[{CJK}]", text)), len(text.encode("ascii", "ignore"))
-        tokens_in = round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
-        return tokens_in, max(GUESSED_TOKENS[role], usage.longest)
+        return about_tokens(flatten(messages)), max(GUESSED_TOKENS[role], self.usage[model, role].longest)
 
     def guess(self, model: Model, messages: list, hints: dict) -> Reply:
         """A pending reply, with the tokens to expect, also of answers that are shown and not there yet."""
@@ -1815,21 +1856,27 @@ class Models:
         rate = BATCH_RATE if self.args.batch else 1.0
         return Reply(text, "stop", tokens_in, tokens_out, rate, pending=True)
 
+    def most(self, messages: list, options: dict, role: str) -> tuple[int, int]:
+        """Tokens in and out that should be the most: none is shorter than a byte (50 more for a message's
+        frame), no reply longer than --max-tokens."""
+        size = sum(len(m["content"].encode()) + 50 for m in messages)
+        return size, options.get("max_tokens", GUESSED_TOKENS[role])
+
     def cost(self, model: Model, messages: list, options: dict, role: str) -> float:
         """Money that a call may cost at most, 0 where no --max-cost asks.
 
-        No token is shorter than a byte (50 more for a message's frame), no reply longer than --max-tokens. A
-        model that has billed more (thoughts, hidden prompts) is taken to do so again. A batch would wait days
-        for money set aside in vain: there a reply counts 1.5 times the longest once 20 are known."""
+        A batch would wait days for money set aside in vain: there a reply counts 1.5 times the longest once
+        20 are known."""
         if self.args.max_cost is None:
             return 0.0
         if model.name not in self.args.prices:
             raise self.halt(f"--max-cost needs the price of {model.name}, too: --price {model.name}=IN/OUT")
-        size, usage = sum(len(m["content"].encode()) + 50 for m in messages), self.usage[model, role]
-        longest = options.get("max_tokens", GUESSED_TOKENS[role])
+        usage, (more_in, more_out) = self.usage[model, role], self.surplus[model]
+        size, longest = self.most(messages, options, role)
+        longest *= more_out
         if self.batches and usage.calls + usage.cached >= 20:
             longest = min(longest, 1.5 * usage.longest)
-        return self.price(model.name, size, longest) * self.surplus[model]
+        return self.price(model.name, size * more_in, longest)
 
     def affords(self, money: float) -> bool:
         """False if --max-cost might be passed."""
@@ -1840,7 +1887,8 @@ class Models:
         """Set money aside for a call; raises Stop where there is not enough left."""
         if not self.affords(money):
             spent = f"{self.spent:.4g} of --max-cost {self.args.max_cost:g} are spent"
-            hint = "raise it (or lower --max-tokens) and run again"
+            spent += f", {self.reserved:.4g} are set aside for batches under way" * (self.reserved > 1e-9)
+            hint = f"it may cost up to {money:.4g}; raise it (or lower --max-tokens) and run again"
             raise self.halt(f"{spent}, one more call might pass it: {hint}")
         self.reserved += money
 
@@ -1897,20 +1945,19 @@ class Models:
 
     async def call(self, lane: Lane, fixes: list, messages: list, options: dict, hints: dict) -> Reply:
         """One call as it goes over the wire; whatever goes wrong comes out as ApiError."""
-        model, money = lane.model, self.cost(lane.model, messages, options, hints["role"])
-        while self.in_flight and not self.affords(money):  # what is in flight may cost less than expected
-            await self.pause(0.05)
+        model, request = lane.model, (messages, options, hints["role"])
+        while self.in_flight and not self.affords(self.cost(model, *request)):
+            await self.pause(0.05)  # what is in flight may cost less than expected
+        money = self.cost(model, *request)
         self.reserve(money)
         self.in_flight += 1
         try:
             async with asyncio.timeout(self.args.timeout):  # openai alone never times out on a slow drip
                 reply = await lane.provider.call(model.name, messages, lane.wire(options, fixes), hints)
-            paid = self.price(model.name, reply.tokens_in, reply.tokens_out)
-            self.surplus[model] *= max(1.0, paid / money) if money else 1.0
-            return reply
+            return lane.counted(messages, reply)
         except Exception as failure:  # SDKs let anything through: JSONDecodeError, TypeError, IndexError, ...
             error = api_error(failure)
-            self.write_off(model, hints["role"], error)
+            self.write_off(model, error, request)
             raise error from None
         finally:
             self.in_flight -= 1
@@ -2227,8 +2274,8 @@ class Run:
 # §8 BATCH: Batches, which fill the cache through the providers' own batch engines
 # ----------------------------------------------------------------------------------------------------------
 # Methods know nothing of it. A pass over the input (§11) raises Pending for what the cache does not hold and
-# leaves the request in the table `wanted`; batches fetch what is wanted; passes go on until nothing is. Both
-# tables stand in the cache's file, so that a run that was killed goes on with the batches it had started.
+# leaves the request in the table `wanted`; batches fetch what is wanted; passes go on until nothing is. That
+# table and `batches` are in the cache's file: a run that was killed goes on with the batches it had started.
 
 BATCH_RATE = 0.5  # of the online price: OpenAI's and Model Studio's
 BATCH_REQUESTS, BATCH_BYTES = 50_000, 100_000_000  # in one file, at most
@@ -2247,15 +2294,10 @@ class Batches:
         self.cache = cache
         self.known = {name_of(model): model for model in run.asked() if model.is_paid}
         self.most = defaultdict(lambda: BATCH_REQUESTS)  # requests in one batch, by model
-        self.sent = {}  # file -> (fixes of its requests, money set aside for them)
+        self.sent = {}  # file -> fixes of its requests
         self.fresh = Hashes()  # keys of the replies that came in this run
         columns = "key TEXT UNIQUE, model, role, request, file, asked, tries, error, curable"
         cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
-        cache.do("CREATE TABLE IF NOT EXISTS batches (file PRIMARY KEY, model, id, money)")
-        for file, name, money in cache.do("SELECT file, model, money FROM batches"):  # a former run's
-            if name in self.known:
-                self.sent[file] = [], money
-                models.reserved += money
         cache.do("UPDATE wanted SET asked = 0")
         cache.do("UPDATE wanted SET tries = 0 WHERE file = ''")  # a new run, a new chance
 
@@ -2271,7 +2313,13 @@ class Batches:
         raise Pending
 
     async def work_off(self):
-        """Submit what is wanted, and wait until every batch, old ones too, has ended and is in the cache."""
+        """Submit what is wanted, and wait until every batch, old ones too, has ended and is in the cache.
+
+        A batch is paid by whom it is taken in, whichever output it was started for."""
+        adopt = "UPDATE batches SET payer = ? WHERE model = ? AND payer != ? RETURNING money"
+        for name in self.known:
+            adopted = self.cache.do(adopt, self.cache.payer, name, self.cache.payer)
+            self.models.reserved += sum(money for (money,) in adopted)
         await together([self.work_off_one(model) for model in list(self.known.values())])
 
     async def work_off_one(self, model: Model):
@@ -2305,10 +2353,11 @@ class Batches:
 
             uploaded = (await self.reach(lane, send)).id
         with self.cache.transaction():
-            self.cache.do("INSERT INTO batches VALUES (?, ?, '', ?)", uploaded, chosen[0], money)
+            row = uploaded, chosen[0], money, self.cache.payer
+            self.cache.do("INSERT INTO batches VALUES (?, ?, '', ?, ?)", *row)
             move = f"UPDATE wanted SET file = ? WHERE {WAITING} AND rowid <= ?"
             self.cache.do(move, uploaded, *chosen, last)
-        self.sent[uploaded] = list(lane.fixes), money
+        self.sent[uploaded] = list(lane.fixes)
         return uploaded
 
     def write(self, lane: Lane, file, chosen: tuple) -> tuple[int, float]:
@@ -2321,13 +2370,19 @@ class Batches:
             line = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
             data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
             money = models.cost(lane.model, messages, options, role) * BATCH_RATE
-            unaffordable = not models.affords(money) and models.reserved > 0
-            if unaffordable or (last and file.tell() + len(data) > BATCH_BYTES):
+            later = not models.affords(money) and self.awaits_money()
+            if later or (last and file.tell() + len(data) > BATCH_BYTES):
                 break  # until what is on its way has come in, and has cost less than expected
             models.reserve(money)
             file.write(data)
             last, total = rowid, total + money
         return last, total
+
+    def awaits_money(self) -> bool:
+        """True if money is set aside for more than batches of models that this run does not ask."""
+        rows = self.cache.do("SELECT model, money FROM batches WHERE payer = ?", self.cache.payer)
+        idle = sum(money for name, money in rows if name not in self.known)
+        return self.models.reserved > idle + 1e-9
 
     async def collect(self, lane: Lane, file: str, batch_id: str | None):
         """Start the batch of an uploaded file unless it runs, wait for its end, and take in what it brings.
@@ -2408,10 +2463,9 @@ class Batches:
 
     def release(self, file: str) -> int:
         """Forget an ended batch -> how many of its requests have no reply and wait again."""
-        money = self.sent.pop(file, (None, 0.0))[1]
-        self.models.reserved = round(self.models.reserved - money, 12)  # a residue would never be spent
         with self.cache.transaction():
-            self.cache.do("DELETE FROM batches WHERE file = ?", file)
+            [(money,)] = self.cache.do("DELETE FROM batches WHERE file = ? RETURNING money", file)
+            self.models.reserved = round(self.models.reserved - money, 12)  # a residue would never be spent
             free = "UPDATE wanted SET file = '' WHERE file IN (?, ?) RETURNING rowid"
             return len(self.cache.do(free, file, f"{file}!"))
 
@@ -2439,14 +2493,15 @@ class Batches:
         try:
             line = json.loads(raw)
             key, response = str(line["custom_id"]), line.get("response") or {}
-            query = "SELECT role, tries FROM wanted WHERE key = ? AND file IN (?, ?)"
-            [(role, tries)] = self.cache.do(query, key, file, f"{file}!")
+            query = "SELECT role, tries, request FROM wanted WHERE key = ? AND file IN (?, ?)"
+            [(role, tries, wanted)] = self.cache.do(query, key, file, f"{file}!")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return False
+        request = *json.loads(wanted), role
         try:
-            reply = batch_reply(response, line.get("error"))
+            reply = lane.counted(request[0], batch_reply(response, line.get("error")))
         except ApiError as error:
-            self.models.write_off(lane.model, role, error, BATCH_RATE)
+            self.models.write_off(lane.model, error, request, BATCH_RATE)
             curable, tries = self.failing(lane, file, error, tries)
             change = "UPDATE wanted SET file = ?, tries = ?, error = ?, curable = ? WHERE key = ?"
             reason = failed_call(lane.model, error).reason
@@ -2456,12 +2511,12 @@ class Batches:
         self.fresh.is_new(int(key[:16], 16))
         self.cache.put(key, reply, lane.model.name)
         self.cache.do("DELETE FROM wanted WHERE key = ?", key)
-        self.models.pay(lane.model, reply)
+        self.models.pay(lane.model, self.models.count(lane.model, {"role": role}, reply), request)
         return True
 
     def failing(self, lane: Lane, file: str, error: ApiError, tries: int) -> tuple[bool, int]:
         """What a failed line means -> (whether a rerun may cure it, how often it has failed by now)."""
-        if lane.learn(error, self.sent.get(file, ((), 0))[0]):
+        if lane.learn(error, self.sent.get(file, [])):
             return True, tries + 1
         try:
             kind = self.models.ruling(lane, error)
@@ -2491,9 +2546,7 @@ def batch_reply(response: dict, failure: dict | None) -> Reply:
         if status != 200:
             failure = body.get("error") or failure or {}
             raise ApiError(status, failure.get("code") or failure.get("type"), failure.get("message"))
-        choice, usage = body["choices"][0], body.get("usage") or {}
-        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        reply = replied(choice["message"]["content"], choice["finish_reason"], *counts)
+        reply = replied(*parts(body, REPLY))
     except Exception as error:  # a garbled line is as good as a dropped reply
         raise api_error(error) from None
     return replace(reply, rate=BATCH_RATE)
@@ -3464,6 +3517,15 @@ def check(args) -> Run:
     return run
 
 
+def check_prices(run: Run):
+    """With --max-cost, what this output has paid for has a price; a price that nobody needs is noted."""
+    paid, prices = {name for name, *_ in run.models.bill}, run.args.prices.keys()
+    for name in sorted(paid - prices) if run.args.max_cost is not None else ():
+        raise UserError(f"this output has paid for {name} already: --price {name}=IN/OUT, too")
+    for name in sorted(prices - paid - {model.name for model in run.asked()}):
+        note(f"--price {name}: no model of this run has that name")
+
+
 def check_paths(args):
     """The inputs are there; what is written can be, and is neither an input nor written twice."""
     refuse(not args.input_file, "--input-file FILE is missing, e.g. --input-file data/alpaca_demo.jsonl")
@@ -3748,7 +3810,7 @@ def summary(files: Files, models: Models) -> list[str]:
     if used := models.rows():
         sums = cost(used, files.pairs)
         paid = f", {sums['money']:.4g} paid" if sums["money"] else ""
-        told = f"{sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out{paid} for both"
+        told = f"{sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out{paid} over all runs"
         lines.append(f"{sums['calls']} calls made, {sums['cached']} replies cached; {told}")
     if models.stop:
         again = "goes on from here" if models.cache.db else "pays for all again: there was no cache"
@@ -3802,6 +3864,7 @@ async def construct(args) -> int:
 
     models.foretell = foretell
     try:
+        check_prices(run)
         if args.dry_run:
             show_plan(*await plan(path, run, cache))
             return 0
@@ -3821,6 +3884,7 @@ async def fill_cache(path: str, run: Run):
     with opened(f"{models.cache.path}.batch"):
         models.batches = Batches(run, models)
         for _ in range(BATCH_PASSES):
+            models.usage.clear()  # a pass counts all that is known, and so does the run itself
             pending = 0
             for line, record in records_of(path, run):
                 try:
@@ -3828,7 +3892,7 @@ async def fill_cache(path: str, run: Run):
                 except Pending:
                     pending += 1
             if not pending:
-                return models.usage.clear()  # the run itself counts them
+                return models.usage.clear()
             note(f"{pending} records wait for replies")
             try:
                 await models.batches.work_off()

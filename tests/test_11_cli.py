@@ -1,6 +1,7 @@
 """§11 CLI: what is refused before anything happens, the files, the books."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import os
@@ -259,6 +260,32 @@ def test_a_budget_of_nothing_still_takes_what_the_cache_holds(rlhf):
         assert rlhf(PROMPTS, *MODELS, *prices, api=api).status == 3 and api.count() == 0
         rlhf(PROMPTS, *MODELS, api=api)
         assert rlhf(PROMPTS, *MODELS, *prices, api=api).status == 0 and api.count() == 48
+
+
+def test_a_budget_needs_the_price_of_what_was_paid_before(rlhf):
+    with Api(demo_world) as api:
+        rlhf(PROMPTS, *MODELS, "--low-model", "former", api=api)
+        calls, budget = api.count(), ("--price", "gpt-4o=1/1", "--price", "gpt-4o-mini=1/1", "--max-cost", 9)
+        result = rlhf(PROMPTS, *MODELS, *budget, api=api)
+        assert result.status == 2 and "paid for former already: --price former=IN/OUT, too" in result.err
+        more = rlhf(PROMPTS, *MODELS, *budget, "--price", "former=1/1", "--dry-run", api=api)
+        assert more.status == 0 and "no model of this run" not in more.err and api.count() == calls
+
+
+def test_a_price_for_nobody_is_noted_and_the_stop_says_what_a_call_may_cost(rlhf):
+    prices = ("--price", "gpt-4o=0/1000", "--price", "gpt-4o-mini=0/1000", "--price", "gpt5=1/1")
+    with Api(demo_world) as api:
+        result = rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 0.01, "--max-tokens", 41, api=api)
+    assert "--price gpt5: no model of this run has that name" in result.err
+    assert "one more call might pass it: it may cost up to 0.041; raise it (or lower" in result.err
+
+
+def test_a_reply_that_another_process_had_first_is_still_in_the_books(tmp_path):
+    for payer in ("first", "second"):
+        cache = rc.Cache(str(tmp_path / "c.sqlite"), payer)
+        with contextlib.closing(cache):
+            assert cache.put("key", rc.Reply(payer, tokens_in=3, tokens_out=4), "m") == (payer == "first")
+            assert cache.get("key").text == "first" and cache.bill() == [("m", 3, 4)]
 
 
 @pytest.mark.parametrize("bad", [0, 5, 11])

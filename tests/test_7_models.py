@@ -1,6 +1,7 @@
 """§7 MODELS: the real SDKs over real HTTP, and a server that misbehaves."""
 
 import asyncio
+import contextlib
 import json
 import random
 
@@ -8,7 +9,8 @@ import pytest
 
 import rlhf_constructor as rc
 from tests.conftest import rows
-from tests.server import DASHSCOPE_KEY, OPENAI_KEY, PAGE, Api, Fault, Reply, is_judge, judge_reply
+from tests.server import DASHSCOPE_KEY, OPENAI_KEY, PAGE, Api, Fault, Reply, is_judge, judge_reply, success
+from tests.tiny import run_of
 
 OPENAI = ("--provider", "openai", "--high-model", "strong", "--low-model", "weak", "--max-retries", 2)
 DASHSCOPE = ("--provider", "dashscope", *OPENAI[2:])
@@ -537,3 +539,97 @@ def test_hashes_are_a_set_of_hashes():
         known = (value & 2**64 - 1 or 1) in model
         assert seen.is_new(value) != known
         model.add(value & 2**64 - 1 or 1)
+
+
+# --- tokens that are billed, and what they may cost
+
+
+def bare(call, text, choices=True, usage=None):
+    """A 200 with this text and this usage, none if it is None."""
+    body = success(call, Reply(text), choices)
+    return Fault(200, kind="body", body=json.dumps(body | {"usage": usage}).encode())
+
+
+PRICE = ("--price", "strong=1000/1000", "--price", "weak=1000/1000", "--max-tokens", 200)
+
+
+def billed():
+    """[(model, tokens in, tokens out), ...] of the books."""
+    cache = rc.Cache(".rlhf_cache.sqlite")
+    with contextlib.closing(cache):
+        return cache.do("SELECT model, sum(tokens_in), sum(tokens_out) FROM replies GROUP BY model")
+
+
+@pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
+def test_a_reply_that_bills_no_tokens_costs_what_its_text_would(rlhf, sdk):
+    with Api(lambda call: bare(call, world(call))) as api:
+        result = rlhf(PROMPTS, *sdk, *PRICE, "--max-cost", 2, api=api)
+        assert result.status == 3 and "one more call might pass it" in result.err
+        assert result.err.count("weak: bills no tokens: they are estimated from the text") == 1
+        assert all(into and out for _, into, out in billed()) and api.count() < 24
+
+
+def test_a_reward_model_is_billed_by_its_usage(rlhf):
+    def answer(call):
+        if call.protocol == "reward":
+            return Reply(str(float("right" in call.messages[-1]["content"])), tokens_in=5000, tokens_out=0)
+        return world(call)
+
+    with Api(answer) as api:
+        rlhf(PROMPTS, *OPENAI, "--judge-model", f"reward:rm@{api.url}", "--min-score-gap", 0.5, api=api)
+        assert dict(row[:2] for row in billed())["rm"] == 12 * 5000
+
+
+@pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
+def test_a_billed_reply_without_choices_stands_in_the_books(rlhf, sdk):
+    usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"), 70)
+    with Api(lambda call: bare(call, "", choices=False, usage=usage)) as api:
+        rlhf(PROMPTS[:1], *sdk, api=api)
+        assert sorted(billed()) == [(model, 3 * 70, 3 * 70) for model in ("strong", "weak")]
+
+
+def test_thoughts_that_are_billed_beyond_max_tokens_are_reckoned_with_though_no_text_came(rlhf):
+    spent = []
+
+    async def answer(call):
+        await asyncio.sleep(0.01)
+        spent.append(2000)
+        return Reply("", tokens_in=1000, tokens_out=1000)
+
+    with Api(answer) as api:
+        flags = ("--max-cost", 9, "--max-retries", 0, "--concurrency", 12)
+        rlhf(PROMPTS, *OPENAI, *PRICE, *flags, api=api)
+        assert 6000 < sum(spent) <= 9000
+
+
+def test_a_hidden_prompt_is_reckoned_apart_from_the_length_of_the_reply():
+    run = run_of("--max-cost", "9", "--price", "m=1/1")
+    model, request = (
+        rc.Model("openai", "m"),
+        ([{"role": "user", "content": "Hi"}], {"max_tokens": 200}, "answer"),
+    )
+    run.models.pay(model, rc.Reply("Hello", tokens_in=520, tokens_out=5), request)
+    assert run.models.cost(model, *request) * rc.PRICE_UNIT == pytest.approx(520 + 200)
+
+
+def test_who_waits_for_money_learns_what_a_call_may_cost_by_now():
+    """Two calls are in flight and a third waits; the first bills 240 tokens of 200: the third could, too."""
+
+    class Thoughtful:
+        key, defaults = "", {}
+
+        async def call(self, name, messages, options, hints):
+            await asyncio.sleep(0.05 * hints["sample"])
+            return rc.Reply("Hello", tokens_in=1, tokens_out=(240, 1, 1)[hints["sample"]])
+
+    models, model = run_of("--max-cost", "0.45", "--price", "m=0/1000").models, rc.Model("openai", "m")
+    models.lanes[model] = lane = rc.Lane(model, Thoughtful())
+    lane.opened = True
+
+    async def all_three():
+        asked = [
+            models.ask(model, [{"role": "user", "content": "Hi"}], {"max_tokens": 200}, n) for n in range(3)
+        ]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    assert [type(result) for result in asyncio.run(all_three())] == [rc.Reply, rc.Reply, rc.Stop]

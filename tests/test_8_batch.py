@@ -1,5 +1,7 @@
 """§8 BATCH: the real openai SDK against a loopback batch engine; nothing is paid twice, nothing is mixed up."""
 
+import contextlib
+import json
 import os
 import random
 import signal
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -378,3 +381,74 @@ def test_what_was_used_once_is_not_replaced_by_a_late_batch(rlhf):
         cache.put(key, rc.Reply("another"), "strong")
         assert online.status == 0 and cache.get(key) == first
         cache.close()
+
+
+def test_a_result_that_bills_no_tokens_costs_what_its_text_would(rlhf):
+    silent = lambda line: json.dumps(json.loads(line) | {"response": unbilled(json.loads(line)["response"])})
+    unbilled = lambda response: response | {"body": response["body"] | {"usage": None}}
+    with Api(world) as api:
+        api.engine.spoil = lambda lines: list(map(silent, lines))
+        result = rlhf(PROMPTS, *OPENAI, "--batch", "--price", "strong=1/1", "--price", "weak=1/1", api=api)
+        assert result.status == 0 and result.err.count("strong: bills no tokens") == 1
+        usage = json.loads(Path("out.report.json").read_text("utf-8"))["usage"]
+        assert all(row["tokens_in"] and row["tokens_out"] and row["money"] for row in usage)
+
+
+def killed_with_batches_under_way(tmp_path, api, price):
+    """A run at out.jsonl whose batches stay under way -> money that is set aside for them."""
+    source = write_jsonl(tmp_path / "in.jsonl", PROMPTS)
+    api.engine.looks = 10**9
+    run = start(
+        tmp_path, api, *OPENAI, "--batch", *price, "--input-file", source, "--output-path", "out.jsonl"
+    )
+    while run.poll() is None and not under_way(tmp_path):
+        time.sleep(0.01)
+    run.kill()
+    run.communicate()
+    api.engine.looks = 0
+    return under_way(tmp_path)
+
+
+def under_way(folder):
+    """Money in the table of batches, once the batches of both models are noted with their ids."""
+    cache = rc.Cache(str(folder / ".rlhf_cache.sqlite"))
+    with contextlib.closing(cache):
+        rows = cache.do("SELECT money FROM batches WHERE id != ''")
+    return sum(money for (money,) in rows) if len(rows) == 2 else 0
+
+
+NAMES = ("strong", "weak", "other", "third")
+PRICE = (*[part for name in NAMES for part in ("--price", f"{name}=10/10")], "--max-cost")
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--batch", "--high-model", "other", "--low-model", "third")], ids=["online", "other models"]
+)
+def test_money_of_batches_under_way_counts_in_every_run_of_the_output(rlhf, tmp_path, more):
+    with Api(world) as api:
+        aside = killed_with_batches_under_way(tmp_path, api, (*PRICE, 1))
+        result = rlhf(PROMPTS, *OPENAI, *more, *PRICE, aside, api=api)
+        assert result.status == 3 and "set aside for batches under way" in result.err
+        assert (api.count(), len(api.engine.batches)) == (0, 2)
+        assert rlhf(PROMPTS, *OPENAI, *PRICE, aside, "--dry-run", api=api).status == 0
+
+
+def test_a_batch_is_paid_once_by_the_output_that_takes_it_in(rlhf, tmp_path):
+    with Api(world) as api:
+        assert killed_with_batches_under_way(tmp_path, api, (*PRICE, 1))
+        flags = (*OPENAI, "--batch", *PRICE, 1)
+        assert rlhf(PROMPTS, *flags, api=api, output="other.jsonl").status == 0
+        assert len(api.engine.keys) == 48 and not under_way(tmp_path)
+        for output, bills in (("out.jsonl", 0), ("other.jsonl", 2)):
+            cache = rc.Cache(".rlhf_cache.sqlite", rc.digest(os.path.realpath(output))[:16])
+            with contextlib.closing(cache):
+                assert (len(cache.bill()), cache.under_way) == (bills, 0)
+
+
+def test_what_a_round_brings_is_reckoned_with_in_that_round(rlhf):
+    """replies of 40 tokens where 4,096 were possible: the first batch is small, all others are not"""
+    prompts = [{"prompt": f"What is {n} plus {n}?"} for n in range(120)]
+    price = ("--price", "strong=0/100", "--price", "weak=0/100", "--max-cost", 5)
+    with Api(lambda call: Reply(world(call), tokens_out=40)) as api:
+        assert rlhf(prompts, *OPENAI, "--batch", *price, api=api).status == 0
+        assert len(api.engine.keys) == 480 and len(api.engine.batches) <= 8
