@@ -1873,7 +1873,7 @@ class Models:
             raise self.halt(f"--max-cost needs the price of {model.name}, too: --price {model.name}=IN/OUT")
         usage, (more_in, more_out) = self.usage[model, role], self.surplus[model]
         size, longest = self.most(messages, options, role)
-        longest *= more_out
+        longest = max(longest * more_out, usage.longest)  # a model may know no limit
         if self.batches and usage.calls + usage.cached >= 20:
             longest = min(longest, 1.5 * usage.longest)
         return self.price(model.name, size * more_in, longest)
@@ -2019,6 +2019,14 @@ class Models:
             await provider.close()
 
 
+def called(method, record: Record, run):
+    """What a plain method returns; a StopIteration, which no thread can hand over, becomes a RuntimeError."""
+    try:
+        return method(record, run)
+    except StopIteration as error:
+        raise RuntimeError(repr(error)) from error
+
+
 def failed_call(model: Model, error: ApiError, curable: bool = True) -> Failed:
     """The failure of a record whose call gave nothing; `curable`: the next run may be luckier."""
     reason = f"{error.status or 'no reply'} {error.code}: {model.name}: {error.message[:200]}"
@@ -2090,7 +2098,7 @@ class Run:
         self.reads_answers, self.excluded = getattr(self.method, "reads_answers", False), set()
         self.orders, self.length_penalty = args.judge_orders, args.length_penalty
         self.min_chosen_score, self.flips = args.min_chosen_score, args.when_low_wins == "flip"
-        self.rubric, rules = args.rubric or RUBRIC, defaultdict(list)
+        self.rubric, rules = args.rubric[1] if args.rubric else RUBRIC, defaultdict(list)
         for name, rule in FILTERS.items():
             rules[rule.on] += [] if name in args.skip_filter else [rule]
         self.rules = rules  # of answers and of pairs, less --skip-filter
@@ -2242,7 +2250,7 @@ class Run:
             if inspect.iscoroutinefunction(self.method):
                 pairs = await self.method(record, self)
             else:
-                pairs = await asyncio.to_thread(self.method, record, self)
+                pairs = await asyncio.to_thread(called, self.method, record, self)
             if not isinstance(pairs, list):
                 raise TypeError(f"{self.args.method} returned {pairs!r:.80}, not a list of pairs")
             results = [self.standing(pair) for pair in pairs] or [Failed("filter", "the method made no pair")]
@@ -2262,7 +2270,8 @@ class Run:
             pair = (self.annotations and self.annotations.decide(pair)) or pair
         except Failed as error:
             return error
-        if pair.chosen.votes and not pair.human and not beats(pair.chosen, pair.rejected):
+        judged = pair.chosen.votes or pair.rejected.votes
+        if judged and not pair.human and not beats(pair.chosen, pair.rejected):
             return Failed("judge", "orders disagree")
         reason = self.complaint("pair", pair, self)
         for answer in (pair.chosen, pair.rejected):  # a method of one's own may have made them itself
@@ -3353,6 +3362,7 @@ def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]
 # ----------------------------------------------------------------------------------------------------------
 
 PROGRAM = "rlhf_constructor.py"
+BUGS = (Exception, asyncio.CancelledError, GeneratorExit, SystemExit)  # what a method of one's own may raise
 
 
 class Parser(argparse.ArgumentParser):
@@ -3394,7 +3404,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     flag("--rename", renaming, [], "OLD=NEW", "read the input's field OLD as NEW; repeatable")
     flag("--output-format", OUTPUTS, "standard", "F", f"what a row looks like: {', '.join(OUTPUTS)}")
-    flag("--max-samples", between(-1, 10**12), -1, "N", "read only the first N records; -1 = all")
+    flag("--max-samples", samples, -1, "N", "read only the first N records; -1 = all")
     flag("--exclude-prompts", str, None, "FILE", "leave out FILE's prompts and what shares 13 words in a row")
     flag("--test-fraction", between(0.0, 0.99), 0.0, "X", "share of prompts that go to <output>.test.jsonl")
     group = parser.add_argument_group("method")
@@ -3473,7 +3483,9 @@ model_option = formed("[MODEL:]KEY=JSON, e.g. top_p=0.9 or stop='[\"END\"]'; max
 renaming = formed("OLD=NEW", lambda *names: names, "([^=]+)=(.+)")
 price = formed("MODEL=IN/OUT, e.g. qwen-max=2.4/9.6",  # money per million tokens
                lambda model, *rates: (model, tuple(map(float, rates))), r"(.+)=([\d.]+)/([\d.]+)")
-text_file = formed("a file with text", lambda path: Path(path).read_text("utf-8-sig").strip(), good=bool)
+text_file = formed("a file with text", lambda path: (path, Path(path).read_text("utf-8-sig").strip()),
+                   good=lambda it: it[1])
+samples = formed("a number of records from 1 on, or -1 for all", int, good=lambda it: it == -1 or it > 0)
 # fmt: on
 
 
@@ -3536,6 +3548,7 @@ def check_paths(args):
         refuse(not os.path.isfile(path), f"{path}: {wrong}")
         other = re.search(r"\.(xlsx?|parquet|arrow|docx?|pdf|zip)$", path, re.I)
         refuse(other, f"{path}: {other and other[0]} is not read; .jsonl .json .csv .tsv are, each also .gz")
+    inputs += args.rubric[:1] if args.rubric else []
     target = args.output_path
     refuse(not re.search(r"[^/\\]\.jsonl?$", target), f"--output-path {target}: name a .jsonl file")
     args.cache_path = args.cache_path or os.path.join(os.path.dirname(target), ".rlhf_cache.sqlite")
@@ -3642,7 +3655,7 @@ async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
     run.rules = {"answer": [], "pair": []} if cache.empty else run.rules
     total = asking = met = 0
     for _, record in records_of(path, run):
-        with contextlib.suppress(Exception):  # a guess may break a method that reads replies; no run guesses
+        with contextlib.suppress(*BUGS):  # a guess may break a method that reads replies; no run guesses
             await run.outcome(record)
         before, met = met, sum(usage.calls + usage.cached for usage in models.usage.values())
         asking += met > before
@@ -3670,15 +3683,15 @@ def plan_line(records: int, models: Models) -> str:
 
 def show_plan(records: int, asking: int, models: Models):
     """--dry-run: what would be asked, what it would cost, and the first record's prompts in full."""
-    print(f"{records} records read; nothing is called, nothing is written")
-    print(plan_line(asking, models) if models.rows() else "no model would be called")
+    show(f"{records} records read; nothing is called, nothing is written")
+    show(plan_line(asking, models) if models.rows() else "no model would be called")
     for row in models.rows():
         money = "" if row["money"] is None else f", {row['money']:.4f} at the given price"
         batches = f" in {-(-row['calls'] // BATCH_REQUESTS)} or more batches" if models.args.batch else ""
         calls = f"{row['model']} as {row['role']}: {row['calls']} to pay{batches}, {row['cached']} cached"
-        print(f"  {calls}, about {row['tokens_in']:,} tokens in and {row['tokens_out']:,} out{money}")
+        show(f"  {calls}, about {row['tokens_in']:,} tokens in and {row['tokens_out']:,} out{money}")
     for who, messages in models.first_prompts.items():
-        print(f"\n--- {who} is asked:\n{flatten(messages)}")
+        show(f"\n--- {who} is asked:\n{flatten(messages)}")
 
 
 class Files:
@@ -3905,13 +3918,13 @@ async def fate(line: int, record, run: Run) -> Outcome:
     """What becomes of a record; a bug in a method of one's own stops the run and names the record's line."""
     try:
         outcome = await run.outcome(record)
-    except (Pending, UserError):
+    except Pending:
         raise
     except Stop as stop:  # the cache's, too
         raise run.models.halt(str(stop), stop.status) from None
-    except Exception as error:
+    except BUGS as error:
         if not run.models.stop:  # others in work may well raise the same
-            traceback.print_exc()
+            traceback.print_exc(file=Stderr())
         raise run.models.halt(f"{run.args.input_file}:{line}: {run.args.method} raised {error!r}") from None
     outcome.record.line = line
     return outcome
@@ -3926,9 +3939,9 @@ async def carry_out(path: str, run: Run, files: Files) -> int:
     def emit(outcome: Outcome):
         try:
             files.add(outcome)
-        except (TypeError, ValueError, AssertionError) as error:  # a pair of a method of one's own
+        except (AttributeError, TypeError, ValueError, AssertionError) as error:  # a method of one's own
             line = f"{args.input_file}:{outcome.record.line}"
-            raise models.halt(f"{line}: {args.method} made a pair that no row can hold: {error}") from None
+            raise models.halt(f"{line}: {args.method} made what no row can hold: {error}") from None
         for taker in takers:
             taker.add(outcome)
         bar.total = models.total
@@ -3949,7 +3962,7 @@ async def carry_out(path: str, run: Run, files: Files) -> int:
     if not models.stop:
         files.finish()
     lines = [] if models.stop else report_out(path, run, files, report, review)
-    print("\n".join(lines + summary(files, models)))
+    show("\n".join(lines + summary(files, models)))
     if models.stop:
         raise models.stop
     return 1 if files.curable or not files.pairs else 0
@@ -3979,13 +3992,14 @@ def settings_of(path: str, run: Run) -> dict:
     import importlib.metadata
 
     settings = {name: value for name, value in vars(run.args).items() if value}
-    settings |= {"rubric": digest(run.args.rubric)[:16]} if run.args.rubric else {}
+    settings |= {"rubric": digest(run.rubric)[:16]} if run.args.rubric else {}
     settings["models"] = [model.name for model in run.asked() if model not in run.judges]
     settings["judges"] = [model.name for model in run.judges]
     packages = [name for name in ("openai", "dashscope") if importlib.util.find_spec(name)]
     versions = {name: importlib.metadata.version(name) for name in packages}
     settings["versions"] = versions | {"python": ".".join(map(str, sys.version_info[:3]))}
-    with open(path, "rb") as file:
+    settings["input_sha256"] = ""
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # it may have been moved by now
         settings["input_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return json.loads(scrub(json.dumps(settings, ensure_ascii=False)))  # a file's name need not be UTF-8
 
@@ -3995,7 +4009,8 @@ def progress():
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
 
-        return tqdm(unit=" records", mininterval=0.5 if sys.stderr.isatty() else 10)
+        often = 0.5 if sys.stderr.isatty() else 10
+        return tqdm(unit=" records", mininterval=often, file=Stderr(), dynamic_ncols=True)
     nothing = lambda *_, **__: None
     return types.SimpleNamespace(set_postfix=nothing, update=nothing, close=nothing)
 
@@ -4019,20 +4034,48 @@ def interruptible(models: Models):
         signal.signal(signal.SIGINT, former)
 
 
+class Stderr:
+    """stderr; once it is full or its reader has gone, what is said is said to nobody: no run ends by that."""
+
+    def write(self, text: str):
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:
+            sys.stderr = nobody()
+
+    def __getattr__(self, name):
+        return getattr(sys.stderr, name)
+
+
+def nobody():
+    """A stream without a reader."""
+    return open(os.devnull, "w", encoding="utf-8")
+
+
 def note(text: str):
     """One line on stderr."""
-    print(redacted(text), file=sys.stderr, flush=True)
+    Stderr().write(redacted(text) + "\n")
+
+
+def show(text: str):
+    """Print to stdout; a reader who has seen enough (`| head`) ends nothing."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = nobody()  # or Python complains at exit
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program -> 0 done, 1 a rerun may help or no pair, 2 usage, 3 stopped early, 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    sys.stderr = sys.stderr or nobody()  # `2>&-`
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     if not argv:
         title, _, commands, *_ = __doc__.split("\n\n")
-        print(title, commands + "\n" + catalogue({"Methods": METHODS}), sep="\n\n")
+        show(f"{title}\n\n{commands}\n" + catalogue({"Methods": METHODS}))
         return 0
     try:
         return asyncio.run(construct(build_parser().parse_args(argv)))
@@ -4042,9 +4085,6 @@ def main(argv: list[str] | None = None) -> int:
     except Stop as stop:
         note(f"{PROGRAM}: stopped: {stop}")
         return stop.status
-    except BrokenPipeError:  # `| head`: all files are written by then
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (or it complains at exit)
-        return 0
     except (OSError, sqlite3.Error) as error:
         note(f"{PROGRAM}: stopped: {error}; with room on the disk the same command goes on from here")
         return 3

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -75,6 +76,8 @@ REFUSED = {
     "one file for two": (["--input-file", DEMO, "--candidates-path", "o.jsonl", "--output-path", "o.jsonl"], [], "the same"),
     "excluded is missing": (["--input-file", DEMO, "--exclude-prompts", "none.jsonl"], [], "none.jsonl: no such"),
     "missing rubric": (["--input-file", DEMO, "--rubric", "none.txt"], [], "none.txt"),
+    "no samples": (["--input-file", DEMO, "--max-samples", 0], [], "is not a number of records from 1 on"),
+    "output is the rubric": (["--input-file", DEMO, "--rubric", "odd.jsonl", "--output-path", "odd.jsonl"], [], "written over"),
     "a file of no kind": (["--input-file", "noise.jsonl"], ["--provider", "offline"], "not JSON"),
 }  # fmt: skip
 
@@ -765,3 +768,64 @@ def test_one_request_asked_twice_at_once_is_paid_once_and_a_rerun_gives_the_same
         first = rlhf(PROMPTS, *MODELS, *flags, api=api).output.read_bytes()
         calls = api.count()
         assert rlhf(PROMPTS, *MODELS, *flags, api=api).output.read_bytes() == first and api.count() == calls
+
+
+def stopped_by(mine, rlhf, monkeypatch):
+    """A run of a method of one's own that does not come to its end."""
+    monkeypatch.setitem(rc.METHODS, "mine", mine)
+    with Api(demo_world) as api:
+        return rlhf(PROMPTS, "--method", "mine", *MODELS, api=api)
+
+
+BUGS = (StopIteration(), asyncio.CancelledError(), GeneratorExit(), SystemExit(5), rc.Failed(None, None),
+        rc.UserError("odd"))  # fmt: skip
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["async", "plain"])
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: type(bug).__name__)
+def test_whatever_a_method_raises_stops_the_run_with_the_records_line(rlhf, monkeypatch, bug, plain):
+    def mine(record, run):
+        """a method with a bug"""
+        raise bug
+
+    async def mine_too(record, run):
+        """another"""
+        mine(record, run)
+
+    result = stopped_by(mine if plain else mine_too, rlhf, monkeypatch)
+    assert result.status == 3 and "stopped: " in result.err.splitlines()[-1]
+    assert "in.jsonl:1: mine " in result.err.splitlines()[-1]
+
+
+def test_pairs_are_kept_if_their_input_is_gone_by_then(rlhf, monkeypatch, tmp_path):
+    async def mine(record, run):
+        """removes its input"""
+        pairs = await rc.model_comparison(record, run)
+        (tmp_path / "in.jsonl").unlink(missing_ok=True)
+        return pairs
+
+    result = stopped_by(mine, rlhf, monkeypatch)
+    assert result.status == 0 and result.pairs
+    assert json.loads((tmp_path / "out.report.json").read_bytes())["settings"]["input_sha256"] == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs bash")
+@pytest.mark.parametrize("reader", ["2>&-", "2>/dev/full", "2> >(true)", "2>&1 | head -n 1"])
+def test_nobody_reading_what_is_said_changes_nothing(tmp_path, reader):
+    with Api(demo_world) as api:
+        assert shell(tmp_path, api, reader) == 0
+    assert len(rows(tmp_path / "out.jsonl")) + len(rows(tmp_path / "out.dropped.jsonl")) == 12
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs bash")
+def test_a_stopped_run_says_so_by_its_status_though_nobody_reads_the_summary(tmp_path):
+    with Api(lambda call: Fault(401)) as api:
+        assert shell(tmp_path, api, "2>/dev/null | true") == 3
+
+
+def shell(folder, api, reader):
+    """The exit status of a run whose streams go where the shell's words say."""
+    command = [sys.executable, SCRIPT, *MODELS, "--input-file", "in.jsonl", "--output-path", "out.jsonl"]
+    line = f"{shlex.join(map(str, command))} {reader}; exit ${{PIPESTATUS[0]}}"
+    write_jsonl(folder / "in.jsonl", PROMPTS)
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=api.env(), timeout=60).returncode

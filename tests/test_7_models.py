@@ -10,7 +10,7 @@ import pytest
 import rlhf_constructor as rc
 from tests.conftest import rows
 from tests.server import DASHSCOPE_KEY, OPENAI_KEY, PAGE, Api, Fault, Reply, is_judge, judge_reply, success
-from tests.tiny import run_of
+from tests.tiny import ask, run_of
 
 OPENAI = ("--provider", "openai", "--high-model", "strong", "--low-model", "weak", "--max-retries", 2)
 DASHSCOPE = ("--provider", "dashscope", *OPENAI[2:])
@@ -633,3 +633,16 @@ def test_who_waits_for_money_learns_what_a_call_may_cost_by_now():
         return await asyncio.gather(*asked, return_exceptions=True)
 
     assert [type(result) for result in asyncio.run(all_three())] == [rc.Reply, rc.Reply, rc.Stop]
+
+
+def test_a_model_that_knows_no_limit_may_answer_as_long_as_it_ever_did():
+    models, model = run_of("--max-cost", "9", "--price", "m=0/1").models, rc.Model("openai", "m")
+    models.count(model, {"role": "answer"}, rc.Reply("from the cache", tokens_out=5000), cached=True)
+    request = [{"role": "user", "content": "Hi"}], {"max_tokens": 200}, "answer"
+    assert models.cost(model, *request) * rc.PRICE_UNIT == pytest.approx(5000)
+
+
+def test_no_pair_stands_whose_rejected_answer_alone_has_votes():
+    made = rc.Answer("It is 42.", score=9.0), rc.Answer("It is 43, is it not?", score=3.0, votes=(9.0,))
+    with pytest.raises(ValueError):
+        run_of().standing(rc.Pair(ask(), *made))
