@@ -3872,7 +3872,10 @@ async def construct(args) -> int:
 
     async def foretell():
         """Before the first call: say what may be called."""
-        models.total, asking, planned = await plan(path, run, cache)
+        try:
+            models.total, asking, planned = await plan(path, run, cache)
+        except UserError as error:  # the input breaks off
+            raise models.halt(str(error), 2) from None
         note(plan_line(asking, planned))
 
     models.foretell = foretell
