@@ -1904,7 +1904,8 @@ class Models:
                 except Exception as error:  # its text may quote a proxy's password
                     hint = "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
                     raise self.halt(f"{model.name}: no client ({type(error).__name__}): {hint}") from None
-                gc.freeze()  # an SDK's objects are there to stay
+                if not gc.get_freeze_count():
+                    gc.freeze()  # an SDK's objects are there to stay
             self.lanes[model] = Lane(model, self.providers[door])
         return self.lanes[model]
 
