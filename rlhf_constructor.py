@@ -1899,11 +1899,14 @@ class Models:
             if door not in self.providers:
                 make = PROVIDERS[model.provider]
                 gc.set_threshold(20_000)  # looking for garbage every 700 objects took 15 % of the time
+                gc.disable()
                 try:
                     self.providers[door] = make(*door[1:], self.args.timeout)
                 except Exception as error:  # its text may quote a proxy's password
                     hint = "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
                     raise self.halt(f"{model.name}: no client ({type(error).__name__}): {hint}") from None
+                finally:
+                    gc.enable()
                 if not gc.get_freeze_count():
                     gc.freeze()  # an SDK's objects are there to stay
             self.lanes[model] = Lane(model, self.providers[door])
