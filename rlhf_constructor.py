@@ -1132,7 +1132,7 @@ def similarity(a: str, b: str, floor: float) -> float:
     return len(ours & theirs) / len(ours | theirs)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def grams(text: str) -> set[str]:
     """The character 5-grams of a text, kept for a while: the report compares one with several."""
     return set(runs(text, 5))
