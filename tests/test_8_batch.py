@@ -252,18 +252,24 @@ def test_killed_three_times_a_thousand_prompts_pay_only_failed_lines_twice(tmp_p
         assert len(api.engine.keys) == 4000 + len(failed) and api.count() == 0
 
 
-def test_ctrl_c_leaves_the_batches_running_and_the_next_run_collects_them(tmp_path):
-    source = write_jsonl(tmp_path / "in.jsonl", PROMPTS)
+def interrupted(folder, api):
+    """A run that Ctrl-C ends while its first two batches are at work -> its flags, to go on with."""
+    source = write_jsonl(folder / "in.jsonl", PROMPTS)
     flags = (*OPENAI, "--batch", "--input-file", source, "--output-path", "out.jsonl")
+    api.engine.looks = 10**9
+    run = start(folder, api, *flags)
+    while run.poll() is None and len(api.engine.batches) < 2:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == 130 and "Traceback" not in err
+    api.engine.looks = 1
+    return flags
+
+
+def test_ctrl_c_leaves_the_batches_running_and_the_next_run_collects_them(tmp_path):
     with Api(world) as api:
-        api.engine.looks = 10**9
-        run = start(tmp_path, api, *flags)
-        while run.poll() is None and len(api.engine.batches) < 2:
-            time.sleep(0.01)
-        run.send_signal(signal.SIGINT)
-        _, err = run.communicate(timeout=30)
-        assert run.returncode == 130 and "Traceback" not in err
-        api.engine.looks = 1
+        flags = interrupted(tmp_path, api)
         again = start(tmp_path, api, *flags)
         again.communicate(timeout=60)
         assert again.returncode == 0 and len(api.engine.keys) == 48 and len(api.engine.batches) == 3
@@ -335,17 +341,9 @@ def test_a_file_of_results_that_cannot_be_read_costs_nothing_again(rlhf):
 
 
 def test_a_batch_that_is_gone_at_the_provider_is_submitted_again(tmp_path):
-    source = write_jsonl(tmp_path / "in.jsonl", PROMPTS)
-    flags = (*OPENAI, "--batch", "--input-file", source, "--output-path", "out.jsonl")
     with Api(world) as api:
-        api.engine.looks = 10**9
-        run = start(tmp_path, api, *flags)
-        while run.poll() is None and len(api.engine.batches) < 2:
-            time.sleep(0.01)
-        run.send_signal(signal.SIGINT)
-        run.communicate(timeout=30)
+        flags = interrupted(tmp_path, api)
         api.engine.batches.clear()
-        api.engine.looks = 1
         again = start(tmp_path, api, *flags)
         _, err = again.communicate(timeout=60)
     assert again.returncode == 0 and "gone at the provider" in err
