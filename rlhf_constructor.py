@@ -405,7 +405,7 @@ def read_rows(path: str):
 
 def held_rows(whole: dict) -> list | None:
     """The rows that the object of a whole file wraps, `{"data": [...]}`; None if it is a record itself."""
-    if whole.keys() & {"messages", "conversations", "instruction", *PROMPT_FIELDS, *DATA_SETS}:
+    if whole.keys() & {"messages", "conversations", "instruction", *PROMPT_FIELDS, *LISTS, *DATA_SETS}:
         return None
     return next(iter(whole.values())) if len(whole) == 1 else whole.get("data")
 
@@ -620,10 +620,9 @@ def check_places(one: Shape, two: Shape, row: dict, verdicts: dict):
 
 def by_place(shape: Shape, row: dict, verdicts: dict) -> set[str]:
     """The fields of the row that could speak of a shape's answers by their places."""
-    beside = {
-        name for name in BESIDE if isinstance(row.get(name), list) and len(row[name]) == len(shape.texts)
-    }
-    beside = {name for name in beside if not all(value in UNSAID for value in row[name])}
+    lists = {name: row[name] for name in BESIDE if isinstance(row.get(name), list)}
+    filled = {name for name, values in lists.items() if not all(value in UNSAID for value in values)}
+    beside = {name for name in filled if len(lists[name]) == len(shape.texts)}
     chosen = {name for name, said in verdicts.items() if winner_index(name, said, shape) is not None}
     return shape.fields | beside | chosen
 
@@ -1376,6 +1375,7 @@ class ask_openai:
         self.client = openai.AsyncOpenAI(base_url=url or None, api_key=key or "none", **common)
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
+        """One chat completion; raises what the SDK raises, and ApiError for a reply without text."""
         reply = await self.client.chat.completions.create(model=name, messages=messages, extra_body=options)
         return replied(*parts(reply, REPLY))
 
@@ -1407,6 +1407,7 @@ class ask_dashscope:
         self.batch = None
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
+        """One generation; the SDK raises no status: what it returns becomes an ApiError here."""
         options, api = dict(options), self.sdk.AioGeneration
         if options.pop("multimodal", False):  # the current Qwen models live behind another address
             api = self.sdk.AioMultiModalConversation
@@ -1437,6 +1438,7 @@ class ask_reward(ask_openai):
     """--judge-model reward:NAME@URL: a reward model behind /classify (vLLM, SGLang)"""
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
+        """One score: `messages` end with the answer. The text of the Reply is the number."""
         body = {"model": name, "messages": messages, "text": flatten(messages)}
         if options.get("as_input"):
             body = {"model": name, "input": flatten(messages)}
@@ -1456,6 +1458,7 @@ class ask_offline:
         pass
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
+        """A damaged reference, or as a judge (`heuristic`) scores for the fenced answers."""
         if name == "heuristic":
             fence = r'<answer id="(\w+)" nonce="(\w+)">\n(.*?)\n</answer nonce="\2">'
             shown = re.findall(fence, messages[-1]["content"], re.S)

@@ -148,6 +148,7 @@ FILES = [
     pytest.param("in.json", json.dumps({"messages": turns("a")}, indent=4), [(1, "a")], id="one indented chat"),
     pytest.param("in.json", json.dumps({"rows": json.loads(INDENTED)}, indent=1), BOTH, id="an array in an object, under any name"),
     pytest.param("in.json", json.dumps({"data": json.loads(INDENTED)}), BOTH, id="an array in an object in one line"),
+    pytest.param("in.json", '{"answers": [{"text": "a"}]}', [(1, "no known fields: answers")], id="answers are no rows"),
     pytest.param("in.json", json.dumps({"prompt": "a", "data": ["b", "c"]}, indent=4), [(1, "a")], id="one indented object with data of its own"),
     pytest.param("in.jsonl", '\n{"messages": [{"role": "user", "content": "a"}]}', [(2, "a")], id="one chat in one line"),
     pytest.param("in.csv", "prompt;x\na, or b;1\n", [(2, "a, or b")], id="a European CSV"),
