@@ -596,9 +596,11 @@ def test_thoughts_that_are_billed_beyond_max_tokens_are_reckoned_with_though_no_
         spent.append(2000)
         return Reply("", tokens_in=1000, tokens_out=1000)
 
+    # one model alone: the first bill of a second one, in flight, would be a surprise of its own
     with Api(answer) as api:
-        flags = ("--max-cost", 9, "--max-retries", 0, "--concurrency", 12)
-        rlhf(PROMPTS, *OPENAI, *PRICE, *flags, api=api)
+        flags = ("--max-cost", 9, "--max-retries", 0, "--concurrency", 12, "--judge-model", "none")
+        records = [record | {"answer": "It is known."} for record in PROMPTS]
+        rlhf(records, *OPENAI, *PRICE, *flags, "--high-model", "reference", api=api)
         assert 6000 < sum(spent) <= 9000
 
 
