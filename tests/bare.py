@@ -9,9 +9,13 @@ import sys
 async def openai_calls(url: str, gather):
     import openai
 
-    client = openai.AsyncOpenAI(base_url=url, api_key="none", http_client=openai.DefaultAioHttpClient())
+    client = openai.AsyncOpenAI(
+        base_url=url, api_key="none", http_client=openai.DefaultAioHttpClient()
+    )
     async with client:
-        await gather(lambda model, messages: client.chat.completions.create(model=model, messages=messages))
+        await gather(
+            lambda model, messages: client.chat.completions.create(model=model, messages=messages)
+        )
 
 
 async def dashscope_calls(url: str, gather):
@@ -20,7 +24,9 @@ async def dashscope_calls(url: str, gather):
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         where = {"session": session, "api_key": "none", "base_address": url}
-        await gather(lambda model, messages: AioGeneration.call(model=model, messages=messages, **where))
+        await gather(
+            lambda model, messages: AioGeneration.call(model=model, messages=messages, **where)
+        )
 
 
 def gathering(calls: int, in_flight: int):

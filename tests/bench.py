@@ -21,7 +21,11 @@ from itertools import count
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SCRIPT, BARE, SERVER = ROOT / "rlhf_constructor.py", ROOT / "tests" / "bare.py", ROOT / "tests" / "server.py"
+SCRIPT, BARE, SERVER = (
+    ROOT / "rlhf_constructor.py",
+    ROOT / "tests" / "bare.py",
+    ROOT / "tests" / "server.py",
+)
 LATENCY = 0.2  # seconds the server takes for an answer
 REPEATS = {16: 1, 64: 2, 256: 5}  # by calls in flight: short runs are the noisy ones
 API = {"openai": "/v1", "dashscope": "/api/v1"}  # where the server speaks a provider's protocol
@@ -40,7 +44,9 @@ class Row:
 
     def cells(self) -> tuple[str, str, str, str]:
         low, high = self.least is not None, self.most is not None
-        required = "at least " * low + "at most " * high + self.form.format(self.least or self.most or 0)
+        required = (
+            "at least " * low + "at most " * high + self.form.format(self.least or self.most or 0)
+        )
         kept = (not low or self.value >= self.least) and (not high or self.value <= self.most)
         verdict = ("ok" if kept else "MISSED") if low or high else ""
         return self.what, self.form.format(self.value), required if verdict else "", verdict
@@ -58,10 +64,16 @@ def part(function):
 @part
 def start_up(quick: bool, folder: Path):
     """--help, and one record offline, beside an empty Python."""
-    source = written(folder / "one.jsonl", [{"prompt": "What is 6 times 7?", "answer": "It is 42."}])
+    source = written(
+        folder / "one.jsonl", [{"prompt": "What is 6 times 7?", "answer": "It is 42."}]
+    )
     best = lambda run: min(run().seconds for _ in range(3 if quick else 9))
     empty = best(lambda: measured(["-c", "pass"], folder))
-    yield Row("--help / python -c pass", best(lambda: measured([SCRIPT, "--help"], folder)) / empty, most=15)
+    yield Row(
+        "--help / python -c pass",
+        best(lambda: measured([SCRIPT, "--help"], folder)) / empty,
+        most=15,
+    )
     offline = best(lambda: script(source, "--provider", "offline"))
     yield Row("one record offline / python -c pass", offline / empty)
 
@@ -70,7 +82,9 @@ def start_up(quick: bool, folder: Path):
 def calls(quick: bool, folder: Path):
     """The same calls by us and by the bare SDK, by provider and by calls in flight."""
     number = 400 if quick else 2_000
-    source = written(folder / "prompts.jsonl", [{"prompt": f"Question {n}?"} for n in range(number // 2)])
+    source = written(
+        folder / "prompts.jsonl", [{"prompt": f"Question {n}?"} for n in range(number // 2)]
+    )
     for provider in API:
         for width, most in ((16, None), (64, 1.15), (256, 1.4)):
             bare, ours, busy = race(provider, source, number, width, 1 if quick else REPEATS[width])
@@ -107,7 +121,9 @@ def limits(quick: bool, folder: Path):
     cases = [(*case, retry_after) for case in sizes for retry_after in ("", "1")]
     source = {case: written(folder / f"{n}.jsonl", references(n)) for case, n in sizes.items()}
     with ThreadPoolExecutor(len(cases)) as pool:
-        for case, share in zip(cases, pool.map(lambda c: limited(source[c[:2]], sizes[c[:2]], *c), cases)):
+        for case, share in zip(
+            cases, pool.map(lambda c: limited(source[c[:2]], sizes[c[:2]], *c), cases)
+        ):
             how = f"{case[0]}/s, {case[1]:g} s latency, {'with' if case[2] else 'no'} Retry-After"
             yield Row(f"limit of {how}: share used", share, "{:.1%}", least=0.9)
 
@@ -117,7 +133,9 @@ def limited(source: Path, number: int, limit: int, latency: float, retry_after: 
     more = ("--retry-after", retry_after) if retry_after else ()
     with served("--latency", latency, "--limit", limit, *more) as server:
         flags = ("--provider", "openai", "--base-url", server.url + "/v1", "--judge-model", "none")
-        done = script(source, *flags, "--high-model", "reference", "--low-model", "b", "--concurrency", 64)
+        done = script(
+            source, *flags, "--high-model", "reference", "--low-model", "b", "--concurrency", 64
+        )
         done.accounted(number)
         return number / (server.stats()["span"] * limit)
 
@@ -126,9 +144,16 @@ def limited(source: Path, number: int, limit: int, latency: float, retry_after: 
 def cached(quick: bool, folder: Path):
     """The same command again: 10,000 judged records, every reply from the cache."""
     number = 1_000 if quick else 10_000
-    source = written(folder / "prompts.jsonl", [{"prompt": f"Question {n}?"} for n in range(number)])
+    source = written(
+        folder / "prompts.jsonl", [{"prompt": f"Question {n}?"} for n in range(number)]
+    )
     with served() as server:
-        models = ("--high-model", "gpt-4o", "--low-model", "gpt-4o-mini")  # who judges is the high one
+        models = (
+            "--high-model",
+            "gpt-4o",
+            "--low-model",
+            "gpt-4o-mini",
+        )  # who judges is the high one
         flags = ("--provider", "openai", "--base-url", server.url + "/v1", *models)
         first = script(source, *flags, "--batch", through=EAGER)  # the quickest way to fill a cache
         again = best_of([script(source, *flags, out=first.out) for _ in range(1 if quick else 3)])
@@ -147,14 +172,19 @@ def ranking(quick: bool, folder: Path):
     plain = {n: script(source[n], *flags, "--report-path", "none") for n in source}
     full = {n: script(source[n], *flags) for n in source}
     full[large].accounted(large)
-    yield Row("rank_responses / json alone on its input", plain[large].seconds / json_alone(source[large]))
+    yield Row(
+        "rank_responses / json alone on its input", plain[large].seconds / json_alone(source[large])
+    )
     yield Row("rank_responses, records a second", large / plain[large].seconds, "{:,.0f}")
     share = full[large].seconds / plain[large].seconds - 1
     yield Row("its report, share of the time without one", share, "{:.0%}", most=0.3)
     for name, runs in (("without", plain), ("with", full)):
         more = runs[large].peak - runs[small].peak
         yield Row(
-            f"rank_responses {name} report, MB more for {large:,} than for {small:,}", more, "{:.0f}", most=40
+            f"rank_responses {name} report, MB more for {large:,} than for {small:,}",
+            more,
+            "{:.0f}",
+            most=40,
         )
 
 
@@ -167,9 +197,13 @@ def memory(quick: bool, folder: Path):
         models = ("--high-model", "a", "--low-model", "b", "--judge-model", "none", "--batch")
         batch = ("--provider", "openai", "--base-url", server.url + "/v1", *models)
         ways = {"offline": (("--provider", "offline"), ()), "--batch": (batch, EAGER)}
-        peaks = lambda way: [script(source[n], *way[0], through=way[1]).accounted(n).peak for n in source]
+        peaks = lambda way: [
+            script(source[n], *way[0], through=way[1]).accounted(n).peak for n in source
+        ]
         for way, (low, high) in zip(ways, pool.map(peaks, ways.values())):
-            yield Row(f"{way}: MB more for {large:,} than for {small:,}", high - low, "{:.0f}", most=40)
+            yield Row(
+                f"{way}: MB more for {large:,} than for {small:,}", high - low, "{:.0f}", most=40
+            )
             yield Row(f"{way}: MB for {small:,} records", low, "{:.0f}")
 
 
@@ -182,13 +216,18 @@ def sums(number: int):
 
 def references(number: int):
     """Records whose own answer is like none of the server's."""
-    return ({"prompt": f"Question {n}?", "output": "A reference that is long enough."} for n in range(number))
+    return (
+        {"prompt": f"Question {n}?", "output": "A reference that is long enough."}
+        for n in range(number)
+    )
 
 
 def ranked(number: int):
     """Prompts with four scored answers of 450 characters, of words that are no language's."""
     draw = random.Random(1)
-    words = ["".join(draw.choices("etaoinshrdlucmfwyp", k=draw.randint(2, 11))) for _ in range(5_000)]
+    words = [
+        "".join(draw.choices("etaoinshrdlucmfwyp", k=draw.randint(2, 11))) for _ in range(5_000)
+    ]
     for n in range(number):
         texts = [" ".join(draw.choices(words, k=60)) + "." for _ in range(4)]
         yield {"prompt": f"Question {n}?", "responses": texts, "scores": draw.sample(range(10), 4)}
@@ -241,7 +280,9 @@ class Cost:
 
 def measured(command: list, folder: Path) -> Cost:
     """The cost of `python *command`; refuses one that fails."""
-    kept = {name: value for name, value in os.environ.items() if not re.search("_proxy$", name, re.I)}
+    kept = {
+        name: value for name, value in os.environ.items() if not re.search("_proxy$", name, re.I)
+    }
     keys = dict.fromkeys(("OPENAI_API_KEY", "DASHSCOPE_API_KEY"), "none")
     meter = [sys.executable, "-c", METER, sys.executable, *map(str, command)]
     done = subprocess.run(
@@ -264,13 +305,16 @@ def script(source: Path, *flags, through=(), out: Path | None = None) -> Cost:
 def best_of(costs: list[Cost]) -> Cost:
     """The least of each figure: noise only ever adds."""
     return Cost(
-        *(min(getattr(cost, name) for cost in costs) for name in ("seconds", "cpu", "peak")), costs[-1].out
+        *(min(getattr(cost, name) for cost in costs) for name in ("seconds", "cpu", "peak")),
+        costs[-1].out,
     )
 
 
 def json_alone(path: Path) -> float:
     """Seconds in which `json` reads and writes a file's rows."""
-    return min(measured(["-c", JSON_ALONE, path, "copy.jsonl"], path.parent).seconds for _ in range(3))
+    return min(
+        measured(["-c", JSON_ALONE, path, "copy.jsonl"], path.parent).seconds for _ in range(3)
+    )
 
 
 class Served:
@@ -281,7 +325,9 @@ class Served:
 
     def stats(self) -> dict:
         """calls that arrived online, span in seconds from the first to the last, CPU seconds so far."""
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(self.url + "/stats") as reply:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            self.url + "/stats"
+        ) as reply:
             return json.load(reply)
 
 
@@ -306,11 +352,14 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", action="append", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument(
+        "--only", action="append", choices=PARTS, metavar="PART", help=", ".join(PARTS)
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     options = parser.parse_args()
     print(
-        f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True
+        f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        flush=True,
     )
     rows = []
     for name in options.only or PARTS:

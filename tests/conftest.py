@@ -57,7 +57,12 @@ def rlhf(tmp_path, monkeypatch, capsys):
     def run(source, *flags, api=None, output="out.jsonl", **env) -> Result:
         if not isinstance(source, str | Path):
             source = write_jsonl(tmp_path / "in.jsonl", source)
-        for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "DASHSCOPE_API_KEY", "DASHSCOPE_HTTP_BASE_URL"):
+        for name in (
+            "OPENAI_API_KEY",
+            "OPENAI_BASE_URL",
+            "DASHSCOPE_API_KEY",
+            "DASHSCOPE_HTTP_BASE_URL",
+        ):
             monkeypatch.delenv(name, raising=False)
         for name, value in ((api.env() if api else {}) | env).items():
             monkeypatch.setenv(name, value)

@@ -108,7 +108,13 @@ def parse(protocol: str, body: dict, headers) -> Call:
     messages = [{"role": m["role"], "content": flat(m["content"])} for m in given["messages"]]
     params = {key: body[key] for key in body.keys() - {"model", "messages", "input", "parameters"}}
     params |= body.get("parameters", {})
-    return Call(protocol, body.get("model", ""), messages, params, {k.lower(): v for k, v in headers.items()})
+    return Call(
+        protocol,
+        body.get("model", ""),
+        messages,
+        params,
+        {k.lower(): v for k, v in headers.items()},
+    )
 
 
 def success(call: Call, reply: Reply, choices: bool = True) -> dict:
@@ -118,10 +124,17 @@ def success(call: Call, reply: Reply, choices: bool = True) -> dict:
     used_in = size // 4 + 1 if reply.tokens_in is None else reply.tokens_in
     used_out = len(reply.text) // 4 + 1 if reply.tokens_out is None else reply.tokens_out
     head = {"id": os.urandom(16).hex(), "created": int(time.time()), "model": call.model}
-    usage = {"prompt_tokens": used_in, "completion_tokens": used_out, "total_tokens": used_in + used_out}
+    usage = {
+        "prompt_tokens": used_in,
+        "completion_tokens": used_out,
+        "total_tokens": used_in + used_out,
+    }
     if call.protocol == "reward":
         probs = [None] if content is None else [float(number) for number in content.split()]
-        data = [{"index": i, "label": "LABEL_0", "probs": [p], "num_classes": 1} for i, p in enumerate(probs)]
+        data = [
+            {"index": i, "label": "LABEL_0", "probs": [p], "num_classes": 1}
+            for i, p in enumerate(probs)
+        ]
         return head | {"object": "list", "data": data if choices else [], "usage": usage}
     if call.protocol == "multimodal" and isinstance(content, str):
         content = [{"text": content}]
@@ -157,8 +170,12 @@ async def misbehave(request: web.Request, call: Call, fault: Fault) -> web.Strea
         status, kind, text = bodies[fault.kind]
         return web.Response(text=text, status=status, content_type=kind, headers=fault.headers)
     if fault.kind == "body":
-        return web.Response(body=fault.body, status=fault.status, content_type=JSON, headers=fault.headers)
-    response = web.StreamResponse(headers={"Content-Type": JSON, "Content-Length": "999999", **fault.headers})
+        return web.Response(
+            body=fault.body, status=fault.status, content_type=JSON, headers=fault.headers
+        )
+    response = web.StreamResponse(
+        headers={"Content-Type": JSON, "Content-Length": "999999", **fault.headers}
+    )
     match fault.kind:
         case "cut" | "drip":
             with suppress(ConnectionError):
@@ -168,14 +185,20 @@ async def misbehave(request: web.Request, call: Call, fault: Fault) -> web.Strea
                     await asyncio.sleep(0.2)
                     await response.write(b" ")
         case "chunked" | "delimited":
-            end = "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n" if fault.kind == "chunked" else "\r\n{"
+            end = (
+                "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"
+                if fault.kind == "chunked"
+                else "\r\n{"
+            )
             request.transport.write(f"HTTP/1.1 200 OK\r\nContent-Type: {JSON}\r\n{end}".encode())
             await asyncio.sleep(0.01)
         case "hang":
             await asyncio.Event().wait()
         case "reset":  # a socket that lingers for zero seconds closes with RST
             linger = struct.pack("ii", 1, 0)
-            request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            request.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, linger
+            )
         case other if other != "close":
             raise ValueError(f"no such kind of fault: {other}")
     request.transport.close()
@@ -191,7 +214,9 @@ class Api:
     told to come again after `retry_after` seconds if it is given.
     """
 
-    def __init__(self, answer, latency: float = 0.0, limit: int | None = None, port: int = 0, retry_after=""):
+    def __init__(
+        self, answer, latency: float = 0.0, limit: int | None = None, port: int = 0, retry_after=""
+    ):
         self._answer, self._latency, self._port = answer, latency, port
         self._refusal = Fault(
             429, message="rate limit", headers={"Retry-After": retry_after} if retry_after else {}
@@ -227,7 +252,10 @@ class Api:
     def env(self, **more) -> dict[str, str]:
         """An environment in which a script finds only this server; `NAME=None` leaves a variable out."""
         ours = {"OPENAI_BASE_URL": self.openai_url, "OPENAI_API_KEY": OPENAI_KEY, "PYTHONUTF8": "1"}
-        ours |= {"DASHSCOPE_HTTP_BASE_URL": self.dashscope_url, "DASHSCOPE_API_KEY": DASHSCOPE_KEY} | more
+        ours |= {
+            "DASHSCOPE_HTTP_BASE_URL": self.dashscope_url,
+            "DASHSCOPE_API_KEY": DASHSCOPE_KEY,
+        } | more
         foreign = re.compile(r"(OPENAI|DASHSCOPE)_.*|.*_PROXY", re.IGNORECASE)
         kept = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
         return {name: value for name, value in (kept | ours).items() if value is not None}
@@ -238,7 +266,9 @@ class Api:
         app.add_routes([web.get("/stats", self._stats)])
         for root in ("/v1", "/compatible-mode/v1"):
             app.add_routes(self.engine.routes(root))
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.05)
+        self._runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, shutdown_timeout=0.05
+        )
         await self._runner.setup()
         await web.SockSite(self._runner, listener, backlog=1024).start()
 
@@ -315,7 +345,9 @@ class BatchEngine:
         assert form["purpose"] == "batch"
         data = form["file"].file.read()
         about = {"object": "file", "bytes": len(data), "created_at": 0, "filename": "batch.jsonl"}
-        return web.json_response(about | {"id": self.store(data), "purpose": "batch", "status": "processed"})
+        return web.json_response(
+            about | {"id": self.store(data), "purpose": "batch", "status": "processed"}
+        )
 
     async def _content(self, request: web.Request) -> web.Response:
         return web.Response(
@@ -329,7 +361,14 @@ class BatchEngine:
         if fault := self.creating(requests):
             return web.json_response(failure("openai", fault), status=fault.status)
         name = f"batch-{len(self.batches) + 1}"
-        batch = {"id": name, "object": "batch", "created_at": 0, "status": "in_progress", "looks": 0, **body}
+        batch = {
+            "id": name,
+            "object": "batch",
+            "created_at": 0,
+            "status": "in_progress",
+            "looks": 0,
+            **body,
+        }
         batch["request_counts"] = {"total": len(requests), "completed": 0, "failed": 0}
         self.batches[name] = batch
         if self.lost:
@@ -340,7 +379,9 @@ class BatchEngine:
     async def _list(self, request: web.Request) -> web.Response:
         names = list(self.batches)[::-1]
         start = names.index(request.query["after"]) + 1 if "after" in request.query else 0
-        page = [self.batches[name] for name in names[start : start + 2]]  # small pages, to be turned
+        page = [
+            self.batches[name] for name in names[start : start + 2]
+        ]  # small pages, to be turned
         more = start + 2 < len(names)
         ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}
         return web.json_response({"object": "list", "data": page, "has_more": more, **ends})
@@ -373,7 +414,11 @@ class BatchEngine:
             good = not isinstance(reply, Fault)
             reply = Reply(str(reply)) if isinstance(reply, str | int | float) else reply
             body = success(call, reply) if good else failure("openai", reply)
-            response = {"status_code": 200 if good else reply.status, "request_id": "r", "body": body}
+            response = {
+                "status_code": 200 if good else reply.status,
+                "request_id": "r",
+                "body": body,
+            }
             line = {"id": "x", "custom_id": one["custom_id"], "response": response, "error": None}
             found[200 if good else 0].append(line)
         counts = batch["request_counts"]
@@ -424,7 +469,9 @@ def demo_world(call: Call) -> str:
     if not call.prompt.isascii():
         advice = luck.choice(["先从最简单的做法开始", "把步骤逐条写下来", "动手之前先量一量现状"])
         return f"{advice}，这样做一百次里大约有 {works} 次能够成功。"
-    advice = luck.choice(["Start with the simplest version", "Write the steps down", "Measure it first"])
+    advice = luck.choice(
+        ["Start with the simplest version", "Write the steps down", "Measure it first"]
+    )
     return f"{advice}: it works in {works} of 100 cases."
 
 
@@ -436,7 +483,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--retry-after", default="")
     o = parser.parse_args()
-    with suppress(KeyboardInterrupt), Api(demo_world, o.latency, o.limit, o.port, o.retry_after) as api:
+    with (
+        suppress(KeyboardInterrupt),
+        Api(demo_world, o.latency, o.limit, o.port, o.retry_after) as api,
+    ):
         api.engine.calls = api.engine.keys = deque(
             maxlen=0
         )  # nobody here looks at them, and they may be many

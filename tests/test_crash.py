@@ -31,7 +31,11 @@ def world(call):
 
 def flags_for(folder):
     """A run whose files all stand in this folder, its cache beside it."""
-    written = {"--output-path": "a.jsonl", "--candidates-path": "c.jsonl", "--cache-path": "cache/c.sqlite"}
+    written = {
+        "--output-path": "a.jsonl",
+        "--candidates-path": "c.jsonl",
+        "--cache-path": "cache/c.sqlite",
+    }
     flags = ["--input-file", "in.jsonl", *MODELS, "--concurrency", WORKERS, "--test-fraction", 0.3]
     for flag, name in written.items():
         flags += [flag, f"{folder}/{name}"]
@@ -90,7 +94,9 @@ def runs(tmp_path):
 
 def kept(folder):
     """Every JSONL file that a run left, byte by byte."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.endswith("jsonl")}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name.endswith("jsonl")
+    }
 
 
 def test_killed_at_fifty_moments_it_comes_to_the_same_bytes(runs, tmp_path):
@@ -116,8 +122,12 @@ def test_killed_at_fifty_moments_it_comes_to_the_same_bytes(runs, tmp_path):
         assert start(*flags)[1]() == 0 and api.count() == calls
     print(f"{killed} kills, {twice} of {paid} calls paid twice")
     assert killed == 50 and 0 <= twice <= 40 * 2 * WORKERS
-    assert kept(tmp_path / "killed") == kept(tmp_path / "whole") and len(kept(tmp_path / "whole")) == 4
-    assert not list((tmp_path / "killed").glob("*.part")) and not list((tmp_path / "killed").glob("*.bak"))
+    assert (
+        kept(tmp_path / "killed") == kept(tmp_path / "whole") and len(kept(tmp_path / "whole")) == 4
+    )
+    assert not list((tmp_path / "killed").glob("*.part")) and not list(
+        (tmp_path / "killed").glob("*.bak")
+    )
     assert json.loads((tmp_path / "killed/a.report.json").read_text("utf-8"))
     assert "Traceback" not in (tmp_path / "errors").read_text()
 
@@ -158,10 +168,17 @@ def small_disk(folder, size="300k"):
 def one_line(result, status, says):
     """The run ended so, and said why in one line of its own."""
     said = [line for line in result.err.splitlines() if line.startswith("rlhf_constructor.py: ")]
-    return result.status == status and len(said) == 1 and says in said[0] and "Traceback" not in result.err
+    return (
+        result.status == status
+        and len(said) == 1
+        and says in said[0]
+        and "Traceback" not in result.err
+    )
 
 
-LONG = [{"prompt": f"{record['prompt']} {'It matters to us a great deal. ' * 50}"} for record in PROMPTS]
+LONG = [
+    {"prompt": f"{record['prompt']} {'It matters to us a great deal. ' * 50}"} for record in PROMPTS
+]
 BESIDE = ("--cache-path", "cache.sqlite")
 
 
@@ -185,7 +202,9 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(rlhf, tmp_path, where,
         assert (done.status, done.output.read_bytes()) == (0, whole.output.read_bytes()), done.err
         assert done.dropped == whole.dropped and len(whole.pairs) + len(whole.dropped) == len(LONG)
         lost = api.count() - 2 * paid
-        assert 0 <= lost <= ("disk/cache.sqlite" in flags) * 2 * 16, "what could not be stored, at most"
+        assert 0 <= lost <= ("disk/cache.sqlite" in flags) * 2 * 16, (
+            "what could not be stored, at most"
+        )
 
 
 def test_a_read_only_folder_is_refused_before_anything_is_called(rlhf, tmp_path):
@@ -194,7 +213,9 @@ def test_a_read_only_folder_is_refused_before_anything_is_called(rlhf, tmp_path)
         paid, before = api.count(), kept(tmp_path / "disk")
         remount("ro")
         for flags in (("--cache-path", "disk/c.sqlite"), ("--review-path", "disk/r.html"), ()):
-            result = rlhf(PROMPTS, *MODELS, *flags, api=api, output="o.jsonl" if flags else "disk/o.jsonl")
+            result = rlhf(
+                PROMPTS, *MODELS, *flags, api=api, output="o.jsonl" if flags else "disk/o.jsonl"
+            )
             assert one_line(result, 2, "cannot be written to"), result.err
         assert api.count() == paid and kept(tmp_path / "disk") == before
 
@@ -233,11 +254,16 @@ def test_a_cache_that_cannot_be_used_is_named_in_one_line_and_left_as_it_is(rlhf
         damaged(cache, how)
         paid, before = api.count(), cache.read_bytes()
         result = run("c.sqlite", [*PROMPTS, {"prompt": "One more?"}])
-        if how in ("more columns", "another table"):  # there is room for ours beside what we do not know
+        if how in (
+            "more columns",
+            "another table",
+        ):  # there is room for ours beside what we do not know
             assert result.status == 0 and result.output.read_bytes().startswith(whole)
             assert api.count() == (paid + 4 if how == "more columns" else 2 * paid + 4)
         else:
-            assert result.status in (2, 3) and one_line(result, result.status, "c.sqlite"), result.err
+            assert result.status in (2, 3) and one_line(result, result.status, "c.sqlite"), (
+                result.err
+            )
             assert api.count() <= paid + 1 and cache.read_bytes()[:4096] == before[:4096]
             assert (tmp_path / "out.jsonl").read_bytes() == whole, "the former output is as it was"
             assert run("new.sqlite").output.read_bytes() == whole
@@ -256,7 +282,10 @@ def test_a_cache_that_another_process_holds_is_named_in_one_line(rlhf, tmp_path,
         assert "is locked: in use elsewhere" in result.err and api.count() == paid
         holder.execute("ROLLBACK")
         holder.close()
-        assert rlhf(PROMPTS[:5], *MODELS, "--cache-path", "c.sqlite", api=api).output.read_bytes() == whole
+        assert (
+            rlhf(PROMPTS[:5], *MODELS, "--cache-path", "c.sqlite", api=api).output.read_bytes()
+            == whole
+        )
         assert api.count() == paid
 
 
@@ -269,14 +298,20 @@ def test_a_cache_that_gets_locked_in_the_middle_stops_the_run_and_the_next_goes_
     def answer(call):
         if api.count() == 60:
             holders.append(
-                sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None, check_same_thread=False)
+                sqlite3.connect(
+                    tmp_path / "c.sqlite", isolation_level=None, check_same_thread=False
+                )
             )
             holders[0].execute("BEGIN IMMEDIATE")
         return world(call)
 
     with Api(answer, latency=0.01) as api:
-        result = rlhf(PROMPTS, *MODELS, "--cache-path", "c.sqlite", "--concurrency", WORKERS, api=api)
-        assert one_line(result, 3, "c.sqlite: the cache cannot be used (database is locked)"), result.err
+        result = rlhf(
+            PROMPTS, *MODELS, "--cache-path", "c.sqlite", "--concurrency", WORKERS, api=api
+        )
+        assert one_line(result, 3, "c.sqlite: the cache cannot be used (database is locked)"), (
+            result.err
+        )
         lost = api.count() - holders[0].execute("SELECT count(*) FROM replies").fetchone()[0]
         holders[0].close()
         done = rlhf(PROMPTS, *MODELS, "--cache-path", "c.sqlite", api=api)

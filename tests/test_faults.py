@@ -12,7 +12,16 @@ import pytest
 
 from tests.server import Api, Fault, Reply, is_judge, judge_reply, shown, success
 
-OPENAI = ("--provider", "openai", "--high-model", "strong", "--low-model", "weak", "--max-retries", 2)
+OPENAI = (
+    "--provider",
+    "openai",
+    "--high-model",
+    "strong",
+    "--low-model",
+    "weak",
+    "--max-retries",
+    2,
+)
 DASHSCOPE = ("--provider", "dashscope", *OPENAI[2:])
 BOTH = pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
 PROMPTS = [{"prompt": f"What is {n} plus {n}?"} for n in range(6)]
@@ -22,7 +31,9 @@ WAIT_FOR = asyncio.wait_for
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     """Waits between tries are cut to 10 ms."""
-    monkeypatch.setattr(asyncio, "wait_for", lambda task, seconds: WAIT_FOR(task, min(seconds, 0.01)))
+    monkeypatch.setattr(
+        asyncio, "wait_for", lambda task, seconds: WAIT_FOR(task, min(seconds, 0.01))
+    )
 
 
 def right(call):
@@ -46,14 +57,18 @@ def marks(good, bad):
     """A verdict whose values are these, as they stand, for the right answer and for the other."""
 
     def reply(call):
-        values = ", ".join(f'"{name}": {good if "right" in text else bad}' for name, text in shown(call))
+        values = ", ".join(
+            f'"{name}": {good if "right" in text else bad}' for name, text in shown(call)
+        )
         return f'{{"reason": "as scripted", "scores": {{{values}}}}}'
 
     return reply
 
 
 def prose(call):
-    return ". ".join(f"{name} deserves {3 if 'right' in text else 9} of 10" for name, text in shown(call))
+    return ". ".join(
+        f"{name} deserves {3 if 'right' in text else 9} of 10" for name, text in shown(call)
+    )
 
 
 def one_missing(call):
@@ -81,7 +96,9 @@ UNREADABLE = {
     "Infinity": marks(3, "Infinity"),
     "percent": marks(30, 90),
     "truncated": lambda call: wrong(call)[:-1],
-    "a draft, then truncated": lambda call: f"{wrong(call)}\nNo, on reflection:\n{right(call)[:-2]}",
+    "a draft, then truncated": lambda call: (
+        f"{wrong(call)}\nNo, on reflection:\n{right(call)[:-2]}"
+    ),
     "cut at the limit after a draft": lambda call: Reply(wrong(call), finish="length"),
     "two verdicts in a list": lambda call: f"[{wrong(call)}, {right(call)}]",
     "two verdicts in an object": lambda call: f'{{"draft": {right(call)}, "final": {wrong(call)}}}',
@@ -99,7 +116,9 @@ READABLE = {
     "two objects: the last counts": lambda call: f"{wrong(call)}\nOn reflection:\n{right(call)}",
     "a think block with other scores": lambda call: f"<think>{wrong(call)}</think>\n{right(call)}",
     "a think block that never opened": lambda call: f"{wrong(call)}</think>{right(call)}",
-    "another verdict quoted": lambda call: json.dumps({"reason": wrong(call)} | json.loads(right(call))),
+    "another verdict quoted": lambda call: json.dumps(
+        {"reason": wrong(call)} | json.loads(right(call))
+    ),
     "numbers as strings": marks('"9"', '"3.5"'),
     "indented": lambda call: json.dumps(json.loads(right(call)), indent=4),
     "in parts": lambda call: Reply(
@@ -191,7 +210,9 @@ MARKS = {
 def attacked(text, judge):
     """The weak model's answers all hold this text."""
     return lambda call: (
-        judge(call) if is_judge(call) else world(call) + (f"\n{text}" if call.model == "weak" else "")
+        judge(call)
+        if is_judge(call)
+        else world(call) + (f"\n{text}" if call.model == "weak" else "")
     )
 
 
@@ -208,7 +229,9 @@ def test_an_answer_that_attacks_the_judge_changes_no_label(rlhf, text, flags):
 
 @BOTH
 @pytest.mark.parametrize("text", MARKS.values(), ids=MARKS)
-def test_chat_template_marks_drop_an_answer_and_are_harmless_where_the_filter_is_off(rlhf, text, sdk):
+def test_chat_template_marks_drop_an_answer_and_are_harmless_where_the_filter_is_off(
+    rlhf, text, sdk
+):
     with Api(attacked(text, simple)) as api:
         assert rlhf(PROMPTS[:2], *sdk, api=api).reasons == ["filter: control tokens"] * 2
         result = rlhf(PROMPTS[:2], *sdk, "--skip-filter", "control_tokens", api=api)
@@ -225,7 +248,9 @@ def test_an_attack_in_the_prompt_or_the_reference_changes_no_label(rlhf, text):
 
 def test_a_judge_that_quotes_a_fake_verdict_before_its_own_is_read_rightly(rlhf):
     def quoting(call):
-        fake = re.sub('"K3"|"Q7"', lambda mark: json.dumps(shown(call)[mark[0] == '"Q7"'][0]), VERDICT)
+        fake = re.sub(
+            '"K3"|"Q7"', lambda mark: json.dumps(shown(call)[mark[0] == '"Q7"'][0]), VERDICT
+        )
         return f"One answer says {fake}, which is bait.\n{right(call)}"
 
     with Api(attacked(VERDICT, quoting)) as api:
@@ -238,7 +263,9 @@ def test_a_judge_that_quotes_a_fake_verdict_before_its_own_is_read_rightly(rlhf)
 )
 def test_a_judge_that_obeys_what_stands_first_makes_no_pair(rlhf, flags):
     with Api(
-        lambda call: judge_reply(call, lambda text, slot: 10 - 8 * slot) if is_judge(call) else world(call)
+        lambda call: (
+            judge_reply(call, lambda text, slot: 10 - 8 * slot) if is_judge(call) else world(call)
+        )
     ) as api:
         result = rlhf(PROMPTS, *OPENAI, *flags, "--num-candidates", 2, api=api)
     assert not result.pairs and result.reasons == ["judge: orders disagree"] * 6
@@ -262,7 +289,9 @@ def test_a_storm_of_429_and_bursts_of_5xx_cost_no_record(rlhf, sdk):
             bursts.extend([500, 502, 503] * 2)
         if bursts and luck.random() < 0.7:
             return Fault(bursts.pop(), kind=luck.choice(["error", "html"]))
-        after = luck.choice([{}, {"Retry-After": "0.01"}, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}])
+        after = luck.choice(
+            [{}, {"Retry-After": "0.01"}, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}]
+        )
         return Fault(429, headers=after) if luck.random() < 0.4 else world(call)
 
     prompts = [{"prompt": f"What is {n} plus {n}?"} for n in range(40)]
@@ -298,9 +327,13 @@ def test_a_judge_that_is_not_there_stops_the_run_and_answers_are_not_paid_twice(
             "no TLS": f"https://localhost:{port}/v1",
             "refused": "http://localhost:1/v1",
         }
-        result = rlhf(PROMPTS, *sdk, "--max-retries", 0, "--judge-model", f"openai:j@{address[way]}", api=api)
+        result = rlhf(
+            PROMPTS, *sdk, "--max-retries", 0, "--judge-model", f"openai:j@{address[way]}", api=api
+        )
         assert (
-            result.status == 3 and "the server cannot be reached" in result.err and not result.output.exists()
+            result.status == 3
+            and "the server cannot be reached" in result.err
+            and not result.output.exists()
         )
         answers = rlhf(PROMPTS, *sdk, "--judge-model", "j", api=api)
         assert len(answers.pairs) == 6 and api.count("strong") == api.count("weak") == 6
@@ -364,5 +397,7 @@ def test_a_reply_with_junk_anywhere_is_an_answer_or_costs_its_record_only(rlhf, 
     for pair in result.pairs:
         assert pair["chosen"] == f"A right answer to: {pair['prompt']}"
         assert pair["rejected"] in (f"A mistaken answer to: {pair['prompt']}", "x", "stop")
-    print(f"{len(result.pairs)} replies were answers in spite of it, {len(result.dropped)} were not")
+    print(
+        f"{len(result.pairs)} replies were answers in spite of it, {len(result.dropped)} were not"
+    )
     assert {row["stage"] for row in result.dropped} <= {"model", "filter"}

@@ -1,6 +1,6 @@
 """Anything in, and the promises hold: no exception, valid rows of one type, books that balance, one order.
 
-The judge's parser and fences are fuzzed in test_3_judge.py, the signals of ranked answers in test_2_signals.py.
+The judge's parser and fences are fuzzed in test_judge.py, the signals of ranked answers in test_existing_answers.py.
 """
 
 import asyncio
@@ -19,14 +19,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rlhf_constructor as rc
-from tests.test_2_inputs import LEAVES, NAMES
+from tests.test_inputs import LEAVES, NAMES
 from tests.tiny import run_of, verdict
 
 
 def fuzz(examples):
     """Settings: the same examples every time."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(deadline=None, derandomize=True, max_examples=examples, suppress_health_check=checks)
+    return settings(
+        deadline=None, derandomize=True, max_examples=examples, suppress_health_check=checks
+    )
 
 
 # --- texts and rows of every kind
@@ -36,7 +38,9 @@ PIECES = ["I'm sorry, I cannot help with that.", "抱歉，我无法提供帮助
           "Paris. ", "The answer is 42. ", "答案是四十二。", "20 times ", "写20遍", "\x00", "\x1b[31m", "\x7f", "\u202e", "\u2028", "\u0085", "مرحبا",
           "שלום", "👩‍👩‍👧", "🇫🇷", "e\u0301", "\ufeff", "\ud83d", "\udc00", "\ufffe", "İ", "ß", "a" * 300, " ", "\n", "\r\n", "\t"]  # fmt: skip
 TEXTS = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.sampled_from(LEAVES))
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.sampled_from(LEAVES)
+)
 KEYS = st.one_of(st.sampled_from(NAMES), st.text(max_size=5))
 ANYTHING = st.recursive(
     SCALARS,
@@ -65,16 +69,26 @@ def sound(found):
         if isinstance(one, rc.Failed):
             assert one.stage == "input" and isinstance(one.reason, str) and one.reason
             continue
-        assert one.messages[-1]["role"] == "user" and one.messages[-1]["content"] and len(one.prompt_id) == 16
+        assert (
+            one.messages[-1]["role"] == "user"
+            and one.messages[-1]["content"]
+            and len(one.prompt_id) == 16
+        )
         assert {turn["role"] for turn in one.messages} <= {"system", "user", "assistant"}
-        texts = [one.reference, *(turn["content"] for turn in one.messages), *(a.text for a in one.answers)]
+        texts = [
+            one.reference,
+            *(turn["content"] for turn in one.messages),
+            *(a.text for a in one.answers),
+        ]
         assert all(isinstance(text, str) and text.encode() is not None for text in texts)
         assert all(isinstance(vote, float) for answer in one.answers for vote in answer.votes)
     return True
 
 
 @fuzz(400)
-@given(st.lists(ROWS, min_size=1, max_size=5), st.booleans(), st.sampled_from(["a.jsonl", "a.json"]))
+@given(
+    st.lists(ROWS, min_size=1, max_size=5), st.booleans(), st.sampled_from(["a.jsonl", "a.json"])
+)
 def test_any_json_is_read_as_records_or_as_failures(values, with_answers, name):
     dump = lambda value: json.dumps(value, ensure_ascii=True)
     data = "\n".join(map(dump, ["first", *values])) if name == "a.jsonl" else dump(values)
@@ -113,7 +127,10 @@ class ask_scripted:
         if hints["role"] == "judge":
             good = verdict(said, lambda text: luck.choice([2, 5, 8, 9.5]))
             return rc.replied(
-                luck.choice([good, good, good, good[:-2], "no idea", good.replace("9.5", "11")]), "stop", 1, 1
+                luck.choice([good, good, good, good[:-2], "no idea", good.replace("9.5", "11")]),
+                "stop",
+                1,
+                1,
             )
         if luck.random() < 0.12:
             raise luck.choice([rc.ApiError(500, "", "down"), rc.ApiError(400, "", "no"), KeyError("choices"), ValueError("junk"),
@@ -127,7 +144,9 @@ class ask_scripted:
         pass
 
 
-SURE = [{"prompt": "Sure?", "responses": ["Paris it is.", "Rome, I guess, or so."], "scores": [5, 1]}]
+SURE = [
+    {"prompt": "Sure?", "responses": ["Paris it is.", "Rome, I guess, or so."], "scores": [5, 1]}
+]
 
 
 @pytest.fixture
@@ -150,7 +169,9 @@ def program(monkeypatch):
             ]
             out = io.StringIO()
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-                status = rc.main([*paths, "--report-path", "none", "--cache-path", "none", *map(str, flags)])
+                status = rc.main(
+                    [*paths, "--report-path", "none", "--cache-path", "none", *map(str, flags)]
+                )
             assert "Traceback" not in out.getvalue(), out.getvalue()
             return (
                 status,
@@ -165,8 +186,13 @@ def strict(data, typed=True):
     """The rows of JSON lines: UTF-8, no NaN; and no null, one type a column, the same keys in the same order."""
     assert not data or data.endswith(b"\n")
     refuse = lambda constant: pytest.fail(f"{constant} in a row")
-    found = [json.loads(line.decode("utf-8"), parse_constant=refuse) for line in data.split(b"\n")[:-1]]
-    assert not typed or len({tuple((key, kind(value)) for key, value in row.items()) for row in found}) <= 1
+    found = [
+        json.loads(line.decode("utf-8"), parse_constant=refuse) for line in data.split(b"\n")[:-1]
+    ]
+    assert (
+        not typed
+        or len({tuple((key, kind(value)) for key, value in row.items()) for row in found}) <= 1
+    )
     return found
 
 
@@ -186,12 +212,15 @@ def balanced(out, files, many=False):
     """Records read = records that gave pairs + lines among the dropped; pairs = rows."""
     read_, paired, pairs, dropped = map(
         int,
-        re.search(r"(\d+) records read: (\d+)\D+(?:\d+%\) )?gave (\d+) pairs, (\d+) dropped", out).groups(),
+        re.search(
+            r"(\d+) records read: (\d+)\D+(?:\d+%\) )?gave (\d+) pairs, (\d+) dropped", out
+        ).groups(),
     )
     drops = strict(files.get("o.dropped.jsonl", b""), typed=False)
     assert read_ == paired + dropped and len(drops) == dropped
     assert all(
-        row["stage"] in ("input", "model", "judge", "filter", "human") and row["reason"] for row in drops
+        row["stage"] in ("input", "model", "judge", "filter", "human") and row["reason"]
+        for row in drops
     )
     assert [row["line"] for row in drops] == sorted(row["line"] for row in drops)
     if not many:
@@ -220,7 +249,9 @@ RATED = st.one_of(
     name=st.sampled_from(list(rc.OUTPUTS)),
     strategy=st.sampled_from(list(rc.STRATEGIES)),
 )
-def test_every_format_writes_valid_rows_of_one_type_whatever_is_ranked(program, values, name, strategy):
+def test_every_format_writes_valid_rows_of_one_type_whatever_is_ranked(
+    program, values, name, strategy
+):
     strategy = "best_worst" if name == "kto" else strategy
     flags = ("--method", "rank_responses", "--output-format", name, "--strategy", strategy)
     status, out, files = program(values, *flags)
@@ -229,7 +260,8 @@ def test_every_format_writes_valid_rows_of_one_type_whatever_is_ranked(program, 
     if name == "standard":
         for row in strict(files["o.jsonl"]):
             assert (
-                row.get("score_chosen", 1) > row.get("score_rejected", 0) and row["chosen"] != row["rejected"]
+                row.get("score_chosen", 1) > row.get("score_rejected", 0)
+                and row["chosen"] != row["rejected"]
             )
     strict(files.get("o.dropped.jsonl", b""), typed=False)
 
@@ -241,7 +273,9 @@ METHODS = st.sampled_from([("model_comparison",), ("generate_pairs", "--num-cand
 
 @fuzz(300)
 @given(values=st.lists(st.one_of(ASKED, RATED), min_size=1, max_size=8), method=METHODS)
-def test_books_balance_and_order_is_the_inputs_whatever_fails_and_however_many_work(program, values, method):
+def test_books_balance_and_order_is_the_inputs_whatever_fails_and_however_many_work(
+    program, values, method
+):
     flags = ("--provider", "scripted", "--max-retries", 0, "--method", *method)
     status, out, files = program(values, *flags, "--concurrency", 1)
     assert status in (0, 1) and balanced(out, files)
@@ -264,9 +298,13 @@ RUN = run_of("--min-chosen-score", "5")
 def complaints(prompt, one, two, votes=((9.0,), (8.0,))):
     """What each filter says of these texts."""
     record = rc.Record([{"role": "user", "content": prompt}])
-    chosen, rejected = (rc.Answer(text, score=vote[0], votes=vote) for text, vote in zip((one, two), votes))
+    chosen, rejected = (
+        rc.Answer(text, score=vote[0], votes=vote) for text, vote in zip((one, two), votes)
+    )
     for name, rule in rc.FILTERS.items():
-        subject = (record, chosen) if rule.on == "answer" else (rc.Pair(record, chosen, rejected), RUN)
+        subject = (
+            (record, chosen) if rule.on == "answer" else (rc.Pair(record, chosen, rejected), RUN)
+        )
         yield name, lambda rule=rule, subject=subject: rule(*subject)
 
 
@@ -306,4 +344,6 @@ def test_filters_take_time_in_proportion_to_the_text(unit):
             small, large = (list(complaints(*form(text))) for text in texts)
             for (name, quick), (_, slow) in zip(small, large):
                 taken = seconds(slow)
-                assert taken < 0.05 or taken < 24 * seconds(quick), f"{name}, {about}: {taken:.2f} s"
+                assert taken < 0.05 or taken < 24 * seconds(quick), (
+                    f"{name}, {about}: {taken:.2f} s"
+                )

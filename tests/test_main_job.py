@@ -36,7 +36,11 @@ def lesson(provider, high, low, *more):
 @pytest.mark.parametrize("provider, high, low, name", LESSON)
 def test_the_lessons_commands_work_as_written(process, tmp_path, provider, high, low, name):
     shutil.copytree(DATA, tmp_path / "data")
-    flags = ["--input-file", f"data/{name}", *lesson(provider, high, low, "--output-path", "data/rlhf.jsonl")]
+    flags = [
+        "--input-file",
+        f"data/{name}",
+        *lesson(provider, high, low, "--output-path", "data/rlhf.jsonl"),
+    ]
     with Api(demo_world) as api:
         run = process(*flags, api=api)
         out, err = run.communicate(timeout=60)
@@ -47,7 +51,9 @@ def test_the_lessons_commands_work_as_written(process, tmp_path, provider, high,
     assert {(pair["chosen_model"], pair["rejected_model"]) for pair in pairs} == {(high, low)}
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in DATA.iterdir() if "rlhf" not in path.name))
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in DATA.iterdir() if "rlhf" not in path.name)
+)
 def test_every_data_file_runs_without_a_key(rlhf, name):
     ranked = name in ("ranked_answers.jsonl", "preference_pairs.jsonl")
     judged = ("--method", "rank_responses") if ranked else ("--provider", "offline")
@@ -71,7 +77,9 @@ def noisy_world(gap, seed=1, still=False):
             f"{seed} {call.model} {call.prompt} {call.params.get('temperature')} {0 if still else call.time}"
         )
         if is_judge(call):
-            return judge_reply(call, lambda text, slot: truth(text) + luck.gauss(0, 1) + 0.8 * (slot == 0))
+            return judge_reply(
+                call, lambda text, slot: truth(text) + luck.gauss(0, 1) + 0.8 * (slot == 0)
+            )
         quality = luck.gauss(5 + gap * ("strong" in call.model), 1.5)
         noise = " ".join(
             luck.choices("amber basil cedar delta ember flint grove haven iris jade".split(), k=30)
@@ -90,7 +98,16 @@ def wrong_share(pairs):
 
 
 PROMPTS = [{"prompt": f"Question number {n}: what is best?"} for n in range(1000)]
-MODELS = ("--provider", "openai", "--high-model", "strong", "--low-model", "weak", "--concurrency", 64)
+MODELS = (
+    "--provider",
+    "openai",
+    "--high-model",
+    "strong",
+    "--low-model",
+    "weak",
+    "--concurrency",
+    64,
+)
 
 
 QUICK = ("--provider", "dashscope", *MODELS[2:])  # the quicker of the two SDKs
@@ -100,7 +117,9 @@ def test_a_noisy_judge_leaves_few_wrong_pairs(rlhf):
     with Api(noisy_world(1.5, still=True)) as api:
         trusting = rlhf(PROMPTS, *QUICK, "--judge-model", "none", api=api, output="t.jsonl").pairs
         judged = rlhf(PROMPTS, *QUICK, api=api).pairs
-    print(f"no judge: {wrong_share(trusting):.1%} wrong; judged: {wrong_share(judged):.1%} of {len(judged)}")
+    print(
+        f"no judge: {wrong_share(trusting):.1%} wrong; judged: {wrong_share(judged):.1%} of {len(judged)}"
+    )
     assert wrong_share(trusting) > 0.20
     assert wrong_share(judged) <= 0.025 and len(judged) >= 400
 
@@ -115,10 +134,10 @@ def test_the_best_and_the_worst_of_four_are_hardly_ever_confused(rlhf):
 
 # --- pairs that look alike and are not: the right answer wins from either slot, and no filter throws it away
 
-LONG_SUM = (
-    "We add the parts one by one: 17 + 25 = 42, then 42 + 58 = 100, and half of 100 is 50. The answer is {}."
+LONG_SUM = "We add the parts one by one: 17 + 25 = 42, then 42 + 58 = 100, and half of 100 is 50. The answer is {}."
+CODE = (
+    "```python\ndef last(items):\n    if not items:\n        return None\n    return items[{}]\n```"
 )
-CODE = "```python\ndef last(items):\n    if not items:\n        return None\n    return items[{}]\n```"
 ALIKE = {
     "one word": ("Label the sentiment: great film!", "positive", "negative"),
     "one Chinese word": ("判断情感：这部电影太好看了！", "正面", "负面"),
@@ -136,12 +155,15 @@ ALIKE = {
 @pytest.mark.parametrize("reference", [True, False], ids=["with reference", "without"])
 @pytest.mark.parametrize("prompt, right, wrong", ALIKE.values(), ids=ALIKE)
 def test_the_right_answer_wins_from_either_slot(rlhf, prompt, right, wrong, reference):
-    slots = set()
+    positions = set()
 
     def answer(call):
         if is_judge(call):
             return judge_reply(
-                call, lambda text, slot: slots.add((text == right, slot)) or (9 if text == right else 2)
+                call,
+                lambda text, slot: (
+                    positions.add((text == right, slot)) or (9 if text == right else 2)
+                ),
             )
         return right if call.model == "strong" else wrong
 
@@ -150,10 +172,14 @@ def test_the_right_answer_wins_from_either_slot(rlhf, prompt, right, wrong, refe
         result = rlhf([record], *MODELS, api=api)
         [turned] = rlhf([record], *MODELS[:2], "--high-model", "weak", "--low-model", "strong",
                         "--when-low-wins", "flip", api=api).pairs  # fmt: skip
-        assert all(("<reference" in call.prompt) == reference for call in api.calls if is_judge(call))
-    assert [(pair["chosen"], pair["rejected"]) for pair in result.pairs] == [(right, wrong)], result.reasons
+        assert all(
+            ("<reference" in call.prompt) == reference for call in api.calls if is_judge(call)
+        )
+    assert [(pair["chosen"], pair["rejected"]) for pair in result.pairs] == [(right, wrong)], (
+        result.reasons
+    )
     assert (turned["chosen"], turned["rejected"]) == (right, wrong)
-    assert slots == {(True, 0), (True, 1), (False, 0), (False, 1)}
+    assert positions == {(True, 0), (True, 1), (False, 0), (False, 1)}
 
 
 # --- the same command again
@@ -161,9 +187,13 @@ def test_the_right_answer_wins_from_either_slot(rlhf, prompt, right, wrong, refe
 
 def test_the_same_command_again_makes_no_call_and_the_same_bytes(rlhf):
     with Api(demo_world) as api:
-        first = rlhf(DATA / "alpaca_demo.jsonl", *MODELS, api=api, output="a.jsonl").output.read_bytes()
+        first = rlhf(
+            DATA / "alpaca_demo.jsonl", *MODELS, api=api, output="a.jsonl"
+        ).output.read_bytes()
         calls = api.count()
-        again = rlhf(DATA / "alpaca_demo.jsonl", *MODELS, api=api, output="a.jsonl").output.read_bytes()
+        again = rlhf(
+            DATA / "alpaca_demo.jsonl", *MODELS, api=api, output="a.jsonl"
+        ).output.read_bytes()
         alone = rlhf(
             DATA / "alpaca_demo.jsonl", *MODELS, "--concurrency", 1, api=api, output="b.jsonl"
         ).output
@@ -222,7 +252,11 @@ def test_only_what_changes_an_answer_is_paid_for_again(rlhf, flags, pays):
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_file(process, tmp_path):
     source, workers = write_jsonl(tmp_path / "in.jsonl", PROMPTS[:100]), 4
-    flags = ["--input-file", source, *lesson("openai", "gpt-4o", "gpt-4o-mini", "--concurrency", workers)]
+    flags = [
+        "--input-file",
+        source,
+        *lesson("openai", "gpt-4o", "gpt-4o-mini", "--concurrency", workers),
+    ]
     with Api(demo_world, latency=0.02) as api:
         process(*flags, "--output-path", "whole/a.jsonl", api=api).communicate(timeout=60)
         whole, moments = api.count(), random.Random(7)

@@ -1,8 +1,8 @@
 """Bugs that were found in other tools, each as a fact that holds here.
 
-What another file tests already is not repeated: one 400 costs one record (test_7_models), ties and missing scores
-make no pair (test_4_methods, test_2_signals), another system prompt or address misses the cache (test_main_job,
-test_7_models), batch results are joined by custom_id with errors among them (test_8_batch), kills (test_crash).
+What another file tests already is not repeated: one 400 costs one record (test_calls), ties and missing scores
+make no pair (test_methods, test_existing_answers), another system prompt or address misses the cache (test_main_job,
+test_calls), batch results are joined by custom_id with errors among them (test_batch), kills (test_crash).
 """
 
 import asyncio
@@ -17,7 +17,16 @@ import rlhf_constructor as rc
 from tests.conftest import DATA, SCRIPT, rows
 from tests.server import Api, Fault, Reply, demo_world, is_judge, judge_reply
 
-MODELS = ("--provider", "openai", "--high-model", "strong", "--low-model", "weak", "--max-retries", 0)
+MODELS = (
+    "--provider",
+    "openai",
+    "--high-model",
+    "strong",
+    "--low-model",
+    "weak",
+    "--max-retries",
+    0,
+)
 PROMPTS = [{"prompt": f"What is {n} plus {n}?"} for n in range(12)]
 
 
@@ -41,10 +50,14 @@ def belongs(pair):
 def test_the_judges_verdict_decides_the_label(rlhf, flags):
     """open-instruct compared with `and` what could not hold together: chosen was always the first completion."""
     for better, worse in (("strong", "weak"), ("weak", "strong")):
-        judge = lambda call, better=better: judge_reply(call, lambda text, slot: 9 if better in text else 3)
+        judge = lambda call, better=better: judge_reply(
+            call, lambda text, slot: 9 if better in text else 3
+        )
         with Api(lambda call, judge=judge: judge(call) if is_judge(call) else world(call)) as api:
             pairs = rlhf(PROMPTS, *MODELS, *flags, "--cache-path", "none", api=api).pairs
-        assert {(pair["chosen_model"], pair["rejected_model"]) for pair in pairs} == {(better, worse)}
+        assert {(pair["chosen_model"], pair["rejected_model"]) for pair in pairs} == {
+            (better, worse)
+        }
         assert len(pairs) == 12 and all(
             better in pair["chosen"] and worse in pair["rejected"] for pair in pairs
         )
@@ -60,7 +73,9 @@ def test_the_judges_verdict_decides_the_label(rlhf, flags):
 def test_no_rating_in_prose_becomes_a_score(reply):
     """distilabel split replies at blank lines, [5, 2] became [None, 5, 2]; UltraFeedback read 1 as 10."""
     scores = rc.parse_scores(reply, ["K3", "Q7"])
-    assert scores is None or (reply == '{"scores": {"K3": "10.", "Q7": "1,5"}}' and scores == [10.0, 1.5])
+    assert scores is None or (
+        reply == '{"scores": {"K3": "10.", "Q7": "1,5"}}' and scores == [10.0, 1.5]
+    )
 
 
 @pytest.mark.parametrize("one, two", [(1, 10), ("1", "10"), (10, 1), ("10.0", "1.0"), (1.0, 1.5)])
@@ -76,14 +91,28 @@ def test_a_dropped_record_shifts_no_neighbour(rlhf, tmp_path):
     def answer(call):
         n = int(re.search(r"What is (\d+)", call.prompt)[1])
         if is_judge(call):
-            return "no idea" if n == 5 else judge_reply(call, lambda text, slot: 5) if n == 7 else world(call)
-        return {1: Fault(400), 2: " ", 3: Reply("cut", finish="length"), 4: Fault(500)}.get(n) or world(call)
+            return (
+                "no idea"
+                if n == 5
+                else judge_reply(call, lambda text, slot: 5)
+                if n == 7
+                else world(call)
+            )
+        return {1: Fault(400), 2: " ", 3: Reply("cut", finish="length"), 4: Fault(500)}.get(
+            n
+        ) or world(call)
 
     with Api(answer) as api:
-        result = rlhf(PROMPTS, *MODELS, "--candidates-path", "c.jsonl", "--test-fraction", 0.3, api=api)
+        result = rlhf(
+            PROMPTS, *MODELS, "--candidates-path", "c.jsonl", "--test-fraction", 0.3, api=api
+        )
     pairs = result.pairs + rows(tmp_path / "out.test.jsonl")
-    assert sorted(row["line"] for row in result.dropped) == [2, 3, 4, 5, 6, 8] and all(map(belongs, pairs))
-    assert {pair["prompt"] for pair in pairs} == {PROMPTS[n]["prompt"] for n in (0, 6, 8, 9, 10, 11)}
+    assert sorted(row["line"] for row in result.dropped) == [2, 3, 4, 5, 6, 8] and all(
+        map(belongs, pairs)
+    )
+    assert {pair["prompt"] for pair in pairs} == {
+        PROMPTS[n]["prompt"] for n in (0, 6, 8, 9, 10, 11)
+    }
     for row in rows(tmp_path / "c.jsonl"):
         told = [answer["text"] for answer in row["completions"] if " on: " in answer["text"]]
         assert all(text.endswith(row["prompt"][0]["content"]) for text in told)
@@ -98,7 +127,9 @@ def test_no_text_of_an_error_becomes_an_answer(rlhf, tmp_path, kind):
     broken = lambda call: call.model == "weak" and not is_judge(call) and "2 plus" in call.prompt
     with Api(lambda call: Fault(500, kind=kind) if broken(call) else world(call)) as api:
         result = rlhf(PROMPTS, *MODELS, "--candidates-path", "c.jsonl", api=api)
-        assert all("fault" not in call.prompt and "went wrong" not in call.prompt for call in api.calls)
+        assert all(
+            "fault" not in call.prompt and "went wrong" not in call.prompt for call in api.calls
+        )
     assert len(result.pairs) == 11 and all(map(belongs, result.pairs))
     texts = [answer["text"] for row in rows(tmp_path / "c.jsonl") for answer in row["completions"]]
     assert len(texts) == 12 + 11 and all(" on: What is" in text for text in texts)
@@ -116,10 +147,18 @@ def test_every_candidate_that_is_paid_for_is_used(rlhf, tmp_path):
 
     with Api(answer) as api:
         result = rlhf(
-            PROMPTS[:2], *MODELS, "--method", "generate_pairs", "--candidates-path", "c.jsonl", api=api
+            PROMPTS[:2],
+            *MODELS,
+            "--method",
+            "generate_pairs",
+            "--candidates-path",
+            "c.jsonl",
+            api=api,
         )
         asked = [call for call in api.calls if not is_judge(call)]
-    assert result.status == 0 and len(asked) == 2 * 4 and not any("n" in call.params for call in asked)
+    assert (
+        result.status == 0 and len(asked) == 2 * 4 and not any("n" in call.params for call in asked)
+    )
     assert [len(row["completions"]) for row in rows(tmp_path / "c.jsonl")] == [4, 4]
 
 
@@ -131,7 +170,9 @@ def test_another_input_of_the_same_name_gets_its_own_pairs(rlhf):
     with Api(world) as api:
         assert len(rlhf(PROMPTS[:6], *MODELS, api=api).pairs) == 6
         again = rlhf(PROMPTS[6:], *MODELS, api=api)
-        assert [pair["prompt"] for pair in again.pairs] == [record["prompt"] for record in PROMPTS[6:]]
+        assert [pair["prompt"] for pair in again.pairs] == [
+            record["prompt"] for record in PROMPTS[6:]
+        ]
         assert api.count() == 4 * 12 and all(map(belongs, again.pairs))
 
 
@@ -141,7 +182,9 @@ def test_more_prompts_of_the_same_file_pay_for_themselves_alone(rlhf):
         rlhf(PROMPTS[:6], *MODELS, "--max-samples", 4, api=api)
         result = rlhf([*PROMPTS[:3], PROMPTS[9], *PROMPTS[3:6], PROMPTS[0]], *MODELS, api=api)
         assert (
-            api.count() == 4 * 7 and len(result.pairs) == 7 and result.reasons == ["input: repeated prompt"]
+            api.count() == 4 * 7
+            and len(result.pairs) == 7
+            and result.reasons == ["input: repeated prompt"]
         )
 
 
@@ -161,7 +204,9 @@ def test_a_step_more_after_a_stop_takes_nothing_partial_for_the_whole(rlhf):
     with Api(lambda call: Fault(401) if api.count() > 20 else world(call)) as api:
         assert rlhf(PROMPTS, *MODELS, "--concurrency", 2, api=api).status == 3
         api._answer = world
-        result = rlhf(PROMPTS, *MODELS, "--output-format", "conversational", "--length-penalty", 0.1, api=api)
+        result = rlhf(
+            PROMPTS, *MODELS, "--output-format", "conversational", "--length-penalty", 0.1, api=api
+        )
     assert result.status == 0 and len(result.pairs) == 12
 
 
@@ -197,7 +242,11 @@ def test_a_slow_record_holds_up_no_other(rlhf):
 
     with Api(answer) as api:
         result = rlhf(PROMPTS, *MODELS, "--concurrency", 2, "--timeout", 20, api=api)
-    assert len(late) == 1 and len(result.pairs) == 12 and result.pairs[1]["prompt"] == PROMPTS[1]["prompt"]
+    assert (
+        len(late) == 1
+        and len(result.pairs) == 12
+        and result.pairs[1]["prompt"] == PROMPTS[1]["prompt"]
+    )
 
 
 def test_as_many_calls_are_in_flight_as_were_asked_for(rlhf):

@@ -39,13 +39,15 @@ def checkout(tmp_path, first_pairs):
     shutil.copytree(DATA, tmp_path / "data", ignore=shutil.ignore_patterns("rlhf_*", ".*"))
     shutil.copy(first_pairs, tmp_path / "data")
     source = SCRIPT.read_text("utf-8")
-    assert source.count("\ndef beats(") == 1
+    assert source.count("\ndef wins_every_vote(") == 1
     pair = rows(DATA / "preference_pairs.jsonl")[0]
     name = rc.pair_id(*(pair[key] for key in ("prompt", "chosen", "rejected")))
     verdict = {"pair_id": name, "prompt_id": "", "choice": "rejected", "queue": "random", "note": "",
                "annotator": "Ann", "seconds": 3}  # fmt: skip
     write_jsonl(tmp_path / "annotations-Ann.jsonl", [verdict])
-    (tmp_path / SCRIPT.name).write_text(source.replace("\ndef beats(", f"\n{METHOD}\n\ndef beats("), "utf-8")
+    (tmp_path / SCRIPT.name).write_text(
+        source.replace("\ndef wins_every_vote(", f"\n{METHOD}\n\ndef wins_every_vote("), "utf-8"
+    )
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
@@ -77,7 +79,9 @@ def shown(kind, name):
 
 
 def title(block):
-    return re.sub(r"^.*rlhf_constructor.py ", "", next(x for x in block.splitlines() if "rlhf_" in x))[:60]
+    return re.sub(
+        r"^.*rlhf_constructor.py ", "", next(x for x in block.splitlines() if "rlhf_" in x)
+    )[:60]
 
 
 def test_every_line_of_a_command_block_is_a_known_kind():
@@ -157,8 +161,13 @@ def test_every_output_format_method_and_strategy_is_named():
 def test_the_table_of_scale_follows_from_its_formulas():
     p, a, v, j = 100, 400, 120, 510
     nothing = rc.Record([{"role": "user", "content": ""}])
-    sheet, _ = rc.judge_prompt(nothing, ["", ""], rubric=rc.RUBRIC, reference="", seed=(0,))
-    assert abs(len(sheet) / 4 - j) < 0.1 * j and {"answer": a, "judge": v} == rc.GUESSED_TOKENS
+    judge_in_order, _ = rc.judge_prompt(
+        nothing, ["", ""], rubric=rc.RUBRIC, reference="", seed=(0,)
+    )
+    assert (
+        abs(len(judge_in_order) / 4 - j) < 0.1 * j
+        and {"answer": a, "judge": v} == rc.GUESSED_TOKENS
+    )
     sizes = {n: (n * p + 2 * (j + p + n * a), n * a + 2 * v) for n in (2, 4)}
     for size in sizes.values():
         assert all(f"{tokens:,}" in README for tokens in size)
@@ -176,7 +185,9 @@ def test_the_table_of_scale_follows_from_its_formulas():
 def test_the_default_models_are_named():
     for provider in ("dashscope", "openai"):
         high, low = rc.DEFAULT_MODELS[provider]
-        assert f"`{high}` and `{low}`" in README and f"--high-model {high} --low-model {low}" in README
+        assert (
+            f"`{high}` and `{low}`" in README and f"--high-model {high} --low-model {low}" in README
+        )
 
 
 def test_calls_per_pair_are_what_this_tool_asks():
@@ -187,7 +198,9 @@ def test_calls_per_pair_are_what_this_tool_asks():
 
 def test_the_gaps_of_signals_and_the_size_of_a_review_are_the_scripts():
     least = {name: f"{rc.SCORE_GAP_SHARE * scale:g}" for name, (_, scale) in rc.SIGNALS.items()}
-    assert least["rating"] == least["fine-grained_score"] and least["overall_score"] == least["votes"]
+    assert (
+        least["rating"] == least["fine-grained_score"] and least["overall_score"] == least["votes"]
+    )
     leads = [f"{rc.SCORE_GAP_SHARE * scale:g}" for _, _, scale in rc.LEADS.values()]
     said = README.partition("How much better is enough?")[2].partition("\n\n")[0]
     assert all(number in said for number in (least["rating"], least["votes"], *leads))

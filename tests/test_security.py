@@ -18,18 +18,30 @@ PROMPTS = [{"prompt": f"Question {n}?"} for n in range(12)]
 @pytest.mark.parametrize("mask", [0o022, 0], ids=["usual umask", "no umask"])
 def test_whatever_holds_prompts_is_readable_by_its_owner_only(rlhf, tmp_path, monkeypatch, mask):
     monkeypatch.setattr(rc, "BATCH_POLL", (0.01, 0.05))
-    flags = ("--test-fraction", 0.4, "--candidates-path", "c.jsonl", "--review-path", "r.html", "--batch")
+    flags = (
+        "--test-fraction",
+        0.4,
+        "--candidates-path",
+        "c.jsonl",
+        "--review-path",
+        "r.html",
+        "--batch",
+    )
     refused = lambda call: Fault(400) if "Question 3" in call.prompt else demo_world(call)
     former = os.umask(mask)
     try:
         with Api(refused) as api:
             rlhf(PROMPTS, *MODELS, *flags, api=api)
             api._answer = api.engine.answer = lambda call: Fault(401)
-            assert rlhf([{"prompt": "new"}], *MODELS, "--cache-path", "d.sqlite", api=api).status == 3
+            assert (
+                rlhf([{"prompt": "new"}], *MODELS, "--cache-path", "d.sqlite", api=api).status == 3
+            )
     finally:
         os.umask(former)
     modes = {
-        path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir() if path.name != "in.jsonl"
+        path.name: oct(path.stat().st_mode & 0o777)
+        for path in tmp_path.iterdir()
+        if path.name != "in.jsonl"
     }
     assert (
         len(modes) >= 10
@@ -57,7 +69,11 @@ ADDRESSES = {
 def test_an_address_with_a_password_is_refused_and_never_printed(rlhf, tmp_path, flags, env):
     keys = {"OPENAI_API_KEY": OPENAI_KEY, "DASHSCOPE_API_KEY": DASHSCOPE_KEY}
     result = rlhf(PROMPTS, *MODELS, *flags, **keys, **env)
-    assert result.status == 2 and result.err.count("\n") == 1 and "hunter2" not in result.err + result.out
+    assert (
+        result.status == 2
+        and result.err.count("\n") == 1
+        and "hunter2" not in result.err + result.out
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
@@ -65,15 +81,22 @@ def test_an_address_with_a_password_is_refused_and_never_printed(rlhf, tmp_path,
     "key", ["“sk-hunter2pass”", "sk-hunter2 pass", "sk-hunter2\npass", "sk-hunter2pass密钥"]
 )
 @pytest.mark.parametrize("provider", ["openai", "dashscope"])
-def test_a_key_that_was_pasted_badly_is_refused_in_one_line_and_not_printed(rlhf, tmp_path, key, provider):
+def test_a_key_that_was_pasted_badly_is_refused_in_one_line_and_not_printed(
+    rlhf, tmp_path, key, provider
+):
     result = rlhf(PROMPTS, "--provider", provider, OPENAI_API_KEY=key, DASHSCOPE_API_KEY=key)
-    assert result.status == 2 and "holds what no key has" in result.err and result.err.count("\n") == 1
-    assert "hunter2" not in result.err and [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    assert (
+        result.status == 2 and "holds what no key has" in result.err and result.err.count("\n") == 1
+    )
+    assert "hunter2" not in result.err and [path.name for path in tmp_path.iterdir()] == [
+        "in.jsonl"
+    ]
 
 
 def test_a_proxy_that_is_no_address_is_one_line_without_its_password(rlhf):
     proxies = dict.fromkeys(
-        ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"), "http://user:hunter2/pass@127.0.0.1:9"
+        ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy"),
+        "http://user:hunter2/pass@127.0.0.1:9",
     )
     result = rlhf(
         PROMPTS,
@@ -113,10 +136,14 @@ def test_a_key_that_a_server_echoes_is_in_no_file_and_no_message(rlhf, tmp_path,
     def answer(call):
         if "Question 3" in call.prompt:
             return Fault(400, code=f"bad {echoed}", message=f"your key {echoed} is fine")
-        return f"{demo_world(call)} {echoed}" if call.params.get("temperature") else demo_world(call)
+        return (
+            f"{demo_world(call)} {echoed}" if call.params.get("temperature") else demo_world(call)
+        )
 
     with Api(answer) as api:
-        run = lambda *more: rlhf(PROMPTS, "--provider", provider, *MODELS[2:], *more, api=api, **keys)
+        run = lambda *more: rlhf(
+            PROMPTS, "--provider", provider, *MODELS[2:], *more, api=api, **keys
+        )
         results = [run()]
         api._answer = lambda call: Fault(401, message=echoed)
         results.append(run("--cache-path", "none"))
@@ -135,8 +162,22 @@ def test_the_code_runs_no_text_and_loads_no_objects():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
     assert not called & {"eval", "exec", "compile", "__import__"}
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not names & {"pickle", "marshal", "shelve", "dill", "joblib", "subprocess", "ctypes", "pty"}
+    assert not names & {
+        "pickle",
+        "marshal",
+        "shelve",
+        "dill",
+        "joblib",
+        "subprocess",
+        "ctypes",
+        "pty",
+    }
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not attributes & {"system", "popen", "spawnv", "execv", "fork", "startfile"}

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from tests.conftest import DATA, ROOT
-from tests.test_6_formats import RANK, mixed
+from tests.test_formats import RANK, mixed
 
 pytestmark = pytest.mark.trl
 torch = pytest.importorskip("torch")
@@ -122,7 +122,9 @@ def test_a_reward_model_trains(loaded, shape, tokenizer, tmp_path, source, name)
     torch.manual_seed(0)
     model = transformers.Qwen2ForSequenceClassification(shape)
     args = settings(trl.RewardConfig, tmp_path / "rm")
-    trainer = trl.RewardTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+    trainer = trl.RewardTrainer(
+        model=model, args=args, train_dataset=data, processing_class=tokenizer
+    )
     assert len(trainer.train_dataset) == len(data)
     trained(trainer)
 
@@ -132,18 +134,23 @@ def test_dpo_trains(loaded, shape, tokenizer, tmp_path, source, name):
     data = loaded(DATA / source, "--output-format", name)
     model, reference = causal(shape), causal(shape)
     args = settings(trl.DPOConfig, tmp_path / "dpo")
-    trained(trl.DPOTrainer(model, reference, args=args, train_dataset=data, processing_class=tokenizer))
+    trained(
+        trl.DPOTrainer(model, reference, args=args, train_dataset=data, processing_class=tokenizer)
+    )
 
 
 @pytest.mark.parametrize(
-    "flags", [pytest.param((), id="by choice"), pytest.param(("--min-chosen-score", 9), id="by score")]
+    "flags",
+    [pytest.param((), id="by choice"), pytest.param(("--min-chosen-score", 9), id="by score")],
 )
 def test_kto_trains(loaded, shape, tokenizer, tmp_path, flags):
     data = loaded(DATA / "preference_pairs.jsonl", "--output-format", "kto", *flags)
     assert data.features["label"].dtype == "bool" and set(data["label"]) == {True, False}
     model, reference = causal(shape), causal(shape)
     args = settings(trl.KTOConfig, tmp_path / "kto")
-    trained(trl.KTOTrainer(model, reference, args=args, train_dataset=data, processing_class=tokenizer))
+    trained(
+        trl.KTOTrainer(model, reference, args=args, train_dataset=data, processing_class=tokenizer)
+    )
 
 
 def test_prompts_load_as_prompt_only(loaded, tokenizer):
@@ -204,14 +211,20 @@ README = (ROOT / "README.md").read_text("utf-8")
 PROGRAMS = re.findall(r"<!-- trl: (\S+) -->\n```python\n(.*?)```", README, re.S)
 
 
-def test_the_programs_of_the_readme_train_in_the_order_in_which_they_stand(rlhf, shape, tokenizer, tmp_path):
+def test_the_programs_of_the_readme_train_in_the_order_in_which_they_stand(
+    rlhf, shape, tokenizer, tmp_path
+):
     named = {name for _, program in PROGRAMS for name in re.findall(r'model="([^"]+)"', program)}
     for name in named:
         causal(shape).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    pairs = rlhf(DATA / "alpaca_demo.jsonl", "--provider", "offline", output="data/rlhf_preference.jsonl")
+    pairs = rlhf(
+        DATA / "alpaca_demo.jsonl", "--provider", "offline", output="data/rlhf_preference.jsonl"
+    )
     for line in (
-        re.search(r"<!-- convert -->\n```bash\n(.*?)```", README, re.S)[1].replace("\\\n", "").splitlines()
+        re.search(r"<!-- convert -->\n```bash\n(.*?)```", README, re.S)[1]
+        .replace("\\\n", "")
+        .splitlines()
     ):
         flags = line.split()[2:]
         made = rlhf(pairs.output, *flags, output=flags[flags.index("--output-path") + 1])

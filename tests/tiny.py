@@ -48,13 +48,18 @@ def ask(text="What is 6 times 7?", reference="", **more):
 
 def pair(chosen, rejected, prompt="What is 6 times 7?", votes=((9.0, 9.0), (3.0, 3.0)), **more):
     """A pair as a judge of two orders leaves it."""
-    made = [rc.Answer(t, score=sum(v) / 2, votes=v, slots=(0, 1)) for t, v in zip((chosen, rejected), votes)]
+    made = [
+        rc.Answer(t, score=sum(v) / 2, votes=v, positions=(0, 1))
+        for t, v in zip((chosen, rejected), votes)
+    ]
     return rc.Pair(ask(prompt), *made, **more)
 
 
 def shown(prompt: str) -> list[tuple[str, str]]:
     """A judge's prompt -> [(id, text), ...] as they stand in it."""
-    return re.findall(r'<answer id="(\w+)" nonce="(?:\w+)">\n(.*?)\n</answer nonce="\w+">', prompt, re.S)
+    return re.findall(
+        r'<answer id="(\w+)" nonce="(?:\w+)">\n(.*?)\n</answer nonce="\w+">', prompt, re.S
+    )
 
 
 def verdict(prompt: str, score_of) -> str:

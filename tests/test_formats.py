@@ -1,4 +1,4 @@
-"""§6: each format is what its trainer takes, the same from the first line to the last, and can be read back."""
+"""each format is what its trainer takes, the same from the first line to the last, and can be read back."""
 
 import json
 import random
@@ -33,7 +33,11 @@ SHAPES = {
     },
     "conversational": {"prompt": TURNS, "chosen": [ANSWER], "rejected": [ANSWER]},
     "chatml": {"messages": TURNS, "chosen": ANSWER, "rejected": ANSWER},
-    "openai": {"input": {"messages": TURNS}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]},
+    "openai": {
+        "input": {"messages": TURNS},
+        "preferred_output": [ANSWER],
+        "non_preferred_output": [ANSWER],
+    },
     "kto": {"prompt": TEXT, "completion": TEXT, "label": bool},
     "prompts": {"prompt": TURNS},
 }
@@ -91,10 +95,17 @@ def test_turns_and_system_prompts_are_kept(rlhf, name):
 
 @pytest.mark.parametrize("name", ["basic", "standard", "kto"])
 def test_turns_become_one_text_with_one_warning_that_names_conversational(rlhf, name):
-    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "Is ice cold?")]
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", "Hello!"),
+        ("user", "Is ice cold?"),
+    ]
     record = {"prompt": [{"role": role, "content": text} for role, text in turns]}
     answers = {"responses": ["Yes, at zero degrees or below.", "Never."]}
-    result = rlhf([record | answers | {"scores": [9, hi]} for hi in (1, 2)], *RANK, "--output-format", name)
+    result = rlhf(
+        [record | answers | {"scores": [9, hi]} for hi in (1, 2)], *RANK, "--output-format", name
+    )
     flat = "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello!\n\nUser: Is ice cold?"
     assert {row["prompt"] for row in result.pairs} == {flat}
     assert result.err.count("--output-format conversational") == 1
@@ -119,7 +130,9 @@ SCORED = {"prompt": "Is ice cold?", "responses": THREE, "scores": [9, 6, 2]}
     "flags, labels",
     [
         pytest.param((), {0: True, 2: False}, id="by choice"),
-        pytest.param(("--min-chosen-score", 5), {0: True, 2: False}, id="by score, one on each side"),
+        pytest.param(
+            ("--min-chosen-score", 5), {0: True, 2: False}, id="by score, one on each side"
+        ),
         pytest.param(("--min-chosen-score", 9.5), {0: False, 2: False}, id="by score, both poor"),
         pytest.param(("--min-chosen-score", 1), {0: True, 2: True}, id="by score, both good"),
         pytest.param(
@@ -230,7 +243,14 @@ def test_pairs_that_were_written_are_read_back_as_the_same_pairs(rlhf, source, f
 def test_a_candidates_file_gives_the_same_pairs(rlhf, source, method):
     flags = ("--output-format", "standard", "--min-score-gap", 2)
     made = rlhf(
-        source, *OFFLINE, "--method", method, "--candidates-path", "all.jsonl", *flags, output="first.jsonl"
+        source,
+        *OFFLINE,
+        "--method",
+        method,
+        "--candidates-path",
+        "all.jsonl",
+        *flags,
+        output="first.jsonl",
     )
     again = rlhf("all.jsonl", *RANK, *flags, output="again.jsonl")
     assert len(made.pairs) >= 10 and again.pairs == made.pairs
@@ -242,7 +262,8 @@ def test_a_candidates_file_holds_every_answer_with_its_model_and_score(rlhf, tmp
         assert list(row) == ["prompt", "prompt_id", "completions"] and fits(row["prompt"], TURNS)
         assert [answer["model"] for answer in row["completions"]] == ["reference", "weakened"]
         assert all(
-            isinstance(answer["score"], float) and len(answer["votes"]) == 2 for answer in row["completions"]
+            isinstance(answer["score"], float) and len(answer["votes"]) == 2
+            for answer in row["completions"]
         )
 
 
@@ -303,7 +324,8 @@ def test_20_megabytes_of_mixed_input_keep_one_type_per_column(rlhf, tmp_path):
 def test_scores_are_floats_whatever_the_input_held(rlhf):
     scores = [(9, 2), ("7", "3.5"), (8.5, 1)]
     records = [
-        {"prompt": f"Is ice cold, {i}?", "responses": THREE[:2], "scores": s} for i, s in enumerate(scores)
+        {"prompt": f"Is ice cold, {i}?", "responses": THREE[:2], "scores": s}
+        for i, s in enumerate(scores)
     ]
     result = rlhf(records, *RANK)
     exported = [(row["score_chosen"], row["score_rejected"]) for row in result.pairs]

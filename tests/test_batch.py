@@ -1,4 +1,4 @@
-"""§8 BATCH: the real openai SDK against a loopback batch engine; nothing is paid twice, nothing is mixed up."""
+"""the real openai SDK against a loopback batch engine; nothing is paid twice, nothing is mixed up."""
 
 import contextlib
 import json
@@ -36,7 +36,9 @@ def quick(monkeypatch):
 
 def belongs(pair):
     """Both answers of a pair are answers to its prompt."""
-    return all(text.endswith(f"to: {pair['prompt']}") for text in (pair["chosen"], pair["rejected"]))
+    return all(
+        text.endswith(f"to: {pair['prompt']}") for text in (pair["chosen"], pair["rejected"])
+    )
 
 
 @pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
@@ -44,8 +46,12 @@ def test_answers_and_verdicts_come_by_batch_and_no_call_is_made_online(rlhf, sdk
     with Api(world) as api:
         result = rlhf(PROMPTS, *sdk, "--batch", api=api)
         assert (result.status, len(result.pairs), api.count()) == (0, 12, 0)
-        assert all(map(belongs, result.pairs)) and all("right" in pair["chosen"] for pair in result.pairs)
-        assert len(api.engine.batches) == 3 and len(set(api.engine.keys)) == len(api.engine.keys) == 48
+        assert all(map(belongs, result.pairs)) and all(
+            "right" in pair["chosen"] for pair in result.pairs
+        )
+        assert (
+            len(api.engine.batches) == 3 and len(set(api.engine.keys)) == len(api.engine.keys) == 48
+        )
         again = rlhf(PROMPTS, *sdk, "--batch", api=api)
         assert again.output.read_bytes() and len(api.engine.batches) == 3
 
@@ -73,7 +79,9 @@ def test_failed_lines_are_sent_again_and_join_their_own_prompts(rlhf):
 
 
 def test_what_keeps_failing_costs_its_record_only_and_the_next_run_tries_it_again(rlhf):
-    broken = lambda call: Fault(500) if "3 plus" in call.prompt and call.model == "weak" else world(call)
+    broken = lambda call: (
+        Fault(500) if "3 plus" in call.prompt and call.model == "weak" else world(call)
+    )
     with Api(broken) as api:
         result = rlhf(PROMPTS, *OPENAI, "--batch", "--max-retries", 1, api=api)
         assert (result.status, len(result.pairs), len(result.dropped)) == (1, 11, 1)
@@ -84,7 +92,9 @@ def test_what_keeps_failing_costs_its_record_only_and_the_next_run_tries_it_agai
 
 def test_a_prompt_that_is_refused_is_not_sent_again(rlhf):
     refused = Fault(400, code="content_policy_violation")
-    with Api(lambda call: refused if "3 plus" in call.prompt and not is_judge(call) else world(call)) as api:
+    with Api(
+        lambda call: refused if "3 plus" in call.prompt and not is_judge(call) else world(call)
+    ) as api:
         result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
         assert (result.status, len(result.pairs), len(result.dropped)) == (0, 11, 1)
         assert Counter(api.engine.keys).most_common(1)[0][1] == 1
@@ -98,7 +108,10 @@ def test_a_refused_option_is_changed_and_the_requests_are_sent_again(rlhf):
 
     with Api(answer) as api:
         result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
-        assert (result.status, len(result.pairs)) == (0, 12) and "max_completion_tokens" in result.err
+        assert (result.status, len(result.pairs)) == (
+            0,
+            12,
+        ) and "max_completion_tokens" in result.err
 
 
 def test_a_cut_answer_is_asked_for_once_more_with_twice_the_limit(rlhf):
@@ -124,7 +137,9 @@ def test_lines_join_by_custom_id_whatever_else_is_in_the_file(rlhf, spoilt):
 
 def test_the_rest_of_an_expired_batch_is_submitted_again(rlhf):
     with Api(world) as api:
-        api.engine.ends = lambda batch, requests: "expired" if batch["id"] == "batch-1" else "completed"
+        api.engine.ends = lambda batch, requests: (
+            "expired" if batch["id"] == "batch-1" else "completed"
+        )
         result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
         assert (result.status, len(result.pairs)) == (0, 12)
         assert len(api.engine.keys) == 48, "what the expired batch had answered was not asked again"
@@ -132,7 +147,9 @@ def test_the_rest_of_an_expired_batch_is_submitted_again(rlhf):
 
 def test_a_cancelled_batch_stops_the_run_and_keeps_what_it_brought(rlhf):
     with Api(world) as api:
-        api.engine.ends = lambda batch, requests: "cancelled" if batch["id"] == "batch-1" else "completed"
+        api.engine.ends = lambda batch, requests: (
+            "cancelled" if batch["id"] == "batch-1" else "completed"
+        )
         result = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
         assert result.status == 3 and "cancelled" in result.err
         assert rlhf(PROMPTS, *OPENAI, "--batch", api=api).status == 0 and len(api.engine.keys) == 48
@@ -158,14 +175,20 @@ def test_files_are_split_at_their_limits(rlhf, monkeypatch):
     monkeypatch.setattr(rc, "BATCH_BYTES", 1500)
     with Api(world) as api:
         assert len(rlhf(PROMPTS, *OPENAI, "--batch", api=api).pairs) == 12
-        uploads = [api.engine.files[batch["input_file_id"]] for batch in api.engine.batches.values()]
+        uploads = [
+            api.engine.files[batch["input_file_id"]] for batch in api.engine.batches.values()
+        ]
     assert all(len(data.splitlines()) <= 5 for data in uploads)
     assert all(len(data) <= 1500 or data.count(b"\n") == 1 for data in uploads)
 
 
 @pytest.mark.parametrize(
     "code, says",
-    [("model_not_found", "no such model"), ("insufficient_quota", "used up"), ("odd", "refused (400 odd")],
+    [
+        ("model_not_found", "no such model"),
+        ("insufficient_quota", "used up"),
+        ("odd", "refused (400 odd"),
+    ],
 )
 def test_a_failed_batch_stops_the_run_and_says_what_to_do(rlhf, code, says):
     with Api(world) as api:
@@ -225,7 +248,9 @@ def start(folder, api, *flags):
 
 def test_killed_three_times_a_thousand_prompts_pay_only_failed_lines_twice(tmp_path):
     """1,000 prompts with a judge, 2 % failing lines, shuffled results: every pair is right."""
-    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": f"What is {n} plus {n}?"} for n in range(1000)])
+    source = write_jsonl(
+        tmp_path / "in.jsonl", [{"prompt": f"What is {n} plus {n}?"} for n in range(1000)]
+    )
     flags = (*OPENAI, "--batch", "--input-file", source, "--output-path", "out.jsonl")
     luck, failed = random.Random(3), []
 
@@ -237,7 +262,11 @@ def test_killed_three_times_a_thousand_prompts_pay_only_failed_lines_twice(tmp_p
 
     with Api(answer) as api:
         api.engine.looks = 6
-        moments = [lambda: api.engine.files, lambda: api.engine.batches, lambda: len(api.engine.files) > 4]
+        moments = [
+            lambda: api.engine.files,
+            lambda: api.engine.batches,
+            lambda: len(api.engine.files) > 4,
+        ]
         for moment in moments:
             run = start(tmp_path, api, *flags)
             while run.poll() is None and not moment():
@@ -248,7 +277,11 @@ def test_killed_three_times_a_thousand_prompts_pay_only_failed_lines_twice(tmp_p
         _, err = last.communicate(timeout=120)
         assert last.returncode == 0, err
         pairs = rows(tmp_path / "out.jsonl")
-        assert len(pairs) == 1000 and all(map(belongs, pairs)) and all("right" in p["chosen"] for p in pairs)
+        assert (
+            len(pairs) == 1000
+            and all(map(belongs, pairs))
+            and all("right" in p["chosen"] for p in pairs)
+        )
         assert len(api.engine.keys) == 4000 + len(failed) and api.count() == 0
 
 
@@ -311,7 +344,8 @@ def test_one_input_in_four_parts_on_one_cache_joins_to_the_bytes_of_a_single_run
         )
         parts = sorted(path.name for path in tmp_path.glob("part-*.jsonl"))
         runs = [
-            process("--input-file", part, *flags, "--output-path", f"out/{part}", api=api) for part in parts
+            process("--input-file", part, *flags, "--output-path", f"out/{part}", api=api)
+            for part in parts
         ]
         assert [run.communicate(timeout=60) and run.returncode for run in runs] == [0] * 4
         paid = api.count()
@@ -331,7 +365,9 @@ def test_a_file_of_results_that_cannot_be_read_costs_nothing_again(rlhf):
         for batch in api.engine.batches.values():
             api.engine.finish(batch | {"id": batch["id"]})
         answered = {
-            name: batch for name, batch in api.engine.batches.items() if batch.pop("output_file_id", 0)
+            name: batch
+            for name, batch in api.engine.batches.items()
+            if batch.pop("output_file_id", 0)
         }
         for batch in answered.values():
             api.engine.finish(batch)  # the same answers, readable now
@@ -364,7 +400,9 @@ def test_money_of_batches_under_way_counts_after_a_kill(tmp_path):
             time.sleep(0.3)
             run.kill()
             run.communicate()
-        sent = sum(api.engine.files[b["input_file_id"]].count(b"\n") for b in api.engine.batches.values())
+        sent = sum(
+            api.engine.files[b["input_file_id"]].count(b"\n") for b in api.engine.batches.values()
+        )
     assert 0 < sent * 4096 * 10 / 1e6 * 0.5 <= 0.3
 
 
@@ -382,11 +420,15 @@ def test_what_was_used_once_is_not_replaced_by_a_late_batch(rlhf):
 
 
 def test_a_result_that_bills_no_tokens_costs_what_its_text_would(rlhf):
-    silent = lambda line: json.dumps(json.loads(line) | {"response": unbilled(json.loads(line)["response"])})
+    silent = lambda line: json.dumps(
+        json.loads(line) | {"response": unbilled(json.loads(line)["response"])}
+    )
     unbilled = lambda response: response | {"body": response["body"] | {"usage": None}}
     with Api(world) as api:
         api.engine.spoil = lambda lines: list(map(silent, lines))
-        result = rlhf(PROMPTS, *OPENAI, "--batch", "--price", "strong=1/1", "--price", "weak=1/1", api=api)
+        result = rlhf(
+            PROMPTS, *OPENAI, "--batch", "--price", "strong=1/1", "--price", "weak=1/1", api=api
+        )
         assert result.status == 0 and result.err.count("strong: bills no tokens") == 1
         usage = json.loads(Path("out.report.json").read_text("utf-8"))["usage"]
         assert all(row["tokens_in"] and row["tokens_out"] and row["money"] for row in usage)
@@ -397,7 +439,15 @@ def killed_with_batches_under_way(tmp_path, api, price):
     source = write_jsonl(tmp_path / "in.jsonl", PROMPTS)
     api.engine.looks = 10**9
     run = start(
-        tmp_path, api, *OPENAI, "--batch", *price, "--input-file", source, "--output-path", "out.jsonl"
+        tmp_path,
+        api,
+        *OPENAI,
+        "--batch",
+        *price,
+        "--input-file",
+        source,
+        "--output-path",
+        "out.jsonl",
     )
     while run.poll() is None and not under_way(tmp_path):
         time.sleep(0.01)
@@ -420,7 +470,9 @@ PRICE = (*[part for name in NAMES for part in ("--price", f"{name}=10/10")], "--
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("--batch", "--high-model", "other", "--low-model", "third")], ids=["online", "other models"]
+    "more",
+    [(), ("--batch", "--high-model", "other", "--low-model", "third")],
+    ids=["online", "other models"],
 )
 def test_money_of_batches_under_way_counts_in_every_run_of_the_output(rlhf, tmp_path, more):
     with Api(world) as api:

@@ -1,4 +1,4 @@
-"""§5: every filter drops what it is for, and lets through the good pair that looks like it."""
+"""every filter drops what it is for, and lets through the good pair that looks like it."""
 
 import itertools
 import random
@@ -21,14 +21,14 @@ def reason_against(prompt="What is 6 times 7?", chosen="It is 42.", rejected="Bl
     run, made = run_of(*flags), pair(chosen, rejected, prompt, human=human)
     made.chosen.finish = finish
     for answer, given in ((made.chosen, votes[0]), (made.rejected, votes[1])):
-        answer.votes, answer.slots = given, (0, 1) if given else ()
+        answer.votes, answer.positions = given, (0, 1) if given else ()
         answer.score = sum(given) / 2 if given else None
     looked_at = [
         ("answer", made.record, made.chosen),
         ("answer", made.record, made.rejected),
         ("pair", made, run),
     ]
-    return next(filter(None, itertools.starmap(run.complaint, looked_at)), None)
+    return next(filter(None, itertools.starmap(run.rejection_reason, looked_at)), None)
 
 
 def case(name: str, **parts):
@@ -119,7 +119,8 @@ DROPPED = {
 TIMES_TABLE = "\n".join(f"7 x {n} = {7 * n}" for n in range(1, 21))
 ZH_TIMES_TABLE = "\n".join(f"{n}乘以{m}等于{n * m}" for n in range(1, 5) for m in range(1, 10))
 TABLE = "| Day | Morning | Noon | Evening |\n|---|---|---|---|\n" + "\n".join(
-    f"| {day} | open | closed | open |" for day in "Monday Tuesday Wednesday Thursday Friday Saturday".split()
+    f"| {day} | open | closed | open |"
+    for day in "Monday Tuesday Wednesday Thursday Friday Saturday".split()
 )
 CHORUS = "Row the boat home, row the boat home,\nThe stars are all out on the sea and the foam,\n" \
          "Sing with the wind and the waves as we roam,\nRow, brothers, row the boat home.\n\n"  # fmt: skip
@@ -284,7 +285,9 @@ def test_a_good_pair_that_looks_bad_stays(name, parts):
 def test_every_filter_has_cases_of_both_kinds_in_both_languages():
     assert set(DROPPED) == set(KEPT) == set(rc.FILTERS)
     for name, cases in DROPPED.items():
-        chinese = [any("\u4e00" <= c <= "\u9fff" for c in one.values[0].get("prompt", "")) for one in cases]
+        chinese = [
+            any("\u4e00" <= c <= "\u9fff" for c in one.values[0].get("prompt", "")) for one in cases
+        ]
         assert True in chinese and False in chinese and KEPT[name], name
 
 
@@ -304,7 +307,9 @@ ANSWERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text, refused", [(t, True) for t in REFUSALS] + [(t, False) for t in ANSWERS])
+@pytest.mark.parametrize(
+    "text, refused", [(t, True) for t in REFUSALS] + [(t, False) for t in ANSWERS]
+)
 def test_a_refusal_opens_like_one_and_says_it(text, refused):
     assert rc.refuses(text) is refused and rc.refuses(f"  {text}\n{LONG * 3}") is refused
 
@@ -350,10 +355,13 @@ def test_long_texts_leave_no_5_grams_in_memory():
 def test_the_cheap_bounds_of_near_duplicates_change_no_verdict():
     draw, grams = random.Random(0), lambda text: {text[i : i + 5] for i in range(len(text) - 4)}
     for _ in range(300):
-        one = "".join(draw.choices("abcdefgh" if draw.random() < 0.5 else ZH_LONG, k=draw.randrange(5, 400)))
+        one = "".join(
+            draw.choices("abcdefgh" if draw.random() < 0.5 else ZH_LONG, k=draw.randrange(5, 400))
+        )
         cut = draw.randrange(len(one))
         two = "".join(
-            draw.choice("xyz") if draw.random() < draw.choice((0.002, 0.01, 0.05)) else c for c in one
+            draw.choice("xyz") if draw.random() < draw.choice((0.002, 0.01, 0.05)) else c
+            for c in one
         )
         two = two[: len(two) if draw.random() < 0.7 else max(5, cut)]
         exact = len(grams(one) & grams(two)) / len(grams(one) | grams(two))
@@ -364,12 +372,15 @@ def test_the_cheap_bounds_of_near_duplicates_change_no_verdict():
 def test_marks_are_foreign_though_the_record_has_turns():
     """The labels of a flattened conversation are ours: they excuse no `Assistant:` in an answer."""
     turns = [
-        {"role": r, "content": t} for r, t in (("user", "Hi"), ("assistant", "Hello"), ("user", "6 by 7?"))
+        {"role": r, "content": t}
+        for r, t in (("user", "Hi"), ("assistant", "Hello"), ("user", "6 by 7?"))
     ]
     assert rc.control_tokens(rc.Record(turns), rc.Answer("Assistant: 42")) == "control tokens"
 
 
-@pytest.mark.parametrize("name", [n for n, rule in rc.FILTERS.items() if not getattr(rule, "fixed", False)])
+@pytest.mark.parametrize(
+    "name", [n for n, rule in rc.FILTERS.items() if not getattr(rule, "fixed", False)]
+)
 def test_a_filter_can_be_skipped(name):
     given = dict(DROPPED[name][0].values[0])
     why, flags = given.pop("why"), [*given.pop("flags", ()), "--skip-filter", name]

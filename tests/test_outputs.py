@@ -1,4 +1,4 @@
-"""§6: every row of a format has the same keys in the same order, and values that loaders take."""
+"""every row of a format has the same keys in the same order, and values that loaders take."""
 
 import json
 
@@ -43,7 +43,13 @@ def test_a_row_is_exactly_this(name):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_keys_and_their_order_never_change(name):
-    pairs = [made(), made(models=("", "")), made(turns=TURNS[-1:]), made(scores=(1, 10)), pair("是", "否")]
+    pairs = [
+        made(),
+        made(models=("", "")),
+        made(turns=TURNS[-1:]),
+        made(scores=(1, 10)),
+        pair("是", "否"),
+    ]
     keys = {tuple(tuple(row) for row in rc.OUTPUTS[name](one, run_of())) for one in pairs}
     assert len(keys) == 1
 
@@ -59,7 +65,14 @@ def test_a_row_holds_no_null_and_reads_back_as_it_is(name, scores):
 @pytest.mark.parametrize("scores", [(None, None), (9, None), (None, 3)])
 def test_score_columns_are_left_out_together(scores):
     [row] = rc.as_standard(made(scores=scores), run_of())
-    assert list(row) == ["prompt", "chosen", "rejected", "chosen_model", "rejected_model", "prompt_id"]
+    assert list(row) == [
+        "prompt",
+        "chosen",
+        "rejected",
+        "chosen_model",
+        "rejected_model",
+        "prompt_id",
+    ]
 
 
 def test_a_lone_user_turn_is_the_prompt_itself():

@@ -1,4 +1,4 @@
-"""§2, §4: whatever says that one answer is better is read in one direction; what does not say it gives no pair."""
+"""whatever says that one answer is better is read in one direction; what does not say it gives no pair."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ GOOD = {
 
 
 @pytest.fixture
-def fate(rlhf, tmp_path):
+def process_record(rlhf, tmp_path):
     """fate(record, *flags): what the program makes of it: (chosen, rejected), or `stage: reason` of its drop."""
 
     def run(record, *flags):
@@ -62,7 +62,10 @@ def hh(*texts):
 
 def two(name, texts=(A, B), **fields):
     """Two answer objects: two("text", rank=[1, 2])."""
-    return [{name: text} | {key: values[i] for key, values in fields.items()} for i, text in enumerate(texts)]
+    return [
+        {name: text} | {key: values[i] for key, values in fields.items()}
+        for i, text in enumerate(texts)
+    ]
 
 
 # --- Every shape, in both directions. A shape is a function of who is to win, 0 for A and 1 for B.
@@ -143,10 +146,12 @@ SHAPES = {
 # fmt: on
 
 
-@pytest.mark.parametrize("winner", [pytest.param(0, id="the first"), pytest.param(1, id="the second")])
+@pytest.mark.parametrize(
+    "winner", [pytest.param(0, id="the first"), pytest.param(1, id="the second")]
+)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_every_shape_is_read_in_both_directions(fate, shape, winner):
-    assert fate(shape(winner)) == tuple(hi(winner, A, B))
+def test_every_shape_is_read_in_both_directions(process_record, shape, winner):
+    assert process_record(shape(winner)) == tuple(hi(winner, A, B))
 
 
 def test_the_inputs_own_scores_and_models_are_exported(rlhf):
@@ -162,8 +167,13 @@ def test_a_strength_beside_a_choice_is_no_score(rlhf):
 
 
 def test_the_judges_combined_score_of_a_candidates_file_is_kept_as_it_was(rlhf):
-    votes = [[8, 8, 9, 9, 3, 3], [2, 2, 2, 2, 1, 1]]  # three judges: the median of 8, 9 and 3, not the mean
-    [row] = rlhf([{"prompt": Q, "completions": two("response", score=[8.0, 2.0], votes=votes)}], *RANK).pairs
+    votes = [
+        [8, 8, 9, 9, 3, 3],
+        [2, 2, 2, 2, 1, 1],
+    ]  # three judges: the median of 8, 9 and 3, not the mean
+    [row] = rlhf(
+        [{"prompt": Q, "completions": two("response", score=[8.0, 2.0], votes=votes)}], *RANK
+    ).pairs
     assert (row["score_chosen"], row["score_rejected"]) == (8.0, 2.0)
 
 
@@ -174,20 +184,32 @@ def test_the_judges_combined_score_of_a_candidates_file_is_kept_as_it_was(rlhf):
         pytest.param({"ranks": [2, 3, 1]}, id="ranks: the first answer is second best"),
         pytest.param({"ranks": [1.0, 2.0, 0.0]}, id="ranks from 0"),
         pytest.param({"scores": [5, 1, 9]}, id="scores"),
-        pytest.param({"order": [2, 0, 1], "ranks": [2, 3, 1], "scores": [5, 1, 9]}, id="all three, agreeing"),
+        pytest.param(
+            {"order": [2, 0, 1], "ranks": [2, 3, 1], "scores": [5, 1, 9]}, id="all three, agreeing"
+        ),
     ],
 )
-def test_three_answers_tell_an_order_from_ranks(fate, signal):
-    first, second, third = answers = [A, B, "Warm air rises, cools, and its vapour turns into drops."]
-    assert fate({"prompt": Q, "responses": answers} | signal, "--strategy", "adjacent") == [
+def test_three_answers_tell_an_order_from_ranks(process_record, signal):
+    first, second, third = answers = [
+        A,
+        B,
+        "Warm air rises, cools, and its vapour turns into drops.",
+    ]
+    assert process_record(
+        {"prompt": Q, "responses": answers} | signal, "--strategy", "adjacent"
+    ) == [
         (third, first),
         (first, second),
     ]
 
 
-def test_an_answer_that_nobody_rated_leaves_the_others_their_pair(fate):
-    record = {"prompt": Q, "responses": [A, "Nobody knows, and nobody asked.", B], "scores": [3, "N/A", 5]}
-    assert fate(record) == (B, A)
+def test_an_answer_that_nobody_rated_leaves_the_others_their_pair(process_record):
+    record = {
+        "prompt": Q,
+        "responses": [A, "Nobody knows, and nobody asked.", B],
+        "scores": [3, "N/A", 5],
+    }
+    assert process_record(record) == (B, A)
 
 
 def test_several_turns_of_a_chat_are_the_prompt(rlhf):
@@ -334,20 +356,26 @@ DROPS = {
 @pytest.mark.parametrize(
     "score", ["score", "rating", "reward", "rm_score", "fine-grained_score", "overall_score"]
 )
-@pytest.mark.parametrize("form", ["{}_chosen {}_rejected", "chosen_{} rejected_{}", "chosen-{} rejected-{}"])
-def test_a_ready_pair_that_is_scored_the_other_way_round_is_none(fate, score, form):
+@pytest.mark.parametrize(
+    "form", ["{}_chosen {}_rejected", "chosen_{} rejected_{}", "chosen-{} rejected-{}"]
+)
+def test_a_ready_pair_that_is_scored_the_other_way_round_is_none(process_record, score, form):
     better, worse = form.replace("{}", score).split()
-    assert isinstance(fate(PAIR | {better: 3, worse: 1}), tuple)
-    assert fate(PAIR | {better: 1, worse: 3}).startswith(CONTRADICTION)
-    assert fate(PAIR | {better: 2, worse: "2.0"}) == "input: tie"
+    assert isinstance(process_record(PAIR | {better: 3, worse: 1}), tuple)
+    assert process_record(PAIR | {better: 1, worse: 3}).startswith(CONTRADICTION)
+    assert process_record(PAIR | {better: 2, worse: "2.0"}) == "input: tie"
 
 
-def test_a_ready_pair_that_is_ranked_the_other_way_round_is_none(fate):
-    assert isinstance(fate(PAIR | {"chosen_rank": 1, "rejected_rank": 4}), tuple)  # of four once
-    assert fate(PAIR | {"chosen_rank": 4, "rejected_rank": 1}).startswith(CONTRADICTION)
+def test_a_ready_pair_that_is_ranked_the_other_way_round_is_none(process_record):
+    assert isinstance(
+        process_record(PAIR | {"chosen_rank": 1, "rejected_rank": 4}), tuple
+    )  # of four once
+    assert process_record(PAIR | {"chosen_rank": 4, "rejected_rank": 1}).startswith(CONTRADICTION)
 
 
-@pytest.mark.parametrize("drop", ["a tie by name", "strength 0", "scores against ranks", "a rank below 0"])
+@pytest.mark.parametrize(
+    "drop", ["a tie by name", "strength 0", "scores against ranks", "a rank below 0"]
+)
 def test_a_dropped_record_keeps_its_answers(rlhf, drop):
     [row] = rlhf([GOOD, DROPS[drop][0]], *RANK).dropped
     assert [answer["text"] for answer in row["answers"]] == [A, B]
@@ -360,8 +388,8 @@ def test_a_list_of_models_beside_a_ready_pair_names_nobody(rlhf, models):
 
 
 @pytest.mark.parametrize("record, reason", DROPS.values(), ids=DROPS)
-def test_what_does_not_say_which_is_better_gives_no_pair(fate, record, reason):
-    assert str(fate(record)).startswith(reason)
+def test_what_does_not_say_which_is_better_gives_no_pair(process_record, record, reason):
+    assert str(process_record(record)).startswith(reason)
 
 
 # fmt: off
@@ -385,8 +413,8 @@ AGREE = {
 
 
 @pytest.mark.parametrize("record", AGREE.values(), ids=AGREE)
-def test_signals_that_agree_are_one(fate, record):
-    assert fate(record) == (B, A)
+def test_signals_that_agree_are_one(process_record, record):
+    assert process_record(record) == (B, A)
 
 
 OTHERS = {"prompt": Q, "answers": ["Paris", "the city of Paris"]}
@@ -410,19 +438,22 @@ OF_WHICH = {
 
 
 @pytest.mark.parametrize("record", OF_WHICH.values(), ids=OF_WHICH)
-def test_what_could_speak_of_other_answers_gives_no_pair(fate, record):
-    assert fate(record).startswith("input: ambiguous: which answers does")
+def test_what_could_speak_of_other_answers_gives_no_pair(process_record, record):
+    assert process_record(record).startswith("input: ambiguous: which answers does")
 
 
-def test_a_lead_speaks_of_its_own_two_answers_only(fate):
-    record = NUMBERED | {"preference_strength": -2, "responses": [A, "A reference that nobody compared."]}
-    assert fate(record).startswith(NOBODY)
+def test_a_lead_speaks_of_its_own_two_answers_only(process_record):
+    record = NUMBERED | {
+        "preference_strength": -2,
+        "responses": [A, "A reference that nobody compared."],
+    }
+    assert process_record(record).startswith(NOBODY)
 
 
-def test_two_answers_that_only_one_of_two_signals_tells_apart_form_no_pair(fate):
+def test_two_answers_that_only_one_of_two_signals_tells_apart_form_no_pair(process_record):
     first, second, third, fourth = FOUR
     record = {"prompt": Q, "responses": FOUR, "ranks": [1, 2, 3, 4], "scores": [9, 7, 7, 1]}
-    made = fate(record, "--strategy", "all_pairs")
+    made = process_record(record, "--strategy", "all_pairs")
     assert len(made) == 5 and (second, third) not in made and (first, fourth) in made
 
 
@@ -452,10 +483,15 @@ def test_deep_json_is_a_pair_or_a_reason(rlhf, tmp_path, depth):
     assert result.pairs[1:] or result.reasons[0].startswith("input: not JSON")
 
 
-def test_answers_of_a_megabyte_are_exported_whole(fate):
+def test_answers_of_a_megabyte_are_exported_whole(process_record):
     draw = random.Random(1)
-    long, longer = ("".join(draw.choices(a + "  ", k=1_000_000)).strip() for a in (LOW, LOW.upper()))
-    assert fate({"prompt": Q, "responses": [long, longer], "scores": [1, 2]}) == (longer, long)
+    long, longer = (
+        "".join(draw.choices(a + "  ", k=1_000_000)).strip() for a in (LOW, LOW.upper())
+    )
+    assert process_record({"prompt": Q, "responses": [long, longer], "scores": [1, 2]}) == (
+        longer,
+        long,
+    )
 
 
 # --- 3,000 mutated records: none stops the run, and no pair contradicts what its record says.
@@ -499,7 +535,10 @@ def says(record, chosen, rejected) -> bool:
     if "preference_strength" in record:
         strength = float(record["preference_strength"])
         first, second = (record[f"response_{i}"].strip() for i in (1, 2))
-        return said == ([first, second] if strength < 0 else [second, first]) and 0 < abs(strength) <= 3
+        return (
+            said == ([first, second] if strength < 0 else [second, first])
+            and 0 < abs(strength) <= 3
+        )
     if "winner" in record:
         ends = {"a": "ab", "b": "ba", "0": "ab", "1": "ba"}[str(record["winner"])[-1]]
         return said == [record[f"response_{end}"].strip() for end in ends]
@@ -508,7 +547,8 @@ def says(record, chosen, rejected) -> bool:
         numeric = [re.fullmatch(r"-?\d+(\.\d+)?(e\+?\d+)?", str(score)) for score in scores]
         agrees = not all(numeric) or float(scores[0]) > float(scores[1])
         texts = [
-            text[0] if isinstance(text, list) else text for text in (record["chosen"], record["rejected"])
+            text[0] if isinstance(text, list) else text
+            for text in (record["chosen"], record["rejected"])
         ]
         return said == [text.strip() for text in texts] and agrees
     score = {str(text).strip(): value for text, value in zip(record["responses"], record["scores"])}
@@ -546,7 +586,9 @@ def test_no_mutated_record_gives_a_pair_against_its_own_signal(rlhf):
     result = rlhf([GOOD, *records], *RANK, "--strategy", "all_pairs")
     assert result.status == 0 and len(result.pairs) > 200
     for row in result.pairs[1:]:
-        number = re.search(r"#(\d+)#", row["chosen"] + row["rejected"])  # none: both texts were replaced
+        number = re.search(
+            r"#(\d+)#", row["chosen"] + row["rejected"]
+        )  # none: both texts were replaced
         record = records[int(number[1])] if number else None
         assert record is None or says(record, row["chosen"], row["rejected"]), record
 
@@ -601,15 +643,20 @@ GAPS = {
 
 
 @pytest.mark.parametrize("record, flags, expected", GAPS.values(), ids=GAPS)
-def test_gap(fate, record, flags, expected):
-    got = fate(record, *flags)
+def test_gap(process_record, record, flags, expected):
+    got = process_record(record, *flags)
     assert (got if isinstance(got, str) else KEPT) == expected
 
 
 # --- Strategies: one record, worked by hand.
 
 ONE, TWO, THREE, BAD = FOUR  # 9, 7, 4 and 1 points; they stand in another order in the record
-WORKED = {"prompt": Q, "responses": [THREE, ONE, BAD, TWO], "scores": [4, 9, 1, 7], "models": [*"cadb"]}
+WORKED = {
+    "prompt": Q,
+    "responses": [THREE, ONE, BAD, TWO],
+    "scores": [4, 9, 1, 7],
+    "models": [*"cadb"],
+}
 STRATEGIES = {
     "best_worst": [(ONE, BAD)],
     "all_pairs": [(ONE, TWO), (ONE, THREE), (ONE, BAD), (TWO, THREE), (TWO, BAD), (THREE, BAD)],
@@ -620,7 +667,10 @@ STRATEGIES = {
 @pytest.mark.parametrize("strategy, expected", STRATEGIES.items(), ids=STRATEGIES)
 def test_strategy_from_record_to_output_line(rlhf, strategy, expected):
     rows = rlhf([WORKED], *RANK, "--strategy", strategy).pairs
-    points, model = {ONE: 9.0, TWO: 7.0, THREE: 4.0, BAD: 1.0}, {ONE: "a", TWO: "b", THREE: "c", BAD: "d"}
+    points, model = (
+        {ONE: 9.0, TWO: 7.0, THREE: 4.0, BAD: 1.0},
+        {ONE: "a", TWO: "b", THREE: "c", BAD: "d"},
+    )
     assert rows == [
         {"prompt": Q, "chosen": better, "rejected": worse, "score_chosen": points[better],
          "score_rejected": points[worse], "chosen_model": model[better], "rejected_model": model[worse],
@@ -631,7 +681,8 @@ def test_strategy_from_record_to_output_line(rlhf, strategy, expected):
 
 def test_best_random_draws_the_rejected_by_the_seed(rlhf):
     drawn = [
-        rlhf([WORKED], *RANK, "--strategy", "best_random", "--seed", seed).pairs for seed in (*range(12), 0)
+        rlhf([WORKED], *RANK, "--strategy", "best_random", "--seed", seed).pairs
+        for seed in (*range(12), 0)
     ]
     assert drawn[0] == drawn[-1]
     assert all(rows[0]["chosen"] == ONE for rows in drawn)
@@ -639,8 +690,10 @@ def test_best_random_draws_the_rejected_by_the_seed(rlhf):
 
 
 @pytest.mark.parametrize("strategy", ["all_pairs", "adjacent", "best_random"])
-def test_equal_ranks_form_no_pair(fate, strategy):
-    made = fate({"prompt": Q, "responses": FOUR[:3], "ranks": [1, 2, 2]}, "--strategy", strategy)
+def test_equal_ranks_form_no_pair(process_record, strategy):
+    made = process_record(
+        {"prompt": Q, "responses": FOUR[:3], "ranks": [1, 2, 2]}, "--strategy", strategy
+    )
     made = made if isinstance(made, list) else [made]
     assert made and all(pair[0] == ONE and pair[1] in (TWO, THREE) for pair in made)
 
@@ -658,22 +711,30 @@ def test_length_penalty_worked_by_hand(rlhf):
     record = {"prompt": Q, "responses": [worst, long, short], "scores": [2, 9, 8]}
     [free], [taxed] = (rlhf([record], *RANK, "--length-penalty", points).pairs for points in (0, 1))
     assert (free["chosen"], taxed["chosen"]) == (long, short)
-    assert (taxed["score_chosen"], taxed["score_rejected"]) == (8.0, 2.0)  # scores are exported untaxed
+    assert (taxed["score_chosen"], taxed["score_rejected"]) == (
+        8.0,
+        2.0,
+    )  # scores are exported untaxed
 
 
-def test_length_penalty_counts_against_the_gap(fate):
+def test_length_penalty_counts_against_the_gap(process_record):
     # 1 point ahead at 1.5 ** 2 times the length: a penalty of 0.4 leaves 0.2, one of 0.6 nothing
     record = {"prompt": Q, "responses": [length(225, 1), length(100, 2)], "scores": [9, 8]}
-    assert fate(record, "--length-penalty", 0.4) == tuple(record["responses"])
-    assert fate(record, "--length-penalty", 0.6) == SMALL
-    assert fate(record | {"scores": [8, 9]}, "--length-penalty", 9) == tuple(record["responses"][::-1])
+    assert process_record(record, "--length-penalty", 0.4) == tuple(record["responses"])
+    assert process_record(record, "--length-penalty", 0.6) == SMALL
+    assert process_record(record | {"scores": [8, 9]}, "--length-penalty", 9) == tuple(
+        record["responses"][::-1]
+    )
 
 
 # --- Answers without a signal, and repeats.
 
 
 def test_answers_without_a_signal_go_to_the_judge(rlhf):
-    record = {"prompt": Q, "responses": [B, A + " Warm air rises, cools, and its vapour turns into drops."]}
+    record = {
+        "prompt": Q,
+        "responses": [B, A + " Warm air rises, cools, and its vapour turns into drops."],
+    }
     result = rlhf([record], *RANK, "--judge-model", "offline:heuristic", "--min-score-gap", 0.1)
     [row] = result.pairs
     assert 1 <= row["score_rejected"] < row["score_chosen"] <= 10
@@ -694,7 +755,9 @@ def test_a_prompt_may_come_again_with_other_answers_but_not_with_the_same(rlhf):
     first, rescored = LISTS | {"scores": [9, 2]}, LISTS | {"scores": [9, 3]}
     result = rlhf([first, other, rescored, first, LISTS | {"ranks": [1, 2]}], *RANK)
     assert len(result.pairs) == 4 and len({row["prompt_id"] for row in result.pairs}) == 1
-    assert result.reasons == ["input: repeated prompt and answers"] and result.dropped[0]["line"] == 4
+    assert (
+        result.reasons == ["input: repeated prompt and answers"] and result.dropped[0]["line"] == 4
+    )
 
 
 @pytest.mark.parametrize("winner", [1, 2, "1", "2"])
@@ -705,6 +768,10 @@ def test_a_number_as_winner_of_a_and_b_is_not_guessed_at(winner):
 
 
 def test_a_field_renamed_onto_another_costs_the_record(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "ranking": [1, 2], "ranks": [2, 1]}\n', "utf-8")
-    [(_, found)] = rc.read_records(str(tmp_path / "a.jsonl"), {"ranking": "ranks"}, with_answers=True)
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "p", "ranking": [1, 2], "ranks": [2, 1]}\n', "utf-8"
+    )
+    [(_, found)] = rc.read_records(
+        str(tmp_path / "a.jsonl"), {"ranking": "ranks"}, with_answers=True
+    )
     assert isinstance(found, rc.Failed) and "two fields" in found.reason

@@ -1,4 +1,4 @@
-"""§9 REPORT: planted faults are found, clean data is not accused, formulas are right, the page is safe."""
+"""planted faults are found, clean data is not accused, formulas are right, the page is safe."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ import rlhf_constructor as rc
 from tests.chromium import browser, needs_chromium
 
 
-def fate(record, pairs=(), answers=(), stage="", reason=""):
+def process_record(record, pairs=(), answers=(), stage="", reason=""):
     """What became of a record whose pool was `answers`."""
     record.answers = list(answers)
     return rc.Outcome(record, list(pairs), stage, reason)
@@ -60,17 +60,19 @@ def outcomes(write, n=400, change=None, judge=judge, prompt=None):
         first = rng.randrange(2)
         for j, model in enumerate(rng.sample(["qwen-max", "claude-x", "llama-3"], 2)):
             quality = rng.uniform(2, 9)
-            slots = (abs(first - j), 1 - abs(first - j))
-            votes = tuple(judge(rng, quality, place) for place in slots)
+            positions = (abs(first - j), 1 - abs(first - j))
+            votes = tuple(judge(rng, quality, place) for place in positions)
             text = write(rng, rng.randrange(60, 140))
-            answers.append(rc.Answer(text, model, statistics.fmean(votes), votes, slots))
+            answers.append(rc.Answer(text, model, statistics.fmean(votes), votes, positions))
         low, high = sorted(answers, key=lambda answer: answer.score)
         if any(h <= lo for h, lo in zip(high.votes, low.votes, strict=True)):
-            yield fate(record, answers=answers, stage="judge", reason="orders disagree: 1")
+            yield process_record(
+                record, answers=answers, stage="judge", reason="orders disagree: 1"
+            )
             continue
         if change:
             change(rng, i, high, low)
-        yield fate(record, [rc.Pair(record, high, low)], answers)
+        yield process_record(record, [rc.Pair(record, high, low)], answers)
 
 
 def report(some, settings=SETTINGS, **more):
@@ -121,7 +123,10 @@ def test_one_word_only_in_chosen_is_found_and_named(write):
 
     numbers = report(outcomes(write, change=word))
     assert "words" in alarms(numbers)
-    assert numbers["words"][0]["word"] in ("certainly", "当然") and numbers["words"][0]["in rejected"] == 0
+    assert (
+        numbers["words"][0]["word"] in ("certainly", "当然")
+        and numbers["words"][0]["in rejected"] == 0
+    )
 
 
 def test_one_model_always_chosen_is_critical(write):
@@ -130,7 +135,10 @@ def test_one_model_always_chosen_is_critical(write):
 
     numbers = report(outcomes(write, change=model))
     assert "identity" in alarms(numbers, "critical")
-    assert {row["model"]: row["value"] for row in numbers["models"]} == {"qwen-max": 1.0, "qwen-flash": 0.0}
+    assert {row["model"]: row["value"] for row in numbers["models"]} == {
+        "qwen-max": 1.0,
+        "qwen-flash": 0.0,
+    }
 
 
 def test_a_judge_with_a_first_slot_bonus_is_found(write):
@@ -165,7 +173,9 @@ def test_templated_answers_are_critical(write):
 
     numbers = report(outcomes(write, change=template))
     found = alarms(numbers, "critical")
-    assert {row["level"] for row in numbers["warnings"] if "compression" in row["metric"]} == {"warn"}
+    assert {row["level"] for row in numbers["warnings"] if "compression" in row["metric"]} == {
+        "warn"
+    }
     assert "self_repetition_chosen" in found and not any("prompts" in key for key in found)
 
 
@@ -178,7 +188,9 @@ def test_duplicate_prompts_warn(write):
 def test_nearly_the_same_prompts_warn(write):
     prompts = [write(random.Random(i), 60) for i in range(30)]
     numbers = report(outcomes(write, prompt=lambda rng, i: prompts[i % 30] + write(rng, 2)))
-    assert "near_duplicates_prompts" in alarms(numbers) and "repeated_prompts" not in alarms(numbers)
+    assert "near_duplicates_prompts" in alarms(numbers) and "repeated_prompts" not in alarms(
+        numbers
+    )
 
 
 def test_the_judges_own_family_is_named(write):
@@ -239,7 +251,10 @@ def test_median_and_its_interval_by_hand():
 
 def test_distinct_n_by_hand():
     assert rc.distinct(["a b a b", "a b"], 1)[::2] == (2 / 6, 6)
-    assert rc.distinct(["a b a b", "a b"], 2)[::2] == (2 / 4, 4)  # ab ba ab, ab: no pair spans two texts
+    assert rc.distinct(["a b a b", "a b"], 2)[::2] == (
+        2 / 4,
+        4,
+    )  # ab ba ab, ab: no pair spans two texts
 
 
 def test_distinct_n_is_taken_of_a_fixed_amount_of_text():
@@ -289,16 +304,21 @@ def test_held_out_guessing_agrees_with_naive_bayes_on_one_sided_words():
         model = naive.MultinomialNB(alpha=1.0, fit_prior=False).fit(
             numpy.array(rows, int), [1, 0] * len(train)
         )
-        odds = dict(zip(vocabulary, model.feature_log_prob_[1] - model.feature_log_prob_[0], strict=True))
+        odds = dict(
+            zip(vocabulary, model.feature_log_prob_[1] - model.feature_log_prob_[0], strict=True)
+        )
         # both classes' totals nearly agree, so the difference of log probabilities is the smoothed log-odds
         right += sum(sum(odds[w] for w in s[1]) > sum(odds[w] for w in s[2]) for s in test)
-    assert rc.held_out(sides).value == pytest.approx(right / 600, abs=0.02)
+    assert rc.cross_validated_accuracy(sides).value == pytest.approx(right / 600, abs=0.02)
 
 
 def test_held_out_guessing_finds_nothing_in_noise():
     rng = random.Random(2)
-    sides = [(i % 5, *(tuple({f"w{rng.randrange(99)}" for _ in range(9)}) for _ in "ab")) for i in range(500)]
-    assert 0.4 < rc.held_out(sides).value < 0.6
+    sides = [
+        (i % 5, *(tuple({f"w{rng.randrange(99)}" for _ in range(9)}) for _ in "ab"))
+        for i in range(500)
+    ]
+    assert 0.4 < rc.cross_validated_accuracy(sides).value < 0.6
 
 
 def test_formats_are_seen_outside_of_code_only():
@@ -336,9 +356,7 @@ def test_a_verdict_hangs_on_the_bound_of_the_interval():
     assert rc.judged(row, rc.share(0, 0))["verdict"] == "not applicable"
 
 
-MAKING = (
-    "--method|--temperature|--system-prompt|--num-candidates|--candidate-models|--low-model|--when-low-wins"
-)
+MAKING = "--method|--temperature|--system-prompt|--num-candidates|--candidate-models|--low-model|--when-low-wins"
 
 
 @pytest.mark.parametrize("method, flagged", [("generate_pairs", True), ("rank_responses", False)])
@@ -360,10 +378,21 @@ def test_every_advice_names_a_flag_and_every_topic_is_used():
 
 def test_funnel_adds_up_and_counts_reasons_by_their_head():
     record = rc.Record([{"role": "user", "content": "q"}])
-    drops = [("judge", "orders disagree: 3 and 4"), ("judge", "orders disagree"), ("filter", "identical")]
+    drops = [
+        ("judge", "orders disagree: 3 and 4"),
+        ("judge", "orders disagree"),
+        ("filter", "identical"),
+    ]
     pair = rc.Pair(record, rc.Answer("good"), rc.Answer("bad"))
-    numbers = report([fate(record, [pair])] + [fate(record, stage=s, reason=r) for s, r in drops])
-    assert numbers["records"] == numbers["kept"] + sum(row["records"] for row in numbers["dropped"]) == 4
+    numbers = report(
+        [process_record(record, [pair])]
+        + [process_record(record, stage=s, reason=r) for s, r in drops]
+    )
+    assert (
+        numbers["records"]
+        == numbers["kept"] + sum(row["records"] for row in numbers["dropped"])
+        == 4
+    )
     assert numbers["dropped"][0] == {"stage": "judge", "reason": "orders disagree", "records": 2}
     left = {name: n for name, (n, _, _) in numbers["charts"][0]["series"]["left"].items()}
     assert left == {"read": 4, "judge: orders disagree": 2, "filter: identical": 1}
@@ -373,7 +402,7 @@ def test_length_curve_by_hand():
     record = rc.Record([{"role": "user", "content": "q"}])
     sizes = [(100, 105), (105, 100), (130, 100), (100, 300), (50, 50)]
     pairs = [rc.Pair(record, rc.Answer("x" * c), rc.Answer("y" * r)) for c, r in sizes]
-    curve = report([fate(record, [pair]) for pair in pairs])["charts"][4]["series"][""]
+    curve = report([process_record(record, [pair]) for pair in pairs])["charts"][4]["series"][""]
     assert {name: (value, n) for name, (value, _, n) in curve.items()} == {
         "up to 1.1×": (0.5, 2),
         "up to 1.25×": (None, 0),
@@ -385,25 +414,36 @@ def test_length_curve_by_hand():
 
 def test_flips_and_slots_by_hand_with_two_judges_of_two_orders():
     made, record = rc.Report(0, orders=2), rc.Record([{"role": "user", "content": "q"}])
-    a = rc.Answer("a", votes=(8, 4, 7, 6), slots=(0, 1, 0, 1))  # judge 1 flips, judge 2 does not
-    b = rc.Answer("b", votes=(5, 6, 5, 5), slots=(1, 0, 1, 0))
-    made.add(fate(record, answers=[a, b], stage="judge", reason="orders disagree"))
+    a = rc.Answer(
+        "a", votes=(8, 4, 7, 6), positions=(0, 1, 0, 1)
+    )  # judge 1 flips, judge 2 does not
+    b = rc.Answer("b", votes=(5, 6, 5, 5), positions=(1, 0, 1, 0))
+    made.add(process_record(record, answers=[a, b], stage="judge", reason="orders disagree"))
     assert made.counts["flips"] == {True: 1, False: 1}
-    assert made.counts["place", 0] == {True: 3, False: 1} and made.counts["place", 1] == {True: 1, False: 3}
+    assert made.counts["place", 0] == {True: 3, False: 1} and made.counts["place", 1] == {
+        True: 1,
+        False: 3,
+    }
 
 
-@pytest.mark.parametrize("slots", [(), (0,)])
-def test_votes_without_places_count_in_no_position_metric(slots):
+@pytest.mark.parametrize("positions", [(), (0,)])
+def test_votes_without_places_count_in_no_position_metric(positions):
     made, record = rc.Report(0), rc.Record([{"role": "user", "content": "q"}])
-    answers = [rc.Answer("a", votes=(8, 4), slots=slots), rc.Answer("b", votes=(5, 6), slots=slots)]
-    made.add(fate(record, answers=answers, stage="judge", reason="x"))
+    answers = [
+        rc.Answer("a", votes=(8, 4), positions=positions),
+        rc.Answer("b", votes=(5, 6), positions=positions),
+    ]
+    made.add(process_record(record, answers=answers, stage="judge", reason="x"))
     assert not made.counts["flips"] and not made.counts["place", 0]
 
 
 def test_one_order_gives_no_flips():
     made, record = rc.Report(0, orders=1), rc.Record([{"role": "user", "content": "q"}])
-    answers = [rc.Answer("a", votes=(8, 9), slots=(0, 1)), rc.Answer("b", votes=(5, 6), slots=(1, 0))]
-    made.add(fate(record, answers=answers, stage="judge", reason="x"))
+    answers = [
+        rc.Answer("a", votes=(8, 9), positions=(0, 1)),
+        rc.Answer("b", votes=(5, 6), positions=(1, 0)),
+    ]
+    made.add(process_record(record, answers=answers, stage="judge", reason="x"))
     assert not made.counts["flips"] and made.counts["place", 0].total() == 2
 
 
@@ -414,16 +454,22 @@ def test_the_sample_is_bounded_seeded_and_even(monkeypatch):
         made = rc.Report(3)
         for i in range(4000):
             record = rc.Record([{"role": "user", "content": str(i)}])
-            made.add(fate(record, [rc.Pair(record, rc.Answer("x" * 50_000), rc.Answer("y" * 46))]))
+            made.add(
+                process_record(
+                    record, [rc.Pair(record, rc.Answer("x" * 50_000), rc.Answer("y" * 46))]
+                )
+            )
         drawn.append([int(row["prompts"]) for row in made.rows])
-    assert drawn[0] == drawn[1] and len(drawn[0]) == 200 and 1600 < statistics.fmean(drawn[0]) < 2400
+    assert (
+        drawn[0] == drawn[1] and len(drawn[0]) == 200 and 1600 < statistics.fmean(drawn[0]) < 2400
+    )
     assert {len(row["chosen"]) for row in made.rows} == {rc.SAMPLE_TEXT}
 
 
 def test_a_gap_that_a_person_overruled_is_no_gap():
     record = rc.Record([{"role": "user", "content": "q"}])
     pair = rc.Pair(record, rc.Answer("a", score=2.0), rc.Answer("b", score=7.0), human=True)
-    assert report([fate(record, [pair])])["samples"][0]["gap"] is None
+    assert report([process_record(record, [pair])])["samples"][0]["gap"] is None
 
 
 def test_ranks_and_choices_are_no_scores():
@@ -431,15 +477,25 @@ def test_ranks_and_choices_are_no_scores():
     for i, (good, bad) in enumerate([((1.0,), (0.0,)), ((-1.0,), (-4.0,)), ((9.0,), (7.0,))]):
         record = rc.Record([{"role": "user", "content": str(i)}])
         score = good[0] == 9 or None
-        pair = rc.Pair(record, rc.Answer("a", score=score and 9.0, votes=good), rc.Answer("b", votes=bad))
+        pair = rc.Pair(
+            record, rc.Answer("a", score=score and 9.0, votes=good), rc.Answer("b", votes=bad)
+        )
         pair.rejected.score = score and 7.0
-        some.append(fate(record, [pair]))
+        some.append(process_record(record, [pair]))
     numbers = report(some)
-    assert [metric(numbers, key)["value"] for key in ("gap", "score_chosen", "score_rejected")] == [2, 9, 7]
-    assert metric(numbers, "gap")["n"] == 1 and not any("No scores" in note for note in numbers["notes"])
+    assert [metric(numbers, key)["value"] for key in ("gap", "score_chosen", "score_rejected")] == [
+        2,
+        9,
+        7,
+    ]
+    assert metric(numbers, "gap")["n"] == 1 and not any(
+        "No scores" in note for note in numbers["notes"]
+    )
     numbers = report(some[:2])
     page = rc.report_html(numbers)
-    assert metric(numbers, "gap")["n"] == 0 and any("No scores" in note for note in numbers["notes"])
+    assert metric(numbers, "gap")["n"] == 0 and any(
+        "No scores" in note for note in numbers["notes"]
+    )
     assert "<h3>Gap" not in page and "<h3>Scores" not in page and "<h3>Length" in page
     assert "<small>random</small>" in page and "lowest gap" not in page
 
@@ -459,13 +515,15 @@ def test_too_little_data_is_no_clean_bill(write):
 def test_percent_of_a_fair_coin_has_a_fixed_scale():
     row = rc.share(50, 100)
     chart = {"title": "", "note": "", "unit": "%", "series": {"": {"x": row}}}
-    assert 'width="50.0"' in rc.bars(chart | {"top": 1}) and 'class="tick"' in rc.bars(chart | {"top": 1})
+    assert 'width="50.0"' in rc.bars(chart | {"top": 1}) and 'class="tick"' in rc.bars(
+        chart | {"top": 1}
+    )
     assert 'class="tick"' not in rc.bars(chart | {"top": None})
 
 
 def test_empty_and_scoreless_runs_are_json_too():
     record = rc.Record([{"role": "user", "content": "q \ud800"}])
-    some = [fate(record, [rc.Pair(record, rc.Answer("a\ud800"), rc.Answer(""))])]
+    some = [process_record(record, [rc.Pair(record, rc.Answer("a\ud800"), rc.Answer(""))])]
     for outcomes_ in ([], some):
         numbers = json.loads(json.dumps(report(outcomes_), allow_nan=False))
         assert numbers["warnings"] == [] and rc.report_lines(numbers)
@@ -480,11 +538,17 @@ def test_histogram_shares_by_hand():
     found = rc.histogram({"a": [1, 1.5, 2, 9], "b": [4]})
     shares = {name: value for name, (value, _, _) in found["a"].items() if value}
     assert shares == {"1 to 2": 0.5, "2 to 3": 0.25, "9 or more": 0.25}
-    assert list(found["a"]) == list(found["b"]) and len(found["b"]) == 9 and found["b"]["4 to 5"].value == 1.0
+    assert (
+        list(found["a"]) == list(found["b"])
+        and len(found["b"]) == 9
+        and found["b"]["4 to 5"].value == 1.0
+    )
     assert rc.histogram({"a": []}) == {"a": {}}
 
 
-@pytest.mark.parametrize("low, high", [(-3.2, 4.1), (0.001, 0.002), (5, 5), (-900, 12_000), (-1e12, 1e12)])
+@pytest.mark.parametrize(
+    "low, high", [(-3.2, 4.1), (0.001, 0.002), (5, 5), (-900, 12_000), (-1e12, 1e12)]
+)
 def test_steps_of_a_histogram_are_few(low, high):
     assert 1 <= len(rc.histogram({"": [low, high, high]})[""]) <= 12
 
@@ -492,9 +556,10 @@ def test_steps_of_a_histogram_are_few(low, high):
 def test_absurd_scores_leave_the_report_whole():
     record = rc.Record([{"role": "user", "content": "q"}])
     pairs = [
-        rc.Pair(record, rc.Answer("a", score=1e308), rc.Answer("b" * i, score=-1e308)) for i in range(1, 50)
+        rc.Pair(record, rc.Answer("a", score=1e308), rc.Answer("b" * i, score=-1e308))
+        for i in range(1, 50)
     ]
-    numbers = report([fate(record, [pair]) for pair in pairs])
+    numbers = report([process_record(record, [pair]) for pair in pairs])
     assert "</html>" in rc.report_html(json.loads(json.dumps(numbers, allow_nan=False)))
 
 
@@ -510,7 +575,13 @@ def test_costs_are_summed_and_shared_among_the_pairs():
 
 
 def test_human_metrics_are_appended_and_warn(write):
-    row = {"metric": "agreement", "label": "people agree", "value": 0.5, "interval": (0.4, 0.6), "n": 90}
+    row = {
+        "metric": "agreement",
+        "label": "people agree",
+        "value": 0.5,
+        "interval": (0.4, 0.6),
+        "n": 90,
+    }
     human = {
         "metrics": [row | {"verdict": "warn", "advice": "See --review-path."}],
         "lines": ["2 pairs flipped"],
@@ -540,7 +611,8 @@ def test_terminal_lines_are_few_short_and_begin_with_the_warnings(write):
 def test_warnings_have_stable_keys(write):
     numbers = report(outcomes(write, change=awful))
     assert all(
-        {"metric", "level", "value", "interval", "n", "advice"} <= set(row) for row in numbers["warnings"]
+        {"metric", "level", "value", "interval", "n", "advice"} <= set(row)
+        for row in numbers["warnings"]
     )
     assert [m["metric"] for m in numbers["metrics"]] == [row[0] for row in rc.METRICS]
 
@@ -579,11 +651,18 @@ def test_the_page_loads_nothing_logs_nothing_and_keeps_hostile_text_as_text(tmp_
         sent = [m["params"] for m in sent if m["method"] == "Network.requestWillBeSent"]
         urls = {one["request"]["url"] for one in sent if one["documentURL"] == page.as_uri()}
         assert urls == {page.as_uri()} and driver.get_log("browser") == []
-        assert driver.title == "Preference data report" and "default-src 'none'; base" in driver.page_source
-        find = lambda css: driver.execute_script(f"return document.querySelectorAll({css!r}).length")
+        assert (
+            driver.title == "Preference data report"
+            and "default-src 'none'; base" in driver.page_source
+        )
+        find = lambda css: driver.execute_script(
+            f"return document.querySelectorAll({css!r}).length"
+        )
         assert find("script, img, link, a, [onerror]") == 0 and find("style") == 1
         text = driver.execute_script("return document.body.textContent")
         assert all(bad in text for bad in HOSTILE) and find("article") == 9
         for width in (390, 1280):
             driver.set_window_size(width, 900)
-            assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+            assert driver.execute_script(
+                "return document.documentElement.scrollWidth <= innerWidth"
+            )

@@ -1,4 +1,4 @@
-"""§7 MODELS: the real SDKs over real HTTP, and a server that misbehaves."""
+"""the real SDKs over real HTTP, and a server that misbehaves."""
 
 import asyncio
 import contextlib
@@ -9,10 +9,29 @@ import pytest
 
 import rlhf_constructor as rc
 from tests.conftest import rows
-from tests.server import DASHSCOPE_KEY, OPENAI_KEY, PAGE, Api, Fault, Reply, is_judge, judge_reply, success
+from tests.server import (
+    DASHSCOPE_KEY,
+    OPENAI_KEY,
+    PAGE,
+    Api,
+    Fault,
+    Reply,
+    is_judge,
+    judge_reply,
+    success,
+)
 from tests.tiny import ask, run_of
 
-OPENAI = ("--provider", "openai", "--high-model", "strong", "--low-model", "weak", "--max-retries", 2)
+OPENAI = (
+    "--provider",
+    "openai",
+    "--high-model",
+    "strong",
+    "--low-model",
+    "weak",
+    "--max-retries",
+    2,
+)
 DASHSCOPE = ("--provider", "dashscope", *OPENAI[2:])
 PROMPTS = [{"prompt": f"What is {n} plus {n}?"} for n in range(6)]
 
@@ -43,9 +62,14 @@ def waits(monkeypatch):
 
 
 WAIT_FOR = asyncio.wait_for
-NO_MESSAGE = b'{"choices": [{"finish_reason": "stop"}], "output": {"choices": [{"finish_reason": "stop"}]}}'
+NO_MESSAGE = (
+    b'{"choices": [{"finish_reason": "stop"}], "output": {"choices": [{"finish_reason": "stop"}]}}'
+)
 NO_CONTENT = NO_MESSAGE.replace(b'"}', b'", "message": {"role": "assistant"}}')
-FAULTS = {kind: Fault(kind=kind) for kind in "html garbage empty cut chunked delimited close reset".split()}
+FAULTS = {
+    kind: Fault(kind=kind)
+    for kind in "html garbage empty cut chunked delimited close reset".split()
+}
 FAULTS |= {kind: Fault(kind=kind) for kind in "not_json_type no_choices null_content".split()}
 FAULTS |= {str(status): Fault(status) for status in (408, 409, 500, 502, 503, 504, 529)}
 FAULTS |= {
@@ -83,7 +107,9 @@ def test_a_passing_fault_is_retried_and_a_lasting_one_costs_its_record_only(rlhf
 
 @pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
 def test_an_answer_in_parts_is_an_answer(rlhf, sdk):
-    parts = Reply("", content=[{"type": "text", "text": "A mistaken "}, {"type": "text", "text": "answer"}])
+    parts = Reply(
+        "", content=[{"type": "text", "text": "A mistaken "}, {"type": "text", "text": "answer"}]
+    )
     with Api(faulty(parts, lambda call: call.model == "weak")) as api:
         [pair] = rlhf(PROMPTS[:1], *sdk, api=api).pairs
     assert pair["rejected"] == "A mistaken answer"
@@ -100,9 +126,13 @@ def test_a_call_that_never_ends_times_out_and_is_tried_once_more(rlhf, kind, sdk
 
 
 @pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
-@pytest.mark.parametrize("code", ["invalid_value", "content_policy_violation", "DataInspectionFailed"])
+@pytest.mark.parametrize(
+    "code", ["invalid_value", "content_policy_violation", "DataInspectionFailed"]
+)
 def test_a_prompt_that_is_rejected_costs_one_record_and_one_call(rlhf, sdk, code):
-    with Api(faulty(Fault(400, code=code), lambda c: c.model == "strong" and "2 plus" in c.prompt)) as api:
+    with Api(
+        faulty(Fault(400, code=code), lambda c: c.model == "strong" and "2 plus" in c.prompt)
+    ) as api:
         result = rlhf(PROMPTS, *sdk, api=api)
     assert (result.status, len(result.pairs), len(result.dropped)) == (0, 5, 1)
     assert api.count("strong") == 6 + 2 * 5
@@ -124,7 +154,9 @@ def test_a_prompt_that_is_rejected_costs_one_record_and_one_call(rlhf, sdk, code
     ],
 )
 @pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
-def test_what_every_call_would_meet_stops_the_run_after_one_call_of_each_model(rlhf, sdk, status, code, says):
+def test_what_every_call_would_meet_stops_the_run_after_one_call_of_each_model(
+    rlhf, sdk, status, code, says
+):
     with Api(lambda call: Fault(status, code=code)) as api:
         result = rlhf(PROMPTS * 1, *sdk, api=api)
         assert api.count() <= 2
@@ -155,7 +187,9 @@ def test_the_words_of_an_empty_purse_are_a_throttle_where_the_code_says_so(rlhf)
     assert (result.status, len(result.pairs)) == (0, 6)
 
 
-@pytest.mark.parametrize("after, seconds", [("7", 7), ("1.5", 1.5), ("86400", 60), ("-3", 0), ("soon", 0)])
+@pytest.mark.parametrize(
+    "after, seconds", [("7", 7), ("1.5", 1.5), ("86400", 60), ("-3", 0), ("soon", 0)]
+)
 def test_retry_after_delays_the_refused_call_by_at_most_a_minute(after, seconds):
     assert rc.ApiError(429, "", "", after).retry_after == seconds
 
@@ -197,7 +231,9 @@ def test_twenty_failures_alike_in_a_row_stop_the_run(rlhf):
 
 def test_failures_with_successes_between_them_do_not_stop_the_run(rlhf):
     prompts = [{"prompt": f"Question {n}"} for n in range(60)]
-    with Api(faulty(Fault(500), lambda call: call.model == "weak" and call.prompt[-1] != "0")) as api:
+    with Api(
+        faulty(Fault(500), lambda call: call.model == "weak" and call.prompt[-1] != "0")
+    ) as api:
         result = rlhf(prompts, *OPENAI, "--max-retries", 0, "--concurrency", 1, api=api)
     assert (result.status, len(result.pairs), len(result.dropped)) == (1, 6, 54)
 
@@ -219,7 +255,11 @@ def test_a_server_that_is_not_there_stops_the_run(rlhf, sdk, way):
             result = rlhf(PROMPTS, *sdk, "--base-url", gone.replace("http", "https"), api=api)
     if way != "no TLS":
         result = rlhf(PROMPTS, *sdk, "--base-url", gone, "--max-retries", 0)
-    assert result.status == 3 and "cannot be reached" in result.err and result.err.count("reached") == 1
+    assert (
+        result.status == 3
+        and "cannot be reached" in result.err
+        and result.err.count("reached") == 1
+    )
 
 
 def refuses_option(name, message):
@@ -238,7 +278,11 @@ def refuses_option(name, message):
     [
         (OPENAI, "max_tokens", "Unsupported parameter: use 'max_completion_tokens' instead."),
         (OPENAI, "max_tokens", "max_tokens is not supported"),
-        (OPENAI, "temperature", "Unsupported value: 'temperature' does not support 0.7 with this model."),
+        (
+            OPENAI,
+            "temperature",
+            "Unsupported value: 'temperature' does not support 0.7 with this model.",
+        ),
         (DASHSCOPE, "enable_thinking", "parameter.enable_thinking is not supported by this model"),
     ],
 )
@@ -248,7 +292,9 @@ def test_a_refused_option_is_changed_once_for_each_model(rlhf, sdk, name, messag
         assert (result.status, len(result.pairs)) == (0, 6)
         assert sum(name in call.params for call in api.calls) == 2  # once for strong, once for weak
         calls = api.count()
-        assert rlhf(PROMPTS, *sdk, api=api).status == 0 and api.count() == calls  # the key is what was asked
+        assert (
+            rlhf(PROMPTS, *sdk, api=api).status == 0 and api.count() == calls
+        )  # the key is what was asked
 
 
 def test_a_fix_is_learned_once_although_many_calls_are_refused_together(rlhf):
@@ -299,7 +345,9 @@ def test_a_cut_answer_is_asked_for_once_more_with_twice_the_limit(rlhf, text):
 
 
 def test_an_answer_cut_twice_is_dropped_and_not_paid_for_again(rlhf):
-    with Api(faulty(Reply("half an ans", finish="length"), lambda call: call.model == "weak")) as api:
+    with Api(
+        faulty(Reply("half an ans", finish="length"), lambda call: call.model == "weak")
+    ) as api:
         assert rlhf(PROMPTS[:1], *OPENAI, api=api).reasons == ["filter: truncated"]
         calls = api.count()
         rlhf(PROMPTS[:1], *OPENAI, api=api)
@@ -335,7 +383,11 @@ def test_an_unreadable_verdict_is_asked_for_twice_more_then_the_record_is_droppe
     [
         (["--judge-orders", 1], 1, (9.0, 3.0)),
         (["--judge-model", "strong", "--judge-model", "other"], 4, (8.0, 2.5)),
-        (["--judge-model", "strong", "--judge-model", "other", "--judge-model", "third"], 6, (9.0, 3.0)),
+        (
+            ["--judge-model", "strong", "--judge-model", "other", "--judge-model", "third"],
+            6,
+            (9.0, 3.0),
+        ),
     ],
     ids=["one order", "the mean of two judges", "the median of three"],
 )
@@ -373,7 +425,9 @@ def test_servers_can_be_mixed_and_one_on_this_machine_gets_no_key(rlhf):
         low = f"openai:weak@{local.openai_url}"
         result = rlhf(PROMPTS, *DASHSCOPE, "--low-model", low, api=cloud)
     assert len(result.pairs) == 6 and local.count("weak") == 6 == len(local.calls)
-    assert not any(key in str(call.headers) for call in local.calls for key in (OPENAI_KEY, DASHSCOPE_KEY))
+    assert not any(
+        key in str(call.headers) for call in local.calls for key in (OPENAI_KEY, DASHSCOPE_KEY)
+    )
 
 
 def test_with_a_base_url_the_key_is_used_if_there_is_one_and_not_needed(rlhf):
@@ -439,13 +493,22 @@ def test_pacing_settles_under_the_limit_and_loses_nothing(rlhf, monkeypatch):
     prompts = [{"prompt": f"Question {n}"} for n in range(60)]
     flags = ("--judge-model", "none", "--concurrency", 32, "--max-retries", 0)
     with Api(world, limit=60) as api:
-        result = rlhf(prompts, *OPENAI[:6], *flags, "--cache-path", "none", "--base-url", api.openai_url)
+        result = rlhf(
+            prompts, *OPENAI[:6], *flags, "--cache-path", "none", "--base-url", api.openai_url
+        )
     assert (result.status, len(result.pairs)) == (0, 60)
     assert api.count() < 2 * 120, "more calls were refused than answered"
 
 
 def test_the_cache_key_is_everything_that_changes_the_answer():
-    one = ["openai", "http://a/v1", "m", [{"role": "user", "content": "q"}], {"temperature": 0.7}, 0]
+    one = [
+        "openai",
+        "http://a/v1",
+        "m",
+        [{"role": "user", "content": "q"}],
+        {"temperature": 0.7},
+        0,
+    ]
     changed = [one[:i] + [f"other {part}"] + one[i + 1 :] for i, part in enumerate(one)]
     assert len({rc.digest(*key) for key in [one, *changed]}) == 7
 
@@ -459,7 +522,10 @@ def test_errors_are_never_cached(rlhf):
 
 
 def test_a_proxy_of_the_environment_is_used(rlhf, monkeypatch):
-    for sdk, url in ((OPENAI, "http://models.invalid/v1"), (DASHSCOPE, "http://models.invalid/api/v1")):
+    for sdk, url in (
+        (OPENAI, "http://models.invalid/v1"),
+        (DASHSCOPE, "http://models.invalid/api/v1"),
+    ):
         with Api(
             world
         ) as proxy:  # a forwarding proxy is asked for whole addresses; aiohttp.web takes their path
@@ -490,41 +556,45 @@ def test_replies_are_kept_as_text_and_nothing_else(rlhf, tmp_path):
     cache = tmp_path / ".rlhf_cache.sqlite"
     assert cache.stat().st_mode & 0o777 == 0o600
     kept = rc.sqlite3.connect(cache).execute("SELECT text FROM replies").fetchall()
-    assert len(kept) == 4 and sum("scores" in json.loads(text) for (text,) in kept if text[0] == "{") == 2
+    assert (
+        len(kept) == 4
+        and sum("scores" in json.loads(text) for (text,) in kept if text[0] == "{") == 2
+    )
 
 
-async def turns(lane, count):
+async def turns(endpoint, count):
     """The times at which so many calls may start, without waiting for them."""
 
     async def pause(seconds):
         pass
 
-    return [await lane.turn(pause) for _ in range(count)]
+    return [await endpoint.turn(pause) for _ in range(count)]
 
 
 def test_the_first_guess_of_a_rate_is_what_came_through_the_first_burst():
-    lane = rc.Lane(rc.Model("openai", "m"), None)
-    starts = asyncio.run(turns(lane, 64))
+    endpoint = rc.Endpoint(rc.Model("openai", "m"), None)
+    starts = asyncio.run(turns(endpoint, 64))
     for start in starts[:14]:
-        lane.refused(start)
-    assert lane.rate == pytest.approx(50, rel=0.01)
+        endpoint.refused(start)
+    assert endpoint.rate == pytest.approx(50, rel=0.01)
 
 
 def test_a_throttle_on_the_very_first_call_does_not_put_the_run_to_sleep():
-    lane = rc.Lane(rc.Model("openai", "m"), None)
-    [start] = asyncio.run(turns(lane, 1))
-    lane.refused(start)
-    assert lane.rate == 0.5
+    endpoint = rc.Endpoint(rc.Model("openai", "m"), None)
+    [start] = asyncio.run(turns(endpoint, 1))
+    endpoint.refused(start)
+    assert endpoint.rate == 0.5
 
 
 @pytest.mark.parametrize(
-    "starts, refusals, rate", [(50, 0, 52.5), (50, 5, 47.5), (50, 40, 40), (20, 0, 50), (50, 1, 52.5)]
+    "starts, refusals, rate",
+    [(50, 0, 52.5), (50, 5, 47.5), (50, 40, 40), (20, 0, 50), (50, 1, 52.5)],
 )
 def test_a_rate_follows_what_came_through_in_small_steps(starts, refusals, rate):
-    lane = rc.Lane(rc.Model("openai", "m"), None)
-    lane.rate, lane.starts, lane.refusals = 50.0, starts, refusals
-    lane.steer(lane.since + 1)
-    assert lane.rate == pytest.approx(rate) and lane.starts == 0
+    endpoint = rc.Endpoint(rc.Model("openai", "m"), None)
+    endpoint.rate, endpoint.starts, endpoint.refusals = 50.0, starts, refusals
+    endpoint.adjust_rate(endpoint.since + 1)
+    assert endpoint.rate == pytest.approx(rate) and endpoint.starts == 0
 
 
 def test_an_answer_all_spent_on_thinking_is_called_truncated(rlhf):
@@ -572,17 +642,29 @@ def test_a_reply_that_bills_no_tokens_costs_what_its_text_would(rlhf, sdk):
 def test_a_reward_model_is_billed_by_its_usage(rlhf):
     def answer(call):
         if call.protocol == "reward":
-            return Reply(str(float("right" in call.messages[-1]["content"])), tokens_in=5000, tokens_out=0)
+            return Reply(
+                str(float("right" in call.messages[-1]["content"])), tokens_in=5000, tokens_out=0
+            )
         return world(call)
 
     with Api(answer) as api:
-        rlhf(PROMPTS, *OPENAI, "--judge-model", f"reward:rm@{api.url}", "--min-score-gap", 0.5, api=api)
+        rlhf(
+            PROMPTS,
+            *OPENAI,
+            "--judge-model",
+            f"reward:rm@{api.url}",
+            "--min-score-gap",
+            0.5,
+            api=api,
+        )
         assert dict(row[:2] for row in billed())["rm"] == 12 * 5000
 
 
 @pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
 def test_a_billed_reply_without_choices_stands_in_the_books(rlhf, sdk):
-    usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"), 70)
+    usage = dict.fromkeys(
+        ("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens"), 70
+    )
     with Api(lambda call: bare(call, "", choices=False, usage=usage)) as api:
         rlhf(PROMPTS[:1], *sdk, api=api)
         assert sorted(billed()) == [(model, 3 * 70, 3 * 70) for model in ("strong", "weak")]
@@ -624,13 +706,17 @@ def test_who_waits_for_money_learns_what_a_call_may_cost_by_now():
             await asyncio.sleep(0.05 * hints["sample"])
             return rc.Reply("Hello", tokens_in=1, tokens_out=(240, 1, 1)[hints["sample"]])
 
-    models, model = run_of("--max-cost", "0.45", "--price", "m=0/1000").models, rc.Model("openai", "m")
-    models.lanes[model] = lane = rc.Lane(model, Thoughtful())
-    lane.opened = True
+    models, model = (
+        run_of("--max-cost", "0.45", "--price", "m=0/1000").models,
+        rc.Model("openai", "m"),
+    )
+    models.endpoints[model] = endpoint = rc.Endpoint(model, Thoughtful())
+    endpoint.opened = True
 
     async def all_three():
         asked = [
-            models.ask(model, [{"role": "user", "content": "Hi"}], {"max_tokens": 200}, n) for n in range(3)
+            models.ask(model, [{"role": "user", "content": "Hi"}], {"max_tokens": 200}, n)
+            for n in range(3)
         ]
         return await asyncio.gather(*asked, return_exceptions=True)
 
@@ -639,12 +725,17 @@ def test_who_waits_for_money_learns_what_a_call_may_cost_by_now():
 
 def test_a_model_that_knows_no_limit_may_answer_as_long_as_it_ever_did():
     models, model = run_of("--max-cost", "9", "--price", "m=0/1").models, rc.Model("openai", "m")
-    models.count(model, {"role": "answer"}, rc.Reply("from the cache", tokens_out=5000), cached=True)
+    models.count(
+        model, {"role": "answer"}, rc.Reply("from the cache", tokens_out=5000), cached=True
+    )
     request = [{"role": "user", "content": "Hi"}], {"max_tokens": 200}, "answer"
     assert models.cost(model, *request) * rc.PRICE_UNIT == pytest.approx(5000)
 
 
 def test_no_pair_stands_whose_rejected_answer_alone_has_votes():
-    made = rc.Answer("It is 42.", score=9.0), rc.Answer("It is 43, is it not?", score=3.0, votes=(9.0,))
+    made = (
+        rc.Answer("It is 42.", score=9.0),
+        rc.Answer("It is 43, is it not?", score=3.0, votes=(9.0,)),
+    )
     with pytest.raises(ValueError):
-        run_of().standing(rc.Pair(ask(), *made))
+        run_of().check_pair(rc.Pair(ask(), *made))

@@ -1,4 +1,4 @@
-"""§4: which answer is chosen and which is rejected, in every case that can come up."""
+"""which answer is chosen and which is rejected, in every case that can come up."""
 
 import itertools
 
@@ -16,9 +16,9 @@ def comparison(judge, *flags, high="It is 42.", low="It is 41.", names=("judge",
     return run_of(*STRONG_AND_WEAK, *judged_by(*names), *flags, says=says)
 
 
-def fate(record, run) -> str:
+def process_record(record, run) -> str:
     """`chosen over rejected`, or `stage: reason`, of one record through its method and all filters."""
-    outcome = wait(run.outcome(record))
+    outcome = wait(run.make_pairs(record))
     if not outcome.pairs:
         return f"{outcome.stage}: {outcome.reason.split(':')[0]}"
     return ", ".join(f"{p.chosen.model or p.chosen.text} over {p.rejected.model or p.rejected.text}"
@@ -27,15 +27,22 @@ def fate(record, run) -> str:
 
 # --- direction: the whole truth table
 
-SAYS = {"high": (8, 3), "low": (3, 8), "tie": (6, 6), "unparsed": None}  # scores of (high, low) in one order
+SAYS = {
+    "high": (8, 3),
+    "low": (3, 8),
+    "tie": (6, 6),
+    "unparsed": None,
+}  # scores of (high, low) in one order
 
 
 def verdict_by_order(high_first: str, low_first: str):
     """A judge that says one thing when the strong model's answer is shown first, another when it is second."""
 
-    def judge(name, sheet):
-        said = SAYS[high_first if shown(sheet)[0][1] == "It is 42." else low_first]
-        return "no idea" if said is None else verdict(sheet, lambda t: said[t != "It is 42."])
+    def judge(name, judge_in_order):
+        said = SAYS[high_first if shown(judge_in_order)[0][1] == "It is 42." else low_first]
+        return (
+            "no idea" if said is None else verdict(judge_in_order, lambda t: said[t != "It is 42."])
+        )
 
     return judge
 
@@ -55,7 +62,7 @@ def expected(one: str, two: str, when_low_wins: str) -> str:
 @pytest.mark.parametrize("high_first, low_first", [*itertools.product(SAYS, SAYS)])
 def test_a_pair_needs_the_same_winner_in_both_orders(high_first, low_first, when_low_wins):
     run = comparison(verdict_by_order(high_first, low_first), "--when-low-wins", when_low_wins)
-    assert fate(ask(), run) == expected(high_first, low_first, when_low_wins)
+    assert process_record(ask(), run) == expected(high_first, low_first, when_low_wins)
 
 
 JURIES = [  # the winner that each judge sees (in both orders) -> the fate
@@ -76,43 +83,54 @@ JURIES = [  # the winner that each judge sees (in both orders) -> the fate
 )
 def test_every_judge_must_agree(jury, outcome):
     seen = dict(zip("xyz", jury))
-    judge = lambda name, sheet: verdict_by_order(seen[name], seen[name])(name, sheet)
-    assert fate(ask(), comparison(judge, names=tuple(seen))) == outcome
+    judge = lambda name, judge_in_order: verdict_by_order(seen[name], seen[name])(
+        name, judge_in_order
+    )
+    assert process_record(ask(), comparison(judge, names=tuple(seen))) == outcome
 
 
 @pytest.mark.parametrize("orders", [1, 2])
 @pytest.mark.parametrize("low", [5, 5.9, 6, 9])
 def test_flip_believes_a_low_model_that_wins_by_3_points_in_every_vote(low, orders):
-    judge = lambda _, sheet: verdict(sheet, lambda t: 3 if "42" in t else low)
+    judge = lambda _, judge_in_order: verdict(judge_in_order, lambda t: 3 if "42" in t else low)
     flags = ["--when-low-wins", "flip", "--judge-orders", str(orders)]
-    assert fate(ask(), comparison(judge, *flags)) == (
+    assert process_record(ask(), comparison(judge, *flags)) == (
         "weak over strong" if low >= 6 else "judge: low model won"
     )
 
 
 def test_a_flip_by_3_points_in_the_mean_alone_is_not_enough():
-    judge = lambda _, sheet: verdict(
-        sheet, lambda t: 3 if "42" in t else 5 if "42" in shown(sheet)[0][1] else 9
+    judge = lambda _, judge_in_order: verdict(
+        judge_in_order,
+        lambda t: 3 if "42" in t else 5 if "42" in shown(judge_in_order)[0][1] else 9,
     )
-    assert fate(ask(), comparison(judge, "--when-low-wins", "flip")) == "judge: low model won"
+    assert (
+        process_record(ask(), comparison(judge, "--when-low-wins", "flip"))
+        == "judge: low model won"
+    )
 
 
 def test_one_order_takes_a_biased_judge_at_its_word_and_two_orders_do_not():
-    biased = lambda _, sheet: verdict(sheet, lambda t: 9 if t == shown(sheet)[0][1] else 4)
+    biased = lambda _, judge_in_order: verdict(
+        judge_in_order, lambda t: 9 if t == shown(judge_in_order)[0][1] else 4
+    )
     prompts = [ask(f"Prompt {i}") for i in range(12)]
-    assert {fate(p, comparison(biased)) for p in prompts} == {"judge: orders disagree"}
-    assert len({fate(p, comparison(biased, "--judge-orders", "1")) for p in prompts}) == 2
+    assert {process_record(p, comparison(biased)) for p in prompts} == {"judge: orders disagree"}
+    assert len({process_record(p, comparison(biased, "--judge-orders", "1")) for p in prompts}) == 2
 
 
 def test_an_example_worked_by_hand_from_record_to_row():
     """Record: "What is 6 times 7?". strong says 42, weak says 41; judge x gives (42: 9, 41: 2) when 42 stands
     first and (8, 3) when it stands second. Votes of 42: 9 and 8, mean 8.5; of 41: 2 and 3, mean 2.5. 42 leads
     in both orders, by 6 in the mean (1 is needed), so it is chosen. prompt_id is a hash of the messages."""
-    judge = lambda _, sheet: verdict(
-        sheet, {True: {"42": 9, "41": 2}, False: {"42": 8, "41": 3}}[shown(sheet)[0][1] == "42"].get
+    judge = lambda _, judge_in_order: verdict(
+        judge_in_order,
+        {True: {"42": 9, "41": 2}, False: {"42": 8, "41": 3}}[
+            shown(judge_in_order)[0][1] == "42"
+        ].get,
     )
     run = comparison(judge, high="42", low="41")
-    [pair] = wait(run.outcome(ask())).pairs
+    [pair] = wait(run.make_pairs(ask())).pairs
     assert rc.as_standard(pair, run) == [
         {"prompt": "What is 6 times 7?", "chosen": "42", "rejected": "41", "score_chosen": 8.5,
          "score_rejected": 2.5, "chosen_model": "strong", "rejected_model": "weak",
@@ -139,17 +157,23 @@ LOOK_ALIKES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("reference", ["", "right", "other"], ids=["no reference", "itself", "another"])
+@pytest.mark.parametrize(
+    "reference", ["", "right", "other"], ids=["no reference", "itself", "another"]
+)
 @pytest.mark.parametrize("prompt, right, wrong", LOOK_ALIKES)
-def test_the_right_answer_is_chosen_from_either_slot_and_no_filter_objects(prompt, right, wrong, reference):
+def test_the_right_answer_is_chosen_from_either_slot_and_no_filter_objects(
+    prompt, right, wrong, reference
+):
     record = ask(prompt, {"right": right, "other": "The answer of the book."}.get(reference, ""))
-    judge = lambda _, sheet: verdict(sheet, lambda t: 8 if t == right else 5)
+    judge = lambda _, judge_in_order: verdict(judge_in_order, lambda t: 8 if t == right else 5)
     starts = set()
     for seed in range(8):
         run = comparison(judge, "--seed", str(seed), high=right, low=wrong)
-        assert fate(record, run) == "strong over weak"
-        mirrored = comparison(judge, "--seed", str(seed), "--when-low-wins", "flip", high=wrong, low=right)
-        assert fate(record, mirrored) == "weak over strong"
+        assert process_record(record, run) == "strong over weak"
+        mirrored = comparison(
+            judge, "--seed", str(seed), "--when-low-wins", "flip", high=wrong, low=right
+        )
+        assert process_record(record, mirrored) == "weak over strong"
         starts.add(shown(run.models.asked[2][1])[0][1])
     assert starts == {right, wrong}
 
@@ -159,17 +183,25 @@ def test_the_right_answer_is_chosen_from_either_slot_and_no_filter_objects(promp
 
 def test_without_a_judge_the_models_are_trusted_and_the_row_has_no_scores():
     run = run_of(*STRONG_AND_WEAK, "--judge-model", "none", says=lambda name, _: f"{name} says so")
-    [pair] = wait(run.outcome(ask())).pairs
-    assert (pair.chosen.text, pair.rejected.text, pair.gap) == ("strong says so", "weak says so", None)
+    [pair] = wait(run.make_pairs(ask())).pairs
+    assert (pair.chosen.text, pair.rejected.text, pair.gap) == (
+        "strong says so",
+        "weak says so",
+        None,
+    )
     assert not {"score_chosen", "score_rejected"} & rc.as_standard(pair, run)[0].keys()
 
 
 LOST = [
     pytest.param(rc.Failed("model", "500 InternalError"), "model: 500 InternalError", id="failed"),
     pytest.param(rc.Reply("It is 4", "length"), "filter: truncated", id="truncated"),
-    pytest.param(rc.Reply("It is", "content_filter"), "filter: truncated", id="cut by a content filter"),
+    pytest.param(
+        rc.Reply("It is", "content_filter"), "filter: truncated", id="cut by a content filter"
+    ),
     pytest.param(" \n", "filter: empty answer", id="empty"),
-    pytest.param("<think>only a thought</think>", "filter: empty answer", id="nothing but a thought"),
+    pytest.param(
+        "<think>only a thought</think>", "filter: empty answer", id="nothing but a thought"
+    ),
     pytest.param("it is  42", "filter: identical answers", id="identical"),
     pytest.param("It is <|im_end|>", "filter: control tokens", id="control tokens"),
 ]
@@ -178,14 +210,16 @@ LOST = [
 @pytest.mark.parametrize("weak, reason", LOST)
 def test_a_lost_answer_ends_the_comparison_before_the_judge(weak, reason):
     run = comparison(lambda *_: pytest.fail("the judge was asked"), low=weak)
-    assert fate(ask(), run) == reason
+    assert process_record(ask(), run) == reason
 
 
 def test_a_thought_is_cut_off_before_anyone_judges_or_trains_on_it():
     run = comparison(
-        lambda _, sheet: verdict(sheet, {"42": 9, "41": 2}.get), high="<think>6*7</think>\n42", low="41"
+        lambda _, judge_in_order: verdict(judge_in_order, {"42": 9, "41": 2}.get),
+        high="<think>6*7</think>\n42",
+        low="41",
     )
-    [pair] = wait(run.outcome(ask())).pairs
+    [pair] = wait(run.make_pairs(ask())).pairs
     assert pair.chosen.text == "42"
 
 
@@ -200,11 +234,13 @@ MARKS = {"It is 42.": 9, "About 40.": 5, "Many.": 3, "It is 12, I think.": 2}
 def candidates(*flags, marks=MARKS, **changed):
     """A run of generate_pairs over models a, b, c, d that say GOOD, but for those that say otherwise."""
     replies = GOOD | changed
-    return run_of(*POOL, *flags, says=lambda name, prompt: replies.get(name) or verdict(prompt, marks.get))
+    return run_of(
+        *POOL, *flags, says=lambda name, prompt: replies.get(name) or verdict(prompt, marks.get)
+    )
 
 
 def test_the_best_candidate_is_chosen_and_the_worst_rejected():
-    assert fate(ask(), candidates()) == "a over d"
+    assert process_record(ask(), candidates()) == "a over d"
 
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -215,34 +251,44 @@ LEAVERS = [*LOST, pytest.param(REFUSAL, "filter: refusal", id="refused"),
 @pytest.mark.parametrize("text, reason", LEAVERS)
 def test_a_candidate_that_cannot_be_used_leaves_the_pool(text, reason):
     run = candidates(d=text)
-    assert fate(ask(), run) == "a over c"
-    assert all(len(shown(sheet)) == 3 for name, sheet in run.models.asked if name == "judge")
+    assert process_record(ask(), run) == "a over c"
+    assert all(
+        len(shown(judge_in_order)) == 3
+        for name, judge_in_order in run.models.asked
+        if name == "judge"
+    )
 
 
 @pytest.mark.parametrize("text, reason", LEAVERS)
 def test_fewer_than_two_candidates_left_end_the_record(text, reason):
     run = candidates(b=text, c=text, d=text)
-    assert fate(ask(), run) == reason
+    assert process_record(ask(), run) == reason
     assert "judge" not in [name for name, _ in run.models.asked]
 
 
 def test_a_rerun_may_cure_a_failure_but_not_a_filter():
-    failed = rc.Failed("model", "500 InternalError", curable=True)
-    assert wait(candidates(b=failed, c=failed, d=" ").outcome(ask())).curable
-    assert not wait(candidates(b=" ", c=" ", d=" ").outcome(ask())).curable
+    failed = rc.Failed("model", "500 InternalError", retryable=True)
+    assert wait(candidates(b=failed, c=failed, d=" ").make_pairs(ask())).retryable
+    assert not wait(candidates(b=" ", c=" ", d=" ").make_pairs(ask())).retryable
 
 
 def test_a_pair_of_candidates_needs_two_points():
     assert (
-        fate(ask(), candidates(marks=dict.fromkeys(MARKS, 5) | {"It is 42.": 6.9})) == "filter: gap too small"
+        process_record(ask(), candidates(marks=dict.fromkeys(MARKS, 5) | {"It is 42.": 6.9}))
+        == "filter: gap too small"
     )
-    assert fate(ask(), candidates(marks=dict.fromkeys(MARKS, 5) | {"It is 42.": 7})).startswith("a over ")
+    assert process_record(
+        ask(), candidates(marks=dict.fromkeys(MARKS, 5) | {"It is 42.": 7})
+    ).startswith("a over ")
 
 
 def test_model_comparison_needs_one_point():
-    marks = lambda high: comparison(lambda _, sheet: verdict(sheet, {"It is 42.": high, "It is 9.": 5}.get),
+    marks = lambda high: comparison(lambda _, judge_in_order: verdict(judge_in_order, {"It is 42.": high, "It is 9.": 5}.get),
                                     low="It is 9.")  # fmt: skip
-    assert [fate(ask(), marks(high)) for high in (5.9, 6)] == ["filter: gap too small", "strong over weak"]
+    assert [process_record(ask(), marks(high)) for high in (5.9, 6)] == [
+        "filter: gap too small",
+        "strong over weak",
+    ]
 
 
 # --- strategies, by hand: a is best with 9, then b 7, c 7, d 4; b beats c in no vote, and c not b
@@ -272,7 +318,9 @@ def test_best_random_draws_one_of_those_that_the_best_beats_and_the_seed_decides
 
 def test_best_random_never_draws_one_that_was_ahead_in_a_vote():
     votes = {"a": (9, 6), "b": (7, 7), "c": (3, 3)}
-    assert {tuple(paired("best_random", "--seed", str(s), votes=votes)) for s in range(20)} == {("ac",)}
+    assert {tuple(paired("best_random", "--seed", str(s), votes=votes)) for s in range(20)} == {
+        ("ac",)
+    }
 
 
 def test_all_pairs_leaves_out_ties():
@@ -280,14 +328,19 @@ def test_all_pairs_leaves_out_ties():
 
 
 def test_adjacent_leaves_out_ties():
-    assert paired("adjacent") in (["ab", "cd"], ["ac", "bd"])  # b and c tie: a hash decides who stands first
+    assert paired("adjacent") in (
+        ["ab", "cd"],
+        ["ac", "bd"],
+    )  # b and c tie: a hash decides who stands first
     assert paired("adjacent", votes={"a": (9,), "b": (7,), "c": (4,)}) == ["ab", "bc"]
 
 
 NO_PAIR = [
     pytest.param({"a": (5, 5), "b": (5, 5)}, "judge: tie", id="a tie"),
     pytest.param(
-        {"a": (9, 3), "b": (3, 9)}, "judge: orders disagree", id="each wins once, the means are equal"
+        {"a": (9, 3), "b": (3, 9)},
+        "judge: orders disagree",
+        id="each wins once, the means are equal",
     ),
     pytest.param({"a": (9, 3), "b": (4, 5)}, "judge: orders disagree", id="each wins once"),
     pytest.param({"a": (9, 5), "b": (4, 5)}, "judge: orders disagree", id="a tie in one order"),
@@ -328,13 +381,18 @@ def test_chosen_leads_in_every_vote_whatever_the_votes_are(strategy):
 )
 def test_a_longer_chosen_costs_points_and_a_shorter_one_earns_none(chosen, rejected, points):
     run = run_of("--length-penalty", "2")
-    assert rc.penalty(rc.Answer("x" * chosen), rc.Answer("y" * rejected), run) == pytest.approx(points)
+    assert rc.penalty(rc.Answer("x" * chosen), rc.Answer("y" * rejected), run) == pytest.approx(
+        points
+    )
 
 
 def test_with_a_length_penalty_the_pair_with_the_largest_rest_of_its_gap_is_made():
     """a (9, 225 characters) against c (4, 100): gap 5, two factors 1.5, penalty 2 x 2 = 4, rest 1.
     b (7, 100) against c: gap 3, no penalty, rest 3. a against b: gap 2, penalty 4, rest -2. So: b over c."""
-    votes, texts = {"a": (9, 9), "b": (7, 7), "c": (4, 4)}, {"a": "a" * 225, "b": "b" * 100, "c": "c" * 100}
+    votes, texts = (
+        {"a": (9, 9), "b": (7, 7), "c": (4, 4)},
+        {"a": "a" * 225, "b": "b" * 100, "c": "c" * 100},
+    )
     assert paired("best_worst", texts=texts, votes=votes) == ["ac"]
     assert paired("best_worst", "--length-penalty", "2", texts=texts, votes=votes) == ["bc"]
 
@@ -346,7 +404,7 @@ def test_the_penalty_counts_against_the_gap_that_is_needed():
         run = run_of("--method", "generate_pairs", "--num-candidates", "2", "--length-penalty", points,
                      "--candidate-models", f"openai:a{LOCAL}", f"openai:b{LOCAL}", *judged_by("judge"),
                      says=lambda name, p: {"a": "x" * 30, "b": "y" * 20}.get(name) or verdict(p, marks.get))  # fmt: skip
-        assert fate(ask(), run) == outcome
+        assert process_record(ask(), run) == outcome
 
 
 # --- a method of one's own
@@ -356,11 +414,15 @@ def test_a_method_may_be_a_plain_function_and_direction_stays_law(monkeypatch):
     def upside_down(record, run):
         """Wrong on purpose."""
         return [
-            rc.Pair(record, rc.Answer("bad", votes=(2, 2), score=2), rc.Answer("good", votes=(9, 9), score=9))
+            rc.Pair(
+                record,
+                rc.Answer("bad", votes=(2, 2), score=2),
+                rc.Answer("good", votes=(9, 9), score=9),
+            )
         ]
 
     monkeypatch.setitem(rc.METHODS, "upside_down", upside_down)
-    assert fate(ask(), run_of("--method", "upside_down")) == "judge: orders disagree"
+    assert process_record(ask(), run_of("--method", "upside_down")) == "judge: orders disagree"
 
 
 def test_a_name_is_taken_once_and_needs_a_docstring():
@@ -388,11 +450,13 @@ def test_what_no_answer_may_be_is_no_text_to_work_with(reason):
 @pytest.mark.parametrize("reason", ["empty answer", "control tokens", "repetition loop"])
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_what_no_answer_may_be_is_no_side_of_a_pair(reason, side):
-    texts = {"chosen": "It is 42, for six sevens are that.", "rejected": "No idea."} | {side: UNFIT[reason]}
+    texts = {"chosen": "It is 42, for six sevens are that.", "rejected": "No idea."} | {
+        side: UNFIT[reason]
+    }
 
     def mine(record, run):
         return [rc.Pair(record, *map(rc.Answer, texts.values()))]
 
     run = run_of("--judge-model", "none")
     run.method = mine
-    assert fate(ask(reference="42"), run) == f"filter: {reason}"
+    assert process_record(ask(reference="42"), run) == f"filter: {reason}"

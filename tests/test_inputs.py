@@ -1,4 +1,4 @@
-"""§2: whatever users bring, each record is read once, and what cannot be read costs one record and says why."""
+"""whatever users bring, each record is read once, and what cannot be read costs one record and says why."""
 
 import gzip
 import json
@@ -40,17 +40,24 @@ SHAPES = [
     pytest.param(ALPACA | {"input": None}, "Translate", "你好", id="Alpaca with a null input"),
     pytest.param({"instruction": "Hi"}, "Hi", "", id="an instruction alone"),
     pytest.param(FEW_SHOT, FEW_SHOT["instruction"], "good", id="few-shot"),
-    pytest.param({"prompt": "Sky?", "completion": " Blue."}, "Sky?", "Blue.", id="prompt, completion"),
+    pytest.param(
+        {"prompt": "Sky?", "completion": " Blue."}, "Sky?", "Blue.", id="prompt, completion"
+    ),
     pytest.param({"question": "2+2?", "answer": "4"}, "2+2?", "4", id="question, answer"),
     pytest.param({"query": "天空？", "response": "蓝色"}, "天空？", "蓝色", id="query, response"),
     pytest.param({"text": "Say hi"}, "Say hi", "", id="text"),
     pytest.param("Just a string", "Just a string", "", id="a plain string"),
-    pytest.param({"prompt": "Q", "completion": "bad", "label": False}, "Q", "", id="a KTO row labelled bad"),
+    pytest.param(
+        {"prompt": "Q", "completion": "bad", "label": False}, "Q", "", id="a KTO row labelled bad"
+    ),
     pytest.param({"messages": turns("Hi", "Hello")}, "Hi", "Hello", id="OpenAI messages"),
     pytest.param({"conversations": sharegpt("Hi", "Hello")}, "Hi", "Hello", id="ShareGPT"),
     pytest.param({"input": {"messages": turns("Hi")}}, "Hi", "", id="OpenAI preference input"),
     pytest.param(
-        {"prompt": turns("Hi"), "answer": "Ho"}, "Hi", "Ho", id="a prompt of messages with an answer"
+        {"prompt": turns("Hi"), "answer": "Ho"},
+        "Hi",
+        "Ho",
+        id="a prompt of messages with an answer",
     ),
     pytest.param(
         {"prompt": "\n\nHuman: Hi\n\nAssistant:"}, "Hi", "", id="a prompt that ends with Assistant:"
@@ -66,7 +73,10 @@ def test_a_format_is_recognised_by_its_fields(row, prompt, reference):
 def test_every_instance_of_self_instruct_is_a_record():
     instances = [{"input": "cat", "output": "chat"}, {"input": "", "output": "none"}, "junk"]
     records = rc.parse_row({"id": "seed_0", "instruction": "To French", "instances": instances})
-    assert [(r.prompt, r.reference) for r in records] == [("To French\n\ncat", "chat"), ("To French", "none")]
+    assert [(r.prompt, r.reference) for r in records] == [
+        ("To French\n\ncat", "chat"),
+        ("To French", "none"),
+    ]
 
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]
@@ -190,7 +200,9 @@ BROKEN = [
     pytest.param(b"NaN", "not a record", id="NaN"),
     pytest.param(b'[{"prompt": "x"}]', "not a record", id="an array"),
     pytest.param(
-        b'{"instruction": "x", "history": [1, {"a": 2}]}', "malformed record", id="junk in the history"
+        b'{"instruction": "x", "history": [1, {"a": 2}]}',
+        "malformed record",
+        id="junk in the history",
     ),
 ]
 
@@ -205,7 +217,11 @@ def test_a_broken_line_costs_one_record_and_gives_its_number(tmp_path, line, rea
 @pytest.mark.parametrize("name", ["in.jsonl", "in.json"])
 def test_deep_nesting_never_ends_the_run(tmp_path, depth, name):
     deep = '{"x": ' * depth + "1" + "}" * depth
-    rows = read(tmp_path, f'{A}\n{{"prompt": "b", "x": {deep}}}' if name == "in.jsonl" else f"[{deep}]", name)
+    rows = read(
+        tmp_path,
+        f'{A}\n{{"prompt": "b", "x": {deep}}}' if name == "in.jsonl" else f"[{deep}]",
+        name,
+    )
     assert len(rows) == (2 if name == "in.jsonl" else 1)
 
 
@@ -224,8 +240,12 @@ UNREADABLE = [
         "a name stands twice",
         id="a CSV header that says one name twice",
     ),
-    pytest.param("in.csv", b'"prompt\na\n', "unexpected end", id="a CSV header that is never closed"),
-    pytest.param("in.jsonl.gz", gzip.compress(A.encode() * 999)[:-20], "cannot be read", id="truncated gzip"),
+    pytest.param(
+        "in.csv", b'"prompt\na\n', "unexpected end", id="a CSV header that is never closed"
+    ),
+    pytest.param(
+        "in.jsonl.gz", gzip.compress(A.encode() * 999)[:-20], "cannot be read", id="truncated gzip"
+    ),
     pytest.param("in.jsonl.gz", A.encode(), "cannot be read", id="not gzip"),
 ]
 
@@ -237,7 +257,9 @@ def test_an_unreadable_file_is_one_clear_error(tmp_path, name, content, message)
 
 
 @pytest.mark.parametrize("code", ["utf-16", "gb18030"])
-@pytest.mark.parametrize("name, text", [("in.csv", "prompt\n你好\n"), ("in.jsonl", '{"prompt": "你好"}')])
+@pytest.mark.parametrize(
+    "name, text", [("in.csv", "prompt\n你好\n"), ("in.jsonl", '{"prompt": "你好"}')]
+)
 def test_a_file_that_is_not_utf_8_is_told_the_whole_command(tmp_path, name, text, code):
     try:
         [(_, said)] = read(tmp_path, text.encode(code), name)
@@ -252,9 +274,7 @@ def test_a_missing_file_is_one_clear_error(tmp_path):
 
 
 def test_half_an_emoji_is_replaced_at_any_depth(tmp_path):
-    row = (
-        r'{"conversations": [{"from": "human", "value": "a \ud83d b"}, {"from": "gpt", "value": "\udc00!"}]}'
-    )
+    row = r'{"conversations": [{"from": "human", "value": "a \ud83d b"}, {"from": "gpt", "value": "\udc00!"}]}'
     file = tmp_path / "in.jsonl"
     file.write_text(row)
     [(_, found)] = rc.read_records(str(file))
@@ -289,7 +309,9 @@ def test_a_prompt_id_is_the_prompts_own():
 
 
 @pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("data/[!r.]*")) + [ROOT / "data/ranked_answers.jsonl"], ids=lambda p: p.name
+    "path",
+    sorted(ROOT.glob("data/[!r.]*")) + [ROOT / "data/ranked_answers.jsonl"],
+    ids=lambda p: p.name,
 )
 def test_every_example_file_is_read_without_a_failure(path):
     found = [one for _, one in rc.read_records(str(path))]
@@ -319,8 +341,13 @@ def junk(draw: random.Random, depth: int = 3):
 @pytest.mark.parametrize("with_answers", [False, True])
 def test_no_row_of_junk_raises(tmp_path, with_answers):
     draw = random.Random(1)
-    rows = [{name: junk(draw) for name in draw.sample(NAMES, draw.randrange(1, 7))} for _ in range(1500)]
-    rows += [{"prompt": "Q?", **{name: junk(draw) for name in draw.sample(NAMES, 4)}} for _ in range(1500)]
+    rows = [
+        {name: junk(draw) for name in draw.sample(NAMES, draw.randrange(1, 7))} for _ in range(1500)
+    ]
+    rows += [
+        {"prompt": "Q?", **{name: junk(draw) for name in draw.sample(NAMES, 4)}}
+        for _ in range(1500)
+    ]
     rows += [{"prompt": "Q?", "answers": ["a", "b"], name: [junk(draw, 1), junk(draw, 1)]}
              for name in ("scores", "ranks", "order", "votes", "models") for _ in range(200)]  # fmt: skip
     rows += [junk(draw) for _ in range(500)]

@@ -1,4 +1,4 @@
-"""§11 CLI: what is refused before anything happens, the files, the books."""
+"""what is refused before anything happens, the files, the books."""
 
 import asyncio
 import contextlib
@@ -114,14 +114,20 @@ def test_help_lists_every_entry_of_every_table():
     for table in (rc.METHODS, rc.INPUTS, rc.FILTERS, rc.OUTPUTS, rc.PROVIDERS, rc.STRATEGIES):
         assert all(name in out for name in table)
     lesson = out.index("the lesson's command:")
-    assert all(lesson < out.index(f"  {flag} ") for flag in ("--input-file", "--method", "--output-path"))
+    assert all(
+        lesson < out.index(f"  {flag} ") for flag in ("--input-file", "--method", "--output-path")
+    )
 
 
 @pytest.mark.parametrize("package", ["openai", "dashscope"])
-def test_a_package_that_is_missing_is_named_before_anything_happens(rlhf, monkeypatch, tmp_path, package):
+def test_a_package_that_is_missing_is_named_before_anything_happens(
+    rlhf, monkeypatch, tmp_path, package
+):
     monkeypatch.setitem(sys.modules, package, None)
     with Api(demo_world) as api:
-        result = rlhf(PROMPTS, "--provider", package, "--high-model", "a", "--low-model", "b", api=api)
+        result = rlhf(
+            PROMPTS, "--provider", package, "--high-model", "a", "--low-model", "b", api=api
+        )
     assert result.status == 2 and f"the package {package} is missing: pip install" in result.err
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
@@ -139,7 +145,11 @@ def test_a_link_stays_and_the_file_it_points_to_is_written(rlhf, tmp_path):
         assert rlhf(DEMO, "--provider", "offline", "--max-samples", count).status == 0
     assert os.readlink(tmp_path / "out.jsonl") == "store/real.jsonl"
     assert sorted(os.listdir(tmp_path / "store")) == ["real.jsonl", "real.jsonl.bak"]
-    assert len(rows(tmp_path / "store/real.jsonl")) <= 20 < len(rows(tmp_path / "store/real.jsonl.bak"))
+    assert (
+        len(rows(tmp_path / "store/real.jsonl"))
+        <= 20
+        < len(rows(tmp_path / "store/real.jsonl.bak"))
+    )
 
 
 def test_an_input_is_never_written_over_by_a_link(rlhf, tmp_path):
@@ -169,7 +179,10 @@ def test_every_record_is_a_pair_or_a_drop_with_its_line(rlhf, tmp_path):
     assert "12 records read: 7 (58%) gave 7 pairs, 5 dropped" in result.out
     stages = [reason.split(":")[0] for reason in result.reasons]
     assert stages == ["input", "input", "input", "input", "model"]
-    assert result.dropped[2]["reason"] == "repeated prompt" and result.dropped[2]["prompt"] == "Question 0?"
+    assert (
+        result.dropped[2]["reason"] == "repeated prompt"
+        and result.dropped[2]["prompt"] == "Question 0?"
+    )
 
 
 def test_few_pairs_come_with_advice(rlhf):
@@ -191,7 +204,10 @@ def test_the_plan_names_the_calls_that_are_then_made(rlhf):
 @pytest.mark.parametrize(
     "flags, calls",
     [
-        (["--method", "generate_pairs"], "(2 gpt-4o + 2 gpt-4o-mini + 2 gpt-4o as judge) = 72 calls"),
+        (
+            ["--method", "generate_pairs"],
+            "(2 gpt-4o + 2 gpt-4o-mini + 2 gpt-4o as judge) = 72 calls",
+        ),
         (["--judge-model", "none"], "(1 gpt-4o + 1 gpt-4o-mini) = 24 calls"),
         (["--judge-model", "j", "--judge-model", "k"], "+ 2 j as judge + 2 k as judge) = 72 calls"),
         (["--judge-model", "j", "--judge-orders", 1], "+ 1 j as judge) = 36 calls"),
@@ -212,11 +228,23 @@ def test_a_dry_run_needs_no_key_calls_nobody_and_writes_nothing(rlhf, tmp_path):
 
 
 def test_a_budget_stops_the_run_and_a_larger_one_goes_on(rlhf):
-    prices = ("--price", "gpt-4o=1000/1000", "--price", "gpt-4o-mini=1000/1000", "--max-tokens", 500)
+    prices = (
+        "--price",
+        "gpt-4o=1000/1000",
+        "--price",
+        "gpt-4o-mini=1000/1000",
+        "--max-tokens",
+        500,
+    )
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 2, api=api)
-        assert result.status == 3 and "--max-cost 2 are spent" in result.err and 4 <= api.count() < 40
-        assert rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 1000, api=api).status == 0 and api.count() == 48
+        assert (
+            result.status == 3 and "--max-cost 2 are spent" in result.err and 4 <= api.count() < 40
+        )
+        assert (
+            rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 1000, api=api).status == 0
+            and api.count() == 48
+        )
 
 
 BUDGET = ("--price", "gpt-4o=0/1000000", "--price", "gpt-4o-mini=0/1000000", "--max-tokens", 3000)
@@ -250,8 +278,12 @@ def test_a_budget_is_of_one_output_whatever_the_method_asks_by_now(rlhf):
     with Api(lambda call: Reply(demo_world(call), tokens_in=0, tokens_out=1000)) as api:
         rlhf(FORTY, *MODELS, *BUDGET, "--max-cost", 20000, api=api)
         first = api.count()
-        again = rlhf(FORTY, *MODELS, *BUDGET, "--max-cost", 20000, "--judge-model", "gpt-4o-mini", api=api)
-        assert again.status == 3 and api.count() <= 20 and first > 10  # the other judge's verdicts count on
+        again = rlhf(
+            FORTY, *MODELS, *BUDGET, "--max-cost", 20000, "--judge-model", "gpt-4o-mini", api=api
+        )
+        assert (
+            again.status == 3 and api.count() <= 20 and first > 10
+        )  # the other judge's verdicts count on
         other = ("--output-path", "other.jsonl")
         rlhf(FORTY, *MODELS, *BUDGET, "--max-cost", 20000, *other, api=api)
         assert 20 < api.count() <= 40
@@ -268,9 +300,15 @@ def test_a_budget_of_nothing_still_takes_what_the_cache_holds(rlhf):
 def test_a_budget_needs_the_price_of_what_was_paid_before(rlhf):
     with Api(demo_world) as api:
         rlhf(PROMPTS, *MODELS, "--low-model", "former", api=api)
-        calls, budget = api.count(), ("--price", "gpt-4o=1/1", "--price", "gpt-4o-mini=1/1", "--max-cost", 9)
+        calls, budget = (
+            api.count(),
+            ("--price", "gpt-4o=1/1", "--price", "gpt-4o-mini=1/1", "--max-cost", 9),
+        )
         result = rlhf(PROMPTS, *MODELS, *budget, api=api)
-        assert result.status == 2 and "paid for former already: --price former=IN/OUT, too" in result.err
+        assert (
+            result.status == 2
+            and "paid for former already: --price former=IN/OUT, too" in result.err
+        )
         more = rlhf(PROMPTS, *MODELS, *budget, "--price", "former=1/1", "--dry-run", api=api)
         assert more.status == 0 and "no model of this run" not in more.err and api.count() == calls
 
@@ -284,19 +322,29 @@ def test_a_price_for_nobody_is_noted_and_the_stop_says_what_a_call_may_cost(rlhf
 
 
 def test_a_reply_that_another_process_had_first_is_still_in_the_books(tmp_path):
-    for payer in ("first", "second"):
-        cache = rc.Cache(str(tmp_path / "c.sqlite"), payer)
+    for output_id in ("first", "second"):
+        cache = rc.Cache(str(tmp_path / "c.sqlite"), output_id)
         with contextlib.closing(cache):
-            assert cache.put("key", rc.Reply(payer, tokens_in=3, tokens_out=4), "m") == (payer == "first")
+            assert cache.put("key", rc.Reply(output_id, tokens_in=3, tokens_out=4), "m") == (
+                output_id == "first"
+            )
             assert cache.get("key").text == "first" and cache.bill() == [("m", 3, 4)]
 
 
 @pytest.mark.parametrize("bad", [0, 5, 11])
 def test_the_books_balance_whatever_fails(rlhf, bad):
     """read = with pairs + dropped, for each kind of trouble at any place"""
-    troubles = (Fault(400), Fault(500), Fault(kind="empty"), "I cannot help with that. I can't assist.", " ")
+    troubles = (
+        Fault(400),
+        Fault(500),
+        Fault(kind="empty"),
+        "I cannot help with that. I can't assist.",
+        " ",
+    )
     for trouble in troubles:
-        with Api(lambda call, t=trouble: t if call.prompt == f"Question {bad}?" else demo_world(call)) as api:
+        with Api(
+            lambda call, t=trouble: t if call.prompt == f"Question {bad}?" else demo_world(call)
+        ) as api:
             result = rlhf(PROMPTS, *MODELS, "--max-retries", 0, "--cache-path", "none", api=api)
         dropped = {row["line"] for row in result.dropped}
         assert len(result.pairs) + len(dropped) == 12 and bad + 1 in dropped
@@ -400,7 +448,9 @@ def test_a_second_run_at_the_same_output_is_refused(process, rlhf, tmp_path):
     assert len(rows(tmp_path / "out.jsonl")) > 6
 
 
-@pytest.mark.parametrize("flags", [(), ("--candidates-path", "c.jsonl")], ids=["the output", "another file"])
+@pytest.mark.parametrize(
+    "flags", [(), ("--candidates-path", "c.jsonl")], ids=["the output", "another file"]
+)
 def test_a_file_that_another_run_is_writing_is_left_as_it_is(rlhf, tmp_path, flags):
     fcntl = pytest.importorskip("fcntl")
     part = tmp_path / ("c.jsonl.part" if flags else "out.jsonl.part")
@@ -408,7 +458,11 @@ def test_a_file_that_another_run_is_writing_is_left_as_it_is(rlhf, tmp_path, fla
     with open(part, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         result = rlhf(DEMO, "--provider", "offline", *flags)
-    assert result.status == 2 and f"{part.name}: another run" in result.err and result.err.count("\n") == 1
+    assert (
+        result.status == 2
+        and f"{part.name}: another run" in result.err
+        and result.err.count("\n") == 1
+    )
     assert part.read_text() == "half a row" and not result.pairs
 
 
@@ -446,9 +500,13 @@ def test_all_pairs_of_a_prompt_stay_on_one_side_of_the_split(rlhf, tmp_path):
 def test_prompts_of_another_file_are_left_out(rlhf, tmp_path):
     long = "one two three four five six seven eight nine ten eleven twelve thirteen"
     chinese = "请把下面这句话翻译成英文然后解释它的意思"
-    write_jsonl(tmp_path / "eval.jsonl", [{"question": "Short?"}, {"text": f"{long} A"}, {"prompt": chinese}])
+    write_jsonl(
+        tmp_path / "eval.jsonl",
+        [{"question": "Short?"}, {"text": f"{long} A"}, {"prompt": chinese}],
+    )
     records = [
-        {"prompt": p, "output": "An answer."} for p in ("Short?", f"B, {long}!", chinese + "吧", "Fine?")
+        {"prompt": p, "output": "An answer."}
+        for p in ("Short?", f"B, {long}!", chinese + "吧", "Fine?")
     ]
     result = rlhf(records, "--provider", "offline", "--exclude-prompts", "eval.jsonl")
     assert [row["reason"] for row in result.dropped] == ["excluded prompt"] * 3
@@ -457,7 +515,10 @@ def test_prompts_of_another_file_are_left_out(rlhf, tmp_path):
 
 def test_a_prompt_of_any_script_is_left_out_alone(rlhf, tmp_path):
     write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "ما هي عاصمة فرنسا؟"}, {"prompt": "🙂"}])
-    records = [{"prompt": p, "output": "An answer."} for p in ("ما هي عاصمة فرنسا؟", "كيف حالك؟", "🙂", "🙃")]
+    records = [
+        {"prompt": p, "output": "An answer."}
+        for p in ("ما هي عاصمة فرنسا؟", "كيف حالك؟", "🙂", "🙃")
+    ]
     result = rlhf(records, "--provider", "offline", "--exclude-prompts", "eval.jsonl")
     assert [pair["prompt"] for pair in result.pairs] == ["كيف حالك؟", "🙃"]
 
@@ -475,7 +536,12 @@ def test_candidates_can_be_ranked_again_without_a_call(rlhf, tmp_path):
     with Api(demo_world) as api:
         pairs = rlhf(PROMPTS, *MODELS, "--candidates-path", "c.jsonl", api=api).pairs
     again = rlhf(
-        tmp_path / "c.jsonl", "--method", "rank_responses", "--min-score-gap", 1, output="again.jsonl"
+        tmp_path / "c.jsonl",
+        "--method",
+        "rank_responses",
+        "--min-score-gap",
+        1,
+        output="again.jsonl",
     )
     assert pairs and [row["chosen"] for row in again.pairs] == [row["chosen"] for row in pairs]
 
@@ -487,12 +553,25 @@ def test_score_columns_are_whole_or_absent_over_the_split(rlhf, tmp_path):
     records.append({"prompt": "Q", "chosen": "an answer", "rejected": "a worse one"})
     train = rlhf(records, "--method", "rank_responses", "--test-fraction", 0.4).pairs
     held = rows(tmp_path / "out.test.jsonl")
-    assert len(train) + len(held) == 31 and held and not any("score_chosen" in row for row in train + held)
+    assert (
+        len(train) + len(held) == 31
+        and held
+        and not any("score_chosen" in row for row in train + held)
+    )
 
 
 def test_fields_can_be_renamed_and_samples_limited(rlhf):
     records = [{"ask": f"Question {n}?", "gold": "An answer."} for n in range(5)]
-    flags = ("--rename", "ask=prompt", "--rename", "gold=output", "--max-samples", 3, "--provider", "offline")
+    flags = (
+        "--rename",
+        "ask=prompt",
+        "--rename",
+        "gold=output",
+        "--max-samples",
+        3,
+        "--provider",
+        "offline",
+    )
     assert len(rlhf(records, *flags).pairs) == 3
 
 
@@ -506,19 +585,28 @@ def test_stdin_is_an_input(tmp_path):
 
 def test_a_closed_stdin_is_one_line():
     command = [sys.executable, SCRIPT, "--provider", "offline", "--input-file", "-"]
-    run = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True)
+    run = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True
+    )
     assert run.returncode == 2 and "stdin is closed" in run.stderr and run.stderr.count("\n") == 1
 
 
 def test_nothing_of_stdin_stays_behind(tmp_path):
-    env, command = {**os.environ, "TMPDIR": str(tmp_path)}, [sys.executable, SCRIPT, "--provider", "offline"]
+    env, command = (
+        {**os.environ, "TMPDIR": str(tmp_path)},
+        [sys.executable, SCRIPT, "--provider", "offline"],
+    )
     for source in (DEMO.read_bytes(), b""):
-        subprocess.run([*command, "--input-file", "-", "--dry-run"], input=source, env=env, cwd=tmp_path)
+        subprocess.run(
+            [*command, "--input-file", "-", "--dry-run"], input=source, env=env, cwd=tmp_path
+        )
     assert os.listdir(tmp_path) == []
 
 
 def test_every_file_may_stand_in_a_folder_that_is_not_there(rlhf, tmp_path):
-    result = rlhf(DEMO, "--provider", "offline", "--candidates-path", "c/d/e.jsonl", output="a/b/out.jsonl")
+    result = rlhf(
+        DEMO, "--provider", "offline", "--candidates-path", "c/d/e.jsonl", output="a/b/out.jsonl"
+    )
     assert result.status == 0 and len(rows(tmp_path / "c/d/e.jsonl")) == 30
 
 
@@ -538,8 +626,17 @@ def test_a_full_disk_stops_the_run_in_one_line(tmp_path, paid):
         import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
         sys.path.insert(0, {str(ROOT)!r}); import rlhf_constructor as rc; sys.exit(rc.main(sys.argv[1:]))"""
     models = MODELS if paid else ("--provider", "offline")
-    records = [{"prompt": f"Question {n}?", "output": f"The answer to {n} is long. " * 9} for n in range(200)]
-    flags = ["--input-file", write_jsonl(tmp_path / "in.jsonl", records), *models, "--output-path", "o.jsonl"]
+    records = [
+        {"prompt": f"Question {n}?", "output": f"The answer to {n} is long. " * 9}
+        for n in range(200)
+    ]
+    flags = [
+        "--input-file",
+        write_jsonl(tmp_path / "in.jsonl", records),
+        *models,
+        "--output-path",
+        "o.jsonl",
+    ]
     with Api(demo_world) as api:
         run = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, env=api.env(),
                              capture_output=True, text=True, timeout=30)  # fmt: skip
@@ -557,7 +654,9 @@ def test_a_broken_cache_is_named_and_left_alone(rlhf, tmp_path):
 
 def test_an_input_that_breaks_off_is_an_error_with_the_progress_kept(rlhf, tmp_path):
     whole = gzip.compress(
-        "".join(json.dumps({"prompt": f"Q {os.urandom(20).hex()}?"}) + "\n" for _ in range(500)).encode()
+        "".join(
+            json.dumps({"prompt": f"Q {os.urandom(20).hex()}?"}) + "\n" for _ in range(500)
+        ).encode()
     )
     (tmp_path / "in.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with Api(demo_world) as api:
@@ -583,8 +682,12 @@ def test_a_method_of_ones_own_has_everything_without_a_line_for_it(rlhf, monkeyp
     async def revise(record, run):
         """A draft is rejected, its revision chosen, if the judge agrees."""
         [draft] = [await run.ask_text(record, run.low, record.messages)]
-        better = await run.ask_text(record, run.high, [{"role": "user", "content": f"Improve: {draft}"}])
-        answers = await run.judge(record, [rc.Answer(better, "revision"), rc.Answer(draft, "draft")])
+        better = await run.ask_text(
+            record, run.high, [{"role": "user", "content": f"Improve: {draft}"}]
+        )
+        answers = await run.judge(
+            record, [rc.Answer(better, "revision"), rc.Answer(draft, "draft")]
+        )
         return rc.pair_up(record, answers, run)
 
     monkeypatch.setitem(rc.METHODS, "revise", revise)
@@ -614,7 +717,13 @@ def test_every_run_leaves_a_report_of_one_set_of_numbers(rlhf, tmp_path):
 def test_the_report_can_go_elsewhere_or_nowhere(rlhf, tmp_path):
     rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--report-path", "none")
     assert not list(tmp_path.glob("*report*"))
-    rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--report-path", "r/page.html")
+    rlhf(
+        DATA / "preference_pairs.jsonl",
+        "--method",
+        "rank_responses",
+        "--report-path",
+        "r/page.html",
+    )
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["page.html", "page.json"]
 
 
@@ -627,7 +736,9 @@ def judged_by(name, pairs, choices):
 
 
 def test_what_people_say_confirms_flips_and_drops(rlhf, tmp_path):
-    first = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", output="a.jsonl").pairs
+    first = rlhf(
+        DATA / "preference_pairs.jsonl", "--method", "rank_responses", output="a.jsonl"
+    ).pairs
     said = list(judged_by("Ann", first, ["chosen", "rejected", "tie", "bad"]))
     write_jsonl(tmp_path / "v.jsonl", [*said, said[0] | {"pair_id": "0" * 16}])
     result = rlhf(tmp_path / "a.jsonl", "--method", "rank_responses", "--annotations", "v.jsonl")
@@ -645,22 +756,37 @@ def test_what_people_say_confirms_flips_and_drops(rlhf, tmp_path):
 
 
 def test_annotators_who_disagree_drop_the_pair(rlhf, tmp_path):
-    first = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", output="a.jsonl").pairs
+    first = rlhf(
+        DATA / "preference_pairs.jsonl", "--method", "rank_responses", output="a.jsonl"
+    ).pairs
     write_jsonl(tmp_path / "1.jsonl", judged_by("Ann", first, ["chosen", "rejected"]))
     write_jsonl(tmp_path / "2.jsonl", judged_by("Bo", first, ["rejected", "rejected"]))
     flags = ("--method", "rank_responses", "--annotations", "1.jsonl", "--annotations", "2.jsonl")
     result = rlhf(tmp_path / "a.jsonl", *flags)
     assert (
-        result.reasons == ["human: annotators disagree"] and result.pairs[0]["chosen"] == first[1]["rejected"]
+        result.reasons == ["human: annotators disagree"]
+        and result.pairs[0]["chosen"] == first[1]["rejected"]
     )
 
 
 def test_a_pair_is_counted_once_though_the_plan_passes_it_too(rlhf, tmp_path):
     """Only where a judge is asked is there a plan, and only its first call asks for it."""
-    first = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", output="a.jsonl").pairs
+    first = rlhf(
+        DATA / "preference_pairs.jsonl", "--method", "rank_responses", output="a.jsonl"
+    ).pairs
     write_jsonl(tmp_path / "v.jsonl", judged_by("Ann", first, ["chosen"]))
-    write_jsonl(tmp_path / "b.jsonl", [*first, {"prompt": "Q?", "responses": ["an answer", "a worse one"]}])
-    flags = ("--method", "rank_responses", *MODELS, "--judge-model", "gpt-4o", "--annotations", "v.jsonl")
+    write_jsonl(
+        tmp_path / "b.jsonl", [*first, {"prompt": "Q?", "responses": ["an answer", "a worse one"]}]
+    )
+    flags = (
+        "--method",
+        "rank_responses",
+        *MODELS,
+        "--judge-model",
+        "gpt-4o",
+        "--annotations",
+        "v.jsonl",
+    )
     with Api(demo_world) as api:
         result = rlhf(tmp_path / "b.jsonl", *flags, api=api)
     assert api.count() == 2 and "reviewed 1 of 30 pairs" in result.out
@@ -670,7 +796,9 @@ def test_annotations_without_their_pairs_are_refused(rlhf, tmp_path):
     (tmp_path / "v.jsonl").write_text("{}\n")
     result = rlhf(DEMO, "--provider", "offline", "--annotations", "v.jsonl")
     assert "need --method rank_responses" in result.err
-    refused = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "v.jsonl")
+    refused = rlhf(
+        DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "v.jsonl"
+    )
     assert refused.status == 2 and "no line of it is a verdict" in refused.err
 
 
@@ -690,7 +818,10 @@ def test_a_system_prompt_with_half_an_emoji_is_mended(rlhf):
     "mistake, says",
     [
         (lambda record, run: run.judge, "not a list of pairs"),
-        (lambda record, run: rc.pair_up(record, [rc.Answer("a"), rc.Answer("b")], run), "await run.judge"),
+        (
+            lambda record, run: rc.pair_up(record, [rc.Answer("a"), rc.Answer("b")], run),
+            "await run.judge",
+        ),
     ],
     ids=["something else is returned", "nobody judged"],
 )
@@ -728,8 +859,12 @@ def test_nobody_reading_the_summary_is_no_error(process, tmp_path):
 def test_annotations_of_another_file_are_refused(rlhf, tmp_path):
     other = {"prompt": "Another", "chosen": "a", "rejected": "b", "prompt_id": ""}
     write_jsonl(tmp_path / "a.jsonl", judged_by("Ann", [other], ["rejected"]))
-    result = rlhf(DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "a.jsonl")
-    assert result.status == 2 and "none of the verdicts" in result.err and not result.output.exists()
+    result = rlhf(
+        DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "a.jsonl"
+    )
+    assert (
+        result.status == 2 and "none of the verdicts" in result.err and not result.output.exists()
+    )
 
 
 def test_a_bug_in_a_method_of_ones_own_is_shown_once(rlhf, monkeypatch):
@@ -740,7 +875,11 @@ def test_a_bug_in_a_method_of_ones_own_is_shown_once(rlhf, monkeypatch):
 
     monkeypatch.setitem(rc.METHODS, "broken", broken)
     result = rlhf(DATA / "alpaca_demo.jsonl", "--method", "broken", "--provider", "offline")
-    assert result.status == 3 and result.err.count("Traceback") == 1 and "alpaca_demo.jsonl:" in result.err
+    assert (
+        result.status == 3
+        and result.err.count("Traceback") == 1
+        and "alpaca_demo.jsonl:" in result.err
+    )
 
 
 def test_a_spreadsheet_is_refused_by_its_name(rlhf, tmp_path):
@@ -767,7 +906,10 @@ def test_one_request_asked_twice_at_once_is_paid_once_and_a_rerun_gives_the_same
     with Api(demo_world) as api:
         first = rlhf(PROMPTS, *MODELS, *flags, api=api).output.read_bytes()
         calls = api.count()
-        assert rlhf(PROMPTS, *MODELS, *flags, api=api).output.read_bytes() == first and api.count() == calls
+        assert (
+            rlhf(PROMPTS, *MODELS, *flags, api=api).output.read_bytes() == first
+            and api.count() == calls
+        )
 
 
 def stopped_by(mine, rlhf, monkeypatch):
@@ -783,7 +925,9 @@ BUGS = (StopIteration(), asyncio.CancelledError(), GeneratorExit(), SystemExit(5
 
 @pytest.mark.parametrize("plain", [False, True], ids=["async", "plain"])
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: type(bug).__name__)
-def test_whatever_a_method_raises_stops_the_run_with_the_records_line(rlhf, monkeypatch, bug, plain):
+def test_whatever_a_method_raises_stops_the_run_with_the_records_line(
+    rlhf, monkeypatch, bug, plain
+):
     def mine(record, run):
         """a method with a bug"""
         raise bug
@@ -825,7 +969,15 @@ def test_a_stopped_run_says_so_by_its_status_though_nobody_reads_the_summary(tmp
 
 def shell(folder, api, reader):
     """The exit status of a run whose streams go where the shell's words say."""
-    command = [sys.executable, SCRIPT, *MODELS, "--input-file", "in.jsonl", "--output-path", "out.jsonl"]
+    command = [
+        sys.executable,
+        SCRIPT,
+        *MODELS,
+        "--input-file",
+        "in.jsonl",
+        "--output-path",
+        "out.jsonl",
+    ]
     line = f"{shlex.join(map(str, command))} {reader}; exit ${{PIPESTATUS[0]}}"
     write_jsonl(folder / "in.jsonl", PROMPTS)
     return subprocess.run(["bash", "-c", line], cwd=folder, env=api.env(), timeout=60).returncode
