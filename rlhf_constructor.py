@@ -100,6 +100,7 @@ TEMPERATURES = (
     1.0,
     1.0,
 )  # of a model's 1st, 2nd, ... answer to one prompt; --temperature sets all
+JUDGE_SCALE = (1, 10)  # lowest and highest score that a judge may give
 JUDGE_RETRIES = 2  # times a judge is asked again when its reply cannot be read
 JUDGE_SHOWS = (
     8000,
@@ -146,6 +147,19 @@ class Answer:
         return self.score if self.score is not None else (self.votes[0] if self.votes else None)
 
 
+class LabelCheck(NamedTuple):
+    """What the judges made of one labelled pair (a judge named beside labels that exist)."""
+
+    result: (
+        str  # "agrees", "disagrees" or "undecided" (the judges' votes tie or contradict each other)
+    )
+    gap: float | None  # the label's own score gap, in points of its scale; None if it is a choice
+    judge_gap: float  # judges' mean score of the labelled-better answer minus that of the other
+    votes: tuple[
+        tuple[float, bool], ...
+    ]  # per judge and order: the lead; whether it was shown first
+
+
 @dataclass
 class Record:
     """One input record: a conversation that ends with the user's turn, and what is known of its answers."""
@@ -158,6 +172,10 @@ class Record:
     signal: str = ""  # what their votes are: "score", "rank", "choice"; "" if there is no signal
     scale: float = 0.0  # width of the signal's range in points; 0 if unknown
     line: int = 0  # in the input file, from 1 (in a JSON array: the item)
+    facts: Counter = field(
+        default_factory=Counter
+    )  # what the report counts, e.g. "no correct answer"
+    label_checks: list[LabelCheck] = field(default_factory=list)
 
     @functools.cached_property
     def prompt_id(self) -> str:
@@ -1097,21 +1115,25 @@ def control_tokens(record: Record, answer: Answer) -> str | None:
 @register(FILTERS, on="answer")
 def loop(record: Record, answer: Answer) -> str | None:
     """the answer repeats itself unasked: its end 4 times, or 30 % of it in repeated runs of 10 words"""
-    raw = answer.text.encode()
-    if (
-        len(raw) < 200
-        or len(raw) < 2 * len(zlib.compress(raw, 1))
-        or REPEAT_ASKED.search(record.prompt)
-    ):
+    if REPEAT_ASKED.search(record.prompt):
         return None
-    text = answer.text.strip()
-    sizes = range(1, min(200, len(text) // 4) + 1)
-    tails = (
-        (text[-n:], max(4, math.ceil(100 / n))) for n in sizes
-    )  # a unit, and how often it must stand
-    unit = next((unit for unit, times in tails if text.endswith(unit * times)), "")
-    looped = any(map(str.isalnum, unit))  # a ruled line is no loop
-    return "repetition loop" if looped or repeated_share(text) > 0.30 else None
+    return "repetition loop" if is_repetition_loop(answer.text) else None
+
+
+def is_repetition_loop(text: str) -> bool:
+    """Whether the text repeats itself: its end 4 times, or 30 % of it in repeated runs of 10 words."""
+    raw = text.encode()
+    if len(raw) < 200 or len(raw) < 2 * len(zlib.compress(raw, 1)):
+        return False
+    text = text.strip()
+    for size in range(1, min(200, len(text) // 4) + 1):
+        unit = text[-size:]
+        times = max(4, math.ceil(100 / size))
+        if text.endswith(unit * times):
+            if any(map(str.isalnum, unit)):  # a ruled line is no loop
+                return True
+            break
+    return repeated_share(text) > 0.30
 
 
 def repeated_share(text: str) -> float:
@@ -1963,7 +1985,7 @@ def settle(record: Record, claims: list[Claim]):
 
 
 # --------------------------------------------------------------------------------------------------
-# §10 FINAL ANSWERS: what an answer comes to, for --judge-model exact_match
+# §10 FINAL ANSWERS: what an answer comes to
 # --------------------------------------------------------------------------------------------------
 
 
@@ -3931,6 +3953,15 @@ def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]
 # --------------------------------------------------------------------------------------------------
 # §15 TERMINAL: the plan, the progress, the summary; note, show
 # --------------------------------------------------------------------------------------------------
+
+
+# Kind of drop reason -> what it means, what to try. Terminal, report and README draw on it.
+DROP_REASONS: dict[str, tuple[str, str]] = {}
+
+
+def explain_reason(reason: str) -> tuple[str, str]:
+    """(what it means, what to try) for a drop reason, by its kind: the text before the first colon."""
+    return DROP_REASONS.get(reason.partition(":")[0], ("", ""))
 
 
 def plan_line(records: int, models: Models) -> str:
