@@ -48,6 +48,7 @@ import contextlib
 import copy
 import csv
 import difflib
+import errno
 import filecmp
 import functools
 import gc
@@ -80,50 +81,76 @@ import urllib.parse
 import zlib
 from array import array
 from collections import Counter, defaultdict, deque, namedtuple
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 # --------------------------------------------------------------------------------------------------
 # §1 SETTINGS AND TYPES: constants to edit; Record, Answer, Pair, Outcome; errors; register
+# Every other section uses this one; it uses none of them.
 # --------------------------------------------------------------------------------------------------
 
-# (high, low) models of each provider when no flag names them. Checked 2026-11: model names age, edit them.
+if sys.flags.optimize >= 2:
+    raise SystemExit(
+        "rlhf_constructor.py: error: python -OO removes the docstrings that --help is made of; "
+        "run it without -OO"
+    )
+
+# (high, low) models of each provider when no flag names them.
+# Checked 2026-11: model names age, edit them. A provider without a row needs both flags.
 DEFAULT_MODELS = {
     "dashscope": ("qwen3-max", "qwen-flash"),
     "openai": ("gpt-5", "gpt-5-nano"),
     "offline": ("reference", "weakened"),
 }
-TEMPERATURES = (
-    0.7,
-    0.9,
-    1.0,
-    1.0,
-)  # of a model's 1st, 2nd, ... answer to one prompt; --temperature sets all
-JUDGE_SCALE = (1, 10)  # lowest and highest score that a judge may give
-JUDGE_RETRIES = 2  # times a judge is asked again when its reply cannot be read
-JUDGE_SHOWS = (
-    8000,
-    4000,
-)  # characters of an answer's head and tail that the judge sees; exports are whole
-FLIP_GAP = 3.0  # points in every vote by which a low model must win before --when-low-wins flip believes it
-SCORE_GAP_SHARE = (
-    0.20  # of a known scale (Argilla, COIG-P and HelpSteer2 keep gaps of about this size)
-)
-NEAR_DUPLICATE = 0.80  # Jaccard similarity of character 5-grams, 0..1
-NEAR_DUPLICATE_GAP = 3.0  # points from which a judge may tell near-duplicates apart (42 is not 43)
-CONTAMINATION_RUN = (
-    13  # words (or Chinese characters) in a row shared with --exclude-prompts (GPT-3 used 13)
-)
-PRICE_UNIT = 1_000_000  # tokens that a --price is for
-GUESSED_TOKENS = {
-    "answer": 400,
-    "judge": 120,
-}  # length of a reply that is not there yet, for estimates
-WINDOW = 32  # finished records per worker that may wait for their turn to be written
-PATIENCE = 600  # seconds of nothing but 429 until the run stops
-CACHE_PATIENCE = 60  # seconds to wait for a cache that another process is writing
-SAME_FAILURES = 20  # of one model in a row until the run stops
+
+# Temperature of a model's 1st, 2nd, ... answer to one prompt; --temperature sets all of them.
+TEMPERATURES = (0.7, 0.9, 1.0, 1.0)
+
+# Lowest and highest score that a judge may give.
+JUDGE_SCALE = (1, 10)
+
+# Times a judge is asked again when its reply cannot be read.
+JUDGE_RETRIES = 2
+
+# Characters of a long answer's head and tail that the judge sees; rows hold whole answers.
+JUDGE_SHOWS = (8000, 4000)
+
+# Points in every vote by which the low model must win before --when-low-wins flip believes it.
+FLIP_GAP = 3.0
+
+# Default --min-score-gap for scores of a known scale, as a share of that scale.
+# Argilla, COIG-P and HelpSteer2 keep gaps of about this size.
+SCORE_GAP_SHARE = 0.20
+
+# Jaccard similarity (0 to 1) of character 5-grams from which two answers are near-duplicates.
+NEAR_DUPLICATE = 0.80
+
+# Score gap from which a judge may tell near-duplicates apart (42 is not 43).
+NEAR_DUPLICATE_GAP = 3.0
+
+# Words (or Chinese characters) in a row that no prompt may share with --exclude-prompts.
+# GPT-3's decontamination used 13.
+CONTAMINATION_RUN = 13
+
+# Tokens that a --price is for.
+PRICE_UNIT = 1_000_000
+
+# Tokens of a reply that is not there yet, for estimates.
+GUESSED_TOKENS = {"answer": 400, "judge": 120}
+
+# Finished records per worker that may wait for their turn to be written.
+WINDOW = 32
+
+# Seconds of nothing but 429 until the run stops.
+PATIENCE = 600
+
+# Seconds to wait for a cache that another process is writing.
+CACHE_PATIENCE = 60
+
+# Failures of one model in a row until the run stops.
+SAME_FAILURES = 20
 
 
 @dataclass
@@ -132,54 +159,64 @@ class Answer:
 
     text: str
     model: str = ""
-    score: float | None = (
-        None  # exported: the judges' (1..10) or the input's own; None: nobody gave one
-    )
-    votes: tuple[
-        float, ...
-    ] = ()  # one per judge and order, or the input's signals; higher is better
-    positions: tuple[int, ...] = ()  # for each vote, where the answer stood: 0 = shown first
-    finish: str = ""  # the provider's finish_reason; "length" if the answer was cut
+    # What rows export: the judges' mean or median, or the input's own; None if nobody gave one.
+    score: float | None = None
+    # One per judge and order, or the input's signals; higher is better.
+    votes: tuple[float, ...] = ()
+    # For each vote, the place where the answer stood: 0 = shown first.
+    positions: tuple[int, ...] = ()
+    # The provider's finish_reason; "length" if the answer was truncated.
+    finish: str = ""
 
     @property
     def value(self) -> float | None:
-        """What strategies sort by: the score, else the vote (a rank as -rank, a choice as 1 or 0)."""
-        return self.score if self.score is not None else (self.votes[0] if self.votes else None)
+        """What strategies sort by: the score, else the first vote (-rank; a choice as 1 or 0)."""
+        if self.score is not None:
+            return self.score
+        return self.votes[0] if self.votes else None
 
 
 class LabelCheck(NamedTuple):
     """What the judges made of one labelled pair (a judge named beside labels that exist)."""
 
-    result: (
-        str  # "agrees", "disagrees" or "undecided" (the judges' votes tie or contradict each other)
-    )
-    gap: float | None  # the label's own score gap, in points of its scale; None if it is a choice
-    judge_gap: float  # judges' mean score of the labelled-better answer minus that of the other
-    votes: tuple[
-        tuple[float, bool], ...
-    ]  # per judge and order: the lead; whether it was shown first
+    # "agrees", "disagrees" or "undecided" (the judges' votes tie or contradict each other).
+    result: str
+    # The label's own score gap, in points of its scale; None if the label is a choice.
+    gap: float | None
+    # The judges' mean score of the labelled-better answer minus that of the other.
+    judge_gap: float
+    # Per judge and order: the lead of the labelled-better answer, and whether it was shown first.
+    votes: tuple[tuple[float, bool], ...]
 
 
 @dataclass
 class Record:
-    """One input record: a conversation that ends with the user's turn, and what is known of its answers."""
+    """One input record: a conversation that ends with a user turn, and its known answers."""
 
-    messages: list[dict]  # [{"role": "system" | "user" | "assistant", "content": str}, ...]
-    reference: str = ""  # the record's own answer
-    answers: list[Answer] = field(
-        default_factory=list
-    )  # the input's, or those made for it, then the judged
-    signal: str = ""  # what their votes are: "score", "rank", "choice"; "" if there is no signal
-    scale: float = 0.0  # width of the signal's range in points; 0 if unknown
-    line: int = 0  # in the input file, from 1 (in a JSON array: the item)
-    facts: Counter = field(
-        default_factory=Counter
-    )  # what the report counts, e.g. "no correct answer"
+    # [{"role": "system" | "user" | "assistant", "content": str}, ...]
+    messages: list[dict]
+    # The record's own answer, "" if it has none.
+    reference: str = ""
+    # Every answer so far: the input's or the models', judged where a judge was reached.
+    answers: list[Answer] = field(default_factory=list)
+    # What the votes of the input's answers are: "score", "rank", "choice"; "" if it has no signal.
+    signal: str = ""
+    # Width of the signal's range in points; 0 if unknown.
+    scale: float = 0.0
+    # Line of the input file, from 1 (in a JSON array: the item).
+    line: int = 0
+    # What the report counts, e.g. "no correct answer".
+    facts: Counter = field(default_factory=Counter)
     label_checks: list[LabelCheck] = field(default_factory=list)
+    # Who decided the label in an earlier run: "people", "scores", or "" if the row does not say.
+    # With "people" the votes are their choice alone; scores may say the opposite.
+    decided_by: str = ""
+    # (text, finish) of the answers that the answer filters have passed.
+    passed: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
     @functools.cached_property
     def prompt_id(self) -> str:
-        """16 hex digits that name the prompt: rows that share it must not be split between train and test."""
+        """16 hex digits that name the prompt: train and test must not share one."""
         return digest(self.messages)[:16]
 
     @functools.cached_property
@@ -195,14 +232,17 @@ class Pair:
     record: Record
     chosen: Answer
     rejected: Answer
-    penalty: float = 0.0  # points taken off the gap because chosen is longer (--length-penalty)
-    human: bool = False  # a person decided the direction; scores may then say the opposite
+    # Points taken off the gap because chosen is longer (--length-penalty); `check_pair` sets it.
+    penalty: float = 0.0
+    # People decided the direction (--annotations); scores may then say the opposite.
+    human: bool = False
 
     @property
     def gap(self) -> float | None:
-        """chosen minus rejected, in points of the signal; None if nothing measured it."""
-        values = (self.chosen.value, self.rejected.value)
-        return None if None in values else values[0] - values[1]
+        """Value of chosen minus value of rejected, in points; None if nothing measured them."""
+        if self.chosen.value is None or self.rejected.value is None:
+            return None
+        return self.chosen.value - self.rejected.value
 
 
 @dataclass
@@ -213,57 +253,87 @@ class Outcome:
     pairs: list[Pair] = field(default_factory=list)
     stage: str = ""
     reason: str = ""
-    retryable: bool = False  # see Failed
+    # See Failed.
+    retryable: bool = False
 
     @property
     def answers(self) -> list[Answer]:
-        """The whole pool, judged where a judge was reached."""
+        """All answers of the record, judged where a judge was reached."""
         return self.record.answers
 
 
 class UserError(Exception):
-    """Something the user can mend: one line, exit status 2, before anything is called or written."""
+    """Something the user can mend: one line and exit status 2, before any call or file."""
 
 
 class Failed(Exception):
-    """This record gives no pair. `stage`: input, model, judge, filter, human; after a colon comes detail.
+    """This record gives no pair, for `reason`; after its first colon comes detail.
 
-    `curable`: the cause may be gone next time, so the same command may still get a pair out of it."""
+    `stage` is input, model, judge, filter or human. `retryable`: the cause may be gone next time,
+    so that the same command may still get a pair out of the record."""
 
     def __init__(
         self, stage: str, reason: str, retryable: bool = False, record: Record | None = None
-    ):
+    ) -> None:
         super().__init__(stage, reason)
-        self.stage, self.reason, self.retryable = stage, reason, retryable
-        self.record = record  # as far as it could be read
+        self.stage = stage
+        self.reason = reason
+        self.retryable = retryable
+        # The record as far as it could be read.
+        self.record = record
 
 
 class Pending(Exception):
-    """This record needs a reply that is not there yet, in a pass that calls nobody (--dry-run, the plan)."""
+    """This record needs a reply that is not there yet, in a pass that makes no call."""
 
 
 class Stop(Exception):
-    """Every further call would fail, or may not be made: the run ends early, progress is kept."""
+    """Every further call would fail, or may not be made: the run ends and keeps its progress."""
 
-    def __init__(self, message: str, status: int = 3):
+    def __init__(self, message: str, status: int = 3) -> None:
         super().__init__(message)
+        # Exit status of the program.
         self.status = status
 
 
+class PartError(Exception):
+    """A registered function is broken: it raised, or returned what it must not. The run stops.
+
+    The text names the function; `__cause__` is what it raised, None for a wrong return value."""
+
+    # "in.jsonl:3", where the record is known.
+    place = ""
+
+
+def broken(part: str, error: BaseException) -> PartError:
+    """The PartError that says what a part ("the filter `loop`") raised; add `from error`."""
+    message = str(error)
+    detail = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return PartError(f"{part} raised {detail}")
+
+
 # The five tables that an edit extends. The name of an entry is its function's, less the prefix.
-INPUTS, METHODS, FILTERS, OUTPUTS, PROVIDERS = {}, {}, {}, {}, {}
+INPUTS = {}
+METHODS = {}
+FILTERS = {}
+OUTPUTS = {}
+PROVIDERS = {}
 PREFIXES = {id(INPUTS): "from_", id(OUTPUTS): "as_", id(PROVIDERS): "ask_"}
 
 
-def register(table: dict, **settings):
-    """Decorator: enter a function or class in `table` under its own name, with `settings` as attributes."""
+def register(table: dict, **settings: object) -> Callable:
+    """Return a decorator that enters a function or class in `table` under its own name.
 
-    def enter(entry):
+    `settings` become its attributes. Its docstring is required: --help shows the first line."""
+    if table is FILTERS and settings.get("on") not in ("answer", "pair"):
+        raise ValueError('a filter says what it looks at: on="answer" or on="pair"')
+
+    def enter(entry: Callable) -> Callable:
         name = entry.__name__.removeprefix(PREFIXES.get(id(table), ""))
-        if name in table or not entry.__doc__:
-            raise ValueError(
-                f"{entry.__name__}: {'the name is taken' if name in table else 'no docstring'}"
-            )
+        if name in table:
+            raise ValueError(f"{entry.__name__}: the name is taken")
+        if not entry.__doc__:
+            raise ValueError(f"{entry.__name__}: no docstring; --help shows its first line")
         for key, value in settings.items():
             setattr(entry, key, value)
         table[name] = entry
@@ -272,26 +342,26 @@ def register(table: dict, **settings):
     return enter
 
 
-def refuse(wrong, message: str):
+def refuse(wrong: object, message: str) -> None:
     """Raise UserError if `wrong`."""
     if wrong:
         raise UserError(message)
 
 
-def digest(*parts) -> str:
-    """sha256 (64 hex digits) of the canonical JSON of `parts`: the source of ids, seeds and cache keys."""
-    canonical = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+def digest(*values: object) -> str:
+    """sha256 (64 hex digits) of the values as canonical JSON, for ids, seeds and cache keys."""
+    canonical = json.dumps(values, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def flatten(messages: list[dict]) -> str:
-    """Messages -> one text: a lone user turn as it is, else `System: ...`, blank line, `User: ...`, ..."""
+    r"""Messages as one text: a lone user turn as it is, else `System: ...\n\nUser: ...`."""
     if len(messages) == 1:
         return messages[0]["content"]
-    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages)
 
 
-# A token is a word, or one Chinese, Japanese or Korean character: lengths are comparable in both languages.
+# A word, or one Chinese, Japanese or Korean character: lengths are comparable in both languages.
 CJK = "\u3400-\u4dbf\u4e00-\u9fff\u3040-\u30ff\uac00-\ud7af"
 TOKEN = re.compile(rf"[{CJK}]|[A-Za-z0-9\u00c0-\u024f\u0400-\u04ff_']+")
 
@@ -301,13 +371,15 @@ def split_words(text: str) -> list[str]:
     return TOKEN.findall(text.lower())
 
 
-def number(value) -> float | None:
-    """A float from a number or a numeric string; None for the rest (true, "N/A", null, NaN, beyond 1e15)."""
+def number(value: object) -> float | None:
+    """A float from a number or numeric text; None for all else (true, "N/A", NaN, beyond 1e15)."""
+    if isinstance(value, bool):
+        return None
     try:
-        value = math.nan if isinstance(value, bool) else float(value)
+        result = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return value if abs(value) <= 1e15 else None
+    return result if abs(result) <= 1e15 else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -424,7 +496,7 @@ def parse_row(row, with_answers: bool = False) -> list[Record]:
         raise Failed("input", f"not a record: a {type(row).__name__} instead of an object")
     for sign, in_plain_names in DATA_SETS.items():
         row = row | in_plain_names(row) if row.get(sign) is not None else row
-    records = next(filter(None, (adapter(row) for adapter in INPUTS.values())), None)
+    records = next(filter(None, (call_adapter(name, row) for name in INPUTS)), None)
     if records is None:
         blank = any(
             not str(row.get(name, "?") or "").strip() for name in ("instruction", *PROMPT_FIELDS)
@@ -440,6 +512,30 @@ def parse_row(row, with_answers: bool = False) -> list[Record]:
             error.record = records[0]
             raise
     return records
+
+
+def call_adapter(name: str, row: dict) -> list[Record] | None:
+    """The records that an adapter of INPUTS makes of a row; raises PartError for a bug in its lines.
+
+    What the functions that it calls raise comes from junk in the row, and costs this record alone."""
+    adapter = INPUTS[name]
+    part = f"the input adapter `{adapter.__name__}`"
+    try:
+        records = adapter(row)
+    except Failed:
+        raise
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        names = [frame.f_code.co_name for frame, _ in frames][1:]  # the first is this function
+        in_own_lines = all(name == adapter.__name__ or name.startswith("<") for name in names)
+        if in_own_lines or isinstance(error, NameError):
+            raise broken(part, error) from error
+        raise
+    if records is None:
+        return None
+    if isinstance(records, list) and all(isinstance(record, Record) for record in records):
+        return records
+    raise PartError(f"{part} returned {records!r:.80}, not a list of records or None")
 
 
 # What reading raises where junk is nested in place of a text or a number.
@@ -460,6 +556,9 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
             records = [row] if isinstance(row, Failed) else parse_row(row, with_answers)
         except Failed as error:
             records = [error]
+        except PartError as error:
+            error.place = f"{path}:{line}"
+            raise
         except JUNK as error:
             records = [Failed("input", f"malformed record: {error}")]
         for record in records:
@@ -668,34 +767,44 @@ async def gather_all(tasks: list) -> list:
 
 # --------------------------------------------------------------------------------------------------
 # §4 METHODS: model_comparison, generate_pairs, rank_responses; strategies; Run, process_record
+# In: a Record, and the Run that the flags make. Out: an Outcome: pairs, or the reason of the drop.
+# §16 calls process_record for every record of the input.
 # --------------------------------------------------------------------------------------------------
 
-# EDIT HERE to add a method: copy one, rename it, give it a one-line docstring, and --method knows it. Cache,
-# resume, filters, report and accounting come with it. A method works through `run`:
-#   run.high, run.low, run.candidates, run.judges           the models that the flags name
-#   await run.ask_all(record, [(model, sample), ...])       -> usable answers; raises Failed if fewer than two
-#   await run.ask_text(record, model, messages, sample=0)   -> one text, for drafts, critiques, revisions
-#   await run.judge(record, answers)                        -> the same answers with score and votes
-#   pair_up(record, answers, run)                           -> pairs by --strategy, from answers with votes
-# It opens no file and catches nothing. `raise Failed("judge", "the draft won")` drops the record for that
-# reason; any other exception is a bug and stops the run. A plain `def` works, but it cannot ask anybody.
+# EDIT HERE to add a method: copy one, rename it, give it a one-line docstring: --method knows it.
+# A method gets a record and the run, and returns a list of pairs. It works through `run`:
+#   run.high, run.low, run.candidates, run.judges      the models that the flags name
+#   await run.ask_all(record, [(model, sample), ...])  usable answers; Failed if fewer than two
+#   await run.ask_text(record, model, messages)        one text: a draft, a critique, a revision
+#   await run.judge(record, answers)                   the same answers with score and votes
+#   pair_up(record, answers, run)                      pairs by --strategy, from answers with votes
+#   Pair(record, chosen, rejected)                     a pair of your own choice, any two answers
+#   raise Failed("judge", "the draft won")             drops the record for that reason
+# It opens no file and catches nothing. Any other exception is a bug: it stops the run.
+# A plain `def` works, too, but it cannot ask models.
+# Automatic for every pair, yours included: direction (chosen leads in every vote, if it has votes),
+# --length-penalty, answer filters on both sides, pair filters, --annotations, repeated labels; then
+# rows, dropped records with their answers, cache, report, review page. The judge sees the record's
+# reference answer for checking, unless that answer is itself a candidate.
 # `register` may be told:
-#   gap           points by which chosen must lead (default 1)
-#   asks          which of run's models it calls: high, low, candidates (default high and low)
-#   needs_judge   --judge-model none is refused
-#   reads_answers record.answers are the input's own, with votes where record.signal says of what kind
+#   gap            score gap that a pair needs (default 1)
+#   asks           which of run's models it calls: high, low, candidates (default high and low)
+#   needs_judge    --judge-model none is refused
+#   reads_answers  record.answers are the input's own; record.signal names the kind of their votes
 
 
 @register(METHODS, gap=1.0, asks=("high", "low"))
 async def model_comparison(record: Record, run: Run) -> list[Pair]:
-    """A strong model's answer is chosen and a weak one's rejected, if the judge agrees (the main job)."""
+    """The strong model's answer is chosen, the weak one's rejected, if the judge agrees."""
     high, low = await run.ask_all(record, [(run.high, 0), (run.low, 0)])
     if not run.judges:  # --judge-model none: the models are trusted, and the rows carry no scores
         return [Pair(record, chosen=high, rejected=low)]
     high, low = await run.judge(record, [high, low])
     [pair] = pair_up(record, [high, low], run)  # of two answers, every strategy makes one pair
-    if pair.chosen is low and not (run.flips and wins_every_vote(low, high, by=FLIP_GAP)):
-        raise Failed("judge", "low model won")
+    if pair.chosen is low:
+        may_flip = run.flips and wins_every_vote(low, high, by=FLIP_GAP)
+        if not may_flip:
+            raise Failed("judge", "low model won")
     return [pair]
 
 
@@ -703,12 +812,13 @@ async def model_comparison(record: Record, run: Run) -> list[Pair]:
 async def generate_pairs(record: Record, run: Run) -> list[Pair]:
     """Several candidates are scored by the judge; the best and the worst form the pair."""
     candidates = await run.ask_all(record, run.candidates, drop_refusals=True)
-    return pair_up(record, await run.judge(record, candidates), run)
+    judged = await run.judge(record, candidates)
+    return pair_up(record, judged, run)
 
 
 @register(METHODS, asks=(), reads_answers=True)
 async def rank_responses(record: Record, run: Run) -> list[Pair]:
-    """Answers that exist already are ranked by their scores, rankings or choices, or else by a judge."""
+    """Existing answers are ranked by their scores, ranks or choices, or else by a judge."""
     answers = run.usable(record, record.answers)
     if not record.signal:
         answers = await run.judge(record, answers)
@@ -716,98 +826,161 @@ async def rank_responses(record: Record, run: Run) -> list[Pair]:
 
 
 def wins_every_vote(better: Answer, worse: Answer, by: float = 0.0) -> bool:
-    """The law of direction: `better` is ahead in every vote, by `by` points at least (0: by anything)."""
-    leads = [b - w for b, w in zip(better.votes, worse.votes, strict=True)]
+    """Whether `better` leads in every vote, by at least `by` points (0: by anything).
+
+    Every pair has to pass this, unless people decided it."""
+    leads = [high - low for high, low in zip(better.votes, worse.votes, strict=True)]
     return bool(leads) and min(leads) > 0 and min(leads) >= by
 
 
-def pair_up(record: Record, answers: list[Answer], run) -> list[Pair]:
-    """Answers with votes -> pairs by --strategy, chosen ahead of rejected in every vote.
+def pair_up(record: Record, answers: list[Answer], run: Run) -> list[Pair]:
+    """Pairs by --strategy from answers with votes; chosen leads rejected in every vote.
 
-    Raises Failed("judge", ...) if nothing is ahead: "tie", or "orders disagree" (so is a tie in one)."""
+    Raises Failed if none leads another: "tie", or "orders disagree" (also a tie in one order)."""
     if len(answers) < 2:
         raise Failed("input", "fewer than two answers")
     if any(answer.value is None for answer in answers):
         raise ValueError("pair_up needs votes: await run.judge(record, answers) first")
-    ranked = sorted(answers, key=lambda a: (-a.value, digest(run.seed, record.messages, a.text)))
-    pairs = [
-        Pair(record, a, b, penalty(a, b, run))
-        for a, b in STRATEGIES[run.strategy](ranked, record, run)
-    ]
-    pairs = [
-        pair for pair in pairs if wins_every_vote(pair.chosen, pair.rejected) and pair.gap > 0
-    ]  # 0 by rounding
+
+    def strength(answer: Answer) -> float:
+        return answer.votes[0] if record.decided_by == "people" else answer.value
+
+    def rank_key(answer: Answer) -> tuple[float, str]:
+        return -strength(answer), digest(run.seed, record.messages, answer.text)
+
+    ranked = sorted(answers, key=rank_key)
+    choose = STRATEGIES[run.strategy]
+    pairs = []
+    for better, worse in choose(ranked, record, run):
+        # The means of unequal votes may be equal by rounding.
+        if wins_every_vote(better, worse) and strength(better) > strength(worse):
+            pairs.append(Pair(record, better, worse))
     if not pairs:
-        tied = ranked[0].votes == ranked[-1].votes
-        raise Failed("input" if record.signal else "judge", "tie" if tied else "orders disagree")
+        reason = "tie" if ranked[0].votes == ranked[-1].votes else "orders disagree"
+        raise Failed("input" if record.signal else "judge", reason)
     return pairs
 
 
-def penalty(a: Answer, b: Answer, run) -> float:
-    """Points off the gap: --length-penalty for each factor 1.5 in characters by which `a` is longer.
+def penalty(better: Answer, worse: Answer, run: Run) -> float:
+    """Points off the gap: --length-penalty per factor 1.5 in characters that `better` is longer.
 
     That factor is about one standard deviation of length between answers to one prompt."""
-    longer = math.log(max(1, len(a.text)) / max(1, len(b.text)), 1.5)
-    return run.length_penalty * max(0.0, longer)
+    factors = math.log(max(1, len(better.text)) / max(1, len(worse.text)), 1.5)
+    return run.length_penalty * max(0.0, factors)
 
 
-def best_worst(ranked, record, run):
+# A strategy: answers, best first -> the (better, worse) answers that should form pairs.
+AnswerPairs = list[tuple[Answer, Answer]]
+
+
+def best_worst(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
     """best against worst; with a length penalty, the two whose gap less penalty is largest"""
     if not run.length_penalty:
         return [(ranked[0], ranked[-1])]
-    pairs = [(a, b) for a, b in itertools.combinations(ranked, 2) if wins_every_vote(a, b)]
-    return [max(pairs, key=lambda p: p[0].value - p[1].value - penalty(*p, run))] if pairs else []
+
+    def gap_left(pair: tuple[Answer, Answer]) -> float:
+        better, worse = pair
+        return better.value - worse.value - penalty(better, worse, run)
+
+    pairs = [pair for pair in itertools.combinations(ranked, 2) if wins_every_vote(*pair)]
+    return [max(pairs, key=gap_left)] if pairs else []
 
 
-def best_random(ranked, record, run):
+def best_random(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
     """best against one of the others that it beats, drawn by --seed (Zephyr, Tulu 3)"""
-    others = [b for b in ranked[1:] if wins_every_vote(ranked[0], b)]
+    best = ranked[0]
+    beaten = [answer for answer in ranked[1:] if wins_every_vote(best, answer)]
     draw = random.Random(digest(run.seed, record.messages, "best_random"))
-    return [(ranked[0], draw.choice(others))] if others else []
+    return [(best, draw.choice(beaten))] if beaten else []
 
 
-def all_pairs(ranked, record, run):
-    """every two of unequal rank, sharing prompt_id (InstructGPT): keep them in one batch, or they overfit"""
+def all_pairs(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
+    """every two of unequal rank (InstructGPT): keep a prompt_id in one batch, or it overfits"""
     return list(itertools.combinations(ranked, 2))
 
 
-def adjacent(ranked, record, run):
+def adjacent(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
     """each answer against the next worse one"""
     return list(itertools.pairwise(ranked))
 
 
-STRATEGIES = {f.__name__: f for f in (best_worst, best_random, all_pairs, adjacent)}
+STRATEGIES = {
+    "best_worst": best_worst,
+    "best_random": best_random,
+    "all_pairs": all_pairs,
+    "adjacent": adjacent,
+}
 
 
 class Run:
     """What a method sees: the models that the flags name, and the ways to ask and to judge."""
 
-    def __init__(self, args):
-        self.args, self.seed, self.strategy = args, args.seed, args.strategy
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
         self.method = METHODS[args.method]
-        self.reads_answers, self.excluded = getattr(self.method, "reads_answers", False), set()
-        self.orders, self.length_penalty = args.judge_orders, args.length_penalty
-        self.min_chosen_score, self.flips = args.min_chosen_score, args.when_low_wins == "flip"
-        self.rubric, rules = args.rubric[1] if args.rubric else RUBRIC, defaultdict(list)
-        for name, rule in FILTERS.items():
-            rules[rule.on] += [] if name in args.skip_filter else [rule]
-        self.rules = rules  # of answers and of pairs, less --skip-filter
-        high, low = DEFAULT_MODELS[args.provider]
-        self.high = parse_model(args.high_model or high, args)
-        self.low = parse_model(args.low_model or low, args)
-        pool = [parse_model(spec, args) for spec in args.candidate_models or []] or [
-            self.high,
-            self.low,
-        ]
-        self.candidates = [
-            (pool[i % len(pool)], i // len(pool)) for i in range(args.num_candidates)
-        ]
+        self.reads_answers: bool = getattr(self.method, "reads_answers", False)
+        self.high, self.low = self.choose_high_and_low()
+        # (model, sample): a model that is named twice gives two samples of its own.
+        self.candidates = self.choose_candidates()
         self.judges = self.choose_judges()
-        self.models: Models = None  # set when the run starts: it needs the event loop
+        # 2: the judge sees the answers in an order and in its reverse.
+        self.orders: int = args.judge_orders
+        self.rubric: str = args.rubric[1] if args.rubric else RUBRIC
+        self.seed: int = args.seed
+        self.strategy: str = args.strategy
+        self.length_penalty: float = args.length_penalty
+        self.min_chosen_score: float | None = args.min_chosen_score
+        # --when-low-wins flip
+        self.flips: bool = args.when_low_wins == "flip"
+        # {"answer" or "pair": {name: filter}}, less --skip-filter
+        self.rules = self.choose_filters()
+        # Hashes of --exclude-prompts, and how many records met each of its passages.
+        self.excluded: set[int] = set()
+        self.shared_passages: Counter[str] = Counter()
         self.annotations = Annotations(args.annotations) if args.annotations else None
+        # Whether rows say who decided the label; see `as_standard`.
+        self.writes_decided_by: bool = self.annotations is not None
+        # How rows name a model.
+        self.names = unique_names(self.asked())
+        # The door to all models; set when the run starts, since it needs the event loop.
+        self.models: Models | None = None
+
+    def choose_high_and_low(self) -> tuple[Model | None, Model | None]:
+        """The models of --high-model and --low-model, or the provider's default ones."""
+        args = self.args
+        high, low = DEFAULT_MODELS.get(args.provider, ("", ""))
+        high = args.high_model or high
+        low = args.low_model or low
+        if not (high and low) and not self.reads_answers:
+            message = "has no default models: name --high-model and --low-model"
+            raise UserError(f"--provider {args.provider} {message}")
+        return (
+            parse_model(high, args) if high else None,
+            parse_model(low, args) if low else None,
+        )
+
+    def choose_candidates(self) -> list[tuple[Model | None, int]]:
+        """(model, sample) of each candidate: --candidate-models in turn, or high and low."""
+        pool = [parse_model(spec, self.args) for spec in self.args.candidate_models or []]
+        pool = pool or [self.high, self.low]
+        samples = Counter()
+        candidates = []
+        for model in itertools.islice(itertools.cycle(pool), self.args.num_candidates):
+            candidates.append((model, samples[model]))
+            samples[model] += 1
+        return candidates
+
+    def choose_filters(self) -> dict[str, dict[str, Callable]]:
+        """All filters less --skip-filter; opt-in ones only with --use-filter."""
+        rules = {"answer": {}, "pair": {}}
+        for name, rule in FILTERS.items():
+            wanted = name in self.args.use_filter or not getattr(rule, "opt_in", False)
+            if wanted and name not in self.args.skip_filter:
+                rules[rule.on][name] = rule
+        return rules
 
     def choose_judges(self) -> list[Model]:
-        """--judge-model, or: the high model; heuristic if all is offline; none for rank_responses."""
+        """--judge-model, or the high model; heuristic if all is offline; none for ranking."""
         if self.args.judge_model:
             return [
                 parse_model(spec, self.args) for spec in self.args.judge_model if spec != "none"
@@ -822,36 +995,50 @@ class Run:
         return [self.high]
 
     def asked(self) -> list[Model]:
-        """Every model that this run may call: the method's and the judges."""
-        pool = [model for model, _ in self.candidates]
-        roles = {"high": [self.high], "low": [self.low], "candidates": pool}
-        named = [
-            model for role in getattr(self.method, "asks", ("high", "low")) for model in roles[role]
-        ]
-        return list(dict.fromkeys(named + self.judges))
+        """Every model that this run may call, once: the method's and the judges."""
+        models = []
+        for role in getattr(self.method, "asks", ("high", "low")):
+            if role == "candidates":
+                models += [model for model, _ in self.candidates]
+            else:
+                models.append({"high": self.high, "low": self.low}[role])
+        return list(dict.fromkeys(models + self.judges))
 
     def pays(self) -> bool:
-        """True if any of them is not offline."""
+        """Whether any of them costs money, or at least a call."""
         return any(model.is_paid for model in self.asked())
 
     def options(self, model: Model, temperature: float) -> dict:
-        """Request options as asked for: temperature, max_tokens and --model-option."""
-        extra = {
-            key: value for name, key, value in self.args.model_option if name in ("", model.name)
-        }
-        return {"temperature": temperature, "max_tokens": self.args.max_tokens, **extra}
+        """Request options of a call: temperature, max_tokens and --model-option."""
+        options = {"temperature": temperature, "max_tokens": self.args.max_tokens}
+        for name, key, value in self.args.model_option:
+            if name in ("", model.name):
+                options[key] = value
+        return options
 
-    async def ask_all(self, record: Record, wanted: list, drop_refusals=False) -> list[Answer]:
-        """Ask [(model, sample), ...] together -> the usable answers; raises Failed if fewer than two are."""
-        pairs = [(one, 0) if isinstance(one, Model) else one for one in wanted]
-        results = await gather_all([self.ask(record, model, sample) for model, sample in pairs])
+    async def ask_all(
+        self,
+        record: Record,
+        requests: list[tuple[Model, int] | Model],
+        drop_refusals: bool = False,
+    ) -> list[Answer]:
+        """Ask several models at once -> the usable answers; raises Failed if fewer than two are.
+
+        A request is (model, sample), or a model alone for its first sample; another sample number
+        gives another answer of the same model."""
+        calls = []
+        for request in requests:
+            model, sample = (request, 0) if isinstance(request, Model) else request
+            calls.append(self.ask(record, model, sample))
+        results = await gather_all(calls)
         failures = [result for result in results if isinstance(result, Failed)]
         record.answers = [result for result in results if isinstance(result, Answer)]
         return self.usable(record, record.answers, failures, drop_refusals)
 
     async def ask(self, record: Record, model: Model, sample: int) -> Answer | Failed:
-        """One answer, or the Failed that says why there is none (returned: the other answers go on)."""
-        if model.name in DEFAULT_MODELS["offline"] and not model.is_paid and not record.reference:
+        """One answer, or the Failed that says why there is none (the other answers go on)."""
+        is_offline = model.provider == "offline" and model.name in DEFAULT_MODELS["offline"]
+        if is_offline and not record.reference:
             return Failed("input", "no reference answer")
         if model == Model("offline", "reference"):
             return Answer(record.reference, "reference")
@@ -863,53 +1050,76 @@ class Run:
     async def ask_text(
         self, record: Record, model: Model, messages: list[dict], sample: int = 0
     ) -> str:
-        """Ask a model anything about a record -> its text; raises Failed, also for what no answer may be."""
+        """A model's reply to any messages, as text; raises Failed if a filter rejects it."""
         answer = await self.generate(record, model, messages, sample)
-        if reason := self.rejection_reason("answer", record, answer):
+        reason = self.rejection_reason("answer", record, answer)
+        if reason:
             raise Failed("filter", reason)
         return answer.text
 
     async def generate(
         self, record: Record, model: Model, messages: list[dict], sample: int
     ) -> Answer:
-        """The answer of a model, steered by --system-prompt, without what it thought."""
+        """The answer of a model, steered by --system-prompt, without its thoughts."""
         if self.args.system_prompt:
-            own = messages[0]["content"] if messages[0]["role"] == "system" else ""
-            system = "\n\n".join(filter(None, (self.args.system_prompt, own)))
-            messages = [{"role": "system", "content": system}, *messages[bool(own) :]]
-        given = self.args.temperature
-        options = self.options(
-            model, TEMPERATURES[sample % len(TEMPERATURES)] if given is None else given
-        )
+            messages = with_system_prompt(messages, self.args.system_prompt)
+        temperature = self.args.temperature
+        if temperature is None:
+            temperature = TEMPERATURES[sample % len(TEMPERATURES)]
+        options = self.options(model, temperature)
         reply = await self.models.ask(model, messages, options, sample, "answer", record.reference)
-        return Answer(without_thinking(reply.text).strip(), model.name, finish=reply.finish)
+        name = self.names.get(model, model.name)
+        return Answer(without_thinking(reply.text).strip(), name, finish=reply.finish)
 
-    def usable(self, record, answers, failures=(), drop_refusals=False) -> list[Answer]:
-        """Answers that pass the answer filters, each text once; raises Failed with fewer than two of them."""
-        kept, reasons = [], list(failures)
+    def usable(
+        self,
+        record: Record,
+        answers: list[Answer],
+        failures: list[Failed] | tuple = (),
+        drop_refusals: bool = False,
+    ) -> list[Answer]:
+        """Answers that pass the answer filters, each text once; raises Failed if under two do."""
+        kept = []
+        first_of = {}  # folded text -> the first answer that has it
+        rejections = list(failures)
         for answer in answers:
             reason = self.rejection_reason("answer", record, answer)
-            reason = reason or ("refusal" if drop_refusals and refuses(answer.text) else "")
-            twin = next(
-                (other for other in kept if fold_text(other.text) == fold_text(answer.text)), None
-            )
-            if twin and twin.votes != answer.votes:
-                raise Failed("input", "contradictory signals: one answer, two ranks")
-            if reason or twin:
-                reasons.append(Failed("filter", reason or "identical answers"))
+            if not reason and drop_refusals and refuses(answer.text):
+                reason = "refusal"
+            folded = fold_text(answer.text)
+            twin = first_of.get(folded)
+            if not reason and twin:
+                same_words = twin.text.split() == answer.text.split()
+                if twin.votes == answer.votes or (same_words and len(answers) == 2):
+                    reason = "identical answers"
+                elif same_words:
+                    raise Failed("input", "contradictory signals: one answer, two ranks")
+                # else they differ in case or the like, and that is what the label is about
+            if reason:
+                rejections.append(Failed("filter", reason))
             else:
                 kept.append(answer)
-        if len(kept) < 2:
-            first = reasons[0] if reasons else Failed("input", "fewer than two answers")
-            raise Failed(
-                first.stage, first.reason, retryable=any(reason.retryable for reason in reasons)
-            )
-        return kept
+                first_of.setdefault(folded, answer)
+                record.passed.add((answer.text, answer.finish))
+        if len(kept) >= 2:
+            return kept
+        first = rejections[0] if rejections else Failed("input", "fewer than two answers")
+        retryable = any(rejection.retryable for rejection in rejections)
+        raise Failed(first.stage, first.reason, retryable)
 
-    def rejection_reason(self, on: str, *subject) -> str:
-        """The first reason that a filter on answers or pairs has against the subject, "" if there is none."""
-        for rule in self.rules[on]:
-            if reason := rule(*subject):
+    def rejection_reason(self, on: str, *subject: object) -> str:
+        """The first reason that a filter on "answer" or "pair" has against the subject, else "".
+
+        The subject is (record, answer) or (pair, run). Raises PartError for a broken filter."""
+        for name, rule in self.rules[on].items():
+            try:
+                reason = rule(*subject)
+            except Exception as error:
+                raise broken(f"the filter `{name}`", error) from error
+            if not isinstance(reason, str | None):
+                message = f"returned {reason!r:.80}, not a reason (text) or None"
+                raise PartError(f"the filter `{name}` {message}")
+            if reason:
                 return reason
         return ""
 
@@ -918,8 +1128,7 @@ class Run:
         if not self.judges:
             raise Failed("input", "answers without any signal: name a --judge-model")
         judged = await judge_answers(record, answers, self)
-        after = dict(zip(map(id, answers), judged, strict=True))
-        record.answers = [after.get(id(answer), answer) for answer in record.answers or judged]
+        remember_judged(record, answers, judged)
         return judged
 
     async def ask_judge(self, record: Record, judge: Model, prompt: str, attempt: int) -> str:
@@ -943,82 +1152,160 @@ class Run:
         return "" if self.args.no_reference else record.reference
 
     def needed_gap(self, pair: Pair) -> float:
-        """Points by which chosen must lead: --min-score-gap, or the default of the signal or the method."""
-        given, record = self.args.min_score_gap, pair.record
+        """Score gap that the pair needs: --min-score-gap, or the signal's or method's default."""
+        record = pair.record
+        given = self.args.min_score_gap
         if record.signal == "choice":  # kept; a gap can be asked only of those that carry scores
-            return given or 0.0 if pair.chosen.score is not None else 0.0
+            return given if given and pair.chosen.score is not None else 0.0
         if given is not None:
             return given
-        if (
-            record.signal == "rank"
-        ):  # two ranks apart from four answers on, where one pair stands for all
-            return (
-                2.0
-                if len(record.answers) >= 4 and self.strategy in ("best_worst", "best_random")
-                else 0.0
-            )
-        return SCORE_GAP_SHARE * record.scale if record.signal else getattr(self.method, "gap", 1.0)
+        if record.signal == "rank":
+            # Two ranks apart from four answers on, where one pair stands for all of them.
+            one_pair = self.strategy in ("best_worst", "best_random")
+            return 2.0 if one_pair and len(record.answers) >= 4 else 0.0
+        if record.signal:
+            return SCORE_GAP_SHARE * record.scale
+        return getattr(self.method, "gap", 1.0)
 
-    async def make_pairs(self, record) -> Outcome:
-        """A record's fate: the method's pairs that keep the law of direction and pass the filters."""
+    async def make_pairs(self, record: Record | Failed) -> Outcome:
+        """What becomes of one record: the method's pairs that pass `check_pair`, or the drop.
+
+        Raises PartError for a broken method or filter."""
+        if isinstance(record, Failed):
+            return dropped_outcome(record.record or Record([]), record)
         try:
-            if isinstance(record, Failed):
-                raise record
+            pairs = await self.call_method(record)
+            results = [self.check_pair(pair) for pair in pairs]
+        except Failed as error:
+            return dropped_outcome(record, error)
+        kept = [result for result in results if isinstance(result, Pair)]
+        if kept:
+            return Outcome(record, kept)
+        first = results[0] if results else Failed("filter", "the method made no pair")
+        return dropped_outcome(record, first)
+
+    async def call_method(self, record: Record) -> list[Pair]:
+        """The pairs that the method makes; whatever else it raises or returns is a PartError."""
+        part = f"the method `{self.args.method}`"
+        try:
             if inspect.iscoroutinefunction(self.method):
                 pairs = await self.method(record, self)
             else:
-                pairs = await asyncio.to_thread(called, self.method, record, self)
-            if not isinstance(pairs, list):
-                raise TypeError(f"{self.args.method} returned {pairs!r:.80}, not a list of pairs")
-            results = [self.check_pair(pair) for pair in pairs] or [
-                Failed("filter", "the method made no pair")
-            ]
-            kept = [result for result in results if isinstance(result, Pair)]
-            if not kept:
-                raise results[0]
-            return Outcome(record, kept)
+                pairs = await asyncio.to_thread(call_plain, self.method, record, self)
         except Failed as error:
-            record = error.record or Record([]) if isinstance(record, Failed) else record
-            return Outcome(record, [], error.stage, error.reason, error.retryable)
+            if isinstance(error.stage, str) and isinstance(error.reason, str):
+                raise
+            raise broken(part, error) from error
+        except (Stop, Pending, PartError):
+            raise
+        except BUGS as error:
+            raise broken(part, error) from error
+        problem = wrong_pairs(pairs)
+        if problem:
+            raise PartError(f"{part} returned {problem}")
+        return pairs
 
     def check_pair(self, pair: Pair) -> Pair | Failed:
-        """The pair, turned round if people say so, or what is against it.
+        """The pair, turned round if people say so, or why it is dropped.
 
-        People come first; then direction, which cannot be switched off; then the filters."""
-        try:
-            pair = (self.annotations and self.annotations.decide(pair)) or pair
-        except Failed as error:
-            return error
-        judged = pair.chosen.votes or pair.rejected.votes
-        if judged and not pair.human and not wins_every_vote(pair.chosen, pair.rejected):
+        First people decide; then direction, which cannot be switched off; then the filters."""
+        pair = replace(
+            pair,
+            penalty=penalty(pair.chosen, pair.rejected, self),
+            human=pair.human or pair.record.decided_by == "people",
+        )
+        if self.annotations:
+            try:
+                pair = self.annotations.decide(pair) or pair
+            except Failed as error:
+                return error
+        has_votes = pair.chosen.votes or pair.rejected.votes
+        if has_votes and not pair.human and not wins_every_vote(pair.chosen, pair.rejected):
             return Failed("judge", "orders disagree")
         reason = self.rejection_reason("pair", pair, self)
-        for answer in (
-            pair.chosen,
-            pair.rejected,
-        ):  # a method of one's own may have made them itself
-            reason = reason or self.rejection_reason("answer", pair.record, answer)
+        for answer in (pair.chosen, pair.rejected):
+            # A method may have made the answer itself, or changed its text.
+            if not reason and (answer.text, answer.finish) not in pair.record.passed:
+                reason = self.rejection_reason("answer", pair.record, answer)
         return Failed("filter", reason) if reason else pair
 
+    def counting_copy(self, models: Models) -> Run:
+        """The same run for a pass that writes nothing: other models, and no choices of people."""
+        other = copy.copy(self)
+        other.models = models
+        other.annotations = None  # they count the pairs that they meet
+        other.shared_passages = Counter()
+        return other
 
-def called(method, record: Record, run):
-    """What a plain method returns; a StopIteration, which no thread can hand over, becomes a RuntimeError."""
+
+def unique_names(models: list[Model | None]) -> dict[Model, str]:
+    """{model: its name in rows}: `name`, or `name@URL` where two models share the name."""
+    known = [model for model in models if model is not None]
+    counts = Counter(model.name for model in known)
+    names = {}
+    for model in known:
+        address = model.url or model.provider
+        names[model] = f"{model.name}@{address}" if counts[model.name] > 1 else model.name
+    return names
+
+
+def with_system_prompt(messages: list[dict], text: str) -> list[dict]:
+    """The messages after a system turn of this text; a system turn of their own is joined to it."""
+    if messages[0]["role"] == "system":
+        text = f"{text}\n\n{messages[0]['content']}"
+        messages = messages[1:]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def remember_judged(record: Record, answers: list[Answer], judged: list[Answer]) -> None:
+    """Put the judged answers in the place of the unjudged in record.answers; new ones come last.
+
+    So an answer that a method made by hand reaches the files, too."""
+    places = {id(answer): place for place, answer in enumerate(record.answers)}
+    known = list(record.answers)
+    for answer, with_votes in zip(answers, judged, strict=True):
+        place = places.get(id(answer))
+        if place is None:
+            known.append(with_votes)
+        else:
+            known[place] = with_votes
+    record.answers = known
+
+
+def dropped_outcome(record: Record, failed: Failed) -> Outcome:
+    """The Outcome of a record without a pair."""
+    return Outcome(record, [], failed.stage, failed.reason, failed.retryable)
+
+
+def wrong_pairs(pairs: object) -> str:
+    """What is wrong with a method's return value, "" if it is a list of pairs of answers."""
+    if not isinstance(pairs, list):
+        return f"{pairs!r:.80}, not a list of pairs"
+    for pair in pairs:
+        if not isinstance(pair, Pair):
+            return f"a list with {pair!r:.80}, which is not a Pair"
+        for answer in (pair.chosen, pair.rejected):
+            if not isinstance(answer, Answer) or not isinstance(answer.text, str):
+                return f"a pair with {answer!r:.80}, which is not an Answer with a text"
+            if not isinstance(answer.score, int | float | None):
+                return f"an answer with the score {answer.score!r:.80}, which is not a number"
+    return ""
+
+
+def call_plain(method: Callable, record: Record, run: Run) -> list[Pair]:
+    """Call a plain `def` method in a thread, which cannot hand over a StopIteration."""
     try:
         return method(record, run)
     except StopIteration as error:
         raise RuntimeError(repr(error)) from error
 
 
-BUGS = (
-    Exception,
-    asyncio.CancelledError,
-    GeneratorExit,
-    SystemExit,
-)  # what a method of one's own may raise
+# What a method of one's own may raise.
+BUGS = (Exception, asyncio.CancelledError, GeneratorExit, SystemExit)
 
 
-async def process_record(line: int, record, run: Run) -> Outcome:
-    """What becomes of a record; a bug in a method of one's own stops the run and names the record's line."""
+async def process_record(line: int, record: Record | Failed, run: Run) -> Outcome:
+    """What becomes of the record on this line; a broken part stops the run and names the line."""
     try:
         outcome = await run.make_pairs(record)
     except Pending:
@@ -1026,13 +1313,18 @@ async def process_record(line: int, record, run: Run) -> Outcome:
     except Stop as stop:  # the cache's, too
         raise run.models.halt(str(stop), stop.status) from None
     except BUGS as error:
-        if not run.models.stop:  # others in work may well raise the same
-            traceback.print_exc(file=Stderr())
-        raise run.models.halt(
-            f"{run.args.input_file}:{line}: {run.args.method} raised {error!r}"
-        ) from None
+        raise halt_at(f"{run.args.input_file}:{line}", error, run.models) from None
     outcome.record.line = line
     return outcome
+
+
+def halt_at(place: str, error: BaseException, models: Models) -> Stop:
+    """Stop the run because of a bug -> the Stop to raise; its traceback is shown, once."""
+    cause = error.__cause__ if isinstance(error, PartError) else error
+    if cause and not models.stop:  # records in work may all meet the same bug
+        note("".join(traceback.format_exception(cause)).rstrip())
+    message = str(error) if isinstance(error, PartError) else f"a bug: {error!r}"
+    return models.halt(f"{place}: {message}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1259,70 +1551,105 @@ def floor(pair: Pair, run) -> str | None:
 
 # --------------------------------------------------------------------------------------------------
 # §6 OUTPUTS: pair -> rows
+# In: a pair that passed everything. Out: the rows that --output-format writes for it.
+# OutputFiles (§16) calls the format and refuses wrong rows.
 # --------------------------------------------------------------------------------------------------
 
-# EDIT HERE to add a format: `as_name(pair, run)` -> rows with the same keys, in the same order, every time.
-# Loaders fix a column's type by its first rows: no nulls, scores always floats, ids always strings.
-# `register` may be told `once`: fields by which a row that came before is not written again.
+# EDIT HERE to add a format: `as_name(pair, run)` -> a list of rows (dicts), each with the same keys
+# in the same order, every time. Loaders fix a column's type by its first rows: no nulls (leave a
+# key out of every row instead), scores always floats, ids always strings. pair.gap and the
+# scores are None where nobody scored; see `as_standard`.
+# `register` may be told `once`: fields by which a row that was written before is left out.
 
 
 @register(OUTPUTS)
-def as_standard(pair: Pair, run) -> list[dict]:
-    """prompt, chosen, rejected as texts, their scores and models, prompt_id: TRL, LLaMA-Factory, Axolotl"""
-    row = as_basic(pair, run)[0]
+def as_standard(pair: Pair, run: Run) -> list[dict]:
+    """prompt, chosen, rejected as texts, scores, models, prompt_id: TRL, LLaMA-Factory, Axolotl"""
+    [row] = as_basic(pair, run)
     if pair.chosen.score is not None and pair.rejected.score is not None:
-        row |= {
-            "score_chosen": float(pair.chosen.score),
-            "score_rejected": float(pair.rejected.score),
-        }
-    models = {"chosen_model": pair.chosen.model, "rejected_model": pair.rejected.model}
-    return [row | models | {"prompt_id": pair.record.prompt_id}]
+        row["score_chosen"] = float(pair.chosen.score)
+        row["score_rejected"] = float(pair.rejected.score)
+    row["chosen_model"] = pair.chosen.model
+    row["rejected_model"] = pair.rejected.model
+    row["prompt_id"] = pair.record.prompt_id
+    if run.writes_decided_by:  # with --annotations, and for a file that was written with them
+        row["decided_by"] = "people" if pair.human else "scores"
+    return [row]
 
 
 @register(OUTPUTS)
-def as_basic(pair: Pair, run) -> list[dict]:
+def as_basic(pair: Pair, run: Run) -> list[dict]:
     """exactly prompt, chosen, rejected, as texts"""
-    return [
-        {"prompt": pair.record.prompt, "chosen": pair.chosen.text, "rejected": pair.rejected.text}
-    ]
+    row = {
+        "prompt": pair.record.prompt,
+        "chosen": pair.chosen.text,
+        "rejected": pair.rejected.text,
+    }
+    return [row]
+
+
+def assistant_turn(answer: Answer) -> dict:
+    """The answer as a message."""
+    return {"role": "assistant", "content": answer.text}
 
 
 @register(OUTPUTS)
-def as_conversational(pair: Pair, run) -> list[dict]:
-    """prompt, chosen, rejected as lists of messages, turns kept: best for TRL, OpenRLHF with a template"""
-    chosen, rejected = (
-        [{"role": "assistant", "content": a.text}] for a in (pair.chosen, pair.rejected)
-    )
-    return [{"prompt": pair.record.messages, "chosen": chosen, "rejected": rejected}]
+def as_conversational(pair: Pair, run: Run) -> list[dict]:
+    """prompt, chosen, rejected as lists of messages, turns kept: best for TRL and OpenRLHF"""
+    row = {
+        "prompt": pair.record.messages,
+        "chosen": [assistant_turn(pair.chosen)],
+        "rejected": [assistant_turn(pair.rejected)],
+    }
+    return [row]
 
 
 @register(OUTPUTS)
-def as_chatml(pair: Pair, run) -> list[dict]:
-    """messages, chosen and rejected as one message each: Bailian (Model Studio), LLaMA-Factory, Axolotl"""
-    row = as_conversational(pair, run)[0]
-    return [{"messages": row["prompt"], "chosen": row["chosen"][0], "rejected": row["rejected"][0]}]
+def as_chatml(pair: Pair, run: Run) -> list[dict]:
+    """messages; chosen and rejected as one message each: Bailian (Model Studio), LLaMA-Factory"""
+    row = {
+        "messages": pair.record.messages,
+        "chosen": assistant_turn(pair.chosen),
+        "rejected": assistant_turn(pair.rejected),
+    }
+    return [row]
 
 
 @register(OUTPUTS)
-def as_openai(pair: Pair, run) -> list[dict]:
+def as_openai(pair: Pair, run: Run) -> list[dict]:
     """input, preferred_output, non_preferred_output: OpenAI and Azure, Together, Fireworks"""
-    row = as_conversational(pair, run)[0]
-    outputs = {"preferred_output": row["chosen"], "non_preferred_output": row["rejected"]}
-    return [{"input": {"messages": row["prompt"]}} | outputs]
+    row = {
+        "input": {"messages": pair.record.messages},
+        "preferred_output": [assistant_turn(pair.chosen)],
+        "non_preferred_output": [assistant_turn(pair.rejected)],
+    }
+    return [row]
+
+
+@register(OUTPUTS)
+def as_swift(pair: Pair, run: Run) -> list[dict]:
+    """messages that end with the chosen answer, rejected_response as text: ms-swift"""
+    row = {
+        "messages": [*pair.record.messages, assistant_turn(pair.chosen)],
+        "rejected_response": pair.rejected.text,
+    }
+    return [row]
 
 
 @register(OUTPUTS, once=("prompt", "completion"))  # an answer in two pairs must not get two labels
-def as_kto(pair: Pair, run) -> list[dict]:
-    """prompt, completion, label: chosen true, rejected false, or each by --min-chosen-score (TRL KTO)"""
-    least, rows = None if pair.human else run.min_chosen_score, []
+def as_kto(pair: Pair, run: Run) -> list[dict]:
+    """prompt, completion, label: chosen true, rejected false; or by --min-chosen-score (TRL KTO)"""
+    least = None if pair.human else run.min_chosen_score
+    rows = []
     for answer, label in ((pair.chosen, True), (pair.rejected, False)):
-        label = answer.score >= least if least is not None and answer.score is not None else label
+        if least is not None and answer.score is not None:
+            label = answer.score >= least
         rows.append({"prompt": pair.record.prompt, "completion": answer.text, "label": label})
     return rows
 
 
 @register(OUTPUTS, once=("prompt",))
-def as_prompts(pair: Pair, run) -> list[dict]:
+def as_prompts(pair: Pair, run: Run) -> list[dict]:
     """only the prompt, as messages: GRPO, RLOO and online DPO, which sample their own answers"""
     return [{"prompt": pair.record.messages}]
 
@@ -4030,7 +4357,8 @@ def summary(files: OutputFiles, models: Models) -> list[str]:
         told = f"{sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out{paid} over all runs"
         lines.append(f"{sums['calls']} calls made, {sums['cached']} replies cached; {told}")
     if models.stop:
-        again = "goes on from here" if models.cache.db else "pays for all again: there was no cache"
+        kept = models.args.cache_path != "none" and models.cache.db
+        again = "goes on from here" if kept else "pays for all again: there was no cache"
         return [*lines, f"{files.output}.part holds what was ready; the same command {again}"]
     rows = files.rows
     lines += [
@@ -4100,49 +4428,165 @@ def show(text: str):
 
 
 # --------------------------------------------------------------------------------------------------
-# §16 RUN: records_of, plan, OutputFiles, in_order, construct, run_job
+# §16 RUN: records_of, plan, Labels, OutputFiles, in_order, construct, run_job
+# In: checked flags. Out: the files, and an exit status. `main` (§17) calls `construct`.
 # --------------------------------------------------------------------------------------------------
 
+# Limit: two runs at the same time may share a cache, but a request that both need before either has
+# its reply is paid for twice. The first reply counts for both, so their rows agree.
 
-def records_of(path: str, run: Run):
-    """Yields (line, Record or Failed): the input, with repeated and excluded prompts marked as failed."""
-    seen, limit = Hashes(), run.args.max_samples if run.args.max_samples >= 0 else None
+
+def records_of(path: str, run: Run) -> Iterator[tuple[int, Record | Failed]]:
+    """Yields (line, Record, or Failed): the input; repeated and excluded prompts are Failed."""
+    limit = run.args.max_samples if run.args.max_samples >= 0 else None
     records = read_records(path, dict(run.args.rename), run.reads_answers)
+    seen: set[int] = set()  # hashes: all that is kept of a record
     for line, record in itertools.islice(records, limit):
+        reason = ""
         if isinstance(record, Record):
-            words = [(m["role"], *m["content"].split()) for m in record.messages]
-            answers = sorted((answer.text, answer.votes) for answer in record.answers)
-            if not seen.is_new(hash(repr((words, answers)))):  # all that is kept of a record
-                reason = "repeated prompt" + " and answers" * bool(answers)
-                record = Failed("input", reason, record=record)
-            elif run.excluded and not run.excluded.isdisjoint(prompt_hashes(record)):
-                record = Failed("input", "excluded prompt", record=record)
-        yield line, record
+            reason = repeated_or_excluded(record, seen, run)
+        yield line, Failed("input", reason, record=record) if reason else record
+
+
+def repeated_or_excluded(record: Record, seen: set[int], run: Run) -> str:
+    """Why the record's prompt is left out, "" if it is not.
+
+    Answers with labels may come again: that is for `Labels` to count."""
+    words = [(turn["role"], *turn["content"].split()) for turn in record.messages]
+    if not record.signal:
+        texts = sorted(answer.text for answer in record.answers)
+        key = hash(repr((words, texts)))
+        if key in seen:
+            return "repeated prompt and answers" if texts else "repeated prompt"
+        seen.add(key)
+    if run.excluded:
+        for passage in prompt_passages(record):
+            if hash(passage) in run.excluded:
+                run.shared_passages[passage] += 1
+                return "excluded prompt"
+    return ""
+
+
+def prompt_passages(record: Record) -> list[str]:
+    """What a prompt must not share with --exclude-prompts: the user's words, and any 13 in a row.
+
+    Longest last, so that a shared template is found before the whole prompt."""
+    turns = [turn["content"] for turn in record.messages if turn["role"] == "user"]
+    text = "\n".join(turns).lower()
+    words = split_words(text)
+    passages = []
+    for start in range(len(words) - CONTAMINATION_RUN + 1):
+        passages.append(" ".join(words[start : start + CONTAMINATION_RUN]))
+    all_words = re.findall(r"\w+", text)  # of any script; a text of emojis has none
+    return [*passages, " ".join(all_words) or text]
 
 
 def prompt_hashes(record: Record) -> set[int]:
-    """Hashes of what --exclude-prompts must not share: all of the user's words, and any 13 in a row."""
-    text = "\n".join(m["content"] for m in record.messages if m["role"] == "user").lower()
-    words, size = split_words(text), CONTAMINATION_RUN
-    whole = tuple(re.findall(r"\w+", text)) or text  # of any script; of none, an emoji, as it is
-    return {hash(whole)} | {hash(tuple(words[i : i + size])) for i in range(len(words) - size + 1)}
+    """Hashes of the passages of a prompt in --exclude-prompts."""
+    return {hash(passage) for passage in prompt_passages(record)}
+
+
+def excluded_note(run: Run, files: OutputFiles) -> str:
+    """What to say if --exclude-prompts left out more than half of the records, else ""."""
+    count = files.dropped["input", "excluded prompt"]
+    if not count or 2 * count <= files.read:
+        return ""
+    [(passage, shared)] = run.shared_passages.most_common(1)
+    return (
+        f"--exclude-prompts left out {count} of {files.read} records; {shared} of them share "
+        f'"{passage[:200]}". If that is a template, not a test question, take it out of '
+        f"{run.args.exclude_prompts}"
+    )
 
 
 async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
-    """Pass over the input and ask nobody -> (records read, records that would ask, the counts)."""
-    run, models = copy.copy(run), Models(run.args, cache, dry=True)
-    run.models, run.annotations = models, None
-    run.rules = {"answer": [], "pair": []} if cache.empty else run.rules
-    total = asking = met = 0
-    for _, record in records_of(path, run):
-        with contextlib.suppress(
-            *BUGS
-        ):  # a guess may break a method that reads replies; no run guesses
-            await run.make_pairs(record)
-        before, met = met, sum(usage.calls + usage.cached for usage in models.usage.values())
-        asking += met > before
+    """Pass over the input without a call -> (records read, records that would ask, the counts)."""
+    planned = Models(run.args, cache, dry=True)
+    copied = run.counting_copy(planned)
+    if cache.empty:  # then every reply is guessed, and filters have nothing to look at
+        copied.rules = {"answer": {}, "pair": {}}
+    total = 0
+    asking = 0
+    calls_before = 0
+    for _, record in records_of(path, copied):
+        # A guessed reply may break a method that reads replies; the run itself guesses none.
+        with contextlib.suppress(*BUGS):
+            await copied.make_pairs(record)
+        calls = sum(usage.calls + usage.cached for usage in planned.usage.values())
+        if calls > calls_before:
+            asking += 1
+        calls_before = calls
         total += 1
-    return total, asking, models
+        if total % 50 == 0:
+            await asyncio.sleep(0)  # lets Ctrl-C through
+            if run.models.stop:
+                raise run.models.stop
+    return total, asking, planned
+
+
+class Labels:
+    """Counts the labels of every two answers: each is written once, and never both ways.
+
+    The output streams, so a contradiction may show when its first label is written already. Then
+    the whole pass is run again with `decided`. No text is kept, one dict entry for two answers."""
+
+    def __init__(self, decided: dict[int, int] | None = None) -> None:
+        # Two answers to a prompt -> labels for the one that sorts first, less those for the other.
+        self.leads: dict[int, int] = {}
+        # Two answers whose labels contradict each other.
+        self.contradicted: set[int] = set()
+        # Their leads over the whole input, from the pass before.
+        self.decided = decided or {}
+        # Two answers whose label is written.
+        self.written: set[int] = set()
+
+    # A choice of people outweighs any number of labels.
+    PEOPLE = 1_000_000
+
+    def apply(self, outcome: Outcome) -> Outcome:
+        """The outcome without pairs whose label was written before or is contradicted."""
+        kept = []
+        reasons = []
+        for pair in outcome.pairs:
+            reason = self.rejection_reason(pair)
+            if reason:
+                outcome.record.facts[reason] += 1
+                reasons.append(reason)
+            else:
+                kept.append(pair)
+        if not reasons:
+            return outcome
+        if kept:
+            return replace(outcome, pairs=kept)
+        contradictory = "contradictory labels"
+        reason = contradictory if contradictory in reasons else reasons[0]
+        return dropped_outcome(outcome.record, Failed("input", reason))
+
+    def rejection_reason(self, pair: Pair) -> str:
+        """Count the pair's label -> why it is not written, "" if it is."""
+        better = " ".join(pair.chosen.text.split())
+        worse = " ".join(pair.rejected.text.split())
+        prompt = [(turn["role"], *turn["content"].split()) for turn in pair.record.messages]
+        key = hash(repr((prompt, min(better, worse), max(better, worse))))
+        weight = self.PEOPLE if pair.human else 1
+        vote = weight if better < worse else -weight
+        before = self.leads.get(key)
+        self.leads[key] = vote + (before or 0)
+        if before is None:
+            before = vote
+        elif before * vote < 0:
+            self.contradicted.add(key)
+        lead = self.decided.get(key, before)
+        if lead * vote <= 0:
+            return "contradictory labels"
+        if key in self.written:
+            return "repeated label"
+        self.written.add(key)
+        return ""
+
+    def decisions(self) -> dict[int, int]:
+        """The leads of all contradicted labels: 0 is a draw, and no label is written."""
+        return {key: self.leads[key] for key in self.contradicted}
 
 
 class OutputFiles:
@@ -4150,206 +4594,390 @@ class OutputFiles:
 
     Lines go to `<name>.part`, locked against a second run, until all is done."""
 
-    def __init__(self, run: Run):
-        self.run, self.rows, self.dropped = run, Counter(), Counter()
-        self.read = self.pairs = self.retryable = 0
-        self.keys, self.kinds, self.warned = Hashes(), set(), False
-        self.output, self.drops, self.test, self.candidates, *self.pages = written_paths(run.args)
-        paths = filter(None, (self.output, self.drops, self.test, self.candidates))
-        self.open = {path: opened(path + ".part") for path in paths}
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        paths = written_paths(run.args)
+        self.output, self.drops, self.test, self.candidates = paths[:4]
+        # Report page, its numbers, review page; "" if not asked for.
+        self.pages = paths[4:]
+        # path -> its .part
+        self.open = {path: opened(path + ".part") for path in paths[:4] if path}
+        self.restart()
+
+    def restart(self) -> None:
+        """Empty all files and counts."""
+        # Records read; pairs written; records whose failure a rerun may cure.
+        self.read = 0
+        self.pairs = 0
+        self.retryable = 0
+        # path -> rows; (stage, kind of reason) -> records.
+        self.rows: Counter[str] = Counter()
+        self.dropped: Counter[tuple[str, str]] = Counter()
+        # Hashes of what a format writes only `once`.
+        self.written_once: set[int] = set()
+        # Whether rows with and without scores were written.
+        self.has_scores: set[bool] = set()
+        self.warned_of_turns = False
         for file in self.open.values():
+            file.seek(0)
             file.truncate(0)
 
-    def add(self, outcome: Outcome):
-        """Count a record; write its rows or its line among the dropped, and its answers where wanted."""
-        record, answers = outcome.record, [vars(answer) for answer in outcome.answers]
-        if self.candidates and answers:
-            known = {"prompt": record.messages, "prompt_id": record.prompt_id}
-            self.write(self.candidates, known | {"completions": answers})
-        if not outcome.pairs:
-            why = {"line": record.line, "stage": outcome.stage, "reason": outcome.reason}
-            known = {
-                "prompt_id": record.prompt_id if record.messages else "",
-                "prompt": record.prompt,
-            }
-            self.write(self.drops, why | known | {"answers": answers})
-            self.dropped[outcome.stage, outcome.reason.split(":")[0]] += 1
+    def add(self, outcome: Outcome) -> Outcome:
+        """Count a record, write its rows or its drop -> the outcome as it was written."""
+        rows = []
         for pair in outcome.pairs:
-            self.add_pair(pair)
+            rows += self.new_rows(pair)
+        if outcome.pairs and not rows:
+            # kto and prompts write a completion or a prompt once
+            outcome = dropped_outcome(outcome.record, Failed("filter", "repeated row"))
+        record = outcome.record
+        answers = [vars(answer) for answer in outcome.answers]
+        if self.candidates and answers:
+            row = {"prompt": record.messages, "prompt_id": record.prompt_id}
+            self.write(self.candidates, row | {"completions": answers})
+        if not outcome.pairs:
+            self.add_drop(outcome, answers)
+        for row in rows:
+            self.write(self.file_of(record), row)
+        self.pairs += len(outcome.pairs)
         self.read += 1
         self.retryable += outcome.retryable
+        return outcome
 
-    def add_pair(self, pair: Pair):
-        """Write the rows of a pair that keeps the law of direction, less what a format writes only `once`."""
-        chosen, rejected, args, record = (
-            pair.chosen.score,
-            pair.rejected.score,
-            self.run.args,
-            pair.record,
-        )
-        if not pair.human and chosen is not None and chosen <= rejected:
-            raise AssertionError(f"line {record.line}: a pair without a lead reached the writer")
-        share, make = args.test_fraction, OUTPUTS[args.output_format]
-        held = share and int(digest(args.seed, record.messages)[:8], 16) / 16**8 < share
-        for row in make(pair, self.run):
-            once = [row[name] for name in getattr(make, "once", ())]
-            if once and not self.keys.is_new(hash(json.dumps(once))):
-                continue
-            self.kinds.add("score_chosen" in row)
-            self.write(self.test if held else self.output, row)
-            if isinstance(row.get("prompt"), str) and len(record.messages) > 1 and not self.warned:
-                self.warned = True
-                note(
-                    f"line {record.line}: turns become one text; --output-format conversational keeps them"
-                )
-        self.pairs += 1
+    def add_drop(self, outcome: Outcome, answers: list[dict]) -> None:
+        """Write the record's line among the dropped, and count its reason."""
+        record = outcome.record
+        row = {
+            "line": record.line,
+            "stage": outcome.stage,
+            "reason": outcome.reason,
+            "prompt_id": record.prompt_id if record.messages else "",
+            "prompt": record.prompt,
+            "answers": answers,
+        }
+        self.write(self.drops, row)
+        self.dropped[outcome.stage, outcome.reason.split(":")[0]] += 1
 
-    def write(self, path: str, row: dict):
+    def new_rows(self, pair: Pair) -> list[dict]:
+        """The rows of a pair, less those that its format writes only `once` and has written."""
+        chosen = pair.chosen.score
+        rejected = pair.rejected.score
+        if not pair.human and None not in (chosen, rejected) and chosen <= rejected:
+            raise PartError(
+                f"the method `{self.run.args.method}` made a pair whose chosen answer scores "
+                f"{chosen:g} and whose rejected one scores {rejected:g}"
+            )
+        name = self.run.args.output_format
+        once = getattr(OUTPUTS[name], "once", ())
+        rows = []
+        for row in format_rows(name, pair, self.run):
+            if once:
+                key = hash(json.dumps([row[column] for column in once]))
+                if key in self.written_once:
+                    continue
+                self.written_once.add(key)
+            rows.append(row)
+            self.has_scores.add("score_chosen" in row)
+            flattened = isinstance(row.get("prompt"), str) and len(pair.record.messages) > 1
+            if flattened and not self.warned_of_turns:
+                self.warned_of_turns = True
+                advice = "turns become one text; --output-format conversational keeps them"
+                note(f"line {pair.record.line}: {advice}")
+        return rows
+
+    def file_of(self, record: Record) -> str:
+        """The output, or the test split for its share of prompts."""
+        share = self.run.args.test_fraction
+        draw = int(digest(self.run.seed, record.messages)[:8], 16) / 16**8
+        return self.test if share and draw < share else self.output
+
+    def write(self, path: str, row: dict) -> None:
+        """Write a row to the part of a file."""
         self.open[path].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self.rows[path] += 1
 
-    def finish(self):
+    def finish(self) -> None:
         """All is done: every part gets its name. A former file that differs stays as .bak."""
-        for (
-            file
-        ) in self.open.values():  # its lock is needed until then, but Windows renames no open file
-            file.close() if os.name == "nt" else file.flush()
-        if len(self.kinds) > 1:
+        for file in self.open.values():
+            if os.name == "nt":  # it renames no open file
+                file.close()
+            else:  # the lock is needed until the file is renamed
+                file.flush()
+        if len(self.has_scores) > 1:
             note("some pairs have no scores, so the score columns are left out of the whole file")
-            for path in filter(None, (self.output, self.test)):
-                with open(path + ".part", "rb") as source, open(path + ".part", "r+b") as target:
-                    for line in source:  # in place: what is written never passes what is read
-                        row = json.loads(line)
-                        row = {
-                            key: row[key]
-                            for key in row
-                            if key not in ("score_chosen", "score_rejected")
-                        }
-                        target.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                    target.truncate()
+            remove_scores(self.output + ".part")
+            if self.test:
+                remove_scores(self.test + ".part")
         for path in self.open:
-            if os.path.exists(path) and not filecmp.cmp(path, path + ".part", shallow=False):
+            part = path + ".part"
+            if os.path.exists(path) and not filecmp.cmp(path, part, shallow=False):
                 os.replace(path, path + ".bak")
-            os.replace(path + ".part", path)
+            os.replace(part, path)
         if not self.rows[self.drops]:
             os.remove(self.drops)
 
-    def close(self):
-        """Let go of every file; a part that is not done stays."""
+    def close(self) -> None:
+        """Close every file; a part that is not done stays."""
         for file in self.open.values():
             with contextlib.suppress(OSError):
                 file.close()
 
 
-def opened(path: str):
-    """A file to write, locked, its owner's to read; raises UserError if another run has it, or nobody can."""
+def format_rows(name: str, pair: Pair, run: Run) -> list[dict]:
+    """The rows that an output format makes of a pair; raises PartError for wrong ones."""
+    part = f"the output format `{name}`"
+    try:
+        rows = OUTPUTS[name](pair, run)
+    except Exception as error:
+        raise broken(part, error) from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise PartError(f"{part} returned {rows!r:.80}, not a list of rows (dicts)")
+    for row in rows:
+        try:
+            text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+            text.encode("utf-8")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PartError(f"{part} returned a row that is not JSON: {error}") from None
+        for key, value in row.items():
+            if "null" in text and holds_null(value):
+                raise PartError(f"{part} wrote null in `{key}`: leave the key out of every row")
+    return rows
+
+
+def holds_null(value: object) -> bool:
+    """Whether a JSON value is null or holds one at any depth."""
+    if isinstance(value, dict):
+        return any(holds_null(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(holds_null(item) for item in value)
+    return value is None
+
+
+def remove_scores(path: str) -> None:
+    """Rewrite a file in place without its score columns, so each line gets shorter."""
+    with open(path, "rb") as source, open(path, "r+b") as target:
+        for line in source:
+            row = json.loads(line)
+            row.pop("score_chosen", None)
+            row.pop("score_rejected", None)
+            target.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        target.truncate()
+
+
+def opened(path: str) -> TextIO:
+    """A locked file to write, readable by its owner alone.
+
+    Raises UserError if another run uses it or it cannot be written."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         owned = functools.partial(os.open, mode=0o600)
         file = open(path, "a", encoding="utf-8", newline="\n", opener=owned)  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be written ({os_error_text(error)})") from None
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(0)  # from where it locks a byte
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            return file
-        import fcntl
-
-        fcntl.flock(
-            file, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # it ends with the process, however that ends
-        renamed = not os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # by who had it
+        lock(file)
+        # Its former owner may have renamed it since it was opened.
+        renamed = os.name != "nt" and not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except OSError:
         renamed = True
-    refuse(renamed, f"{path}: another run is using it")
+    if renamed:
+        file.close()
+        raise UserError(f"{path}: another run is using it")
     return file
 
 
-async def in_order(source, work, emit, workers: int, models: Models):
-    """`workers` items are in work at once; results are emitted in order, a bounded window waits its turn.
+def lock(file: TextIO) -> None:
+    """Lock a file until it is closed or the process ends; raises OSError if another one has it."""
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(0)  # it locks a byte from there
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def os_error_text(error: OSError) -> str:
+    """What the system says, and what to do about a full disk or too many open files."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files: lower --concurrency, or raise the limit (ulimit -n)"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full: free some space and run the same command again"
+    return error.strerror or str(error)
+
+
+async def in_order(
+    source: Iterable[Any],
+    work: Callable[[Any], Awaitable[Outcome]],
+    emit: Callable[[Outcome], None],
+    workers: int,
+    models: Models,
+) -> None:
+    """Work on `workers` items at once and emit the results in order; a bounded window waits.
 
     Whatever ends this early halts the run; what is in work ends first, for its calls are paid."""
-    free, window = asyncio.Semaphore(workers), deque()
+    free = asyncio.Semaphore(workers)
+    window: deque[asyncio.Task] = deque()
     try:
         for item in source:
             await free.acquire()
             if models.stop:
                 break
-            window.append(asyncio.create_task(work(item)))
-            window[-1].add_done_callback(lambda _: free.release())
+            task = asyncio.create_task(work(item))
+            task.add_done_callback(lambda _: free.release())
+            window.append(task)
             while window and (window[0].done() or len(window) > workers * WINDOW):
                 emit(await window.popleft())
         while window:
             emit(await window.popleft())
     except Pending:
-        models.halt(
-            "a reply is missing after all batches: does the method ask something new each time?"
-        )
+        message = "a reply is missing after all batches: does the method ask something new"
+        models.halt(f"{message} each time?")
+    except Stop as stop:
+        models.halt(str(stop), stop.status)
     except BaseException as error:
-        models.halt(repr(error))  # nobody goes on
-        if not isinstance(error, Stop):
-            raise
+        models.halt(repr(error))
+        raise
     finally:
         await asyncio.gather(*window, return_exceptions=True)
 
 
-async def construct(args) -> int:
-    """One whole command -> exit status: check, plan, then carry out."""
+class Progress:
+    """A bar on stderr that counts records as they finish, in any order, and replies.
+
+    It first appears two seconds after the start, so that the plan stands on a line of its own."""
+
+    def __init__(self, files: OutputFiles, models: Models) -> None:
+        self.files = files
+        self.models = models
+        # Records finished, and how many of them the bar shows.
+        self.finished = 0
+        self.drawn = 0
+        # tqdm's, once it is drawn.
+        self.bar = None
+        self.ticking: asyncio.Task | None = None
+
+    async def __aenter__(self) -> Progress:
+        self.ticking = asyncio.create_task(self.tick())
+        return self
+
+    async def tick(self) -> None:
+        """Draw the bar again and again, also while every record waits for a reply."""
+        await asyncio.sleep(2)
+        while True:
+            self.draw()
+            await asyncio.sleep(0.5 if sys.stderr.isatty() else 10)
+
+    def draw(self) -> None:
+        """Show the counts of this moment."""
+        if self.bar is None:
+            self.bar = progress()
+        files, models = self.files, self.models
+        counts = {
+            "replies": getattr(models, "replies", 0),
+            "pairs": files.pairs,
+            "drops": files.dropped.total(),
+            "failures": files.retryable,
+            "tokens": models.tokens(),
+        }
+        if models.args.prices:
+            counts["cost"] = f"{models.spent:.4g}"
+        self.bar.total = models.total
+        self.bar.update(self.finished - self.drawn)
+        self.drawn = self.finished
+        self.bar.set_postfix(counts)
+
+    def line(self, text: str) -> None:
+        """Write a line of its own, though a bar may be drawn."""
+        if self.bar is not None:
+            note("")
+        note(text)
+
+    async def __aexit__(self, *_: object) -> None:
+        self.ticking.cancel()
+        if self.bar is not None:
+            self.draw()
+            self.bar.close()
+
+
+async def construct(args: argparse.Namespace) -> int:
+    """One whole command -> exit status: check, plan, then do it."""
     run = check(args)
     path = spooled(args)
-    check_input(path, run)
-    kept = (
-        args.cache_path != "none"
-        and run.pays()
-        and (os.path.exists(args.cache_path) or not args.dry_run)
-    )
-    cache = Cache(
-        args.cache_path if kept else None, output_id=digest(os.path.realpath(args.output_path))[:16]
-    )
-    run.models = models = Models(args, cache)
+    try:
+        check_input(path, run)
+        with contextlib.closing(open_cache(run)) as cache:
+            return await construct_with(cache, path, run)
+    except PartError as error:  # in an input adapter
+        if error.__cause__:
+            note("".join(traceback.format_exception(error.__cause__)).rstrip())
+        place = error.place.replace(path, args.input_file) or args.input_file
+        raise Stop(f"{place}: {error}") from None
 
-    async def announce_plan():
-        """Before the first call: say what may be called."""
-        try:
-            models.total, asking, planned = await plan(path, run, cache)
-        except UserError as error:  # the input breaks off
-            raise models.halt(str(error), 2) from None
-        note(plan_line(asking, planned))
 
-    models.announce_plan = announce_plan
+def open_cache(run: Run) -> Cache:
+    """The cache of --cache-path; without one, nothing is kept beyond this run."""
+    args = run.args
+    path = None
+    if run.pays() and args.cache_path != "none":
+        if os.path.exists(args.cache_path) or not args.dry_run:
+            path = args.cache_path
+    elif run.pays() and run.reads_answers and not args.dry_run:
+        # Contradictory labels make a second pass; it must not pay again.
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        path = os.path.join(folder, "replies.sqlite")
+    return Cache(path, output_id=digest(os.path.realpath(args.output_path))[:16])
+
+
+async def construct_with(cache: Cache, path: str, run: Run) -> int:
+    """The command with its cache open -> exit status."""
+    args = run.args
+    models = Models(args, cache)
+    run.models = models
     try:
         check_prices(run)
         if args.dry_run:
             show_plan(*await plan(path, run, cache))
             return 0
         with contextlib.closing(OutputFiles(run)) as files, interruptible(models):
+            progress_bar = Progress(files, models)
+
+            async def announce_plan() -> None:
+                """Before the first call: say what may be called."""
+                try:
+                    models.total, asking, planned = await plan(path, run, cache)
+                except UserError as error:  # the input breaks off
+                    raise models.halt(str(error), 2) from None
+                progress_bar.line(plan_line(asking, planned))
+
+            models.announce_plan = announce_plan
             if args.batch and run.pays():
                 await fill_cache(path, run)
-            return await run_job(path, run, files)
+            return await run_job(path, run, files, progress_bar)
     finally:
         await models.close()
-        cache.close()
 
 
-async def fill_cache(path: str, run: Run):
-    """--batch: passes over the input, and batches for what they want, until the cache holds every reply."""
-    models, run = run.models, copy.copy(run)
-    run.annotations = None  # they count the pairs that come by
+async def fill_cache(path: str, run: Run) -> None:
+    """--batch: pass over the input and send batches until the cache holds every reply."""
+    models = run.models
+    copied = run.counting_copy(models)
     with opened(f"{models.cache.path}.batch"):
-        models.batches = Batches(run, models)
+        models.batches = Batches(copied, models)
         for _ in range(BATCH_PASSES):
             models.usage.clear()  # a pass counts all that is known, and so does the run itself
             pending = 0
-            for line, record in records_of(path, run):
+            for line, record in records_of(path, copied):
                 try:
-                    await process_record(line, record, run)
+                    await process_record(line, record, copied)
                 except Pending:
                     pending += 1
             if not pending:
-                return models.usage.clear()
+                models.usage.clear()
+                return
             note(f"{pending} records wait for replies")
             try:
                 await models.batches.submit_and_wait()
@@ -4358,130 +4986,186 @@ async def fill_cache(path: str, run: Run):
                 raise models.halt(f"the batch engine refused ({error}); {hint}") from None
 
 
-async def run_job(path: str, run: Run, files: OutputFiles) -> int:
-    """The run itself: records through the method, outcomes into files, report and review page."""
-    args, models, said = run.args, run.models, run.annotations
-    report, review = Report(run.seed, run.orders), ReviewQueue(run.seed)
-    takers = list(itertools.compress((report, review), files.pages[::2]))
+class Job:
+    """One or two passes over the input: record -> method -> outcome -> files and report."""
 
-    def emit(outcome: Outcome):
+    def __init__(self, path: str, run: Run, files: OutputFiles) -> None:
+        self.path = path
+        self.run = run
+        self.files = files
+        self.report = Report(run.seed, run.orders)
+        self.review = ReviewQueue(run.seed)
+        self.labels = Labels()
+        # Place in the input -> the failed call there, so that a second pass makes none.
+        self.failures: dict[int, Failed] = {}
+
+    async def run_pass(self, progress_bar: Progress) -> None:
+        """Process every record and write it."""
+        run = self.run
+
+        async def work(item: tuple[int, tuple[int, Record | Failed]]) -> tuple[int, Outcome]:
+            place, (line, record) = item
+            outcome = await process_record(line, self.failures.get(place, record), run)
+            progress_bar.finished += 1
+            return place, outcome
+
+        async with progress_bar:
+            source = enumerate(records_of(self.path, run))
+            await in_order(source, work, self.emit, run.args.concurrency, run.models)
+
+    def emit(self, result: tuple[int, Outcome]) -> None:
+        """Write one outcome and count it; called in the order of the input."""
+        place, outcome = result
+        line = outcome.record.line
         try:
-            files.add(outcome)
-        except (
-            AttributeError,
-            TypeError,
-            ValueError,
-            AssertionError,
-        ) as error:  # a method of one's own
-            line = f"{args.input_file}:{outcome.record.line}"
-            raise models.halt(f"{line}: {args.method} made what no row can hold: {error}") from None
-        for taker in takers:
-            taker.add(outcome)
-        bar.total = models.total
-        if (
-            bar.update() or files.read == models.total
-        ):  # it was drawn, as it is a few times a second at most
-            counts = {
-                "pairs": files.pairs,
-                "drops": files.dropped.total(),
-                "failures": files.retryable,
-            }
-            counts |= {"tokens": models.tokens()} | (
-                {"cost": f"{models.spent:.4g}"} if args.prices else {}
-            )
-            bar.set_postfix(counts)
+            if self.run.reads_answers:
+                outcome = self.labels.apply(outcome)
+                if outcome.stage == "model" or outcome.retryable:
+                    failure = Failed(outcome.stage, outcome.reason, outcome.retryable)
+                    self.failures[place] = failure
+            outcome = self.files.add(outcome)
+        except (AttributeError, TypeError, ValueError) as error:  # an answer with odd values
+            bug = broken(f"writing what the method `{self.run.args.method}` made", error)
+            raise halt_at(f"{self.run.args.input_file}:{line}", bug, self.run.models) from None
+        except PartError as error:
+            raise halt_at(f"{self.run.args.input_file}:{line}", error, self.run.models) from None
+        if self.files.pages[0]:
+            self.report.add(outcome)
+        if self.files.pages[2]:
+            self.review.add(outcome)
 
-    with contextlib.closing(progress()) as bar:
-        work = lambda item: process_record(*item, run)
-        await in_order(records_of(path, run), work, emit, args.concurrency, models)
-    if said:
-        problems = said.problems + said.unused()
-        for problem in problems[:20] + [f"... and {len(problems) - 20} more"] * (
-            len(problems) > 20
-        ):
-            note(problem)
-        if not said.met:
-            models.halt(
-                "none of the verdicts is about a pair of this input: give the page's own input", 2
-            )
+    async def run_again(self) -> None:
+        """The second pass, which knows the contradicted labels. Every reply is in the cache."""
+        models = self.run.models
+        count = len(self.labels.contradicted)
+        note(f"{count} pairs have contradictory labels: the input is read once more without them")
+        usage = copy.deepcopy(models.usage)
+        self.labels = Labels(self.labels.decisions())
+        self.report = Report(self.run.seed, self.run.orders)
+        self.review = ReviewQueue(self.run.seed)
+        self.run.shared_passages = Counter()
+        if self.run.annotations:  # they have counted the pairs that they met
+            self.run.annotations = Annotations(self.run.args.annotations)
+        self.files.restart()
+        await self.run_pass(Progress(self.files, models))
+        models.usage = usage
+
+
+async def run_job(path: str, run: Run, files: OutputFiles, progress_bar: Progress) -> int:
+    """The run itself -> exit status: the passes, then report and review page, then the summary."""
+    models = run.models
+    job = Job(path, run, files)
+    await job.run_pass(progress_bar)
+    if job.labels.contradicted and not models.stop:
+        await job.run_again()
+    if run.annotations:
+        note_annotations(run.annotations, models)
+    excluded = excluded_note(run, files)
+    if excluded:
+        note(excluded)
+    lines = []
     if not models.stop:
         files.finish()
-    lines = [] if models.stop else report_out(path, run, files, report, review)
+        lines = report_out(path, run, files, job.report, job.review)
     show("\n".join(lines + summary(files, models)))
     if models.stop:
         raise models.stop
     return 1 if files.retryable or not files.pairs else 0
 
 
+def note_annotations(annotations: Annotations, models: Models) -> None:
+    """Say which annotations were not used; stop if none was."""
+    problems = annotations.problems + annotations.unused()
+    for problem in problems[:20]:
+        note(problem)
+    if len(problems) > 20:
+        note(f"... and {len(problems) - 20} more")
+    if not annotations.met:
+        message = "none of the verdicts is about a pair of this input"
+        models.halt(f"{message}: give the page's own input", 2)
+
+
 def report_out(
     path: str, run: Run, files: OutputFiles, report: Report, review: ReviewQueue
 ) -> list[str]:
-    """Write the report's page and numbers and the review page -> the terminal's lines."""
+    """Write the report's page and numbers and the review page -> the lines for the terminal."""
     page, data, review_page = files.pages
-    texts, lines = {review_page: review.page()} if review_page else {}, []
+    texts = {}
+    lines = []
+    if review_page:
+        texts[review_page] = review.page()
     if page:
         human = run.annotations.numbers() if run.annotations else None
         numbers = report.numbers(settings_of(path, run), run.models.rows(), human)
-        texts |= {
-            data: json.dumps(numbers, ensure_ascii=False, indent=1) + "\n",
-            page: report_html(numbers),
-        }
+        texts[data] = json.dumps(numbers, ensure_ascii=False, indent=1) + "\n"
+        texts[page] = report_html(numbers)
         lines = report_lines(numbers)
     try:
         for name, text in texts.items():
             with opened(name) as file:
                 file.truncate(0)
                 file.write(text)
-    except UserError as error:  # too late to be the user's
+    except UserError as error:  # the pairs have their names by now
         raise Stop(f"the pairs are written, but {error}") from None
     return lines
 
 
 def settings_of(path: str, run: Run) -> dict:
-    """How the data was made, for the report: no key, no date, so that a rerun gives the same bytes."""
+    """How the data was made, for the report: no key and no date, so a rerun gives equal bytes."""
     import importlib.metadata
 
     settings = {name: value for name, value in vars(run.args).items() if value}
-    settings |= {"rubric": digest(run.rubric)[:16]} if run.args.rubric else {}
-    settings["models"] = [model.name for model in run.asked() if model not in run.judges]
-    settings["judges"] = [model.name for model in run.judges]
-    packages = [name for name in ("openai", "dashscope") if importlib.util.find_spec(name)]
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    settings["versions"] = versions | {"python": ".".join(map(str, sys.version_info[:3]))}
+    if run.args.rubric:
+        settings["rubric"] = digest(run.rubric)[:16]
+    writers = [model for model in run.asked() if model not in run.judges]
+    settings["models"] = [run.names[model] for model in writers]
+    settings["judges"] = [run.names[model] for model in run.judges]
+    versions = {}
+    for name in ("openai", "dashscope"):
+        if importlib.util.find_spec(name):
+            versions[name] = importlib.metadata.version(name)
+    versions["python"] = ".".join(str(part) for part in sys.version_info[:3])
+    settings["versions"] = versions
     settings["input_sha256"] = ""
     with contextlib.suppress(OSError), open(path, "rb") as file:  # it may have been moved by now
         settings["input_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return json.loads(
-        scrub(json.dumps(settings, ensure_ascii=False))
-    )  # a file's name need not be UTF-8
+    # A file's name need not be UTF-8.
+    return json.loads(scrub(json.dumps(settings, ensure_ascii=False)))
 
 
 @contextlib.contextmanager
-def interruptible(models: Models):
-    """The first Ctrl-C lets the calls in flight come home (they are paid), the second leaves at once."""
-    loop, pressed = asyncio.get_running_loop(), []
+def interruptible(models: Models) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) lets the calls in flight end, for they are paid.
 
-    def stop(*_):
+    The second leaves at once."""
+    events = asyncio.get_running_loop()
+    pressed = []
+
+    def stop(*_: object) -> None:
         if models.stop or pressed:  # every paid reply is committed, so there is nothing to tidy up
             os._exit(130)
         pressed.append(True)
         note(
-            f"\nstopping: {models.in_flight} calls in flight come home first; Ctrl-C again leaves them"
+            f"\nstopping: waiting for {models.in_flight} calls in flight, which are paid; "
+            "Ctrl-C again leaves at once"
         )
-        loop.call_soon_threadsafe(models.halt, "interrupted", 130)
+        events.call_soon_threadsafe(models.halt, "interrupted", 130)
 
-    former = signal.signal(signal.SIGINT, stop)
+    on_interrupt = signal.signal(signal.SIGINT, stop)
+    on_termination = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, former)
+        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGTERM, on_termination)
 
 
-def spooled(args) -> str:
-    """The input's path; stdin is copied to a temporary file, since a run may read its input twice."""
+def spooled(args: argparse.Namespace) -> str:
+    """The input's path; stdin is copied to a temporary file, since a run reads it twice."""
     if args.input_file != "-":
         return args.input_file
-    refuse(sys.stdin is None, "stdin is closed: name an --input-file")
+    if sys.stdin is None:
+        raise UserError("stdin is closed: name an --input-file")
     with tempfile.NamedTemporaryFile(suffix=".jsonl", delete=False) as file:
         atexit.register(Path(file.name).unlink, missing_ok=True)
         shutil.copyfileobj(sys.stdin.buffer, file)
@@ -4655,6 +5339,8 @@ def build_parser() -> argparse.ArgumentParser:
         "points off per factor 1.5 of chosen's length",
     )
     flag("--skip-filter", skippable, [], "NAME", "switch a filter off; repeatable")
+    opt_in = [name for name, rule in FILTERS.items() if getattr(rule, "opt_in", False)]
+    flag("--use-filter", opt_in, [], "NAME", "switch an opt-in filter on; repeatable")
     group = parser.add_argument_group("running")
     flag("--concurrency", between(1, 4096), 16, "N", "records in work at once")
     flag("--timeout", between(0.01, 1e6), 600.0, "S", "seconds for one call")
@@ -4896,6 +5582,7 @@ def check_input(path: str, run: Run):
         strange = re.match("no known|no answers|not a record|not JSON", failed.reason)
         hint = f". Accepted: {shapes}. Other fields: --rename OLD=NEW" if strange else ""
         raise UserError(f"{name}:{line}: {failed.reason}{hint}")
+    run.writes_decided_by |= any(record.decided_by for record in good)
     needy = any(model.provider == "offline" and model.name != "heuristic" for model in run.asked())
     bare = needy and not any(record.reference for record in good)
     refuse(
@@ -4932,10 +5619,11 @@ def main(argv: list[str] | None = None) -> int:
     except Stop as stop:
         note(f"{PROGRAM}: stopped: {stop}")
         return stop.status
-    except (OSError, sqlite3.Error) as error:
-        note(
-            f"{PROGRAM}: stopped: {error}; with room on the disk the same command goes on from here"
-        )
+    except OSError as error:
+        note(f"{PROGRAM}: stopped: {os_error_text(error)}; the same command goes on from here")
+        return 3
+    except sqlite3.Error as error:
+        note(f"{PROGRAM}: stopped: {error}; the same command goes on from here")
         return 3
     except KeyboardInterrupt:
         note(f"{PROGRAM}: interrupted; the same command goes on from here")
