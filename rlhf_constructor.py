@@ -768,7 +768,7 @@ async def gather_all(tasks: list) -> list:
 # --------------------------------------------------------------------------------------------------
 # §4 METHODS: model_comparison, generate_pairs, rank_responses; strategies; Run, process_record
 # In: a Record, and the Run that the flags make. Out: an Outcome: pairs, or the reason of the drop.
-# §16 calls process_record for every record of the input.
+# OutputFiles and the rest of §16 take the outcomes.
 # --------------------------------------------------------------------------------------------------
 
 # EDIT HERE to add a method: copy one, rename it, give it a one-line docstring: --method knows it.
@@ -1040,8 +1040,6 @@ class Run:
         is_offline = model.provider == "offline" and model.name in DEFAULT_MODELS["offline"]
         if is_offline and not record.reference:
             return Failed("input", "no reference answer")
-        if model == Model("offline", "reference"):
-            return Answer(record.reference, "reference")
         try:
             return await self.generate(record, model, record.messages, sample)
         except Failed as error:
@@ -1061,6 +1059,8 @@ class Run:
         self, record: Record, model: Model, messages: list[dict], sample: int
     ) -> Answer:
         """The answer of a model, steered by --system-prompt, without its thoughts."""
+        if model == Model("offline", "reference"):
+            return Answer(record.reference, "reference")
         if self.args.system_prompt:
             messages = with_system_prompt(messages, self.args.system_prompt)
         temperature = self.args.temperature
@@ -5038,7 +5038,7 @@ class Job:
         """The second pass, which knows the contradicted labels. Every reply is in the cache."""
         models = self.run.models
         count = len(self.labels.contradicted)
-        note(f"{count} pairs have contradictory labels: the input is read once more without them")
+        note(f"contradictory labels: {count} answer pairs; the input is read again without them")
         usage = copy.deepcopy(models.usage)
         self.labels = Labels(self.labels.decisions())
         self.report = Report(self.run.seed, self.run.orders)

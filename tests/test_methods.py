@@ -460,3 +460,97 @@ def test_what_no_answer_may_be_is_no_side_of_a_pair(reason, side):
     run = run_of("--judge-model", "none")
     run.method = mine
     assert process_record(ask(reference="42"), run) == f"filter: {reason}"
+
+
+# --- which models, which samples, which names
+
+
+def pool_of(*specs, count="4"):
+    """A run of generate_pairs over these candidate models."""
+    return run_of("--method", "generate_pairs", "--num-candidates", count,
+                  "--candidate-models", *specs, *judged_by("judge"),
+                  says=lambda name, prompt: f"I am {name}, number {len(prompt)}.")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "specs, samples",
+    [("m", "m0 m1 m2 m3"), ("mm", "m0 m1 m2 m3"), ("mn", "m0 n0 m1 n1"), ("mmn", "m0 m1 n0 m2")],
+)
+def test_a_model_that_is_named_twice_gives_samples_of_its_own(specs, samples):
+    run = pool_of(*(f"openai:{name}{LOCAL}" for name in specs))
+    assert " ".join(f"{model.name}{sample}" for model, sample in run.candidates) == samples
+
+
+def test_one_name_at_two_addresses_is_two_names_in_rows():
+    run = pool_of("openai:m@http://localhost:1/v1", "openai:m@http://localhost:2/v1", count="2")
+    answers = wait(run.ask_all(ask(), [(run.candidates[0][0], 0), (run.candidates[1][0], 1)]))
+    assert "identical answers" in why(answers)  # the script answers both alike
+    names = [run.names[model] for model, _ in run.candidates]
+    assert names == ["m@http://localhost:1/v1", "m@http://localhost:2/v1"]
+
+
+def test_a_name_of_its_own_stays_a_plain_name():
+    run = pool_of(f"openai:m{LOCAL}", f"openai:n{LOCAL}")
+    assert {run.names[model] for model, _ in run.candidates} == {"m", "n"}
+
+
+def test_a_provider_without_default_models_asks_for_them(monkeypatch):
+    monkeypatch.delitem(rc.DEFAULT_MODELS, "openai")
+    with pytest.raises(rc.UserError, match="name --high-model and --low-model"):
+        run_of("--provider", "openai")
+
+
+# --- who decided, and what is looked at twice
+
+
+def test_a_label_that_people_decided_outlives_scores_that_say_the_opposite():
+    answers = [
+        rc.Answer("It is 42.", score=3.0, votes=(1.0,)),
+        rc.Answer("It is 41.", score=8.0, votes=(0.0,)),
+    ]
+    record = ask(answers=answers, signal="choice", decided_by="people")
+    run = run_of("--method", "rank_responses")
+    [pair] = wait(run.make_pairs(record)).pairs
+    assert (pair.chosen.text, pair.human) == ("It is 42.", True)
+
+
+def test_an_answer_filter_looks_at_an_answer_once(monkeypatch):
+    seen = []
+
+    def watching(record, answer):
+        """notes what it sees"""
+        seen.append(answer.text)
+
+    watching.on = "answer"
+    monkeypatch.setitem(rc.FILTERS, "watching", watching)
+    run = comparison(lambda _, sheet: verdict(sheet, {"It is 42.": 9, "It is 41.": 2}.get))
+    assert process_record(ask(), run) == "strong over weak"
+    assert sorted(seen) == ["It is 41.", "It is 42."]
+
+
+def test_two_texts_that_differ_in_case_alone_are_a_pair_if_the_label_tells_them_apart():
+    answers = [rc.Answer("a GiAnT", votes=(1.0,)), rc.Answer("a giant", votes=(0.0,))]
+    run = run_of("--method", "rank_responses")
+    record = ask(answers=answers, signal="choice")
+    assert run.usable(record, answers) == answers
+
+
+@pytest.mark.parametrize(
+    "texts, reason",
+    [
+        (["Yes", "Yes"], "filter: identical answers"),
+        (["Yes", "Yes", "No"], "input: contradictory signals"),
+    ],
+)
+def test_one_text_with_two_votes(texts, reason):
+    answers = [rc.Answer(text, votes=(float(place),)) for place, text in enumerate(texts)]
+    run = run_of("--method", "rank_responses")
+    with pytest.raises(rc.Failed) as failed:
+        run.usable(ask(answers=answers, signal="choice"), answers)
+    assert why(failed.value).startswith(reason)
+
+
+def test_the_reference_is_never_damaged_as_a_text_to_work_with():
+    reference = "First. Second. Third. Fourth."
+    run = run_of()
+    assert wait(run.ask_text(ask(reference=reference), run.high, ask().messages)) == reference

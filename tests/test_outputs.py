@@ -26,6 +26,7 @@ ROWS = {
     "conversational": [{"prompt": TURNS, "chosen": [GOOD], "rejected": [BAD]}],
     "chatml": [{"messages": TURNS, "chosen": GOOD, "rejected": BAD}],
     "openai": [{"input": {"messages": TURNS}, "preferred_output": [GOOD], "non_preferred_output": [BAD]}],
+    "swift": [{"messages": [*TURNS, GOOD], "rejected_response": "41"}],
     "kto": [{"prompt": FLAT, "completion": "42", "label": True}, {"prompt": FLAT, "completion": "41", "label": False}],
     "prompts": [{"prompt": TURNS}],
 }  # fmt: skip
@@ -73,6 +74,16 @@ def test_score_columns_are_left_out_together(scores):
         "rejected_model",
         "prompt_id",
     ]
+
+
+@pytest.mark.parametrize("human, by", [(True, "people"), (False, "scores")])
+def test_with_annotations_every_row_says_who_decided(human, by):
+    run = run_of()
+    run.writes_decided_by = True
+    one = made()
+    one.human = human
+    [row] = rc.as_standard(one, run)
+    assert list(row)[-1] == "decided_by" and row["decided_by"] == by
 
 
 def test_a_lone_user_turn_is_the_prompt_itself():
