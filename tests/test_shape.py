@@ -194,24 +194,16 @@ def test_every_function_is_annotated():
     assert where(bare) == []
 
 
-def code_lines(tree) -> set[int]:
-    """Numbers of the lines that hold code: no blank line, comment or docstring."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = set()
-    for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node):
-            docstrings |= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
-    filled = {n for n, line in enumerate(LINES, 1) if re.match(r" *[^ #]", line)}
-    return filled - docstrings
-
-
 @UNTIL_MERGED
-def test_a_line_of_code_holds_nine_syntax_nodes_at_most_on_average():
-    """The two pages are texts, and stand last."""
-    pages = LINES.index(next(line for line in LINES if line.startswith("# §18"))) + 1
-    nodes = [node for node in ast.walk(TREE) if getattr(node, "lineno", pages) < pages]
-    lines = [n for n in code_lines(TREE) if n < pages]
-    assert len(nodes) / len(lines) <= 9
+def test_a_line_holds_nine_syntax_nodes_at_most_on_average():
+    """Of all lines but blank ones and comments; pycodestyle has 6.0, bottle 6.6. The pages are texts."""
+    pages = next(n for n, line in enumerate(LINES, 1) if re.match(r"# §\d+ +PAGES", line))
+    nodes = 0
+    for statement in TREE.body:
+        if statement.lineno < pages:
+            nodes += sum(1 for _ in ast.walk(statement))
+    lines = [line for line in LINES[:pages] if re.match(r" *[^ #]", line)]
+    assert nodes / len(lines) <= 9
 
 
 def test_every_flag_that_the_script_names_exists():
