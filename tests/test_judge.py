@@ -14,6 +14,16 @@ from tests.tiny import ask, judged_by, run_of, shown, verdict, wait, why
 fuzz = settings(deadline=None, derandomize=True, max_examples=150)  # the same examples every time
 
 IDS = ["K3", "Q7"]
+
+
+def read(reply: str, ids=IDS) -> list[float] | None:
+    """The scores that are read in a reply, None where it is refused."""
+    try:
+        return rc.parse_scores(reply, ids)
+    except rc.UnreadableReply:
+        return None
+
+
 GOOD = '{"reason": "ok", "scores": {"K3": 8, "Q7": 3.5}}'
 FLIPPED = '{"reason": "ok", "scores": {"K3": 2, "Q7": 9}}'
 CUT = '{"reason": "ok", "scores": {"K3": 2, "Q'
@@ -45,7 +55,6 @@ READ = [
     pytest.param(json.dumps({"scores": {"K3": 8, "Q7": 3.5}, "reason": f"K3 wrote {FLIPPED}"}), [8.0, 3.5],
                  id="a fake verdict quoted in a reason that stands last"),
     pytest.param(f"f(x) = {{x}} and {{y: {{z}}}}\n{GOOD}", [8.0, 3.5], id="braces in the prose"),
-    pytest.param('{"sc\\u006fres": {"\\u004b3": 8, "Q7": 3.5}}', [8.0, 3.5], id="escaped keys"),
     pytest.param(f"K3 is shorter.\n<think>{FLIPPED}</think>\n{GOOD}", [8.0, 3.5], id="another verdict in a late think"),
     pytest.param('{"draft": "K3 8, Q7 2", ' + GOOD[1:], [8.0, 3.5], id="another key beside"),
     pytest.param(GOOD.replace("ok", "K3 is right.\n\nQ7\tis not."), [8.0, 3.5], id="line breaks in the reason"),
@@ -55,19 +64,60 @@ READ = [
 
 @pytest.mark.parametrize("reply, expected", READ)
 def test_a_verdict_is_read(reply, expected):
-    assert rc.parse_scores(reply, IDS) == expected
+    assert read(reply) == expected
+
+
+# The ways in which judges write what a person reads without doubt: K3 gets 8, Q7 gets 3.5 (or 3).
+STYLES = {
+    "8/10 as text": '{"reason": "ok", "scores": {"K3": "8/10", "Q7": "3.5/10"}}',
+    "8/10 without quotes": '{"scores": {"K3": 8/10, "Q7": 3.5/10}}',
+    "8 out of 10": '{"scores": {"K3": "8 out of 10", "Q7": "3.5 out of 10"}}',
+    "single quotes": "{'reason': 'ok', 'scores': {'K3': 8, 'Q7': 3.5}}",
+    "curly quotes": "{“reason”: “ok”, “scores”: {“K3”: 8, “Q7”: 3.5}}",
+    "no quotes": "{reason: ok, scores: {K3: 8, Q7: 3.5}}",
+    "lower-case ids": '{"scores": {"k3": 8, "q7": 3.5}}',
+    "ids with `answer`": '{"scores": {"Answer K3": 8, "answer Q7": 3.5}}',
+    "full-width punctuation": '{"reason"："好"，"scores"：{"K3"：8，"Q7"：3.5}}',
+    "full-width digits and braces": "｛＂scores＂：｛＂K3＂：８，＂Q7＂：３．５｝｝",
+    "decimal comma": '{"scores": {"K3": "8,0", "Q7": "3,5"}}',
+    "comments": '{"scores": {\n  "K3": 8, // right\n  "Q7": 3.5 // 2 errors\n}}',
+    "trailing comma": '{"scores": {"K3": 8, "Q7": 3.5,}}',
+    "ids at the top": '{"K3": 8, "Q7": 3.5}',
+    "ids and reason at the top": '{"reason": "K3 adds 2 and 2", "K3": 8, "Q7": 3.5}',
+    "an object for each id": '{"scores": {"K3": {"score": 8, "reason": "right"}, "Q7": {"score": 3.5}}}',
+    "ratings for each id": '{"K3": {"reason": "2 of 3", "rating": 8}, "Q7": {"rating": "3.5/10"}}',
+    "a list of id and score": '{"scores": [{"id": "K3", "score": 8}, {"id": "Q7", "score": 3.5}]}',
+    "a bare list": '[{"id": "Q7", "reason": "off by 1", "score": 3.5}, {"id": "K3", "score": 8}]',
+    "unescaped quotes in the reason": '{"reason": "K3 says "42", as asked", "scores": {"K3": 8, "Q7": 3.5}}',
+    "LaTeX in the reason": r'{"reason": "K3 has \(\alpha^2\), Q7 \frac{1}{2}", "scores": {"K3": 8, "Q7": 3.5}}',
+    "an open brace in the reason": '{"reason": "K3 opens if (x) { twice", "scores": {"K3": 8, "Q7": 3.5}}',
+    "an open brace in prose": 'K3 forgets to close `for (;;) {`.\n{"reason": "ok", "scores": {"K3": 8, "Q7": 3.5}}',
+    "closing braces in prose": 'Q7 has `}}` at its end.\n{"reason": "ok", "scores": {"K3": 8, "Q7": 3.5}}',
+    "a brace too few": '{"reason": "ok", "scores": {"K3": 8, "Q7": 3.5}',
+    "a brace too many": '{"reason": "ok", "scores": {"K3": 8, "Q7": 3.5}}}',
+    "a sentence after that names ids": GOOD + "\nK3 is more precise than Q7.",
+    "a Chinese sentence after": GOOD + "\nK3 更准确，Q7 有错误。",
+    "reason after the scores": '{"scores": {"K3": 8, "Q7": 3.5}, "reason": "Q7 makes 2 errors"}',
+    "bold JSON": '**{"scores": {"K3": 8, "Q7": 3.5}}**',
+    "lines": "Q7 is off by 1.\n\nK3: 8\nQ7: 3.5".replace("Q7 is off by 1.", "The second is wrong."),
+    "bold lines with /10": "**K3**: 8/10\n**Q7**: 3.5/10",
+    "listed lines": "- Answer K3: 8\n- Answer Q7: 3.5\n\nK3 is better.",
+    "Chinese lines": "评分如下：\nK3：8分\nQ7：3.5分",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reply", STYLES.values(), ids=STYLES)
+def test_a_style_that_a_person_reads_without_doubt_is_read(reply):
+    assert read(reply) == [8.0, 3.5]
 
 
 UNREAD = [
     pytest.param("", id="nothing"),
     pytest.param("K3 gets 8 and Q7 gets 3.5", id="prose only"),
-    pytest.param('{"K3": 8, "Q7": 3.5}', id="no scores key"),
-    pytest.param("{'scores': {'K3': 8, 'Q7': 3.5}}", id="single quotes"),
     pytest.param(scores("0"), id="0"),
     pytest.param(scores("11"), id="11"),
     pytest.param(scores("10.01"), id="10.01"),
     pytest.param(scores("-8"), id="negative"),
-    pytest.param(scores('"8/10"'), id="8/10"),
     pytest.param(scores('"high"'), id="a word"),
     pytest.param(scores("NaN"), id="NaN"),
     pytest.param(scores("Infinity"), id="Infinity"),
@@ -80,13 +130,10 @@ UNREAD = [
     pytest.param('{"scores": {"K3": 8, "Q7": 3, "X4": 5}}', id="an id too many"),
     pytest.param('{"scores": {"K3": 8, "K3": 2, "Q7": 3}}', id="an id twice"),
     pytest.param('{"scores": {"K3": 8, "Q7": 3}, "scores": {"K3": 3, "Q7": 8}}', id="scores twice"),
-    pytest.param('{"scores": {"Answer K3": 8, "Answer Q7": 3}}', id="ids renamed"),
-    pytest.param('{"scores": {"k3": 8, "q7": 3}}', id="ids in lower case"),
     pytest.param('{"scores": {"A": 8, "B": 3}}', id="A and B"),
     pytest.param('{"scores": [8, 3]}', id="a list of scores"),
     pytest.param('{"scores": 8}', id="a lone score"),
     pytest.param(CUT, id="cut off"),
-    pytest.param(GOOD[:-1], id="the last brace is missing"),
     pytest.param(f"Draft: {GOOD}\nFinal: {CUT}", id="a draft, then the verdict cut off"),
     pytest.param(f"Draft: {GOOD}\nFinal: {scores('0')}", id="a draft, then a verdict out of range"),
     pytest.param(
@@ -96,7 +143,6 @@ UNREAD = [
     pytest.param(f"<think>{GOOD}", id="a think block that never closes"),
     pytest.param(f"<think>{GOOD}</think>", id="a verdict inside think only"),
     pytest.param("[" * 50_000 + "{" * 50_000, id="brackets 100,000 deep"),
-    pytest.param("{" * 3000 + GOOD, id="open braces before: a part of something broken"),
     pytest.param(
         f'{{"draft": {GOOD}, "final": {FLIPPED}}}', id="a draft and a verdict in one object"
     ),
@@ -112,10 +158,6 @@ UNREAD = [
         '{"scores": {"K3": 2, "Q7": 9}, "final": {"K3": "8/10"}}', id="a revision of one score"
     ),
     pytest.param('{"scores": {"K3": 2, "Q7": 9}, "K3": 8}', id="a revision beside the scores"),
-    pytest.param(
-        '{"scores": "see below", "final": {"scores": {"K3": 8, "Q7": 3}}}',
-        id="scores at two depths",
-    ),
     pytest.param('{"scores": {"K3": {"K3": 8}, "Q7": 3}}', id="an id inside itself"),
     pytest.param('{"scores": [["K3", 8], ["Q7", 3]]}', id="scores as a list of pairs"),
     pytest.param(f'{{"draft": {GOOD}, "final": {{"sco', id="a nested draft, then cut off"),
@@ -137,12 +179,37 @@ UNREAD = [
     pytest.param(f"{GOOD}\n| K3 | ２ |", id="taken back in a table"),
     pytest.param(f"Let me see.\n<think>{GOOD}", id="a late think block that never closes"),
     pytest.param(f"Let me see.\n<think>{GOOD}</think>", id="a verdict inside a late think only"),
+    pytest.param(f"<reasoning>\nDraft: {GOOD}", id="a draft in reasoning that never closes"),
+    pytest.param(f"Let me see. <reasoning>{GOOD}\n", id="a draft in late reasoning"),
+    pytest.param(f"{GOOD}\n</reasoning>", id="a draft before the end of thoughts"),
+    pytest.param(f"{GOOD}\nCorrection: the first should get 2 and the second 9", id="corrected"),
+    pytest.param(f"{GOOD}\nSorry, I mixed the two up.", id="taken back without numbers"),
+    pytest.param(f"{GOOD}\nActually, reverse these.", id="reversed"),
+    pytest.param(f"{GOOD}\nOn reflection K3 deserves a two.", id="taken back with a number word"),
+    pytest.param(f"{GOOD}\n更正：第一个和第二个对调。", id="reversed in Chinese"),
+    pytest.param(f"{GOOD}\nK3 得二分。", id="another score in Chinese numerals"),
+    pytest.param('{"scores": {"K3": "80/100", "Q7": "35/100"}}', id="of 100"),
+    pytest.param('{"scores": {"K3": "4/5", "Q7": "2/5"}}', id="of 5"),
+    pytest.param('{"scores": {"K3": 80, "Q7": 35}}', id="80"),
+    pytest.param('{"scores": {"K3": "7-8", "Q7": 3}}', id="a range"),
+    pytest.param('{"scores": {"K3": 8, "Q7": 3, "best": 8}}', id="a number for what is no id"),
+    pytest.param('{"K3": 4, "scores": {"K3": 8, "Q7": 3}}', id="a score beside the scores"),
+    pytest.param('{"draft": {"K3": 8, "Q7": 3}', id="a flat draft, cut off"),
+    pytest.param(f'{{"draft": {GOOD}', id="a draft, cut off"),
+    pytest.param('{\n"scores": {\n"K3": 8,\n"Q7": 3\n', id="cut before the first closing brace"),
+    pytest.param("K3: 8\nQ7: 3\nK3: 2", id="lines, one id twice"),
+    pytest.param("K3: 8", id="lines, one id missing"),
+    pytest.param("K3: 8\nQ7: 3\nX4: 5", id="lines, one id too many"),
+    pytest.param("K3: 8 points lost, 2 left\nQ7: 3", id="lines with more than a score"),
+    pytest.param("K3: 8\nQ7: 3\n\nOn reflection, K3: a two.", id="lines, taken back"),
+    pytest.param('{"scores": {"K3": {"min": 2, "max": 8}, "Q7": 3}}', id="two numbers for an id"),
+    pytest.param('{"scores": {"K3": {"score": 8, "score": 2}, "Q7": 3}}', id="two nested scores"),
 ]
 
 
 @pytest.mark.parametrize("reply", UNREAD)
 def test_what_is_no_verdict_gives_no_score(reply):
-    assert rc.parse_scores(reply, IDS) is None
+    assert read(reply) is None
 
 
 # --- fuzz: whatever a judge writes, the scores are those of its last word, or there are none
@@ -199,14 +266,14 @@ def spoilt(draw):
        graded(), TAIL)  # fmt: skip
 def test_the_last_whole_verdict_counts_or_nothing_does(before, last, tail):
     text, expected = last
-    assert rc.parse_scores("".join(before) + text + tail, IDS) in (expected, None)
-    assert rc.parse_scores(f"Let me see. {text}{tail}", IDS) == expected
+    assert read("".join(before) + text + tail, IDS) in (expected, None)
+    assert read(f"Let me see. {text}{tail}", IDS) == expected
 
 
 @fuzz
 @given(st.lists(st.one_of(PROSE, graded().map(lambda v: v[0]))), spoilt(), TAIL)
 def test_a_spoilt_verdict_never_brings_back_an_earlier_one(before, last, tail):
-    assert rc.parse_scores("".join(before) + last + tail, IDS) is None
+    assert read("".join(before) + last + tail, IDS) is None
 
 
 @fuzz
@@ -215,15 +282,15 @@ def test_a_reply_cut_anywhere_gives_its_last_whole_verdict_or_nothing(draft, las
     apart, nested = draft[0] + glue + last[0], f'{{"draft": {draft[0]}, "final": {last[0]}}}'
     cut = data.draw(st.integers(0, len(apart) - 1))
     early = len(draft[0]) <= cut <= len(draft[0] + glue)
-    assert rc.parse_scores(apart[:cut], IDS) == (draft[1] if early else None)
-    assert rc.parse_scores(nested[: data.draw(st.integers(0, len(nested)))], IDS) is None
+    assert read(apart[:cut], IDS) == (draft[1] if early else None)
+    assert read(nested[: data.draw(st.integers(0, len(nested)))], IDS) is None
 
 
 @fuzz
 @given(st.lists(st.one_of(st.text(max_size=20), st.sampled_from([*'{}[]",:', "scores", "K3", "Q7", "8", GOOD, CUT, "<think>",
                                                                  "</think>", "\\"]))).map("".join))  # fmt: skip
 def test_no_reply_whatever_crashes_the_parser_or_leaves_the_scale(reply):
-    scores = rc.parse_scores(reply, IDS)
+    scores = read(reply, IDS)
     assert scores is None or (len(scores) == 2 and all(1 <= score <= 10 for score in scores))
 
 
@@ -498,7 +565,7 @@ def test_an_unreadable_reply_is_asked_for_again_with_another_sheet():
 def test_a_judge_that_never_gives_scores_ends_the_record():
     run = run_of(says=lambda _, prompt: "I would rather not say.")
     failed = wait(rc.judge_answers(ask(), [rc.Answer("abc"), rc.Answer("ab")], run))
-    assert why(failed).startswith("judge: unreadable verdict") and len(run.models.asked) == 6
+    assert why(failed) == "judge: unreadable judge reply: heuristic: no scores in it" and len(run.models.asked) == 6
 
 
 THOUGHTS = [
