@@ -787,7 +787,8 @@ def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
         leads = re.fullmatch(leads_on, between, re.S | re.I)
         if not leads:
             break
-        if re.search(rf"{name.pattern}[\s{QUOTES}]*[:=][\s{QUOTES}]*\d", between, re.I):
+        graded = rf"(?:{name.pattern}|scores)[\s{QUOTES}]*[:=][\s{QUOTES}]*\d"
+        if re.search(graded, between, re.I):
             raise UnreadableReply("two gradings in one object")
         whole = whole or (levels == 0 and text[start] == "{" and leads[1].lower() == "scores")
         levels += 1
@@ -1851,16 +1852,18 @@ def degrade(text: str, chinese: bool, draw: random.Random) -> str:
 
 
 def reference_f1(text: str, reference: str) -> float:
-    """1..10: F1 of tokens shared with the reference; without one, signs of care (length, variety, an end)."""
+    """F1 of tokens shared with the reference, on JUDGE_SCALE; without one, signs of care (length,
+    variety, an end)."""
+    low, high = JUDGE_SCALE
     ours, theirs = Counter(split_words(text)), Counter(split_words(reference))
     if theirs:
-        return 1 + 9 * 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
+        return low + (high - low) * 2 * (ours & theirs).total() / max(
+            1, ours.total() + theirs.total()
+        )
     variety = len(ours) / max(1, ours.total())
     ended = text.rstrip()[-1:] in ".!?。！？)`”"
-    return max(
-        1.0,
-        min(10.0, 1 + 2 * math.log10(1 + ours.total()) + 3 * variety + ended - 3 * refuses(text)),
-    )
+    care = 2 * math.log10(1 + ours.total()) + 3 * variety + ended - 3 * refuses(text)
+    return low + (high - low) * min(1.0, max(0.0, care / 9))
 
 
 # ==================================================================================================
@@ -1987,7 +1990,7 @@ def table_rows(file, delimiter: str):
 
 # fmt: off
 SIGNALS = {  # name -> (kind, width of the scale in points, 0 = unknown); lists also: its plural, all_...s
-    "votes": ("score", 9.0),  # what --candidates-path writes: one number per judge and order
+    "votes": ("score", float(JUDGE_SCALE[1] - JUDGE_SCALE[0])),  # what --candidates-path writes: one number per judge and order
     "fine-grained_score": ("score", 4.0),
     "score": ("score", 0.0), "rm_score": ("score", 0.0), "reward": ("score", 0.0), "rating": ("score", 4.0),
     "overall_score": ("score", 9.0),  # the first release of UltraFeedback has errors in it: see `settle`

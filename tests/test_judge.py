@@ -223,57 +223,71 @@ PROSE = st.sampled_from(["", "\n", "Final: ", "K3 is better, not Q7.\n", "两个
 TAIL = st.sampled_from(["", "\n", "\n```", "</s>", "\nI hope this helps!", "\n希望有帮助。"])
 
 
+HOSTILE_LINES = st.lists(
+    st.sampled_from(['{"K3": 1', "K3: 1", "Q7 wins", '"Q7": 2, "M5": 9}', "[", "]}", "{", "} else {", "<think>", "</think>", "```",
+                     "K3 gets 2 points", '"scores": {', "| Q7 | 3 |", "M5 = 4", "\\(x_1\\)", "K3 > Q7 > M5"]),
+    max_size=6,
+)  # fmt: skip
+
+
 @st.composite
 def graded(draw, wrong=False):
-    """(a whole verdict as JSON, its scores in the order of IDS); `wrong`: one grade is no grade."""
-    k3, q7 = draw(GRADES), draw(GRADES)
-    shown = [
-        f'"{k3}"' if draw(st.booleans()) else f"{k3}",
-        draw(BAD_GRADES) if wrong else f"{q7:g}",
-    ]
-    rows = [f'"{name}": {value}' for name, value in zip(IDS, shown)]
+    """(a whole verdict in some style, its scores in the order of IDS); `wrong`: one grade is no grade."""
+    grades = [draw(GRADES), draw(GRADES)]
+    quote = draw(st.sampled_from(['"', '"', "'", "“"]))
+    closing = "”" if quote == "“" else quote
+    named = draw(st.sampled_from([str, str, str.lower, lambda name: f"Answer {name}"]))
+    value = draw(st.sampled_from(["{:g}", "{}", '"{}"', '"{}/10"', '{{"score": {}, "reason": "2 of 3"}}']))
+    values = [value.format(grade) for grade in grades]
+    if wrong:
+        values[1] = draw(BAD_GRADES)
+    rows = [f"{quote}{named(name)}{closing}: {value}" for name, value in zip(IDS, values)]
     comma = draw(st.sampled_from(["", ", "]))
     inner = '"scores": {' + ", ".join(draw(st.permutations(rows))) + comma + "}"
-    reason = '"reason": ' + json.dumps(
-        draw(st.sampled_from(["ok", FLIPPED, "} {", "3 < 8", "<think>", "K3 is 2"]))
-    )
-    return "{" + ", ".join(draw(st.permutations([inner, reason]))) + "}", [k3, q7]
+    reason = draw(st.sampled_from(["ok", FLIPPED, "} {", "3 < 8", "<think>", "K3 is 2"]))
+    parts = draw(st.permutations([inner, '"reason": ' + json.dumps(reason)]))
+    return "{" + ", ".join(parts) + "}", grades
 
 
 @st.composite
 def spoilt(draw):
-    """What stands where a verdict should and is none: cut, doubled, nested, out of range, misquoted, incomplete."""
-    (one, _), (two, _) = draw(graded()), draw(graded())
+    """(what stands where a verdict should and is none, the only scores that might be read in it).
+
+    Cut, doubled, nested, out of range, incomplete."""
+    (one, grades), (two, _) = draw(graded()), draw(graded())
     forms = [
-        draw(graded(wrong=True))[0],
-        one[: draw(st.integers(1, len(one) - 1))],
-        f'{{"draft": {one}, "final": {two}}}',
-        one[:-1] + f', "revised": {two}}}',
-        one[:-1] + ", " + two[1:],
-        one.replace('"K3": ', '"K3": 5, "K3": '),
-        one.replace('"Q7": ', '"X4": '),
-        one.replace('"K3": ', '"A": '),
-        one.replace('"scores"', '"scores": 1, "scores"'),
-        one.replace('"scores"', '"final_scores"'),
-        f"{{'final': {one}, 'draft': {two}}}",
-        f"{{'scores': {{'K3': 8, 'Q7': 2}}}} {one}"[:-1],
+        (draw(graded(wrong=True))[0], None),
+        (one[: draw(st.integers(1, len(one) - 1))], grades),  # the end may be missing, not the scores
+        (f'{{"draft": {one}, "final": {two}}}', None),
+        (one[:-1] + f', "revised": {two}}}', None),
+        (one[:-1] + ", " + two[1:], None),
+        (re.sub("K3(?=.: )", 'K3": 5, "K3', one, flags=re.I), None),
+        (re.sub("Q7(?=.: )", "X4", one, flags=re.I), None),
+        (re.sub("K3(?=.: )", "A", one, flags=re.I), None),
+        (one.replace('"scores"', '"scores": 1, "scores"'), None),
+        (one.replace('"scores"', '"final_scores"'), grades),
+        (f"{{'final': {one}, 'draft': {two}}}", None),
+        (f"{{'scores': {{'K3': 8, 'Q7': 2}}}} {one}"[:-1], grades),
     ]
     return draw(st.sampled_from(forms))
 
 
+DRAFTS = st.lists(st.one_of(PROSE, graded().map(lambda graded: graded[0])))
+
+
 @fuzz
-@given(st.lists(st.one_of(PROSE, graded().map(lambda v: v[0]), spoilt().filter(lambda t: t.count("{") == t.count("}")))),
-       graded(), TAIL)  # fmt: skip
+@given(DRAFTS, graded(), TAIL)
 def test_the_last_whole_verdict_counts_or_nothing_does(before, last, tail):
     text, expected = last
-    assert read("".join(before) + text + tail, IDS) in (expected, None)
-    assert read(f"Let me see. {text}{tail}", IDS) == expected
+    assert read("".join(before) + text + tail) in (expected, None)
+    assert read(f"Let me see. {text}{tail}") == expected
 
 
 @fuzz
-@given(st.lists(st.one_of(PROSE, graded().map(lambda v: v[0]))), spoilt(), TAIL)
+@given(DRAFTS, spoilt(), TAIL)
 def test_a_spoilt_verdict_never_brings_back_an_earlier_one(before, last, tail):
-    assert read("".join(before) + last + tail, IDS) is None
+    text, readable = last
+    assert read("".join(before) + text + tail) in (None, readable)
 
 
 @fuzz
@@ -281,9 +295,22 @@ def test_a_spoilt_verdict_never_brings_back_an_earlier_one(before, last, tail):
 def test_a_reply_cut_anywhere_gives_its_last_whole_verdict_or_nothing(draft, last, glue, data):
     apart, nested = draft[0] + glue + last[0], f'{{"draft": {draft[0]}, "final": {last[0]}}}'
     cut = data.draw(st.integers(0, len(apart) - 1))
-    early = len(draft[0]) <= cut <= len(draft[0] + glue)
-    assert read(apart[:cut], IDS) == (draft[1] if early else None)
-    assert read(nested[: data.draw(st.integers(0, len(nested)))], IDS) is None
+    begun = cut > len(draft[0] + glue)
+    assert read(apart[:cut]) in (None, last[1] if begun else draft[1])
+    assert read(nested[: data.draw(st.integers(0, len(nested)))]) is None
+
+
+@fuzz
+@given(st.permutations([*IDS, "M5"]), st.lists(GRADES, min_size=3, max_size=3), HOSTILE_LINES, st.data())
+def test_no_id_gets_the_score_of_another(ids, grades, lines, data):
+    """Whatever surrounds the scores, each is read for the id it was written for, or none is."""
+    meant = dict(zip(ids, grades))
+    shown = data.draw(st.permutations(ids))
+    scores = ", ".join(f'"{name}": {meant[name]:g}' for name in shown)
+    reply = "\n".join([*lines, '{"reason": "ok", "scores": {' + scores + "}}"])
+    assert read(reply, ids) in (None, grades)
+    listed = "\n".join([*lines, *(f"{name}: {meant[name]:g}" for name in shown)])
+    assert read(listed, ids) in (None, grades)
 
 
 @fuzz
@@ -373,15 +400,41 @@ def test_a_rubric_may_hold_anything():
         judge_in_order(["1", "2"], rubric="Cost: $nonce, {scores}, $5.")[0].count(
             "Cost: $nonce, {scores}, $5."
         )
-        == 2
+        == 1
     )
 
 
-def test_a_sheet_ends_with_the_ids_and_the_scale():
+def test_a_prompt_ends_with_the_scale_and_the_ids():
     prompt, (one, two) = judge_in_order(["a", "b"])
     assert prompt.endswith(
-        f'"scores": {{"{one}": ..., "{two}": ...}}}}\nwith a number from 1 to 10 for every id.'
+        "with a number from 1 to 10 for every id:\n"
+        f'{{"reason": "...", "scores": {{"{one}": ..., "{two}": ...}}}}'
     )
+
+
+def test_all_prompts_start_with_the_same_text_so_that_servers_can_cache_it():
+    one, ids = judge_in_order(["a", "b"], prompt="Add 2 and 2.", reference="4")
+    other, _ = judge_in_order(["x", "y", "z"], prompt="写一首诗。", seed=(7,))
+    fixed = one[: one.index("nonce=")]
+    assert other.startswith(fixed) and len(fixed) > 0.8 * len(one.partition("<prompt")[0])
+    assert not any(name in fixed for name in ids) and "Be fair." in fixed and "scores" in fixed
+
+
+@pytest.mark.parametrize("scale", [(1, 10), (1, 5), (0, 100), (1, 4), (0, 1)])
+def test_another_scale_needs_no_other_edit(monkeypatch, scale):
+    """Prompt, rubric, parser and the offline judge follow JUDGE_SCALE."""
+    monkeypatch.setattr(rc, "JUDGE_SCALE", scale)
+    low, high = scale
+    run = run_of()
+    prompt, (one, two) = judge_in_order(["a", "b"], rubric=run.rubric)
+    assert prompt.count(f"from {low} to {high}") == 3 and "$" not in run.rubric
+    levels = re.findall(r"\d+", run.rubric.partition("equals may tie:")[2])
+    assert {min(map(int, levels)), max(map(int, levels))} == set(scale)
+    reply = '{{"scores": {{"K3": {}, "Q7": {}}}}}'
+    assert read(reply.format(low, f'"{high}/{high}"')) == [low, high]
+    assert read(reply.format(low, high + 1)) is read(reply.format(low - 1, high)) is None
+    shown = [rc.reference_f1(text, "the whole answer") for text in ("the whole answer", "no")]
+    assert shown == [high, low]
 
 
 @pytest.mark.parametrize("count", range(2, 9))
