@@ -608,7 +608,7 @@ class UnreadableReply(Exception):
 
 
 # How a judge may write its scores. Full-width characters are made ASCII before.
-FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " "}
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0xFFE5: "¥"}
 QUOTES = "\"'“”‘’「」`*"
 NUMBER = r"[-+]?\d+(?:,\d{1,2}(?!\d)|\.\d*)?(?:e[-+]?\d+)?"
 SCORE = re.compile(rf"({NUMBER})(?:\s*(?:/|out of)\s*(\d+)|\s*(?:points?|分))?", re.I)
@@ -2294,7 +2294,7 @@ class FinalAnswer(NamedTuple):
 
 # A marked answer stands at the start of a line or sentence; `so`, `thus`, `所以` may come before.
 START = (
-    r"(?:^|[.!?。！？;；,，:]\s*)(?:so|thus|hence|therefore|finally|所以|因此|故|综上所述|,|，|\s)*"
+    r"(?:^|[.!?。！？;；,，:])(?:so|thus|hence|therefore|finally|所以|因此|故|综上所述|,|，|\s)*"
 )
 MARKS = (
     re.compile(r"^[ \t]*####[ \t]*(.+)$", re.M),
@@ -2327,7 +2327,8 @@ YES_OR_NO |= dict.fromkeys(
     ("no", "false", "incorrect", "否", "不是", "不对", "错", "错误", "不正确", "假"), "no"
 )
 CHOICE = re.compile(
-    r"(?:option|choice|选项?)?\s*(?:\(([A-H])\)|([A-H]))(?:\s*\Z|(?:(?<=\))|[.):、,])\s*(.*))", re.S
+    r"(?:(?i:option|choice)|选项?)?\s*(?:\(([A-H])\)|([A-H]))(?:\s*\Z|(?:(?<=\))|[.):、,])\s*(.*))",
+    re.S,
 )
 # Words that say more than the label they stand beside, in both languages.
 HEDGES = re.compile(
@@ -2394,7 +2395,7 @@ def final_answer(text: str) -> FinalAnswer | None:
     'B'
     >>> final_answer("答案：正面").value
     '正面'
-    >>> final_answer("The answer is 42. Wait, it is 43.") is None
+    >>> final_answer("The answer is 42.\\nNo, it is 43.") is None
     True
     """
     text = re.sub(r"\*\*|__|`", "", text.translate(FULL_WIDTH)).strip()
@@ -2484,7 +2485,7 @@ def plain_math(raw: str) -> str:
     text = re.sub(r"\\[dt]?frac\s*(\d)\s*(\d)(?!\d)", r" \1/\2", text)
     text = re.sub(r"(?<!\\)\$(.+)(?<!\\)\$", r"\1", text)  # $18$ is mathematics, $18 is money
     text = re.sub(r"\*\*|__|`|\\(?=\$)", "", text)
-    return re.sub(r"\s+", " ", text).strip(" \"'“”‘’「」").rstrip(".。!！ ")
+    return re.sub(r"\s+", " ", text).strip(" \"'“”‘’「」").rstrip(".。 ")
 
 
 def fold_answer(text: str) -> str:
@@ -2506,6 +2507,8 @@ def is_label(text: str) -> bool:
 
 def read_number(text: str) -> FinalAnswer | None:
     """`-3.5`, `1,200 eggs`, `50%`, `1/2`, `3万`, `十五` -> a number with its unit, or None."""
+    if len(text) > 60:
+        return None
     percent = re.fullmatch(r"百分之\s*(.+)", text)
     text = f"{percent[1]}%" if percent else text
     chinese = re.fullmatch(rf"([{''.join(DIGITS | TENS)}]+)\s*(\D*)", text)
@@ -2604,7 +2607,7 @@ def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -
             return True if len(details) < 2 else None
         return None if reference.detail and reference.detail == answer.detail else False
     if same:
-        return "?" not in answer.value
+        return None if "?" in answer.value else True
     if reference.kind == "yes or no":
         return False
     if reference.kind == "label" and exclude_each_other(reference.value, answer.value, prompt):
@@ -2649,9 +2652,10 @@ def exclude_each_other(one: str, other: str, prompt: str) -> bool:
 
 
 def exact_scores(record: Record, answers: list[Answer]) -> list[Answer]:
-    """The answers in the same order, each with the highest score if it comes to what the reference
+    """The answers in the same order, each with a score, or none where it is not checkable.
 
-    comes to, the lowest if it comes to something else, and none if that cannot be said."""
+    The highest for the reference's final answer, the lowest for another. Raises Failed if the
+    reference has no final answer."""
     record.facts["checked by exact match"] = 1
     if not record.reference:
         raise Failed("input", "no reference answer")
