@@ -625,12 +625,15 @@ SCORE_KEYS = ("SCORE", "RATING", "GRADE", "评分", "分数", "得分")
 THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratchpad"
 THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
 THOUGHT_MARK = re.compile(rf"<(/?)(?:{THOUGHTS})>", re.I)
-# Words after the scores that may take them back.
+# Words after the scores that may take them back or give others.
 REVISION = re.compile(
-    r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|apolog|reflection"
-    r"|reconsider|instead|should|rather|\bdraft|\bfinal|invert|other way"
+    r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|oops|apolog|invert"
+    r"|reflection|second thought|reconsider|re-?(?:do|evaluat|consider)|instead|should|rather|exchang"
+    r"|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal|other way|scor|grad(?:e|ing)|rating"
+    r"|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
     r"|\b(?:an?|gets?|to|is|be|of)\s+(?:one|two|three|four|five|six|seven|eight|nine|ten|zero)\b"
-    r"|更正|修正|纠正|改|其实|应|不对|反过来|对调|互换|交换|弄反|搞错|抱歉|最终|[零一二两三四五六七八九十]\s*分",
+    r"|更正|修正|纠正|改|其实|应|不对|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分"
+    r"|得分|打分|[零一二两三四五六七八九十]\s*分",
     re.I,
 )
 
@@ -679,7 +682,6 @@ def plain_reply(reply: str, ids: list[str]) -> str:
     text = THOUGHT_BLOCK.sub("", without_thinking(reply)).translate(FULL_WIDTH)
     text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
     text = STRING.sub(empty_text, text)
-    text = re.sub(r"(?<!:)//[^\n]*", "", text)
 
     def flat_object(match: re.Match) -> str:
         """`K3: {score: 8, reason: ...}` -> `K3: 8`"""
@@ -724,6 +726,7 @@ def split_entries(inner: str) -> list[tuple[str, str]]:
     >>> split_entries('"K3": 8, q7 = "3,5",')
     [('K3', '8'), ('Q7', '3,5')]
     """
+    inner = re.sub(r"//[^\n]*", "", inner)
     entries = []
     position = 0
     while position < len(inner.rstrip()):
@@ -982,15 +985,12 @@ async def generate_pairs(record: Record, run: Run) -> list[Pair]:
 
 @register(METHODS, asks=(), reads_answers=True)
 async def rank_responses(record: Record, run: Run) -> list[Pair]:
-    """Answers that exist already are ranked by their scores, rankings or choices, which a --judge-model
-    checks; without such a signal, the judge ranks them."""
+    """Answers that exist are ranked by their scores, ranks or choices; a --judge-model checks or ranks."""
     answers = run.usable(record, record.answers)
     if not record.signal:
         return pair_up(record, await run.judge(record, answers), run)
     pairs = pair_up(record, answers, run)
-    if run.judges:
-        pairs = await check_labels(record, pairs, run)
-    return pairs
+    return await check_labels(record, pairs, run) if run.judges else pairs
 
 
 def wins_every_vote(better: Answer, worse: Answer, by: float = 0.0) -> bool:
@@ -1030,7 +1030,7 @@ def penalty(a: Answer, b: Answer, run) -> float:
 
 
 def best_worst(ranked, record, run):
-    """best against worst; with a length penalty, the two whose gap less penalty is largest"""
+    """best against worst (by --seed among equals); with a length penalty, the largest gap less penalty"""
     if not run.length_penalty:
         return [(ranked[0], ranked[-1])]
     pairs = [(a, b) for a, b in itertools.combinations(ranked, 2) if wins_every_vote(a, b)]
@@ -1038,14 +1038,14 @@ def best_worst(ranked, record, run):
 
 
 def best_random(ranked, record, run):
-    """best against one of the others that it beats, drawn by --seed (Zephyr, Tulu 3)"""
+    """best against one of the others that it beats; both are drawn by --seed (Zephyr, Tulu 3)"""
     others = [b for b in ranked[1:] if wins_every_vote(ranked[0], b)]
     draw = random.Random(digest(run.seed, record.messages, "best_random"))
     return [(ranked[0], draw.choice(others))] if others else []
 
 
 def all_pairs(ranked, record, run):
-    """every two of unequal rank, sharing prompt_id (InstructGPT): keep them in one batch, or they overfit"""
+    """every two of unequal score, sharing prompt_id (InstructGPT): keep them in one batch"""
     return list(itertools.combinations(ranked, 2))
 
 
@@ -2343,19 +2343,33 @@ LABEL_SETS = (  # labels that exclude each other, though the prompt may not list
     ("积极", "消极", "中性"),
     ("spam", "ham"),
 )
-# Names of one unit. Single letters (m, g) are no units: in mathematics they are variables.
-UNITS = (
-    "$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分", "¥ yuan rmb cny 元 块 块钱 元钱 人民币",
-    "€ euro euros eur 欧元", "£ gbp 英镑", "yen jpy 日元", "pound pounds lb lbs 磅", "ounce ounces oz 盎司",
-    "km kilometer kilometers kilometre kilometres 千米 公里", "meter meters metre metres 米",
-    "cm centimeter centimeters centimetre centimetres 厘米", "mm millimeter millimeters 毫米",
-    "mile miles 英里", "foot feet ft 英尺", "inch inches 英寸", "yard yards 码", "kg kilogram kilograms 千克 公斤",
-    "gram grams 克", "ton tons 吨", "liter liters litre litres 升", "ml milliliter milliliters 毫升",
-    "second seconds sec 秒 秒钟", "minute minutes min mins 分钟", "hour hours hr hrs 小时 个小时",
-    "day days 天", "week weeks 周 星期", "month months 个月", "year years 年 岁", "° degree degrees 度", "个",
-    "people person persons 人", "child children", "men", "women", "mph", "% percent",
-)  # fmt: skip
-UNIT_OF = {name: line.split()[0] for line in UNITS for name in line.split()}
+# Units of one dimension, each with all its names. Single letters (m, g) are none: in mathematics they
+# are variables.
+# fmt: off
+UNITS = {
+    "money": ("$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分", "¥ yuan rmb cny 元 块 块钱 元钱 人民币",
+              "角 毛", "€ euro euros eur 欧元", "£ gbp 英镑", "yen jpy 日元"),
+    "length": ("km kilometer kilometers kilometre kilometres 千米 公里", "meter meters metre metres 米",
+               "cm centimeter centimeters centimetre centimetres 厘米", "mm millimeter millimeters 毫米",
+               "mile miles 英里", "foot feet ft 英尺", "inch inches 英寸", "yard yards 码"),
+    "weight": ("kg kilogram kilograms 千克 公斤", "gram grams 克", "ton tons 吨", "pound pounds lb lbs 磅",
+               "ounce ounces oz 盎司"),
+    "volume": ("liter liters litre litres 升", "ml milliliter milliliters 毫升", "gallon gallons 加仑",
+               "quart quarts", "pint pints", "cup cups 杯"),
+    "time": ("second seconds sec 秒 秒钟", "minute minutes min mins 分钟", "hour hours hr hrs 小时 个小时",
+             "day days 天", "week weeks 周 星期", "month months 个月", "year years 年 岁"),
+    "angle or heat": ("° degree degrees 度", "radian radians 弧度"),
+    "part": ("% percent percents",),
+    "speed": ("mph",),
+    "count": ("个", "people person persons 人", "child children", "men", "women"),
+}
+# fmt: on
+UNIT_OF = {}  # name -> the first of its names
+DIMENSION_OF = {}  # name -> its dimension
+for _dimension, _units in UNITS.items():
+    for _names in map(str.split, _units):
+        UNIT_OF |= dict.fromkeys(_names, _names[0])
+        DIMENSION_OF |= dict.fromkeys(_names, _dimension)
 NO_UNITS = set(
     "times halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths "
     "thousandths hundreds thousands millions billions dozens pairs couples minus plus less loss losses "
@@ -2481,7 +2495,7 @@ def plain_math(raw: str) -> str:
     text = re.sub(r"\^\{?\\circ\}?", "°", text.replace("{,}", ",").replace(r"\%", "%"))
     text = re.sub(r"\\times\b", "×", text)
     text = re.sub(r"(?<=\d)\^\s*\{(-?\d+)\}", r"^\1", text)
-    text = re.sub(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r" \1/\2", text)
+    text = re.sub(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}", r" \1/\2", text)
     text = re.sub(r"\\[dt]?frac\s*(\d)\s*(\d)(?!\d)", r" \1/\2", text)
     text = re.sub(r"(?<!\\)\$(.+)(?<!\\)\$", r"\1", text)  # $18$ is mathematics, $18 is money
     text = re.sub(r"\*\*|__|`|\\(?=\$)", "", text)
@@ -2509,6 +2523,7 @@ def read_number(text: str) -> FinalAnswer | None:
     """`-3.5`, `1,200 eggs`, `50%`, `1/2`, `3万`, `十五` -> a number with its unit, or None."""
     if len(text) > 60:
         return None
+    text = re.sub(r"^(?:minus |negative |负)\s*(?=[\d.])", "-", text, flags=re.I)
     percent = re.fullmatch(r"百分之\s*(.+)", text)
     text = f"{percent[1]}%" if percent else text
     chinese = re.fullmatch(rf"([{''.join(DIGITS | TENS)}]+)\s*(\D*)", text)
@@ -2599,7 +2614,7 @@ def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -
     if reference.kind != answer.kind:
         return None
     if reference.kind == "number":
-        return same_number(reference, answer)
+        return same_number(reference, answer, prompt)
     same = reference.value == answer.value
     if reference.kind == "choice":
         details = {reference.detail, answer.detail} - {""}
@@ -2615,15 +2630,15 @@ def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -
     return None
 
 
-def same_number(reference: FinalAnswer, answer: FinalAnswer) -> bool | None:
+def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> bool | None:
     """`same_answer` for two numbers: None where rounding or another unit may explain the difference."""
     a, b = reference.value, answer.value
     units = {reference.detail, answer.detail} - {""}
     if len(units) == 2:
         return None
-    if a == b:
-        return True
     one_sided = reference.detail != answer.detail
+    if a == b:
+        return None if one_sided and rivals(units.pop(), prompt) else True
     if one_sided and "°" in units:
         return None
     if a * b > 0:
@@ -2638,6 +2653,21 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer) -> bool | None:
         return False
     rounded = abs(a - b) <= Fraction(10) ** -int(min(places, 9)) / 2
     return None if rounded or abs(a - b) <= max(abs(a), abs(b)) / 100 else False
+
+
+def rivals(unit: str, prompt: str) -> list[str]:
+    """Other units of the same dimension that the prompt names: 5 cents are not 5 where it says dollars."""
+    dimension = DIMENSION_OF.get(unit, "count")
+    if dimension in ("count", "part"):
+        return []
+    text = prompt.translate(FULL_WIDTH).lower()
+    named = []
+    for name, other in UNIT_OF.items():
+        if DIMENSION_OF[name] == dimension and other != unit and name in text:
+            latin = name.isascii() and name.isalpha()
+            if not latin or re.search(rf"(?<![a-z]){name}(?![a-z])", text):
+                named.append(other)
+    return named
 
 
 def exclude_each_other(one: str, other: str, prompt: str) -> bool:
