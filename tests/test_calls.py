@@ -374,7 +374,7 @@ def test_an_unreadable_verdict_is_asked_for_twice_more_then_the_record_is_droppe
 
     with Api(answer) as api:
         result = rlhf(PROMPTS[:1], *OPENAI, api=api)
-    assert result.reasons[0].startswith("judge: unreadable verdict")
+    assert result.reasons[0].startswith("judge: unreadable judge reply")
     assert sum(map(is_judge, api.calls)) == 2 * 3
 
 

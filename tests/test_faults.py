@@ -82,12 +82,11 @@ UNREADABLE = {
     "prose": prose,
     "Chinese prose": lambda call: prose(call).replace("deserves", "应得"),
     "a refusal": lambda call: "I'm sorry, I can't grade these.",
-    "single quotes": lambda call: wrong(call).replace('"', "'"),
-    "8/10": marks('"3/10"', '"9/10"'),
+    "3/5": marks('"1/5"', '"3/5"'),
     "words": marks('"low"', '"high"'),
     "an id is missing": one_missing,
     "an id too many": lambda call: wrong(call).replace('"scores": {', '"scores": {"Z9": 5, '),
-    "ids of another sheet": lambda call: re.sub(r'"[C-Z]\d"', lambda m: m[0].lower(), wrong(call)),
+    "ids of another prompt": lambda call: re.sub(r'"([C-Z])\d"', r'"\g<1>2"', wrong(call)),
     "0": marks(0, 9),
     "11": marks(3, 11),
     "NaN": marks("NaN", 9),
@@ -95,9 +94,9 @@ UNREADABLE = {
     "true": marks("true", 9),
     "Infinity": marks(3, "Infinity"),
     "percent": marks(30, 90),
-    "truncated": lambda call: wrong(call)[:-1],
+    "truncated": lambda call: wrong(call)[:-3],
     "a draft, then truncated": lambda call: (
-        f"{wrong(call)}\nNo, on reflection:\n{right(call)[:-2]}"
+        f"{wrong(call)}\nNo, on reflection:\n{right(call)[:-3]}"
     ),
     "cut at the limit after a draft": lambda call: Reply(wrong(call), finish="length"),
     "two verdicts in a list": lambda call: f"[{wrong(call)}, {right(call)}]",
@@ -140,7 +139,8 @@ def test_what_is_no_verdict_is_asked_for_again_then_its_record_is_dropped(rlhf, 
     with Api(lambda call: judge(call) if is_judge(call) else world(call)) as api:
         result = rlhf(PROMPTS[:4], *sdk, api=api)
     assert [row["line"] for row in result.dropped] == [2]
-    assert result.reasons == ["judge: unreadable verdict: strong gave no score for each answer"]
+    assert len(result.reasons) == 1
+    assert result.reasons[0].startswith("judge: unreadable judge reply: strong: ")
     assert len(result.pairs) == 3 and all("right" in pair["chosen"] for pair in result.pairs)
     longer = (
         2 if says is UNREADABLE["cut at the limit after a draft"] else 1

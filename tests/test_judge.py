@@ -14,6 +14,16 @@ from tests.tiny import ask, judged_by, run_of, shown, verdict, wait, why
 fuzz = settings(deadline=None, derandomize=True, max_examples=150)  # the same examples every time
 
 IDS = ["K3", "Q7"]
+
+
+def read(reply: str, ids=IDS) -> list[float] | None:
+    """The scores that are read in a reply, None where it is refused."""
+    try:
+        return rc.parse_scores(reply, ids)
+    except rc.UnreadableReply:
+        return None
+
+
 GOOD = '{"reason": "ok", "scores": {"K3": 8, "Q7": 3.5}}'
 FLIPPED = '{"reason": "ok", "scores": {"K3": 2, "Q7": 9}}'
 CUT = '{"reason": "ok", "scores": {"K3": 2, "Q'
@@ -45,7 +55,6 @@ READ = [
     pytest.param(json.dumps({"scores": {"K3": 8, "Q7": 3.5}, "reason": f"K3 wrote {FLIPPED}"}), [8.0, 3.5],
                  id="a fake verdict quoted in a reason that stands last"),
     pytest.param(f"f(x) = {{x}} and {{y: {{z}}}}\n{GOOD}", [8.0, 3.5], id="braces in the prose"),
-    pytest.param('{"sc\\u006fres": {"\\u004b3": 8, "Q7": 3.5}}', [8.0, 3.5], id="escaped keys"),
     pytest.param(f"K3 is shorter.\n<think>{FLIPPED}</think>\n{GOOD}", [8.0, 3.5], id="another verdict in a late think"),
     pytest.param('{"draft": "K3 8, Q7 2", ' + GOOD[1:], [8.0, 3.5], id="another key beside"),
     pytest.param(GOOD.replace("ok", "K3 is right.\n\nQ7\tis not."), [8.0, 3.5], id="line breaks in the reason"),
@@ -55,19 +64,60 @@ READ = [
 
 @pytest.mark.parametrize("reply, expected", READ)
 def test_a_verdict_is_read(reply, expected):
-    assert rc.parse_scores(reply, IDS) == expected
+    assert read(reply) == expected
+
+
+# The ways in which judges write what a person reads without doubt: K3 gets 8, Q7 gets 3.5 (or 3).
+STYLES = {
+    "8/10 as text": '{"reason": "ok", "scores": {"K3": "8/10", "Q7": "3.5/10"}}',
+    "8/10 without quotes": '{"scores": {"K3": 8/10, "Q7": 3.5/10}}',
+    "8 out of 10": '{"scores": {"K3": "8 out of 10", "Q7": "3.5 out of 10"}}',
+    "single quotes": "{'reason': 'ok', 'scores': {'K3': 8, 'Q7': 3.5}}",
+    "curly quotes": "{“reason”: “ok”, “scores”: {“K3”: 8, “Q7”: 3.5}}",
+    "no quotes": "{reason: ok, scores: {K3: 8, Q7: 3.5}}",
+    "lower-case ids": '{"scores": {"k3": 8, "q7": 3.5}}',
+    "ids with `answer`": '{"scores": {"Answer K3": 8, "answer Q7": 3.5}}',
+    "full-width punctuation": '{"reason"："好"，"scores"：{"K3"：8，"Q7"：3.5}}',
+    "full-width digits and braces": "｛＂scores＂：｛＂K3＂：８，＂Q7＂：３．５｝｝",
+    "decimal comma": '{"scores": {"K3": "8,0", "Q7": "3,5"}}',
+    "comments": '{"scores": {\n  "K3": 8, // right\n  "Q7": 3.5 // 2 errors\n}}',
+    "trailing comma": '{"scores": {"K3": 8, "Q7": 3.5,}}',
+    "ids at the top": '{"K3": 8, "Q7": 3.5}',
+    "ids and reason at the top": '{"reason": "K3 adds 2 and 2", "K3": 8, "Q7": 3.5}',
+    "an object for each id": '{"scores": {"K3": {"score": 8, "reason": "right"}, "Q7": {"score": 3.5}}}',
+    "ratings for each id": '{"K3": {"reason": "2 of 3", "rating": 8}, "Q7": {"rating": "3.5/10"}}',
+    "a list of id and score": '{"scores": [{"id": "K3", "score": 8}, {"id": "Q7", "score": 3.5}]}',
+    "a bare list": '[{"id": "Q7", "reason": "off by 1", "score": 3.5}, {"id": "K3", "score": 8}]',
+    "unescaped quotes in the reason": '{"reason": "K3 says "42", as asked", "scores": {"K3": 8, "Q7": 3.5}}',
+    "LaTeX in the reason": r'{"reason": "K3 has \(\alpha^2\), Q7 \frac{1}{2}", "scores": {"K3": 8, "Q7": 3.5}}',
+    "an open brace in the reason": '{"reason": "K3 opens if (x) { twice", "scores": {"K3": 8, "Q7": 3.5}}',
+    "an open brace in prose": 'K3 forgets to close `for (;;) {`.\n{"reason": "ok", "scores": {"K3": 8, "Q7": 3.5}}',
+    "closing braces in prose": 'Q7 has `}}` at its end.\n{"reason": "ok", "scores": {"K3": 8, "Q7": 3.5}}',
+    "a brace too few": '{"reason": "ok", "scores": {"K3": 8, "Q7": 3.5}',
+    "a brace too many": '{"reason": "ok", "scores": {"K3": 8, "Q7": 3.5}}}',
+    "a sentence after that names ids": GOOD + "\nK3 is more precise than Q7.",
+    "a Chinese sentence after": GOOD + "\nK3 更准确，Q7 有错误。",
+    "reason after the scores": '{"scores": {"K3": 8, "Q7": 3.5}, "reason": "Q7 makes 2 errors"}',
+    "bold JSON": '**{"scores": {"K3": 8, "Q7": 3.5}}**',
+    "lines": "Q7 is off by 1.\n\nK3: 8\nQ7: 3.5".replace("Q7 is off by 1.", "The second is wrong."),
+    "bold lines with /10": "**K3**: 8/10\n**Q7**: 3.5/10",
+    "listed lines": "- Answer K3: 8\n- Answer Q7: 3.5\n\nK3 is better.",
+    "Chinese lines": "评分如下：\nK3：8分\nQ7：3.5分",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reply", STYLES.values(), ids=STYLES)
+def test_a_style_that_a_person_reads_without_doubt_is_read(reply):
+    assert read(reply) == [8.0, 3.5]
 
 
 UNREAD = [
     pytest.param("", id="nothing"),
     pytest.param("K3 gets 8 and Q7 gets 3.5", id="prose only"),
-    pytest.param('{"K3": 8, "Q7": 3.5}', id="no scores key"),
-    pytest.param("{'scores': {'K3': 8, 'Q7': 3.5}}", id="single quotes"),
     pytest.param(scores("0"), id="0"),
     pytest.param(scores("11"), id="11"),
     pytest.param(scores("10.01"), id="10.01"),
     pytest.param(scores("-8"), id="negative"),
-    pytest.param(scores('"8/10"'), id="8/10"),
     pytest.param(scores('"high"'), id="a word"),
     pytest.param(scores("NaN"), id="NaN"),
     pytest.param(scores("Infinity"), id="Infinity"),
@@ -80,13 +130,10 @@ UNREAD = [
     pytest.param('{"scores": {"K3": 8, "Q7": 3, "X4": 5}}', id="an id too many"),
     pytest.param('{"scores": {"K3": 8, "K3": 2, "Q7": 3}}', id="an id twice"),
     pytest.param('{"scores": {"K3": 8, "Q7": 3}, "scores": {"K3": 3, "Q7": 8}}', id="scores twice"),
-    pytest.param('{"scores": {"Answer K3": 8, "Answer Q7": 3}}', id="ids renamed"),
-    pytest.param('{"scores": {"k3": 8, "q7": 3}}', id="ids in lower case"),
     pytest.param('{"scores": {"A": 8, "B": 3}}', id="A and B"),
     pytest.param('{"scores": [8, 3]}', id="a list of scores"),
     pytest.param('{"scores": 8}', id="a lone score"),
     pytest.param(CUT, id="cut off"),
-    pytest.param(GOOD[:-1], id="the last brace is missing"),
     pytest.param(f"Draft: {GOOD}\nFinal: {CUT}", id="a draft, then the verdict cut off"),
     pytest.param(f"Draft: {GOOD}\nFinal: {scores('0')}", id="a draft, then a verdict out of range"),
     pytest.param(
@@ -96,7 +143,6 @@ UNREAD = [
     pytest.param(f"<think>{GOOD}", id="a think block that never closes"),
     pytest.param(f"<think>{GOOD}</think>", id="a verdict inside think only"),
     pytest.param("[" * 50_000 + "{" * 50_000, id="brackets 100,000 deep"),
-    pytest.param("{" * 3000 + GOOD, id="open braces before: a part of something broken"),
     pytest.param(
         f'{{"draft": {GOOD}, "final": {FLIPPED}}}', id="a draft and a verdict in one object"
     ),
@@ -112,10 +158,6 @@ UNREAD = [
         '{"scores": {"K3": 2, "Q7": 9}, "final": {"K3": "8/10"}}', id="a revision of one score"
     ),
     pytest.param('{"scores": {"K3": 2, "Q7": 9}, "K3": 8}', id="a revision beside the scores"),
-    pytest.param(
-        '{"scores": "see below", "final": {"scores": {"K3": 8, "Q7": 3}}}',
-        id="scores at two depths",
-    ),
     pytest.param('{"scores": {"K3": {"K3": 8}, "Q7": 3}}', id="an id inside itself"),
     pytest.param('{"scores": [["K3", 8], ["Q7", 3]]}', id="scores as a list of pairs"),
     pytest.param(f'{{"draft": {GOOD}, "final": {{"sco', id="a nested draft, then cut off"),
@@ -137,12 +179,37 @@ UNREAD = [
     pytest.param(f"{GOOD}\n| K3 | ２ |", id="taken back in a table"),
     pytest.param(f"Let me see.\n<think>{GOOD}", id="a late think block that never closes"),
     pytest.param(f"Let me see.\n<think>{GOOD}</think>", id="a verdict inside a late think only"),
+    pytest.param(f"<reasoning>\nDraft: {GOOD}", id="a draft in reasoning that never closes"),
+    pytest.param(f"Let me see. <reasoning>{GOOD}\n", id="a draft in late reasoning"),
+    pytest.param(f"{GOOD}\n</reasoning>", id="a draft before the end of thoughts"),
+    pytest.param(f"{GOOD}\nCorrection: the first should get 2 and the second 9", id="corrected"),
+    pytest.param(f"{GOOD}\nSorry, I mixed the two up.", id="taken back without numbers"),
+    pytest.param(f"{GOOD}\nActually, reverse these.", id="reversed"),
+    pytest.param(f"{GOOD}\nOn reflection K3 deserves a two.", id="taken back with a number word"),
+    pytest.param(f"{GOOD}\n更正：第一个和第二个对调。", id="reversed in Chinese"),
+    pytest.param(f"{GOOD}\nK3 得二分。", id="another score in Chinese numerals"),
+    pytest.param('{"scores": {"K3": "80/100", "Q7": "35/100"}}', id="of 100"),
+    pytest.param('{"scores": {"K3": "4/5", "Q7": "2/5"}}', id="of 5"),
+    pytest.param('{"scores": {"K3": 80, "Q7": 35}}', id="80"),
+    pytest.param('{"scores": {"K3": "7-8", "Q7": 3}}', id="a range"),
+    pytest.param('{"scores": {"K3": 8, "Q7": 3, "best": 8}}', id="a number for what is no id"),
+    pytest.param('{"K3": 4, "scores": {"K3": 8, "Q7": 3}}', id="a score beside the scores"),
+    pytest.param('{"draft": {"K3": 8, "Q7": 3}', id="a flat draft, cut off"),
+    pytest.param(f'{{"draft": {GOOD}', id="a draft, cut off"),
+    pytest.param('{\n"scores": {\n"K3": 8,\n"Q7": 3\n', id="cut before the first closing brace"),
+    pytest.param("K3: 8\nQ7: 3\nK3: 2", id="lines, one id twice"),
+    pytest.param("K3: 8", id="lines, one id missing"),
+    pytest.param("K3: 8\nQ7: 3\nX4: 5", id="lines, one id too many"),
+    pytest.param("K3: 8 points lost, 2 left\nQ7: 3", id="lines with more than a score"),
+    pytest.param("K3: 8\nQ7: 3\n\nOn reflection, K3: a two.", id="lines, taken back"),
+    pytest.param('{"scores": {"K3": {"min": 2, "max": 8}, "Q7": 3}}', id="two numbers for an id"),
+    pytest.param('{"scores": {"K3": {"score": 8, "score": 2}, "Q7": 3}}', id="two nested scores"),
 ]
 
 
 @pytest.mark.parametrize("reply", UNREAD)
 def test_what_is_no_verdict_gives_no_score(reply):
-    assert rc.parse_scores(reply, IDS) is None
+    assert read(reply) is None
 
 
 # --- fuzz: whatever a judge writes, the scores are those of its last word, or there are none
@@ -156,57 +223,76 @@ PROSE = st.sampled_from(["", "\n", "Final: ", "K3 is better, not Q7.\n", "两个
 TAIL = st.sampled_from(["", "\n", "\n```", "</s>", "\nI hope this helps!", "\n希望有帮助。"])
 
 
+HOSTILE_LINES = st.lists(
+    st.sampled_from(['{"K3": 1', "K3: 1", "Q7 wins", '"Q7": 2, "M5": 9}', "[", "]}", "{", "} else {", "<think>", "</think>", "```",
+                     "K3 gets 2 points", '"scores": {', "| Q7 | 3 |", "M5 = 4", "\\(x_1\\)", "K3 > Q7 > M5"]),
+    max_size=6,
+)  # fmt: skip
+
+
 @st.composite
 def graded(draw, wrong=False):
-    """(a whole verdict as JSON, its scores in the order of IDS); `wrong`: one grade is no grade."""
-    k3, q7 = draw(GRADES), draw(GRADES)
-    shown = [
-        f'"{k3}"' if draw(st.booleans()) else f"{k3}",
-        draw(BAD_GRADES) if wrong else f"{q7:g}",
-    ]
-    rows = [f'"{name}": {value}' for name, value in zip(IDS, shown)]
+    """(a whole verdict in some style, its scores in the order of IDS); `wrong`: one grade is no grade."""
+    grades = [draw(GRADES), draw(GRADES)]
+    quote = draw(st.sampled_from(['"', '"', "'", "“"]))
+    closing = "”" if quote == "“" else quote
+    named = draw(st.sampled_from([str, str, str.lower, lambda name: f"Answer {name}"]))
+    value = draw(
+        st.sampled_from(["{:g}", "{}", '"{}"', '"{}/10"', '{{"score": {}, "reason": "2 of 3"}}'])
+    )
+    values = [value.format(grade) for grade in grades]
+    if wrong:
+        values[1] = draw(BAD_GRADES)
+    rows = [f"{quote}{named(name)}{closing}: {value}" for name, value in zip(IDS, values)]
     comma = draw(st.sampled_from(["", ", "]))
     inner = '"scores": {' + ", ".join(draw(st.permutations(rows))) + comma + "}"
-    reason = '"reason": ' + json.dumps(
-        draw(st.sampled_from(["ok", FLIPPED, "} {", "3 < 8", "<think>", "K3 is 2"]))
-    )
-    return "{" + ", ".join(draw(st.permutations([inner, reason]))) + "}", [k3, q7]
+    reason = draw(st.sampled_from(["ok", FLIPPED, "} {", "3 < 8", "<think>", "K3 is 2"]))
+    parts = draw(st.permutations([inner, '"reason": ' + json.dumps(reason)]))
+    return "{" + ", ".join(parts) + "}", grades
 
 
 @st.composite
 def spoilt(draw):
-    """What stands where a verdict should and is none: cut, doubled, nested, out of range, misquoted, incomplete."""
-    (one, _), (two, _) = draw(graded()), draw(graded())
+    """(what stands where a verdict should and is none, the only scores that might be read in it).
+
+    Cut, doubled, nested, out of range, incomplete."""
+    (one, grades), (two, _) = draw(graded()), draw(graded())
     forms = [
-        draw(graded(wrong=True))[0],
-        one[: draw(st.integers(1, len(one) - 1))],
-        f'{{"draft": {one}, "final": {two}}}',
-        one[:-1] + f', "revised": {two}}}',
-        one[:-1] + ", " + two[1:],
-        one.replace('"K3": ', '"K3": 5, "K3": '),
-        one.replace('"Q7": ', '"X4": '),
-        one.replace('"K3": ', '"A": '),
-        one.replace('"scores"', '"scores": 1, "scores"'),
-        one.replace('"scores"', '"final_scores"'),
-        f"{{'final': {one}, 'draft': {two}}}",
-        f"{{'scores': {{'K3': 8, 'Q7': 2}}}} {one}"[:-1],
+        (draw(graded(wrong=True))[0], None),
+        (
+            one[: draw(st.integers(1, len(one) - 1))],
+            grades,
+        ),  # the end may be missing, not the scores
+        (f'{{"draft": {one}, "final": {two}}}', None),
+        (one[:-1] + f', "revised": {two}}}', None),
+        (one[:-1] + ", " + two[1:], None),
+        (re.sub("K3(?=.: )", 'K3": 5, "K3', one, flags=re.I), None),
+        (re.sub("Q7(?=.: )", "X4", one, flags=re.I), None),
+        (re.sub("K3(?=.: )", "A", one, flags=re.I), None),
+        (one.replace('"scores"', '"scores": 1, "scores"'), None),
+        (one.replace('"scores"', '"final_scores"'), grades),
+        (f"{{'final': {one}, 'draft': {two}}}", None),
+        (f"{{'scores': {{'K3': 8, 'Q7': 2}}}} {one}"[:-1], grades),
     ]
     return draw(st.sampled_from(forms))
 
 
+DRAFTS = st.lists(st.one_of(PROSE, graded().map(lambda graded: graded[0])))
+
+
 @fuzz
-@given(st.lists(st.one_of(PROSE, graded().map(lambda v: v[0]), spoilt().filter(lambda t: t.count("{") == t.count("}")))),
-       graded(), TAIL)  # fmt: skip
+@given(DRAFTS, graded(), TAIL)
 def test_the_last_whole_verdict_counts_or_nothing_does(before, last, tail):
     text, expected = last
-    assert rc.parse_scores("".join(before) + text + tail, IDS) in (expected, None)
-    assert rc.parse_scores(f"Let me see. {text}{tail}", IDS) == expected
+    assert read("".join(before) + text + tail) in (expected, None)
+    assert read(f"Let me see. {text}{tail}") == expected
 
 
 @fuzz
-@given(st.lists(st.one_of(PROSE, graded().map(lambda v: v[0]))), spoilt(), TAIL)
+@given(DRAFTS, spoilt(), TAIL)
 def test_a_spoilt_verdict_never_brings_back_an_earlier_one(before, last, tail):
-    assert rc.parse_scores("".join(before) + last + tail, IDS) is None
+    text, readable = last
+    assert read("".join(before) + text + tail) in (None, readable)
 
 
 @fuzz
@@ -214,16 +300,34 @@ def test_a_spoilt_verdict_never_brings_back_an_earlier_one(before, last, tail):
 def test_a_reply_cut_anywhere_gives_its_last_whole_verdict_or_nothing(draft, last, glue, data):
     apart, nested = draft[0] + glue + last[0], f'{{"draft": {draft[0]}, "final": {last[0]}}}'
     cut = data.draw(st.integers(0, len(apart) - 1))
-    early = len(draft[0]) <= cut <= len(draft[0] + glue)
-    assert rc.parse_scores(apart[:cut], IDS) == (draft[1] if early else None)
-    assert rc.parse_scores(nested[: data.draw(st.integers(0, len(nested)))], IDS) is None
+    begun = cut > len(draft[0] + glue)
+    assert read(apart[:cut]) in (None, last[1] if begun else draft[1])
+    assert read(nested[: data.draw(st.integers(0, len(nested)))]) is None
+
+
+@fuzz
+@given(
+    st.permutations([*IDS, "M5"]),
+    st.lists(GRADES, min_size=3, max_size=3),
+    HOSTILE_LINES,
+    st.data(),
+)
+def test_no_id_gets_the_score_of_another(ids, grades, lines, data):
+    """Whatever surrounds the scores, each is read for the id it was written for, or none is."""
+    meant = dict(zip(ids, grades))
+    shown = data.draw(st.permutations(ids))
+    scores = ", ".join(f'"{name}": {meant[name]:g}' for name in shown)
+    reply = "\n".join([*lines, '{"reason": "ok", "scores": {' + scores + "}}"])
+    assert read(reply, ids) in (None, grades)
+    listed = "\n".join([*lines, *(f"{name}: {meant[name]:g}" for name in shown)])
+    assert read(listed, ids) in (None, grades)
 
 
 @fuzz
 @given(st.lists(st.one_of(st.text(max_size=20), st.sampled_from([*'{}[]",:', "scores", "K3", "Q7", "8", GOOD, CUT, "<think>",
                                                                  "</think>", "\\"]))).map("".join))  # fmt: skip
 def test_no_reply_whatever_crashes_the_parser_or_leaves_the_scale(reply):
-    scores = rc.parse_scores(reply, IDS)
+    scores = read(reply, IDS)
     assert scores is None or (len(scores) == 2 and all(1 <= score <= 10 for score in scores))
 
 
@@ -306,15 +410,41 @@ def test_a_rubric_may_hold_anything():
         judge_in_order(["1", "2"], rubric="Cost: $nonce, {scores}, $5.")[0].count(
             "Cost: $nonce, {scores}, $5."
         )
-        == 2
+        == 1
     )
 
 
-def test_a_sheet_ends_with_the_ids_and_the_scale():
+def test_a_prompt_ends_with_the_scale_and_the_ids():
     prompt, (one, two) = judge_in_order(["a", "b"])
     assert prompt.endswith(
-        f'"scores": {{"{one}": ..., "{two}": ...}}}}\nwith a number from 1 to 10 for every id.'
+        "with a number from 1 to 10 for every id:\n"
+        f'{{"reason": "...", "scores": {{"{one}": ..., "{two}": ...}}}}'
     )
+
+
+def test_all_prompts_start_with_the_same_text_so_that_servers_can_cache_it():
+    one, ids = judge_in_order(["a", "b"], prompt="Add 2 and 2.", reference="4")
+    other, _ = judge_in_order(["x", "y", "z"], prompt="写一首诗。", seed=(7,))
+    fixed = one[: one.index("nonce=")]
+    assert other.startswith(fixed) and len(fixed) > 0.8 * len(one.partition("<prompt")[0])
+    assert not any(name in fixed for name in ids) and "Be fair." in fixed and "scores" in fixed
+
+
+@pytest.mark.parametrize("scale", [(1, 10), (1, 5), (0, 100), (1, 4), (0, 1)])
+def test_another_scale_needs_no_other_edit(monkeypatch, scale):
+    """Prompt, rubric, parser and the offline judge follow JUDGE_SCALE."""
+    monkeypatch.setattr(rc, "JUDGE_SCALE", scale)
+    low, high = scale
+    run = run_of()
+    prompt, (one, two) = judge_in_order(["a", "b"], rubric=run.rubric)
+    assert prompt.count(f"from {low} to {high}") == 3 and "$" not in run.rubric
+    levels = re.findall(r"\d+", run.rubric.partition("equals may tie:")[2])
+    assert {min(map(int, levels)), max(map(int, levels))} == set(scale)
+    reply = '{{"scores": {{"K3": {}, "Q7": {}}}}}'
+    assert read(reply.format(low, f'"{high}/{high}"')) == [low, high]
+    assert read(reply.format(low, high + 1)) is read(reply.format(low - 1, high)) is None
+    shown = [rc.reference_f1(text, "the whole answer") for text in ("the whole answer", "no")]
+    assert shown == [high, low]
 
 
 @pytest.mark.parametrize("count", range(2, 9))
@@ -498,7 +628,10 @@ def test_an_unreadable_reply_is_asked_for_again_with_another_sheet():
 def test_a_judge_that_never_gives_scores_ends_the_record():
     run = run_of(says=lambda _, prompt: "I would rather not say.")
     failed = wait(rc.judge_answers(ask(), [rc.Answer("abc"), rc.Answer("ab")], run))
-    assert why(failed).startswith("judge: unreadable verdict") and len(run.models.asked) == 6
+    assert (
+        why(failed) == "judge: unreadable judge reply: heuristic: no scores in it"
+        and len(run.models.asked) == 6
+    )
 
 
 THOUGHTS = [

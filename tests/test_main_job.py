@@ -6,9 +6,11 @@ import shutil
 import signal
 import statistics
 import time
+from statistics import NormalDist
 
 import pytest
 
+import rlhf_constructor as rc
 from tests.conftest import DATA, rows, write_jsonl
 from tests.server import Api, demo_world, is_judge, judge_reply
 
@@ -130,6 +132,56 @@ def test_the_best_and_the_worst_of_four_are_hardly_ever_confused(rlhf):
         assert sum(map(is_judge, api.calls)) == 2 * 1000
     print(f"{wrong_share(pairs):.1%} wrong of {len(pairs)}")
     assert wrong_share(pairs) <= 0.015 and len(pairs) >= 750
+
+
+def labelled(count, flipped, seed=5):
+    """Pairs of the noisy world, of which this share is labelled the wrong way round."""
+    draw = random.Random(seed)
+    pairs = []
+    for n in range(count):
+        worse, better = sorted(
+            (f"Option {draw.random()} quality={draw.gauss(mean, 1.5):.3f}" for mean in (5, 6.5)),
+            key=truth,
+        )
+        if draw.random() < flipped:
+            worse, better = better, worse
+        pairs.append({"prompt": f"Question number {n}?", "chosen": better, "rejected": worse})
+    return pairs
+
+
+def true_agreement(records):
+    """How often this judge agrees where both its votes go one way, by the law of the noisy world."""
+    agrees = disagrees = 0
+    for record in records:
+        lead = truth(record["chosen"]) - truth(record["rejected"])
+        first, second = (NormalDist(lead + bias, 2**0.5).cdf(0) for bias in (0.8, -0.8))
+        agrees += (1 - first) * (1 - second)
+        disagrees += first * second
+    return agrees / (agrees + disagrees)
+
+
+def test_a_judge_cleans_labels_and_its_agreement_is_measured(rlhf, monkeypatch):
+    records, checks, process = labelled(1000, flipped=0.2), [], rc.process_record
+
+    async def noted(line, record, run):
+        outcome = await process(line, record, run)
+        checks.extend(record.label_checks)
+        return outcome
+
+    monkeypatch.setattr(rc, "process_record", noted)
+    flags = ("--method", "rank_responses", "--judge-model", "dashscope:strong", "--concurrency", 64)
+    with Api(noisy_world(1.5, still=True)) as api:
+        kept = rlhf(records, *flags, api=api).pairs
+    assert 0.15 < wrong_share(records) < 0.25
+    decided = [check.result == "agrees" for check in checks if check.result != "undecided"]
+    agreement = rc.share(sum(decided), len(decided))
+    print(
+        f"{wrong_share(records):.1%} wrong labels; kept {len(kept)}: {wrong_share(kept):.1%} wrong; {agreement}"
+    )
+    assert wrong_share(kept) <= 0.04 and len(kept) >= 450
+    assert len(checks) == 1000
+    low, high = agreement.interval
+    assert low <= true_agreement(records) <= high
 
 
 # --- pairs that look alike and are not: the right answer wins from either slot, and no filter throws it away

@@ -50,7 +50,7 @@ def verdict_by_order(high_first: str, low_first: str):
 def expected(one: str, two: str, when_low_wins: str) -> str:
     """What must become of the pair, said once more and in words."""
     if "unparsed" in (one, two):
-        return "judge: unreadable verdict"
+        return "judge: unreadable judge reply"
     if one == two == "high":
         return "strong over weak"
     if one == two == "low":
@@ -74,7 +74,7 @@ JURIES = [  # the winner that each judge sees (in both orders) -> the fate
     (["tie", "tie"], "judge: tie"),
     (["low", "low"], "judge: low model won"),
     (["low", "low", "high"], "judge: orders disagree"),
-    (["high", "unparsed"], "judge: unreadable verdict"),
+    (["high", "unparsed"], "judge: unreadable judge reply"),
 ]
 
 

@@ -66,16 +66,13 @@ def test_the_judges_verdict_decides_the_label(rlhf, flags):
 @pytest.mark.parametrize("reply", [
     "Rating: 4\nRationale: good\n\nRating: 2\nRationale: poor", "**Rating:** 4\n\n**Rating:** 2", "Rating: high\n\nRating: low",
     "K3: 5/5\nQ7: 2/5", "[[8]] [[3]]", "Score: 1\nScore: 10", "<think>K3 Rating: 1</think>\nK3 Rating: 5\nQ7 Rating: 2",
-    "K3: 10\nQ7: 1", '{"K3": {"rating": 8}, "Q7": {"rating": 3}}', '{"scores": {"K3": "5/5", "Q7": "2/5"}}',
-    '{"scores": {"K3": "Rating: 4", "Q7": "Rating: 2"}}', '{"scores": {"K3": "**8**", "Q7": 3}}', '{"scores": {"K3": "1 to 10", "Q7": 1}}',
-    '{"scores": {"K3": "10.", "Q7": "1,5"}}', "A", "[[A]]", "m", "0.8",
+    '{"scores": {"K3": "5/5", "Q7": "2/5"}}', '{"scores": {"K3": "Rating: 4", "Q7": "Rating: 2"}}',
+    '{"scores": {"K3": "1 to 10", "Q7": 1}}', "A", "[[A]]", "m", "0.8",
 ])  # fmt: skip
 def test_no_rating_in_prose_becomes_a_score(reply):
     """distilabel split replies at blank lines, [5, 2] became [None, 5, 2]; UltraFeedback read 1 as 10."""
-    scores = rc.parse_scores(reply, ["K3", "Q7"])
-    assert scores is None or (
-        reply == '{"scores": {"K3": "10.", "Q7": "1,5"}}' and scores == [10.0, 1.5]
-    )
+    with pytest.raises(rc.UnreadableReply):
+        rc.parse_scores(reply, ["K3", "Q7"])
 
 
 @pytest.mark.parametrize("one, two", [(1, 10), ("1", "10"), (10, 1), ("10.0", "1.0"), (1.0, 1.5)])

@@ -1,0 +1,211 @@
+"""exact_match: right and wrong are never confused; what could be either is not checkable.
+
+gsm8k_sample.jsonl: 42 problems of OpenAI grade-school-math with four model answers each and whether
+they are right. MIT License, Copyright (c) 2021 OpenAI."""
+
+import doctest
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import rlhf_constructor as rc
+
+SAMPLE = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "gsm8k_sample.jsonl").read_text("utf-8").splitlines()
+]
+WRITERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+
+
+def checked(reference: str, answer: str, prompt: str = "") -> bool | None:
+    """Right, wrong, or None: not checkable."""
+    one, other = rc.final_answer(reference), rc.final_answer(answer)
+    if one is None or other is None:
+        return None
+    return rc.same_answer(one, other, prompt)
+
+
+@pytest.mark.parametrize("section", ["final_answer", "read_answer", "chinese_number", "same_answer", "parse_scores",
+                                     "split_entries", "default_rubric"])  # fmt: skip
+def test_the_examples_in_the_docstrings_hold(section):
+    finder = doctest.DocTestFinder(recurse=False)
+    [examples] = finder.find(getattr(rc, section), section, globs=vars(rc).copy())
+    assert examples.examples and doctest.DocTestRunner().run(examples).failed == 0
+
+
+def test_no_real_answer_is_taken_for_the_opposite():
+    count = Counter()
+    for problem in SAMPLE:
+        for writer in WRITERS:
+            answer = problem[writer]
+            result = checked(problem["ground_truth"], answer["solution"], problem["question"])
+            count[result] += 1
+            assert result in (None, answer["is_correct"]), answer["solution"]
+    assert count[None] <= 20 and count[True] > 30 and count[False] > 60
+
+
+OPTIONS = "Which city? A. Paris B. London C. Rome"
+SENTIMENT = "Say whether the review is positive, negative or neutral."
+RIGHT = [
+    ("A: 18", "6 + 12 = 18\nA: 18", ""),
+    ("#### 18", "She has 18 eggs.\n#### 18", ""),
+    ("18", r"So \boxed{18}", ""),
+    ("18", "The answer is 18.", ""),
+    ("18", "**Answer:** 18", ""),
+    ("18", "**Final Answer**: $18$.", ""),
+    ("18", "So the final answer is: \\boxed{18}.", ""),
+    ("18", "6 + 12 = 18, so the answer is 18 eggs.", ""),
+    ("18", "6 + 12 makes it.\n\n18", ""),
+    ("18", "一共有18个。\n答案：18", ""),
+    ("18", "所以答案是18。", ""),
+    ("十八", "答案：18", ""),
+    ("18", "答案是十八个。", ""),
+    ("1,200", "The answer is 1200.", ""),
+    ("1200", "The answer is $1,200.00.", ""),
+    ("0.5", "Answer: 1/2", ""),
+    ("1/2", r"\boxed{\frac{1}{2}}", ""),
+    ("3.5", r"\boxed{3\frac{1}{2}}", ""),
+    ("2/4", r"\boxed{\dfrac12}", ""),
+    ("50%", "Answer: 0.5", ""),
+    ("50%", "Answer: 50 percent", ""),
+    ("50%", "答案：百分之50", ""),
+    ("$18", "Answer: 18 dollars", ""),
+    ("18 cm", "Answer: 18 centimeters", ""),
+    ("18厘米", "答案：18 cm", ""),
+    ("18元", "答案：18 块钱", ""),
+    ("30000", "答案：3万", ""),
+    ("3 million", "Answer: 3,000,000", ""),
+    ("300000", r"\boxed{3 \times 10^{5}}", ""),
+    ("-5", "Answer: −5", ""),
+    ("-5", "Answer: minus 5", ""),
+    ("-5", "答案：负5", ""),
+    ("20", "Answer: $20", "She works 4 hours for 5 dollars an hour. How much does she make?"),
+    ("１８", "答案：18", ""),
+    ("B", "The answer is (B).", OPTIONS),
+    ("B", "(B) London", OPTIONS),
+    ("B. London", "Answer: B", OPTIONS),
+    ("B", "London is larger.\nAnswer: Option B", OPTIONS),
+    ("B", "答案：选B", OPTIONS),
+    ("positive", "Sentiment: Positive.", SENTIMENT),
+    ("正面", "情感：正面", ""),
+    ("yes", "The answer is true.", ""),
+    ("不对", "答案：错误", ""),
+    ("not positive", "Answer: not positive", SENTIMENT),
+    ("10-20", "Answer: 10-20", ""),
+    ("3:30", "Answer: 3:30", ""),
+]
+WRONG = [
+    ("A: 18", "6 * 12 = 72\nA: 72", ""),
+    ("18", "The answer is 8.", ""),
+    ("18", r"\boxed{81}", ""),
+    ("42", "Answer: -42", ""),
+    ("1/2", r"\boxed{\frac{-1}{2}}", ""),
+    ("1/2", r"\boxed{\frac{1}{3}}", ""),
+    ("50%", "Answer: 40%", ""),
+    ("$18", "Answer: $26", ""),
+    ("18 cm", "Answer: 1800 cm", ""),
+    ("18", "答案是二十。", ""),
+    ("3万", "答案：4万", ""),
+    ("B", "Answer: C", OPTIONS),
+    ("B. London", "The answer is (A) Paris.", OPTIONS),
+    ("positive", "Answer: negative", ""),
+    ("正面", "情感：负面", ""),
+    ("yes", "Answer: no", ""),
+    ("对", "答案：不对", ""),
+    ("Paris", "London", "Which city is larger, Paris or London?"),
+    ("苹果", "答案：香蕉", "选一个：苹果、香蕉、梨。"),
+]
+UNCHECKED = [
+    ("42", "The answer is not 42 but 43.", ""),
+    ("43", "The answer is not 42 but 43.", ""),
+    ("42", "The answer is not 42.", ""),
+    ("42", "The answer is 42. Wait, I forgot the tax: it is 43.", ""),
+    ("42", "The answer is 42.\nHowever, with tax it is 43.", ""),
+    ("42", "The answer is 42.\nA: 43", ""),
+    ("42", "The answer is 42 or 43.", ""),
+    ("42", "The answer is between 42 and 43.", ""),
+    ("42", "The answer is about 42.", ""),
+    ("42", "The answer is at least 42.", ""),
+    ("42", "Answer: 42, 43", ""),
+    ("42", "Answer: 40-44", ""),
+    ("42", "If she kept all, the answer is 42.", ""),
+    ("42", "I doubt that the answer is 42", ""),
+    ("42", "如果不算税，答案是42", ""),
+    ("42", "答案不是42", ""),
+    ("42", "答案是42吗？", ""),
+    ("42", "答案是42左右", ""),
+    ("42", "答案不是42，而是43。", ""),
+    ("42", "She has 42 eggs and 3 hens.", ""),
+    ("42", "40\n41\n42", ""),
+    ("42", "", ""),
+    ("42", r"\boxed{42} or \boxed{43}", ""),
+    ("42", r"\boxed{42", ""),
+    ("5", "Answer: 5x", ""),
+    ("5", "Answer: 5!", ""),
+    ("5", "Answer: 5 dozen", ""),
+    ("?", "Answer: ?", ""),
+    ("5", "I think the answer is 5", ""),
+    ("1" * 5000, "Answer: " + "1" * 5001, ""),
+    ("5", "Answer: 5 tenths", ""),
+    ("5", "Answer: 5 more", ""),
+    ("5", "Answer: 5 and a half", ""),
+    ("5", "答案：5倍多", ""),
+    ("5", "答案：五个半", ""),
+    ("5", "Answer: 5%", ""),
+    ("50", "Answer: 0.5", ""),
+    ("3.33", "Answer: 10/3", ""),
+    ("18", "Answer: 17.96", ""),
+    ("1.5", "Answer: 90 minutes", ""),
+    ("1.5 hours", "Answer: 90 minutes", ""),
+    ("18 cm", "Answer: 18 m", ""),
+    ("18 cm", "Answer: 18 inches", ""),
+    ("$18", "Answer: 18 euros", ""),
+    ("18", "Answer: 1800 cents", ""),
+    ("18", "Answer: 18 cents", "How many dollars are 1,800 cents?"),
+    ("3", "答案：3天", "36小时的两倍是几小时？"),
+    ("18", "Answer: 1800", ""),
+    ("212", "Answer: 100 °C", ""),
+    ("3:30", "Answer: 3:30 pm", ""),
+    ("15:30", "Answer: 3:30 pm", ""),
+    ("2:1", "Answer: 4:2", ""),
+    ("B", "Answer: B or C", OPTIONS),
+    ("B", "Answer: A, B", OPTIONS),
+    ("B", "A. Paris\nB. London\nC. Rome", OPTIONS),
+    ("B. London", "Answer: C. London", OPTIONS),
+    ("B. London", "Answer: B. Rome", OPTIONS),
+    ("B", "London", OPTIONS),
+    ("A", "A good question.", OPTIONS),
+    ("positive", "Answer: not positive", SENTIMENT),
+    ("negative", "Answer: not positive", SENTIMENT),
+    ("positive", "Answer: very positive", SENTIMENT),
+    ("positive", "Answer: positive or neutral", SENTIMENT),
+    ("积极", "答案：正面", ""),
+    ("正面", "答案：不是正面", ""),
+    ("USA", "Answer: United States", "Which country?"),
+    ("car", "Answer: automobile", ""),
+    ("St. Paul", "The answer is St. Louis.", ""),
+    ("六十八", "答案：六八", ""),
+    ("150", "答案：一百五", ""),
+    ("x > 3", "Answer: 3 < x", ""),
+    (r"\sqrt{2}", "Answer: 1.41", ""),
+    ("8", "Answer: 2^3", ""),
+    ("52", "Answer: 5²", ""),
+    ("1000000", "Answer: 10^6", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reference, answer, prompt", RIGHT)
+def test_a_right_answer_is_recognised(reference, answer, prompt):
+    assert checked(reference, answer, prompt) is True
+
+
+@pytest.mark.parametrize("reference, answer, prompt", WRONG)
+def test_a_wrong_answer_is_recognised(reference, answer, prompt):
+    assert checked(reference, answer, prompt) is False
+
+
+@pytest.mark.parametrize("reference, answer, prompt", UNCHECKED)
+def test_what_could_be_either_is_not_checkable(reference, answer, prompt):
+    assert checked(reference, answer, prompt) is None
