@@ -3233,7 +3233,7 @@ def log_odds(counts: dict, held_out: dict) -> dict[str, float]:
 
 
 def cross_validated_accuracy(pairs: list[Difference]) -> Measured:
-    """How often a sum of log-odds, learned on the other folds, picks the chosen answer (tie: ½)."""
+    """How often a sum of log-odds, learned on the other folds, picks the chosen answer."""
     counts = count_features(pairs, OFTEN)
     correct = 0.0
     for fold in range(FOLDS):
@@ -3602,7 +3602,8 @@ class Report:
     def _add_pair(self, pair: Pair) -> None:
         """Count one pair, and keep it if it is drawn into the sample."""
         self.pairs += 1
-        chosen, rejected = pair.chosen, pair.rejected
+        chosen = pair.chosen
+        rejected = pair.rejected
         if chosen.model != rejected.model:
             self.models[chosen.model][True] += 1
             self.models[rejected.model][False] += 1
@@ -3742,8 +3743,9 @@ def few_sentence(numbers: dict) -> str:
         return ""
     if not pairs:
         return "There are no pairs, so their quality cannot be checked."
-    subject = "1 pair is" if pairs == 1 else f"{pairs} pairs are"
-    return f"{subject} too few for most quality checks (they need 30 to 100 cases)."
+    verb = "is" if pairs == 1 else "are"
+    subject = plural(pairs, "pair")
+    return f"{subject} {verb} too few for most quality checks (they need 30 to 100 cases)."
 
 
 def headline(metrics: list[dict]) -> list[str]:
@@ -3851,7 +3853,7 @@ def label_agreement_by_gap(checks: Counter) -> dict[str, Measured]:
 
 
 def histogram(series: dict[str, list[float]]) -> dict:
-    """Counts of each series' values in about 20 equal steps: {"edges", "counts", ...}, or {}.
+    """Counts of each series' values in up to 26 equal steps: {"edges", "counts", ...}, or {}.
 
     If some values are far away, the outermost 1% at either end count in the first and the last
     step ("open_start", "open_end"). "centred": each step has one value in its middle."""
@@ -3866,7 +3868,7 @@ def histogram(series: dict[str, list[float]]) -> dict:
     width = high - low
     if width < 1e-6 * max(abs(low), abs(high)):
         width = 0.0
-    step = round_step(width, 20)
+    step = round_step(width, 24)
     centred = all(abs(value / step - round(value / step)) < 1e-6 for value in values)
     shift = 0.5 if centred else 1e-9  # 1e-9: 0.3 / 0.1 is a little less than 3
     first = math.floor(low / step + shift)
@@ -3933,6 +3935,11 @@ def cost(usage: list[dict], pairs: int) -> dict:
 
 
 # Numbers as people read them.
+
+
+def plural(number: int, noun: str) -> str:
+    """A number with its noun: `1 pair`, `1,204 pairs`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def shown(value: float | str | None, unit: str = "") -> str:
@@ -4105,7 +4112,8 @@ def quality_section(numbers: dict) -> tuple[str, str]:
     """Records, scores, and the gap between them."""
     kept = numbers["kept"]
     gap = metric_of(numbers, "gap")
-    sentence = f"{kept:,} of {numbers['records']:,} records gave {numbers['pairs']:,} pairs"
+    pairs = plural(numbers["pairs"], "pair")
+    sentence = f"{kept:,} of {plural(numbers['records'], 'record')} gave {pairs}"
     if gap["n"]:
         sentence += f"; the median score gap is {shown(gap['value'])}."
     else:
@@ -4217,7 +4225,7 @@ def labels_section(numbers: dict) -> tuple[str, str] | None:
             f"decide, and leave {shown(undecided['value'], '%')} of all labels undecided."
         )
     if facts:
-        listing = "; ".join(f"{count:,} records: {fact}" for fact, count in facts.items())
+        listing = "; ".join(f"{plural(facts[fact], 'record')}: {fact}" for fact in facts)
         sentences.append(f"{listing}.")
     charts = numbers["charts"]
     figures = [
@@ -4241,8 +4249,8 @@ def cost_section(numbers: dict) -> tuple[str, str] | None:
         return None
     total = numbers["cost"]
     sentence = (
-        f"{total['calls']:,} API calls were made and {total['cached']:,} replies came from the "
-        f"cache: {total['tokens_in']:,} tokens in and {total['tokens_out']:,} out"
+        f"API calls: {total['calls']:,} made, {total['cached']:,} replies from the cache; "
+        f"{total['tokens_in']:,} tokens in, {total['tokens_out']:,} out"
     )
     if total["money"] is None:
         sentence += "."
@@ -4361,17 +4369,16 @@ def share_bars(title: str, note: str, rows: list[dict], fair: bool = False) -> s
             f'<rect class="chosen" y="2" width="{100 * row["value"]:.1f}" height="8"/>'
             f'<path class="interval" d="M{low:.1f} 6H{high:.1f}"/></svg>'
         )
-        value = f"{shown(row['value'], '%')} <small>{shown_interval(row['interval'], '%')}</small>"
+        interval = shown_interval(row["interval"], "%")
+        value = shown(row["value"], "%")
         body += (
-            f'<tr><th scope="row">{row["label"]}</th><td>{svg}</td><td>{value}</td>'
-            f"<td><small>n={row['n']:,}</small></td></tr>"
+            f'<tr><th scope="row">{row["label"]}</th><td>{svg}</td>'
+            f"<td>{value} <small>{interval} <span>n={row['n']:,}</span></small></td></tr>"
         )
     ticks = "<div><span>0%</span><span>50%</span><span>100%</span></div>"
     scale = f'<tr class="scale" aria-hidden="true"><td></td><td>{ticks}</td></tr>'
-    head = (
-        '<tr class="hidden"><th scope="col">case</th><td></td><th scope="col">share, 95% CI</th>'
-        '<th scope="col">cases</th></tr>'
-    )
+    columns = '<th scope="col">Case</th><td></td><th scope="col">Share, 95% CI, cases</th>'
+    head = f'<tr class="hidden">{columns}</tr>'
     note += "; the dashed line is a fair 50%." if fair else "."
     return figure(title, note, f'<table class="bars">{head}{body}{scale}</table>')
 
@@ -4519,7 +4526,8 @@ def details(columns: list[str], rows: list[list[str]]) -> str:
 
 def plot_x(data: dict, value: float) -> float:
     """Where a value stands on a histogram's axis."""
-    low, high = data["edges"][0], data["edges"][-1]
+    low = data["edges"][0]
+    high = data["edges"][-1]
     share_of_axis = (min(max(value, low), high) - low) / (high - low)
     return PLOT_LEFT + share_of_axis * (PLOT_RIGHT - PLOT_LEFT)
 
@@ -5951,7 +5959,7 @@ li { border-left: 5px solid var(--level, var(--soft)); padding: .8rem 1.1rem }
 .level { color: var(--level, var(--soft)); font-size: .72rem; letter-spacing: .07em;
   margin-right: .5rem; text-transform: uppercase }
 .grid { align-items: start; display: grid; gap: 1rem; margin: 1rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(min(27rem, 100%), 1fr)) }
+  grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)) }
 figure { min-width: 0; padding: 1rem 1.1rem }
 figcaption { line-height: 1.45; margin-bottom: .6rem } figcaption h3 { color: var(--ink) }
 figure.full { grid-column: 1 / -1 } figure .grid { margin: 0 }
@@ -5960,7 +5968,7 @@ figure.full { grid-column: 1 / -1 } figure .grid { margin: 0 }
   height: .7em; margin-right: .4em; width: .7em }
 .key.chosen { --side: var(--chosen) } .key.rejected { --side: var(--rejected) }
 .key.line { --side: var(--curve) }
-svg { display: block; width: 100% } svg.plot { height: auto }
+svg { display: block; width: 100% } svg.plot { height: auto; max-width: 34rem }
 rect.chosen { fill: var(--chosen) } rect.rejected { fill: var(--rejected) }
 rect.track { fill: var(--track) }
 path { fill: none; stroke: var(--soft); vector-effect: non-scaling-stroke }
@@ -5984,7 +5992,9 @@ td span:is(.ok, .warn, .critical) { color: var(--level); font-weight: 600 }
 td span:is(.too-few, .not-applicable) { color: var(--soft) }
 details { margin-top: .6rem } summary { cursor: pointer } details .wide { max-height: 18rem }
 .bars td, .bars th { padding: .18rem .6rem .18rem 0; vertical-align: middle }
-.bars th { line-height: 1.3; overflow-wrap: anywhere; width: 36% } .bars td:nth-child(2) { width: 99%; min-width: 6rem }
+.bars th { line-height: 1.3; min-width: 5.5rem; overflow-wrap: anywhere;
+  width: 36% }
+.bars td:nth-child(2) { width: 99%; min-width: 6rem }
 .bars td:nth-child(n + 3) { padding-right: .4rem; white-space: nowrap }
 .bars svg { height: .85rem } .bars .hidden { clip-path: inset(50%); position: absolute }
 .scale td { color: var(--soft); font-size: .75rem; line-height: 1 }
@@ -6001,7 +6011,7 @@ article p { font-size: .92rem; margin-top: .3rem; max-height: 20rem; overflow: a
 @media (max-width: 40rem) {
   body { padding: 1.25rem .75rem 3rem }
   th, td { padding-right: .55rem } table { font-size: .84rem }
-  .bars th { width: 38% } .bars td:nth-child(2) { min-width: 4.5rem }
+  .bars small span { display: block } .bars td:nth-child(2) { min-width: 4.5rem }
   .funnel th { min-width: 9rem; width: 60% } text { font-size: 13px }
 }
 @media print {
