@@ -4077,30 +4077,35 @@ def batch_reply(response: dict, failure: dict | None) -> Reply:
 
 
 # --------------------------------------------------------------------------------------------------
-# §13 REPORT: formulas; METRICS; Report; terminal lines and page
+# §13 REPORT: Report, METRICS, ADVICE, report_html: what the pairs teach besides quality
+# In: every Outcome. Out: the numbers of <stem>.report.json, and the page made from them alone.
+# Called by §16 RUN. §14 REVIEW adds what people say; §15 TERMINAL prints the warnings.
 # --------------------------------------------------------------------------------------------------
 
-REPORT_SAMPLE, SAMPLE_TEXT = 2_000, 4_000  # pairs whose texts are kept, characters of each text
-DIVERSITY = (
-    500  # texts of a side that are compared with each other, by as many words of each; phrases
-)
-DIVERSITY_TOKENS = (
-    20_000  # distinct-n falls with the amount of text, so it is always taken of as much
-)
-LONG_ENOUGH = (
-    10  # tokens; shorter texts (labels, numbers) repeat by nature and count in no diversity metric
-)
-SHOWN_PAIRS, SHOWN_TEXT = (
-    3,
-    1_200,
-)  # sample pairs of each kind on the page, characters of each of their texts
-FARTHEST = 1e12  # points; a score beyond counts as this, so that no sum overflows
-Z = 1.96  # standard errors to either side: 95 % intervals
-FOLDS, OFTEN = 5, 5  # of the held-out guesses; pairs that a mark needs to count as a clue
-HEADLINES = ("gap", "longer", "flips", "identity", "words")  # of a terminal
-RATIOS = (1.1, 1.25, 1.5, 2.0)  # of the longer to the shorter answer: steps of the length curve
-ANSWERS, SIDES = ("chosen", "rejected"), ("prompts", "chosen", "rejected")
-# How the names of one family's models begin.
+REPORT_SAMPLE = 2_000  # pairs whose texts are kept for the text metrics
+SAMPLE_TEXT = 4_000  # characters kept of each of their texts
+DIVERSITY_SAMPLE = 500  # texts that are compared with each other
+DIVERSITY_WORDS = 500  # words of each text that the self-repetition looks at
+DISTINCT_WORDS = 20_000  # word pairs that distinct-2 looks at: it falls with the amount of text
+LONG_ENOUGH = 10  # words; shorter texts (labels, numbers) repeat by nature and are not compared
+SHOWN_PAIRS = 3  # pairs of each kind under "Pairs to read"
+SHOWN_TEXT = 1_200  # characters of each of their texts
+SHOWN_REASONS = 12  # drop reasons with a bar of their own
+SHOWN_MODELS = 20
+FARTHEST = 1e9  # points; a score beyond counts as this, so that no sum overflows
+Z = 1.96  # standard errors to either side of a 95% interval
+FOLDS = 5  # of the cross-validation
+OFTEN = 5  # pairs that a feature needs to count as a clue
+RATIOS = (1.1, 1.25, 1.5, 2.0)  # longer to shorter answer: steps of "Does the longer one win?"
+DECISIVE = ("agrees", "disagrees")  # results of a LabelCheck that say something about the label
+HEADLINES = {  # metrics that the terminal repeats while they raise no warning
+    "flips": "order flips {}",
+    "longer": "chosen is longer {}",
+    "gap": "median score gap {}",
+    "label_agreement": "judges agree with {} of the labels",
+    "human_agreement": "people agree with {} of the labels",
+}
+# How the names of a family's models begin; the first word is the family's name.
 FAMILIES = (
     "gpt chatgpt o1 o3 o4",
     "qwen qwq qvq",
@@ -4109,8 +4114,6 @@ FAMILIES = (
     "llama",
     "glm chatglm",
     "yi-",
-)
-FAMILIES += (
     "mistral mixtral",
     "deepseek",
     "kimi moonshot",
@@ -4119,8 +4122,7 @@ FAMILIES += (
     "baichuan",
     "hunyuan",
 )
-
-# Looked for in an answer whose code blocks are reduced to their fence (after FastChat's style control).
+# Searched in an answer whose code blocks are cut to their fence (after FastChat's style control).
 FORMATS = {
     "headers": re.compile(r"^#{1,6}[ \t]", re.M),
     "lists": re.compile(r"^[ \t]*(?:\d{1,3}(?:[.)][ \t]|、)|[-*+•][ \t])", re.M),
@@ -4130,606 +4132,1559 @@ FORMATS = {
     "emoji": re.compile("[\u2600-\u27bf\U0001f300-\U0001faff]"),
 }
 CODE_BLOCK = re.compile(r"```.*?```", re.S)
+# A word, or two CJK characters in a row: a single one tells a reader little.
 LETTER = TOKEN.pattern.partition("|")[2].removesuffix("+")
-PHRASE = re.compile(
-    rf"(?<!{LETTER})(?=([{CJK}]{{2}}|{LETTER}+))"
-)  # one CJK character tells a reader little
-phrases = lambda text, _: {"phrases": set(PHRASE.findall(text.lower()))}
+PHRASE = re.compile(rf"(?<!{LETTER})(?=([{CJK}]{{2}}|{LETTER}+))")
+
+
+# Formulas: texts or counts -> Measured.
 
 
 class Measured(NamedTuple):
-    """A value, its 95 % interval, and the number of cases it comes from."""
+    """A value, its 95% interval, and the number of cases it comes from."""
 
     value: float | None = None
     interval: tuple[float, float] | None = None
     n: int = 0
 
 
+class Difference(NamedTuple):
+    """The features of a pair that only one of its answers has."""
+
+    fold: int  # pairs of one prompt are in the same fold of the cross-validation
+    chosen: tuple[str, ...]
+    rejected: tuple[str, ...]
+
+
 def share(k: float, n: int) -> Measured:
-    """k of n cases -> their share 0..1 with Wilson's interval; k may hold halves (ties)."""
+    """The share k / n (0..1) with Wilson's interval; k may hold halves (ties)."""
     if not n:
         return Measured()
-    p, z2 = k / n, Z * Z / n
+    p = k / n
+    z2 = Z * Z / n
     centre = (p + z2 / 2) / (1 + z2)
     half = math.sqrt(p * (1 - p) * z2 + z2 * z2 / 4) / (1 + z2)
     return Measured(p, (max(0.0, centre - half), min(1.0, centre + half)), n)
 
 
-rate = lambda counts: share(
-    counts[True], counts.total()
-)  # counts of True and False -> how often True
-ngrams = lambda words, n: zip(*(words[i:] for i in range(n)), strict=False)
-is_long = lambda text: len(list(itertools.islice(TOKEN.finditer(text), LONG_ENOUGH))) == LONG_ENOUGH
+def share_true(counts: Counter) -> Measured:
+    """The share of True in counts of True and False."""
+    return share(counts[True], counts.total())
 
 
 def median(values: list[float]) -> Measured:
-    """The median; its 95 % interval lies between two of the sorted values (binomial, Conover 1999, 3.2)."""
-    values, n = sorted(values), len(values)
-    if not n:
+    """The median; its interval ends at two of the sorted values (binomial, Conover 1999, 3.2)."""
+    if not values:
         return Measured()
+    ordered = sorted(values)
+    n = len(ordered)
     reach = Z * math.sqrt(n) / 2
-    ends = values[max(0, math.floor(n / 2 - reach))], values[min(n - 1, math.ceil(n / 2 + reach))]
-    return Measured(statistics.median(values), ends, n)
+    low = ordered[max(0, math.floor(n / 2 - reach))]
+    high = ordered[min(n - 1, math.ceil(n / 2 + reach))]
+    return Measured(statistics.median(ordered), (low, high), n)
 
 
-def sign_test(k: int, n: int) -> float:
-    """Two-sided p of k heads in n throws of a fair coin: exact up to n = 1,000, then by the normal curve."""
-    if n > 1000:
-        return math.erfc(max(0.0, abs(k - n / 2) - 0.5) / math.sqrt(n / 2))
-    following = lambda ways, i: ways * (n - i) // (i + 1)  # from C(n, i) to C(n, i + 1)
-    return min(
-        1.0, 2 * sum(itertools.accumulate(range(min(k, n - k)), following, initial=1)) / 2**n
-    )
-
-
-def spearman(xs: list[float], ys: list[float]) -> Measured:
-    """Rank correlation -1..1; the interval is Fisher's z with Bonett and Wright's variance."""
-    n = len(xs)
-    if n < 4 or min(xs) == max(xs) or min(ys) == max(ys):
-        return Measured(n=n if n < 4 else 0)
-    # twice a value's rank: the sum of the first and the last place that it takes among the sorted ones
-    ranks = lambda values, order: [
-        bisect.bisect_left(order, x) + bisect.bisect(order, x) for x in values
-    ]
-    rho = statistics.correlation(ranks(xs, sorted(xs)), ranks(ys, sorted(ys)))
-    z, half = (
-        math.atanh(max(-0.999999, min(0.999999, rho))),
-        Z * math.sqrt((1 + rho * rho / 2) / (n - 3)),
-    )
-    return Measured(rho, (math.tanh(z - half), math.tanh(z + half)), n)
-
-
-def distinct(texts: list[str], n: int) -> Measured:
-    """Share of different n-grams among the first DIVERSITY_TOKENS n-grams (Li et al., arXiv 1510.03055)."""
-    grams = itertools.chain.from_iterable(ngrams(split_words(text), n) for text in texts)
-    grams = list(itertools.islice(grams, DIVERSITY_TOKENS))
-    return share(len(set(grams)), len(grams))
-
-
-def compression(texts: list[str]) -> Measured:
-    """Bytes to zlib-compressed bytes of all texts in a row (arXiv 2403.00553); a ratio without interval."""
-    data = "\n".join(texts).encode()
-    return (
-        Measured(len(data) / len(zlib.compress(data, 9)), None, len(texts)) if data else Measured()
-    )
+def distinct_pairs(texts: list[str]) -> Measured:
+    """Distinct-2: the share of different word pairs among the first DISTINCT_WORDS (1510.03055)."""
+    pairs = []
+    for text in texts:
+        pairs += itertools.pairwise(split_words(text))
+        if len(pairs) >= DISTINCT_WORDS:
+            break
+    del pairs[DISTINCT_WORDS:]
+    return share(len(set(pairs)), len(pairs))
 
 
 def self_repetition(texts: list[str]) -> Measured:
-    """Share of texts with a run of 10 words (20 if over 30 % are CJK characters) that 3 others hold too."""
+    """The share of texts with a run of 10 words (mostly CJK: 20) that three others contain too."""
+    texts_with = Counter()  # hash of a run -> number of texts that contain it
     passages = []
-    for words in (split_words(text)[:DIVERSITY] for text in texts):
-        cjk = sum(word >= "\u3040" for word in words) > 0.3 * len(words)
-        passages.append(set(map(hash, ngrams(words, 20 if cjk else 10))))
-    holders = Counter(itertools.chain.from_iterable(passages))
-    common = {gram for gram, n in holders.items() if n > 3}
-    return share(sum(not common.isdisjoint(grams) for grams in passages), len(texts))
+    for text in texts:
+        words = split_words(text)[:DIVERSITY_WORDS]
+        cjk = sum(word >= "\u3040" for word in words)
+        size = 20 if cjk > 0.3 * len(words) else 10
+        passages.append({hash(run) for run in runs(tuple(words), size)})
+        texts_with.update(passages[-1])
+    common = {run for run, count in texts_with.items() if count > 3}
+    repeating = sum(not common.isdisjoint(passage) for passage in passages)
+    return share(repeating, len(texts))
 
 
 def near_duplicates(texts: list[str]) -> Measured:
-    """Share of texts with a `similarity` of NEAR_DUPLICATE or more to an earlier one.
+    """The share of texts with a `similarity` of NEAR_DUPLICATE or more to an earlier one.
 
-    Compared are texts that share one of their two smallest hashes: at a similarity of .8, over 9 in 10 do."""
-    found, earlier = 0, defaultdict(list)
-    for text in ("".join(text.split()) for text in texts):
-        codes = list(map(ord, text))  # the hash of letters differs from run to run
-        alike = [earlier[key] for key in heapq.nsmallest(2, set(map(hash, ngrams(codes, 5))))]
-        others = set().union(*(some[:5] for some in alike))
-        found += any(similarity(text, other, NEAR_DUPLICATE) >= NEAR_DUPLICATE for other in others)
-        for some in alike:
-            some.append(text)
-    return share(found, len(texts))
-
-
-def marks(text: str, model: str) -> dict[str, set]:
-    """What a reward model could read off an answer, or off its model's name, instead of quality."""
-    words, prose = list(map(sys.intern, split_words(text))), CODE_BLOCK.sub("```", text)
-    return {
-        "format": {name for name, pattern in FORMATS.items() if pattern.search(prose)},
-        "words": set(words),
-        "opening": {f"{place} {word}" for place, word in enumerate(words[:3])},
-        "identity": {model} - {""},
-    }
+    A text is compared with earlier ones that share one of its two smallest hashes, five for each
+    hash: nine in ten texts with a similarity of .8 share one."""
+    earlier = defaultdict(list)  # hash of a run of 5 characters -> texts
+    duplicates = 0
+    for text in texts:
+        text = "".join(text.split())
+        codes = tuple(map(ord, text))  # Python's hash of a string differs from run to run
+        keys = heapq.nsmallest(2, {hash(run) for run in runs(codes, 5)})
+        others = set()
+        for key in keys:
+            others.update(earlier[key][:5])
+            earlier[key].append(text)
+        similar = (similarity(text, other, NEAR_DUPLICATE) for other in others)
+        duplicates += any(value >= NEAR_DUPLICATE for value in similar)
+    return share(duplicates, len(texts))
 
 
-def one_sided(rows: list[dict], marks) -> dict[str, list[tuple]]:
-    """Kind of mark -> the pairs that differ in it: [(fold, marks of chosen only, of rejected only), ...]."""
-    found = defaultdict(list)
+def has_enough_words(text: str) -> bool:
+    """Whether a text has LONG_ENOUGH words to be compared with others."""
+    return next(itertools.islice(TOKEN.finditer(text), LONG_ENOUGH - 1, None), None) is not None
+
+
+def features(text: str, model: str) -> dict[str, set[str]]:
+    """What a reward model could recognise, instead of quality: formats, words, the model's name."""
+    prose = CODE_BLOCK.sub("```", text)
+    formats = {name for name, pattern in FORMATS.items() if pattern.search(prose)}
+    words = set(map(sys.intern, split_words(text)))
+    return {"format": formats, "words": words, "identity": {model} - {""}}
+
+
+def phrases(text: str, model: str) -> dict[str, set[str]]:
+    """The words of a text as a reader would name them: with CJK characters in twos."""
+    return {"phrases": set(PHRASE.findall(text.lower()))}
+
+
+def find_differences(rows: list[dict], read_features) -> dict[str, list[Difference]]:
+    """Kind of feature -> the differences of the sampled pairs whose answers differ in that kind."""
+    result = defaultdict(list)
     for row in rows:
-        chosen, rejected = (marks(row[side], row[f"model_{side}"]) for side in ANSWERS)
         fold = int(row["prompt_id"], 16) % FOLDS
-        for kind, ours in chosen.items():
-            if ours != rejected[kind]:
-                found[kind].append(
-                    (fold, tuple(ours - rejected[kind]), tuple(rejected[kind] - ours))
-                )
-    return found
+        chosen = read_features(row["chosen"], row["model_chosen"])
+        rejected = read_features(row["rejected"], row["model_rejected"])
+        for kind, of_chosen in chosen.items():
+            of_rejected = rejected[kind]
+            if of_chosen != of_rejected:
+                only_chosen = tuple(of_chosen - of_rejected)
+                only_rejected = tuple(of_rejected - of_chosen)
+                result[kind].append(Difference(fold, only_chosen, only_rejected))
+    return result
 
 
-def tally(sides: list[tuple], least: int = 1) -> dict[str, tuple[int, int]]:
-    """Mark -> in how many pairs it is in chosen only, and in rejected only; if both are `least` together."""
-    either = Counter(itertools.chain.from_iterable(ours + theirs for _, ours, theirs in sides))
-    chosen = Counter(itertools.chain.from_iterable(ours for _, ours, _ in sides))
-    return {mark: (c := chosen.get(mark, 0), n - c) for mark, n in either.items() if n >= least}
+def count_features(pairs: list[Difference], least: int = 1) -> dict[str, tuple[int, int]]:
+    """Feature -> pairs that have it in chosen only, in rejected only; `least` or more together."""
+    in_chosen = Counter()
+    in_rejected = Counter()
+    for pair in pairs:
+        in_chosen.update(pair.chosen)
+        in_rejected.update(pair.rejected)
+    counts = {}
+    for feature in in_chosen.keys() | in_rejected.keys():
+        chosen = in_chosen.get(feature, 0)
+        rejected = in_rejected.get(feature, 0)
+        if chosen + rejected >= least:
+            counts[feature] = (chosen, rejected)
+    return counts
 
 
-def log_odds(counts: dict, held: dict) -> dict[str, float]:
-    """Two tallies -> mark: ln((c + 1) / (r + 1)) without what is held out, of marks with OFTEN cases left."""
-    less = ((mark, c, r, *held.get(mark, (0, 0))) for mark, (c, r) in counts.items())
-    left = ((mark, c - held_c, r - held_r) for mark, c, r, held_c, held_r in less)
-    return {mark: math.log((c + 1) / (r + 1)) for mark, c, r in left if c + r >= OFTEN}
+def log_odds(counts: dict, held_out: dict) -> dict[str, float]:
+    """Feature -> ln((chosen + 1) / (rejected + 1)) of the pairs that are not held out, if OFTEN."""
+    weights = {}
+    for feature, (chosen, rejected) in counts.items():
+        held_chosen, held_rejected = held_out.get(feature, (0, 0))
+        chosen -= held_chosen
+        rejected -= held_rejected
+        if chosen + rejected >= OFTEN:
+            weights[feature] = math.log((chosen + 1) / (rejected + 1))
+    return weights
 
 
-def cross_validated_accuracy(sides: list[tuple]) -> Measured:
-    """How often a sum of log-odds, learned on the other folds, points at the chosen answer (tie: half)."""
-    right, counts = 0.0, tally(sides, OFTEN)
+def cross_validated_accuracy(pairs: list[Difference]) -> Measured:
+    """How often a sum of log-odds, learned on the other folds, picks the chosen answer."""
+    counts = count_features(pairs, OFTEN)
+    correct = 0.0
     for fold in range(FOLDS):
-        held = [side for side in sides if side[0] == fold]
-        odds = log_odds(counts, tally(held))
-        # fsum: exact, for the order of a set differs from run to run
-        weigh = lambda marks, odds=odds: math.fsum(map(odds.get, marks, itertools.repeat(0.0)))
-        for _, ours, theirs in held:
-            score = weigh(ours) - weigh(theirs)
-            right += 0.5 + 0.5 * ((score > 0) - (score < 0))
-    return share(right, len(sides))
+        held_out = [pair for pair in pairs if pair.fold == fold]
+        weights = log_odds(counts, count_features(held_out))
+        for pair in held_out:
+            # fsum is exact: the order of a set differs from run to run
+            chosen = math.fsum(weights.get(feature, 0.0) for feature in pair.chosen)
+            rejected = math.fsum(weights.get(feature, 0.0) for feature in pair.rejected)
+            if chosen > rejected:
+                correct += 1
+            elif chosen == rejected:
+                correct += 0.5
+    return share(correct, len(pairs))
 
 
-def top_log_odds_words(sides: list[tuple]) -> list[dict]:
-    """The ten phrases that speak most clearly for each side; in how many pairs they are on that side only."""
-    counts = tally(sides, OFTEN)
-    odds = sorted(
-        (-weight, word, *counts[word]) for word, weight in log_odds(counts, {}).items() if weight
-    )
-    ends, keys = (
-        dict.fromkeys(odds[:10] + odds[:-11:-1]),
-        ("speaks for", "word", "in chosen", "in rejected"),
-    )
-    return [
-        dict(zip(keys, (ANSWERS[c < r], word[:40], c, r), strict=True)) for _, word, c, r in ends
-    ]
+def top_log_odds_words(pairs: list[Difference]) -> list[dict]:
+    """The ten phrases that speak most clearly for each side, with the pairs that have them."""
+    counts = count_features(pairs, OFTEN)
+    weights = log_odds(counts, {})
+    ordered = sorted(weights, key=lambda word: (-weights[word], word))
+    for_chosen = [word for word in ordered if weights[word] > 0][:10]
+    for_rejected = [word for word in reversed(ordered) if weights[word] < 0][:10]
+    rows = []
+    for side, words in (("chosen", for_chosen), ("rejected", for_rejected)):
+        for word in words:
+            chosen, rejected = counts[word]
+            rows.append({"word": word[:40], "side": side, "chosen": chosen, "rejected": rejected})
+    return rows
 
 
 def family(model: str) -> str:
-    """The family of `[provider:][owner/]model[@URL]`: the first name of its row in FAMILIES, or ""."""
+    """The family of `[provider:][owner/]model[@URL]`: the first word of its row, or ""."""
     parts = re.split("[:/]", model.partition("@")[0].lower())
-    rows = (names.split() for names in FAMILIES)
-    return next(
-        (names[0] for names in rows if any(part.startswith(tuple(names)) for part in parts)), ""
+    for row in FAMILIES:
+        names = tuple(row.split())
+        if any(part.startswith(names) for part in parts):
+            return names[0]
+    return ""
+
+
+# What a warning says: what it means, what to try, and what to try where the answers were given.
+
+
+class Advice(NamedTuple):
+    """What a warning means for training, and what to type about it."""
+
+    meaning: str
+    advice: str
+    answers_given: str = ""  # the advice where the input brings the answers; "": the same
+
+
+JUDGE_AGAIN = "Try to remove such pairs, or remove the labels and judge again (--judge-model)."
+ADVICE = {
+    "yield": Advice(
+        "Most prompts are lost, and the remaining pairs may not represent them.",
+        "Try a higher --temperature, a higher --num-candidates, or a weaker --low-model.",
+        "Read the drop reasons; a lower --min-score-gap keeps more pairs.",
+    ),
+    "ties": Advice(
+        "Such replies give no pair. The judge may be too weak to see the differences.",
+        "Try a stronger --judge-model first, then a higher --temperature or a weaker --low-model.",
+        "Try a stronger --judge-model.",
+    ),
+    "writer": Advice(
+        "A reward model can learn to recognise the model instead of quality.",
+        "Try --method generate_pairs, or the same models on both sides (--candidate-models).",
+        JUDGE_AGAIN,
+    ),
+    "words": Advice(
+        "A reward model can learn these words instead of quality; the report lists them.",
+        "Try another --system-prompt, or --method generate_pairs.",
+        JUDGE_AGAIN,
+    ),
+    "longer": Advice(
+        "A model trained on this learns to write more.",
+        "Try --length-penalty 1.",
+        "Try to remove such pairs, or judge again with --judge-model and --length-penalty 1.",
+    ),
+    "shorter": Advice(
+        "A model trained on this learns to write less.",
+        "Try a lower --length-penalty, or a --rubric that asks for complete answers.",
+        JUDGE_AGAIN,
+    ),
+    "order": Advice(
+        "Part of the labels depend on the order in which the judge saw the answers.",
+        "Keep --judge-orders 2, and try a higher --min-score-gap or a second --judge-model.",
+    ),
+    "format": Advice(
+        "A reward model can learn this format instead of quality.",
+        "Try a --rubric that ignores format, or a --system-prompt that asks for one format.",
+        JUDGE_AGAIN,
+    ),
+    "prompts": Advice(
+        "A model trained on this sees few different tasks.",
+        "Try to add other prompts, --max-samples for a repetitive source, --strategy best_worst.",
+    ),
+    "answers": Advice(
+        "A model trained on this learns the template of the answers.",
+        "Try a higher --temperature, more --candidate-models, or another --system-prompt.",
+        "Try to find out where they come from, remove them, or add other sources.",
+    ),
+    "checked": Advice(
+        "Either many labels are wrong, or the judge cannot grade this task.",
+        "Read some of the dropped pairs. If their labels are right, try a stronger --judge-model.",
+    ),
+    "undecided": Advice(
+        "The judge sees no clear difference, so these labels are not confirmed.",
+        "Try a stronger --judge-model, or a second one.",
+    ),
+    "labels": Advice(
+        "Part of the pairs teach the opposite of what people prefer.",
+        "Try a higher --min-score-gap, a stronger --judge-model, or a second one.",
+    ),
+    "people": Advice(
+        "The annotators do not share one idea of a better answer, so their choices check little.",
+        "Agree on examples of a better answer, then review again (--review-path).",
+    ),
+}
+
+
+class Problem(NamedTuple):
+    """What it means that a metric is too low or too high: a clause, and a topic of ADVICE."""
+
+    finding: str
+    topic: str
+
+
+class Limits(NamedTuple):
+    """The range of a metric that is fine, and the wider one outside of which it is critical."""
+
+    critical_below: float = -math.inf
+    warn_below: float = -math.inf
+    warn_above: float = math.inf
+    critical_above: float = math.inf
+
+
+def at_least(warn: float, critical: float = -math.inf) -> Limits:
+    """Limits of a metric that can only be too low."""
+    return Limits(critical_below=critical, warn_below=warn)
+
+
+def at_most(warn: float, critical: float = math.inf) -> Limits:
+    """Limits of a metric that can only be too high."""
+    return Limits(warn_above=warn, critical_above=critical)
+
+
+NO_LIMITS = Limits()
+AROUND_HALF = Limits(0.3, 0.4, 0.6, 0.7)
+
+
+@dataclass
+class Metric:
+    """One number about the data, and the range in which it is fine."""
+
+    key: str
+    section: str  # of the page, see SECTIONS
+    label: str
+    unit: str = ""  # "%": a share 0..1; "×": a ratio; "": a plain number
+    limits: Limits = NO_LIMITS
+    needs: int = 30  # cases; with fewer the metric raises no warning
+    too_low: Problem | None = None
+    too_high: Problem | None = None
+    formula: object = None  # Report -> Measured; None where another section measures
+
+
+def format_share(report: Report, name: str) -> Measured:
+    """Of the pairs with a format in one answer only: how often that answer is chosen."""
+    chosen, rejected = count_features(report.differences["format"]).get(name, (0, 0))
+    return share(chosen, chosen + rejected)
+
+
+def format_metric(name: str) -> Metric:
+    """The metric of one format."""
+    return Metric(
+        f"format_{name}",
+        "bias",
+        f"{name} in one answer only: it is chosen",
+        "%",
+        Limits(0.25, 0.40, 0.60, 0.75),
+        too_low=Problem(f"The answer with {name} is usually rejected", "format"),
+        too_high=Problem(f"The answer with {name} is usually chosen", "format"),
+        formula=functools.partial(format_share, name=name),
     )
 
 
-ADVICE = {
-    "yield": "Few records give a pair: raise --temperature, --num-candidates, or name a weaker --low-model.",
-    "length": "A model learns length from this: more --length-penalty favours short answers, less long.",
-    "order": "The judge follows the order: keep --judge-orders 2, raise --min-score-gap, add --judge-model.",
-    "format": "A model learns decoration from this: let a --rubric refuse it, a --system-prompt forbid it.",
-    "writer": "Labels say who wrote it: --method generate_pairs, --candidate-models, --when-low-wins flip.",
-    "words": "Words tell the label (see them below): change --system-prompt, try --method generate_pairs.",
-    "prompts": "Prompts repeat: mix in other sources, cap one by --max-samples, use --strategy best_worst.",
-    "answers": "Answers follow a template: raise --temperature, add --candidate-models, --system-prompt.",
-    "labels": "People see it otherwise: raise --min-score-gap, try another or a second --judge-model.",
-    "people": "Annotators differ: settle with examples what better means; then a new --review-path.",
-}
-# What it ends with where the answers were given, so that the data itself has to change.
-ALIKE = "drop pairs until both sides are alike in this, or remove the labels and judge again: --judge-model."
-ADVICE_GIVEN = dict.fromkeys(("length", "format", "writer", "words"), ALIKE) | {
-    "yield": "see the reasons below; a lower --min-score-gap drops fewer.",
-    "answers": "find where they came from, drop such pairs, mix in other sources.",
-}
-under = lambda warn, critical: (critical, warn, math.inf, math.inf)
-over = lambda warn, critical: (-math.inf, -math.inf, warn, critical)
-FREE, HALF = over(math.inf, math.inf), (0.3, 0.4, 0.6, 0.7)
-counted = lambda name: lambda report: rate(report.counts[name])
-guessed = lambda name: lambda report: cross_validated_accuracy(report.sides[name])
-middle = lambda name: lambda report: median(report.column(name))
-different = lambda n: lambda texts: distinct(texts, n)
-
-# Rows: key; label; unit ("%": of a share 0..1; "±1": a coefficient); limits (critical below, warn below, warn
-# above, critical above); topic of ADVICE; cases that a verdict needs; formula. Warnings keep this order.
-# Limits: AlpacaEval refuses judges that prefer the longer answer in over 70 %, people do in 64 %; sound
-# labels are guessed from words in 57..70 %, labels of who wrote it in 94..99 %; order flips GPT-4 in 35 % of
-# close pairs; good answers compress 2.2..3.0 times, templates over 3.5.
+# Warnings keep this order. Limits: AlpacaEval refuses judges that prefer the longer answer in over
+# 70%, people do in 64%; sound labels are guessed from words in 57-70%, labels of who wrote the
+# answer in 94-99%; GPT-4 flips in 35% of close pairs.
 # fmt: off
 METRICS = [
-    ("kept", "records that give a pair", "%", under(0.30, 0.05), "yield", 30, counted("kept")),
-    ("identity", "label guessed from the model", "%", over(0.8, 0.95), "writer", 30, guessed("identity")),
-    ("words", "label guessed from the words", "%", over(0.70, 0.85), "words", 100, guessed("words")),
-    ("opening", "label guessed from 3 first words", "%", over(0.65, 0.80), "words", 100, guessed("opening")),
-    ("longer", "chosen is longer", "%", HALF, "length", 30, counted("longer")),
-    ("length_ratio", "length of chosen / rejected", "×", over(1.5, 2.0), "length", 30, middle("ratio")),
-    ("length_gap", "rank correlation of gap and length ratio", "±1", (-0.5, -0.3, 0.3, 0.5), "length", 30,
-     lambda r: spearman(r.column("gap"), [row["ratio"] for row in r.rows if row["gap"] is not None])),
-    ("flips", "verdicts that flip with the order", "%", over(0.25, 0.40), "order", 30, counted("flips")),
-    ("first_slot", "first-shown answer is above the middle", "%", HALF, "order", 30, counted(("place", 0))),
-    *((f"format_{name}", f"{name} in one only: chosen", "%", (0.25, 0.40, 0.60, 0.75), "format", 30,
-       lambda r, name=name: rate(Counter(name in c for _, c, r in r.sides["format"] if name in c + r)))
-      for name in FORMATS),
-    ("repeated_prompts", "repeated prompts", "%", over(0.05, 0.50), "prompts", 30, counted("repeated")),
-    *((f"{what}_{side}", f"{what} of {side}, median", "", FREE, "", 30, middle(f"{what}_{side}"))
-      for what in ("score", "characters", "tokens") for side in ANSWERS),
-    ("gap", "gap of the scores, median", "", FREE, "", 30, middle("gap")),
-    *((f"{key}_{side}", f"{label}, {side}", unit, limits, topic, needs,
-       lambda r, formula=formula, side=side: formula(r.texts[side]))
-      for side, topic in (("chosen", "answers"), ("rejected", "answers"), ("prompts", "prompts"))
-      for key, label, unit, limits, needs, formula in (
-          ("near_duplicates", "near-duplicates", "%", over(0.05, 0.25), 30, near_duplicates),
-          ("self_repetition", "share a passage with 3 others", "%", over(0.15, 0.50), 30, self_repetition),
-          ("compression", "compression ratio", "×", over(3.5, math.inf), 30, compression),
-          ("distinct_1", "distinct words", "%", FREE, 30, different(1)),
-          ("distinct_2", "distinct pairs of words", "%", FREE, 30, different(2)),
-          ("distinct_4", "distinct runs of 4 words", "%", under(0.85, 0.70), 10_000, different(4)),
-      )),
+    Metric("kept", "quality", "records that give a pair", "%", at_least(0.30, 0.05),
+           too_low=Problem("Few records give a pair", "yield"),
+           formula=lambda report: share_true(report.kept)),
+    Metric("identity", "bias", "label predicted from the model name", "%", at_most(0.80, 0.95),
+           too_high=Problem("The model name alone predicts the label", "writer"),
+           formula=lambda report: cross_validated_accuracy(report.differences["identity"])),
+    Metric("longer", "length", "chosen is longer", "%", AROUND_HALF,
+           too_low=Problem("The shorter answer is usually chosen", "shorter"),
+           too_high=Problem("The longer answer is usually chosen", "longer"),
+           formula=lambda report: share_true(report.longer)),
+    Metric("length_ratio", "length", "length of chosen / rejected, median", "×", at_most(1.5, 2.0),
+           too_high=Problem("Chosen answers are much longer than rejected ones", "longer"),
+           formula=lambda report: median(report.column("ratio"))),
+    Metric("words", "bias", "label predicted from the words", "%", at_most(0.70, 0.85), needs=100,
+           too_high=Problem("The choice of words predicts the label", "words"),
+           formula=lambda report: cross_validated_accuracy(report.differences["words"])),
+    Metric("flips", "bias", "judge prefers another answer in the swapped order", "%",
+           at_most(0.25, 0.40),
+           too_high=Problem("The judge often changes its preference when the order is swapped",
+                            "order"),
+           formula=lambda report: share_true(report.flips)),
+    Metric("first_slot", "bias", "first-shown answer preferred", "%", AROUND_HALF,
+           too_low=Problem("The judge rarely prefers the answer that it sees first", "order"),
+           too_high=Problem("The judge usually prefers the answer that it sees first", "order"),
+           formula=lambda report: share_true(report.positions[0])),
+    Metric("ties", "quality", "judge replies that score all answers alike", "%", at_most(0.5, 0.75),
+           too_high=Problem("The judge scores all answers alike in most replies", "ties"),
+           formula=lambda report: share_true(report.ties)),
+    Metric("label_agreement", "labels", "judges agree with the label", "%", at_least(0.70, 0.55),
+           too_low=Problem("The judges often disagree with the labels", "checked"),
+           formula=lambda report: report.label_agreement()),
+    Metric("label_undecided", "labels", "labels that the judges leave undecided", "%", at_most(0.5),
+           too_high=Problem("The judges cannot decide most labels", "undecided"),
+           formula=lambda report: report.label_undecided()),
+    Metric("repeated_prompts", "diversity", "repeated prompts", "%", at_most(0.05, 0.50),
+           too_high=Problem("Many prompts occur more than once", "prompts"),
+           formula=lambda report: share_true(report.repeated)),
+    Metric("near_duplicates_prompts", "diversity", "near-duplicate prompts", "%",
+           at_most(0.05, 0.25),
+           too_high=Problem("Many prompts are near-duplicates of each other", "prompts"),
+           formula=lambda report: near_duplicates(report.texts["prompts"])),
+    Metric("near_duplicates_chosen", "diversity", "near-duplicate chosen answers", "%",
+           at_most(0.05, 0.25),
+           too_high=Problem("Many chosen answers are near-duplicates of each other", "answers"),
+           formula=lambda report: near_duplicates(report.texts["chosen"])),
+    Metric("self_repetition_chosen", "diversity", "chosen answers that share a passage", "%",
+           at_most(0.15, 0.50),
+           too_high=Problem("Many chosen answers share a passage with three others", "answers"),
+           formula=lambda report: self_repetition(report.texts["chosen"])),
+    Metric("distinct_2_chosen", "diversity", "distinct word pairs of chosen answers", "%",
+           formula=lambda report: distinct_pairs(report.texts["chosen"])),
+    Metric("gap", "quality", "score gap, median",
+           formula=lambda report: median(report.column("gap"))),
+    Metric("score_chosen", "quality", "score of chosen, median",
+           formula=lambda report: median(report.column("score_chosen"))),
+    Metric("score_rejected", "quality", "score of rejected, median",
+           formula=lambda report: median(report.column("score_rejected"))),
+    Metric("characters_chosen", "length", "characters of chosen, median",
+           formula=lambda report: median(report.column("characters_chosen"))),
+    Metric("characters_rejected", "length", "characters of rejected, median",
+           formula=lambda report: median(report.column("characters_rejected"))),
 ]
 # fmt: on
+METRICS += [format_metric(name) for name in FORMATS]
 
 
-def judged(metric: tuple, measured: Measured, given_answers: bool = False) -> dict:
-    """The report's row of a metric; its verdict hangs on the interval's end nearer to the healthy range."""
-    key, label, unit, limits, topic, needs, _ = metric
+def metric_row(metric: Metric, measured: Measured, answers_given: bool = False) -> dict:
+    """The report's row of a metric; the interval's end nearer to the range decides the level."""
     row = {
-        "metric": key,
-        "label": label,
-        "unit": unit,
+        "metric": metric.key,
+        "section": metric.section,
+        "label": metric.label,
+        "unit": metric.unit,
         **measured._asdict(),
-        "verdict": "",
+        "level": "",  # "ok", "warn", "critical", "too few", "not applicable"; "": it has no limits
+        "finding": "",
+        "meaning": "",
         "advice": "",
     }
-    if limits == FREE:
+    if metric.limits == NO_LIMITS:
         return row
-    if measured.n < needs:
-        return row | {"verdict": "too few" if measured.n else "not applicable"}
+    if measured.n < metric.needs:
+        return row | {"level": "too few" if measured.n else "not applicable"}
+    limits = metric.limits
     low, high = measured.interval or (measured.value, measured.value)
-    cause, _, remedy = ADVICE[topic].partition(": ")
-    advice = f"{cause}: {ADVICE_GIVEN.get(topic, remedy) if given_answers else remedy}"
-    for level, floor, ceiling in (
-        ("critical", limits[0], limits[3]),
-        ("warn", limits[1], limits[2]),
-    ):
-        if high < floor or low > ceiling:
-            return row | {"verdict": level, "advice": advice}
-    return row | {"verdict": "ok"}
+    if high >= limits.warn_below and low <= limits.warn_above:
+        return row | {"level": "ok"}
+    critical = high < limits.critical_below or low > limits.critical_above
+    problem = metric.too_high if low > limits.warn_above else metric.too_low
+    advice = ADVICE[problem.topic]
+    row["level"] = "critical" if critical else "warn"
+    row["finding"] = f"{problem.finding} ({with_interval(row)})."
+    row["meaning"] = advice.meaning
+    row["advice"] = advice.advice
+    if answers_given and advice.answers_given:
+        row["advice"] = advice.answers_given
+    return row
 
 
 class Report:
-    """Counts every outcome, and keeps the texts of a seeded sample of pairs only."""
+    """Counts every outcome; keeps the texts of a seeded sample of pairs only."""
 
     def __init__(self, seed: int, orders: int = 2):
-        self.random, self.orders = random.Random(seed), orders
-        self.pairs, self.prompts = 0, Hashes()
-        self.counts = defaultdict(Counter)  # by question, or ("model", name)
+        self.random = random.Random(seed)
+        self.orders = orders  # in which each judge sees the answers
+        self.pairs = 0
+        self.kept = Counter()  # of records: whether they gave a pair
+        self.dropped = Counter()  # (stage, kind of reason) -> records
+        self.prompts: set[int] = set()  # ids of the records that gave a pair
+        self.repeated = Counter()  # of those records: whether their prompt came before
+        self.longer = Counter()  # of pairs of unequal length: whether chosen is longer
+        self.longer_by_ratio = [Counter() for _ in range(len(RATIOS) + 1)]
+        self.models = defaultdict(Counter)  # model -> whether chosen, against another model
+        self.positions = defaultdict(Counter)  # position -> whether above the reply's median
+        self.flips = Counter()  # of judged records: whether the swapped order was decided otherwise
+        self.ties = Counter()  # of judge replies: whether all answers got one score
+        self.facts = Counter()  # what the records note down, e.g. "no correct answer"
+        self.label_checks = Counter()  # (the label's gap, result) -> labels
+        self.label_positions = defaultdict(Counter)  # shown first? -> whether the vote agrees
         self.rows = []  # the sample
-        self.column = lambda name: [row[name] for row in self.rows if row[name] is not None]
+        self.differences = defaultdict(list)  # kind of feature -> [Difference, ...] of the sample
+        self.texts = {}  # "prompts", "chosen" -> texts that are compared with each other
 
     def add(self, outcome: Outcome) -> None:
-        """Count what became of one record; a dropped one counts for what the judges said of its answers."""
+        """Count one record's outcome; a dropped one counts for what the judges said about it."""
         self._add_votes([answer for answer in outcome.answers if answer.positions])
-        self.counts["kept"][bool(outcome.pairs)] += 1
+        self.facts.update(outcome.record.facts)
+        for check in outcome.record.label_checks:
+            self._add_label_check(check)
+        self.kept[bool(outcome.pairs)] += 1
         if not outcome.pairs:
-            self.counts["dropped"][outcome.stage, outcome.reason.partition(":")[0]] += 1
+            kind = outcome.reason.partition(":")[0]
+            self.dropped[outcome.stage, kind] += 1
             return
-        self.counts["repeated"][not self.prompts.is_new(int(outcome.record.prompt_id, 16))] += 1
+        prompt = int(outcome.record.prompt_id, 16)
+        self.repeated[prompt in self.prompts] += 1
+        self.prompts.add(prompt)
         for pair in outcome.pairs:
             self._add_pair(pair)
 
-    def _add_votes(self, pool: list[Answer]) -> None:
-        """What the judges said of one pool of answers, by the place where each answer stood."""
-        if (
-            len(pool) < 2
-            or len({len(x) for answer in pool for x in (answer.votes, answer.positions)}) > 1
-        ):
+    def _add_votes(self, answers: list[Answer]) -> None:
+        """Count a judge's replies about one record, by the position of each answer."""
+        sizes = {len(answer.votes) for answer in answers}
+        sizes.update(len(answer.positions) for answer in answers)
+        if len(answers) < 2 or len(sizes) > 1:
             return
-        calls = list(zip(*(answer.votes for answer in pool), strict=True))
-        for call, votes in enumerate(calls):
-            # each answer stands early in one order and late in the other, so a fair judge favours no place
+        replies = list(zip(*(answer.votes for answer in answers), strict=True))
+        for call, votes in enumerate(replies):
+            self.ties[min(votes) == max(votes)] += 1
+            # Each answer stands early in one order and late in the other: a fair judge puts an
+            # answer above the middle as often in the first position as in any other.
             middle = statistics.median(votes)
-            for answer in pool:
-                if answer.votes[call] != middle:
-                    self.counts["place", answer.positions[call]][answer.votes[call] > middle] += 1
-        for one, other in zip(calls[::2], calls[1::2], strict=False) if self.orders == 2 else ():
-            best, worst = one.index(max(one)), one.index(min(one))
-            if one[best] != one[worst] and other[best] != other[worst]:
-                self.counts["flips"][other[best] < other[worst]] += 1
+            for answer, vote in zip(answers, votes, strict=True):
+                if vote != middle:
+                    self.positions[answer.positions[call]][vote > middle] += 1
+        if self.orders == 2:
+            for votes, swapped in zip(replies[::2], replies[1::2], strict=False):
+                self._add_order_swap(votes, swapped)
+
+    def _add_order_swap(self, votes: tuple[float, ...], swapped: tuple[float, ...]) -> None:
+        """Count whether the best and the worst answer of one order change sides in the other."""
+        best = votes.index(max(votes))
+        worst = votes.index(min(votes))
+        if votes[best] != votes[worst] and swapped[best] != swapped[worst]:
+            self.flips[swapped[best] < swapped[worst]] += 1
+
+    def _add_label_check(self, check: LabelCheck) -> None:
+        """Count what the judges made of a label; its gap is rounded, so that memory is bounded."""
+        gap = None if check.gap is None else float(f"{check.gap:.2g}")
+        self.label_checks[gap, check.result] += 1
+        for lead, shown_first in check.votes:
+            if lead:
+                self.label_positions[bool(shown_first)][lead > 0] += 1
 
     def _add_pair(self, pair: Pair) -> None:
-        """Counts over all pairs; then sizes and cut texts, if the pair is drawn into the sample."""
+        """Count one pair, and keep it if it is drawn into the sample."""
         self.pairs += 1
-        if pair.chosen.model != pair.rejected.model:
-            self.counts["model", pair.chosen.model][True] += 1
-            self.counts["model", pair.rejected.model][False] += 1
-        ratio = max(1, len(pair.chosen.text)) / max(1, len(pair.rejected.text))
+        chosen = pair.chosen
+        rejected = pair.rejected
+        if chosen.model != rejected.model:
+            self.models[chosen.model][True] += 1
+            self.models[rejected.model][False] += 1
+        ratio = max(1, len(chosen.text)) / max(1, len(rejected.text))
         if ratio != 1:
-            self.counts["longer"][ratio > 1] += 1
-            self.counts["longer", bisect.bisect(RATIOS, max(ratio, 1 / ratio))][ratio > 1] += 1
-        # at any time, each pair so far is as likely as any other to be in the sample (algorithm R)
-        place = len(self.rows) if self.pairs <= REPORT_SAMPLE else self.random.randrange(self.pairs)
-        if place >= REPORT_SAMPLE:
+            step = bisect.bisect(RATIOS, max(ratio, 1 / ratio))
+            self.longer[ratio > 1] += 1
+            self.longer_by_ratio[step][ratio > 1] += 1
+        # Algorithm R: each pair so far is as likely as any other to be in the sample.
+        if len(self.rows) < REPORT_SAMPLE:
+            self.rows.append(sample_row(pair, ratio))
             return
-        scored = None not in (
-            pair.chosen.score,
-            pair.rejected.score,
-        )  # ranks and choices are no points
-        bounded = lambda x: max(-FARTHEST, min(FARTHEST, x)) if scored else None
-        cut = lambda text: text[:SAMPLE_TEXT].encode("utf-8", "replace").decode()
-        row = {
-            "prompt_id": pair.record.prompt_id,
-            "prompts": cut(pair.record.prompt),
-            "ratio": ratio,
-        }
-        row["gap"] = None if pair.human else bounded(pair.gap)
-        for side, answer in zip(ANSWERS, (pair.chosen, pair.rejected), strict=True):
-            row |= {side: cut(answer.text), f"model_{side}": answer.model}
-            row |= {f"score_{side}": bounded(answer.score), f"characters_{side}": len(answer.text)}
-            row[f"tokens_{side}"] = len(split_words(answer.text))
-        self.rows[place : place + 1] = [row]
+        place = self.random.randrange(self.pairs)
+        if place < REPORT_SAMPLE:
+            self.rows[place] = sample_row(pair, ratio)
+
+    def column(self, name: str) -> list[float]:
+        """The known values of one field of the sample."""
+        return [row[name] for row in self.rows if row[name] is not None]
+
+    def label_agreement(self) -> Measured:
+        """Of the labels that the judges decided: the share that they agree with."""
+        results = self.label_results()
+        return share(results["agrees"], results["agrees"] + results["disagrees"])
+
+    def label_undecided(self) -> Measured:
+        """The share of labels whose votes tie or contradict each other."""
+        results = self.label_results()
+        return share(results["undecided"], results.total())
+
+    def label_results(self) -> Counter:
+        """Result of a label check -> labels."""
+        results = Counter()
+        for (_, result), count in self.label_checks.items():
+            results[result] += count
+        return results
 
     def numbers(self, settings: dict, usage: list[dict], human: dict | None = None) -> dict:
-        """All numbers of the report, ready for JSON; report_lines and report_html show these and no others.
+        """All numbers of the report, ready for JSON; terminal and page show these and no others.
 
-        `usage`: a row per model and role; `human`: {"metrics", "lines"} of the review, shown as they are."""
+        `usage`: a row per model and role; `human`: {"metrics", "lines"} of the review (§14)."""
         self.random.shuffle(self.rows)
-        self.sides = one_sided(self.rows, marks)
-        unique = list({row["prompt_id"]: row for row in self.rows}.values())[:DIVERSITY]
-        self.texts = {side: list(filter(is_long, (row[side] for row in unique))) for side in SIDES}
+        self.differences = find_differences(self.rows, features)
+        prompts = {row["prompt_id"]: row for row in self.rows}
+        unique = list(prompts.values())[:DIVERSITY_SAMPLE]
+        for name in ("prompts", "chosen"):
+            self.texts[name] = [row[name] for row in unique if has_enough_words(row[name])]
+        answers_given = getattr(METHODS.get(settings.get("method")), "reads_answers", False)
         human = human or {"metrics": [], "lines": []}
-        given = getattr(METHODS.get(settings.get("method")), "reads_answers", False)
-        metrics = [judged(metric, metric[-1](self), given) for metric in METRICS] + human["metrics"]
-        warnings, calm, notes = summed_up(metrics)
-        kept, dropped = self.counts["kept"], self.counts["dropped"]
-        longer, unequal = self.counts["longer"][True], self.counts["longer"].total()
-        models = {
-            name[1]: rate(counts) for name, counts in self.counts.items() if name[0] == "model"
-        }
-        most = sorted(models.items(), key=lambda item: -item[1].n)[:20]
-        if self.pairs and not self.column("score_chosen"):
-            notes.append("No scores in this data (choices or ranks).")
-        judges = {family(name) for name in settings.get("judges", [])} - {""}
-        if own := ", ".join([name for name in sorted(models) if family(name) in judges][:5]):
-            notes.append(f"The judge may favour its own family ({own}): add another --judge-model.")
-        return {
-            "warnings": warnings,
-            "calm": calm,
-            "notes": human["lines"] + notes,
-            "records": kept.total(),
-            "kept": kept[True],
+        metrics = [metric_row(metric, metric.formula(self), answers_given) for metric in METRICS]
+        metrics += human["metrics"]
+        words = find_differences(self.rows[:DIVERSITY_SAMPLE], phrases)["phrases"]
+        numbers = {
+            "warnings": warnings_of(metrics),
+            "checks": count_checks(metrics),
+            "few": "",
+            "headline": headline(metrics),
+            "records": self.kept.total(),
+            "kept": self.kept[True],
             "pairs": self.pairs,
-            "dropped": [
-                {"stage": at, "reason": why, "records": n} for (at, why), n in dropped.most_common()
-            ],
+            "dropped": dropped_rows(self.dropped),
             "metrics": metrics,
-            "sign_test": {"longer": longer, "n": unequal, "p": sign_test(longer, unequal)},
-            "models": [{"model": name, "unit": "%", **won._asdict()} for name, won in most],
-            "words": top_log_odds_words(one_sided(self.rows[:DIVERSITY], phrases)["phrases"]),
             "charts": charts(self),
+            "words": top_log_odds_words(words),
+            "notes": judge_family_notes(self, settings),
+            "people": human["lines"],
+            "facts": dict(self.facts.most_common()),
             "samples": examples(self.rows),
             "sample": {
                 "pairs": len(self.rows),
                 "characters": SAMPLE_TEXT,
-                "diversity_texts": DIVERSITY,
+                "diversity_texts": DIVERSITY_SAMPLE,
             },
             "cost": cost(usage, self.pairs),
             "usage": usage,
             "settings": settings,
         }
+        numbers["few"] = few_sentence(numbers)
+        return numbers
 
 
-def summed_up(metrics: list[dict]) -> tuple[list[dict], tuple[str, str], list[str]]:
-    """-> warnings, critical ones first; what is said where there are none (class, sentence); notes."""
-    worst = sorted(metrics, key=lambda row: row["verdict"] != "critical")
-    warnings = [{"level": row["verdict"], **row} for row in worst if row["advice"]]
-    checks = [row["verdict"] for row in metrics if row["verdict"] not in ("", "not applicable")]
-    few = f"{checks.count('too few')} of {len(checks)} checks had too few cases."
-    if 2 * checks.count("too few") >= len(checks):
-        return warnings, ("unknown", f"Too little data to judge: {few}"), [few] if warnings else []
-    return warnings, ("ok", "No warnings."), [few] if "too few" in checks else []
-
-
-def histogram(series: dict[str, list[float]]) -> dict:
-    """Share of each series' values by round steps, `1 to 2` (without 2): about ten, the last one is open."""
-    values = sorted(itertools.chain.from_iterable(series.values()))
-    if not values:
-        return {name: {} for name in series}
-    low, high = values[0], values[math.ceil(0.99 * (len(values) - 1))]
-    sizes = (k * 10.0**power for power in range(-9, 14) for k in (1, 2, 5))
-    size = next(size for size in sizes if 10 * size >= high - low)
-    last = math.floor(high / size)
-    edge = lambda i: f"{round(i * size, 9):g}"
-    steps = {f"{edge(i)} to {edge(i + 1)}": i for i in range(math.floor(low / size), last)}
-    steps[f"{edge(last)} or more"] = last
-    found = {
-        name: Counter(min(last, math.floor(x / size)) for x in series[name]) for name in series
+def sample_row(pair: Pair, ratio: float) -> dict:
+    """What the report keeps of a sampled pair; `ratio`: characters of chosen to rejected."""
+    row = {
+        "prompt_id": pair.record.prompt_id,
+        "prompts": readable(pair.record.prompt[:SAMPLE_TEXT]),
+        "ratio": ratio,
+        "gap": None,
     }
-    return {
-        name: {step: share(c[i], c.total()) for step, i in steps.items()}
-        for name, c in found.items()
-    }
+    scored = pair.chosen.score is not None and pair.rejected.score is not None
+    if scored and not pair.human:  # ranks and choices are no points, people's choices are no gap
+        row["gap"] = bounded(pair.gap)
+    for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        row[side] = readable(answer.text[:SAMPLE_TEXT])
+        row[f"model_{side}"] = readable(answer.model)
+        row[f"score_{side}"] = bounded(answer.score) if scored else None
+        row[f"characters_{side}"] = len(answer.text)
+    return row
 
 
-def charts(report: Report) -> list[dict]:
-    """The charts' data; `series` is name -> label -> Measured."""
-    counts = report.counts
-    left = counts["kept"].total()
-    funnel = {"left": {"read": Measured(left)}, "dropped": {"read": Measured(0)}}
-    order = "input model judge filter human".find
-    for (stage, reason), n in sorted(counts["dropped"].items(), key=lambda drop: order(drop[0][0])):
-        left, label = left - n, f"{stage}: {reason}"
-        funnel["left"][label], funnel["dropped"][label] = Measured(left), Measured(n)
-    gaps = report.column("gap")
-    gap = histogram({"share with this gap": gaps})
-    above = lambda step: share(sum(x >= float(step.split()[0]) for x in gaps), len(gaps))
-    gap["share with at least this gap"] = {step: above(step) for step in gap["share with this gap"]}
-    both = lambda what: histogram({side: report.column(f"{what}_{side}") for side in ANSWERS})
-    steps = [f"up to {edge:g}×" for edge in RATIOS] + [f"over {RATIOS[-1]:g}×"]
-    curve = {name: rate(counts["longer", step]) for step, name in enumerate(steps)}
-    places = sorted(name[1] for name in counts if name[0] == "place" and counts[name])
-    positions = {f"place {place + 1}": rate(counts["place", place]) for place in places}
-    fair = "bars run from 0 to 100%, the tick is a fair 50%"
-    rows = (
-        ("From records to pairs", "records, after each reason to drop one", "", None, funnel),
-        ("Gap", "pairs; what a --min-score-gap keeps", "%", None, gap),
-        ("Scores", "share of answers", "%", None, both("score")),
-        ("Length", "characters: share of answers", "%", None, both("characters")),
-        (
-            "Does length win?",
-            f"longer answer chosen, by how much longer; {fair}",
-            "%",
-            1,
-            {"": curve},
-        ),
-        (
-            "Does place count?",
-            f"shown there, an answer is above the middle; {fair}",
-            "%",
-            1,
-            {"": positions},
-        ),
-    )
-    return [dict(zip(("title", "note", "unit", "top", "series"), row, strict=True)) for row in rows]
+def bounded(value: float) -> float:
+    """A score between -FARTHEST and FARTHEST."""
+    return max(-FARTHEST, min(FARTHEST, value))
 
 
-def examples(rows: list[dict]) -> list[dict]:
-    """Up to SHOWN_PAIRS pairs each of the lowest gap, the highest gap, and at random (the sample's order)."""
-    by_gap = sorted((row for row in rows if row["gap"] is not None), key=lambda row: row["gap"])
-    kinds = {"lowest gap": by_gap, "highest gap": by_gap[::-1], "random": rows}
-    cut = lambda row: {side: row[side][:SHOWN_TEXT] for side in SIDES}
+def readable(text: str) -> str:
+    """The text without lone surrogates, which no UTF-8 file can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# Parts of Report.numbers.
+
+
+def warnings_of(metrics: list[dict]) -> list[dict]:
+    """The warnings as the terminal and the page show them, critical ones first."""
+    warnings = []
+    for level in ("critical", "warn"):
+        for row in metrics:
+            if row["level"] == level:
+                fields = ("level", "metric", "finding", "meaning", "advice")
+                warnings.append({field: row[field] for field in fields})
+    return warnings
+
+
+def count_checks(metrics: list[dict]) -> dict[str, int]:
+    """How many metrics with limits passed, how many had too few cases, and how many there are."""
+    levels = Counter(row["level"] for row in metrics)
+    total = levels["ok"] + levels["warn"] + levels["critical"] + levels["too few"]
+    return {"passed": levels["ok"], "too_few": levels["too few"], "total": total}
+
+
+def few_sentence(numbers: dict) -> str:
+    """A sentence if there are too few pairs for most checks, else ""."""
+    checks = numbers["checks"]
+    pairs = numbers["pairs"]
+    if pairs >= 100 or 2 * checks["too_few"] < checks["total"]:
+        return ""
+    if not pairs:
+        return "There are no pairs, so their quality cannot be checked."
+    verb = "is" if pairs == 1 else "are"
+    subject = plural(pairs, "pair")
+    return f"{subject} {verb} too few for most quality checks (they need 30 to 100 cases)."
+
+
+def headline(metrics: list[dict]) -> list[str]:
+    """Short facts for the terminal, e.g. "order flips 12%", of metrics that raise no warning."""
+    rows = {row["metric"]: row for row in metrics}
+    facts = []
+    for key, text in HEADLINES.items():
+        row = rows.get(key)
+        if row and row["n"] and row["level"] in ("ok", ""):
+            facts.append(text.format(shown(row["value"], row["unit"])))
+    return facts
+
+
+def dropped_rows(dropped: Counter) -> list[dict]:
+    """Stage, reason, records, meaning and advice of each kind of drop, most frequent first."""
+    rows = []
+    for (stage, reason), records in dropped.most_common():
+        meaning, advice = explain_reason(reason)
+        row = {"stage": stage, "reason": readable(reason), "records": records}
+        rows.append(row | {"meaning": meaning, "advice": advice})
+    return rows
+
+
+def judge_family_notes(report: Report, settings: dict) -> list[str]:
+    """A sentence if a judge and a candidate are of one family."""
+    judges = {family(name) for name in settings.get("judges", [])} - {""}
+    related = [readable(name) for name in sorted(report.models) if family(name) in judges]
+    if not related:
+        return []
+    names = ", ".join(related[:5])
     return [
-        {"kind": kind, **row, **cut(row)} for kind in kinds for row in kinds[kind][:SHOWN_PAIRS]
+        f"The judge is of the same model family as {names} and may favour its answers. "
+        "Add a --judge-model of another family to check this."
     ]
 
 
-def cost(usage: list[dict], pairs: int) -> dict:
-    """Sums over all models, and per kept pair; money is None if any model has no price."""
-    keys = ("calls", "cached", "tokens_in", "tokens_out", "money")
-    columns = {key: [row[key] for row in usage] for key in keys}
-    total = {key: None if None in values else sum(values) for key, values in columns.items()}
-    each = {
-        f"{key}_per_pair": x / pairs if pairs and x is not None else None
-        for key, x in total.items()
+def charts(report: Report) -> dict:
+    """The data of all charts, by name."""
+    sides = ("chosen", "rejected")
+    gaps = report.column("gap")
+    gap = histogram({"pairs": gaps})
+    if gap:
+        gap["at_least"] = [sum(x >= edge for x in gaps) / len(gaps) for edge in gap["edges"][:-1]]
+    steps = [f"{low:g}-{high:g}×" for low, high in itertools.pairwise((1.0, *RATIOS))]
+    steps.append(f"over {RATIOS[-1]:g}×")
+    models = {readable(name): share_true(counts) for name, counts in report.models.items()}
+    busiest = sorted(models, key=lambda name: -models[name].n)[:SHOWN_MODELS]
+    positions = sorted(position for position, counts in report.positions.items() if counts)
+    formats = {name: format_share(report, name) for name in FORMATS}
+    return {
+        "scores": histogram({side: report.column(f"score_{side}") for side in sides}),
+        "gap": gap,
+        "lengths": histogram({side: report.column(f"characters_{side}") for side in sides}),
+        "longer_by_ratio": share_rows(
+            dict(zip(steps, map(share_true, report.longer_by_ratio), strict=True))
+        ),
+        "positions": share_rows(
+            {f"shown {ordinal(place)}": share_true(report.positions[place]) for place in positions}
+        ),
+        "formats": share_rows(formats),
+        "models": share_rows({name: models[name] for name in busiest}),
+        "labels_by_gap": share_rows(label_agreement_by_gap(report.label_checks)),
+        "labels_by_position": share_rows(
+            {
+                "shown first": share_true(report.label_positions[True]),
+                "shown later": share_true(report.label_positions[False]),
+            }
+        ),
     }
-    return total | each
 
 
-def shown(value, unit: str = "") -> str:
-    """A value as people read it: `62%`, `1.25 ×`, `1,204`; an interval: `58% to 66%`; unknown: a dash."""
-    if isinstance(value, list | tuple):
-        return " to ".join(shown(end, unit) for end in value)
-    if value is None or isinstance(value, str):
-        return value or "–"
-    if unit in ("%", "±1"):
-        return f"{100 * value:.0f}%" if unit == "%" else f"{value:.2f}"
-    return (
-        f"{value:{',.0f' if abs(value) >= 100 or value == int(value) else '.3g'}} {unit}".rstrip()
-    )
+def ordinal(position: int) -> str:
+    """0 -> "first", 1 -> "second", 2 -> "third", 3 -> "4th", ..."""
+    names = ("first", "second", "third")
+    return names[position] if position < len(names) else f"{position + 1}th"
 
 
-def fact(row: dict) -> str:
-    """A metric in a few words: `chosen is longer 71% (95%: 66% to 75%, n 400)`."""
-    value, interval = (shown(row[key], row.get("unit", "")) for key in ("value", "interval"))
-    interval = f"95%: {interval}, " if row["interval"] else ""
-    return f"{row['label']} {value} ({interval}n {row['n']:,})"
+def share_rows(shares: dict[str, Measured]) -> list[dict]:
+    """Rows of a bar chart, without those that have no case."""
+    rows = []
+    for label, measured in shares.items():
+        if measured.n:
+            rows.append({"label": label, **measured._asdict()})
+    return rows
 
 
-def table(rows: list[dict], *columns: str) -> str:
-    """Rows as an HTML table of these keys (all, if none are named); a row's verdict is its class."""
-    if not rows:
-        return "<p>None</p>"
-    columns = columns or tuple(rows[0])
-    text = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    for row in rows:
-        unit = {"value": row.get("unit", ""), "interval": row.get("unit", "")}
-        cells = (shown(row[column], unit.get(column, "")) for column in columns)
-        text += f'<tr class="{row.get("verdict", "")}"><td>{"</td><td>".join(cells)}</td></tr>'
-    return f'<div class="wide" tabindex="0"><table>{text}</table></div>'
+def label_agreement_by_gap(checks: Counter) -> dict[str, Measured]:
+    """Range of the label's gap -> how often the judges agree with labels of this gap."""
+    decided = {}
+    for (gap, result), count in checks.items():
+        if gap is not None and result in DECISIVE:
+            decided[gap, result] = count
+    if not decided:
+        return {}
+    gaps = sorted(gap for gap, _ in decided)
+    step = round_step(gaps[-1] - gaps[0], 4)
+    by_step = defaultdict(Counter)
+    for (gap, result), count in decided.items():
+        by_step[math.floor(gap / step + 1e-9)][result == "agrees"] += count
+    rows = {}
+    for place in sorted(by_step):
+        name = f"gap {rounded(place * step):g} to {rounded((place + 1) * step):g}"
+        rows[name] = share_true(by_step[place])
+    return rows
 
 
-def bars(chart: dict) -> str:
-    """One chart as a figure: a table whose rows have a bar, a whisker for its interval, the value as text."""
-    series, unit = chart["series"], chart["unit"]
-    every = itertools.chain.from_iterable(row.values() for row in series.values())
-    most = (
-        max((x for value, interval, _ in every for x in (value or 0, *(interval or ()))), default=1)
-        or 1
-    )
-    top, tick = (chart["top"], '<path class="tick" d="M50 0V10"/>') if chart["top"] else (most, "")
-    rows = ""
-    for label, (k, name) in itertools.product(next(iter(series.values())), enumerate(series)):
-        value, interval, _ = series[name][label]
-        width, low, high = (f"{100 * x / top:.1f}" for x in (value or 0, *(interval or (0, 0))))
-        bar = f'<rect width="{width}" height="10" class="s{k}"/>{tick}<path d="M{low} 5H{high}"/>'
-        svg = f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{bar}</svg>'
-        head = "" if k else f'<th scope="row" rowspan="{len(series)}">{label}</th>'
-        rows += f"<tr>{head}<td>{svg}</td><td>{shown(value, unit)}</td></tr>"
-    keys = "".join(f'<i class="s{k}">{name}</i>' for k, name in enumerate(series) if name)
-    head = f"<figcaption><h3>{chart['title']}</h3>{chart['note']} {keys}</figcaption>"
-    return f"<figure>{head}<table>{rows}</table></figure>"
+def histogram(series: dict[str, list[float]]) -> dict:
+    """Counts of each series' values in up to 26 equal steps: {"edges", "counts", ...}, or {}.
+
+    If some values are far away, the outermost 1% at either end count in the first and the last
+    step ("open_start", "open_end"). "centred": each step has one value in its middle."""
+    values = sorted(itertools.chain.from_iterable(series.values()))
+    if not values:
+        return {}
+    low = values[math.floor(0.01 * (len(values) - 1))]
+    high = values[math.ceil(0.99 * (len(values) - 1))]
+    if values[-1] - values[0] <= 1.5 * (high - low):  # no value is far away
+        low = values[0]
+        high = values[-1]
+    width = high - low
+    if width < 1e-6 * max(abs(low), abs(high)):
+        width = 0.0
+    step = round_step(width, 24)
+    centred = all(abs(value / step - round(value / step)) < 1e-6 for value in values)
+    shift = 0.5 if centred else 1e-9  # 1e-9: 0.3 / 0.1 is a little less than 3
+    first = math.floor(low / step + shift)
+    last = math.floor(high / step + shift)
+    counts = {}
+    for name, numbers in series.items():
+        places = Counter(math.floor(value / step + shift) for value in numbers)
+        row = [places[place] for place in range(first, last + 1)]
+        row[0] += sum(count for place, count in places.items() if place < first)
+        row[-1] += sum(count for place, count in places.items() if place > last)
+        counts[name] = row
+    start = first - 0.5 if centred else first
+    edges = [rounded((start + i) * step) for i in range(last - first + 2)]
+    return {
+        "edges": edges,
+        "centred": centred,
+        "open_start": values[0] < edges[0],
+        "open_end": values[-1] > edges[-1],
+        "counts": counts,
+        "medians": {name: median(numbers).value for name, numbers in series.items()},
+    }
+
+
+def round_step(width: float, steps: int) -> float:
+    """The smallest of ..., 0.5, 1, 2, 5, 10, 20, ... of which `steps` cover `width`."""
+    if width <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(width / steps))
+    for factor in (1, 2, 5):
+        if factor * power * steps >= width:
+            return factor * power
+    return 10 * power
+
+
+def rounded(value: float) -> float:
+    """The value without the last digits of a sum of decimals: 0.30000000000000004 -> 0.3."""
+    return float(f"{value:.12g}")
+
+
+def examples(rows: list[dict]) -> list[dict]:
+    """Up to SHOWN_PAIRS pairs each with the lowest gap, with the highest gap, and at random."""
+    with_gap = [row for row in rows if row["gap"] is not None]
+    with_gap.sort(key=lambda row: row["gap"])
+    kinds = {"lowest gap": with_gap, "highest gap": with_gap[::-1], "random": rows}
+    samples = []
+    for kind, candidates in kinds.items():
+        for row in candidates[:SHOWN_PAIRS]:
+            texts = {name: row[name][:SHOWN_TEXT] for name in ("prompts", "chosen", "rejected")}
+            samples.append({"kind": kind, **row, **texts})
+    return samples
+
+
+def cost(usage: list[dict], pairs: int) -> dict:
+    """Sums over all models, and per pair; money is None if a model has no price."""
+    total = {}
+    for key in ("calls", "cached", "tokens_in", "tokens_out", "money"):
+        values = [row[key] for row in usage]
+        total[key] = None if None in values else sum(values)
+    per_pair = {}
+    for key, value in total.items():
+        unknown = value is None or not pairs
+        per_pair[f"{key}_per_pair"] = None if unknown else value / pairs
+    return total | per_pair
+
+
+# Numbers as people read them.
+
+
+def plural(number: int, noun: str) -> str:
+    """A number with its noun: `1 pair`, `1,204 pairs`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def shown(value: float | str | None, unit: str = "") -> str:
+    """A value as people read it: `62%`, `1.25×`, `1,204`; unknown: a dash."""
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, str):
+        return value
+    if unit == "%":
+        return f"{100 * value:.0f}%"
+    if abs(value) >= 100 or value == int(value):
+        return f"{value:,.0f}{unit}"
+    return f"{value:.3g}{unit}"
+
+
+def shown_interval(interval: tuple[float, float] | None, unit: str = "") -> str:
+    """An interval as people read it: `58-66%`, `2.5-3.1`, `-0.4 to 0.2`; none: a dash."""
+    if not interval or None in interval:
+        return "–"
+    low, high = interval
+    if low < 0:
+        return f"{shown(low, unit)} to {shown(high, unit)}"
+    return f"{shown(low, unit).removesuffix(unit)}-{shown(high, unit)}"
+
+
+def with_interval(row: dict) -> str:
+    """A row's value with its interval and cases: `62%, 95% CI 58-66%, n=400`."""
+    unit = row["unit"]
+    parts = [shown(row["value"], unit)]
+    if row["interval"]:
+        parts.append(f"95% CI {shown_interval(row['interval'], unit)}")
+    parts.append(f"n={row['n']:,}")
+    return ", ".join(parts)
+
+
+# The page: numbers -> HTML. Every text in the numbers is escaped before any of this runs.
+
+SECTIONS = {
+    "quality": "Pair quality",
+    "length": "Length",
+    "diversity": "Diversity",
+    "bias": "Bias",
+    "people": "People",
+    "labels": "Labels checked",
+}
+TASKS = {"answer": "writing answers", "judge": "judging"}  # role of a model -> what it was paid for
+STAGES = {
+    "input": 0,
+    "model": 1,
+    "judge": 2,
+    "filter": 3,
+    "human": 4,
+}  # the order of a record's way
+# A histogram's drawing area, in units of its view box (about a pixel on a phone).
+PLOT_LEFT = 44
+PLOT_RIGHT = 372
+PLOT_TOP = 14
+PLOT_BOTTOM = 176
+VIEW_BOX = "0 0 412 206"
 
 
 def report_html(numbers: dict) -> str:
-    """The report as one page that loads and runs nothing; what a model wrote enters it only escaped."""
-    numbers = json.loads(
-        html.escape(json.dumps(numbers), quote=False)
-    )  # each text in it, whoever wrote it
-    usage, sample, calm = (numbers[key] for key in ("usage", "sample", "calm"))
-    flags = lambda text: re.sub("--[a-z-]+", r"<code>\g<0></code>", text)
-    warning = lambda row: (
-        f'<li class="{row["level"]}"><b>{row["level"]}</b> {fact(row)}<p>{flags(row["advice"])}</p></li>'
-    )
-    score = lambda row, key: f" {shown(row[key])}" if row.get(key) is not None else ""
-    part = lambda row, name: (
-        f'<div class="{name}"><h4>{name} <small>{row.get(f"model_{name}", row["kind"])}'
-        f'{score(row, f"score_{name}")}</small></h4><p dir="auto">{row[name]}</p></div>'
-    )
-    pair = lambda row: f"<article>{''.join(part(row, name) for name in SIDES)}</article>"
-    columns = ("label", "verdict", "value", "interval", "n")
+    """The report as one page that runs and requests nothing; model texts enter it only escaped."""
+    numbers = escaped(numbers)
+    sections = [
+        quality_section(numbers),
+        length_section(numbers),
+        diversity_section(numbers),
+        bias_section(numbers),
+        people_section(numbers),
+        labels_section(numbers),
+        cost_section(numbers),
+        samples_section(numbers),
+        settings_section(numbers),
+    ]
+    sections = [section for section in sections if section]
+    links = [f'<a href="#{anchor(title)}">{title}</a>' for title, _ in sections]
     parts = {
-        "SUMMARY": f"{numbers['pairs']:,} pairs from {numbers['kept']:,} of {numbers['records']:,} records",
-        "WARNINGS": "".join(map(warning, numbers["warnings"]))
-        or f'<li class="{calm[0]}">{calm[1]}</li>',
-        "NOTES": "".join(f"<p>{note}</p>" for note in numbers["notes"]),
-        "CHARTS": "".join(
-            bars(chart) for chart in numbers["charts"] if any(chart["series"].values())
-        ),
-        "METRICS": table([row for row in numbers["metrics"] if row["n"]], *columns),
-        "SAMPLE": f"Texts: {sample['pairs']:,} pairs, each text cut at {sample['characters']:,} characters; "
-        f"diversity and words that give a side away: {sample['diversity_texts']:,} texts. "
-        f"Sign test of a fair length: p = {numbers['sign_test']['p']:.2g}.",
-        "MODELS": table(numbers["models"], "model", *columns[2:]),
-        "WORDS": table(numbers["words"]),
-        "PAIRS": "".join(map(pair, numbers["samples"])),
-        "COST": f"<h2>Cost</h2>{table(usage)}{table([numbers['cost']])}" if usage else "",
-        "SETTINGS": table(
-            [{"setting": x, "value": str(value)} for x, value in numbers["settings"].items()]
-        ),
+        "SUMMARY": page_summary(numbers),
+        "TILES": tiles(numbers),
+        "WARNINGS": warning_list(numbers),
+        "LINKS": "".join(links),
+        "SECTIONS": "".join(section_html(title, body) for title, body in sections),
     }
     return filled_page(REPORT_PAGE, parts)
 
 
+def escaped(value: object) -> object:
+    """The value with every text in it, keys included, escaped for HTML text and attributes."""
+    if isinstance(value, str):
+        return html.escape(readable(value))
+    if isinstance(value, dict):
+        return {escaped(key): escaped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [escaped(item) for item in value]
+    return value
+
+
+def anchor(title: str) -> str:
+    """The id of a section: "Pair quality" -> "pair-quality"."""
+    return title.lower().replace(" ", "-")
+
+
+def section_html(title: str, body: str) -> str:
+    """One section of the page."""
+    return f'<section id="{anchor(title)}"><h2>{title}</h2>{body}</section>'
+
+
+def page_summary(numbers: dict) -> str:
+    """Where the data comes from, below the page's title."""
+    settings = numbers["settings"]
+    parts = []
+    if settings.get("method"):
+        parts.append(f"method {settings['method']}")
+    if settings.get("models"):
+        parts.append(f"models {', '.join(settings['models'])}")
+    if settings.get("judges"):
+        parts.append(f"judge {', '.join(settings['judges'])}")
+    if settings.get("input_file"):
+        parts.append(f"input {settings['input_file']}")
+    return " · ".join(parts)
+
+
+def tiles(numbers: dict) -> str:
+    """The figures that a reader looks for first."""
+    rows = {row["metric"]: row for row in numbers["metrics"]}
+    cells = [
+        (f"{numbers['pairs']:,}", "pairs"),
+        (shown(rows["kept"]["value"], "%"), f"of {numbers['records']:,} records kept"),
+        (shown(rows["gap"]["value"]), "median score gap"),
+        (shown(rows["longer"]["value"], "%"), "chosen is longer"),
+        (shown(rows["flips"]["value"], "%"), "order flips"),
+    ]
+    shown_cells = [(value, label) for value, label in cells if value != "–"]
+    return "".join(f"<div><b>{value}</b>{label}</div>" for value, label in shown_cells)
+
+
+def warning_list(numbers: dict) -> str:
+    """The warnings as cards; without any, what the checks say."""
+    cards = []
+    for row in numbers["warnings"]:
+        cards.append(card(row["level"], row["finding"], f"{row['meaning']} {row['advice']}"))
+    checks = numbers["checks"]
+    summary = f"{checks['passed']} of {checks['total']} checks passed"
+    if checks["too_few"]:
+        summary += f", {checks['too_few']} had too few cases"
+    if numbers["few"]:
+        cards.append(card("too few", numbers["few"], f"{summary}."))
+    elif cards:
+        summary = f"<p>{summary}.</p>"
+        return f"<ul>{''.join(cards)}</ul>{summary}"
+    else:
+        cards.append(card("ok", "No warnings.", f"{summary}."))
+    return f"<ul>{''.join(cards)}</ul>"
+
+
+def card(level: str, finding: str, text: str) -> str:
+    """One warning, or what stands there instead."""
+    head = f'<p><b class="level">{level}</b> <strong>{finding}</strong></p>'
+    return f'<li class="{level.replace(" ", "-")}">{head}<p>{mark_flags(text)}</p></li>'
+
+
+def mark_flags(text: str) -> str:
+    """The text with its flags as code, with a number or a name_like_this as their value."""
+    flag = r"--[a-z-]+(?: \d+(?:\.\d+)?| [a-z]+_[a-z]+)?"
+    return re.sub(flag, r"<code>\g<0></code>", text)
+
+
+def quality_section(numbers: dict) -> tuple[str, str]:
+    """Records, scores, and the gap between them."""
+    kept = numbers["kept"]
+    gap = metric_of(numbers, "gap")
+    pairs = plural(numbers["pairs"], "pair")
+    sentence = f"{kept:,} of {plural(numbers['records'], 'record')} gave {pairs}"
+    if gap["n"]:
+        sentence += f"; the median score gap is {shown(gap['value'])}."
+    else:
+        sentence += "; the data has no scores (choices or ranks), so there is no score gap."
+    charts = numbers["charts"]
+    figures = [
+        mirrored_histogram("Scores", "score", "answers", charts["scores"]),
+        gap_chart(charts["gap"]),
+        funnel(numbers),
+    ]
+    return SECTIONS["quality"], section_body(numbers, "quality", [sentence], figures)
+
+
+def length_section(numbers: dict) -> tuple[str, str]:
+    """Whether the longer answer wins."""
+    longer = metric_of(numbers, "longer")
+    ratio = metric_of(numbers, "length_ratio")
+    sentence = "There is no pair with answers of different length."
+    if longer["n"]:
+        sentence = (
+            f"The chosen answer is the longer one in {shown(longer['value'], '%')} of the pairs; "
+            f"it has {shown(ratio['value'])} times the characters of the rejected one (median)."
+        )
+    charts = numbers["charts"]
+    figures = [
+        mirrored_histogram("Length", "characters", "answers", charts["lengths"]),
+        share_bars(
+            "Does the longer answer win?",
+            "How often the longer answer is chosen, by how much longer it is",
+            charts["longer_by_ratio"],
+            fair=True,
+        ),
+    ]
+    return SECTIONS["length"], section_body(numbers, "length", [sentence], figures)
+
+
+def diversity_section(numbers: dict) -> tuple[str, str]:
+    """Whether prompts and answers repeat."""
+    section = "diversity"
+    rows = rows_of(numbers, section)
+    parts = []
+    for key, texts in (("chosen", "chosen answers"), ("prompts", "prompts")):
+        row = metric_of(numbers, f"near_duplicates_{key}")
+        if row["n"]:
+            parts.append(f"{shown(row['value'], '%')} of the {texts}")
+    sentence = f"{' and '.join(parts)} are near-duplicates of another one."
+    if not parts:
+        sentence = f"The texts have fewer than {LONG_ENOUGH} words, so they are not compared."
+    figures = [share_bars("Repetition", "Share of the sampled texts", shares_of(rows))]
+    return SECTIONS[section], section_body(numbers, section, [sentence], figures)
+
+
+def bias_section(numbers: dict) -> tuple[str, str]:
+    """What predicts the label besides quality."""
+    rows = rows_of(numbers, "bias")
+    findings = [row["finding"] for row in rows if row["finding"]]
+    sentence = " ".join(findings)
+    if not findings:
+        sentence = "No check found anything but quality that predicts which answer is chosen."
+    if not any(row["level"] in ("ok", "warn", "critical") for row in rows):
+        sentence = "There are too few cases to tell what besides quality predicts the label."
+    charts = numbers["charts"]
+    figures = [
+        share_bars(
+            "Position",
+            "How often an answer scores above the middle of its judge reply",
+            charts["positions"],
+            fair=True,
+        ),
+        share_bars(
+            "Format",
+            "How often an answer is chosen if it alone has this format",
+            charts["formats"],
+            fair=True,
+        ),
+        share_bars(
+            "Model identity",
+            "How often a model's answer is chosen against another model's",
+            charts["models"],
+            fair=True,
+        ),
+        words_figure(numbers["words"]),
+    ]
+    return SECTIONS["bias"], section_body(numbers, "bias", [sentence, *numbers["notes"]], figures)
+
+
+def people_section(numbers: dict) -> tuple[str, str] | None:
+    """What the annotators say about the labels."""
+    section = "people"
+    rows = rows_of(numbers, section)
+    if not rows and not numbers["people"]:
+        return None
+    figures = [share_bars("What people say", "Share of reviewed pairs", shares_of(rows))]
+    sentences = [mark_flags(sentence) for sentence in numbers["people"]]
+    return SECTIONS[section], section_body(numbers, section, sentences, figures)
+
+
+def labels_section(numbers: dict) -> tuple[str, str] | None:
+    """What a judge or exact match says about labels and answers that can be checked."""
+    agreement = metric_of(numbers, "label_agreement")
+    undecided = metric_of(numbers, "label_undecided")
+    facts = numbers["facts"]
+    if not undecided["n"] and not facts:
+        return None
+    sentences = []
+    if undecided["n"]:
+        sentences.append(
+            f"The judges agree with {shown(agreement['value'], '%')} of the labels that they "
+            f"decide, and leave {shown(undecided['value'], '%')} of all labels undecided."
+        )
+    if facts:
+        listing = "; ".join(f"{plural(facts[fact], 'record')}: {fact}" for fact in facts)
+        sentences.append(f"{listing}.")
+    charts = numbers["charts"]
+    figures = [
+        share_bars(
+            "Agreement by the label's gap",
+            "How often the judges agree with labels whose scores differ by this much",
+            charts["labels_by_gap"],
+        ),
+        share_bars(
+            "Agreement by position",
+            "How often a judge reply prefers the labelled-better answer, by where it stood",
+            charts["labels_by_position"],
+        ),
+    ]
+    return SECTIONS["labels"], section_body(numbers, "labels", sentences, figures)
+
+
+def cost_section(numbers: dict) -> tuple[str, str] | None:
+    """API calls, tokens and money, by model and task."""
+    if not numbers["usage"]:
+        return None
+    total = numbers["cost"]
+    sentence = (
+        f"API calls: {total['calls']:,} made, {total['cached']:,} replies from the cache; "
+        f"{total['tokens_in']:,} tokens in, {total['tokens_out']:,} out"
+    )
+    if total["money"] is None:
+        sentence += "."
+    else:
+        sentence += f", {total['money']:,.2f} at the given prices"
+        if total["money_per_pair"] is not None:
+            sentence += f" ({total['money_per_pair']:.2g} per pair)"
+        sentence += "."
+    rows = []
+    for row in numbers["usage"]:
+        rows.append(
+            [
+                row["model"],
+                TASKS.get(row["role"], row["role"]),
+                shown(row["calls"]),
+                shown(row["cached"]),
+                shown(row["tokens_in"]),
+                shown(row["tokens_out"]),
+                "–" if row["money"] is None else f"{row['money']:,.2f}",
+            ]
+        )
+    columns = ["Model", "Task", "API calls", "From cache", "Tokens in", "Tokens out", "Cost"]
+    return "Cost", f"<p>{sentence}</p>{table(columns, rows)}"
+
+
+def samples_section(numbers: dict) -> tuple[str, str] | None:
+    """Pairs with the lowest and the highest gap, and random ones."""
+    if not numbers["samples"]:
+        return None
+    sentence = "Read some pairs yourself: no metric replaces it."
+    articles = [pair_article(row) for row in numbers["samples"]]
+    return "Pairs to read", f"<p>{sentence}</p>{''.join(articles)}"
+
+
+def settings_section(numbers: dict) -> tuple[str, str]:
+    """How the data was made."""
+    sample = numbers["sample"]
+    sentence = (
+        f"Medians, charts of scores and lengths, and bias come from {sample['pairs']:,} sampled "
+        f"pairs, diversity and telling words from up to {sample['diversity_texts']:,} of them; "
+        f"each text is cut at {sample['characters']:,} characters."
+    )
+    rows = [[name, str(value)] for name, value in numbers["settings"].items()]
+    return "Settings", f"<p>{sentence}</p>{table(['Setting', 'Value'], rows)}"
+
+
+def metric_of(numbers: dict, key: str) -> dict:
+    """The row of one metric."""
+    return next(row for row in numbers["metrics"] if row["metric"] == key)
+
+
+def rows_of(numbers: dict, section: str) -> list[dict]:
+    """The metrics of one section that have any case."""
+    return [row for row in numbers["metrics"] if row["section"] == section and row["n"]]
+
+
+def shares_of(rows: list[dict]) -> list[dict]:
+    """The metrics that are shares of texts or pairs, for a bar chart."""
+    return [row for row in rows if row["unit"] == "%" and row["level"]]
+
+
+def section_body(numbers: dict, section: str, sentences: list[str], figures: list[str]) -> str:
+    """A section's sentences, its figures and the table of its metrics that apply."""
+    text = "".join(f"<p>{sentence}</p>" for sentence in sentences)
+    figures = [figure for figure in figures if figure]
+    grid = f'<div class="grid">{"".join(figures)}</div>' if figures else ""
+    return text + grid + metric_table(rows_of(numbers, section))
+
+
+def metric_table(rows: list[dict]) -> str:
+    """Metrics with value, interval, number of cases and level."""
+    if not rows:
+        return ""
+    cells = []
+    for row in rows:
+        unit = row["unit"]
+        cells.append(
+            [
+                row["label"],
+                shown(row["value"], unit),
+                shown_interval(row["interval"], unit),
+                f"{row['n']:,}",
+                f'<span class="{row["level"].replace(" ", "-")}">{row["level"]}</span>',
+            ]
+        )
+    return table(["Metric", "Value", "95% CI", "Cases", "Level"], cells)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """An HTML table that scrolls by itself on a narrow screen."""
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    body = ""
+    for first, *others in rows:
+        cells = "".join(f"<td>{cell}</td>" for cell in others)
+        body += f'<tr><th scope="row">{first}</th>{cells}</tr>'
+    return f'<div class="wide" tabindex="0"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def figure(title: str, note: str, drawing: str, full: bool = False) -> str:
+    """A chart with its title and what it shows; `full`: as wide as the page."""
+    start = '<figure class="full">' if full else "<figure>"
+    return f"{start}<figcaption><h3>{title}</h3>{note}</figcaption>{drawing}</figure>"
+
+
+def share_bars(title: str, note: str, rows: list[dict], fair: bool = False) -> str:
+    """Shares as bars from 0 to 100% with their 95% intervals; `fair`: with a mark at 50%."""
+    if not rows:
+        return ""
+    mark = '<path class="fair" d="M50 0V12"/>' if fair else ""
+    body = ""
+    for row in rows:
+        low, high = [100 * end for end in row["interval"]]
+        svg = (
+            '<svg viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
+            f'<rect class="track" width="100" height="12"/>{mark}'
+            f'<rect class="chosen" y="2" width="{100 * row["value"]:.1f}" height="8"/>'
+            f'<path class="interval" d="M{low:.1f} 6H{high:.1f}"/></svg>'
+        )
+        interval = shown_interval(row["interval"], "%")
+        value = shown(row["value"], "%")
+        body += (
+            f'<tr><th scope="row">{row["label"]}</th><td>{svg}</td>'
+            f"<td>{value} <small>{interval} <span>n={row['n']:,}</span></small></td></tr>"
+        )
+    ticks = "<div><span>0%</span><span>50%</span><span>100%</span></div>"
+    scale = f'<tr class="scale" aria-hidden="true"><td></td><td>{ticks}</td></tr>'
+    columns = '<th scope="col">Case</th><td></td><th scope="col">Share, 95% CI, cases</th>'
+    head = f'<tr class="hidden">{columns}</tr>'
+    note += "; the dashed line is a fair 50%." if fair else "."
+    return figure(title, note, f'<table class="bars">{head}{body}{scale}</table>')
+
+
+def funnel(numbers: dict) -> str:
+    """From records to pairs: what each drop reason takes away."""
+    total = numbers["records"]
+    if not total:
+        return ""
+    reasons = numbers["dropped"][:SHOWN_REASONS]
+    others = sum(row["records"] for row in numbers["dropped"][SHOWN_REASONS:])
+    reasons = sorted(reasons, key=lambda row: STAGES.get(row["stage"], len(STAGES)))
+    body = funnel_row("records read", "", 0, total, total, "chosen")
+    left = total
+    for row in reasons:
+        left -= row["records"]
+        explanation = f"{row['meaning']} {mark_flags(row['advice'])}".strip()
+        body += funnel_row(row["reason"], explanation, left, row["records"], total, "rejected")
+    if others:
+        left -= others
+        body += funnel_row("other reasons", "", left, others, total, "rejected")
+    body += funnel_row("records that give a pair", "", 0, numbers["kept"], total, "chosen")
+    note = "Records read, dropped for each reason, and kept."
+    body = f'<table class="bars funnel">{body}</table>'
+    return figure("From records to pairs", note, body, full=True)
+
+
+def funnel_row(label: str, text: str, start: int, width: int, total: int, color: str) -> str:
+    """One bar of the funnel: `width` of `total` records, drawn from the `start`th on."""
+    x = 100 * start / total
+    svg = (
+        '<svg viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
+        '<rect class="track" width="100" height="12"/>'
+        f'<rect class="{color}" x="{x:.2f}" y="2" width="{100 * width / total:.2f}" height="8"/>'
+        "</svg>"
+    )
+    sign = "−" if color == "rejected" else ""
+    if text:
+        label += f"<small>{text}</small>"
+    return f'<tr><th scope="row">{label}</th><td>{svg}</td><td>{sign}{width:,}</td></tr>'
+
+
+def words_figure(words: list[dict]) -> str:
+    """The words that speak most clearly for each side, side by side."""
+    tables = ""
+    for side in ("chosen", "rejected"):
+        rows = []
+        for row in words:
+            if row["side"] == side:
+                rows.append([row["word"], f"{row['chosen']:,}", f"{row['rejected']:,}"])
+        columns = [
+            f'<span class="key {side}">speaks for {side}</span>',
+            "only in chosen",
+            "only in rejected",
+        ]
+        if rows:
+            tables += table(columns, rows)
+    if not tables:
+        return ""
+    note = "Words that stand on one side more often: in how many pairs only that side has them."
+    return figure("Telling words", note, f'<div class="grid">{tables}</div>', full=True)
+
+
+def mirrored_histogram(title: str, unit: str, things: str, data: dict) -> str:
+    """Chosen above the axis and rejected below it, on one scale."""
+    if not data:
+        return ""
+    totals = {side: max(1, sum(counts)) for side, counts in data["counts"].items()}
+    shares = {}
+    for side, counts in data["counts"].items():
+        shares[side] = [count / totals[side] for count in counts]
+    highest = max(max(row) for row in shares.values())
+    middle = (PLOT_TOP + PLOT_BOTTOM) / 2
+    height = middle - PLOT_TOP
+    drawing = percent_lines(highest, middle, -height) + percent_lines(highest, middle, height)
+    for side, direction in (("chosen", -1), ("rejected", 1)):
+        for place, value in enumerate(shares[side]):
+            size = value / highest * height
+            top = middle - size if direction < 0 else middle
+            drawing += bar(data, place, top, size, side)
+        x = plot_x(data, data["medians"][side])
+        drawing += f'<path class="median" d="M{x:.1f} {middle}v{direction * height:.1f}"/>'
+    drawing += f'<path class="axis" d="M{PLOT_LEFT} {middle}H{PLOT_RIGHT}"/>'
+    medians = {side: shown(value) for side, value in data["medians"].items()}
+    note = (
+        f'<span class="key chosen">chosen, median {medians["chosen"]}</span> '
+        f'<span class="key rejected">rejected, median {medians["rejected"]}</span> '
+        f"Share of {things} by {unit}; the lines are the medians."
+    )
+    label = (
+        f"{title}: histogram of chosen (median {medians['chosen']}) above and rejected "
+        f"(median {medians['rejected']}) below the axis; the numbers stand in the table."
+    )
+    rows = []
+    for place, name in enumerate(step_names(data)):
+        rows.append([name, *(shown(shares[side][place], "%") for side in shares)])
+    numbers = details([unit.capitalize(), "Chosen", "Rejected"], rows)
+    return figure(title, note, svg_image(label, drawing + x_axis(data)) + numbers)
+
+
+def gap_chart(data: dict) -> str:
+    """The gaps as a histogram, with the share of pairs that have at least this gap as a line."""
+    if not data:
+        return ""
+    counts = data["counts"]["pairs"]
+    total = sum(counts)
+    highest = max(counts) / total
+    height = PLOT_BOTTOM - PLOT_TOP
+    drawing = percent_lines(highest, PLOT_BOTTOM, -height)
+    for place, count in enumerate(counts):
+        size = count / total / highest * height
+        drawing += bar(data, place, PLOT_BOTTOM - size, size, "chosen")
+    points = []
+    rows = []
+    for place, name in enumerate(step_names(data)):
+        at_least = data["at_least"][place]
+        x = plot_x(data, data["edges"][place])
+        points.append(f"{x:.1f} {PLOT_BOTTOM - at_least * height:.1f}")
+        rows.append([name, shown(counts[place] / total, "%"), shown(at_least, "%")])
+    drawing += f'<path class="line" d="M{" L".join(points)}"/>'
+    for value in (0, 0.5, 1):
+        y = PLOT_BOTTOM - value * height + 4
+        drawing += f'<text class="line" x="{PLOT_RIGHT + 6}" y="{y:.1f}">{value:.0%}</text>'
+    drawing += f'<path class="axis" d="M{PLOT_LEFT} {PLOT_BOTTOM}H{PLOT_RIGHT}"/>'
+    middle = shown(data["medians"]["pairs"])
+    note = (
+        f'<span class="key chosen">share of pairs, median {middle}</span> '
+        '<span class="key line">share with at least this gap (right axis)</span> '
+        f"The line shows what {mark_flags('--min-score-gap')} keeps."
+    )
+    label = f"Score gap: histogram of {total:,} pairs, median {middle}; numbers in the table."
+    numbers = details(["Gap", "Pairs", "At least this gap"], rows)
+    return figure("Score gap", note, svg_image(label, drawing + x_axis(data)) + numbers)
+
+
+def svg_image(label: str, drawing: str) -> str:
+    """A drawing that a screen reader names by its label."""
+    return f'<svg class="plot" viewBox="{VIEW_BOX}" role="img" aria-label="{label}">{drawing}</svg>'
+
+
+def details(columns: list[str], rows: list[list[str]]) -> str:
+    """A chart's numbers as a table that is closed at first."""
+    return f"<details><summary>Numbers</summary>{table(columns, rows)}</details>"
+
+
+def plot_x(data: dict, value: float) -> float:
+    """Where a value stands on a histogram's axis."""
+    low = data["edges"][0]
+    high = data["edges"][-1]
+    share_of_axis = (min(max(value, low), high) - low) / (high - low)
+    return PLOT_LEFT + share_of_axis * (PLOT_RIGHT - PLOT_LEFT)
+
+
+def bar(data: dict, place: int, top: float, height: float, color: str) -> str:
+    """One bar of a histogram."""
+    left = plot_x(data, data["edges"][place])
+    width = plot_x(data, data["edges"][place + 1]) - left
+    return (
+        f'<rect class="{color}" x="{left + 0.6:.1f}" y="{top:.1f}" '
+        f'width="{max(1, width - 1.2):.1f}" height="{height:.1f}"/>'
+    )
+
+
+def percent_lines(highest: float, base: float, height: float) -> str:
+    """Lines and labels of one or two round shares; `highest` stands `height` beyond `base`."""
+    step = round_step(highest, 2)
+    if step > highest:
+        step /= 2
+    drawing = ""
+    value = step
+    while value <= highest + 1e-9:
+        y = base + value / highest * height
+        drawing += f'<path class="grid-line" d="M{PLOT_LEFT} {y:.1f}H{PLOT_RIGHT}"/>'
+        drawing += f'<text class="y" x="{PLOT_LEFT - 6}" y="{y + 4:.1f}">{shown(value, "%")}</text>'
+        value += step
+    return drawing
+
+
+def x_axis(data: dict) -> str:
+    """Ticks below a histogram at round values, about six of them."""
+    low = data["edges"][0]
+    high = data["edges"][-1]
+    step = round_step(high - low, 7)
+    drawing = ""
+    for place in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1):
+        value = rounded(place * step)
+        x = plot_x(data, value)
+        drawing += f'<path class="axis" d="M{x:.1f} {PLOT_BOTTOM}v5"/>'
+        drawing += f'<text class="x" x="{x:.1f}" y="{PLOT_BOTTOM + 20}">{axis_number(value)}</text>'
+    return drawing
+
+
+def axis_number(value: float) -> str:
+    """A number of at most about five characters: 12000 -> 12k."""
+    for size, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(size, 10_000):
+            return f"{value / size:g}{sign}"
+    return f"{value:g}"
+
+
+def step_names(data: dict) -> list[str]:
+    """The steps of a histogram in words: `1 to 2`, `5`, `10 or more`."""
+    names = []
+    for low, high in itertools.pairwise(data["edges"]):
+        if data["centred"]:
+            names.append(f"{rounded((low + high) / 2):,g}")
+        else:
+            names.append(f"{low:,g} to {high:,g}")
+    if data["open_start"]:
+        names[0] = f"below {data['edges'][1]:,g}"
+    if data["open_end"]:
+        names[-1] = f"{data['edges'][-2]:,g} or more"
+    return names
+
+
+def pair_article(row: dict) -> str:
+    """One pair to read: prompt, chosen, rejected."""
+    head = row["kind"]
+    if row["gap"] is not None:
+        head += f", score gap {shown(row['gap'])}"
+    texts = ""
+    for side in ("chosen", "rejected"):
+        facts = [row[f"model_{side}"]]
+        if row[f"score_{side}"] is not None:
+            facts.append(f"score {shown(row[f'score_{side}'])}")
+        facts = ", ".join(fact for fact in facts if fact)
+        texts += (
+            f'<div class="{side}"><h4>{side} <small>{facts}</small></h4>'
+            f'<p dir="auto" tabindex="0">{row[side]}</p></div>'
+        )
+    return (
+        f'<article><div class="prompt"><h4>prompt <small>{head}</small></h4>'
+        f'<p dir="auto" tabindex="0">{row["prompts"]}</p></div>{texts}</article>'
+    )
+
+
 def filled_page(page: str, parts: dict[str, str]) -> str:
-    """A template of §12 with its parts, each at its `{{NAME}}`, and a policy: only its own script and style
-    run, and nothing is requested."""
+    """A template of §18 with each part at its `{{NAME}}`.
+
+    Its policy lets only the template's own script and style run, and requests nothing."""
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
     for tag, body in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
         code = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
         policy += f"; {tag}-src 'sha256-{code}'"
-    parts = parts | {"POLICY": policy}  # all at once, for a part may hold a mark
+    parts = parts | {"POLICY": policy}
+    # All parts at once: a part may itself contain such a mark.
     return re.sub(r"\{\{([A-Z]+)\}\}", lambda mark: parts[mark[1]], page)
 
 
@@ -4954,20 +5909,28 @@ class Annotations:
         summary = (
             f"People reviewed {len(self.met)} of {len(self.gaps)} pairs: {fates or 'none yet'}."
         )
-        return {"metrics": list(map(judged, HUMAN, measured)) + rows, "lines": [summary, advice]}
+        return {
+            "metrics": list(map(metric_row, HUMAN, measured)) + rows,
+            "lines": [summary, advice],
+        }
 
 
-# Metrics as in §9, here without formula. People agree with each other in 66 % (AlpacaEval) to 81 % (MT-bench)
-# of cases, with a good judge in up to 85 % (MT-bench).
+# Metrics as in §13, here without a formula. People agree with each other in 66 % (AlpacaEval) to 81 %
+# (MT-bench) of cases, with a good judge in up to 85 % (MT-bench).
 # fmt: off
 HUMAN = [
-    ("human_agreement", "people agree with the labels", "%", under(0.80, 0.65), "labels", ENOUGH, None),
-    ("human_kappa", "people and labels, Cohen's kappa", "±1", under(0.60, 0.40), "labels", ENOUGH, None),
-    ("annotator_agreement", "annotators agree", "%", under(0.65, 0.50), "people", ENOUGH, None),
-    ("label_error", "wrong labels", "%", over(0.05, 0.20), "labels", ENOUGH, None),
+    Metric("human_agreement", "people", "people agree with the label", "%", at_least(0.80, 0.65),
+           too_low=Problem("People often disagree with the labels", "labels")),
+    Metric("human_kappa", "people", "people and labels, Cohen's kappa", "", at_least(0.60, 0.40),
+           too_low=Problem("People agree with the labels little more than by chance", "labels")),
+    Metric("annotator_agreement", "people", "annotators agree", "%", at_least(0.65, 0.50),
+           too_low=Problem("The annotators often disagree with each other", "people")),
+    Metric("label_error", "people", "wrong labels", "%", at_most(0.05, 0.20),
+           too_high=Problem("People find many labels wrong", "labels")),
 ]
-RIGHT = ("precision_by_gap", "right labels from gap", "%", under(0.80, 0.65), "labels", ENOUGH, None)
-TO_TRUST = ("gap_to_trust", "smallest gap to trust", "", FREE, "labels", ENOUGH, None)
+RIGHT = Metric("precision_by_gap", "people", "right labels from gap", "%", at_least(0.80, 0.65),
+               too_low=Problem("People find many labels wrong", "labels"))
+TO_TRUST = Metric("gap_to_trust", "people", "smallest gap to trust")
 # fmt: on
 
 
@@ -4992,7 +5955,9 @@ def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]
         rights = [right for gap, right in sample if least <= gap < math.inf]
         precision |= {least: share(sum(rights), len(rights))} if rights else {}
     steps = list(precision)[:: math.ceil(len(precision) / 4) or 1]  # four at most
-    rows = [judged(RIGHT, precision[gap]) | {"label": f"{RIGHT[1]} {gap:g} up"} for gap in steps]
+    rows = [
+        metric_row(RIGHT, precision[gap]) | {"label": f"{RIGHT.label} {gap:g} up"} for gap in steps
+    ]
     first = lambda good: next((gap for gap, found in precision.items() if good(found)), None)
     best = first(lambda found: found.value >= TRUSTED and found.n >= ENOUGH)
     if best is None:
@@ -5002,7 +5967,7 @@ def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]
     high = first(lambda found: found.interval[0] >= TRUSTED)
     known, n = [gap for gap in gaps if gap < math.inf], precision[best].n
     kept = sum(gap >= best for gap in known) / len(known)
-    row = judged(TO_TRUST, Measured(best, None, n)) | {"interval": (low, high), "yield": kept}
+    row = metric_row(TO_TRUST, Measured(best, None, n)) | {"interval": (low, high), "yield": kept}
     until = "beyond this sample" if high is None else f"{high:g}"
     return [*rows, row], (
         f"--min-score-gap {best:g} is the smallest with {TRUSTED:.0%} right labels ({n} reviewed from there "
@@ -5103,18 +6068,24 @@ def summary(files: OutputFiles, models: Models) -> list[str]:
 
 
 def report_lines(numbers: dict) -> list[str]:
-    """The report for a terminal: at most 12 lines of 110 columns, the three worst warnings first."""
-    alarms = [f"{row['level'].upper()} {fact(row)}. {row['advice']}" for row in numbers["warnings"]]
-    more = [f"{len(alarms) - 3} more warning{'s' * (len(alarms) > 4)}."] * (len(alarms) > 3)
-    known = (row for row in numbers["metrics"] if row["metric"] in HEADLINES and row["n"])
-    facts = "; ".join(
-        f"{fact(row)} {row['verdict']}".strip() for row in known if row["verdict"] != "too few"
-    )
-    lines = [*(alarms[:3] or [numbers["calm"][1]]), *more, " ".join(numbers["notes"]), facts]
-    wrap = lambda text: textwrap.wrap(
-        text, 110, subsequent_indent="    ", max_lines=3, placeholder=" ..."
-    )
-    return list(itertools.chain.from_iterable(map(wrap, lines)))
+    """The report for a terminal: the three worst warnings, then short facts."""
+    lines = []
+    for row in numbers["warnings"][:3]:
+        text = f"{row['finding']} {row['meaning']} {row['advice']}"
+        lines.append(f"{row['level'].upper()} {text}")
+    more = len(numbers["warnings"]) - len(lines)
+    if more:
+        lines.append(f"{more} more warnings are in the report.")
+    if numbers["few"]:
+        lines.append(numbers["few"])
+    elif not lines:
+        lines.append("No warnings.")
+    lines += numbers["people"]
+    lines.append("; ".join(numbers["headline"]))
+    wrapped = []
+    for line in lines:
+        wrapped += textwrap.wrap(line, 100, subsequent_indent="    ")
+    return wrapped
 
 
 def progress():
@@ -6382,64 +7353,111 @@ REPORT_PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Preference data report</title>
 <style>
-:root { color-scheme: light dark; --paper: light-dark(#faf9f6, #15181c); --card: light-dark(#fff, #1d2126);
-  --ink: light-dark(#22262b, #e4e6e8); --soft: light-dark(#5c646d, #9ca5ae);
-  --line: light-dark(#e3e0d9, #31373e); --critical: light-dark(#b3322b, #f28b82);
-  --chosen: light-dark(#2f6f9f, #6fb0dd); --rejected: light-dark(#c98a3c, #dba45c);
-  --ok: light-dark(#2d7a4b, #6cc390); --warn: light-dark(#8a5a06, #e5b454) }
+:root { color-scheme: light dark; --page: light-dark(#f7f7f5, #14171b);
+  --card: light-dark(#fff, #1c2025); --ink: light-dark(#1f2429, #e6e8ea);
+  --soft: light-dark(#59626c, #a0a9b3); --line: light-dark(#dfe1e4, #333a42);
+  --track: light-dark(#eef0f2, #262c33); --chosen: light-dark(#2b6ca3, #6aaee0);
+  --rejected: light-dark(#cf8a2e, #dca559); --curve: light-dark(#8a3a86, #d08bcb);
+  --ok: light-dark(#23704a, #6cc390); --warn: light-dark(#8a5a06, #e8b957);
+  --critical: light-dark(#b02a26, #f28b82) }
 * { box-sizing: border-box; margin: 0 }
-body { margin: 0 auto; max-width: 76rem; padding: 2rem 1rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, "Noto Sans", "PingFang SC", "Microsoft YaHei", sans-serif }
-h1 { font-size: 1.7rem; line-height: 1.2 }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem }
-h3, h4 { font-size: .95rem; color: var(--ink) }
-header p { font-size: 1.05rem; margin: .25rem 0 1.5rem }
-small, header p, main > p, figcaption { color: var(--soft); font-size: .86rem; font-weight: 400 }
-ul { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr));
-  list-style: none; margin-bottom: 1rem; padding: 0 }
-code { font: .92em ui-monospace, monospace; white-space: nowrap }
-figure, article, .wide, li { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  margin-bottom: 1rem; padding: .8rem 1rem }
+body { margin: 0 auto; max-width: 70rem; padding: 2.5rem 1.25rem 4rem; background: var(--page);
+  color: var(--ink); font: 16px/1.55 system-ui, "Noto Sans", "PingFang SC", "Microsoft YaHei",
+  "Noto Sans CJK SC", sans-serif; overflow-wrap: break-word }
+h1 { font-size: 1.75rem; line-height: 1.2 }
+h2 { border-top: 1px solid var(--line); font-size: 1.25rem; margin: 2.5rem 0 .5rem;
+  padding-top: 1.5rem }
+h3, h4 { font-size: .95rem; font-weight: 600 }
+small, header p, figcaption, summary { color: var(--soft); font-size: .85rem; font-weight: 400 }
+header p { overflow-wrap: anywhere }
+section > p { margin-bottom: .6rem; max-width: 48rem }
+code { background: var(--track); border-radius: 4px; font: .88em ui-monospace, monospace;
+  padding: .1em .3em; white-space: nowrap }
+nav { display: flex; flex-wrap: wrap; font-size: .9rem; gap: .3rem 1rem; margin-top: 1.25rem }
+nav a { color: var(--chosen) }
+.tiles { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr));
+  margin: 1.5rem 0 1rem }
+.tiles div { color: var(--soft); font-size: .85rem; line-height: 1.35; padding: .8rem 1rem }
+.tiles b { color: var(--ink); display: block; font-size: 1.55rem; font-weight: 600 }
+.tiles div, figure, article, .wide, li { background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px }
+ul { display: grid; gap: .6rem; list-style: none; margin-bottom: .6rem; padding: 0 }
+li { border-left: 5px solid var(--level, var(--soft)); padding: .8rem 1.1rem }
 .ok { --level: var(--ok) } .warn { --level: var(--warn) } .critical { --level: var(--critical) }
-li { border-left: 4px solid var(--level, var(--soft)); margin: 0 }
-li p { font-size: .92rem }
-li b { color: var(--level); font-size: .75rem; letter-spacing: .06em; text-transform: uppercase }
-tr[class] td:nth-child(2) { color: var(--level) } tr.warn, tr.critical { font-weight: 600 }
-.grid { columns: 22rem; column-gap: 1rem } figure { break-inside: avoid }
-figcaption { margin-bottom: .5rem }
-figcaption i { border-left: .8em solid var(--chosen); font-style: normal; padding: 0 .6em 0 .35em }
-figcaption .s1 { border-color: var(--rejected) }
-svg { display: block; height: .7rem; width: 100% }
-.s0 { fill: var(--chosen) } .s1 { fill: var(--rejected) }
-path { stroke: var(--ink); opacity: .6; vector-effect: non-scaling-stroke } .tick { stroke-dasharray: 2 }
-.wide { overflow-x: auto; padding: .25rem 1rem }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100% }
-th, td { padding: .4rem .5rem .4rem 0; text-align: left; vertical-align: top; overflow-wrap: break-word }
-.wide :is(th, td) { border-bottom: 1px solid var(--line) } .wide tr:last-child td { border: 0 }
-.wide td:last-child { overflow-wrap: anywhere; min-width: 3rem; padding-right: 0 }
-th { color: var(--soft); font-weight: 500 }
-figure :is(th, td) { padding: .1rem .5rem .1rem 0; vertical-align: middle }
-figure th { max-width: 11rem; min-width: 5.6rem }
-figure td { width: 100% }
-figure td:last-child { padding: 0; text-align: right; width: auto; white-space: nowrap }
-article { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)) }
-article div { border-top: 3px solid var(--line); padding-top: .5rem }
-article .prompts { grid-column: 1 / -1 } .chosen { border-color: var(--chosen) }
-.rejected { border-color: var(--rejected) }
-article p { font-size: .92rem; margin: .4rem 0; overflow-wrap: anywhere; white-space: pre-wrap }
+.level { color: var(--level, var(--soft)); font-size: .72rem; letter-spacing: .07em;
+  margin-right: .5rem; text-transform: uppercase }
+.grid { align-items: start; display: grid; gap: 1rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)) }
+figure { min-width: 0; padding: 1rem 1.1rem }
+figcaption { line-height: 1.45; margin-bottom: .6rem } figcaption h3 { color: var(--ink) }
+figure.full { grid-column: 1 / -1 } figure .grid { margin: 0 }
+.key { color: var(--ink); margin-right: .6rem }
+.key::before { background: var(--side); border-radius: 2px; content: ""; display: inline-block;
+  height: .7em; margin-right: .4em; width: .7em }
+.key.chosen { --side: var(--chosen) } .key.rejected { --side: var(--rejected) }
+.key.line { --side: var(--curve) }
+svg { display: block; width: 100% } svg.plot { height: auto; max-width: 34rem }
+rect.chosen { fill: var(--chosen) } rect.rejected { fill: var(--rejected) }
+rect.track { fill: var(--track) }
+path { fill: none; stroke: var(--soft); vector-effect: non-scaling-stroke }
+path.grid-line { stroke: var(--line) } path.median { stroke: var(--ink); stroke-dasharray: 4 3 }
+path.line { stroke: var(--curve); stroke-linejoin: round; stroke-width: 2.5 }
+path.fair { stroke: var(--soft); stroke-dasharray: 2 2 }
+path.interval { stroke: var(--ink); stroke-width: 1.5 }
+text { fill: var(--soft); font-size: 11.5px } text.x { text-anchor: middle }
+text.y { text-anchor: end } text.line { fill: var(--curve) }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums;
+  width: 100% }
+th, td { padding: .4rem .8rem .4rem 0; text-align: left; vertical-align: top }
+th { font-weight: 500 }
+.wide { overflow-x: auto; padding: .3rem 1.1rem } figure .wide { border: 0; padding: 0 }
+.wide :is(th, td) { border-bottom: 1px solid var(--line) }
+.wide tr:last-child > * { border-bottom: 0 } .wide th[scope=col] { color: var(--soft) }
+.wide td { white-space: nowrap } .wide > table > tbody > tr > :first-child { min-width: 7rem }
+.wide td:last-child { padding-right: 0 }
+#settings td { overflow-wrap: anywhere; white-space: normal }
+td span:is(.ok, .warn, .critical) { color: var(--level); font-weight: 600 }
+td span:is(.too-few, .not-applicable) { color: var(--soft) }
+details { margin-top: .6rem } summary { cursor: pointer } details .wide { max-height: 18rem }
+.bars td, .bars th { padding: .18rem .6rem .18rem 0; vertical-align: middle }
+.bars th { line-height: 1.3; min-width: 5.5rem; overflow-wrap: anywhere;
+  width: 36% }
+.bars td:nth-child(2) { width: 99%; min-width: 6rem }
+.bars td:nth-child(n + 3) { padding-right: .4rem; white-space: nowrap }
+.bars svg { height: .85rem } .bars .hidden { clip-path: inset(50%); position: absolute }
+.scale td { color: var(--soft); font-size: .75rem; line-height: 1 }
+.scale div { display: flex } .scale span { flex: 1 } .scale span + span { text-align: center }
+.scale span:last-child { text-align: right }
+.funnel th { min-width: 12rem; width: 45% } .funnel small { display: block }
+article { display: grid; gap: .9rem 1.4rem; margin-bottom: 1rem; padding: 1rem 1.1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)) }
+article div { border-top: 3px solid var(--line); min-width: 0; padding-top: .5rem }
+article .prompt { border: 0; grid-column: 1 / -1; padding: 0 }
+article .chosen { border-color: var(--chosen) } article .rejected { border-color: var(--rejected) }
+article p { font-size: .92rem; margin-top: .3rem; max-height: 20rem; overflow: auto;
+  overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap }
+@media (max-width: 40rem) {
+  body { padding: 1.25rem .75rem 3rem }
+  th, td { padding-right: .55rem } table { font-size: .84rem }
+  .bars small span { display: block } .bars td:nth-child(2) { min-width: 4.5rem }
+  .funnel th { min-width: 9rem; width: 60% } text { font-size: 13px }
+}
+@media print {
+  :root { color-scheme: light; --page: #fff }
+  body { max-width: none; padding: 0; print-color-adjust: exact }
+  nav, details { display: none }
+  figure, article, li { break-inside: avoid } h2 { break-after: avoid }
+  article p, .wide { max-height: none; overflow: visible }
+}
 </style>
 </head>
 <body>
-<header><h1>Is this preference data fit to train on?</h1><p>{{SUMMARY}}</p></header>
+<header><h1>Preference data report</h1><p>{{SUMMARY}}</p>
+<div class="tiles">{{TILES}}</div></header>
 <main>
-<ul>{{WARNINGS}}</ul>{{NOTES}}
-<h2>The data at a glance</h2><div class="grid">{{CHARTS}}</div>
-<h2>Every metric that applies, and its verdict</h2>{{METRICS}}<p>{{SAMPLE}}</p>
-<h2>How often each model is chosen</h2>{{MODELS}}
-<h2>Words that give a side away</h2>{{WORDS}}
-<h2>Pairs to read</h2>{{PAIRS}}
-{{COST}}
-<h2>Settings</h2>{{SETTINGS}}
+{{WARNINGS}}
+<nav aria-label="Sections">{{LINKS}}</nav>
+{{SECTIONS}}
 </main>
 </body>
 </html>

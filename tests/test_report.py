@@ -90,14 +90,20 @@ def alarms(numbers, level=("warn", "critical")):
     return {row["metric"] for row in numbers["warnings"] if row["level"] in level}
 
 
+def bars(numbers, chart):
+    """The rows of a bar chart: label -> (share, cases)."""
+    return {row["label"]: (row["value"], row["n"]) for row in numbers["charts"][chart]}
+
+
 # -- planted faults, in Chinese and English --
 
 
 def test_clean_data_raises_no_alarm(write):
     numbers = report(outcomes(write))
     assert alarms(numbers) == set()
-    said = {row["metric"] for row in numbers["metrics"] if row["verdict"] == "ok"}
-    assert {"longer", "flips", "first_slot", "words", "identity", "compression_prompts"} <= said
+    passed = {row["metric"] for row in numbers["metrics"] if row["level"] == "ok"}
+    assert {"longer", "flips", "first_slot", "words", "identity", "ties"} <= passed
+    assert {"near_duplicates_chosen", "near_duplicates_prompts", "kept"} <= passed
 
 
 def test_always_longer_chosen_is_critical(write):
@@ -106,7 +112,18 @@ def test_always_longer_chosen_is_critical(write):
 
     numbers = report(outcomes(write, change=longer))
     assert {"longer", "length_ratio"} <= alarms(numbers, "critical")
-    assert metric(numbers, "longer")["value"] == 1.0 and numbers["sign_test"]["p"] < 1e-9
+    assert metric(numbers, "longer")["value"] == 1.0
+    assert numbers["warnings"][0]["finding"].startswith("The longer answer is usually chosen (100%")
+    assert "--length-penalty 1" in numbers["warnings"][0]["advice"]
+
+
+def test_always_shorter_chosen_does_not_advise_more_of_the_penalty(write):
+    def shorter(rng, i, chosen, rejected):
+        chosen.text, rejected.text = write(rng, 50), write(rng, 150)
+
+    warning = report(outcomes(write, change=shorter))["warnings"][0]
+    assert warning["finding"].startswith("The shorter answer is usually chosen (0%")
+    assert warning["advice"].startswith("Try a lower --length-penalty")
 
 
 def test_bold_only_in_chosen_is_critical_and_names_no_other_format(write):
@@ -125,7 +142,7 @@ def test_one_word_only_in_chosen_is_found_and_named(write):
     assert "words" in alarms(numbers)
     assert (
         numbers["words"][0]["word"] in ("certainly", "当然")
-        and numbers["words"][0]["in rejected"] == 0
+        and numbers["words"][0]["rejected"] == 0
     )
 
 
@@ -134,11 +151,12 @@ def test_one_model_always_chosen_is_critical(write):
         chosen.model, rejected.model = "qwen-max", "qwen-flash"
 
     numbers = report(outcomes(write, change=model))
-    assert "identity" in alarms(numbers, "critical")
-    assert {row["model"]: row["value"] for row in numbers["models"]} == {
-        "qwen-max": 1.0,
-        "qwen-flash": 0.0,
-    }
+    warning = numbers["warnings"][0]
+    assert (warning["metric"], warning["level"]) == ("identity", "critical")
+    n = numbers["pairs"]
+    finding = f"The model name alone predicts the label (100%, 95% CI 99-100%, n={n})."
+    assert warning["finding"] == finding
+    assert bars(numbers, "models") == {"qwen-max": (1.0, n), "qwen-flash": (0.0, n)}
 
 
 def test_a_judge_with_a_first_slot_bonus_is_found(write):
@@ -165,6 +183,16 @@ def test_a_judge_that_flips_is_critical_though_its_records_are_dropped(write):
     assert numbers["dropped"][0]["reason"] == "orders disagree"
 
 
+def test_a_judge_that_scores_most_answers_alike_is_told_to_be_replaced_first(write):
+    def weak(rng, quality, place):
+        return 7.0 if rng.random() < 0.97 else judge(rng, quality, place)
+
+    numbers = report(outcomes(write, judge=weak))
+    warning = next(row for row in numbers["warnings"] if row["metric"] == "ties")
+    assert warning["level"] == "critical"
+    assert warning["advice"].startswith("Try a stronger --judge-model first")
+
+
 def test_templated_answers_are_critical(write):
     stock = write(random.Random(1), 90)
 
@@ -173,9 +201,6 @@ def test_templated_answers_are_critical(write):
 
     numbers = report(outcomes(write, change=template))
     found = alarms(numbers, "critical")
-    assert {row["level"] for row in numbers["warnings"] if "compression" in row["metric"]} == {
-        "warn"
-    }
     assert "self_repetition_chosen" in found and not any("prompts" in key for key in found)
 
 
@@ -195,7 +220,8 @@ def test_nearly_the_same_prompts_warn(write):
 
 def test_the_judges_own_family_is_named(write):
     numbers = report(outcomes(write), {"judges": ["openai:Qwen/Qwen3-32B@http://h/v1"]})
-    assert any("qwen-max" in note for note in numbers["notes"])
+    assert "family as qwen-max" in numbers["notes"][0]
+    assert "family as qwen-max" in rc.report_html(numbers)
 
 
 def test_labels_of_one_word_are_no_template(write):
@@ -203,8 +229,8 @@ def test_labels_of_one_word_are_no_template(write):
         chosen.text, rejected.text = rng.sample(["yes", "no", "是", "否"], 2)
 
     numbers = report(outcomes(write, change=label))
-    assert not {key for key in alarms(numbers) if key.endswith(("chosen", "rejected"))}
-    assert metric(numbers, "near_duplicates_chosen")["verdict"] == "not applicable"
+    assert not {key for key in alarms(numbers) if key.endswith("chosen")}
+    assert metric(numbers, "near_duplicates_chosen")["level"] == "not applicable"
 
 
 # -- formulas, against references --
@@ -224,45 +250,20 @@ def test_wilson_interval_by_hand():
     assert (value, n) == (0.5, 4) and (low, high) == pytest.approx((0.5 - half, 0.5 + half))
 
 
-@pytest.mark.parametrize(
-    "k, n", [(0, 0), (3, 10), (5, 10), (30, 100), (560, 1000), (540, 1001), (5200, 10000)]
-)
-def test_sign_test_is_the_binomial_test(k, n):
-    stats = pytest.importorskip("scipy.stats")
-    wanted = stats.binomtest(k, n).pvalue if n else 1.0
-    assert rc.sign_test(k, n) == pytest.approx(wanted, rel=0.02, abs=1e-12)
-
-
-def test_rank_correlation_is_scipys_with_ties():
-    stats = pytest.importorskip("scipy.stats")
-    rng = random.Random(0)
-    xs = [rng.randrange(5) for _ in range(200)]
-    ys = [x + rng.randrange(6) for x in xs]
-    value, (low, high), n = rc.spearman(xs, ys)
-    assert value == pytest.approx(stats.spearmanr(xs, ys).statistic) and n == 200
-    assert low < value < high and high - low < 0.3
-
-
 def test_median_and_its_interval_by_hand():
     # n = 100: ranks 50 +- 1.96 * 5, so the values with 40 and 60 below them
     assert rc.median(list(range(100))) == (49.5, (40, 60), 100)
     assert rc.median([7]) == (7, (7, 7), 1) and rc.median([]) == (None, None, 0)
 
 
-def test_distinct_n_by_hand():
-    assert rc.distinct(["a b a b", "a b"], 1)[::2] == (2 / 6, 6)
-    assert rc.distinct(["a b a b", "a b"], 2)[::2] == (
-        2 / 4,
-        4,
-    )  # ab ba ab, ab: no pair spans two texts
+def test_distinct_word_pairs_by_hand():
+    # ab ba ab, ab: no pair spans two texts
+    assert rc.distinct_pairs(["a b a b", "a b"])[::2] == (2 / 4, 4)
 
 
-def test_distinct_n_is_taken_of_a_fixed_amount_of_text():
-    assert rc.distinct([" ".join(map(str, range(50_000)))], 1)[::2] == (1.0, rc.DIVERSITY_TOKENS)
-
-
-def test_compression_ratio_is_zlibs():
-    assert rc.compression(["a" * 500] * 2).value == pytest.approx(1001 / 17, rel=0.3)
+def test_distinct_word_pairs_are_taken_of_a_fixed_amount_of_text():
+    text = " ".join(map(str, range(50_000)))
+    assert rc.distinct_pairs([text])[::2] == (1.0, rc.DISTINCT_WORDS)
 
 
 def test_self_repetition_counts_runs_of_10_words_in_4_texts():
@@ -283,7 +284,8 @@ def test_near_duplicates_are_those_of_the_exact_jaccard_similarity():
 
 def test_the_bag_of_words_weighs_by_smoothed_log_odds():
     sides = [(0, ("good",), ("bad",))] * 6 + [(0, ("bad",), ("good",))] + [(0, ("rare",), ())] * 4
-    counts = rc.tally(sides, rc.OFTEN)
+    sides = [rc.Difference(*side) for side in sides]
+    counts = rc.count_features(sides, rc.OFTEN)
     assert counts == {"good": (6, 1), "bad": (1, 6)}
     assert rc.log_odds(counts, {}) == {"good": math.log(7 / 2), "bad": math.log(2 / 7)}
     assert rc.log_odds(counts, {"good": (3, 0)}) == {"bad": math.log(2 / 7)}
@@ -296,7 +298,7 @@ def test_held_out_guessing_agrees_with_naive_bayes_on_one_sided_words():
     for i in range(600):
         ours = {w for k, w in enumerate(vocabulary) if rng.random() < 0.2 + 0.004 * k}
         theirs = {w for w in vocabulary if rng.random() < 0.28}
-        sides.append((i % rc.FOLDS, tuple(ours - theirs), tuple(theirs - ours)))
+        sides.append(rc.Difference(i % rc.FOLDS, tuple(ours - theirs), tuple(theirs - ours)))
     right = 0.0
     for fold in range(rc.FOLDS):
         train, test = [s for s in sides if s[0] != fold], [s for s in sides if s[0] == fold]
@@ -315,14 +317,14 @@ def test_held_out_guessing_agrees_with_naive_bayes_on_one_sided_words():
 def test_held_out_guessing_finds_nothing_in_noise():
     rng = random.Random(2)
     sides = [
-        (i % 5, *(tuple({f"w{rng.randrange(99)}" for _ in range(9)}) for _ in "ab"))
+        rc.Difference(i % 5, *(tuple({f"w{rng.randrange(99)}" for _ in range(9)}) for _ in "ab"))
         for i in range(500)
     ]
     assert 0.4 < rc.cross_validated_accuracy(sides).value < 0.6
 
 
 def test_formats_are_seen_outside_of_code_only():
-    formats = lambda text: rc.marks(text, "")["format"]
+    formats = lambda text: rc.features(text, "")["format"]
     assert formats("# A\n- b\n**c** 😀") == {"headers", "lists", "bold", "emoji"}
     assert formats("```\n# comment\n- x **y**\n```") == {"code"}
     assert formats("1、甲\n| a | b |\n") == {"lists", "tables"}
@@ -343,17 +345,47 @@ def test_families_go_by_the_name_of_the_model(model, family):
     assert rc.family(model) == family
 
 
-# -- verdicts --
+# -- levels and warnings --
 
 
-def test_a_verdict_hangs_on_the_bound_of_the_interval():
-    row = next(row for row in rc.METRICS if row[0] == "longer")
-    assert rc.judged(row, rc.share(65, 100))["verdict"] == "ok"  # 55 % to 74 %
-    assert rc.judged(row, rc.share(650, 1000))["verdict"] == "warn"  # 62 % to 68 %
-    assert rc.judged(row, rc.share(800, 1000))["verdict"] == "critical"
-    assert rc.judged(row, rc.share(200, 1000))["verdict"] == "critical"
-    assert rc.judged(row, rc.share(29, 29))["verdict"] == "too few"
-    assert rc.judged(row, rc.share(0, 0))["verdict"] == "not applicable"
+@pytest.mark.parametrize(
+    "longer, n, level",
+    [
+        (65, 100, "ok"),  # 55 % to 74 %
+        (650, 1000, "warn"),  # 62 % to 68 %
+        (800, 1000, "critical"),
+        (200, 1000, "critical"),
+        (29, 29, "too few"),
+        (0, 0, "not applicable"),
+    ],
+)
+def test_the_nearer_end_of_the_interval_decides_the_level(longer, n, level):
+    row = next(row for row in rc.METRICS if row.key == "longer")
+    assert rc.metric_row(row, rc.share(longer, n))["level"] == level
+
+
+def test_a_warning_says_what_is_wrong_what_it_means_and_what_to_try(write):
+    for row in report(outcomes(write, change=awful))["warnings"]:
+        assert list(row) == ["level", "metric", "finding", "meaning", "advice"]
+        assert re.search(r"\(\d.*, n=[\d,]+\)\.$", row["finding"]), row["finding"]
+        assert row["meaning"].endswith(".") and row["advice"].endswith(".")
+        assert "--" in row["advice"]
+
+
+def test_checks_count_what_passed_and_what_had_too_few_cases(write):
+    checks = report(outcomes(write))["checks"]
+    assert checks == {"passed": 12, "too_few": 0, "total": 12}
+    checks = report(outcomes(write, 20))["checks"]
+    assert checks["too_few"] > checks["total"] / 2
+
+
+def test_the_headline_has_facts_that_raise_no_warning(write):
+    def longer(rng, i, chosen, rejected):
+        chosen.text += write(rng, 150)
+
+    facts = "; ".join(report(outcomes(write))["headline"])
+    assert re.fullmatch(r"order flips \d+%; chosen is longer \d+%; median score gap [\d.]+", facts)
+    assert "longer" not in "; ".join(report(outcomes(write, change=longer))["headline"])
 
 
 MAKING = "--method|--temperature|--system-prompt|--num-candidates|--candidate-models|--low-model|--when-low-wins"
@@ -364,13 +396,22 @@ def test_advice_for_answers_that_exist_asks_for_no_other_answers(write, method, 
     numbers = report(outcomes(write, change=awful), {"method": method})
     advice = " ".join(row["advice"] for row in numbers["warnings"])
     assert len(numbers["warnings"]) > 4 and bool(re.search(MAKING, advice)) == flagged
-    assert not re.search(MAKING, " ".join(rc.ADVICE_GIVEN.values()))
+    assert not re.search(MAKING, " ".join(row.answers_given for row in rc.ADVICE.values()))
 
 
 def test_every_advice_names_a_flag_and_every_topic_is_used():
-    rows = rc.METRICS + rc.HUMAN
-    assert {topic for _, _, _, limits, topic, _, _ in rows if limits != rc.FREE} == set(rc.ADVICE)
-    assert all(re.search(r"--[a-z-]+\b", text) for text in rc.ADVICE.values())
+    problems = [row.too_low for row in rc.METRICS + rc.HUMAN] + [
+        row.too_high for row in rc.METRICS + rc.HUMAN
+    ]
+    assert {problem.topic for problem in problems if problem} == set(rc.ADVICE)
+    assert all("--" in row.advice for row in rc.ADVICE.values())
+
+
+@pytest.mark.parametrize("metric", rc.METRICS + rc.HUMAN, ids=lambda metric: metric.key)
+def test_every_limit_has_its_finding(metric):
+    assert metric.section in rc.SECTIONS
+    assert bool(metric.too_low) == (metric.limits.warn_below > -math.inf)
+    assert bool(metric.too_high) == (metric.limits.warn_above < math.inf)
 
 
 # -- the collector --
@@ -393,21 +434,35 @@ def test_funnel_adds_up_and_counts_reasons_by_their_head():
         == numbers["kept"] + sum(row["records"] for row in numbers["dropped"])
         == 4
     )
-    assert numbers["dropped"][0] == {"stage": "judge", "reason": "orders disagree", "records": 2}
-    left = {name: n for name, (n, _, _) in numbers["charts"][0]["series"]["left"].items()}
-    assert left == {"read": 4, "judge: orders disagree": 2, "filter: identical": 1}
+    reasons = [(row["stage"], row["reason"], row["records"]) for row in numbers["dropped"]]
+    assert reasons == [("judge", "orders disagree", 2), ("filter", "identical", 1)]
 
 
-def test_length_curve_by_hand():
+def test_drop_reasons_are_explained(monkeypatch):
+    explained = {"orders disagree": ("The swapped order changed it.", "Try --judge-orders 2.")}
+    monkeypatch.setattr(rc, "DROP_REASONS", explained)
+    record = rc.Record([{"role": "user", "content": "q"}])
+    outcome = process_record(record, stage="judge", reason="orders disagree: 3 and 4")
+    numbers = report([outcome])
+    row = numbers["dropped"][0]
+    assert (row["meaning"], row["advice"]) == explained["orders disagree"]
+    page = rc.report_html(numbers)
+    assert "The swapped order changed it. Try <code>--judge-orders 2</code>." in page
+
+
+def test_a_method_of_ones_own_may_invent_a_stage():
+    record = rc.Record([{"role": "user", "content": "q"}])
+    assert "full" in rc.report_html(report([process_record(record, stage="moon", reason="full")]))
+
+
+def test_does_the_longer_answer_win_by_hand():
     record = rc.Record([{"role": "user", "content": "q"}])
     sizes = [(100, 105), (105, 100), (130, 100), (100, 300), (50, 50)]
     pairs = [rc.Pair(record, rc.Answer("x" * c), rc.Answer("y" * r)) for c, r in sizes]
-    curve = report([process_record(record, [pair]) for pair in pairs])["charts"][4]["series"][""]
-    assert {name: (value, n) for name, (value, _, n) in curve.items()} == {
-        "up to 1.1×": (0.5, 2),
-        "up to 1.25×": (None, 0),
-        "up to 1.5×": (1.0, 1),
-        "up to 2×": (None, 0),
+    numbers = report([process_record(record, [pair]) for pair in pairs])
+    assert bars(numbers, "longer_by_ratio") == {
+        "1-1.1×": (0.5, 2),
+        "1.25-1.5×": (1.0, 1),
         "over 2×": (0.0, 1),
     }
 
@@ -419,11 +474,8 @@ def test_flips_and_slots_by_hand_with_two_judges_of_two_orders():
     )  # judge 1 flips, judge 2 does not
     b = rc.Answer("b", votes=(5, 6, 5, 5), positions=(1, 0, 1, 0))
     made.add(process_record(record, answers=[a, b], stage="judge", reason="orders disagree"))
-    assert made.counts["flips"] == {True: 1, False: 1}
-    assert made.counts["place", 0] == {True: 3, False: 1} and made.counts["place", 1] == {
-        True: 1,
-        False: 3,
-    }
+    assert made.flips == {True: 1, False: 1} and made.ties == {False: 4}
+    assert made.positions == {0: {True: 3, False: 1}, 1: {True: 1, False: 3}}
 
 
 @pytest.mark.parametrize("positions", [(), (0,)])
@@ -434,7 +486,7 @@ def test_votes_without_places_count_in_no_position_metric(positions):
         rc.Answer("b", votes=(5, 6), positions=positions),
     ]
     made.add(process_record(record, answers=answers, stage="judge", reason="x"))
-    assert not made.counts["flips"] and not made.counts["place", 0]
+    assert not made.flips and not made.positions and not made.ties
 
 
 def test_one_order_gives_no_flips():
@@ -444,7 +496,7 @@ def test_one_order_gives_no_flips():
         rc.Answer("b", votes=(5, 6), positions=(1, 0)),
     ]
     made.add(process_record(record, answers=answers, stage="judge", reason="x"))
-    assert not made.counts["flips"] and made.counts["place", 0].total() == 2
+    assert not made.flips and made.positions[0].total() == 2
 
 
 def test_the_sample_is_bounded_seeded_and_even(monkeypatch):
@@ -488,69 +540,85 @@ def test_ranks_and_choices_are_no_scores():
         9,
         7,
     ]
-    assert metric(numbers, "gap")["n"] == 1 and not any(
-        "No scores" in note for note in numbers["notes"]
-    )
+    assert metric(numbers, "gap")["n"] == 1
     numbers = report(some[:2])
     page = rc.report_html(numbers)
-    assert metric(numbers, "gap")["n"] == 0 and any(
-        "No scores" in note for note in numbers["notes"]
-    )
-    assert "<h3>Gap" not in page and "<h3>Scores" not in page and "<h3>Length" in page
+    assert metric(numbers, "gap")["n"] == 0 and "has no scores (choices or ranks)" in page
+    assert "<h3>Score gap" not in page and "<h3>Scores" not in page and "<h3>Length" in page
     assert "<small>random</small>" in page and "lowest gap" not in page
 
 
-def test_too_little_data_is_no_clean_bill(write):
-    for n, said in (
-        (0, "Too little data to judge: "),
-        (20, "Too little data to judge: "),
-        (400, "No warnings."),
-    ):
-        numbers = report(outcomes(write, n))
-        level = "ok" if n == 400 else "unknown"
-        assert rc.report_lines(numbers)[0].startswith(said)
-        assert f'<li class="{level}">{said}' in rc.report_html(numbers)
-
-
-def test_percent_of_a_fair_coin_has_a_fixed_scale():
-    row = rc.share(50, 100)
-    chart = {"title": "", "note": "", "unit": "%", "series": {"": {"x": row}}}
-    assert 'width="50.0"' in rc.bars(chart | {"top": 1}) and 'class="tick"' in rc.bars(
-        chart | {"top": 1}
-    )
-    assert 'class="tick"' not in rc.bars(chart | {"top": None})
+@pytest.mark.parametrize(
+    "n, few, shown",
+    [
+        (0, "There are no pairs, so their quality cannot be checked.", ""),
+        (20, "pairs are too few for most quality checks (they need 30 to 100 cases).", ""),
+        (400, "", "No warnings."),
+    ],
+)
+def test_too_few_pairs_are_no_clean_result(write, n, few, shown):
+    numbers = report(outcomes(write, n))
+    assert few in numbers["few"] and bool(few) == bool(numbers["few"])
+    page = rc.report_html(numbers)
+    assert (few or shown) in page and ("No warnings" in page) == bool(shown)
+    assert ('<li class="ok">' in page) == bool(shown)
 
 
 def test_empty_and_scoreless_runs_are_json_too():
     record = rc.Record([{"role": "user", "content": "q \ud800"}])
-    some = [process_record(record, [rc.Pair(record, rc.Answer("a\ud800"), rc.Answer(""))])]
-    for outcomes_ in ([], some):
-        numbers = json.loads(json.dumps(report(outcomes_), allow_nan=False))
-        assert numbers["warnings"] == [] and rc.report_lines(numbers)
+    pair = rc.Pair(record, rc.Answer("a\ud800", "m\ud800"), rc.Answer("", "n"))
+    for some in ([], [process_record(record, [pair])]):
+        numbers = json.loads(json.dumps(report(some), allow_nan=False))
+        assert numbers["warnings"] == []
         assert "</html>" in rc.report_html(numbers) and rc.report_html(numbers).encode()
+        assert json.dumps(numbers, ensure_ascii=False).encode()
 
 
 def test_two_runs_give_the_same_numbers(write):
     assert json.dumps(report(outcomes(write, 150))) == json.dumps(report(outcomes(write, 150)))
 
 
-def test_histogram_shares_by_hand():
-    found = rc.histogram({"a": [1, 1.5, 2, 9], "b": [4]})
-    shares = {name: value for name, (value, _, _) in found["a"].items() if value}
-    assert shares == {"1 to 2": 0.5, "2 to 3": 0.25, "9 or more": 0.25}
-    assert (
-        list(found["a"]) == list(found["b"])
-        and len(found["b"]) == 9
-        and found["b"]["4 to 5"].value == 1.0
-    )
-    assert rc.histogram({"a": []}) == {"a": {}}
+def test_histogram_by_hand():
+    data = rc.histogram({"a": [0.1, 0.3, 1.96], "b": [0.7]})
+    assert data["edges"] == [round(0.1 * i, 1) for i in range(1, 21)]
+    assert [i for i, n in enumerate(data["counts"]["a"]) if n] == [0, 2, 18]
+    assert [i for i, n in enumerate(data["counts"]["b"]) if n] == [6]
+    assert (data["centred"], data["medians"]) == (False, {"a": 0.3, "b": 0.7})
+    assert rc.histogram({"a": []}) == {}
+
+
+def test_whole_scores_stand_in_the_middle_of_their_bars():
+    data = rc.histogram({"a": [1, 1, 4, 10]})
+    assert data["centred"] and data["edges"][:2] == [0.75, 1.25]
+    assert rc.step_names(data)[0] == "1" and rc.step_names(data)[-1] == "10"
+
+
+def test_values_far_away_count_in_the_outer_steps():
+    data = rc.histogram({"a": [-1e6, *([1.5, 2.4, 3.3] * 100), 1e6]})
+    assert (data["open_start"], data["open_end"]) == (True, True)
+    assert len(data["edges"]) < 25 and sum(data["counts"]["a"]) == 302
+    assert rc.step_names(data)[0].startswith("below ") and "or more" in rc.step_names(data)[-1]
 
 
 @pytest.mark.parametrize(
-    "low, high", [(-3.2, 4.1), (0.001, 0.002), (5, 5), (-900, 12_000), (-1e12, 1e12)]
+    "low, high",
+    [(-3.2, 4.1), (0.001, 0.002), (5, 5), (-900, 12_000), (-1e9, 1e9), (1e9, 1e9 + 1e-5)],
 )
 def test_steps_of_a_histogram_are_few(low, high):
-    assert 1 <= len(rc.histogram({"": [low, high, high]})[""]) <= 12
+    data = rc.histogram({"": [low, high, high]})
+    assert 1 <= len(data["counts"][""]) <= 23
+    assert data["edges"][0] <= low and high <= data["edges"][-1]
+
+
+def test_the_share_with_at_least_a_gap_is_what_min_score_gap_keeps():
+    record = rc.Record([{"role": "user", "content": "q"}])
+    some = []
+    for gap in (1, 2, 2, 4):
+        pair = rc.Pair(record, rc.Answer("a", score=5.0 + gap), rc.Answer("bc", score=5.0))
+        some.append(process_record(record, [pair]))
+    data = report(some)["charts"]["gap"]
+    kept = dict(zip(rc.step_names(data), data["at_least"], strict=True))
+    assert (kept["1"], kept["2"], kept["3"], kept["4"]) == (1.0, 0.75, 0.25, 0.25)
 
 
 def test_absurd_scores_leave_the_report_whole():
@@ -561,6 +629,79 @@ def test_absurd_scores_leave_the_report_whole():
     ]
     numbers = report([process_record(record, [pair]) for pair in pairs])
     assert "</html>" in rc.report_html(json.loads(json.dumps(numbers, allow_nan=False)))
+
+
+# -- labels that a judge or exact match checked --
+
+
+def checked(result, gap, lead, times, facts=()):
+    """Outcomes of records with a checked label; the judge's lead is the same in both orders."""
+    for i in range(times):
+        record = rc.Record([{"role": "user", "content": f"{result} {gap} {i}"}])
+        check = rc.LabelCheck(result, gap, lead, ((lead, True), (lead, False)))
+        record.label_checks.append(check)
+        record.facts.update(facts)
+        stage, reason = "judge", "the judge disagrees with the label"
+        yield process_record(record, stage=stage, reason=reason)
+
+
+def test_agreement_leaves_out_undecided_labels():
+    some = [*checked("agrees", 2.0, 3, 60), *checked("disagrees", 1.0, -2, 20)]
+    some += checked("undecided", 1.0, 0, 20)
+    numbers = report(some)
+    row = metric(numbers, "label_agreement")
+    assert (row["value"], row["n"], row["interval"]) == (0.75, 80, rc.share(60, 80).interval)
+    assert (metric(numbers, "label_undecided")["value"]) == 0.2
+    assert "judges agree with 75% of the labels" in numbers["headline"]
+    page = rc.report_html(numbers)
+    assert "<h2>Labels checked</h2>" in page
+    assert "agree with 75% of the labels that they decide, and leave 20% of all labels" in page
+
+
+def test_agreement_is_shown_by_the_labels_gap():
+    some = [*checked("agrees", 1.0, 3, 5), *checked("disagrees", 1.5, -3, 5)]
+    some += [*checked("agrees", 4.0, 3, 8), *checked("agrees", None, 1, 9)]
+    assert bars(report(some), "labels_by_gap") == {
+        "gap 1 to 2": (0.5, 10),
+        "gap 4 to 5": (1.0, 8),
+    }
+
+
+def test_agreement_is_shown_by_the_position_of_the_labelled_better_answer():
+    record = rc.Record([{"role": "user", "content": "q"}])
+    votes = ((2, True), (-1, False), (3, True), (0, False))
+    record.label_checks.append(rc.LabelCheck("undecided", None, 1.0, votes))
+    numbers = report([process_record(record, stage="judge", reason="x")])
+    assert bars(numbers, "labels_by_position") == {"shown first": (1.0, 2), "shown later": (0.0, 1)}
+
+
+def test_labels_that_a_judge_often_rejects_are_a_warning():
+    some = [*checked("agrees", 2.0, 3, 40), *checked("disagrees", 1.0, -2, 60)]
+    warning = report(some)["warnings"][-1]
+    assert (warning["metric"], warning["level"]) == ("label_agreement", "critical")
+    assert "stronger --judge-model" in warning["advice"]
+
+
+def test_what_exact_match_could_not_check_is_counted():
+    some = [*checked("agrees", 9.0, 9, 3, ["checked by exact match"])]
+    some += checked("undecided", 9.0, 0, 2, ["checked by exact match", "no correct answer"])
+    numbers = report(some)
+    assert numbers["facts"] == {"checked by exact match": 5, "no correct answer": 2}
+    assert "5 records: checked by exact match; 2 records: no correct answer" in rc.report_html(
+        numbers
+    )
+
+
+def test_gaps_of_checked_labels_take_bounded_memory():
+    made = rc.Report(0)
+    for i in range(5000):
+        record = rc.Record([{"role": "user", "content": "q"}])
+        record.label_checks.append(rc.LabelCheck("agrees", 1 + i / 5000, 1.0, ()))
+        made.add(process_record(record, stage="judge", reason="x"))
+    assert len(made.label_checks) <= 11
+
+
+# -- cost, people --
 
 
 def test_costs_are_summed_and_shared_among_the_pairs():
@@ -575,20 +716,24 @@ def test_costs_are_summed_and_shared_among_the_pairs():
 
 
 def test_human_metrics_are_appended_and_warn(write):
+    words = {"meaning": "So labels are wrong.", "advice": "See --review-path."}
     row = {
         "metric": "agreement",
+        "section": "people",
         "label": "people agree",
+        "unit": "%",
         "value": 0.5,
         "interval": (0.4, 0.6),
         "n": 90,
     }
     human = {
-        "metrics": [row | {"verdict": "warn", "advice": "See --review-path."}],
+        "metrics": [row | {"level": "warn", "finding": "People disagree (50%).", **words}],
         "lines": ["2 pairs flipped"],
     }
     numbers = report(outcomes(write, 50), human=human)
-    assert "agreement" in alarms(numbers) and "2 pairs flipped" in rc.report_html(numbers)
-    assert any("people agree" in line for line in rc.report_lines(numbers))
+    assert "agreement" in alarms(numbers)
+    page = rc.report_html(numbers)
+    assert "<h2>People</h2><p>2 pairs flipped</p>" in page and "People disagree (50%)." in page
 
 
 # -- views --
@@ -600,32 +745,65 @@ def awful(rng, i, chosen, rejected):
     chosen.text = "**Certainly!** 😀\n# Head\n- one\n" + "the same words again and again " * 20
 
 
-def test_terminal_lines_are_few_short_and_begin_with_the_warnings(write):
-    numbers = report(outcomes(write, change=awful, prompt=lambda rng, i: "one prompt"))
-    lines = rc.report_lines(numbers)
-    assert len(numbers["warnings"]) > 4 and lines[0].startswith("CRITICAL ")
-    assert len(lines) <= 25 and max(map(len, lines)) <= 110
-    assert rc.report_lines(report(outcomes(write)))[0] == "No warnings."
+@pytest.mark.parametrize(
+    "value, unit, text",
+    [
+        (0.617, "%", "62%"),
+        (1.254, "×", "1.25×"),
+        (1204, "", "1,204"),
+        (None, "", "–"),
+        (3.0, "", "3"),
+    ],
+)
+def test_a_value_is_shown_as_people_read_it(value, unit, text):
+    assert rc.shown(value, unit) == text
 
 
-def test_warnings_have_stable_keys(write):
-    numbers = report(outcomes(write, change=awful))
-    assert all(
-        {"metric", "level", "value", "interval", "n", "advice"} <= set(row)
-        for row in numbers["warnings"]
-    )
-    assert [m["metric"] for m in numbers["metrics"]] == [row[0] for row in rc.METRICS]
+def test_an_interval_carries_its_unit_once():
+    assert rc.shown_interval((0.58, 0.66), "%") == "58-66%"
+    assert rc.shown_interval((-0.4, 0.2)) == "-0.4 to 0.2"
+    row = {"value": 0.62, "interval": (0.58, 0.66), "n": 1400, "unit": "%"}
+    assert rc.with_interval(row) == "62%, 95% CI 58-66%, n=1,400"
+
+
+def test_the_page_follows_the_headings_of_the_lesson(write):
+    human = {"metrics": [], "lines": ["People reviewed 2 of 400 pairs."]}
+    some = [*outcomes(write), *checked("agrees", 2.0, 3, 5)]
+    page = rc.report_html(report(some, human=human))
+    assert re.findall("<h2>(.*?)</h2>", page) == [
+        "Pair quality", "Length", "Diversity", "Bias", "People", "Labels checked", "Cost",
+        "Pairs to read", "Settings",
+    ]  # fmt: skip
+    for section in re.findall("<section .*?</section>", page, re.S):
+        assert re.search(r"</h2><p>[A-Z0-9].*?\.</p>", section), section[:200]
+    page = rc.report_html(report([], {}))
+    headings = ["Pair quality", "Length", "Diversity", "Bias", "Cost", "Settings"]
+    assert re.findall("<h2>(.*?)</h2>", page) == headings
 
 
 def test_every_chart_says_its_values_as_text(write):
     page = rc.report_html(report(outcomes(write)))
-    bars = re.findall(r'<td><svg [^>]*aria-hidden="true">.*?</svg></td><td>(.*?)</td>', page)
-    assert (
-        page.count("<figure>") == 6
-        and len(bars) == page.count("<svg ") > 20
-        and bars[0] == "400"
-        and all(bars)
-    )
+    plots = re.findall(r'<svg class="plot"[^>]* role="img" aria-label="[^"]+ the table', page)
+    tables = re.findall(r"<details><summary>Numbers</summary>.*?</details>", page)
+    assert len(plots) == len(tables) == page.count('class="plot"') == 3
+    bars = re.findall(r'<td><svg [^>]*aria-hidden="true">.*?</svg></td><td>([^<]+)', page)
+    assert len(bars) == page.count("<svg ") - 3 > 10
+
+
+def test_a_fair_share_has_a_mark_at_50_percent():
+    row = [{"label": "x", **rc.share(50, 100)._asdict()}]
+    chart = rc.share_bars("", "", row, fair=True)
+    assert 'width="50.0"' in chart and 'class="fair" d="M50 ' in chart
+    assert 'class="fair"' not in rc.share_bars("", "", row)
+    assert rc.share_bars("", "", []) == ""
+
+
+def test_flags_in_advice_are_code_with_their_values():
+    text = "Try --length-penalty 1, or --method generate_pairs. --seed and more."
+    marked = rc.mark_flags(text)
+    assert re.findall("<code>(.*?)</code>", marked) == [
+        "--length-penalty 1", "--method generate_pairs", "--seed",
+    ]  # fmt: skip
 
 
 HOSTILE = [
@@ -639,6 +817,7 @@ HOSTILE = [
 def hostile(rng, i, chosen, rejected):
     chosen.text, rejected.text = HOSTILE[i % 4] * 3, HOSTILE[(i + 1) % 4]
     chosen.model, rejected.model = "<b>m</b>", "\"><script>document.title='owned'</script>"
+    chosen.text += " ".join(HOSTILE)
 
 
 @needs_chromium
@@ -658,7 +837,8 @@ def test_the_page_loads_nothing_logs_nothing_and_keeps_hostile_text_as_text(tmp_
         find = lambda css: driver.execute_script(
             f"return document.querySelectorAll({css!r}).length"
         )
-        assert find("script, img, link, a, [onerror]") == 0 and find("style") == 1
+        assert find('script, img, link, a:not([href^="#"]), [onerror]') == 0 and find("style") == 1
+        assert find("nav a") == find("section") == 7
         text = driver.execute_script("return document.body.textContent")
         assert all(bad in text for bad in HOSTILE) and find("article") == 9
         for width in (390, 1280):

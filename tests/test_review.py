@@ -395,7 +395,7 @@ def test_annotators_are_compared_where_they_judged_the_same_pair(tmp_path):
 
 def test_under_thirty_verdicts_there_is_no_verdict_and_no_advice(tmp_path):
     rows, lines = reviewed(tmp_path, [(2.0, "rejected")] * 29)
-    assert {row["verdict"] for row in rows.values()} == {"too few", "not applicable"}
+    assert {row["level"] for row in rows.values()} == {"too few", "not applicable"}
     assert "30 or more random pairs" in lines[1] and lines[1].endswith(
         "there are 29 such pairs so far."
     )
@@ -406,7 +406,7 @@ def test_an_alarm_needs_the_whole_interval(tmp_path):
         said = [(2.0, "rejected")] * wrong + [(2.0, "chosen")] * (100 - wrong)
         return reviewed(tmp_path, said)[0]["label_error"]
 
-    assert [error(wrong)["verdict"] for wrong in (6, 15, 40)] == ["ok", "warn", "critical"]
+    assert [error(wrong)["level"] for wrong in (6, 15, 40)] == ["ok", "warn", "critical"]
     assert error(6)["advice"] == "" and "--min-score-gap" in error(40)["advice"]
 
 
