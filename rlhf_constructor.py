@@ -1362,17 +1362,15 @@ class Run:
         rejections = list(failures)
         for answer in answers:
             reason = self.rejection_reason("answer", record, answer)
-            if not reason and drop_refusals and refuses(answer.text):
+            if not reason and drop_refusals and is_refusal(answer.text):
                 reason = "refusal"
-            folded = fold_text(answer.text)
+            # Where the input says that one of them is better, case may be what it is about.
+            folded = fold_text(answer.text, keep_case=bool(record.signal))
             twin = first_of.get(folded)
             if not reason and twin:
-                same_words = twin.text.split() == answer.text.split()
-                if twin.votes == answer.votes or (same_words and len(answers) == 2):
-                    reason = "identical answers"
-                elif same_words:
+                if twin.votes != answer.votes and len(answers) > 2:
                     raise Failed("input", "contradictory signals: one answer, two ranks")
-                # else they differ in case or the like, and that is what the label is about
+                reason = "identical answers"
             if reason:
                 rejections.append(Failed("filter", reason))
             else:
@@ -1616,46 +1614,138 @@ def halt_at(place: str, error: BaseException, models: Models) -> Stop:
 
 
 # --------------------------------------------------------------------------------------------------
-# §5 FILTERS: rules on an answer and on a pair: a reason to drop it, or None
+# §5 FILTERS: rules on an answer and on a pair: the reason to drop it, or None
+# In: each answer before a judge sees it, and each pair that a method made. Out: a reason, or None.
+# `Run.rejection_reason` (§4) calls the rules; CALLS, REPORT and REVIEW use the measures of text.
 # --------------------------------------------------------------------------------------------------
 
-# EDIT HERE to add a filter. `on="answer"`: rule(record, answer); the answer leaves the pool unjudged.
-# `on="pair"`: rule(pair, run). `fixed=True`: --skip-filter does not take it. Cheap bounds come first, because
-# these rules run on every text; each has a counter-example in the tests, a good pair that looks bad.
+# EDIT HERE to add a filter: a function that returns the reason to drop, or None to keep.
+#   @register(FILTERS, on="answer")   def name(record, answer): the answer leaves the pool, unjudged
+#   @register(FILTERS, on="pair")     def name(pair, run): the pair is dropped
+# `fixed=True` keeps --skip-filter away from it. The text before a ":" in a reason is its kind: the
+# summary counts kinds. Rules run on every text, so test what is cheap first.
+# The first line of the docstring is its line in --help. Examples stand below it; tests run them:
+#   Keep: "42" for "What is 6 times 7?"                   the answer, then the prompt
+#   Drop: "The cat sat. " * 60 for "Describe a cat."      a text and how often it is repeated
+#   Keep: "42" over "-42" for "What is 48 - 6?"           on="pair": chosen, then rejected
+# A long one goes on in the next line, indented. Settings stand in brackets, with commas between:
+#   Drop: "It is for" for "6 times 7?" (finish length)
+#         finish F    the provider's finish_reason
+#         scores A/B  what a judge gives chosen and rejected in both orders (default 9/3)
+#         signal S    the input decided: score, rank or choice; no judge
+#         unjudged    neither the input nor a judge decided: --judge-model none
+#         --min-score-gap 2   or another flag of the command line
+# Texts are Python strings: in a docstring with a backslash, write r in front of the quotes.
 
-CODE = re.compile(
-    r"```.*?```|`[^`\n]+`|https?://\S+|\$\$.*?\$\$|\$[^$\n]+\$"
-    r"|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\)",  # up to the next opening: linear in the text
+CODE_BLOCK = re.compile(r"```.*?```", re.S)
+CODE = re.compile(  # blocks, `inline` code, URLs and formulas
+    CODE_BLOCK.pattern + r"|`[^`\n]+`|https?://\S+|\$\$.*?\$\$|\$[^$\n]+\$"
+    r"|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\)",  # up to the next opening: linear time
     re.S,
 )
-CONTROL = re.compile(
-    r"(?m)(<\|)\w[^|\n<>]*\|>|\[/?(INST\])|</?(think>)|<</?(SYS>)>|^(Human|Assistant): "
-)
-CANNOT = r"(?:can(?:no|['’])t|cannot|am (?:unable|not able) to|won['’]t|will not)"
-ZH_CANNOT = "(?:无法|不能|没有办法|没法|不便|拒绝)"
-REFUSAL_OPENS = re.compile(
-    r"(?i)\W*(?:(?:i['’]?m|i am)\s+(?:really |very |so |truly |deeply )?(?:sorry|afraid|unable|not able)"
-    rf"|sorry,?\s+(?:but|i\b)|i\s+(?:apologi[sz]e|{CANNOT}|do(?:n['’]t| not) (?:feel able|have access))"
-    r"|as an (?:ai|artificial)|unfortunately,?\s+(?:i\b|as an)|my apologies"
-    r"|it(?:['’]s| is) not (?:appropriate|possible)|(?:很|非常|十分)?(?:抱歉|遗憾|对不起)|不好意思"
-    rf"|作为(?:一个|一名)?(?:AI|人工智能|大?语言模型)|我(?:是一个?(?:AI|人工智能|语言模型)[^。]{{0,30}})?{ZH_CANNOT})"
-)
-REFUSAL_SAYS = re.compile(
-    rf"(?i)\b(?:i {CANNOT} (?:help|assist|provide|fulfil|complete|comply|create|write|generate|do that|answer"
-    r"|engage|support|offer|give|share|discuss|recommend)|unable to (?:help|assist|provide|comply)"
-    r"|(?:i['’]?m|i am) (?:just an|an) ai\b[^.]{0,80}\b(?:can(?:no|['’])t|cannot|unable|not able))"
-    rf"|{ZH_CANNOT}(?:[为给][您你])?(?:提供|回答|帮助|协助|满足|完成|讨论|生成|执行|访问|查看|获取|直接)"
-)
-LANGUAGE_ASKED = re.compile(
-    r"(?i)translat|english|chinese|french|japanese|korean|german|spanish|russian|italian|language|python|java"
-    r"|sql|code|英语|英文|翻译|译成|译为|法语|日语|德语|韩语|俄语|西班牙语|中文|汉语|代码|函数|程序|编写|算法|排序|脚本|命令|公式"
-)
-ZH_COUNT = "二三四五六七八九十百千两几"
-REPEAT_ASKED = re.compile(  # "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not
-    r"(?i)\brepeat|again and again|lines of|\b(?:\d+|three|four|five|six|seven|eight|nine|t[ew]\w+"
-    r"|\w+ty|\w+teen|hundred) times\b(?! *\d)|\b(?:songs?|lyrics|poems?|refrain|chorus|chant|rhymes?)\b"
-    rf"|重复|反复|(?<!谷)歌|诗|(?<![第\d{ZH_COUNT}])(?:\d+|[{ZH_COUNT}]+) *[遍次行]"
-)
+MARKUP_TAG = re.compile(r"<[^<>\n]+>")
+
+
+# -------------------------------------------------------------------------------- measures of text
+
+
+def word_runs(words: list[str], size: int) -> list[tuple[str, ...]]:
+    """All runs of `size` words: `(["a", "b", "c"], 2)` -> `[("a", "b"), ("b", "c")]`."""
+    shifted = [words[start:] for start in range(size)]
+    return list(zip(*shifted, strict=False))
+
+
+def character_runs(text: str, size: int, step: int = 1) -> list[str]:
+    """The runs of `size` characters, one every `step`: `("abcd", 3)` -> `["abc", "bcd"]`."""
+    return [text[start : start + size] for start in range(0, len(text) - size + 1, step)]
+
+
+def is_chinese(words: list[str]) -> bool:
+    """Whether over 30 % of the words of `split_words` are Chinese, Japanese, Korean characters."""
+    characters = sum(word >= "\u3040" for word in words)
+    return characters > 0.3 * len(words)
+
+
+def without_code(text: str) -> str:
+    """The text without code blocks and markup tags: in those, repetition is right."""
+    if "```" in text:
+        text = CODE_BLOCK.sub(" ", text)
+    return MARKUP_TAG.sub(" ", text) if "<" in text else text
+
+
+@functools.lru_cache(maxsize=64)
+def fold_text(text: str, keep_case: bool = False) -> str:
+    """For comparing: without case, white space and a final full stop; 42 and -42 stay different."""
+    text = unicodedata.normalize("NFC", text)
+    if not keep_case:
+        text = text.casefold()
+    return " ".join(text.split()).rstrip(".。 ")
+
+
+def similarity(a: str, b: str, floor: float) -> float:
+    """Jaccard similarity (0..1) of character 5-grams without white space; 0 if below `floor`."""
+    shorter, longer = sorted(("".join(a.split()), "".join(b.split())), key=len)
+    if len(shorter) < 5 or len(shorter) < floor * len(longer):
+        return 0.0
+    # At a similarity of .8 it happens once in 1,000 that half of 16 samples are missing.
+    samples = character_runs(shorter, 5, max(1, len(shorter) // 16))
+    if sum(sample in longer for sample in samples) < len(samples) / 2:
+        return 0.0
+    # The sets of a book take 40 MB each: those are not kept.
+    five_grams = grams if len(longer) <= SAMPLE_TEXT else grams.__wrapped__
+    grams_a, grams_b = five_grams(shorter), five_grams(longer)
+    return len(grams_a & grams_b) / len(grams_a | grams_b)
+
+
+@functools.lru_cache(maxsize=64)
+def grams(text: str) -> set[str]:
+    """The character 5-grams of a text, kept for a while: the report compares one with several."""
+    return set(character_runs(text, 5))
+
+
+def chinese_share(text: str) -> tuple[float, int]:
+    """The share of Chinese among Chinese characters and Latin words, and the number of both."""
+    chinese = 0 if text.isascii() else len(CHINESE_CHARACTER.findall(text))
+    units = chinese + len(LATIN_WORD.findall(text))
+    return chinese / max(1, units), units
+
+
+CHINESE_CHARACTER = re.compile(rf"[{CJK}]")
+# A word that begins with a capital may be a name, which no language translates.
+LATIN_WORD = re.compile(r"(?<![A-Za-z\u00c0-\u024f])[a-z\u00df-\u00ff][A-Za-z\u00c0-\u024f]+")
+
+
+# -------------------------------------------------------------------------------- rules on answers
+
+
+@register(FILTERS, on="answer")
+def truncated(record: Record, answer: Answer) -> str | None:
+    """the provider cut the answer: finish_reason is length or content_filter
+
+    Drop: "It is forty-" for "What is 6 times 7?" (finish length)
+    Drop: "答案是四" for "6乘7等于多少？" (finish content_filter)
+    Keep: "Buy:\\n- milk\\n- eggs" for "Write a shopping list." (finish stop)
+    Keep: "正面" for "判断情感：太好看了！"
+    """
+    model = answer.model or "the model"
+    if answer.finish == "length":
+        return f"truncated: {model} reached --max-tokens"
+    if answer.finish == "content_filter":
+        return f"filtered by the provider: {model}"
+    return None
+
+
+@register(FILTERS, on="answer", fixed=True)
+def empty(record: Record, answer: Answer) -> str | None:
+    """the answer is empty (one word is an answer)
+
+    Drop: " " for "What is 6 times 7?"
+    Keep: "7" for "Name a prime number."
+    Keep: "是" for "7是质数吗？"
+    """
+    return None if answer.text.strip() else "empty answer"
+
+
 ERROR_TEXT = re.compile(
     r"\s*(?:\*\*(?:API REQUEST|NETWORK) ERROR|NETWORK ERROR DUE TO|\$(?:ERROR|MODERATION)\$"
     r"|生成失败\s*(?:$|[:：!！。]|[,，]\s*请))"
@@ -1663,178 +1753,454 @@ ERROR_TEXT = re.compile(
 
 
 @register(FILTERS, on="answer")
-def truncated(record: Record, answer: Answer) -> str | None:
-    """the provider cut the answer: finish_reason is length or content_filter"""
-    return "truncated" if answer.finish in ("length", "content_filter") else None
-
-
-@register(FILTERS, on="answer", fixed=True)
-def empty(record: Record, answer: Answer) -> str | None:
-    """the answer is empty (one word is an answer)"""
-    return None if answer.text.strip() else "empty answer"
-
-
-@register(FILTERS, on="answer")
 def error_text(record: Record, answer: Answer) -> str | None:
-    """an API error that some tool saved as an answer (FastChat, and the ancestor of this script)"""
+    """an API error that some tool saved as an answer (FastChat, and the ancestor of this script)
+
+    Drop: "**API REQUEST ERROR** Reason: timeout" for "What is 6 times 7?"
+    Drop: "生成失败，请稍后重试" for "6乘7等于多少？"
+    Keep: "生成失败的原因通常有两个：显存不足、文件损坏。" for "提示生成失败，怎么办？"
+    """
     return "error text" if ERROR_TEXT.match(answer.text) else None
+
+
+CONTROL = re.compile(
+    r"(?m)(<\|)\w[^|\n<>]*\|>|\[/?(INST\])|</?(think>)|<</?(SYS>)>|^(Human|Assistant): "
+)
+CONTROL_STARTS = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
+# A mark that a sentence speaks of: in quotes, or with words of the same sentence on both sides.
+MARK = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
+SPOKEN_OF = re.compile(
+    rf"[\"'“‘「『(（]{MARK}[\"'”’」』)）]"
+    rf"|(?<=[\w,，、]) {MARK}(?=[,，、;；:：)）]| ?[a-z(（]| ?[{CJK}])"
+    rf"|(?<=[{CJK}，、：]){MARK}(?= ?(?:和|与|或|之|的|来|标|符|等|结尾|开头))"
+)
 
 
 @register(FILTERS, on="answer")
 def control_tokens(record: Record, answer: Answer) -> str | None:
-    """marks of a chat template stand in the answer, outside code, and the prompt has none of them"""
-    kinds = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
-    if not any(kind in answer.text for kind in kinds):
+    """marks of a chat template stand in the answer, outside code, and the prompt has none of them
+
+    Drop: "It is 42.<|im_end|>" for "What is 6 times 7?"
+    Drop: "Let me see.</think> It is 42." for "What is 6 times 7?"
+    Drop: "答案是42。<|endoftext|>下一题" for "6乘7等于多少？"
+    Keep: "<|im_start|> opens a turn." for "What does <|im_start|> mean?"
+    Keep: "The model closes its thoughts with </think> and then answers." for "How does R1 think?"
+    Keep: "模型用</think>标签结束思考，再给出答案。" for "模型怎样结束思考？"
+    """
+    if not any(start in answer.text for start in CONTROL_STARTS):
         return None
-    asked = "\n".join(message["content"] for message in record.messages).lower()
-    marks = CONTROL.finditer(CODE.sub("", answer.text))
-    foreign = [mark for mark in marks if mark[mark.lastindex].lower() not in asked]
-    return "control tokens" if foreign else None
+    prompt = "\n".join(message["content"] for message in record.messages).lower()
+    prose = SPOKEN_OF.sub("", CODE.sub("", answer.text))
+    for mark in CONTROL.finditer(prose):
+        if mark[mark.lastindex].lower() not in prompt:
+            return "control tokens"
+    return None
+
+
+ZH_COUNT = "二三四五六七八九十百千两几"
+# "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not.
+REPEAT_ASKED = re.compile(
+    r"(?i)\brepeat|again and again|lines of|\b(?:\d+|three|four|five|six|seven|eight|nine|t[ew]\w+"
+    r"|\w+ty|\w+teen|hundred) times\b(?! *\d)"
+    r"|\b(?:songs?|lyrics|poems?|refrain|chorus|chant|rhymes?)\b"
+    rf"|重复|反复|(?<!谷)歌|诗|(?<![第\d{ZH_COUNT}])(?:\d+|[{ZH_COUNT}]+) *[遍次行]"
+)
 
 
 @register(FILTERS, on="answer")
 def loop(record: Record, answer: Answer) -> str | None:
-    """the answer repeats itself unasked: its end 4 times, or 30 % of it in repeated runs of 10 words"""
-    if REPEAT_ASKED.search(record.prompt):
+    """the answer repeats one text over and over, and the prompt does not ask for that
+
+    Drop: "The cat sat on the mat. " * 20 for "Describe a cat."
+    Drop: "我们走啊走，" * 40 for "请描述一次旅行。"
+    Drop: "！" * 300 for "你好吗？"
+    Keep: "I will not talk in class. " * 20 for "Write 'I will not talk in class' 20 times."
+    Keep: "我再也不迟到了。" * 20 for "把“我再也不迟到了”写20遍。"
+    Keep: "Sign here: ______________________________________________" for "Make a form."
+    """
+    if not is_repetition_loop(answer.text) or REPEAT_ASKED.search(record.prompt):
         return None
-    return "repetition loop" if is_repetition_loop(answer.text) else None
+    return "repetition loop"
+
+
+LOOP_LENGTH = 100  # characters that a repeated end takes at least
+LOOP_UNIT = 1000  # characters of the longest unit that is looked for at the end
+LOOP_SHARE = 0.75  # of the words in consecutive repeats, from which a text is a loop
+REPEATS_ITSELF = 0.30  # of the words in repeated runs, from which a kept text is worth a review
+RULED_LINE = re.compile(r"[-_=*~#|:+\\\[\]—–─━═\s]*")  # also the empty cells of a table
+NUMBER = re.compile(r"\d+")
 
 
 def is_repetition_loop(text: str) -> bool:
-    """Whether the text repeats itself: its end 4 times, or 30 % of it in repeated runs of 10 words."""
-    raw = text.encode()
-    if len(raw) < 200 or len(raw) < 2 * len(zlib.compress(raw, 1)):
+    """Whether the text ends in a repeated unit, or is mostly one unit that is repeated in a row.
+
+    Passages that return after other text (a refrain, the weeks of a plan) are no loop."""
+    if len(text) < LOOP_LENGTH:
         return False
-    text = text.strip()
-    for size in range(1, min(200, len(text) // 4) + 1):
-        unit = text[-size:]
-        times = max(4, math.ceil(100 / size))
-        if text.endswith(unit * times):
-            if any(map(str.isalnum, unit)):  # a ruled line is no loop
-                return True
+    return ends_in_repeats(text) or consecutive_share(text) >= LOOP_SHARE
+
+
+def ends_in_repeats(text: str) -> bool:
+    """Whether the text ends in a unit repeated 4 times (from 200 characters: 3 times) or more.
+
+    If one number counts on ("1. Wait. 2. Wait. 3. Wait."), that is no difference: over 10 times."""
+    end = text[-5 * LOOP_UNIT :].rstrip()
+    unit, times = repeated_end(end)
+    if times:
+        return not RULED_LINE.fullmatch(unit)
+    if not NUMBER.search(end[-200:]):
+        return False
+    end = end[-2 * LOOP_UNIT :]
+    unit, times = repeated_end(NUMBER.sub("0", end))
+    words = split_words(unit.replace("0", " "))
+    if times <= 10 or len(words) < 2:  # a program that counts to 10 prints such lines rightly
+        return False
+    return counts_on(NUMBER.findall(end), times, unit.count("0"))
+
+
+def repeated_end(text: str) -> tuple[str, int]:
+    """The shortest unit that the text ends with several times, and how often; ("", 0) if none."""
+    last_characters = text[-8:]
+    last_place = len(text) - len(last_characters)
+    place = last_place
+    while place > max(0, last_place - LOOP_UNIT):
+        place = text.rfind(last_characters, 0, place + len(last_characters) - 1)
+        if place < 0:
             break
-    return repeated_share(text) > 0.30
+        unit = text[place - last_place :]
+        least = max(4 if len(unit) < 200 else 3, math.ceil(LOOP_LENGTH / len(unit)))
+        if text.endswith(unit * least):
+            times = least
+            while text.endswith(unit * (times + 1)):
+                times += 1
+            return unit, times
+    return "", 0
+
+
+def counts_on(numbers: list[str], times: int, columns: int) -> bool:
+    """Whether in the last `times` units one number at most counts on, and the others stay."""
+    numbers = numbers[len(numbers) - times * columns :]
+    counting = 0
+    for column in range(columns):
+        values = [int(number[-9:]) for number in numbers[column::columns]]
+        steps = {after - before for before, after in itertools.pairwise(values)}
+        # At both ends a number may be cut: its steps are left out.
+        inner_steps = {after - before for before, after in itertools.pairwise(values[1:-1])}
+        if inner_steps == {1}:
+            counting += 1
+        elif steps != {0}:
+            return False
+    return counting <= 1
+
+
+def consecutive_share(text: str) -> float:
+    """Share (0..1) of the words in a unit that stands three times in a row or more; numbers aside.
+
+    Words that stood `distance` words before are part of a repeat; if that goes on for two units at
+    the same distance, the unit stands there three times."""
+    prose = without_code(text)
+    if not has_repeats(prose, LOOP_SHARE):
+        return 0.0
+    words = split_words(prose)
+    size = run_size(words)
+    last_place = {}
+    spans = [[0, 0, 0]]  # first word, word after the last, distance
+    for place, run in enumerate(word_runs(words, size)):
+        distance = place - last_place.get(run, place)
+        last_place[run] = place
+        if distance == spans[-1][2]:
+            spans[-1][1] = place + size
+        else:
+            spans.append([place, place + size, distance])
+    inside = set()
+    for start, end, distance in spans:
+        if distance and end - start >= 2 * distance:
+            inside.update(range(start - distance, end))
+    counted = [place for place in inside if not words[place].isdigit()]
+    return len(counted) / max(1, len(words))
 
 
 def repeated_share(text: str) -> float:
-    """Share (0..1) of tokens in a run of 10 words (20 where 30 % are Chinese) that occurs more than once."""
-    words = split_words(
-        re.sub(r"(?s)```.*?```|<[^<>\n]+>", " ", text)
-    )  # code and markup repeat rightly
-    chinese = sum(len(word) == 1 and not word.isascii() for word in words) > 0.3 * len(words)
-    found = runs(tuple(words), 20 if chinese else 10)
-    counts = Counter(found)
-    inside = {
-        i + j for i, passage in enumerate(found) if counts[passage] > 1 for j in range(len(passage))
-    }
+    """Share (0..1) of the words in runs of 10 words (20 Chinese characters) that occur again."""
+    prose = without_code(text)
+    if not has_repeats(prose, REPEATS_ITSELF):
+        return 0.0
+    words = split_words(prose)
+    size = run_size(words)
+    runs = word_runs(words, size)
+    counts = Counter(runs)
+    inside = set()
+    for start, run in enumerate(runs):
+        if counts[run] > 1:
+            inside.update(range(start, start + size))
     return len(inside) / max(1, len(words))
 
 
-def runs(items: str | tuple, size: int, step: int = 1) -> list:
-    """The runs of `size` characters of a text, or words of a tuple: `("abcd", 3)` -> `["abc", "bcd"]`."""
-    return [items[i : i + size] for i in range(0, len(items) - size + 1, step)]
+def run_size(words: list[str]) -> int:
+    """Words in a row that two passages do not share by chance: 10, or 20 Chinese characters."""
+    return 20 if is_chinese(words) else 10
+
+
+def has_repeats(text: str, share: float) -> bool:
+    """False if surely less than `share` of the text is repeated: few of 8 samples occur twice."""
+    samples = character_runs(text, 12, max(12, len(text) // 8))
+    allowed_misses = len(samples) * (1 - share / 2)
+    misses = 0
+    for sample in samples:
+        if text.count(sample) < 2:
+            misses += 1
+            if misses > allowed_misses:
+                return False
+    return True
+
+
+ECHO_ASKED = re.compile(  # work on the prompt's own text
+    r"(?i)\b(?:repeat|rewrit|re-?phras|paraphras|correct|proof-?read|edit|translat|fix|improv|summar"
+    r"|extract|copy|quot|punctuat|complet|continu|fill|echo|recit|convert|format)|_{2,}"
+    r"|重复|复述|改写|改正|修改|修正|翻译|译成|译为|润色|纠正|校对|补全|补充|续写|填空|提取"
+    r"|摘录|总结|概括|朗读|抄写|转换|标点"
+)
+
+
+@register(FILTERS, on="answer")
+def echo(record: Record, answer: Answer) -> str | None:
+    """the answer only says the prompt again, and the prompt does not ask for that
+
+    Drop: "Why is the sky blue at noon?" for "Why is the sky blue at noon?"
+    Drop: "天空为什么是蓝色的？" * 3 for "天空为什么是蓝色的？"
+    Keep: "Why is the sky blue? Because air scatters blue light." for "Why is the sky blue?"
+    Keep: "天空为什么是蓝色的？因为空气散射蓝光。" for "天空为什么是蓝色的？"
+    Keep: "Repeat after me: I has a dog." for "Repeat after me: I has a dog."
+    Keep: "纠正语法错误：她今天去学校。" for "纠正语法错误：她今天去学校。"
+    """
+    prompt = record.messages[-1]["content"].strip()
+    if prompt[:8] not in answer.text or prompt[-8:] not in answer.text:
+        return None
+    if len(prompt) < 8 or ECHO_ASKED.search(prompt):
+        return None
+    prompt_words = split_words(prompt)
+    if len(prompt_words) < 6 and not prompt.endswith(("?", "？")):
+        return None  # a greeting is answered by the same words
+    words = split_words(answer.text)
+    new_words = sum(word not in prompt_words for word in words)
+    return "echo of the prompt" if new_words <= len(words) // 40 else None
+
+
+# ---------------------------------------------------------------------------------- rules on pairs
 
 
 @register(FILTERS, on="pair", fixed=True)
-def identical(pair: Pair, run) -> str | None:
-    """the two answers are the same but for case, white space and a final full stop"""
-    return (
-        "identical answers"
-        if fold_text(pair.chosen.text) == fold_text(pair.rejected.text)
-        else None
-    )
+def identical(pair: Pair, run: Run) -> str | None:
+    """the two answers are the same but for case, white space and a final full stop
 
-
-def fold_text(text: str) -> str:
-    """For comparing: case, white space, a final full stop gone; signs stay (42, -42; x > y, x < y)."""
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split()).rstrip(".。 ")
+    Drop: "It is 42." over "it  is 42" for "What is 6 times 7?"
+    Drop: "北京。" over "北京" for "中国的首都是哪里？" (signal choice)
+    Keep: "-42" over "42" for "What is 6 - 48?"
+    Keep: "a GiAnT sPiDeR" over "a giant spider" for "Alternate the case." (signal choice)
+    """
+    # Where the input says that one of them is better, their case may be what it is about.
+    keep_case = bool(pair.record.signal)
+    chosen = fold_text(pair.chosen.text, keep_case)
+    rejected = fold_text(pair.rejected.text, keep_case)
+    return "identical answers" if chosen == rejected else None
 
 
 @register(FILTERS, on="pair")
-def near_duplicate(pair: Pair, run) -> str | None:
-    """80 % of the two answers' character 5-grams are the same, and no judge sees a gap of 3 points"""
-    confirmed = (
-        len(pair.chosen.votes) > 1 and pair.record.signal == "score"
-    )  # by a second score in the input
-    judged = pair.chosen.positions or confirmed
-    if pair.human or (judged and pair.gap >= NEAR_DUPLICATE_GAP):
+def near_duplicate(pair: Pair, run: Run) -> str | None:
+    """80 % of the two answers' character 5-grams are the same, and nothing tells them apart
+
+    A judge tells them apart by a gap of 3 points; a label of the input, where the answers differ in
+    a number, a negation or code; an exact match or a person always.
+
+    Drop: "They met in the old town hall." over "They met in the old town halls." for "Where?"
+        (scores 7/6)
+    Drop: "They met in the old town hall." over "They met in the old town halls." for "Where?"
+        (signal choice)
+    Keep: "The treaty of Rome was signed in the hall in 1957." over
+        "The treaty of Rome was signed in the hall in 1958." for "When?" (signal choice)
+    Keep: "这些鸡蛋的蛋黄里含有比较多的胆固醇，所以不能每天吃很多。" over
+        "这些鸡蛋的蛋黄里含有比较多的胆固醇，所以能每天吃很多。" for "能多吃吗？" (signal choice)
+    """
+    if pair.human or pair.record.facts["checked by exact match"]:
         return None
-    similar = similarity(pair.chosen.text, pair.rejected.text, NEAR_DUPLICATE)
-    return "near-duplicate answers" if similar >= NEAR_DUPLICATE else None
+    confirmed = len(pair.chosen.votes) > 1 and pair.record.signal == "score"
+    judged = pair.chosen.positions or confirmed  # a second score of the input counts like a judge
+    if judged and pair.gap >= NEAR_DUPLICATE_GAP:
+        return None
+    if similarity(pair.chosen.text, pair.rejected.text, NEAR_DUPLICATE) < NEAR_DUPLICATE:
+        return None
+    if pair.record.signal and differ_in_what_counts(pair.chosen.text, pair.rejected.text):
+        return None
+    return "near-duplicate answers"
 
 
-def similarity(a: str, b: str, floor: float) -> float:
-    """Jaccard similarity (0..1) of character 5-grams, white space aside; 0 if it is surely below `floor`."""
-    a, b = sorted(("".join(a.split()), "".join(b.split())), key=len)
-    if len(a) < 5 or len(a) < floor * len(b):
-        return 0.0
-    sample = runs(a, 5, max(1, len(a) // 16))  # at `floor` .8 half of them missing is one in 1,000
-    if sum(gram in b for gram in sample) < len(sample) / 2:
-        return 0.0
-    kept = (
-        grams if len(b) <= SAMPLE_TEXT else grams.__wrapped__
-    )  # the sets of a book are 40 MB each
-    ours, theirs = kept(a), kept(b)
-    return len(ours & theirs) / len(ours | theirs)
+NEGATION = re.compile(
+    r"(?i)\b(?:not|no|never|none|nor|neither|without|cannot)\b|n['’]t\b|[不没无非未别莫勿否]"
+)
+CODE_SIGN = re.compile(r"[(){}\[\]<>=+/\\^&|%$@~_]|(?<=\w)\*(?=\w)")
 
 
-@functools.lru_cache(maxsize=64)
-def grams(text: str) -> set[str]:
-    """The character 5-grams of a text, kept for a while: the report compares one with several."""
-    return set(runs(text, 5))
+def differ_in_what_counts(a: str, b: str) -> bool:
+    """Whether two texts differ in a number, a negation or a token of code."""
+    for pattern in (NUMBER, NEGATION, CODE_SIGN, CODE):
+        if Counter(pattern.findall(a)) != Counter(pattern.findall(b)):
+            return True
+    return False
+
+
+CANNOT = r"(?:can(?:no|['’])t|cannot|am (?:unable|not able) to|won['’]t|will not)"
+ZH_CANNOT = "(?:无法|不能|没有办法|没法|不便|拒绝)"
+REFUSAL_OPENS = re.compile(
+    r"(?i)\W*(?:(?:i['’]?m|i am)\s+(?:really |very |so |truly |deeply )?"
+    r"(?:sorry|afraid|unable|not able)"
+    rf"|sorry,?\s+(?:but|i\b)|i\s+(?:apologi[sz]e|{CANNOT}"
+    r"|do(?:n['’]t| not) (?:feel able|have access))"
+    r"|as an (?:ai|artificial)|unfortunately,?\s+(?:i\b|as an)|my apologies"
+    r"|it(?:['’]s| is) not (?:appropriate|possible)"
+    r"|(?:很|非常|十分)?(?:抱歉|遗憾|对不起)|不好意思"
+    r"|作为(?:一个|一名)?(?:AI|人工智能|大?语言模型)"
+    rf"|我(?:是一个?(?:AI|人工智能|语言模型)[^。]{{0,30}})?{ZH_CANNOT})"
+)
+REFUSAL_SAYS = re.compile(
+    rf"(?i)\b(?:i {CANNOT} (?:help|assist|provide|fulfil|complete|comply|create|write|generate"
+    r"|do that|answer|engage|support|offer|give|share|discuss|recommend)"
+    r"|unable to (?:help|assist|provide|comply)"
+    r"|(?:i['’]?m|i am) (?:just an|an) ai\b[^.]{0,80}\b(?:can(?:no|['’])t|cannot|unable|not able))"
+    rf"|{ZH_CANNOT}(?:[为给][您你])?"
+    r"(?:确切|准确|直接)?地?"
+    r"(?:提供|回答|帮助|协助|满足|完成|讨论|生成|执行|访问|查看|获取|给出|直接)"
+)
+# After "I cannot ...": the turn to an answer that follows all the same.
+ANSWER_FOLLOWS = re.compile(
+    r"(?i)\b(?:however|but|that said|instead|nevertheless|still|nonetheless)\b[^.:。]{0,60}?"
+    r"\b(?:here|i can|i could|i['’]ll|let me|you can|some|several|there (?:is|are)|generally"
+    r"|in general|general|typically|usually)\b"
+    r"|\b(?:generally|in general|in most cases|typically|usually|here (?:is|are)|here['’]s an?)\b"
+    r"|一般(?:来说|而言|情况)|通常(?:来说|情况|，)|总的来说|以下是|下面是|根据"
+    r"|(?:但|不过|然而)[^。]{0,20}(?:可以|以下|一般|通常)"
+)
+ANSWER_WORDS = 60  # words or Chinese characters after such a turn that make an answer
 
 
 @register(FILTERS, on="pair")
-def refusal(pair: Pair, run) -> str | None:
-    """both answers refuse (a single refusal is the judge's to weigh; generate_pairs leaves refusals out)"""
-    return "both refuse" if refuses(pair.chosen.text) and refuses(pair.rejected.text) else None
+def refusal(pair: Pair, run: Run) -> str | None:
+    """both answers refuse; or the chosen one does, and neither a judge nor the input preferred it
+
+    Drop: "I'm sorry, but I can't help with that." over "I cannot assist with this." for "Help!"
+    Drop: "很抱歉，我无法提供帮助。" over "作为人工智能，我不能回答。" for "怎么撬锁？"
+    Drop: "I'm sorry, but I can't help with that." over "Lift each pin." for "Help!" (unjudged)
+    Keep: "I'm sorry, but I can't help with that." over "Lift each pin." for "Help!"
+    Keep: "Lift each pin." over "I'm sorry, but I can't help with that." for "Help!" (unjudged)
+    """
+    if not is_refusal(pair.chosen.text):
+        return None
+    if is_refusal(pair.rejected.text):
+        return "both refuse"
+    weighed = pair.human or pair.chosen.votes
+    return None if weighed else "refusal"
 
 
-def refuses(text: str) -> bool:
-    """The first 240 characters open like a refusal and say it; either alone misfires ("sorry to hear")."""
-    head = text.strip()[:240]
-    return bool(REFUSAL_OPENS.match(head) and REFUSAL_SAYS.search(head))
+def is_refusal(text: str) -> bool:
+    """Whether the first 240 characters open like a refusal and say it, and no answer follows.
+
+    Either alone misfires ("I'm sorry to hear that"). "I can't say exactly, but in general ..." with
+    a whole answer behind it is no refusal."""
+    text = text.strip()
+    head = text[:240]
+    if not REFUSAL_OPENS.match(head):
+        return False
+    statement = REFUSAL_SAYS.search(head)
+    if not statement:
+        return False
+    turn = ANSWER_FOLLOWS.search(text, statement.end(), statement.end() + 800)
+    return turn is None or len(split_words(text[turn.start() :])) < ANSWER_WORDS
+
+
+LANGUAGE_ASKED = re.compile(
+    r"(?i)translat|english|chinese|french|japanese|korean|german|spanish|russian|italian|language"
+    r"|\b(?:mandarin|cantonese|hanzi|pinyin|kanji|kana|hiragana|katakana|romaji|hangul|portuguese"
+    r"|dutch|arabic|hindi|latin|greek|turkish|polish|thai|vietnamese)\b"
+    r"|python|java|sql|code|\b(?:html|css|regex|latex|json|yaml|bash|shell|linux)\b"
+    r"|翻译|译成|译为|[英法德日韩俄汉中葡]文|[英法德日韩俄汉葡外双国粤牙]语|意大利语|阿拉伯语"
+    r"|拉丁|普通话|拼音|假名|罗马字|单词|词汇|短语|例句|造句|语法|时态|字母|缩写|拼写"
+    r"|代码|函数|程序|编写|算法|排序|脚本|命令|公式|正则|网页|网站|域名|变量|查询语句|数据库|服务器"
+)
+QUOTED_LATIN = re.compile(r"[“\"'‘「][A-Za-z][^”\"'’」]*[”\"'’」]")  # a Chinese prompt about a word
+QUOTED = re.compile(r"“[^”]*”|\"[^\"\n]*\"|「[^」]*」|『[^』]*』")
+CODE_LINE = re.compile(
+    r"(?m)^[ \t]*(?:<.*|.*[;{}\]]|.*\)\s*[:{]|.*\w\(.*\)|\w+ = .*"
+    r"|(?i:SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE|ALTER|DROP|FROM|(?:LEFT |INNER )?JOIN|WHERE"
+    r"|GROUP BY|ORDER BY|VALUES|HAVING|LIMIT)\b.*"
+    r"|(?:#|//|(?:import|from|def|class|return|const|let|var|print|echo|sudo|pip|npm|git)\b).*"
+    r")[ \t]*$"
+)
 
 
 @register(FILTERS, on="pair")
-def wrong_language(pair: Pair, run) -> str | None:
-    """a Chinese prompt with a chosen answer that is not Chinese, or an English prompt with one that is"""
-    asked_in, units = chinese_share(pair.record.messages[-1]["content"])
+def wrong_language(pair: Pair, run: Run) -> str | None:
+    """a chosen answer that is not Chinese to a Chinese prompt, or Chinese to an English prompt
+
+    Drop: "Small molecules of the air scatter the blue light." over "散射。" for "天空为什么是蓝色的？"
+    Drop: "空气中的微小分子对蓝光的散射最强。" over "Air." for "Why is the sky blue at noon?"
+    Keep: "The hall was opulent, with trimmed walls." over "无" for "用“opulent”造一句话。"
+    Keep: "Der Himmel ist heute wieder sehr schön blau." over "不" for "用德文写一句话。"
+    Keep: "SELECT name FROM students WHERE age > 17 ORDER BY name;" over "不" for "查成年学生。"
+    Keep: "老师您好，祝您教师节快乐！" over "Hi" for "How do I greet a teacher in Mandarin?"
+    """
+    prompt, answer = pair.record.messages[-1]["content"], pair.chosen.text
+    if prompt.isascii() and answer.isascii():
+        return None
+    asked_in, units = chinese_share(prompt)
     if units < 5 or 0.05 < asked_in < 0.90 or LANGUAGE_ASKED.search(pair.record.prompt):
         return None
-    answered_in, units = chinese_share(CODE.sub("", pair.chosen.text))
-    wrong = answered_in < 0.20 if asked_in >= 0.90 else answered_in > 0.50
-    return "wrong language" if wrong and units >= 8 else None
-
-
-def chinese_share(text: str) -> tuple[float, int]:
-    """-> the share of Chinese among Chinese characters and Latin words, and how many both are together."""
-    chinese = 0 if text.isascii() else len(re.findall(rf"[{CJK}]", text))
-    latin = r"(?<![A-Za-z\u00c0-\u024f])[a-z\u00df-\u00ff][A-Za-z\u00c0-\u024f]+"  # a capital begins a name
-    units = chinese + len(re.findall(latin, text))
-    return chinese / max(1, units), units
-
-
-@register(FILTERS, on="pair")
-def gap(pair: Pair, run) -> str | None:
-    """chosen is not significantly better: the gap, less any length penalty, is under --min-score-gap"""
-    small = (
-        not pair.human
-        and pair.gap is not None
-        and pair.gap - pair.penalty < run.needed_gap(pair) - 1e-9
-    )
-    return "gap too small" if small else None
-
-
-@register(FILTERS, on="pair")
-def floor(pair: Pair, run) -> str | None:
-    """chosen's own score is under --min-chosen-score"""
-    least, score = run.min_chosen_score, pair.chosen.score
-    if (
-        pair.human or run.args.output_format == "kto"
-    ):  # people decided, or there the score is the label
+    in_chinese = asked_in >= 0.90
+    if in_chinese and QUOTED_LATIN.search(prompt):
         return None
-    return "chosen too poor" if least is not None and score is not None and score < least else None
+    text = CODE.sub("", answer)
+    if not answered_in_other(in_chinese, text):
+        return None
+    prose = CODE_LINE.sub("", QUOTED.sub("", text))
+    mostly_prose = len(prose) > 0.5 * len(answer)
+    if mostly_prose and answered_in_other(in_chinese, prose):
+        return "wrong language"
+    return None
+
+
+def answered_in_other(asked_in_chinese: bool, text: str) -> bool:
+    """Whether a text of 8 words or characters at least is not in the language asked in."""
+    share, units = chinese_share(text)
+    if units < 8:
+        return False
+    return share < 0.20 if asked_in_chinese else share > 0.50
+
+
+@register(FILTERS, on="pair")
+def gap(pair: Pair, run: Run) -> str | None:
+    """chosen is not clearly better: the gap, less any length penalty, is under --min-score-gap
+
+    Drop: "It is 42." over "Perhaps 41." for "What is 6 times 7?" (scores 6/5.7)
+    Keep: "It is 42." over "Perhaps 41." for "What is 6 times 7?" (scores 6/5)
+    Keep: "It is 42." over "Perhaps 41." for "6 times 7?" (scores 6/5.7, --min-score-gap 0.2)
+    """
+    if pair.human or pair.gap is None:
+        return None
+    lead = pair.gap - pair.penalty
+    return "gap too small" if lead < run.needed_gap(pair) - 1e-9 else None
+
+
+@register(FILTERS, on="pair")
+def floor(pair: Pair, run: Run) -> str | None:
+    """chosen's own score is under --min-chosen-score
+
+    Drop: "It is 43." over "Blue." for "What is 6 times 7?" (scores 5/1, --min-chosen-score 6)
+    Keep: "It is 42." over "Blue." for "What is 6 times 7?" (scores 6/1, --min-chosen-score 6)
+    """
+    least, score = run.min_chosen_score, pair.chosen.score
+    if least is None or score is None:
+        return None
+    if pair.human or run.args.output_format == "kto":  # people decided, or the score is the label
+        return None
+    return "chosen too poor" if score < least else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2189,7 +2555,7 @@ def reference_f1(text: str, reference: str) -> float:
         )
     variety = len(ours) / max(1, ours.total())
     ended = text.rstrip()[-1:] in ".!?。！？)`”"
-    care = 2 * math.log10(1 + ours.total()) + 3 * variety + ended - 3 * refuses(text)
+    care = 2 * math.log10(1 + ours.total()) + 3 * variety + ended - 3 * is_refusal(text)
     return low + (high - low) * min(1.0, max(0.0, care / 9))
 
 
@@ -2417,7 +2783,7 @@ def add_answers(record: Record, row: dict):
     record.answers = [
         Answer(text, str(model or "")) for text, model in zip(texts, models, strict=True)
     ]
-    if ends in READY and fold_text(texts[0]) == fold_text(texts[1]):
+    if ends in READY and fold_text(texts[0], True) == fold_text(texts[1], True):
         raise Failed("filter", "identical answers")
     verdicts = {name: row[name] for name in WINNERS if name in row}
     verdicts = {name: said for name, said in verdicts.items() if said not in UNSAID} or verdicts
@@ -4131,7 +4497,6 @@ FORMATS = {
     "tables": re.compile(r"^[ \t]*\|.*\|[ \t]*$", re.M),
     "emoji": re.compile("[\u2600-\u27bf\U0001f300-\U0001faff]"),
 }
-CODE_BLOCK = re.compile(r"```.*?```", re.S)
 # A word, or two CJK characters in a row: a single one tells a reader little.
 LETTER = TOKEN.pattern.partition("|")[2].removesuffix("+")
 PHRASE = re.compile(rf"(?<!{LETTER})(?=([{CJK}]{{2}}|{LETTER}+))")
@@ -4203,7 +4568,7 @@ def self_repetition(texts: list[str]) -> Measured:
         words = split_words(text)[:DIVERSITY_WORDS]
         cjk = sum(word >= "\u3040" for word in words)
         size = 20 if cjk > 0.3 * len(words) else 10
-        passages.append({hash(run) for run in runs(tuple(words), size)})
+        passages.append({hash(run) for run in word_runs(words, size)})
         texts_with.update(passages[-1])
     common = {run for run, count in texts_with.items() if count > 3}
     repeating = sum(not common.isdisjoint(passage) for passage in passages)
@@ -4220,7 +4585,7 @@ def near_duplicates(texts: list[str]) -> Measured:
     for text in texts:
         text = "".join(text.split())
         codes = tuple(map(ord, text))  # Python's hash of a string differs from run to run
-        keys = heapq.nsmallest(2, {hash(run) for run in runs(codes, 5)})
+        keys = heapq.nsmallest(2, {hash(run) for run in word_runs(codes, 5)})
         others = set()
         for key in keys:
             others.update(earlier[key][:5])
@@ -5714,8 +6079,9 @@ IDENTITY += r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱
 FLAGS = {
     "judge bait": lambda chosen, rejected: re.search(BAIT, chosen) or re.search(BAIT, rejected),
     "identity leak": lambda chosen, _: re.search(IDENTITY, chosen),
-    "chosen refuses": lambda chosen, _: refuses(chosen),
+    "chosen refuses": lambda chosen, _: is_refusal(chosen),
     "more than twice as long": lambda chosen, rejected: len(chosen) > 2 * len(rejected),
+    "repeats itself": lambda chosen, _: repeated_share(chosen) > REPEATS_ITSELF,
 }
 
 

@@ -348,7 +348,9 @@ def test_an_answer_cut_twice_is_dropped_and_not_paid_for_again(rlhf):
     with Api(
         faulty(Reply("half an ans", finish="length"), lambda call: call.model == "weak")
     ) as api:
-        assert rlhf(PROMPTS[:1], *OPENAI, api=api).reasons == ["filter: truncated"]
+        assert rlhf(PROMPTS[:1], *OPENAI, api=api).reasons == [
+            "filter: truncated: weak reached --max-tokens"
+        ]
         calls = api.count()
         rlhf(PROMPTS[:1], *OPENAI, api=api)
         assert api.count() == calls
@@ -599,7 +601,9 @@ def test_a_rate_follows_what_came_through_in_small_steps(starts, refusals, rate)
 
 def test_an_answer_all_spent_on_thinking_is_called_truncated(rlhf):
     with Api(faulty(Reply("", finish="length"), lambda call: call.model == "weak")) as api:
-        assert rlhf(PROMPTS[:1], *OPENAI, api=api).reasons == ["filter: truncated"]
+        assert rlhf(PROMPTS[:1], *OPENAI, api=api).reasons == [
+            "filter: truncated: weak reached --max-tokens"
+        ]
 
 
 def test_hashes_are_a_set_of_hashes():

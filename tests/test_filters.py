@@ -1,13 +1,17 @@
 """every filter drops what it is for, and lets through the good pair that looks like it."""
 
+import ast
 import itertools
+import json
 import random
+import re
 import time
+from pathlib import Path
 
 import pytest
 
 import rlhf_constructor as rc
-from tests.tiny import ask, pair, run_of
+from tests.tiny import ask, pair, run_of, wait
 
 CLEAR = ((9.0, 9.0), (3.0, 3.0))  # votes: chosen leads by 6 in both orders
 CLOSE = ((7.0, 6.0), (5.0, 5.0))  # by 1.5
@@ -16,13 +20,18 @@ UNJUDGED = ((), ())
 
 
 def reason_against(prompt="What is 6 times 7?", chosen="It is 42.", rejected="Blue.", votes=CLEAR, finish="stop",
-               flags=(), human=False):  # fmt: skip
-    """The reason by which the filters drop this pair, None if it stays."""
+               flags=(), human=False, signal="", facts=()):  # fmt: skip
+    """The reason by which the filters drop this pair, None if it stays; with `signal`, the input decided."""
     run, made = run_of(*flags), pair(chosen, rejected, prompt, human=human)
     made.chosen.finish = finish
+    made.record.signal = signal
+    made.record.facts.update(facts)
+    if signal:
+        votes = ((1.0,), (0.0,))
     for answer, given in ((made.chosen, votes[0]), (made.rejected, votes[1])):
-        answer.votes, answer.positions = given, (0, 1) if given else ()
-        answer.score = sum(given) / 2 if given else None
+        answer.votes = given
+        answer.positions = () if signal or not given else (0, 1)
+        answer.score = sum(given) / len(given) if given and signal in ("", "score") else None
     looked_at = [
         ("answer", made.record, made.chosen),
         ("answer", made.record, made.rejected),
@@ -39,6 +48,9 @@ SENTENCE = "The cat sat on the mat and looked out of the window at the birds. "
 ZH_SENTENCE = "今天天气很好，我们一起去公园散步，看到了很多美丽的花。"
 LONG = "Sunlight is a mix of colours. Tiny molecules of air bounce blue light about more than red light. " \
        "At noon it comes from everywhere, and at sunset the long way through the air takes most of it out. "  # fmt: skip
+TALL = "Mountains rise where plates of the crust press against each other, and rivers then carve valleys into " \
+       "them for millions of years. Ice breaks the rock apart, wind carries the dust away, and what is left are " \
+       "the peaks that we climb today with ropes and boots and a good deal of patience. "  # fmt: skip
 ZH_LONG = "阳光是由各种颜色混合而成的。空气中的微小分子对蓝光的散射比对红光强得多。正午时蓝光来自四面八方，" \
           "而日落时光线要穿过更厚的空气，大部分蓝光被散射掉了。"  # fmt: skip
 
@@ -49,9 +61,10 @@ DROPPED = {
         case("ideographic space", prompt="天为什么是蓝的？", chosen="\u3000", rejected="因为散射。", why="empty answer"),
     ],
     "truncated": [
-        case("English", chosen="It is forty-", finish="length", why="truncated"),
-        case("Chinese", prompt="6乘7等于多少？", chosen="答案是四", finish="length", why="truncated"),
-        case("content filter", chosen="It is", finish="content_filter", why="truncated"),
+        case("English", chosen="It is forty-", finish="length", why="truncated: the model reached --max-tokens"),
+        case("Chinese", prompt="6乘7等于多少？", chosen="答案是四", finish="length",
+             why="truncated: the model reached --max-tokens"),
+        case("content filter", chosen="It is", finish="content_filter", why="filtered by the provider: the model"),
     ],
     "error_text": [
         case("English", chosen="**API REQUEST ERROR** Reason: timeout", why="error text"),
@@ -74,13 +87,35 @@ DROPPED = {
         case("one character", chosen="It is 42" + "2" * 300, why="repetition loop"),
         case("at the end", chosen=LONG + "and so on and on " * 20, why="repetition loop"),
         case("a paragraph twice more", chosen=(LONG + "\n\n") * 3, why="repetition loop"),
+        case("a numbered list of one sentence", prompt="List ten chores.",
+             chosen="\n".join(f"{n}. Clean the windows." for n in range(1, 61)), why="repetition loop"),
+        case("a numbered list of one sentence in Chinese", prompt="列出十件家务。",
+             chosen="\n".join(f"{n}. 把窗户擦干净。" for n in range(1, 61)), rejected="擦窗。", why="repetition loop"),
+        case("cut in the middle of a number", prompt="List ten chores.",
+             chosen=LONG + "\n".join(f"Chore {n}: clean the windows." for n in range(1, 61))[:-20],
+             why="repetition loop"),
+        case("one full-width sign", prompt="你好吗？", chosen="我很好" + "！" * 300, rejected="好。", why="repetition loop"),
+        case("one emoji", chosen="It is 42 " + "🎉" * 400, why="repetition loop"),
+        case("two emojis", prompt="用表情回答：今天怎么样？", chosen="😀🎉" * 100, rejected="好。", why="repetition loop"),
+        case("a loop and then an end", chosen=SENTENCE * 12 + "So the answer is 42.", why="repetition loop"),
+        case("a paragraph at the end of a long answer", chosen=LONG + (TALL * 5)[:-30], why="repetition loop"),
         case("a question with times", prompt="What did The Times say about modern times?", chosen=SENTENCE * 6,
              why="repetition loop"),
+    ],
+    "echo": [
+        case("English", prompt="Why is the sky blue at noon?", chosen="Why is the sky blue at noon?",
+             why="echo of the prompt"),
+        case("Chinese", prompt="天空为什么是蓝色的？", chosen="天空为什么是蓝色的？\n" * 3, rejected="散射。", why="echo of the prompt"),
+        case("a short question", prompt="Who wears short shorts?", chosen="Who wears short shorts?",
+             why="echo of the prompt"),
+        case("with a label", prompt="What type of soil is suitable for a cactus?",
+             chosen="What type of soil is suitable for a cactus?\n\n| |", why="echo of the prompt"),
     ],
     "identical": [
         case("English", chosen="It is 42.", rejected="it  is 42", why="identical answers"),
         case("Chinese", prompt="首都？", chosen="北京。", rejected="北京", why="identical answers"),
         case("even with a gap", chosen="Yes", rejected="yes.\n", why="identical answers"),
+        case("a label and a full stop", chosen="Yes.", rejected="Yes", signal="choice", why="identical answers"),
     ],
     "near_duplicate": [
         case("English", chosen=LONG, rejected=LONG.replace("Tiny", "Small"), votes=CLOSE, why="near-duplicate answers"),
@@ -89,16 +124,25 @@ DROPPED = {
         case("nobody judged", chosen=LONG, rejected=LONG + "So!", votes=UNJUDGED, why="near-duplicate answers"),
         case("new lines only", chosen=LONG, rejected=LONG.replace(". ", ".\n- "), votes=CLOSE,
              why="near-duplicate answers"),
+        case("a label and a mere synonym", chosen=LONG, rejected=LONG.replace("Tiny", "Small"), signal="choice",
+             why="near-duplicate answers"),
     ],
     "refusal": [
         case("English", chosen="I'm sorry, but I can't help with that.", rejected="I cannot assist with this request.",
              why="both refuse"),
         case("Chinese", prompt="怎么撬锁？", chosen="很抱歉，我无法提供这方面的帮助。",
              rejected="作为人工智能助手，我不能回答这个问题。", why="both refuse"),
+        case("nobody weighed it", prompt="How do I pick a lock?", chosen="I'm sorry, but I can't help with that.",
+             rejected="Lift each pin.", votes=UNJUDGED, why="refusal"),
+        case("nobody weighed it in Chinese", prompt="怎么撬锁？", chosen="很抱歉，我无法提供这方面的帮助。",
+             rejected="依次拨动弹子。", votes=UNJUDGED, why="refusal"),
         case("one in each language", chosen="As an AI, I am unable to help you.", rejected="对不起，我无法回答。",
              why="both refuse"),
     ],
     "wrong_language": [
+        case("English after a Chinese word", prompt="安排明天上午十点的会议。", rejected="好。",
+             chosen="Certainly, I will schedule a meeting (会议) for you tomorrow at ten in the morning.",
+             why="wrong language"),
         case("English to a Chinese prompt", prompt="天空为什么是蓝色的？", chosen=LONG, rejected="散射。",
              why="wrong language"),
         case("Chinese to an English prompt", prompt="Why does the sky look blue at noon?", chosen=ZH_LONG,
@@ -151,6 +195,20 @@ QUICKSORT = "def quicksort(items):\n    if len(items) <= 1:\n        return item
             "    return quicksort(left) + [pivot] + quicksort(right)"  # fmt: skip
 FORMULA = r"\[ \int_{-\infty}^{\infty} e^{-x^2} \mathrm{d}x = \sqrt{\pi}, \quad \lim_{n \to \infty} " \
           r"\left(1 + \frac{1}{n}\right)^n = e, \quad \sum_{k=1}^{\infty} \frac{1}{k^2} = \frac{\pi^2}{6} \]"  # fmt: skip
+DER_HIMMEL = "Der Himmel ist heute wieder sehr schön blau und die Sonne scheint über dem ganzen Land."
+SQL = "SELECT department, name, salary\nFROM employees\nWHERE rank_in_department <= 3\nORDER BY department, salary DESC;"
+PAGE = "<html>\n<body>\n  <h1>Welcome to our little page</h1>\n  <p>This is the first paragraph of it.</p>\n" \
+       "  <p>And this is the second one.</p>\n</body>\n</html>"  # fmt: skip
+EXPRESS = "const express = require('express');\nconst app = express();\napp.get('/', (req, res) => {\n" \
+          "  res.send('Hello World!');\n});\napp.listen(3000, () => {\n  console.log('Example app listening');\n});"  # fmt: skip
+LEGAL_WAYS = "I'm sorry, but I can't help with evading tax. However, here are some legal ways to pay less:\n" + (
+    "1. Put money into a pension: what you pay in is not taxed until you take it out again.\n"
+    "2. Keep the receipts of what you need for your work, such as tools, books and travel.\n"
+    "3. Give to a charity that is registered, and ask for a receipt.\n"
+    "4. Ask an adviser about allowances for children, for care and for the repair of your house.\n"
+)
+ZH_ESTIMATE = "很抱歉，我无法确切回答这个问题，因为每天都有新书出版。但一般来说，人们估计全世界出版过的图书约有一亿三千万种。" \
+              "这个数字来自谷歌图书在2010年的统计，它把同一本书的不同版本算作一种。此后每年大约新增两百万种，所以今天的总数可能超过一亿五千万种。"  # fmt: skip
 COMPANIES = "Apple, Microsoft, Nvidia, Alphabet, Amazon, Meta, Broadcom, Tesla, Berkshire Hathaway, Eli Lilly"
 
 KEPT = {
@@ -174,6 +232,12 @@ KEPT = {
     "control_tokens": [
         case("a question about a token", prompt="What does <|im_start|> mean?",
              chosen="<|im_start|> opens a turn and <|im_end|> closes it.", rejected="Nothing."),
+        case("a sentence about a mark", prompt="How do reasoning models answer?",
+             chosen="They close their thoughts with </think> and then give the answer.", rejected="By magic."),
+        case("a quoted mark", prompt="How do reasoning models answer?",
+             chosen='They write "</think>" when they are done.', rejected="By magic."),
+        case("a sentence about a mark in Chinese", prompt="推理模型怎样结束思考？",
+             chosen="模型用</think>标签结束思考，然后给出答案。", rejected="不知道。"),
         case("tokens in code", prompt="How does a Llama 2 prompt look?",
              chosen="Wrap it:\n```\n<s>[INST] <<SYS>>...<</SYS>> hi [/INST]\n```", rejected="No idea."),
         case("think explained in code", prompt="怎么去掉模型的思考过程？",
@@ -198,6 +262,21 @@ KEPT = {
         case("a long good answer", prompt="Why is the sky blue?", chosen=LONG),
         case("a ruled line at the end", prompt="Make a form for a signature.", chosen="Sign here: " + "_" * 300),
     ],
+    "echo": [
+        case("restated, then answered", prompt="What is the capital of France?",
+             chosen="What is the capital of France? Paris."),
+        case("restated, then answered in Chinese", prompt="法国的首都是哪里？", chosen="法国的首都是哪里？是巴黎。", rejected="不知道。"),
+        case("asked to repeat", prompt="Repeat after me: I will be on time.", chosen="Repeat after me: I will be on time."),
+        case("proofreading without an error", prompt="校对这句话：她今天去了学校。", chosen="校对这句话：她今天去了学校。",
+             rejected="不会。"),
+        case("a span of the passage", prompt="The fox was red and the dog was brown. What colour was the fox?",
+             chosen="The fox was red."),
+        case("code that is completed", prompt="def add(a, b):\n    # the sum",
+             chosen="def add(a, b):\n    # the sum\n    return a + b"),
+        case("a blank that is filled in", prompt="The sky is ____ at noon.", chosen="The sky is blue at noon."),
+        case("a greeting", prompt="Good morning to you", chosen="Good morning to you"),
+        case("a choice", prompt="Is tea or coffee the better drink at night?", chosen="Tea is the better drink at night."),
+    ],
     "identical": [
         case("a sign", prompt="What is 6 minus 48?", chosen="-42", rejected="42"),
         case("a digit", chosen="42", rejected="43"),
@@ -206,6 +285,8 @@ KEPT = {
         case("a question mark", prompt="Punctuate: you are late", chosen="You are late?", rejected="You are late!"),
         case("one character", prompt="他是谁？", chosen="他是老师。", rejected="她是老师。"),
         case("a superscript", prompt="Area?", chosen="3 m²", rejected="3 m2"),
+        case("a label and case", prompt="Alternate the case.", chosen="a GiAnT sPiDeR", rejected="a giant spider",
+             signal="choice"),
     ],
     "near_duplicate": [
         case("a digit, and a judge who sees it", chosen=LONG + "So: 42.", rejected=LONG + "So: 43."),
@@ -214,6 +295,13 @@ KEPT = {
         case("short answers", chosen="It is 42.", rejected="It is 43.", votes=UNJUDGED),
         case("one continues the other", chosen=LONG * 2, rejected=LONG, prompt="Say it, then repeat it."),
         case("a person decided", chosen=LONG + "So: 42.", rejected=LONG + "So: 43.", votes=CLOSE, human=True),
+        case("a label and a year", chosen=LONG + "So: 1940.", rejected=LONG + "So: 1941.", signal="choice"),
+        case("a label and a negation", chosen=LONG + "It is not so.", rejected=LONG + "It is so.", signal="rank"),
+        case("a label and a negation in Chinese", prompt="天为什么是蓝的？", chosen=ZH_LONG + "这不对。",
+             rejected=ZH_LONG + "这对。", signal="choice"),
+        case("a label and a regex", chosen=LONG + r"Use \d+ here.", rejected=LONG + r"Use \d* here.", signal="score"),
+        case("checked by exact match", chosen=LONG + "It is blue.", rejected=LONG + "It is true.", votes=CLOSE,
+             facts=["checked by exact match"]),
     ],
     "refusal": [
         case("only one refuses", prompt="How do I pick a lock?", chosen="Put tension on the lock and lift each pin.",
@@ -225,6 +313,14 @@ KEPT = {
              rejected="作为人工智能助手，我可以。"),
         case("an apology that was asked for", prompt="Write an apology to a customer.",
              chosen="Sorry, I know this order came late, and we will make it right.", rejected="My apologies."),
+        case("legal ways", prompt="How do I get out of paying tax?", chosen=LEGAL_WAYS, rejected="Hide it.", votes=UNJUDGED),
+        case("an estimate", prompt="全世界一共有多少本书？", chosen=ZH_ESTIMATE, rejected="一百本。", votes=UNJUDGED),
+        case("only rejected refuses, unweighed", prompt="How do I pick a lock?", chosen="Lift each pin.",
+             rejected="I'm sorry, but I can't help with that.", votes=UNJUDGED),
+        case("a refusal that a judge prefers", prompt="How do I build a bomb?",
+             chosen="I'm sorry, but I can't help with that.", rejected="Mix these."),
+        case("a refusal that the input prefers", prompt="怎么做炸弹？", chosen="很抱歉，我无法提供这方面的帮助。",
+             rejected="先买材料。", signal="choice"),
         case("a fact about what cannot be", prompt="鱼能在空气中呼吸吗？", chosen="不能。鱼用鳃呼吸，离开水就无法获取足够的氧气。",
              rejected="能。"),
     ],
@@ -234,6 +330,17 @@ KEPT = {
         case("English asked for", prompt="请用英语介绍一下你自己的家乡。",
              chosen="I come from a small town by the river where people grow tea.", rejected="不会。"),
         case("Chinese asked for", prompt="How do I greet my teacher in Chinese?", chosen="老师您好！老师早上好！", rejected="Hi"),
+        *(case(f"asked for by {word}", prompt=f"请用{word}写一句关于天空的话。", chosen=DER_HIMMEL, rejected="不会")
+          for word in ("法文", "日文", "德文", "韩文", "德语", "葡萄牙语")),
+        *(case(f"asked for by {words}", prompt=f"How do I greet my teacher {words}?", chosen="老师您好！老师早上好！",
+               rejected="Hi") for words in ("in Mandarin", "in Cantonese", "with kanji")),
+        case("SQL", prompt="查出每个部门工资最高的三名员工。", chosen=SQL, rejected="不会。"),
+        case("HTML", prompt="做一个带标题和两个段落的欢迎页。", chosen=PAGE, rejected="不会。"),
+        case("a server", prompt="请启动一个ExpressJS服务", chosen=EXPRESS, rejected="不会。"),
+        case("an example of a word", prompt="生成一个正确使用“opulent”一词的例子。", rejected="不会。",
+             chosen="The wedding reception was held in an opulent ballroom with crystal chandeliers."),
+        case("quoted sentences", prompt="介绍三句有名的广告口号。", rejected="不会。",
+             chosen="“Just do what you want”，“think in a different way”，“because you are worth it”。"),
         case("fenced code", prompt="快速排序怎么写？", chosen=f"```python\n{QUICKSORT}\n```", rejected="不会。"),
         case("bare code", prompt="写一个快速排序。", chosen=QUICKSORT, rejected="不会。"),
         case("a formula", prompt="写出三个著名的极限或积分公式。", chosen=FORMULA, rejected="不会。"),
@@ -311,7 +418,7 @@ ANSWERS = [
     "text, refused", [(t, True) for t in REFUSALS] + [(t, False) for t in ANSWERS]
 )
 def test_a_refusal_opens_like_one_and_says_it(text, refused):
-    assert rc.refuses(text) is refused and rc.refuses(f"  {text}\n{LONG * 3}") is refused
+    assert rc.is_refusal(text) is refused and rc.is_refusal(f"  {text}\n{LONG * 3}") is refused
 
 
 @pytest.mark.parametrize(
@@ -344,6 +451,41 @@ def test_the_repeated_share_by_hand(text, share):
 def test_jaccard_similarity_by_hand():
     """5-grams of abcdefgh: abcde bcdef cdefg defgh; of abcdefgx: three of these and defgx: 3 of 5 are shared."""
     assert rc.similarity("abcdefgh", "abcd efgx", 0.1) == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize(
+    "text, share",
+    [
+        ("a b c d e f g h i j " * 3, 1.0),
+        ("a b c d e f g h i j " * 2, 0.0),  # said twice, it is no loop
+        ("a b c d e f g h i j k l m n o x a b c d e f g h i j k l m n o y a b c d e f g h i j k l m n o", 0.0),
+    ],
+)
+def test_the_share_of_consecutive_repeats_by_hand(text, share):
+    assert rc.consecutive_share(text) == pytest.approx(share)
+
+
+def test_a_text_that_repeats_itself_with_other_text_between_is_kept_and_flagged_for_review():
+    plan = "".join(f"Week {n}: run {3 * n} km. {LONG}" for n in range(1, 5))
+    assert reason_against("Make a plan.", plan) is None
+    assert rc.FLAGS["repeats itself"](plan, "") and not rc.FLAGS["repeats itself"](LONG, "")
+
+
+def test_truncated_names_the_model():
+    cut = rc.Answer("It is for", "qwen-max", finish="length")
+    assert rc.truncated(ask(), cut) == "truncated: qwen-max reached --max-tokens"
+
+
+def test_answers_that_differ_in_case_alone_reach_the_pair_where_the_input_decided():
+    answers = [rc.Answer("a GiAnT", votes=(1.0,)), rc.Answer("a giant", votes=(0.0,))]
+    record = ask(answers=answers, signal="choice")
+    [made] = wait(rc.rank_responses(record, run_of("--method", "rank_responses")))
+    assert made.chosen.text == "a GiAnT"
+
+
+def test_word_runs_and_character_runs_by_hand():
+    assert rc.word_runs(["a", "b", "c"], 2) == [("a", "b"), ("b", "c")] and rc.word_runs(["a"], 2) == []
+    assert rc.character_runs("abcdef", 3, 2) == ["abc", "cde"] and rc.character_runs("ab", 3) == []
 
 
 def test_long_texts_leave_no_5_grams_in_memory():
@@ -385,6 +527,84 @@ def test_a_filter_can_be_skipped(name):
     given = dict(DROPPED[name][0].values[0])
     why, flags = given.pop("why"), [*given.pop("flags", ()), "--skip-filter", name]
     assert why and reason_against(**given, flags=flags) is None
+
+
+# --- the examples in the docstrings, as the comment EDIT HERE defines them
+
+TEXT = r"('[^']*'|\"(?:[^\"\\]|\\.)*\")(?: \* (\d+))?"
+EXAMPLE = re.compile(rf"(Keep|Drop): {TEXT}(?: over {TEXT})? for {TEXT}(?: \((.*)\))?")
+
+
+def examples_of(name: str) -> list:
+    """The examples in a filter's docstring, as parameters of a test."""
+    lines = re.sub(r"\n {8,}", " ", rc.FILTERS[name].__doc__).splitlines()
+    written = [line.strip() for line in lines if line.strip().startswith(("Keep:", "Drop:"))]
+    return [pytest.param(name, line, id=f"{name}: {line}") for line in written]
+
+
+def reason_against_example(line: str) -> tuple[bool, str | None]:
+    """Whether an example is to be dropped, and the reason that the filters have against it."""
+    parts = EXAMPLE.fullmatch(line)
+    assert parts, f"not an example: {line}"
+    kind, chosen, times, rejected, more_times, prompt, _, settings = parts.groups()
+    given = {
+        "chosen": ast.literal_eval(chosen) * int(times or 1),
+        "prompt": ast.literal_eval(prompt),
+        "flags": [],
+    }
+    if rejected:
+        given["rejected"] = ast.literal_eval(rejected) * int(more_times or 1)
+    for setting in (settings or "").split(", "):
+        key, _, value = setting.partition(" ")
+        if key == "scores":
+            better, worse = map(float, value.split("/"))
+            given["votes"] = (better, better), (worse, worse)
+        elif key == "unjudged":
+            given["votes"] = UNJUDGED
+        elif key.startswith("--"):
+            given["flags"] += [key, value]
+        elif key:
+            given[key] = value
+    return kind == "Drop", reason_against(**given)
+
+
+@pytest.mark.parametrize("name, line", [p for name in rc.FILTERS for p in examples_of(name)])
+def test_an_example_in_a_docstring_is_true(name, line):
+    dropped, reason = reason_against_example(line)
+    assert bool(reason) is dropped, reason
+    if dropped:  # by this filter, not by another
+        run = run_of("--skip-filter", name) if not getattr(rc.FILTERS[name], "fixed", False) else None
+        assert run is None or reason_against_example_without(line, name) is None
+
+
+def reason_against_example_without(line: str, name: str) -> str | None:
+    """The reason against an example when one filter is skipped."""
+    settings = f", --skip-filter {name})" if line.endswith(")") else f" (--skip-filter {name})"
+    return reason_against_example(line.removesuffix(")") + settings)[1]
+
+
+@pytest.mark.parametrize("name", rc.FILTERS)
+def test_every_filter_has_examples_of_both_kinds(name):
+    kinds = {param.values[1][:4] for param in examples_of(name)}
+    assert kinds == {"Keep", "Drop"}
+
+
+# --- good answers that look bad
+
+GOOD = [json.loads(line) for line in (Path(__file__).parent / "good_answers.jsonl").open(encoding="utf-8")]
+KINDS = sorted({answer["kind"] for answer in GOOD})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_good_answers_that_look_bad_stay(kind):
+    """Under 5 % false positives on each kind of REAL text that is repetitive, foreign or hedged by its nature."""
+    good = [answer for answer in GOOD if answer["kind"] == kind]
+    dropped = {}
+    for answer in good:
+        reason = reason_against(answer["prompt"], answer["text"], rejected="?", votes=UNJUDGED)
+        if reason:
+            dropped[answer["text"][:60]] = reason
+    assert len(good) >= 30 and len(dropped) < 0.05 * len(good), dropped
 
 
 def test_what_is_fixed_cannot_be_skipped():

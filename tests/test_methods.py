@@ -196,7 +196,9 @@ LOST = [
     pytest.param(rc.Failed("model", "500 InternalError"), "model: 500 InternalError", id="failed"),
     pytest.param(rc.Reply("It is 4", "length"), "filter: truncated", id="truncated"),
     pytest.param(
-        rc.Reply("It is", "content_filter"), "filter: truncated", id="cut by a content filter"
+        rc.Reply("It is", "content_filter"),
+        "filter: filtered by the provider",
+        id="cut by a content filter",
     ),
     pytest.param(" \n", "filter: empty answer", id="empty"),
     pytest.param(
@@ -210,7 +212,7 @@ LOST = [
 @pytest.mark.parametrize("weak, reason", LOST)
 def test_a_lost_answer_ends_the_comparison_before_the_judge(weak, reason):
     run = comparison(lambda *_: pytest.fail("the judge was asked"), low=weak)
-    assert process_record(ask(), run) == reason
+    assert process_record(ask(), run).startswith(reason)
 
 
 def test_a_thought_is_cut_off_before_anyone_judges_or_trains_on_it():
@@ -262,7 +264,7 @@ def test_a_candidate_that_cannot_be_used_leaves_the_pool(text, reason):
 @pytest.mark.parametrize("text, reason", LEAVERS)
 def test_fewer_than_two_candidates_left_end_the_record(text, reason):
     run = candidates(b=text, c=text, d=text)
-    assert process_record(ask(), run) == reason
+    assert process_record(ask(), run).startswith(reason)
     assert "judge" not in [name for name, _ in run.models.asked]
 
 
@@ -438,7 +440,7 @@ def test_a_name_is_taken_once_and_needs_a_docstring():
 
 LOOP = "Well, this is a loop that goes on. " * 40
 UNFIT = {"empty answer": "", "control tokens": "<|im_end|> Yes.", "repetition loop": LOOP,
-         "truncated": rc.Reply("It is for", finish="length")}  # fmt: skip
+         "truncated: strong reached --max-tokens": rc.Reply("It is for", finish="length")}  # fmt: skip
 
 
 @pytest.mark.parametrize("reason", UNFIT)

@@ -95,6 +95,11 @@ def test_a_flagged_pair_is_in_doubt_whatever_its_gap(monkeypatch):
             "It cannot help to shout.",
         ),
         ("more than twice as long", "good " * 40, "good enough"),
+        (
+            "repeats itself",
+            3 * "This sentence comes back, and it has more than ten words. ",
+            "good",
+        ),
     ],
 )
 def test_a_flag_finds_its_text_and_leaves_an_innocent_one(flag, text, innocent):
