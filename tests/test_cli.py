@@ -29,14 +29,14 @@ REFUSED = {
     "no input": ([], ["--provider", "offline"], "--input-file FILE is missing"),
     "no such input": (["--input-file", "none.jsonl"], [], "none.jsonl: no such file"),
     "a near name": (["--input-file", "../lesson3/data/alpaca_demo.jsonl"], [], "data/alpaca_demo.jsonl?"),
-    "a folder": (["--input-file", "."], [], "is no file"),
+    "a folder": (["--input-file", "."], [], "not a file"),
     "no key": (["--input-file", DEMO], [], "DASHSCOPE_API_KEY is not set"),
     "unknown method": (["--input-file", DEMO, "--method", "magic"], [], "model_comparison"),
     "unknown provider": (["--input-file", DEMO, "--provider", "magic"], [], "dashscope"),
     "unknown flag": (["--input-file", DEMO, "--high-modell", "x"], [], "did you mean --high-model?"),
     "shortened flag": (["--input-file", DEMO, "--high", "x"], [], "--high"),
-    "output is the input": (["--input-file", "in.jsonl", "--output-path", "./in.jsonl"], [], "written over"),
-    "drops over the input": (["--input-file", "x.dropped.jsonl", "--output-path", "x.jsonl"], [], "written over"),
+    "output is the input": (["--input-file", "in.jsonl", "--output-path", "./in.jsonl"], [], "would be overwritten"),
+    "drops over the input": (["--input-file", "x.dropped.jsonl", "--output-path", "x.jsonl"], [], "would be overwritten"),
     "output is a folder": (["--input-file", DEMO, "--output-path", "."], [], "name a .jsonl file"),
     "empty input": (["--input-file", "empty.jsonl"], ["--provider", "offline"], "holds no record"),
     "unknown fields": (["--input-file", "odd.jsonl"], ["--provider", "offline"], "no known fields: colour"),
@@ -49,12 +49,12 @@ REFUSED = {
     "no workers": (["--input-file", DEMO, "--concurrency", 0], [], "not a number from 1 to"),
     "not a number": (["--input-file", DEMO, "--max-samples", "ten"], [], "'ten' is not a number"),
     "budget without price": (["--input-file", DEMO, *MODELS, "--max-cost", 1], [], "--price gpt-4o=IN/OUT"),
-    "bad price": (["--input-file", DEMO, "--price", "gpt-4o=cheap"], [], "is not MODEL=IN/OUT"),
+    "bad price": (["--input-file", DEMO, "--price", "gpt-4o=cheap"], [], "--price: 'gpt-4o=cheap' is not MODEL=IN/OUT, e.g. "),
     "bad option": (["--input-file", DEMO, "--model-option", "top_p"], [], "is not [MODEL:]KEY=JSON"),
     "a key in an address": (["--input-file", DEMO, "--low-model", "openai:m@http://u:pw@h/v1"], [], "environment"),
     "reward without address": (["--input-file", DEMO, "--judge-model", "reward:rm"], [], "needs its address"),
-    "two scales in one panel": (["--input-file", DEMO, "--judge-model", "m", "--judge-model", "reward:r@http://localhost:1"], [], "scale is its own"),
-    "kto both ways": (["--input-file", DEMO, "--output-format", "kto", "--strategy", "adjacent"], [], "both ways"),
+    "two scales in one panel": (["--input-file", DEMO, "--judge-model", "m", "--judge-model", "reward:r@http://localhost:1"], [], "has its own scale"),
+    "kto both ways": (["--input-file", DEMO, "--output-format", "kto", "--strategy", "adjacent"], [], "both true and false"),
     "no scheme": (["--input-file", DEMO, *MODELS, "--base-url", "localhost:8000/v1"], [], "is written http://"),
     "no scheme after @": (["--input-file", DEMO, *MODELS, "--low-model", "m@localhost:1/v1"], [], "m@localhost:1"),
     "no port": (["--input-file", DEMO, *MODELS, "--base-url", "http://host:port/v1"], [], "is written http://"),
@@ -63,9 +63,9 @@ REFUSED = {
     "no output name": (["--input-file", DEMO, "--output-path", ""], [], "name a .jsonl file"),
     "output under a file": (["--input-file", DEMO, "--output-path", "odd.jsonl/x.jsonl"], [], "cannot be written"),
     "output is a device": (["--input-file", DEMO, "--output-path", os.devnull], [], "name a .jsonl file"),
-    "cache is a folder": (["--input-file", DEMO, "--cache-path", "."], [], "is no file"),
-    "candidates is a folder": (["--input-file", DEMO, "--candidates-path", "."], [], "is no file"),
-    "output's part is the input": (["--input-file", "y.jsonl.part", "--output-path", "y.jsonl"], [], "written over"),
+    "cache is a folder": (["--input-file", DEMO, "--cache-path", "."], [], "not a file"),
+    "candidates is a folder": (["--input-file", DEMO, "--candidates-path", "."], [], "not a file"),
+    "output's part is the input": (["--input-file", "y.jsonl.part", "--output-path", "y.jsonl"], [], "would be overwritten"),
     "two pages in one file": (["--input-file", DEMO, "--output-path", "o.jsonl", "--review-path", "o.report.html"], [], "the same"),
     "review page over the output": (["--input-file", DEMO, "--output-path", "o.jsonl", "--review-path", "o.jsonl"], [], "the same"),
     "candidates in a part": (["--input-file", DEMO, "--output-path", "o.jsonl", "--candidates-path", "o.jsonl.part"], [], "the same"),
@@ -76,8 +76,8 @@ REFUSED = {
     "one file for two": (["--input-file", DEMO, "--candidates-path", "o.jsonl", "--output-path", "o.jsonl"], [], "the same"),
     "excluded is missing": (["--input-file", DEMO, "--exclude-prompts", "none.jsonl"], [], "none.jsonl: no such"),
     "missing rubric": (["--input-file", DEMO, "--rubric", "none.txt"], [], "none.txt"),
-    "no samples": (["--input-file", DEMO, "--max-samples", 0], [], "is not a number of records from 1 on"),
-    "output is the rubric": (["--input-file", DEMO, "--rubric", "odd.jsonl", "--output-path", "odd.jsonl"], [], "written over"),
+    "no samples": (["--input-file", DEMO, "--max-samples", 0], [], "is not a number of records: 1 or more"),
+    "output is the rubric": (["--input-file", DEMO, "--rubric", "odd.jsonl", "--output-path", "odd.jsonl"], [], "would be overwritten"),
     "a file of no kind": (["--input-file", "noise.jsonl"], ["--provider", "offline"], "not JSON"),
 }  # fmt: skip
 
@@ -104,7 +104,7 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch, capsys, 
 def test_no_arguments_show_three_commands_and_the_methods(capsys):
     assert rc.main([]) == 0
     out = capsys.readouterr().out
-    assert out.count("python rlhf_constructor.py") == 3 and all(name in out for name in rc.METHODS)
+    assert out.count("python3 rlhf_constructor.py") == 3 and all(name in out for name in rc.METHODS)
 
 
 def test_help_lists_every_entry_of_every_table():
@@ -113,9 +113,9 @@ def test_help_lists_every_entry_of_every_table():
     ).stdout
     for table in (rc.METHODS, rc.INPUTS, rc.FILTERS, rc.OUTPUTS, rc.PROVIDERS, rc.STRATEGIES):
         assert all(name in out for name in table)
-    lesson = out.index("the lesson's command:")
+    first = out.index("main flags:")
     assert all(
-        lesson < out.index(f"  {flag} ") for flag in ("--input-file", "--method", "--output-path")
+        first < out.index(f"  {flag} ") for flag in ("--input-file", "--method", "--output-path")
     )
 
 
@@ -176,7 +176,7 @@ def test_every_record_is_a_pair_or_a_drop_with_its_line(rlhf, tmp_path):
     with Api(bad) as api:
         result = rlhf(tmp_path / "in.jsonl", *MODELS, "--judge-model", "none", api=api)
     assert [row["line"] for row in result.dropped] == [7, 8, 9, 10, 11]
-    assert "12 records read: 7 (58%) gave 7 pairs, 5 dropped" in result.out
+    assert "Read 12 records, wrote 7 pairs (58%), dropped 5." in result.out
     stages = [reason.split(":")[0] for reason in result.reasons]
     assert stages == ["input", "input", "input", "input", "model"]
     assert (
@@ -189,16 +189,19 @@ def test_few_pairs_come_with_advice(rlhf):
     with Api(lambda call: "positive") as api:
         result = rlhf(PROMPTS, *MODELS, api=api)
     assert result.status == 1 and result.pairs == []
-    assert "12  filter: identical answers" in result.out and "--system-prompt" in result.out
+    assert "  12  identical answers  both answers are the same text" in result.out
+    assert "identical answers: on label tasks: --system-prompt" in result.out
 
 
 def test_the_plan_names_the_calls_that_are_then_made(rlhf):
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, api=api)
-        plan = "12 records x (1 gpt-4o + 1 gpt-4o-mini + 2 gpt-4o as judge) = 48 calls, 0 of them cached"
-        assert plan in result.err and "--judge-model none: 24" in result.err and api.count() == 48
-        result = rlhf(PROMPTS + [{"prompt": "one more"}], *MODELS, api=api)
-        assert "= 52 calls, 48 of them cached" in result.err and api.count() == 52
+        models = "12 gpt-4o, 12 gpt-4o-mini, 24 judging by gpt-4o"
+        assert f"Plan: 12 records, 48 API calls ({models});\n  0 are cached, 48 to pay." in result.err
+        assert api.count() == 48
+        result = rlhf(PROMPTS + [{"prompt": "another"}], *MODELS, api=api)
+        assert "52 API calls" in result.err and "48 are cached, 4 to pay." in result.err
+        assert api.count() == 52
 
 
 @pytest.mark.parametrize(
@@ -206,25 +209,25 @@ def test_the_plan_names_the_calls_that_are_then_made(rlhf):
     [
         (
             ["--method", "generate_pairs"],
-            "(2 gpt-4o + 2 gpt-4o-mini + 2 gpt-4o as judge) = 72 calls",
+            "72 API calls (24 gpt-4o, 24 gpt-4o-mini, 24 judging by gpt-4o)",
         ),
-        (["--judge-model", "none"], "(1 gpt-4o + 1 gpt-4o-mini) = 24 calls"),
-        (["--judge-model", "j", "--judge-model", "k"], "+ 2 j as judge + 2 k as judge) = 72 calls"),
-        (["--judge-model", "j", "--judge-orders", 1], "+ 1 j as judge) = 36 calls"),
+        (["--judge-model", "none"], "24 API calls (12 gpt-4o, 12 gpt-4o-mini)"),
+        (["--judge-model", "j", "--judge-model", "k"], "24 judging by j, 24 judging by k)"),
+        (["--judge-model", "j", "--judge-orders", 1], "12 judging by j)"),
     ],
     ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_the_plan_knows_methods_and_judges(rlhf, flags, calls):
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, *flags, api=api)
-    assert calls in result.err and f"= {api.count()} calls" in result.err
+    assert calls in result.err and f" {api.count()} API calls" in result.err
 
 
 def test_a_dry_run_needs_no_key_calls_nobody_and_writes_nothing(rlhf, tmp_path):
     result = rlhf(PROMPTS, "--dry-run", "--price", "qwen3-max=1/2", "--provider", "dashscope")
     assert result.status == 0 and os.listdir(tmp_path) == ["in.jsonl"]
-    assert "12 records read" in result.out and "at the given price" in result.out
-    assert "qwen-flash as answer is asked:\nQuestion 0?" in result.out and "<answer" in result.out
+    assert "Read 12 records." in result.out and "(--price)" in result.out
+    assert "First prompt to qwen-flash as answer:\nQuestion 0?" in result.out and "<answer" in result.out
 
 
 def test_a_budget_stops_the_run_and_a_larger_one_goes_on(rlhf):
@@ -307,17 +310,17 @@ def test_a_budget_needs_the_price_of_what_was_paid_before(rlhf):
         result = rlhf(PROMPTS, *MODELS, *budget, api=api)
         assert (
             result.status == 2
-            and "paid for former already: --price former=IN/OUT, too" in result.err
+            and "paid for former: add --price former=IN/OUT" in result.err
         )
         more = rlhf(PROMPTS, *MODELS, *budget, "--price", "former=1/1", "--dry-run", api=api)
-        assert more.status == 0 and "no model of this run" not in more.err and api.count() == calls
+        assert more.status == 0 and "--price former" not in more.err and api.count() == calls
 
 
 def test_a_price_for_nobody_is_noted_and_the_stop_says_what_a_call_may_cost(rlhf):
     prices = ("--price", "gpt-4o=0/1000", "--price", "gpt-4o-mini=0/1000", "--price", "gpt5=1/1")
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 0.01, "--max-tokens", 41, api=api)
-    assert "--price gpt5: no model of this run has that name" in result.err
+    assert "--price gpt5: this run uses no model of that name" in result.err
     assert "one more call might pass it: it may cost up to 0.041; raise it (or lower" in result.err
 
 
@@ -348,7 +351,7 @@ def test_the_books_balance_whatever_fails(rlhf, bad):
             result = rlhf(PROMPTS, *MODELS, "--max-retries", 0, "--cache-path", "none", api=api)
         dropped = {row["line"] for row in result.dropped}
         assert len(result.pairs) + len(dropped) == 12 and bad + 1 in dropped
-        assert f"12 records read: {len(result.pairs)} (" in result.out
+        assert f"Read 12 records, wrote {len(result.pairs)} pairs" in result.out
 
 
 # --- how a run ends early
@@ -580,7 +583,7 @@ def test_stdin_is_an_input(tmp_path):
         [sys.executable, SCRIPT, "--input-file", "-", "--provider", "offline", "--output-path", "new/o.jsonl"],
         input=DEMO.read_bytes(), cwd=tmp_path, capture_output=True, check=True,
     )  # fmt: skip
-    assert b"30 records read" in run.stdout and len(rows(tmp_path / "new/o.jsonl")) > 20
+    assert b"Read 30 records" in run.stdout and len(rows(tmp_path / "new/o.jsonl")) > 20
 
 
 def test_a_closed_stdin_is_one_line():
@@ -695,7 +698,7 @@ def test_a_method_of_ones_own_has_everything_without_a_line_for_it(rlhf, monkeyp
         result = rlhf(PROMPTS, "--method", "revise", *MODELS, api=api)
         calls = api.count()
         assert result.status == 0 and len(result.pairs) + len(result.dropped) == 12
-        assert f"= {calls} calls" in result.err
+        assert f" {calls} API calls" in result.err
         again = rlhf(PROMPTS, "--method", "revise", *MODELS, api=api)
         assert again.status == 0 and api.count() == calls == 48
 
@@ -789,13 +792,14 @@ def test_a_pair_is_counted_once_though_the_plan_passes_it_too(rlhf, tmp_path):
     )
     with Api(demo_world) as api:
         result = rlhf(tmp_path / "b.jsonl", *flags, api=api)
-    assert api.count() == 2 and "reviewed 1 of 30 pairs" in result.out
+    numbers = (tmp_path / "out.report.json").read_text("utf-8")
+    assert api.count() == 2 and "reviewed 1 of 30 pairs" in numbers
 
 
 def test_annotations_without_their_pairs_are_refused(rlhf, tmp_path):
     (tmp_path / "v.jsonl").write_text("{}\n")
     result = rlhf(DEMO, "--provider", "offline", "--annotations", "v.jsonl")
-    assert "need --method rank_responses" in result.err
+    assert "works with --method rank_responses" in result.err
     refused = rlhf(
         DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "v.jsonl"
     )

@@ -105,14 +105,14 @@ DROPPED = {
              rejected="Scattering.", why="wrong language"),
     ],
     "gap": [
-        case("English", votes=TIED, why="gap too small"),
-        case("Chinese", prompt="6乘7等于多少？", chosen="42", rejected="大概四十", votes=TIED, why="gap too small"),
-        case("by the flag", votes=CLEAR, flags=["--min-score-gap", "6.5"], why="gap too small"),
+        case("English", votes=TIED, why="score gap too small"),
+        case("Chinese", prompt="6乘7等于多少？", chosen="42", rejected="大概四十", votes=TIED, why="score gap too small"),
+        case("by the flag", votes=CLEAR, flags=["--min-score-gap", "6.5"], why="score gap too small"),
     ],
     "floor": [
-        case("English", votes=((5.0, 5.0), (1.0, 1.0)), flags=["--min-chosen-score", "6"], why="chosen too poor"),
+        case("English", votes=((5.0, 5.0), (1.0, 1.0)), flags=["--min-chosen-score", "6"], why="chosen score too low"),
         case("Chinese", prompt="6乘7等于多少？", chosen="43", rejected="蓝色", votes=((5.0, 5.0), (1.0, 1.0)),
-             flags=["--min-chosen-score", "5.1"], why="chosen too poor"),
+             flags=["--min-chosen-score", "5.1"], why="chosen score too low"),
     ],
 }  # fmt: skip
 
