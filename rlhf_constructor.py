@@ -1769,7 +1769,7 @@ def ready_texts(row: dict, names: tuple) -> dict:
     if turns[0]["role"] != "assistant":
         return battle(*sides, names)
     if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
-        raise Failed("input", f"not one answer on each side, but {len(turns)} turns")
+        raise Failed("input", f"not one answer on each side: {len(turns)} turns")
     return {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
 
 
@@ -3973,7 +3973,7 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
     # the judge, or the signals that the input brings
     "orders disagree": (
         "the judge preferred a different answer when the order was swapped",
-        "a stronger --judge-model, or a weaker --low-model: the answers are too alike",
+        "a stronger --judge-model, or a weaker --low-model: the answers are alike",
     ),
     "low model won": (
         "the weak model's answer was better",
@@ -3984,7 +3984,7 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
         "a stronger --judge-model, a weaker --low-model, or --method generate_pairs",
     ),
     "score gap too small": (
-        "the lead of the chosen answer was below --min-score-gap",
+        "the score gap was below --min-score-gap",
         "--min-score-gap 0.5, a weaker --low-model, or --method generate_pairs",
     ),
     "chosen score too low": (
@@ -4049,9 +4049,9 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
         "--skip-filter wrong_language if the prompts ask for another language",
     ),
     # calls to a model
-    "refused": ("the model returned a refusal instead of an answer", ""),
-    "filtered by the provider": ("the provider's content filter blocked the call", ""),
-    "only thoughts": (
+    "content filter": ("the provider's content filter blocked the prompt or the answer", ""),
+    "filtered by the provider": ("the provider's content filter blocked the answer", ""),
+    "only thoughts came": (
         "the model used up its tokens on reasoning and gave no answer",
         "a larger --max-tokens",
     ),
@@ -4059,13 +4059,43 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
         "the prompt does not fit the model's context",
         "a longer context on the server, or a smaller --max-tokens",
     ),
+    "request refused": (
+        "the server rejected the request",
+        "read the server's message in the .dropped.jsonl file",
+    ),
+    "no text in the reply": ("the server's reply holds no text", ""),
+    "tool call instead of an answer": ("the model called a tool instead of answering", ""),
     "timeout": (
         "the server did not answer within --timeout",
-        "a smaller --concurrency or a larger --timeout; then run the same command again",
+        "a smaller --concurrency or a larger --timeout",
+    ),
+    "connection lost": (
+        "the connection broke on every try",
+        "a smaller --concurrency; then run the same command again",
+    ),
+    "server unreachable": (
+        "no connection to the server on any try",
+        "check that the server runs, then run the same command again",
     ),
     "server error": (
-        "the server failed on every try",
-        "the same command again: it repeats only what failed",
+        "the server reported an error of its own on every try",
+        "run the same command again: it repeats only what failed",
+    ),
+    "model unavailable": (
+        "the server stopped serving this model during the run",
+        "run the same command again when the model is back",
+    ),
+    "rate limit": (
+        "the provider refused the call because of its rate limit",
+        "run the same command again later, or with a smaller --concurrency",
+    ),
+    "unfinished reply": (
+        "the server ended the reply before the model was done",
+        "run the same command again: it repeats only what failed",
+    ),
+    "garbled reply": (
+        "the server's reply cannot be read on any try",
+        "check --base-url; then run the same command again",
     ),
     # the input
     "not JSON": ("the line cannot be parsed as JSON", "correct these lines of the input"),
@@ -4088,10 +4118,7 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
         "no turn of the conversation is the user's",
         "",
     ),
-    "not a text": (
-        "the record has an image, a tool call or another part that is not text",
-        "",
-    ),
+    "not a text": ("a part of the record is no text, such as an image or a tool call", ""),
     "prompt holds chat-template tokens": (
         "the prompt holds marks of a chat template, such as <|im_start|>",
         "prompts without the template",
@@ -4099,6 +4126,8 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
     "repeated prompt": ("an earlier record has the same prompt", ""),
     "repeated prompt and answers": ("an earlier record has the same prompt and answers", ""),
     "repeated label": ("an earlier record has the same two answers and the same label", ""),
+    "repeated row": ("an earlier record gave the same row", ""),
+    "not a history": ("`history` is not a list of earlier turns", ""),
     "contradictory labels": (
         "two records prefer opposite answers of the same two",
         "a third label for these records: the majority decides",
@@ -4124,6 +4153,14 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
     ),
     "contradictory signals": ("two fields of the record prefer different answers", ""),
     "ambiguous": ("a label can refer to more than one of the answers", ""),
+    "ambiguous winner": (
+        "the winner's name fits none or several of the answers",
+        "labels such as model_a, response_1 or tie",
+    ),
+    "ambiguous `ranking`": (
+        "`ranking` can be an order or a list of ranks",
+        "--rename ranking=order, or --rename ranking=ranks",
+    ),
     "lists of unequal length": ("there are not as many scores or ranks as answers", ""),
     "votes of unequal length": ("the answers have different numbers of votes", ""),
     "ranks out of range": ("a rank is zero, negative or too large", ""),
@@ -4217,7 +4254,7 @@ COLOURS = {"CRITICAL": "1;31", "WARNING": "1;33", "ok": "1;32"}
 
 
 def coloured(text: str) -> str:
-    """Text with the level words at the start of its lines in colour (the words alone say it, too)."""
+    """Text with the level words at the start of its lines in colour."""
     return re.sub(
         r"(?m)^  (CRITICAL|WARNING|ok)(?=  )",
         lambda match: f"  \x1b[{COLOURS[match[1]]}m{match[1]}\x1b[0m",
@@ -4364,7 +4401,7 @@ def dropped_kinds(files: OutputFiles) -> Counter:
 
 
 def result_lines(files: OutputFiles) -> list[str]:
-    """Records read, pairs written, records dropped; the five most frequent reasons in words."""
+    """Records read, pairs written, records dropped; the most frequent reasons in five lines."""
     dropped = files.dropped.total()
     paired = files.read - dropped
     share = f"{paired / files.read:.0%}" if files.read else "0%"
@@ -4373,7 +4410,7 @@ def result_lines(files: OutputFiles) -> list[str]:
         wrote = f"{plural(files.pairs, 'pair')} from {plural(paired, 'record')} ({share})"
     lines = [f"Read {plural(files.read, 'record')}, wrote {wrote}, dropped {dropped:,}."]
     kinds = dropped_kinds(files)
-    frequent = kinds.most_common(5)
+    frequent = kinds.most_common(5 if len(kinds) <= 5 else 4)
     others = dropped - sum(count for _, count in frequent)
     digits = len(f"{max([others, *kinds.values()]):,}")
     column = max((len(kind) for kind, _ in frequent), default=0)
@@ -4388,7 +4425,7 @@ def result_lines(files: OutputFiles) -> list[str]:
 def report_lines(numbers: dict, room: int = 14) -> list[str]:
     """The quality of the pairs in at most `room` lines: the worst warnings, then what is well."""
     lines = [f"Quality of the {plural(numbers['pairs'], 'pair')}"]
-    closing = quality_lines(numbers)
+    closing = quality_lines(numbers)[: max(3, room - 5)]
     warnings = numbers["warnings"]
     for position, warning in enumerate(warnings):
         block = warning_lines(warning)
@@ -4419,7 +4456,7 @@ def quality_lines(numbers: dict) -> list[str]:
         text += f", {checks['too_few']} need more data"
     text = "; ".join([", ".join(numbers["headline"]), text]).removeprefix("; ")
     lines = wrapped(text, first="  ok        ", later=" " * 12)
-    for sentence in [numbers["few"], *numbers.get("notes", [])]:
+    for sentence in [numbers["few"], *numbers["people"], *numbers["notes"]]:
         lines += wrapped(sentence, first="  note      ", later=" " * 12)
     return lines
 
@@ -4435,8 +4472,7 @@ def call_lines(models: Models, pairs: int) -> list[str]:
     if sums["money"] is not None:
         text += f"; cost {money_text(sums['money'])} (--price)"
         paid = sum(usage.kept for usage in models.usage.values())
-        if paid:
-            text += f", {money_text(paid)} of it in earlier runs"
+        text += f", {money_text(paid)} of it in earlier runs" if paid else ""
     return wrapped(text, later="  ")
 
 
@@ -4467,12 +4503,12 @@ def advice_lines(files: OutputFiles) -> list[str]:
     lines = []
     if files.retryable:
         text = f"{plural(files.retryable, 'record')} failed for a reason that may pass: "
-        lines += wrapped(text + "run the same command again, it repeats only what failed.")
+        lines += wrapped(text + "run the same command again to retry them.")
     paired = files.read - files.dropped.total()
     if paired and (files.read < 10 or paired >= FEW_PAIRS * files.read):
         return lines
     advice = []
-    for kind, _ in dropped_kinds(files).most_common(3):
+    for kind, _ in dropped_kinds(files).most_common(2):
         remedy = explain_reason(kind)[1]
         if remedy:
             advice += wrapped(f"{kind}: {remedy}", first="  ", later="    ")
@@ -4808,7 +4844,7 @@ async def run_job(path: str, run: Run, files: OutputFiles) -> int:
 def report_out(
     path: str, run: Run, files: OutputFiles, report: Report, review: ReviewQueue
 ) -> dict | None:
-    """Write the report's page and numbers and the review page -> the numbers, if there is a report."""
+    """Write the report and the review page -> the report's numbers; None without a report."""
     page, data, review_page = files.pages
     texts, numbers = {review_page: review.page()} if review_page else {}, None
     if page:
@@ -4892,17 +4928,27 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and whose @FILE holds a flag and its value on each line."""
 
     def error(self, message: str):
-        """Raise UserError; for an unknown flag it names the nearest known one."""
+        """Raise UserError with argparse's message in plain words."""
+        message = message.removeprefix("argument ")
         unknown = re.match(r"unrecognized arguments: ([^\s=]*)", message)
-        missing = re.match(r"\[Errno \d+\] (.*): '(.*)'$", message)
+        choice = re.match(r"(\S+): invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        missing_file = re.match(r"\[Errno \d+\] (.*): '(.*)'$", message)
         if unknown:
             message = f"{unknown[1]!r} is not a flag"
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            message += f" (did you mean {near[0]}?)" if near else "; see --help"
-        elif missing:
-            message = f"@{missing[2]}: {missing[1].lower()}; @FILE reads flags from a file"
+            message += did_you_mean(unknown[1], self._option_string_actions) or "; see --help"
+        elif choice:
+            flag, value, names = choice.groups()
+            known = re.findall(r"[\w-]+", names)
+            message = f"{flag}: {value!r} is not {one_of(known)}{did_you_mean(value, known)}"
+        elif missing_file:
+            reason, path = missing_file.groups()
+            message = f"@{path}: {reason.lower()}; @FILE reads flags from a file"
             message += " (a value that begins with @ is written FLAG=@...)"
-        raise UserError(message.removeprefix("argument "))
+        else:
+            message = re.sub(
+                "expected (one|at least one) argument", "its value is missing", message
+            )
+        raise UserError(message)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """The arguments of a line of an @FILE: none for a blank line or a # comment."""
@@ -4967,8 +5013,8 @@ def help_formatter(prog: str) -> argparse.HelpFormatter:
 def add_main_flags(add) -> None:
     """Add the flags of the lesson's command."""
     add("--input-file", metavar="FILE",
-        help='input records: .jsonl, .json, .csv or .tsv, each also .gz; "-" reads JSONL from '
-             "stdin (required)")
+        help="input records: .jsonl, .json, .csv, .tsv (each also .gz, .bz2 or .xz) or .parquet "
+             '(needs pyarrow); "-" reads JSONL from stdin (required)')
     add("--method", choices=list(METHODS), default="model_comparison", metavar="METHOD",
         help=f"how pairs are made: {one_of(METHODS)} (default model_comparison)")
     providers = [name for name in PROVIDERS if name != "reward"]
@@ -4993,7 +5039,7 @@ def add_data_flags(add) -> None:
         help="number of records to read, from the first on (default -1 = all)")
     add("--exclude-prompts", metavar="FILE",
         help="file of prompts to leave out, e.g. a benchmark; a prompt that shares "
-             f"{CONTAMINATION_RUN} words in a row with one of them is left out, too")
+             f"{CONTAMINATION_RUN} words in a row with one of them is left out, too (default: none)")
     add("--test-fraction", type=number_between(0.0, 0.99), default=0.0, metavar="X",
         help="share of prompts written to <output>.test.jsonl instead, 0 to 0.99 (default 0)")
 
@@ -5076,7 +5122,7 @@ def add_running_flags(add) -> None:
              '.rlhf_cache.sqlite next to the output; "none" = no cache)')
     add("--batch", action="store_true",
         help="send all calls through the provider's batch API: half the price, done within a day")
-    add("--seed", type=int, default=0, metavar="N",
+    add("--seed", type=whole_number, default=0, metavar="N",
         help="random seed for sampling and tie-breaking (default %(default)s)")
     add("--dry-run", action="store_true",
         help="make no API call and write nothing; print the planned calls, tokens, cost and the "
@@ -5100,6 +5146,12 @@ def add_report_flags(add) -> None:
     add("--annotations", action="append", default=[], metavar="FILE",
         help="file of choices that people saved on the review page, for rank_responses; repeatable")
 # fmt: on
+
+
+def did_you_mean(name: str, known) -> str:
+    """` (did you mean --high-model?)` if one of the known names is near, else ""."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def one_of(names) -> str:
@@ -5153,6 +5205,14 @@ def number_between(low: float, high: float):
         return value
 
     return parse
+
+
+def whole_number(text: str) -> int:
+    """A whole number, also a negative one."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def sample_count(text: str) -> int:
@@ -5347,11 +5407,10 @@ def check_readable(path: str) -> None:
         raise UserError(f"{path}: no such file{nearest(path)}")
     if not os.path.isfile(path):
         raise UserError(f"{path}: not a file")
-    other = re.search(r"\.(xlsx?|parquet|arrow|docx?|pdf|zip)$", path, re.I)
+    other = re.search(r"\.(xlsx?|arrow|docx?|pdf|zip)$", path, re.I)
     if other:
         raise UserError(
-            f"{path}: {other[0]} is not read: convert it to .jsonl, .json, .csv or .tsv (each "
-            "also .gz)"
+            f"{path}: {other[0]} is not read: convert it to .jsonl, .json, .csv or .parquet"
         )
 
 

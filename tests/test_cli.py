@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -31,7 +32,8 @@ REFUSED = {
     "a near name": (["--input-file", "../lesson3/data/alpaca_demo.jsonl"], [], "data/alpaca_demo.jsonl?"),
     "a folder": (["--input-file", "."], [], "not a file"),
     "no key": (["--input-file", DEMO], [], "DASHSCOPE_API_KEY is not set"),
-    "unknown method": (["--input-file", DEMO, "--method", "magic"], [], "model_comparison"),
+    "unknown method": (["--input-file", DEMO, "--method", "rank_response"], [], "--method: 'rank_response' is not model_comparison, generate_pairs or rank_responses (did you mean rank_responses?)"),
+    "no value": (["--input-file", DEMO, "--seed"], [], "--seed: its value is missing"),
     "unknown provider": (["--input-file", DEMO, "--provider", "magic"], [], "dashscope"),
     "unknown flag": (["--input-file", DEMO, "--high-modell", "x"], [], "did you mean --high-model?"),
     "shortened flag": (["--input-file", DEMO, "--high", "x"], [], "--high"),
@@ -119,6 +121,96 @@ def test_help_lists_every_entry_of_every_table():
     )
 
 
+def test_help_has_100_columns_and_a_short_usage_line(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = rc.build_parser().format_help().splitlines()
+    assert lines[0] == "usage: rlhf_constructor.py --input-file FILE [options]"
+    assert max(map(len, lines)) <= 100
+    examples = [n for n, line in enumerate(lines) if "python3 rlhf_constructor.py" in line]
+    assert len(examples) == 3 and max(examples) < lines.index("methods:")
+
+
+def test_the_defaults_in_help_are_the_real_ones():
+    named = 0
+    for action in rc.build_parser()._actions:
+        default = re.search(r"\(default (-?[\w./]+)", action.help % vars(action))
+        if default and action.default is not None:
+            named += 1
+            assert str(action.default) in (default[1], f"{default[1]}.0"), action.option_strings
+    assert named >= 15
+
+
+def test_every_flag_is_explained_with_its_default_or_as_repeatable():
+    for action in rc.build_parser()._actions[1:]:
+        complete = re.search("default|repeatable|required", action.help)
+        assert complete or action.nargs == 0, action.option_strings
+
+
+# --- @FILE
+
+
+def parsed(*argv):
+    return rc.build_parser().parse_args(list(map(str, argv)))
+
+
+def test_a_file_of_flags_holds_a_flag_and_its_value_on_each_line(tmp_path):
+    file = tmp_path / "flags"
+    file.write_text(
+        "\ufeff# the main job\n--input-file in put.jsonl\n\n  --system-prompt @ Reply in 中文.\r\n"
+        '--batch\n--candidate-models a b\n--rename "my field=prompt"\n--seed=4\n',
+        "utf-8",
+    )
+    args = parsed(f"@{file}", "--seed", 5)
+    assert (args.input_file, args.system_prompt) == ("in put.jsonl", "@ Reply in 中文.")
+    assert args.batch and args.candidate_models == ["a", "b"] and args.seed == 5
+    assert args.rename == [("my field", "prompt")]
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (None, "flags: no such file or directory; @FILE reads flags"),
+        ("--seed 1 --batch", "an @FILE holds one flag a line"),
+        ("--sed 1", "'--sed' is not a flag (did you mean --seed?)"),
+        ("--seed one", "--seed: 'one' is not a whole number"),
+    ],
+    ids=["missing", "two flags", "a typo", "a wrong value"],
+)
+def test_a_mistake_in_a_file_of_flags_is_one_line(tmp_path, monkeypatch, capsys, text, says):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "flags").write_text(text)
+    assert rc.main(["@flags"]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+
+
+# --- values
+
+
+def test_an_unknown_optional_filter_is_refused_with_the_known_ones(monkeypatch):
+    with pytest.raises(rc.UserError, match="no optional filter is named 'strict'"):
+        parsed("--use-filter", "strict")
+
+    def strict(pair, run):
+        """a filter that runs only when asked for"""
+
+    monkeypatch.setitem(rc.FILTERS, "strict", strict)
+    strict.opt_in = True
+    assert parsed("--use-filter", "strict").use_filter == ["strict"]
+    with pytest.raises(rc.UserError, match=r"\(known: .*strict\)"):
+        parsed("--use-filter", "x")
+
+
+def test_chinese_arguments_are_read_as_utf_8_in_a_c_locale(tmp_path):
+    """Python hands over bytes that it cannot decode as lone surrogates."""
+    broken = "请用中文".encode().decode("ascii", "surrogateescape")
+    options = ["--rename", f"{broken}=prompt", "--model-option", f'm:a="{broken}"']
+    args = parsed("--system-prompt", broken, *options)
+    assert args.system_prompt == "请用中文" and args.rename == [("请用中文", "prompt")]
+    assert args.model_option == [("m", "a", "请用中文")]
+
+
 @pytest.mark.parametrize("package", ["openai", "dashscope"])
 def test_a_package_that_is_missing_is_named_before_anything_happens(
     rlhf, monkeypatch, tmp_path, package
@@ -197,7 +289,9 @@ def test_the_plan_names_the_calls_that_are_then_made(rlhf):
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, api=api)
         models = "12 gpt-4o, 12 gpt-4o-mini, 24 judging by gpt-4o"
-        assert f"Plan: 12 records, 48 API calls ({models});\n  0 are cached, 48 to pay." in result.err
+        assert (
+            f"Plan: 12 records, 48 API calls ({models});\n  0 are cached, 48 to pay." in result.err
+        )
         assert api.count() == 48
         result = rlhf(PROMPTS + [{"prompt": "another"}], *MODELS, api=api)
         assert "52 API calls" in result.err and "48 are cached, 4 to pay." in result.err
@@ -227,7 +321,10 @@ def test_a_dry_run_needs_no_key_calls_nobody_and_writes_nothing(rlhf, tmp_path):
     result = rlhf(PROMPTS, "--dry-run", "--price", "qwen3-max=1/2", "--provider", "dashscope")
     assert result.status == 0 and os.listdir(tmp_path) == ["in.jsonl"]
     assert "Read 12 records." in result.out and "(--price)" in result.out
-    assert "First prompt to qwen-flash as answer:\nQuestion 0?" in result.out and "<answer" in result.out
+    assert (
+        "First prompt to qwen-flash as answer:\nQuestion 0?" in result.out
+        and "<answer" in result.out
+    )
 
 
 def test_a_budget_stops_the_run_and_a_larger_one_goes_on(rlhf):
@@ -308,10 +405,7 @@ def test_a_budget_needs_the_price_of_what_was_paid_before(rlhf):
             ("--price", "gpt-4o=1/1", "--price", "gpt-4o-mini=1/1", "--max-cost", 9),
         )
         result = rlhf(PROMPTS, *MODELS, *budget, api=api)
-        assert (
-            result.status == 2
-            and "paid for former: add --price former=IN/OUT" in result.err
-        )
+        assert result.status == 2 and "paid for former: add --price former=IN/OUT" in result.err
         more = rlhf(PROMPTS, *MODELS, *budget, "--price", "former=1/1", "--dry-run", api=api)
         assert more.status == 0 and "--price former" not in more.err and api.count() == calls
 
