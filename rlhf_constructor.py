@@ -4313,7 +4313,8 @@ class ProgressBar:
 
     It is drawn from the first finished record on, so that the plan stands above it."""
 
-    drawn: ProgressBar | None = None  # the bar whose text stands on the terminal's last line
+    # The bar whose text stands on the terminal's last line.
+    on_screen: ProgressBar | None = None
 
     def __init__(self):
         self.total: int | None = None  # records to finish, once the plan knows
@@ -4332,19 +4333,21 @@ class ProgressBar:
             )
 
     def update(self, finished: int = 1) -> bool:
-        """Count finished records; return True if it is time to draw the counts, too."""
+        """Count finished records; return True if the bar was drawn, as it is now and then."""
         if self.bar is None:
             return False
         self.bar.total = self.total
+        drawn = False
         with tolerate_closed(sys.stderr):
-            if self.bar.update(finished):
-                ProgressBar.drawn = self
-        return ProgressBar.drawn is self
+            drawn = bool(self.bar.update(finished))
+        if drawn:
+            ProgressBar.on_screen = self
+        return drawn
 
     def set_postfix(self, counts: dict) -> None:
         """Draw the bar with these counts behind it, e.g. {"pairs": 12, "replies": 48}."""
         if self.bar is not None:
-            ProgressBar.drawn = self
+            ProgressBar.on_screen = self
             with tolerate_closed(sys.stderr):
                 self.bar.set_postfix(counts)
 
@@ -4353,16 +4356,16 @@ class ProgressBar:
         if self.bar is not None:
             with tolerate_closed(sys.stderr):
                 self.bar.close()
-        ProgressBar.drawn = None
+        ProgressBar.on_screen = None
 
     @classmethod
     def make_room(cls) -> None:
         """Free the terminal's last line for a message; the next update draws the bar below it."""
-        if cls.drawn and sys.stderr.isatty():
-            cls.drawn.bar.clear()
-        elif cls.drawn:
+        if cls.on_screen and sys.stderr.isatty():
+            cls.on_screen.bar.clear()
+        elif cls.on_screen:
             print(file=sys.stderr)  # in a file a line that was written cannot be cleared
-        cls.drawn = None
+        cls.on_screen = None
 
 
 def progress() -> ProgressBar:
