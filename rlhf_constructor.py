@@ -3,16 +3,18 @@
 # requires-python = ">=3.11"
 # dependencies = ["openai[aiohttp]>=1.92", "dashscope>=1.25.21", "tqdm>=4.60"]
 # ///
-"""Build RLHF preference data: prompts in, JSONL rows of prompt, chosen, rejected (and their scores) out.
+"""Build RLHF preference data: read prompts, write JSONL rows of prompt, chosen, rejected.
 
-Reward models, DPO and PPO-style training learn from pairs: one prompt, a better answer, a worse one. A wrong
-pair teaches the opposite of what was meant, so every label here has to be earned: a judge sees both answers
-in both orders, and what it does not say twice is dropped, with its reason.
+Reward models, DPO and PPO-style training learn from pairs: a prompt with a better and a worse
+answer. A wrong pair teaches the opposite of what was meant. So a judge scores both answers in both
+orders; if it contradicts itself, the record is dropped and its reason is written down.
 
 Try it without a key:
-    python rlhf_constructor.py --provider offline --input-file data/alpaca_demo.jsonl
-    python rlhf_constructor.py --provider offline --input-file data/alpaca_demo.jsonl --method generate_pairs
-    python rlhf_constructor.py --method rank_responses --input-file data/ranked_answers.jsonl
+    python3 rlhf_constructor.py --provider offline --input-file data/alpaca_demo.jsonl
+Compare a strong and a weak model (set DASHSCOPE_API_KEY first):
+    python3 rlhf_constructor.py --input-file data/alpaca_demo.jsonl
+Rank answers that exist already (no key needed):
+    python3 rlhf_constructor.py --method rank_responses --input-file data/ranked_answers.jsonl
 
 The one flow: read_records -> method(record, run) -> pairs -> filters -> output rows -> report
 
@@ -75,7 +77,6 @@ import tempfile
 import textwrap
 import time
 import traceback
-import types
 import unicodedata
 import urllib.parse
 import zlib
@@ -2185,7 +2186,7 @@ def gap(pair: Pair, run: Run) -> str | None:
     if pair.human or pair.gap is None:
         return None
     lead = pair.gap - pair.penalty
-    return "gap too small" if lead < run.needed_gap(pair) - 1e-9 else None
+    return "score gap too small" if lead < run.needed_gap(pair) - 1e-9 else None
 
 
 @register(FILTERS, on="pair")
@@ -2200,7 +2201,7 @@ def floor(pair: Pair, run: Run) -> str | None:
         return None
     if pair.human or run.args.output_format == "kto":  # people decided, or the score is the label
         return None
-    return "chosen too poor" if score < least else None
+    return "chosen score too low" if score < least else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2745,7 +2746,7 @@ def ready_texts(row: dict, names: tuple) -> dict:
     if turns[0]["role"] != "assistant":
         return battle(*sides, names)
     if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
-        raise Failed("input", f"not one answer on each side, but {len(turns)} turns")
+        raise Failed("input", f"not one answer on each side: {len(turns)} turns")
     return {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
 
 
@@ -5362,11 +5363,6 @@ def cost(usage: list[dict], pairs: int) -> dict:
 # Numbers as people read them.
 
 
-def plural(number: int, noun: str) -> str:
-    """A number with its noun: `1 pair`, `1,204 pairs`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 def shown(value: float | str | None, unit: str = "") -> str:
     """A value as people read it: `62%`, `1.25×`, `1,204`; unknown: a dash."""
     if value is None or value == "":
@@ -6342,159 +6338,576 @@ def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]
 
 
 # --------------------------------------------------------------------------------------------------
-# §15 TERMINAL: the plan, the progress, the summary; note, show
+# §15 TERMINAL: note, show, plan_line, show_plan, ProgressBar, summary, report_lines, DROP_REASONS
+# In: the counts of a run (OutputFiles, Models) and the numbers of its report. Out: lines of text,
+# at most 100 columns wide. Called by §16 RUN (plan, progress, summary) and §17 CLI (messages).
 # --------------------------------------------------------------------------------------------------
 
+WIDTH = 100  # columns of every output, --help included
+SUMMARY_LINES = 30  # most lines of a run's summary
+FEW_PAIRS = 0.30  # share of records with a pair below which the summary says what to try
 
-# Kind of drop reason -> what it means, what to try. Terminal, report and README draw on it.
-DROP_REASONS: dict[str, tuple[str, str]] = {}
-
-
-def explain_reason(reason: str) -> tuple[str, str]:
-    """(what it means, what to try) for a drop reason, by its kind: the text before the first colon."""
-    return DROP_REASONS.get(reason.partition(":")[0], ("", ""))
-
-
-def plan_line(records: int, models: Models) -> str:
-    """`26 records x (1 qwen-max + 1 qwen-plus + 2 qwen-max as judge) = 104 calls, 31 of them cached; ...`"""
-    rows = models.rows()
-    counts = [(row["calls"] + row["cached"], row["model"], row["role"] == "judge") for row in rows]
-    even = records and all(n % records == 0 for n, _, _ in counts)
-    parts = [
-        f"{n // records if even else n} {model}{' as judge' * judge}" for n, model, judge in counts
-    ]
-    total, sums, listing = sum(n for n, _, _ in counts), cost(rows, 0), " + ".join(parts)
-    line = f"{records} records x ({listing})" if even else f"{records} records: {listing}"
-    line += f" = {total} calls, {sums['cached']} of them cached"
-    unjudged = sum(n for n, _, judge in counts if not judge)
-    if models.args.method == "model_comparison" and unjudged < total:
-        line += f"; --judge-model none: {unjudged}"
-    if sums["money"] is not None:
-        spent = sum(usage.kept for usage in models.usage.values())
-        line += f"; about {sums['money']:.4g} at the given prices, {spent:.4g} of it spent"
-    return line
-
-
-def show_plan(records: int, asking: int, models: Models):
-    """--dry-run: what would be asked, what it would cost, and the first record's prompts in full."""
-    show(f"{records} records read; nothing is called, nothing is written")
-    show(plan_line(asking, models) if models.rows() else "no model would be called")
-    for row in models.rows():
-        money = "" if row["money"] is None else f", {row['money']:.4f} at the given price"
-        batches = (
-            f" in {-(-row['calls'] // BATCH_REQUESTS)} or more batches" if models.args.batch else ""
-        )
-        calls = f"{row['model']} as {row['role']}: {row['calls']} to pay{batches}, {row['cached']} cached"
-        show(
-            f"  {calls}, about {row['tokens_in']:,} tokens in and {row['tokens_out']:,} out{money}"
-        )
-    for who, messages in models.first_prompts.items():
-        show(f"\n--- {who} is asked:\n{flatten(messages)}")
-
-
-# Why few pairs came out -> what to type about it. All of it is served from the cache but for new answers.
-REMEDIES = {
-    "orders disagree": "the judge sees no difference: a weaker --low-model, or --method generate_pairs",
-    "low model won": "the models are too close: a weaker --low-model, or --when-low-wins flip",
-    "gap too small": "a smaller --min-score-gap (0.5), a weaker --low-model, or --method generate_pairs",
-    "identical answers": 'on label tasks: --system-prompt "Give a short reason, then the label."',
+# Kind of a drop reason (its text before the first colon) -> (what it means, what to try or "").
+# The summary, the report page and the README show these sentences.
+DROP_REASONS: dict[str, tuple[str, str]] = {
+    # the judge, or the signals that the input brings
+    "orders disagree": (
+        "the judge preferred a different answer when the order was swapped",
+        "a stronger --judge-model, or a weaker --low-model: the answers are alike",
+    ),
+    "low model won": (
+        "the weak model's answer was better",
+        "a weaker --low-model, or --when-low-wins flip",
+    ),
+    "tie": (
+        "both answers were rated equal",
+        "a stronger --judge-model, a weaker --low-model, or --method generate_pairs",
+    ),
+    "score gap too small": (
+        "the score gap was below --min-score-gap",
+        "--min-score-gap 0.5, a weaker --low-model, or --method generate_pairs",
+    ),
+    "chosen score too low": (
+        "the chosen answer's score was below --min-chosen-score",
+        "a lower --min-chosen-score, or a stronger --high-model",
+    ),
+    "unreadable judge reply": (
+        "no reply of the judge held a score for each answer",
+        "a stronger --judge-model; a larger --max-tokens if the judge thinks first",
+    ),
+    "judge disagrees with the label": (
+        "the judge preferred the answer that the label rejects",
+        "read some of these records: either the label or the judge is wrong",
+    ),
+    "judge undecided about the label": (
+        "the judge rated both answers equal or contradicted itself",
+        "a stronger --judge-model, or a second --judge-model",
+    ),
+    "no checkable answer": (
+        "no final answer was found that exact_match can compare",
+        'a prompt that asks for one: --system-prompt "End with: The answer is ..."',
+    ),
+    "no correct answer": (
+        "no candidate has the final answer of the reference",
+        "a stronger model among --candidate-models, or a larger --num-candidates",
+    ),
+    "no incorrect answer": (
+        "every candidate has the final answer of the reference",
+        "a weaker model among --candidate-models, or harder prompts",
+    ),
+    # filters on an answer or a pair
+    "truncated": (
+        "an answer was cut off, even at twice --max-tokens",
+        "a larger --max-tokens",
+    ),
+    "empty answer": ("a model returned no text", ""),
+    "error text": ("an answer is the saved error message of an API", ""),
+    "control tokens": (
+        "an answer holds marks of a chat template, such as <|im_end|>",
+        "a stop token on the model's server, or another model",
+    ),
+    "repetition loop": (
+        "an answer repeats the same text over and over",
+        "a larger model, or a higher --temperature",
+    ),
+    "echo of the prompt": (
+        "an answer mostly repeats the prompt",
+        "a larger model; --skip-filter echo if the prompts ask for it",
+    ),
+    "identical answers": (
+        "both answers are the same text",
+        'on label tasks: --system-prompt "Give a short reason, then the label."',
+    ),
+    "near-duplicate answers": (
+        "both answers are almost the same text",
+        "a weaker --low-model, or --method generate_pairs",
+    ),
+    "refusal": ("a candidate refuses to answer", ""),
+    "both refuse": ("both answers refuse", ""),
+    "wrong language": (
+        "the chosen answer is not in the language of the prompt",
+        "--skip-filter wrong_language if the prompts ask for another language",
+    ),
+    # calls to a model
+    "content filter": ("the provider's content filter blocked the prompt or the answer", ""),
+    "filtered by the provider": ("the provider's content filter blocked the answer", ""),
+    "only thoughts came": (
+        "the model used up its tokens on reasoning and gave no answer",
+        "a larger --max-tokens",
+    ),
+    "prompt too long for the model": (
+        "the prompt does not fit the model's context",
+        "a longer context on the server, or a smaller --max-tokens",
+    ),
+    "request refused": (
+        "the server rejected the request",
+        "read the server's message in the .dropped.jsonl file",
+    ),
+    "no text in the reply": ("the server's reply holds no text", ""),
+    "tool call instead of an answer": ("the model called a tool instead of answering", ""),
+    "timeout": (
+        "the server did not answer within --timeout",
+        "a smaller --concurrency or a larger --timeout",
+    ),
+    "connection lost": (
+        "the connection broke on every try",
+        "a smaller --concurrency; then run the same command again",
+    ),
+    "server unreachable": (
+        "no connection to the server on any try",
+        "check that the server runs, then run the same command again",
+    ),
+    "server error": (
+        "the server reported an error of its own on every try",
+        "run the same command again: it repeats only what failed",
+    ),
+    "model unavailable": (
+        "the server stopped serving this model during the run",
+        "run the same command again when the model is back",
+    ),
+    "rate limit": (
+        "the provider refused the call because of its rate limit",
+        "run the same command again later, or with a smaller --concurrency",
+    ),
+    "unfinished reply": (
+        "the server ended the reply before the model was done",
+        "run the same command again: it repeats only what failed",
+    ),
+    "garbled reply": (
+        "the server's reply cannot be read on any try",
+        "check --base-url; then run the same command again",
+    ),
+    # the input
+    "not JSON": ("the line cannot be parsed as JSON", "correct these lines of the input"),
+    "not UTF-8": ("the line is in another encoding", "convert the file to UTF-8 with iconv"),
+    "not a record": ("the line is JSON, but not an object with fields", ""),
+    "not a table row": ("the row cannot be parsed as CSV or TSV", "check the quotes of the row"),
+    "more cells than the header has": (
+        "the row has more cells than the header",
+        "check the separators and quotes of the row",
+    ),
+    "malformed record": ("a field has a shape that cannot be read", ""),
+    "no known fields": (
+        "no field of the record is a known name",
+        "--rename OLD=NEW, e.g. --rename instruction_text=prompt",
+    ),
+    "--rename": ("the record has both the old and the new field of a --rename", ""),
+    "empty prompt": ("the prompt is missing or blank", ""),
+    "unknown role": ("a turn of the conversation has an unknown role", ""),
+    "the conversation has no user turn to answer": (
+        "no turn of the conversation is the user's",
+        "",
+    ),
+    "not a text": ("a part of the record is no text, such as an image or a tool call", ""),
+    "prompt holds chat-template tokens": (
+        "the prompt holds marks of a chat template, such as <|im_start|>",
+        "prompts without the template",
+    ),
+    "repeated prompt": ("an earlier record has the same prompt", ""),
+    "repeated prompt and answers": ("an earlier record has the same prompt and answers", ""),
+    "repeated label": ("an earlier record has the same two answers and the same label", ""),
+    "repeated row": ("an earlier record gave the same row", ""),
+    "not a history": ("`history` is not a list of earlier turns", ""),
+    "contradictory labels": (
+        "two records prefer opposite answers of the same two",
+        "a third label for these records: the majority decides",
+    ),
+    "excluded prompt": (
+        "the prompt, or 13 words of it in a row, is in --exclude-prompts",
+        "check whether the prompts share a template of 13 words or more",
+    ),
+    "no reference answer": (
+        "an offline model needs the record's own answer, and it has none",
+        "--high-model and --low-model of a provider",
+    ),
+    "no answers": ("the record has no answers to rank", ""),
+    "fewer than two answers": ("a pair needs two different answers", ""),
+    "answers without any signal": (
+        "nothing in the record says which answer is better",
+        "--judge-model MODEL, or --rename the field that says it",
+    ),
+    "no preference": ("the record's label prefers none of the answers", ""),
+    "winner not understood": (
+        "the record's label names none of the answers",
+        "labels such as response_a, response_b or tie",
+    ),
+    "contradictory signals": ("two fields of the record prefer different answers", ""),
+    "ambiguous": ("a label can refer to more than one of the answers", ""),
+    "ambiguous winner": (
+        "the winner's name fits none or several of the answers",
+        "labels such as model_a, response_1 or tie",
+    ),
+    "ambiguous `ranking`": (
+        "`ranking` can be an order or a list of ranks",
+        "--rename ranking=order, or --rename ranking=ranks",
+    ),
+    "lists of unequal length": ("there are not as many scores or ranks as answers", ""),
+    "votes of unequal length": ("the answers have different numbers of votes", ""),
+    "ranks out of range": ("a rank is zero, negative or too large", ""),
+    "order is not a list of all indices from 0": ("`order` does not name each answer once", ""),
+    "histories differ": ("chosen and rejected answer different conversations", ""),
+    "not one answer on each side": ("chosen or rejected holds several answers", ""),
+    # people (--annotations) and a method of one's own
+    "both bad": ("people called both answers bad", ""),
+    "annotators disagree": ("people preferred different answers", "one more annotator"),
+    "the method made no pair": ("the method returned an empty list", ""),
 }
 
 
-def summary(files: OutputFiles, models: Models) -> list[str]:
-    """Records, pairs and drops, and what to do where few came out; calls; files written; the next command."""
-    dropped, top = files.dropped.total(), files.dropped.most_common(5)
-    paired = files.read - dropped
-    share = f" ({paired / files.read:.0%})" if files.read else ""
-    lines = [
-        f"{files.read} records read: {paired}{share} gave {files.pairs} pairs, {dropped} dropped"
-    ]
-    lines += [f"  {count:6}  {stage}: {reason}" for (stage, reason), count in top]
-    others = dropped - sum(count for _, count in top)
-    lines += [f"  {others:6}  other reasons"] if others else []
-    advice = [f"  {REMEDIES[reason]}" for (_, reason), _ in top[:3] if reason in REMEDIES]
-    if advice and files.read >= 10 and paired < 0.3 * files.read:
-        lines += ["few pairs came out; what helps:", *dict.fromkeys(advice)]
-    if used := models.rows():
-        sums = cost(used, files.pairs)
-        paid = f", {sums['money']:.4g} paid" if sums["money"] else ""
-        told = f"{sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out{paid} over all runs"
-        lines.append(f"{sums['calls']} calls made, {sums['cached']} replies cached; {told}")
-    if models.stop:
-        kept = models.args.cache_path != "none" and models.cache.db
-        again = "goes on from here" if kept else "pays for all again: there was no cache"
-        return [*lines, f"{files.output}.part holds what was ready; the same command {again}"]
-    rows = files.rows
-    lines += [
-        f"{rows[path]:8} rows  {path}" for path in files.open if rows[path] or path != files.drops
-    ]
-    lines += [f"         page  {path}" for path in files.pages[::2] if path]
-    worth_a_look = [path for path in (files.output, files.drops) if rows[path]]
-    return lines + [f"next: head -n 1 {path}" for path in worth_a_look[:1]]
+def reason_kind(reason: str) -> str:
+    """The kind of a drop reason: its text before the first colon."""
+    return reason.partition(":")[0].strip()
 
 
-def report_lines(numbers: dict) -> list[str]:
-    """The report for a terminal: the three worst warnings, then short facts."""
-    lines = []
-    for row in numbers["warnings"][:3]:
-        text = f"{row['finding']} {row['meaning']} {row['advice']}"
-        lines.append(f"{row['level'].upper()} {text}")
-    more = len(numbers["warnings"]) - len(lines)
-    if more:
-        lines.append(f"{more} more warnings are in the report.")
-    if numbers["few"]:
-        lines.append(numbers["few"])
-    elif not lines:
-        lines.append("No warnings.")
-    lines += numbers["people"]
-    lines.append("; ".join(numbers["headline"]))
-    wrapped = []
-    for line in lines:
-        wrapped += textwrap.wrap(line, 100, subsequent_indent="    ")
-    return wrapped
+def explain_reason(reason: str) -> tuple[str, str]:
+    """(what it means, what to try) for a drop reason; ("", "") for one of the user's own method."""
+    return DROP_REASONS.get(reason_kind(reason), ("", ""))
 
 
-def progress():
-    """A tqdm bar on stderr; without tqdm, something as quiet as it."""
-    with contextlib.suppress(ImportError):
-        from tqdm import tqdm
-
-        often = 0.5 if sys.stderr.isatty() else 10
-        return tqdm(unit=" records", mininterval=often, file=Stderr(), dynamic_ncols=True)
-    nothing = lambda *_, **__: None
-    return types.SimpleNamespace(set_postfix=nothing, update=nothing, close=nothing)
+def plural(count: int, noun: str) -> str:
+    """`1 pair`, `1,200 pairs`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-class Stderr:
-    """stderr; once it is full or its reader has gone, what is said is said to nobody: no run ends by that."""
-
-    def write(self, text: str):
-        try:
-            sys.stderr.write(text)
-            sys.stderr.flush()
-        except OSError:
-            sys.stderr = nobody()
-
-    def __getattr__(self, name):
-        return getattr(sys.stderr, name)
+def money_text(amount: float) -> str:
+    """An amount of money in the currency of --price: `0.0042`, `1.02`, `1,250`."""
+    digits = 0 if amount >= 100 else 2 if amount >= 1 else 4
+    return f"{amount:,.{digits}f}"
 
 
-def nobody():
-    """A stream without a reader."""
-    return open(os.devnull, "w", encoding="utf-8")
+def wrapped(text: str, first: str = "", later: str = "") -> list[str]:
+    """Text as lines of at most WIDTH columns, with what stands before the first and later lines."""
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=later,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
-def note(text: str):
-    """One line on stderr."""
-    Stderr().write(redacted(text) + "\n")
+# --- Messages
 
 
-def show(text: str):
-    """Print to stdout; a reader who has seen enough (`| head`) ends nothing."""
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Text whose control characters show as `\\x1b`, so that no data can steer the terminal."""
+    return CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], utf8_text(text))
+
+
+@contextlib.contextmanager
+def tolerate_closed(stream):
+    """Keep the run going when nobody reads `stream` any more, or its disk is full."""
     try:
+        yield
+    except OSError:  # from now on everything written to it is discarded
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def note(text: str) -> None:
+    """Print a message to stderr, without keys, below the progress bar."""
+    with tolerate_closed(sys.stderr):
+        ProgressBar.make_room()
+        print(visible(redacted(text)), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print results to stdout, in colour on a terminal."""
+    text = visible(text)
+    if has_colour(sys.stdout):
+        text = coloured(text)
+    with tolerate_closed(sys.stdout):
         print(text, flush=True)
-    except BrokenPipeError:
-        sys.stdout = nobody()  # or Python complains at exit
+
+
+def has_colour(stream) -> bool:
+    """True if `stream` is a terminal that shows colours, and the user has not switched them off."""
+    if stream is None or not stream.isatty():
+        return False
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+COLOURS = {"CRITICAL": "1;31", "WARNING": "1;33", "ok": "1;32"}
+
+
+def coloured(text: str) -> str:
+    """Text with the level words at the start of its lines in colour."""
+    return re.sub(
+        r"(?m)^  (CRITICAL|WARNING|ok)(?=  )",
+        lambda match: f"  \x1b[{COLOURS[match[1]]}m{match[1]}\x1b[0m",
+        text,
+    )
+
+
+# --- Before the first call: the plan
+
+
+def plan_line(records: int, models: Models) -> str:
+    """`Plan: 26 records, 104 API calls (26 qwen-max, ...); 31 are cached, 73 to pay.`"""
+    rows = models.rows()
+    parts = []
+    for row in rows:
+        judging = "judging by " if row["role"] == "judge" else ""
+        parts.append(f"{row['calls'] + row['cached']:,} {judging}{row['model']}")
+    sums = cost(rows, 0)
+    calls = plural(sums["calls"] + sums["cached"], "API call")
+    cached = f"{sums['cached']:,} {'is' if sums['cached'] == 1 else 'are'} cached"
+    work = f"Plan: {plural(records, 'record')}, {calls} ({', '.join(parts)});"
+    payment = f"{cached}, {sums['calls']:,} to pay."
+    if sums["money"] is not None:
+        payment += f" Expected cost: {money_text(sums['money'])} (--price)"
+        paid = sum(usage.kept for usage in models.usage.values())
+        payment += f", {money_text(paid)} of it already paid." if paid else "."
+    if len(work) + 1 + len(payment) <= WIDTH:
+        return f"{work} {payment}"
+    return "\n".join(wrapped(work, later="  ") + wrapped(payment, first="  ", later="  "))
+
+
+def show_plan(records: int, asking: int, models: Models) -> None:
+    """Print what --dry-run is for: the planned calls, tokens, cost and the first prompts."""
+    show(f"Dry run: no API call is made and nothing is written. Read {plural(records, 'record')}.")
+    rows = models.rows()
+    show(plan_line(asking, models) if rows else "Plan: no API call is needed.")
+    for row in rows:
+        text = f"{row['model']}, {row['role']}: {plural(row['calls'], 'call')} to pay"
+        if models.args.batch:
+            batches = math.ceil(row["calls"] / BATCH_REQUESTS)
+            text += f" in at least {batches} batch{'' if batches == 1 else 'es'}"
+        text += f", {row['cached']:,} cached; about {row['tokens_in']:,} tokens in"
+        text += f", {row['tokens_out']:,} out"
+        if row["money"] is not None:
+            text += f"; {money_text(row['money'])} (--price)"
+        show("\n".join(wrapped(text, first="  ", later="    ")))
+    for receiver, messages in models.first_prompts.items():
+        show(f"\n--- First prompt to {receiver}:\n{flatten(messages)}")
+
+
+# --- While the run goes on: the progress bar
+
+
+class ProgressBar:
+    """A tqdm bar on stderr that counts finished records; it stays silent if tqdm is missing.
+
+    It is drawn from the first finished record on, so that the plan stands above it."""
+
+    # The bar whose text stands on the terminal's last line.
+    on_screen: ProgressBar | None = None
+
+    def __init__(self):
+        self.total: int | None = None  # records to finish, once the plan knows
+        self.bar = None
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+
+            tqdm.monitor_interval = 0  # no thread of its own
+            self.bar = tqdm(
+                unit=" records",
+                file=sys.stderr,
+                dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 10,  # seconds between two drawings
+                miniters=1,
+                delay=0.001,  # draw no empty bar
+            )
+
+    def update(self, finished: int = 1) -> bool:
+        """Count finished records; return True if the bar was drawn, as it is now and then."""
+        if self.bar is None:
+            return False
+        self.bar.total = self.total
+        drawn = False
+        with tolerate_closed(sys.stderr):
+            drawn = bool(self.bar.update(finished))
+        if drawn:
+            ProgressBar.on_screen = self
+        return drawn
+
+    def set_postfix(self, counts: dict) -> None:
+        """Draw the bar with these counts behind it, e.g. {"pairs": 12, "replies": 48}."""
+        if self.bar is not None:
+            ProgressBar.on_screen = self
+            with tolerate_closed(sys.stderr):
+                self.bar.set_postfix(counts)
+
+    def close(self) -> None:
+        """Leave the last drawing on the terminal and end its line."""
+        if self.bar is not None:
+            with tolerate_closed(sys.stderr):
+                self.bar.close()
+        ProgressBar.on_screen = None
+
+    @classmethod
+    def make_room(cls) -> None:
+        """Free the terminal's last line for a message; the next update draws the bar below it."""
+        if cls.on_screen and sys.stderr.isatty():
+            cls.on_screen.bar.clear()
+        elif cls.on_screen:
+            print(file=sys.stderr)  # in a file a line that was written cannot be cleared
+        cls.on_screen = None
+
+
+def progress() -> ProgressBar:
+    """A new progress bar."""
+    return ProgressBar()
+
+
+# --- At the end: the summary
+
+
+def summary(files: OutputFiles, models: Models, numbers: dict | None = None) -> list[str]:
+    """The lines that end a run: result, quality (with a report's numbers), calls, files, advice."""
+    blocks = [result_lines(files), call_lines(models, files.pairs)]
+    if models.stop:
+        blocks.append(stopped_lines(files, models))
+    else:
+        blocks += [file_lines(files), advice_lines(files)]
+    blocks = [block for block in blocks if block]
+    if numbers and "checks" in numbers:  # goes when §13 keeps the contract
+        taken = sum(len(block) + 1 for block in blocks)
+        blocks.insert(1, report_lines(numbers, room=SUMMARY_LINES - taken))
+    lines = []
+    for block in blocks:
+        if lines:
+            lines.append("")
+        lines += block
+    return lines
+
+
+def dropped_kinds(files: OutputFiles) -> Counter:
+    """Number of dropped records by kind of reason, whichever stage dropped them."""
+    kinds = Counter()
+    for (_, reason), count in files.dropped.items():
+        kinds[reason_kind(reason)] += count
+    return kinds
+
+
+def result_lines(files: OutputFiles) -> list[str]:
+    """Records read, pairs written, records dropped; the most frequent reasons in five lines."""
+    dropped = files.dropped.total()
+    paired = files.read - dropped
+    share = f"{paired / files.read:.0%}" if files.read else "0%"
+    wrote = f"{plural(files.pairs, 'pair')} ({share})"
+    if files.pairs != paired:  # some strategies make several pairs of a record
+        wrote = f"{plural(files.pairs, 'pair')} from {plural(paired, 'record')} ({share})"
+    lines = [f"Read {plural(files.read, 'record')}, wrote {wrote}, dropped {dropped:,}."]
+    kinds = dropped_kinds(files)
+    frequent = kinds.most_common(5 if len(kinds) <= 5 else 4)
+    others = dropped - sum(count for _, count in frequent)
+    digits = len(f"{max([others, *kinds.values()]):,}")
+    column = max((len(kind) for kind, _ in frequent), default=0)
+    for kind, count in frequent:
+        start = f"  {count:{digits},}  {kind:{column}}  "
+        lines += wrapped(f"{start}{explain_reason(kind)[0]}", later=" " * len(start))
+    if others:
+        lines.append(f"  {others:{digits},}  other reasons")
+    return lines
+
+
+def report_lines(numbers: dict, room: int = 14) -> list[str]:
+    """The quality of the pairs in at most `room` lines: the worst warnings, then what is well."""
+    lines = [f"Quality of the {plural(numbers['pairs'], 'pair')}"]
+    closing = quality_lines(numbers)[: max(3, room - 5)]
+    warnings = numbers["warnings"]
+    for position, warning in enumerate(warnings):
+        block = warning_lines(warning)
+        last = position == len(warnings) - 1
+        needed = len(lines) + len(block) + len(closing) + (0 if last else 1)
+        if position and needed > room:
+            lines.append(f"  {plural(len(warnings) - position, 'more warning')} in the report")
+            break
+        lines += block
+    return lines + closing
+
+
+def warning_lines(warning: dict) -> list[str]:
+    """A warning as sentences: what was found, why it matters, what to try."""
+    level = "CRITICAL" if warning["level"] == "critical" else "WARNING"
+    indent = " " * 12
+    lines = wrapped(warning["finding"], first=f"  {level:8}  ", later=indent)
+    for key in ("meaning", "advice"):
+        lines += wrapped(warning.get(key, ""), first=indent, later=indent)
+    return lines
+
+
+def quality_lines(numbers: dict) -> list[str]:
+    """The most important numbers, the checks that passed, and notes (too few pairs, reviews)."""
+    checks = numbers["checks"]
+    text = f"{checks['passed']} of {checks['total']} checks passed"
+    if checks["too_few"]:
+        text += f", {checks['too_few']} need more data"
+    text = "; ".join([", ".join(numbers["headline"]), text]).removeprefix("; ")
+    lines = wrapped(text, first="  ok        ", later=" " * 12)
+    for sentence in [numbers["few"], *numbers["people"], *numbers["notes"]]:
+        lines += wrapped(sentence, first="  note      ", later=" " * 12)
+    return lines
+
+
+def call_lines(models: Models, pairs: int) -> list[str]:
+    """API calls, tokens and cost; no line if every model was offline."""
+    rows = models.rows()
+    if not rows:
+        return []
+    sums = cost(rows, pairs)
+    text = f"API calls: {sums['calls']:,} made, {sums['cached']:,} from cache; "
+    text += f"{sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out"
+    if sums["money"] is not None:
+        text += f"; cost {money_text(sums['money'])} (--price)"
+        paid = sum(usage.kept for usage in models.usage.values())
+        text += f", {money_text(paid)} of it in earlier runs" if paid else ""
+    return wrapped(text, later="  ")
+
+
+def file_lines(files: OutputFiles) -> list[str]:
+    """The files that were written, each with what it holds."""
+    row = "row" if hasattr(OUTPUTS[files.run.args.output_format], "once") else "pair"
+    page, _, review_page = files.pages
+    dropped = plural(files.rows[files.drops], "record")
+    held_out = plural(files.rows[files.test], row)
+    candidates = plural(files.rows[files.candidates], "record")
+    contents = {
+        files.output: plural(files.rows[files.output], row),
+        files.test: f"{held_out} held out for testing (--test-fraction)",
+        files.drops: f"{dropped} with {'its' if dropped == '1 record' else 'their'} reasons",
+        files.candidates: f"{candidates} with all answers, an input for rank_responses",
+        page: "quality report, open it in a browser",
+        review_page: "pairs to review by hand, open it in a browser",
+    }
+    if not files.rows[files.drops]:
+        del contents[files.drops]
+    contents.pop("", None)
+    column = min(60, max(len(path) for path in contents))
+    return ["Wrote", *(f"  {path:{column}}  {text}" for path, text in contents.items())]
+
+
+def advice_lines(files: OutputFiles) -> list[str]:
+    """What to do next: after failed calls, and where few records gave a pair."""
+    lines = []
+    if files.retryable:
+        text = f"{plural(files.retryable, 'record')} failed for a reason that may pass: "
+        lines += wrapped(text + "run the same command again to retry them.")
+    paired = files.read - files.dropped.total()
+    if paired and (files.read < 10 or paired >= FEW_PAIRS * files.read):
+        return lines
+    advice = []
+    for kind, _ in dropped_kinds(files).most_common(2):
+        remedy = explain_reason(kind)[1]
+        if remedy:
+            advice += wrapped(f"{kind}: {remedy}", first="  ", later="    ")
+    if advice:
+        lines += ["Few records gave a pair. What to try:", *advice]
+    return lines
+
+
+def stopped_lines(files: OutputFiles, models: Models) -> list[str]:
+    """Where the pairs of a stopped run are, and how to go on."""
+    text = f"{files.output}.part holds the pairs so far. "
+    if models.cache.db:
+        text += "Run the same command again to continue: replies are in the cache."
+    else:
+        text += "There is no cache, so the same command pays for all calls again."
+    return wrapped(text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6843,7 +7256,7 @@ def opened(path: str) -> TextIO:
         owned = functools.partial(os.open, mode=0o600)
         file = open(path, "a", encoding="utf-8", newline="\n", opener=owned)  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({os_error_text(error)})") from None
+        raise UserError(f"{path}: cannot be written: {disk_message(error)}") from None
     try:
         lock(file)
         # Its former owner may have renamed it since it was opened.
@@ -6867,15 +7280,6 @@ def lock(file: TextIO) -> None:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def os_error_text(error: OSError) -> str:
-    """What the system says, and what to do about a full disk or too many open files."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "too many open files: lower --concurrency, or raise the limit (ulimit -n)"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full: free some space and run the same command again"
-    return error.strerror or str(error)
 
 
 async def in_order(
@@ -7133,11 +7537,11 @@ async def run_job(path: str, run: Run, files: OutputFiles, progress_bar: Progres
     excluded = excluded_note(run, files)
     if excluded:
         note(excluded)
-    lines = []
+    numbers = None
     if not models.stop:
         files.finish()
-        lines = report_out(path, run, files, job.report, job.review)
-    show("\n".join(lines + summary(files, models)))
+        numbers = report_out(path, run, files, job.report, job.review)
+    show("\n".join(summary(files, models, numbers)))
     if models.stop:
         raise models.stop
     return 1 if files.retryable or not files.pairs else 0
@@ -7157,11 +7561,11 @@ def note_annotations(annotations: Annotations, models: Models) -> None:
 
 def report_out(
     path: str, run: Run, files: OutputFiles, report: Report, review: ReviewQueue
-) -> list[str]:
-    """Write the report's page and numbers and the review page -> the lines for the terminal."""
+) -> dict | None:
+    """Write the report and the review page -> the report's numbers; None without a report."""
     page, data, review_page = files.pages
     texts = {}
-    lines = []
+    numbers = None
     if review_page:
         texts[review_page] = review.page()
     if page:
@@ -7169,7 +7573,6 @@ def report_out(
         numbers = report.numbers(settings_of(path, run), run.models.rows(), human)
         texts[data] = json.dumps(numbers, ensure_ascii=False, indent=1) + "\n"
         texts[page] = report_html(numbers)
-        lines = report_lines(numbers)
     try:
         for name, text in texts.items():
             with opened(name) as file:
@@ -7177,7 +7580,7 @@ def report_out(
                 file.write(text)
     except UserError as error:  # the pairs have their names by now
         raise Stop(f"the pairs are written, but {error}") from None
-    return lines
+    return numbers
 
 
 def settings_of(path: str, run: Run) -> dict:
@@ -7244,394 +7647,550 @@ def spooled(args: argparse.Namespace) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # §17 CLI: build_parser, check, main
+# In: the command line. Out: checked flags as a Run, or one line that says what to correct.
+# `main` is the program: it calls construct (§16) and turns every error into an exit status.
 # --------------------------------------------------------------------------------------------------
 
 PROGRAM = "rlhf_constructor.py"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line, and a misspelt flag gets the nearest right one."""
+    """argparse whose errors are one line, and whose @FILE holds a flag and its value on each line."""
 
-    def error(self, message):
-        unknown = re.search(r"unrecognized arguments: (\S+)", message)
-        near = (
-            difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        )
-        raise UserError(message + (f" (did you mean {near[0]}?)" if near else ""))
+    def error(self, message: str):
+        """Raise UserError with argparse's message in plain words."""
+        message = message.removeprefix("argument ")
+        unknown = re.match(r"unrecognized arguments: ([^\s=]*)", message)
+        choice = re.match(r"(\S+): invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        missing_file = re.match(r"\[Errno \d+\] (.*): '(.*)'$", message)
+        if unknown:
+            message = f"{unknown[1]!r} is not a flag"
+            message += did_you_mean(unknown[1], self._option_string_actions) or "; see --help"
+        elif choice:
+            flag, value, names = choice.groups()
+            known = re.findall(r"[\w-]+", names)
+            message = f"{flag}: {value!r} is not {one_of(known)}{did_you_mean(value, known)}"
+        elif missing_file:
+            reason, path = missing_file.groups()
+            message = f"@{path}: {reason.lower()}; @FILE reads flags from a file"
+            message += " (a value that begins with @ is written FLAG=@...)"
+        else:
+            message = re.sub(
+                "expected (one|at least one) argument", "its value is missing", message
+            )
+        raise UserError(message)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """The arguments of a line of an @FILE: none for a blank line or a # comment."""
+        flag, _, value = arg_line.strip("\ufeff \t").partition(" ")
+        value = value.strip()
+        if not flag or flag.startswith("#"):
+            return []
+        if not value:
+            return [flag]
+        quoted = len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]
+        if quoted:
+            value = value[1:-1]
+        elif re.search(r"\s--[a-z]", value):
+            raise UserError(f"{arg_line.strip()!r}: an @FILE holds one flag a line")
+        action = self._option_string_actions.get(flag)
+        if action and action.nargs == "+":
+            return [flag, *value.split()]
+        return [f"{flag}={value}"]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags, one line each: name, type, default, metavar, help."""
-    shown = {"methods": METHODS, "inputs": INPUTS, "filters": FILTERS, "output formats": OUTPUTS}
-    shown |= {"providers": PROVIDERS, "strategies": STRATEGIES}
+    """The parser of all flags; --help shows them, three examples and every entry of the tables."""
+    tables = {
+        "methods": METHODS,
+        "strategies": STRATEGIES,
+        "input formats": INPUTS,
+        "output formats": OUTPUTS,
+        "filters": FILTERS,
+        "providers": PROVIDERS,
+    }
+    title, _, examples, *_ = __doc__.split("\n\n")
+    about = f"{title}\n\n{examples}\n\n"
+    about += "@FILE reads flags from a file: a flag and its value on each line, # for comments."
     parser = Parser(
-        prog=PROGRAM, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__.split("\n\n")[0], epilog=catalogue(shown),
-    )  # fmt: skip
-
-    def flag(name, kind, default=None, metavar=None, help="", **more):
-        """kind: a type; a list or table of choices; or bool, a flag without a value. [] is repeatable."""
-        if kind is bool:
-            return group.add_argument(name, action="store_true", help=help)
-        more |= {"choices": list(kind)} if isinstance(kind, list | dict) else {"type": kind}
-        more |= {"action": "append"} if default == [] else {}
-        shown = "" if default in (None, [], "") else " (default %(default)s)"
-        return group.add_argument(name, default=default, metavar=metavar, help=help + shown, **more)
-
-    providers = [name for name in PROVIDERS if name != "reward"]
-    skippable = [name for name, rule in FILTERS.items() if not getattr(rule, "fixed", False)]
-    group = parser.add_argument_group("the lesson's command")
-    flag(
-        "--input-file",
-        str,
-        None,
-        "FILE",
-        ".jsonl .json .csv .tsv, each also .gz; - is JSONL on stdin",
+        prog=PROGRAM,
+        usage=f"{PROGRAM} --input-file FILE [options]",
+        description=about,
+        epilog=catalogue(tables),
+        formatter_class=help_formatter,
+        allow_abbrev=False,
+        fromfile_prefix_chars="@",
     )
-    flag("--method", METHODS, "model_comparison", "M", f"how pairs are made: {', '.join(METHODS)}")
-    flag(
-        "--provider", providers, "dashscope", "P", f"whose models are meant: {', '.join(providers)}"
-    )
-    flag(
-        "--high-model",
-        str,
-        None,
-        "MODEL",
-        "[provider:]model[@URL]; reference = the record's own answer",
-    )
-    flag("--low-model", str, None, "MODEL", "the weak model")
-    flag("--output-path", str, "data/rlhf_preference.jsonl", "FILE", "where the pairs go")
-    group = parser.add_argument_group("data")
-    flag("--rename", renaming, [], "OLD=NEW", "read the input's field OLD as NEW; repeatable")
-    flag(
-        "--output-format", OUTPUTS, "standard", "F", f"what a row looks like: {', '.join(OUTPUTS)}"
-    )
-    flag("--max-samples", samples, -1, "N", "read only the first N records; -1 = all")
-    flag(
-        "--exclude-prompts",
-        str,
-        None,
-        "FILE",
-        "leave out FILE's prompts and what shares 13 words in a row",
-    )
-    flag(
-        "--test-fraction",
-        between(0.0, 0.99),
-        0.0,
-        "X",
-        "share of prompts that go to <output>.test.jsonl",
-    )
-    group = parser.add_argument_group("method")
-    flag("--num-candidates", between(2, 8), 4, "N", "generate_pairs: answers per prompt, 2 to 8")
-    flag(
-        "--candidates-path",
-        str,
-        None,
-        "FILE",
-        "every answer with its score; an input for rank_responses",
-    )
-    flag(
-        "--strategy",
-        STRATEGIES,
-        "best_worst",
-        "S",
-        f"which answers form pairs: {', '.join(STRATEGIES)}",
-    )
-    group = parser.add_argument_group("models")
-    flag(
-        "--candidate-models",
-        str,
-        None,
-        "MODEL",
-        "generate_pairs: who answers; default: both",
-        nargs="+",
-    )
-    flag(
-        "--base-url",
-        str,
-        None,
-        "URL",
-        "address of the provider: another region, vLLM, Ollama, a proxy",
-    )
-    flag(
-        "--system-prompt",
-        str,
-        "",
-        "TEXT",
-        "steers all answers; not exported, not shown to the judge",
-    )
-    flag(
-        "--temperature",
-        between(0.0, 2.0),
-        None,
-        "X",
-        "default 0.7; further candidates 0.9, 1.0, 1.0",
-    )
-    flag(
-        "--max-tokens",
-        between(1, 10**7),
-        4096,
-        "N",
-        "of a reply; a cut one is asked for with twice that",
-    )
-    flag("--model-option", model_option, [], "[MODEL:]KEY=JSON", "extra request field; repeatable")
-    group = parser.add_argument_group("quality")
-    flag(
-        "--judge-model",
-        str,
-        [],
-        "MODEL",
-        "or none, or reward:NAME@URL; repeatable; default: high model",
-    )
-    flag(
-        "--judge-orders",
-        between(1, 2),
-        2,
-        "1|2",
-        "orders of showing: 1 is cheaper, blind to position bias",
-    )
-    flag("--rubric", text_file, None, "FILE", "your own grading rules instead of the built-in ones")
-    flag("--no-reference", bool, help="do not show the judge the record's own answer")
-    flag(
-        "--min-score-gap",
-        between(0.0, 1e6),
-        None,
-        "X",
-        "chosen's least lead; default 1, generate_pairs 2",
-    )
-    flag("--min-chosen-score", between(-1e6, 1e6), None, "X", "drop pairs whose chosen scores less")
-    flag("--when-low-wins", ["drop", "flip"], "drop", "drop|flip", "flip: if by 3 in every vote")
-    flag(
-        "--length-penalty",
-        between(0.0, 100.0),
-        0.0,
-        "X",
-        "points off per factor 1.5 of chosen's length",
-    )
-    flag("--skip-filter", skippable, [], "NAME", "switch a filter off; repeatable")
-    opt_in = [name for name, rule in FILTERS.items() if getattr(rule, "opt_in", False)]
-    flag("--use-filter", opt_in, [], "NAME", "switch an opt-in filter on; repeatable")
-    group = parser.add_argument_group("running")
-    flag("--concurrency", between(1, 4096), 16, "N", "records in work at once")
-    flag("--timeout", between(0.01, 1e6), 600.0, "S", "seconds for one call")
-    flag(
-        "--max-retries",
-        between(0, 100),
-        6,
-        "N",
-        "of a call that was dropped or met a 5xx, not of a 429",
-    )
-    flag(
-        "--cache-path",
-        str,
-        None,
-        "FILE",
-        "paid replies; default .rlhf_cache.sqlite by the output; or none",
-    )
-    flag("--batch", bool, help="through the provider's batch engine: half the price, within a day")
-    flag("--seed", int, 0, "N", "of everything drawn")
-    flag(
-        "--dry-run",
-        bool,
-        help="call nobody, write nothing: show calls, tokens, price, the first prompts",
-    )
-    flag("--price", price, [], "MODEL=IN/OUT", "money per million tokens in and out; repeatable")
-    flag(
-        "--max-cost",
-        between(0.0, 1e9),
-        None,
-        "X",
-        "stop before all runs together cost more (--price)",
-    )
-    group = parser.add_argument_group("report and review")
-    flag(
-        "--report-path",
-        str,
-        None,
-        "FILE",
-        "page, and its .json; default <output>.report.html; or none",
-    )
-    flag("--review-path", str, None, "FILE", "a page to judge pairs by hand, blind")
-    flag(
-        "--annotations",
-        str,
-        [],
-        "FILE",
-        "rank_responses: what people said on that page; repeatable",
-    )
+    add_main_flags(parser.add_argument_group("main flags").add_argument)
+    add_data_flags(parser.add_argument_group("data").add_argument)
+    add_method_flags(parser.add_argument_group("method").add_argument)
+    add_model_flags(parser.add_argument_group("models").add_argument)
+    add_quality_flags(parser.add_argument_group("quality").add_argument)
+    add_running_flags(parser.add_argument_group("running").add_argument)
+    add_report_flags(parser.add_argument_group("report and review").add_argument)
     return parser
+
+
+def help_formatter(prog: str) -> argparse.HelpFormatter:
+    """argparse's layout, at most WIDTH columns wide."""
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=width)
+
+
+# A flag a line or two: name, type or choices, default, then what --help says: a noun phrase with
+# its unit and default.
+# fmt: off
+def add_main_flags(add) -> None:
+    """Add the flags of the lesson's command."""
+    add("--input-file", metavar="FILE",
+        help="input records: .jsonl, .json, .csv, .tsv (each also .gz, .bz2 or .xz) or .parquet "
+             '(needs pyarrow); "-" reads JSONL from stdin (required)')
+    add("--method", choices=list(METHODS), default="model_comparison", metavar="METHOD",
+        help=f"how pairs are made: {one_of(METHODS)} (default model_comparison)")
+    providers = [name for name in PROVIDERS if name != "reward"]
+    add("--provider", choices=providers, default="dashscope", metavar="NAME",
+        help=f"whose API serves the models: {one_of(providers)} (default dashscope)")
+    add("--high-model", metavar="MODEL",
+        help='strong model, written [provider:]model[@URL], or "reference" for the record\'s own '
+             f"answer (default: {default_models(0)})")
+    add("--low-model", metavar="MODEL",
+        help=f"weak model, written the same way (default: {default_models(1)})")
+    add("--output-path", default="data/rlhf_preference.jsonl", metavar="FILE",
+        help="file for the pairs (default %(default)s)")
+
+
+def add_data_flags(add) -> None:
+    """Add the flags of what is read and written."""
+    add("--rename", type=renaming, action="append", default=[], metavar="OLD=NEW",
+        help="field of the input and the known name to read it as, e.g. ask=prompt; repeatable")
+    add("--output-format", choices=list(OUTPUTS), default="standard", metavar="NAME",
+        help=f"shape of the output rows: {one_of(OUTPUTS)} (default standard)")
+    add("--max-samples", type=sample_count, default=-1, metavar="N",
+        help="number of records to read, from the first on (default -1 = all)")
+    add("--exclude-prompts", metavar="FILE",
+        help="file of prompts to leave out, e.g. a benchmark; a prompt that shares "
+             f"{CONTAMINATION_RUN} words in a row with one of them is left out, too (default: none)")
+    add("--test-fraction", type=number_between(0.0, 0.99), default=0.0, metavar="X",
+        help="share of prompts written to <output>.test.jsonl instead, 0 to 0.99 (default 0)")
+
+
+def add_method_flags(add) -> None:
+    """Add the flags of how pairs are made."""
+    add("--num-candidates", type=number_between(2, 8), default=4, metavar="N",
+        help="number of answers per prompt for generate_pairs, 2 to 8 (default %(default)s)")
+    add("--candidates-path", metavar="FILE",
+        help="file for all answers with their scores, an input for rank_responses (default: none)")
+    add("--strategy", choices=list(STRATEGIES), default="best_worst", metavar="NAME",
+        help=f"which answers of a prompt form pairs: {one_of(STRATEGIES)} (default best_worst)")
+
+
+def add_model_flags(add) -> None:
+    """Add the flags of the models that write answers."""
+    add("--candidate-models", nargs="+", metavar="MODEL",
+        help="models that write the candidates of generate_pairs (default: the high and the low "
+             "model)")
+    add("--base-url", metavar="URL",
+        help="address of the provider's API, e.g. http://localhost:8000/v1 (default: the "
+             "provider's own)")
+    add("--system-prompt", type=utf8_text, default="", metavar="TEXT",
+        help="system prompt for all answers; not exported, not shown to the judge (default: none)")
+    first, *others = TEMPERATURES
+    add("--temperature", type=number_between(0.0, 2.0), metavar="X",
+        help=f"sampling temperature of answers, 0 to 2 (default {first}; further candidates of a "
+             f"model {', '.join(map(str, others))})")
+    add("--max-tokens", type=number_between(1, 10**7), default=4096, metavar="N",
+        help="maximum tokens per answer (default %(default)s); a truncated answer is requested "
+             "once more with twice the limit")
+    add("--model-option", type=model_option, action="append", default=[],
+        metavar="[MODEL:]KEY=JSON",
+        help="extra field of the API request, for all models or one, e.g. top_p=0.9; repeatable")
+
+
+def add_quality_flags(add) -> None:
+    """Add the flags of judges and filters."""
+    add("--judge-model", action="append", default=[], metavar="MODEL",
+        help="model that scores the answers; or reward:NAME@URL (a reward model), exact_match "
+             "(compare final answers with the reference), none (no scores); repeatable (default: "
+             "the high model, for rank_responses none)")
+    add("--judge-orders", type=number_between(1, 2), default=2, metavar="1|2",
+        help="number of orders in which the judge sees the answers (default %(default)s); 1 is "
+             "cheaper, but position bias stays hidden")
+    add("--rubric", type=text_file, metavar="FILE",
+        help="text file with grading rules for the judge (default: the built-in rules)")
+    add("--no-reference", action="store_true",
+        help="hide the record's own answer from the judge (default: the judge sees it)")
+    add("--min-score-gap", type=number_between(0.0, 1e6), metavar="X",
+        help="smallest score gap of a kept pair, in points (default 1, for generate_pairs 2; "
+             f"{100 * SCORE_GAP_SHARE:.0f}%% of the scale for scores that the input brings)")
+    add("--min-chosen-score", type=number_between(-1e6, 1e6), metavar="X",
+        help="lowest score of a chosen answer, in points (default: no limit)")
+    add("--when-low-wins", choices=["drop", "flip"], default="drop", metavar="drop|flip",
+        help="what happens if the weak model's answer wins: drop the record, or flip the pair if "
+             f"it leads by {FLIP_GAP:g} points in every vote (default drop)")
+    add("--length-penalty", type=number_between(0.0, 100.0), default=0.0, metavar="X",
+        help="points taken off the score gap for each factor 1.5 by which the chosen answer is "
+             "longer (default 0)")
+    skippable = [name for name, rule in FILTERS.items() if not getattr(rule, "fixed", False)]
+    add("--skip-filter", choices=skippable, action="append", default=[], metavar="NAME",
+        help="filter to switch off, see the list below; repeatable")
+    add("--use-filter", type=optional_filter, action="append", default=[], metavar="NAME",
+        help=f"optional filter to switch on: {one_of(optional_filters()) or 'none so far'}; "
+             "repeatable")
+
+
+def add_running_flags(add) -> None:
+    """Add the flags of calls, cache and cost."""
+    add("--concurrency", type=number_between(1, 4096), default=16, metavar="N",
+        help="number of records processed at the same time (default %(default)s)")
+    add("--timeout", type=number_between(0.01, 1e6), default=600.0, metavar="SECONDS",
+        help="seconds to wait for one API call (default 600)")
+    add("--max-retries", type=number_between(0, 100), default=6, metavar="N",
+        help="number of retries after a connection error or a server error (default %(default)s); "
+             "waiting for a rate limit does not count")
+    add("--cache-path", metavar="FILE",
+        help="SQLite file that stores every API reply, so that a rerun is free (default: "
+             '.rlhf_cache.sqlite next to the output; "none" = no cache)')
+    add("--batch", action="store_true",
+        help="send all calls through the provider's batch API: half the price, done within a day")
+    add("--seed", type=whole_number, default=0, metavar="N",
+        help="random seed for sampling and tie-breaking (default %(default)s)")
+    add("--dry-run", action="store_true",
+        help="make no API call and write nothing; print the planned calls, tokens, cost and the "
+             "first prompts")
+    add("--price", type=price, action="append", default=[], metavar="MODEL=IN/OUT",
+        help="price of a model per million input and output tokens, e.g. qwen3-max=1.2/6; "
+             "repeatable")
+    add("--max-cost", type=number_between(0.0, 1e9), metavar="X",
+        help="limit on the cost of all runs for this output, in the currency of --price (default: "
+             "no limit)")
+
+
+def add_report_flags(add) -> None:
+    """Add the flags of the report and of review by people."""
+    add("--report-path", metavar="FILE",
+        help="HTML file for the quality report; its numbers are written next to it as .json "
+             '(default: <output>.report.html; "none" = no report)')
+    add("--review-path", metavar="FILE",
+        help="HTML file for a page on which people judge pairs without seeing the labels (default: "
+             "none)")
+    add("--annotations", action="append", default=[], metavar="FILE",
+        help="file of choices that people saved on the review page, for rank_responses; repeatable")
+# fmt: on
+
+
+def did_you_mean(name: str, known) -> str:
+    """` (did you mean --high-model?)` if one of the known names is near, else ""."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def one_of(names) -> str:
+    """`a, b or c`."""
+    *first, last = list(names) or [""]
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def default_models(position: int) -> str:
+    """The high (0) or low (1) model of each provider: `dashscope qwen3-max, openai gpt-5`."""
+    return ", ".join(f"{name} {pair[position]}" for name, pair in DEFAULT_MODELS.items())
 
 
 def catalogue(tables: dict[str, dict]) -> str:
     """{heading: table} -> every entry with the first line of its docstring."""
     lines = []
     for title, table in tables.items():
-        lines += [
-            "",
-            f"{title}:",
-            *(f"  {name:18} {first_line(entry)}" for name, entry in table.items()),
-        ]
+        lines += ["", f"{title}:"]
+        for name, entry in table.items():
+            lines += wrapped(f"  {name:18} {first_line(entry)}", later=" " * 21)
     return "\n".join(lines)
 
 
 def first_line(entry) -> str:
+    """The first line of an entry's docstring, without its full stop."""
     return entry.__doc__.strip().splitlines()[0].rstrip(".")
 
 
-def formed(form: str, read, pattern: str = "(.*)", good=lambda value: True):
-    """A type for argparse: text -> read(*groups of pattern), if good; else an error that names the form."""
+# --- Types of flags: text -> value, or an error that names the form with an example
 
-    def parse(text: str):
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            value = read(*re.fullmatch(pattern, text, re.S).groups())
-            if good(value):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+
+def utf8_text(text: str) -> str:
+    """Text of the command line; bytes that Python could not decode (LC_ALL=C) are read as UTF-8."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # half an emoji
+        return scrub(text)
+
+
+def number_between(low: float, high: float):
+    """A type for argparse: a number of low's type, both ends included."""
+
+    def parse(text: str) -> float:
+        try:
+            value = type(low)(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            form = f"a number from {low:,} to {high:,}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+        return value
 
     return parse
 
 
-def between(low, high):
-    """A type for argparse: a number of low's type, both ends included."""
-    return formed(
-        f"a number from {low:,} to {high:,}", type(low), good=lambda value: low <= value <= high
-    )
+def whole_number(text: str) -> int:
+    """A whole number, also a negative one."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
-# fmt: off
-OPTION = "(?:([^=]*):)?([^:=]+)=(.*)"
-model_option = formed("[MODEL:]KEY=JSON, e.g. top_p=0.9 or stop='[\"END\"]'; max_tokens is 1 or more",
-                      lambda model, key, value: (model or "", key, json.loads(value)), OPTION,
-                      lambda it: it[1] != "max_tokens" or (type(it[2]) is int and it[2] > 0))
-renaming = formed("OLD=NEW", lambda *names: names, "([^=]+)=(.+)")
-price = formed("MODEL=IN/OUT, e.g. qwen-max=2.4/9.6",  # money per million tokens
-               lambda model, *rates: (model, tuple(map(float, rates))), r"(.+)=([\d.]+)/([\d.]+)")
-text_file = formed("a file with text", lambda path: (path, Path(path).read_text("utf-8-sig").strip()),
-                   good=lambda it: it[1])
-samples = formed("a number of records from 1 on, or -1 for all", int, good=lambda it: it == -1 or it > 0)
-# fmt: on
+def sample_count(text: str) -> int:
+    """The number of records to read: -1 for all."""
+    if text == "-1" or (text.isdecimal() and int(text) > 0):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of records: 1 or more, -1 for all")
+
+
+def renaming(text: str) -> tuple[str, str]:
+    """OLD=NEW -> (old, new)."""
+    old, _, new = utf8_text(text).partition("=")
+    if not old or not new:
+        raise argparse.ArgumentTypeError(f"{text!r} is not OLD=NEW, e.g. ask=prompt")
+    return old, new
+
+
+def price(text: str) -> tuple[str, tuple[float, float]]:
+    """MODEL=IN/OUT -> (model, (price in, price out)), each of a million tokens."""
+    form = re.fullmatch(r"(.+)=(\d+\.?\d*|\.\d+)/(\d+\.?\d*|\.\d+)", text)
+    if not form:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not MODEL=IN/OUT, e.g. qwen3-max=1.2/6 (per million tokens)"
+        )
+    return form[1], (float(form[2]), float(form[3]))
+
+
+def model_option(text: str) -> tuple[str, str, object]:
+    """[MODEL:]KEY=JSON -> (model or "", key, value)."""
+    form = re.fullmatch(r"(?:([^=]*):)?([^:=]+)=(.*)", utf8_text(text), re.S)
+    try:
+        value = json.loads(form[3])
+    except (TypeError, ValueError):  # no form, or no JSON
+        example = "top_p=0.9 or stop='[\"END\"]'"
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not [MODEL:]KEY=JSON, e.g. {example}"
+        ) from None
+    if form[2] == "max_tokens" and (type(value) is not int or value < 1):
+        raise argparse.ArgumentTypeError(f"{text!r}: max_tokens is a whole number from 1 on")
+    return form[1] or "", form[2], value
+
+
+def text_file(path: str) -> tuple[str, str]:
+    """A file -> (its path, its text)."""
+    try:
+        text = Path(path).read_text("utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise argparse.ArgumentTypeError(f"{path}: cannot be read ({reason})") from None
+    if not text:
+        raise argparse.ArgumentTypeError(f"{path}: the file is empty")
+    return path, text
+
+
+def optional_filters() -> list[str]:
+    """Names of the filters that run only with --use-filter."""
+    return [name for name, rule in FILTERS.items() if getattr(rule, "opt_in", False)]
+
+
+def optional_filter(name: str) -> str:
+    """The name of a filter that --use-filter can switch on."""
+    if name not in optional_filters():
+        known = one_of(optional_filters()) or "there are none"
+        raise argparse.ArgumentTypeError(f"no optional filter is named {name!r} (known: {known})")
+    return name
+
+
+# --- Checks before anything is called or written
 
 
 def check(args) -> Run:
-    """Flags -> Run; raises UserError for whatever cannot work, before anything is called or written."""
-    args.prices, args.system_prompt = dict(args.price), scrub(args.system_prompt)
+    """Flags -> Run; raises UserError for whatever cannot work, before any call and any writing."""
+    args.prices = dict(args.price)
     check_paths(args)
-    answers = getattr(METHODS[args.method], "reads_answers", False)
-    refuse(
-        args.annotations and not answers,
-        "--annotations need --method rank_responses and their pairs",
-    )
+    reads_answers = getattr(METHODS[args.method], "reads_answers", False)
+    if args.annotations and not reads_answers:
+        raise UserError(
+            "--annotations works with --method rank_responses: it reads the reviewed pairs again"
+        )
     run = Run(args)
-    several = args.strategy in ("all_pairs", "adjacent") and args.min_chosen_score is None
-    both = several or (args.annotations and args.strategy != "best_worst")
-    hint = "use --strategy best_worst, or (without --annotations) --min-chosen-score"
-    refuse(args.output_format == "kto" and both, f"kto would label one answer both ways: {hint}")
-    same = "high" in getattr(run.method, "asks", ("high",)) and run.high == run.low
-    refuse(same, f"--high-model and --low-model are both {run.high.name}: name two")
-    refuse(len(set(run.judges)) < len(run.judges), "a judge is named twice: each has one voice")
-    alone = getattr(run.method, "needs_judge", False) and not run.judges
-    refuse(alone, f"{args.method} needs a judge: leave out --judge-model none, or name a model")
-    rewards = {judge.is_reward for judge in run.judges}
-    refuse(
-        len(rewards) > 1,
-        "a reward model's scale is its own: it cannot share a panel with other judges",
-    )
-    exact = EXACT_MATCH in run.judges
-    refuse(
-        exact and len(run.judges) > 1,
-        "exact_match knows right and wrong only: it cannot share a panel with other judges",
-    )
-    writers = [run.high, run.low, *(model for model, _ in run.candidates)]
-    refuse(EXACT_MATCH in writers, "exact_match writes no answers: it is a --judge-model")
-    refuse(
-        args.batch and True in rewards, "--batch has no endpoint for reward models: leave it out"
-    )
-    refuse(
-        args.batch and args.cache_path == "none", "--batch lives on its cache: name a --cache-path"
-    )
-    for model in filter(lambda model: model.is_paid, run.asked()):
-        provider, key = PROVIDERS[model.provider], key_of(model)
-        unpriced = provider.key and args.max_cost is not None and model.name not in args.prices
-        refuse(unpriced, f"--max-cost needs every model's price: --price {model.name}=IN/OUT")
-        for package in filter(None, (getattr(provider, "package", None), args.batch and "openai")):
-            missing = not args.dry_run and not importlib.util.find_spec(package)
-            refuse(missing, f"the package {package} is missing: pip install -r requirements.txt")
-        odd = re.search(r"[^!-~]", key)
-        refuse(
-            odd, f"{provider.key} holds what no key has (curly quotes? a space?): export it again"
-        )
-        keyless = provider.key and not (key or args.dry_run or model.url)
-        refuse(
-            keyless,
-            f"{provider.key} is not set: export {provider.key}=sk-..., or try --provider offline",
-        )
+    check_method(run)
+    check_judges(run)
+    for model in run.asked():
+        if model.is_paid:
+            check_model(model, args)
     return run
 
 
-def check_prices(run: Run):
-    """With --max-cost, what this output has paid for has a price; a price that nobody needs is noted."""
-    paid, prices = {name for name, *_ in run.models.bill}, run.args.prices.keys()
-    for name in sorted(paid - prices) if run.args.max_cost is not None else ():
-        raise UserError(f"this output has paid for {name} already: --price {name}=IN/OUT, too")
-    for name in sorted(prices - paid - {model.name for model in run.asked()}):
-        note(f"--price {name}: no model of this run has that name")
+def check_method(run: Run) -> None:
+    """Raise UserError if method, models, strategy and output format do not go together."""
+    args = run.args
+    asks_high = "high" in getattr(run.method, "asks", ("high", "low"))
+    if asks_high and run.high == run.low:
+        raise UserError(
+            f"--high-model and --low-model are both {run.high.name}: name two different models"
+        )
+    several_pairs = args.strategy in ("all_pairs", "adjacent") and args.min_chosen_score is None
+    may_flip = args.annotations and args.strategy != "best_worst"
+    if args.output_format == "kto" and (several_pairs or may_flip):
+        raise UserError(
+            "--output-format kto would label one answer both true and false: use --strategy "
+            "best_worst, or (without --annotations) --min-chosen-score"
+        )
+    if args.batch and args.cache_path == "none":
+        raise UserError("--batch stores its replies in the cache: leave out --cache-path none")
 
 
-def check_paths(args):
-    """The inputs are there; what is written can be, and is neither an input nor written twice."""
-    refuse(
-        not args.input_file,
-        "--input-file FILE is missing, e.g. --input-file data/alpaca_demo.jsonl",
-    )
-    named = (args.input_file, args.exclude_prompts, *args.annotations)
-    inputs = [path for path in named if path not in (None, "-")]
+def check_judges(run: Run) -> None:
+    """Raise UserError if these judges cannot work, alone or together."""
+    args = run.args
+    if getattr(run.method, "needs_judge", False) and not run.judges:
+        raise UserError(f"--method {args.method} needs a judge: leave out --judge-model none")
+    if len(set(run.judges)) < len(run.judges):
+        raise UserError("--judge-model: one judge is named twice; name different judges")
+    rewards = [judge for judge in run.judges if judge.is_reward]
+    if rewards and len(rewards) < len(run.judges):
+        raise UserError(
+            "--judge-model: a reward model has its own scale, so it cannot be combined with other "
+            "judges"
+        )
+    if EXACT_MATCH in run.judges and len(run.judges) > 1:
+        raise UserError(
+            "--judge-model: exact_match knows only right and wrong, so it cannot be combined with "
+            "other judges"
+        )
+    writers = [run.high, run.low, *(model for model, _ in run.candidates)]
+    if EXACT_MATCH in writers:
+        raise UserError("exact_match writes no answers: use it as --judge-model")
+    if rewards and args.batch:
+        raise UserError("--batch does not work with a reward model: leave out --batch")
+
+
+def check_model(model: Model, args) -> None:
+    """Raise UserError if the package, the key or the price that calls to `model` need is missing."""
+    provider = PROVIDERS[model.provider]
+    key = key_of(model)
+    if provider.key and args.max_cost is not None and model.name not in args.prices:
+        raise UserError(f"--max-cost needs the price of every model: --price {model.name}=IN/OUT")
+    packages = [getattr(provider, "package", None)]
+    if args.batch:
+        packages.append("openai")
+    for package in filter(None, packages):
+        if not args.dry_run and not importlib.util.find_spec(package):
+            raise UserError(
+                f"the package {package} is missing: pip install -r requirements.txt "
+                "(or try --provider offline)"
+            )
+    if re.search(r"[^!-~]", key):
+        raise UserError(
+            f"{provider.key} holds a character that no key has (a curly quote? a space?): "
+            "set it again"
+        )
+    needs_key = provider.key and not args.dry_run and not model.url
+    if needs_key and not key:
+        raise UserError(
+            f"{provider.key} is not set: export {provider.key}=sk-..., or try --provider offline"
+        )
+
+
+def check_prices(run: Run) -> None:
+    """With --max-cost every model that was paid has a price; note a price that no model needs."""
+    paid = {name for name, *_ in run.models.bill}
+    prices = set(run.args.prices)
+    if run.args.max_cost is not None:
+        for name in sorted(paid - prices):
+            raise UserError(
+                f"--max-cost: earlier runs for this output paid for {name}: add --price "
+                f"{name}=IN/OUT"
+            )
+    asked = {model.name for model in run.asked()}
+    for name in sorted(prices - paid - asked):
+        note(f"--price {name}: this run uses no model of that name")
+
+
+def check_paths(args) -> None:
+    """Raise UserError if an input is missing or a file cannot be written; set the cache's path."""
+    if not args.input_file:
+        raise UserError(
+            "--input-file FILE is missing, e.g. --input-file data/alpaca_demo.jsonl; see --help"
+        )
+    inputs = [args.input_file, args.exclude_prompts, *args.annotations]
+    inputs = [path for path in inputs if path not in (None, "-")]
     for path in inputs:
-        wrong = "is no file" if os.path.exists(path) else f"no such file{nearest(path)}"
-        refuse(not os.path.isfile(path), f"{path}: {wrong}")
-        other = re.search(r"\.(xlsx?|parquet|arrow|docx?|pdf|zip)$", path, re.I)
-        refuse(
-            other,
-            f"{path}: {other and other[0]} is not read; .jsonl .json .csv .tsv are, each also .gz",
-        )
-    inputs += args.rubric[:1] if args.rubric else []
+        check_readable(path)
+    if args.rubric:
+        inputs.append(args.rubric[0])
     target = args.output_path
-    refuse(not re.search(r"[^/\\]\.jsonl?$", target), f"--output-path {target}: name a .jsonl file")
-    args.cache_path = args.cache_path or os.path.join(os.path.dirname(target), ".rlhf_cache.sqlite")
-    written = [path for path in (*written_paths(args), args.cache_path) if path not in ("", "none")]
-    taken = [path + end for path in written for end in ("", ".part", ".bak")]
-    twice = len(set(map(os.path.realpath, taken))) < len(taken)
-    refuse(twice, "two of the files to write are the same: " + ", ".join(written))
+    if not re.search(r"[^/\\]\.jsonl?$", target):
+        raise UserError(f"--output-path {target}: name a .jsonl file, e.g. data/pairs.jsonl")
+    default_cache = os.path.join(os.path.dirname(target), ".rlhf_cache.sqlite")
+    args.cache_path = args.cache_path or default_cache
+    written = [path for path in [*written_paths(args), args.cache_path] if path]
+    written = [path for path in written if path != "none"]
+    check_writable(written, inputs)
+
+
+def check_readable(path: str) -> None:
+    """Raise UserError unless `path` is a file of a type that is read."""
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file{nearest(path)}")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: not a file")
+    other = re.search(r"\.(xlsx?|arrow|docx?|pdf|zip)$", path, re.I)
+    if other:
+        raise UserError(
+            f"{path}: {other[0]} is not read: convert it to .jsonl, .json, .csv or .parquet"
+        )
+
+
+def check_writable(written: list[str], inputs: list[str]) -> None:
+    """Raise UserError if a file to write is an input, is named twice or cannot be written."""
+    taken = []
+    for path in written:
+        taken += [path, path + ".part", path + ".bak"]
+    if len({os.path.realpath(path) for path in taken}) < len(taken):
+        raise UserError(f"two of the files to write are the same: {', '.join(written)}")
     for path in taken:
-        over = os.path.exists(path) and any(os.path.samefile(path, name) for name in inputs)
-        refuse(
-            over,
-            f"{path} is an input and would be written over: choose another name for the output",
-        )
-        refuse(
-            os.path.exists(path) and not os.path.isfile(path), f"{path}: is no file; choose another"
-        )
-        folder = next(filter(os.path.exists, Path(path).absolute().parents), path)
-        closed = not os.path.isdir(folder) or not os.access(folder, os.W_OK)
-        refuse(closed, f"{path}: {folder} cannot be written to; choose another folder")
+        if os.path.exists(path):
+            if any(os.path.samefile(path, source) for source in inputs):
+                raise UserError(f"{path} is an input and would be overwritten: choose another name")
+            if not os.path.isfile(path):
+                raise UserError(f"{path}: not a file; choose another name")
+        folder = next(filter(os.path.exists, Path(path).absolute().parents), Path(path))
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise UserError(f"{path}: {folder} cannot be written to; choose another folder")
 
 
 def written_paths(args) -> list[str]:
-    """[output, drops, test split, candidates, report page, its numbers, review page]; "" if not asked for."""
+    """[output, drops, test split, candidates, report, its numbers, review]; "" for unwanted ones."""
     stem = re.sub(r"\.jsonl?$", "", args.output_path)
-    report = re.sub(r"\.(html|json)$", "", args.report_path or f"{stem}.report")
-    reports = ["", ""] if args.report_path == "none" else [f"{report}.html", f"{report}.json"]
-    split = f"{stem}.test.jsonl" if args.test_fraction else ""
-    lines = [args.output_path, f"{stem}.dropped.jsonl", split, args.candidates_path or ""]
-    paths = [*lines, *reports, args.review_path or ""]
-    return [
-        os.path.realpath(path) if os.path.islink(path) else path for path in paths
-    ]  # links stay
+    test = f"{stem}.test.jsonl" if args.test_fraction else ""
+    paths = [args.output_path, f"{stem}.dropped.jsonl", test, args.candidates_path or ""]
+    if args.report_path == "none":
+        paths += ["", ""]
+    else:
+        report = re.sub(r"\.(html|json)$", "", args.report_path or f"{stem}.report")
+        paths += [f"{report}.html", f"{report}.json"]
+    paths.append(args.review_path or "")
+    # A link stays: what it points to is written.
+    return [os.path.realpath(path) if os.path.islink(path) else path for path in paths]
 
 
 def nearest(path: str) -> str:
-    """`; did you mean data/alpaca_demo.jsonl?` if a file of about that name is near, else nothing."""
-    folders = Path(__file__).resolve().parent / "data", Path("data"), Path(path).parent
-    known = {file.name: file for folder in folders for file in folder.glob("*")}
+    """`; did you mean data/alpaca_demo.jsonl?` if a file of about that name is near, else ""."""
+    known = {}
+    for folder in (Path(__file__).resolve().parent / "data", Path("data"), Path(path).parent):
+        for file in folder.glob("*"):
+            known[file.name] = file
     near = difflib.get_close_matches(Path(path).name, known, 1, 0.75)
     return f"; did you mean {known[near[0]]}?" if near else ""
 
@@ -7678,33 +8237,56 @@ def check_input(path: str, run: Run):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program -> 0 done, 1 a rerun may help or no pair, 2 usage, 3 stopped early, 130 Ctrl-C."""
+    """Run the program -> its exit status.
+
+    0 done, 1 a rerun may help or no pair came out, 2 a mistake of the user, 3 stopped early,
+    130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    sys.stderr = sys.stderr or nobody()  # `2>&-`
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # it was closed: 2>&-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     if not argv:
-        title, _, commands, *_ = __doc__.split("\n\n")
-        show(f"{title}\n\n{commands}\n" + catalogue({"Methods": METHODS}))
+        show(first_steps())
         return 0
     try:
         return asyncio.run(construct(build_parser().parse_args(argv)))
     except UserError as error:
-        note(f"{PROGRAM}: error: {error}")
+        complain("error", str(error))
         return 2
     except Stop as stop:
-        note(f"{PROGRAM}: stopped: {stop}")
+        complain("stopped", str(stop))
         return stop.status
-    except OSError as error:
-        note(f"{PROGRAM}: stopped: {os_error_text(error)}; the same command goes on from here")
-        return 3
-    except sqlite3.Error as error:
-        note(f"{PROGRAM}: stopped: {error}; the same command goes on from here")
+    except (OSError, sqlite3.Error) as error:
+        complain("stopped", disk_message(error))
         return 3
     except KeyboardInterrupt:
-        note(f"{PROGRAM}: interrupted; the same command goes on from here")
+        complain("interrupted", "run the same command again to continue")
         return 130
+
+
+def first_steps() -> str:
+    """What a start without flags shows: what the program does, three commands, the methods."""
+    title, _, examples, *_ = __doc__.split("\n\n")
+    return f"{title}\n\n{examples}\n{catalogue({'Methods': METHODS})}\n\nAll flags: --help"
+
+
+def complain(kind: str, message: str) -> None:
+    """Print why the program ends, on one line."""
+    note(f"{PROGRAM}: {kind}: {' '.join(message.split())}")
+
+
+def disk_message(error: OSError | sqlite3.Error) -> str:
+    """What went wrong with a file, and what to do."""
+    again = "run the same command again"
+    number_of_error = getattr(error, "errno", None)
+    full = number_of_error in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or "full" in str(error):
+        return f"the disk is full. Nothing is lost: free some space and {again}."
+    if number_of_error in (errno.EMFILE, errno.ENFILE):
+        return f"too many open files. Nothing is lost: lower --concurrency and {again}."
+    cause = getattr(error, "strerror", None) or error
+    return f"{cause}. Nothing is lost: {again} once this is corrected."
 
 
 # --------------------------------------------------------------------------------------------------

@@ -445,7 +445,7 @@ def test_one_name_at_two_addresses_is_two_models(rlhf):
     with Api(world) as one, Api(lambda call: world(call).replace("mistaken", "right")) as two:
         flags = ("--high-model", f"m@{two.openai_url}", "--low-model", f"m@{one.openai_url}")
         result = rlhf(PROMPTS, "--provider", "openai", *flags, "--judge-model", "judge", api=one)
-    assert len(result.pairs) == 6 and f"= {one.count() + two.count()} calls" in result.err
+    assert len(result.pairs) == 6 and f" {one.count() + two.count()} API calls" in result.err
 
 
 def test_the_reference_can_be_the_strong_model(rlhf):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -25,14 +26,15 @@ REFUSED = {
     "no input": ([], ["--provider", "offline"], "--input-file FILE is missing"),
     "no such input": (["--input-file", "none.jsonl"], [], "none.jsonl: no such file"),
     "a near name": (["--input-file", "../lesson3/data/alpaca_demo.jsonl"], [], "data/alpaca_demo.jsonl?"),
-    "a folder": (["--input-file", "."], [], "is no file"),
+    "a folder": (["--input-file", "."], [], "not a file"),
     "no key": (["--input-file", DEMO], [], "DASHSCOPE_API_KEY is not set"),
-    "unknown method": (["--input-file", DEMO, "--method", "magic"], [], "model_comparison"),
+    "unknown method": (["--input-file", DEMO, "--method", "rank_response"], [], "--method: 'rank_response' is not model_comparison, generate_pairs or rank_responses (did you mean rank_responses?)"),
+    "no value": (["--input-file", DEMO, "--seed"], [], "--seed: its value is missing"),
     "unknown provider": (["--input-file", DEMO, "--provider", "magic"], [], "dashscope"),
     "unknown flag": (["--input-file", DEMO, "--high-modell", "x"], [], "did you mean --high-model?"),
     "shortened flag": (["--input-file", DEMO, "--high", "x"], [], "--high"),
-    "output is the input": (["--input-file", "in.jsonl", "--output-path", "./in.jsonl"], [], "written over"),
-    "drops over the input": (["--input-file", "x.dropped.jsonl", "--output-path", "x.jsonl"], [], "written over"),
+    "output is the input": (["--input-file", "in.jsonl", "--output-path", "./in.jsonl"], [], "would be overwritten"),
+    "drops over the input": (["--input-file", "x.dropped.jsonl", "--output-path", "x.jsonl"], [], "would be overwritten"),
     "output is a folder": (["--input-file", DEMO, "--output-path", "."], [], "name a .jsonl file"),
     "empty input": (["--input-file", "empty.jsonl"], ["--provider", "offline"], "holds no record"),
     "unknown fields": (["--input-file", "odd.jsonl"], ["--provider", "offline"], "no known fields: colour"),
@@ -45,12 +47,12 @@ REFUSED = {
     "no workers": (["--input-file", DEMO, "--concurrency", 0], [], "not a number from 1 to"),
     "not a number": (["--input-file", DEMO, "--max-samples", "ten"], [], "'ten' is not a number"),
     "budget without price": (["--input-file", DEMO, *MODELS, "--max-cost", 1], [], "--price gpt-4o=IN/OUT"),
-    "bad price": (["--input-file", DEMO, "--price", "gpt-4o=cheap"], [], "is not MODEL=IN/OUT"),
+    "bad price": (["--input-file", DEMO, "--price", "gpt-4o=cheap"], [], "--price: 'gpt-4o=cheap' is not MODEL=IN/OUT, e.g. "),
     "bad option": (["--input-file", DEMO, "--model-option", "top_p"], [], "is not [MODEL:]KEY=JSON"),
     "a key in an address": (["--input-file", DEMO, "--low-model", "openai:m@http://u:pw@h/v1"], [], "environment"),
     "reward without address": (["--input-file", DEMO, "--judge-model", "reward:rm"], [], "needs its address"),
-    "two scales in one panel": (["--input-file", DEMO, "--judge-model", "m", "--judge-model", "reward:r@http://localhost:1"], [], "scale is its own"),
-    "kto both ways": (["--input-file", DEMO, "--output-format", "kto", "--strategy", "adjacent"], [], "both ways"),
+    "two scales in one panel": (["--input-file", DEMO, "--judge-model", "m", "--judge-model", "reward:r@http://localhost:1"], [], "has its own scale"),
+    "kto both ways": (["--input-file", DEMO, "--output-format", "kto", "--strategy", "adjacent"], [], "both true and false"),
     "no scheme": (["--input-file", DEMO, *MODELS, "--base-url", "localhost:8000/v1"], [], "is written http://"),
     "no scheme after @": (["--input-file", DEMO, *MODELS, "--low-model", "m@localhost:1/v1"], [], "m@localhost:1"),
     "no port": (["--input-file", DEMO, *MODELS, "--base-url", "http://host:port/v1"], [], "is written http://"),
@@ -59,9 +61,9 @@ REFUSED = {
     "no output name": (["--input-file", DEMO, "--output-path", ""], [], "name a .jsonl file"),
     "output under a file": (["--input-file", DEMO, "--output-path", "odd.jsonl/x.jsonl"], [], "cannot be written"),
     "output is a device": (["--input-file", DEMO, "--output-path", os.devnull], [], "name a .jsonl file"),
-    "cache is a folder": (["--input-file", DEMO, "--cache-path", "."], [], "is no file"),
-    "candidates is a folder": (["--input-file", DEMO, "--candidates-path", "."], [], "is no file"),
-    "output's part is the input": (["--input-file", "y.jsonl.part", "--output-path", "y.jsonl"], [], "written over"),
+    "cache is a folder": (["--input-file", DEMO, "--cache-path", "."], [], "not a file"),
+    "candidates is a folder": (["--input-file", DEMO, "--candidates-path", "."], [], "not a file"),
+    "output's part is the input": (["--input-file", "y.jsonl.part", "--output-path", "y.jsonl"], [], "would be overwritten"),
     "two pages in one file": (["--input-file", DEMO, "--output-path", "o.jsonl", "--review-path", "o.report.html"], [], "the same"),
     "review page over the output": (["--input-file", DEMO, "--output-path", "o.jsonl", "--review-path", "o.jsonl"], [], "the same"),
     "candidates in a part": (["--input-file", DEMO, "--output-path", "o.jsonl", "--candidates-path", "o.jsonl.part"], [], "the same"),
@@ -72,8 +74,8 @@ REFUSED = {
     "one file for two": (["--input-file", DEMO, "--candidates-path", "o.jsonl", "--output-path", "o.jsonl"], [], "the same"),
     "excluded is missing": (["--input-file", DEMO, "--exclude-prompts", "none.jsonl"], [], "none.jsonl: no such"),
     "missing rubric": (["--input-file", DEMO, "--rubric", "none.txt"], [], "none.txt"),
-    "no samples": (["--input-file", DEMO, "--max-samples", 0], [], "is not a number of records from 1 on"),
-    "output is the rubric": (["--input-file", DEMO, "--rubric", "odd.jsonl", "--output-path", "odd.jsonl"], [], "written over"),
+    "no samples": (["--input-file", DEMO, "--max-samples", 0], [], "is not a number of records: 1 or more"),
+    "output is the rubric": (["--input-file", DEMO, "--rubric", "odd.jsonl", "--output-path", "odd.jsonl"], [], "would be overwritten"),
     "a file of no kind": (["--input-file", "noise.jsonl"], ["--provider", "offline"], "not JSON"),
 }  # fmt: skip
 
@@ -100,7 +102,7 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch, capsys, 
 def test_no_arguments_show_three_commands_and_the_methods(capsys):
     assert rc.main([]) == 0
     out = capsys.readouterr().out
-    assert out.count("python rlhf_constructor.py") == 3 and all(name in out for name in rc.METHODS)
+    assert out.count("python3 rlhf_constructor.py") == 3 and all(name in out for name in rc.METHODS)
 
 
 def test_help_lists_every_entry_of_every_table():
@@ -109,10 +111,100 @@ def test_help_lists_every_entry_of_every_table():
     ).stdout
     for table in (rc.METHODS, rc.INPUTS, rc.FILTERS, rc.OUTPUTS, rc.PROVIDERS, rc.STRATEGIES):
         assert all(name in out for name in table)
-    lesson = out.index("the lesson's command:")
+    first = out.index("main flags:")
     assert all(
-        lesson < out.index(f"  {flag} ") for flag in ("--input-file", "--method", "--output-path")
+        first < out.index(f"  {flag} ") for flag in ("--input-file", "--method", "--output-path")
     )
+
+
+def test_help_has_100_columns_and_a_short_usage_line(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = rc.build_parser().format_help().splitlines()
+    assert lines[0] == "usage: rlhf_constructor.py --input-file FILE [options]"
+    assert max(map(len, lines)) <= 100
+    examples = [n for n, line in enumerate(lines) if "python3 rlhf_constructor.py" in line]
+    assert len(examples) == 3 and max(examples) < lines.index("methods:")
+
+
+def test_the_defaults_in_help_are_the_real_ones():
+    named = 0
+    for action in rc.build_parser()._actions:
+        default = re.search(r"\(default (-?[\w./]+)", action.help % vars(action))
+        if default and action.default is not None:
+            named += 1
+            assert str(action.default) in (default[1], f"{default[1]}.0"), action.option_strings
+    assert named >= 15
+
+
+def test_every_flag_is_explained_with_its_default_or_as_repeatable():
+    for action in rc.build_parser()._actions[1:]:
+        complete = re.search("default|repeatable|required", action.help)
+        assert complete or action.nargs == 0, action.option_strings
+
+
+# --- @FILE
+
+
+def parsed(*argv):
+    return rc.build_parser().parse_args(list(map(str, argv)))
+
+
+def test_a_file_of_flags_holds_a_flag_and_its_value_on_each_line(tmp_path):
+    file = tmp_path / "flags"
+    file.write_text(
+        "\ufeff# the main job\n--input-file in put.jsonl\n\n  --system-prompt @ Reply in 中文.\r\n"
+        '--batch\n--candidate-models a b\n--rename "my field=prompt"\n--seed=4\n',
+        "utf-8",
+    )
+    args = parsed(f"@{file}", "--seed", 5)
+    assert (args.input_file, args.system_prompt) == ("in put.jsonl", "@ Reply in 中文.")
+    assert args.batch and args.candidate_models == ["a", "b"] and args.seed == 5
+    assert args.rename == [("my field", "prompt")]
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (None, "flags: no such file or directory; @FILE reads flags"),
+        ("--seed 1 --batch", "an @FILE holds one flag a line"),
+        ("--sed 1", "'--sed' is not a flag (did you mean --seed?)"),
+        ("--seed one", "--seed: 'one' is not a whole number"),
+    ],
+    ids=["missing", "two flags", "a typo", "a wrong value"],
+)
+def test_a_mistake_in_a_file_of_flags_is_one_line(tmp_path, monkeypatch, capsys, text, says):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "flags").write_text(text)
+    assert rc.main(["@flags"]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+
+
+# --- values
+
+
+def test_an_unknown_optional_filter_is_refused_with_the_known_ones(monkeypatch):
+    with pytest.raises(rc.UserError, match="no optional filter is named 'strict'"):
+        parsed("--use-filter", "strict")
+
+    def strict(pair, run):
+        """a filter that runs only when asked for"""
+
+    monkeypatch.setitem(rc.FILTERS, "strict", strict)
+    strict.opt_in = True
+    assert parsed("--use-filter", "strict").use_filter == ["strict"]
+    with pytest.raises(rc.UserError, match=r"\(known: .*strict\)"):
+        parsed("--use-filter", "x")
+
+
+def test_chinese_arguments_are_read_as_utf_8_in_a_c_locale(tmp_path):
+    """Python hands over bytes that it cannot decode as lone surrogates."""
+    broken = "请用中文".encode().decode("ascii", "surrogateescape")
+    options = ["--rename", f"{broken}=prompt", "--model-option", f'm:a="{broken}"']
+    args = parsed("--system-prompt", broken, *options)
+    assert args.system_prompt == "请用中文" and args.rename == [("请用中文", "prompt")]
+    assert args.model_option == [("m", "a", "请用中文")]
 
 
 @pytest.mark.parametrize("package", ["openai", "dashscope"])
@@ -161,16 +253,21 @@ def test_few_pairs_come_with_advice(rlhf):
     with Api(lambda call: "positive") as api:
         result = rlhf(PROMPTS, *MODELS, api=api)
     assert result.status == 1 and result.pairs == []
-    assert "12  filter: identical answers" in result.out and "--system-prompt" in result.out
+    assert "  12  identical answers  both answers are the same text" in result.out
+    assert "identical answers: on label tasks: --system-prompt" in result.out
 
 
 def test_the_plan_names_the_calls_that_are_then_made(rlhf):
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, api=api)
-        plan = "12 records x (1 gpt-4o + 1 gpt-4o-mini + 2 gpt-4o as judge) = 48 calls, 0 of them cached"
-        assert plan in result.err and "--judge-model none: 24" in result.err and api.count() == 48
-        result = rlhf(PROMPTS + [{"prompt": "one more"}], *MODELS, api=api)
-        assert "= 52 calls, 48 of them cached" in result.err and api.count() == 52
+        models = "12 gpt-4o, 12 gpt-4o-mini, 24 judging by gpt-4o"
+        assert (
+            f"Plan: 12 records, 48 API calls ({models});\n  0 are cached, 48 to pay." in result.err
+        )
+        assert api.count() == 48
+        result = rlhf(PROMPTS + [{"prompt": "another"}], *MODELS, api=api)
+        assert "52 API calls" in result.err and "48 are cached, 4 to pay." in result.err
+        assert api.count() == 52
 
 
 @pytest.mark.parametrize(
@@ -178,25 +275,28 @@ def test_the_plan_names_the_calls_that_are_then_made(rlhf):
     [
         (
             ["--method", "generate_pairs"],
-            "(2 gpt-4o + 2 gpt-4o-mini + 2 gpt-4o as judge) = 72 calls",
+            "72 API calls (24 gpt-4o, 24 gpt-4o-mini, 24 judging by gpt-4o)",
         ),
-        (["--judge-model", "none"], "(1 gpt-4o + 1 gpt-4o-mini) = 24 calls"),
-        (["--judge-model", "j", "--judge-model", "k"], "+ 2 j as judge + 2 k as judge) = 72 calls"),
-        (["--judge-model", "j", "--judge-orders", 1], "+ 1 j as judge) = 36 calls"),
+        (["--judge-model", "none"], "24 API calls (12 gpt-4o, 12 gpt-4o-mini)"),
+        (["--judge-model", "j", "--judge-model", "k"], "24 judging by j, 24 judging by k)"),
+        (["--judge-model", "j", "--judge-orders", 1], "12 judging by j)"),
     ],
     ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_the_plan_knows_methods_and_judges(rlhf, flags, calls):
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, *flags, api=api)
-    assert calls in result.err and f"= {api.count()} calls" in result.err
+    assert calls in result.err and f" {api.count()} API calls" in result.err
 
 
 def test_a_dry_run_needs_no_key_calls_nobody_and_writes_nothing(rlhf, tmp_path):
     result = rlhf(PROMPTS, "--dry-run", "--price", "qwen3-max=1/2", "--provider", "dashscope")
     assert result.status == 0 and os.listdir(tmp_path) == ["in.jsonl"]
-    assert "12 records read" in result.out and "at the given price" in result.out
-    assert "qwen-flash as answer is asked:\nQuestion 0?" in result.out and "<answer" in result.out
+    assert "Read 12 records." in result.out and "(--price)" in result.out
+    assert (
+        "First prompt to qwen-flash as answer:\nQuestion 0?" in result.out
+        and "<answer" in result.out
+    )
 
 
 def test_a_budget_stops_the_run_and_a_larger_one_goes_on(rlhf):
@@ -277,19 +377,16 @@ def test_a_budget_needs_the_price_of_what_was_paid_before(rlhf):
             ("--price", "gpt-4o=1/1", "--price", "gpt-4o-mini=1/1", "--max-cost", 9),
         )
         result = rlhf(PROMPTS, *MODELS, *budget, api=api)
-        assert (
-            result.status == 2
-            and "paid for former already: --price former=IN/OUT, too" in result.err
-        )
+        assert result.status == 2 and "paid for former: add --price former=IN/OUT" in result.err
         more = rlhf(PROMPTS, *MODELS, *budget, "--price", "former=1/1", "--dry-run", api=api)
-        assert more.status == 0 and "no model of this run" not in more.err and api.count() == calls
+        assert more.status == 0 and "--price former" not in more.err and api.count() == calls
 
 
 def test_a_price_for_nobody_is_noted_and_the_stop_says_what_a_call_may_cost(rlhf):
     prices = ("--price", "gpt-4o=0/1000", "--price", "gpt-4o-mini=0/1000", "--price", "gpt5=1/1")
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 0.01, "--max-tokens", 41, api=api)
-    assert "--price gpt5: no model of this run has that name" in result.err
+    assert "--price gpt5: this run uses no model of that name" in result.err
     assert "one more call might pass it: it may cost up to 0.041; raise it (or lower" in result.err
 
 
@@ -337,7 +434,7 @@ def test_a_broken_cache_is_named_and_left_alone(rlhf, tmp_path):
 def test_annotations_without_their_pairs_are_refused(rlhf, tmp_path):
     (tmp_path / "v.jsonl").write_text("{}\n")
     result = rlhf(DEMO, "--provider", "offline", "--annotations", "v.jsonl")
-    assert "need --method rank_responses" in result.err
+    assert "works with --method rank_responses" in result.err
     refused = rlhf(
         DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "v.jsonl"
     )

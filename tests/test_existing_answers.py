@@ -577,7 +577,7 @@ def test_mutated_records_of_every_shape_never_stop_the_run(rlhf):
     records = list(fuzzed(SHAPES, 2000, 1))
     result = rlhf([GOOD, *records], *RANK, "--strategy", "all_pairs")
     assert result.status == 0, result.err
-    assert f"{len(records) + 1} records read" in result.out and len(result.pairs) > 300
+    assert f"Read {len(records) + 1:,} records" in result.out and len(result.pairs) > 300
     assert len(result.dropped) > 300 and all(row["reason"] for row in result.dropped)
 
 
@@ -595,7 +595,7 @@ def test_no_mutated_record_gives_a_pair_against_its_own_signal(rlhf):
 
 # --- How far apart the two have to be.
 
-KEPT, SMALL = "kept", "filter: gap too small"
+KEPT, SMALL = "kept", "filter: score gap too small"
 FOUR = [
     "One reason is the cloud.",
     "Two hands pour it.",

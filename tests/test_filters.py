@@ -149,14 +149,14 @@ DROPPED = {
              rejected="Scattering.", why="wrong language"),
     ],
     "gap": [
-        case("English", votes=TIED, why="gap too small"),
-        case("Chinese", prompt="6乘7等于多少？", chosen="42", rejected="大概四十", votes=TIED, why="gap too small"),
-        case("by the flag", votes=CLEAR, flags=["--min-score-gap", "6.5"], why="gap too small"),
+        case("English", votes=TIED, why="score gap too small"),
+        case("Chinese", prompt="6乘7等于多少？", chosen="42", rejected="大概四十", votes=TIED, why="score gap too small"),
+        case("by the flag", votes=CLEAR, flags=["--min-score-gap", "6.5"], why="score gap too small"),
     ],
     "floor": [
-        case("English", votes=((5.0, 5.0), (1.0, 1.0)), flags=["--min-chosen-score", "6"], why="chosen too poor"),
+        case("English", votes=((5.0, 5.0), (1.0, 1.0)), flags=["--min-chosen-score", "6"], why="chosen score too low"),
         case("Chinese", prompt="6乘7等于多少？", chosen="43", rejected="蓝色", votes=((5.0, 5.0), (1.0, 1.0)),
-             flags=["--min-chosen-score", "5.1"], why="chosen too poor"),
+             flags=["--min-chosen-score", "5.1"], why="chosen score too low"),
     ],
 }  # fmt: skip
 
@@ -195,17 +195,22 @@ QUICKSORT = "def quicksort(items):\n    if len(items) <= 1:\n        return item
             "    return quicksort(left) + [pivot] + quicksort(right)"  # fmt: skip
 FORMULA = r"\[ \int_{-\infty}^{\infty} e^{-x^2} \mathrm{d}x = \sqrt{\pi}, \quad \lim_{n \to \infty} " \
           r"\left(1 + \frac{1}{n}\right)^n = e, \quad \sum_{k=1}^{\infty} \frac{1}{k^2} = \frac{\pi^2}{6} \]"  # fmt: skip
-DER_HIMMEL = "Der Himmel ist heute wieder sehr schön blau und die Sonne scheint über dem ganzen Land."
+DER_HIMMEL = (
+    "Der Himmel ist heute wieder sehr schön blau und die Sonne scheint über dem ganzen Land."
+)
 SQL = "SELECT department, name, salary\nFROM employees\nWHERE rank_in_department <= 3\nORDER BY department, salary DESC;"
 PAGE = "<html>\n<body>\n  <h1>Welcome to our little page</h1>\n  <p>This is the first paragraph of it.</p>\n" \
        "  <p>And this is the second one.</p>\n</body>\n</html>"  # fmt: skip
 EXPRESS = "const express = require('express');\nconst app = express();\napp.get('/', (req, res) => {\n" \
           "  res.send('Hello World!');\n});\napp.listen(3000, () => {\n  console.log('Example app listening');\n});"  # fmt: skip
-LEGAL_WAYS = "I'm sorry, but I can't help with evading tax. However, here are some legal ways to pay less:\n" + (
-    "1. Put money into a pension: what you pay in is not taxed until you take it out again.\n"
-    "2. Keep the receipts of what you need for your work, such as tools, books and travel.\n"
-    "3. Give to a charity that is registered, and ask for a receipt.\n"
-    "4. Ask an adviser about allowances for children, for care and for the repair of your house.\n"
+LEGAL_WAYS = (
+    "I'm sorry, but I can't help with evading tax. However, here are some legal ways to pay less:\n"
+    + (
+        "1. Put money into a pension: what you pay in is not taxed until you take it out again.\n"
+        "2. Keep the receipts of what you need for your work, such as tools, books and travel.\n"
+        "3. Give to a charity that is registered, and ask for a receipt.\n"
+        "4. Ask an adviser about allowances for children, for care and for the repair of your house.\n"
+    )
 )
 ZH_ESTIMATE = "很抱歉，我无法确切回答这个问题，因为每天都有新书出版。但一般来说，人们估计全世界出版过的图书约有一亿三千万种。" \
               "这个数字来自谷歌图书在2010年的统计，它把同一本书的不同版本算作一种。此后每年大约新增两百万种，所以今天的总数可能超过一亿五千万种。"  # fmt: skip
@@ -458,7 +463,10 @@ def test_jaccard_similarity_by_hand():
     [
         ("a b c d e f g h i j " * 3, 1.0),
         ("a b c d e f g h i j " * 2, 0.0),  # said twice, it is no loop
-        ("a b c d e f g h i j k l m n o x a b c d e f g h i j k l m n o y a b c d e f g h i j k l m n o", 0.0),
+        (
+            "a b c d e f g h i j k l m n o x a b c d e f g h i j k l m n o y a b c d e f g h i j k l m n o",
+            0.0,
+        ),
     ],
 )
 def test_the_share_of_consecutive_repeats_by_hand(text, share):
@@ -484,7 +492,10 @@ def test_answers_that_differ_in_case_alone_reach_the_pair_where_the_input_decide
 
 
 def test_word_runs_and_character_runs_by_hand():
-    assert rc.word_runs(["a", "b", "c"], 2) == [("a", "b"), ("b", "c")] and rc.word_runs(["a"], 2) == []
+    assert (
+        rc.word_runs(["a", "b", "c"], 2) == [("a", "b"), ("b", "c")]
+        and rc.word_runs(["a"], 2) == []
+    )
     assert rc.character_runs("abcdef", 3, 2) == ["abc", "cde"] and rc.character_runs("ab", 3) == []
 
 
@@ -573,7 +584,9 @@ def test_an_example_in_a_docstring_is_true(name, line):
     dropped, reason = reason_against_example(line)
     assert bool(reason) is dropped, reason
     if dropped:  # by this filter, not by another
-        run = run_of("--skip-filter", name) if not getattr(rc.FILTERS[name], "fixed", False) else None
+        run = (
+            run_of("--skip-filter", name) if not getattr(rc.FILTERS[name], "fixed", False) else None
+        )
         assert run is None or reason_against_example_without(line, name) is None
 
 
@@ -591,7 +604,10 @@ def test_every_filter_has_examples_of_both_kinds(name):
 
 # --- good answers that look bad
 
-GOOD = [json.loads(line) for line in (Path(__file__).parent / "good_answers.jsonl").open(encoding="utf-8")]
+GOOD = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "good_answers.jsonl").open(encoding="utf-8")
+]
 KINDS = sorted({answer["kind"] for answer in GOOD})
 
 

@@ -210,14 +210,11 @@ def kind(value):
 
 def balanced(out, files, many=False):
     """Records read = records that gave pairs + lines among the dropped; pairs = rows."""
-    read_, paired, pairs, dropped = map(
-        int,
-        re.search(
-            r"(\d+) records read: (\d+)\D+(?:\d+%\) )?gave (\d+) pairs, (\d+) dropped", out
-        ).groups(),
-    )
+    form = r"Read (\d+) records?, wrote (\d+) pairs?(?: from (\d+) records?)? \(\d+%\), dropped (\d+)\."
+    read_, pairs, paired, dropped = re.search(form, out).groups()
+    pairs, dropped = int(pairs), int(dropped)
     drops = strict(files.get("o.dropped.jsonl", b""), typed=False)
-    assert read_ == paired + dropped and len(drops) == dropped
+    assert int(read_) == int(paired or pairs) + dropped and len(drops) == dropped
     assert all(
         row["stage"] in ("input", "model", "judge", "filter", "human") and row["reason"]
         for row in drops

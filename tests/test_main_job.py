@@ -48,7 +48,7 @@ def test_the_lessons_commands_work_as_written(process, tmp_path, provider, high,
         out, err = run.communicate(timeout=60)
     assert run.returncode == 0, err
     pairs, dropped = rows(tmp_path / "data/rlhf.jsonl"), rows(tmp_path / "data/rlhf.dropped.jsonl")
-    records = int(re.search(r"(\d+) records read", out)[1])
+    records = int(re.search(r"Read (\d+) records", out)[1])
     assert records == len(pairs) + len(dropped) and len(pairs) > records / 2
     assert {(pair["chosen_model"], pair["rejected_model"]) for pair in pairs} == {(high, low)}
 

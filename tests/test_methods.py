@@ -277,7 +277,7 @@ def test_a_rerun_may_cure_a_failure_but_not_a_filter():
 def test_a_pair_of_candidates_needs_two_points():
     assert (
         process_record(ask(), candidates(marks=dict.fromkeys(MARKS, 5) | {"It is 42.": 6.9}))
-        == "filter: gap too small"
+        == "filter: score gap too small"
     )
     assert process_record(
         ask(), candidates(marks=dict.fromkeys(MARKS, 5) | {"It is 42.": 7})
@@ -288,7 +288,7 @@ def test_model_comparison_needs_one_point():
     marks = lambda high: comparison(lambda _, judge_in_order: verdict(judge_in_order, {"It is 42.": high, "It is 9.": 5}.get),
                                     low="It is 9.")  # fmt: skip
     assert [process_record(ask(), marks(high)) for high in (5.9, 6)] == [
-        "filter: gap too small",
+        "filter: score gap too small",
         "strong over weak",
     ]
 
@@ -402,7 +402,7 @@ def test_with_a_length_penalty_the_pair_with_the_largest_rest_of_its_gap_is_made
 def test_the_penalty_counts_against_the_gap_that_is_needed():
     """9 against 5 is a gap of 4; chosen is 1.5 times as long: at 2 points a factor 2 are left, at 3 only 1."""
     marks = {"x" * 30: 9, "y" * 20: 5}
-    for points, outcome in (("2", "a over b"), ("3", "filter: gap too small")):
+    for points, outcome in (("2", "a over b"), ("3", "filter: score gap too small")):
         run = run_of("--method", "generate_pairs", "--num-candidates", "2", "--length-penalty", points,
                      "--candidate-models", f"openai:a{LOCAL}", f"openai:b{LOCAL}", *judged_by("judge"),
                      says=lambda name, p: {"a": "x" * 30, "b": "y" * 20}.get(name) or verdict(p, marks.get))  # fmt: skip

@@ -43,10 +43,10 @@ TABLES = {"INPUTS": rc.INPUTS, "METHODS": rc.METHODS, "FILTERS": rc.FILTERS, "OU
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_entry_of_every_table_explains_itself_in_help(table):
-    shown = rc.build_parser().format_help()
+    shown = " ".join(rc.build_parser().format_help().split())
     for name, entry in TABLES[table].items():
-        first = rc.first_line(entry)
-        assert len(first) > 10 and re.search(rf"^  {name} +{re.escape(first)}$", shown, re.M), name
+        first = " ".join(rc.first_line(entry).split())
+        assert len(first) > 10 and f" {name} {first} " in f"{shown} ", name
 
 
 def test_the_header_and_requirements_txt_name_the_same_packages():
