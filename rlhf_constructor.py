@@ -4141,6 +4141,10 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
         "--high-model and --low-model of a provider",
     ),
     "no answers": ("the record has no answers to rank", ""),
+    "too many answers for one prompt": (
+        "the record has more answers than fit one judge prompt",
+        "fewer answers in each record",
+    ),
     "fewer than two answers": ("a pair needs two different answers", ""),
     "answers without any signal": (
         "nothing in the record says which answer is better",
