@@ -6521,6 +6521,10 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
         "--high-model and --low-model of a provider",
     ),
     "no answers": ("the record has no answers to rank", ""),
+    "too many answers for one prompt": (
+        "the record has more answers than fit one judge prompt",
+        "fewer answers in each record",
+    ),
     "fewer than two answers": ("a pair needs two different answers", ""),
     "answers without any signal": (
         "nothing in the record says which answer is better",
@@ -6627,6 +6631,8 @@ def has_colour(stream) -> bool:
     """True if `stream` is a terminal that shows colours, and the user has not switched them off."""
     if stream is None or not stream.isatty():
         return False
+    if os.name == "nt" and "WT_SESSION" not in os.environ:  # the old console shows the codes
+        return False
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -6672,7 +6678,8 @@ def show_plan(records: int, asking: int, models: Models) -> None:
     rows = models.rows()
     show(plan_line(asking, models) if rows else "Plan: no API call is needed.")
     for row in rows:
-        text = f"{row['model']}, {row['role']}: {plural(row['calls'], 'call')} to pay"
+        work = "judging" if row["role"] == "judge" else "answers"
+        text = f"{row['model']}, {work}: {plural(row['calls'], 'call')} to pay"
         if models.args.batch:
             batches = math.ceil(row["calls"] / BATCH_REQUESTS)
             text += f" in at least {batches} batch{'' if batches == 1 else 'es'}"
@@ -6682,6 +6689,7 @@ def show_plan(records: int, asking: int, models: Models) -> None:
             text += f"; {money_text(row['money'])} (--price)"
         show("\n".join(wrapped(text, first="  ", later="    ")))
     for receiver, messages in models.first_prompts.items():
+        receiver = receiver.removesuffix(" as answer")
         show(f"\n--- First prompt to {receiver}:\n{flatten(messages)}")
 
 
@@ -7672,8 +7680,7 @@ class Parser(argparse.ArgumentParser):
             message = f"{flag}: {value!r} is not {one_of(known)}{did_you_mean(value, known)}"
         elif missing_file:
             reason, path = missing_file.groups()
-            message = f"@{path}: {reason.lower()}; @FILE reads flags from a file"
-            message += " (a value that begins with @ is written FLAG=@...)"
+            message = f"@{path}: {reason.lower()} (@FILE reads flags; write a value as FLAG=@...)"
         else:
             message = re.sub(
                 "expected (one|at least one) argument", "its value is missing", message
@@ -7880,7 +7887,7 @@ def add_report_flags(add) -> None:
 
 def did_you_mean(name: str, known) -> str:
     """` (did you mean --high-model?)` if one of the known names is near, else ""."""
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(name, known, 1, 0.7)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
@@ -8005,8 +8012,8 @@ def optional_filters() -> list[str]:
 def optional_filter(name: str) -> str:
     """The name of a filter that --use-filter can switch on."""
     if name not in optional_filters():
-        known = one_of(optional_filters()) or "there are none"
-        raise argparse.ArgumentTypeError(f"no optional filter is named {name!r} (known: {known})")
+        known = one_of(optional_filters()) or "none so far"
+        raise argparse.ArgumentTypeError(f"{name!r} is not an optional filter (there is: {known})")
     return name
 
 

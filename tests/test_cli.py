@@ -162,10 +162,14 @@ def test_a_file_of_flags_holds_a_flag_and_its_value_on_each_line(tmp_path):
     assert args.rename == [("my field", "prompt")]
 
 
+def test_a_value_may_begin_with_the_sign_of_a_file():
+    assert parsed("--system-prompt=@home helps").system_prompt == "@home helps"
+
+
 @pytest.mark.parametrize(
     "text, says",
     [
-        (None, "flags: no such file or directory; @FILE reads flags"),
+        (None, "@flags: no such file or directory (@FILE reads flags"),
         ("--seed 1 --batch", "an @FILE holds one flag a line"),
         ("--sed 1", "'--sed' is not a flag (did you mean --seed?)"),
         ("--seed one", "--seed: 'one' is not a whole number"),
@@ -185,7 +189,7 @@ def test_a_mistake_in_a_file_of_flags_is_one_line(tmp_path, monkeypatch, capsys,
 
 
 def test_an_unknown_optional_filter_is_refused_with_the_known_ones(monkeypatch):
-    with pytest.raises(rc.UserError, match="no optional filter is named 'strict'"):
+    with pytest.raises(rc.UserError, match="'strict' is not an optional filter"):
         parsed("--use-filter", "strict")
 
     def strict(pair, run):
@@ -194,7 +198,7 @@ def test_an_unknown_optional_filter_is_refused_with_the_known_ones(monkeypatch):
     monkeypatch.setitem(rc.FILTERS, "strict", strict)
     strict.opt_in = True
     assert parsed("--use-filter", "strict").use_filter == ["strict"]
-    with pytest.raises(rc.UserError, match=r"\(known: .*strict\)"):
+    with pytest.raises(rc.UserError, match=r"\(there is: .*strict\)"):
         parsed("--use-filter", "x")
 
 
@@ -293,10 +297,7 @@ def test_a_dry_run_needs_no_key_calls_nobody_and_writes_nothing(rlhf, tmp_path):
     result = rlhf(PROMPTS, "--dry-run", "--price", "qwen3-max=1/2", "--provider", "dashscope")
     assert result.status == 0 and os.listdir(tmp_path) == ["in.jsonl"]
     assert "Read 12 records." in result.out and "(--price)" in result.out
-    assert (
-        "First prompt to qwen-flash as answer:\nQuestion 0?" in result.out
-        and "<answer" in result.out
-    )
+    assert "First prompt to qwen-flash:\nQuestion 0?" in result.out and "<answer" in result.out
 
 
 def test_a_budget_stops_the_run_and_a_larger_one_goes_on(rlhf):
