@@ -641,44 +641,54 @@ REVISION = re.compile(
 def parse_scores(reply: str, ids: list[str]) -> list[float]:
     """A judge's reply -> one score for each id; raises UnreadableReply, for there are no defaults.
 
-    The last innermost {...} that names an id counts: it must give each id one score and nothing else
-    a number. What stands around it is free, unless it may mean other scores: another grading in
+    The last innermost {...} that names an id counts: it must give each id one score, and no number to
+    anything else. What stands around it is free, unless it may mean other scores: another grading in
     the same object, thoughts that do not end, numbers or words of correction after it.
 
-    >>> parse_scores('Q7 errs. {"reason": "5 is wrong", "scores": {"K3": 8, "Q7": "3.5"}}', ["Q7", "K3"])
+    >>> parse_scores('Q7 errs. {"reason": "5", "scores": {"K3": 8, "Q7": "3.5"}}', ["Q7", "K3"])
     [3.5, 8.0]
-    >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
-    [8.0, 3.0]
     """
     text = plain_reply(reply, ids)
     name = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(ids)})(?![a-z0-9])", re.I)
     gradings = [match for match in OBJECT.finditer(text) if name.search(match[1])]
-    if gradings:
-        last = gradings[-1]
-        start, end = last.span()
-        scores = read_entries(split_entries(last[1]), ids)
-        levels = check_before(text[:start], gradings[:-1], name)
-        closed = text.count("}", end) + text.count("]", end)
-        if closed < levels:  # a draft may be whole, and what was to follow it missing
-            raise UnreadableReply("it ends inside the JSON")
-    else:
-        lines = list(map(SCORE_LINE.fullmatch, text.split("\n")))
-        entries = [(line[1].upper(), line[2]) for line in lines if line]
-        if "{" in text or not entries:
-            raise UnreadableReply("no scores in it")
-        scores = read_entries(entries, ids)
-        last_line = max(i for i, line in enumerate(lines) if line)
-        end = len("\n".join(text.split("\n")[: last_line + 1]))
-        check_before(text[:end], [], name)
-        for line, match in zip(text.split("\n"), lines, strict=True):
-            if not match and name.search(line) and re.search(r"\d", name.sub("", line)):
-                raise UnreadableReply("scores and other numbers for the same answers")
+    if not gradings:
+        return scores_in_lines(text, ids, name)
+    start, end = gradings[-1].span()
+    scores = read_entries(split_entries(gradings[-1][1]), ids)
+    levels = check_before(text[:start], gradings[:-1], name)
+    if text.count("}", end) + text.count("]", end) < levels:
+        raise UnreadableReply("it ends inside the JSON")  # this may have been a draft
     check_after(name.sub("", text[end:]))
     return scores
 
 
+def scores_in_lines(text: str, ids: list[str], name: re.Pattern) -> list[float]:
+    """`parse_scores` for a reply without JSON, from lines that hold an id and its score alone.
+
+    >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
+    [8.0, 3.0]
+    """
+    entries = []
+    before = text
+    after = ""
+    position = 0
+    for line in text.splitlines(keepends=True):
+        position += len(line)
+        if match := SCORE_LINE.fullmatch(line):
+            entries.append((match[1].upper(), match[2]))
+            before = text[:position]
+            after = text[position:]
+        elif name.search(line) and re.search(r"\d", name.sub("", line)):
+            raise UnreadableReply("a number beside an id on a line of another form")
+    if "{" in text or not entries:
+        raise UnreadableReply("no scores in it")
+    check_before(before, [], name)
+    check_after(name.sub("", after))
+    return read_entries(entries, ids)
+
+
 def plain_reply(reply: str, ids: list[str]) -> str:
-    """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}` in one object."""
+    """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`."""
     text = THOUGHT_BLOCK.sub("", without_thinking(reply)).translate(FULL_WIDTH)
     text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
     text = STRING.sub(empty_text, text)
@@ -767,9 +777,10 @@ def read_score(name: str, value: str) -> float:
 
 
 def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
-    """How many brackets must be closed after the scores that begin here, as far as keys lead outwards.
+    """How many brackets that lead to the scores must be closed after them; `text` ends where they begin.
 
-    One that only holds a reason and "scores" need not be. Raises UnreadableReply if one of them holds another grading, or if thoughts have not ended."""
+    One that only holds a reason and "scores" need not be. Raises UnreadableReply if one of them holds
+    another grading, or if thoughts have not ended."""
     marks = THOUGHT_MARK.findall(text)
     if marks and not marks[-1]:
         raise UnreadableReply("the scores stand in thoughts that do not end")
@@ -2569,7 +2580,7 @@ def scaled(value: Fraction, unit: str, places: float) -> FinalAnswer:
 
 
 def is_unit(text: str, touching: bool) -> bool:
-    """True for the name of a unit or of things that are counted; `5x`, `5 more`, `5 tenths` have none."""
+    """True for the name of a unit or of things that are counted; not in `5x`, `5 more`, `5 tenths`."""
     if text.lower() in UNIT_OF:
         return True
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
@@ -2631,7 +2642,7 @@ def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -
 
 
 def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> bool | None:
-    """`same_answer` for two numbers: None where rounding or another unit may explain the difference."""
+    """`same_answer` for numbers: None where rounding or another unit may explain the difference."""
     a, b = reference.value, answer.value
     units = {reference.detail, answer.detail} - {""}
     if len(units) == 2:
@@ -2656,7 +2667,7 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
 
 
 def rivals(unit: str, prompt: str) -> list[str]:
-    """Other units of the same dimension that the prompt names: 5 cents are not 5 where it says dollars."""
+    """Other units of this dimension that the prompt names: 5 cents may not be 5 where it asks for $."""
     dimension = DIMENSION_OF.get(unit, "count")
     if dimension in ("count", "part"):
         return []
