@@ -470,7 +470,7 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
 
 # --------------------------------------------------------------------------------------------------
 # §3 JUDGE: default_rubric, judge_prompt, parse_scores, combine_scores, judge_answers, check_labels
-# In: a record and two to eight answers. Out: the answers with scores; or labels that a judge confirms.
+# In: a record and its answers. Out: the answers with scores, or the labels that a judge confirms.
 # Called by Run.judge and rank_responses. Every number of points hangs on JUDGE_SCALE alone.
 # --------------------------------------------------------------------------------------------------
 
@@ -544,7 +544,7 @@ def sanitize(text: str) -> str:
 
 
 def default_rubric() -> str:
-    """RUBRIC with the numbers of JUDGE_SCALE: five levels of equal width, or fewer on a short scale.
+    """RUBRIC with the numbers of JUDGE_SCALE: five levels of equal width, fewer on a short scale.
 
     >>> print(default_rubric().splitlines()[-1])
       1-2: wrong, useless or harmful
@@ -568,17 +568,20 @@ def judge_prompt(
 ) -> tuple[str, list[str]]:
     """The judge's prompt, and the ids in the order of `texts`.
 
-    Ids are a letter and a digit, without A, B, 1 and 2 that judges favour; the nonce is 8 hex digits
-    that occur in no text. Both come from a hash of `seed` and the texts alone, so that a rerun asks
-    the same."""
+    Ids are a letter and a digit, without A, B, 1 and 2 that judges favour; the nonce is 8 hex
+    digits that occur in no text. Both come from a hash of `seed` and the texts alone, so that a
+    rerun asks the same."""
     everything = [record.prompt, reference, *texts]
     for attempt in itertools.count():
         draw = random.Random(digest(*seed, everything, attempt))
         nonce = f"{draw.getrandbits(32):08x}"
         if not any(nonce in text for text in everything):
             break
-    letters = draw.sample("CDEFGHJKMNPQRTVWXYZ", len(texts))
-    ids = [letter + draw.choice("3456789") for letter in letters]
+    letters = "CDEFGHJKMNPQRTVWXYZ"
+    if len(texts) <= len(letters):
+        ids = [letter + draw.choice("3456789") for letter in draw.sample(letters, len(texts))]
+    else:  # many answers of the input: letters come twice, ids do not
+        ids = draw.sample(list(map("".join, itertools.product(letters, "3456789"))), len(texts))
     data = [fence("prompt", record.prompt, nonce)]
     if reference:
         data += [fence("reference", reference, nonce), REFERENCE_NOTE]
@@ -627,9 +630,10 @@ THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
 THOUGHT_MARK = re.compile(rf"<(/?)(?:{THOUGHTS})>", re.I)
 # Words after the scores that may take them back or give others.
 REVISION = re.compile(
-    r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|oops|apolog|invert"
-    r"|reflection|second thought|reconsider|re-?(?:do|evaluat|consider)|instead|should|rather|exchang"
-    r"|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal|other way|scor|grad(?:e|ing)|rating"
+    r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|oops|apolog"
+    r"|invert|reflection|second thought|re-?(?:do|evaluat|consider)|instead|should|rather"
+    r"|exchang|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal|other way"
+    r"|scor|grad(?:e|ing)|rating"
     r"|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
     r"|\b(?:an?|gets?|to|is|be|of)\s+(?:one|two|three|four|five|six|seven|eight|nine|ten|zero)\b"
     r"|更正|修正|纠正|改|其实|应|不对|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分"
@@ -641,9 +645,9 @@ REVISION = re.compile(
 def parse_scores(reply: str, ids: list[str]) -> list[float]:
     """A judge's reply -> one score for each id; raises UnreadableReply, for there are no defaults.
 
-    The last innermost {...} that names an id counts: it must give each id one score, and no number to
-    anything else. What stands around it is free, unless it may mean other scores: another grading in
-    the same object, thoughts that do not end, numbers or words of correction after it.
+    The last innermost {...} that names an id counts: it must give each id one score, and no number
+    to anything else. What stands around it is free, unless it may mean other scores: another
+    grading in the same object, thoughts that do not end, numbers or words of correction after it.
 
     >>> parse_scores('Q7 errs. {"reason": "5", "scores": {"K3": 8, "Q7": "3.5"}}', ["Q7", "K3"])
     [3.5, 8.0]
@@ -777,10 +781,10 @@ def read_score(name: str, value: str) -> float:
 
 
 def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
-    """How many brackets that lead to the scores must be closed after them; `text` ends where they begin.
+    """How many brackets that lead to the scores must be closed after them, where `text` ends.
 
-    One that only holds a reason and "scores" need not be. Raises UnreadableReply if one of them holds
-    another grading, or if thoughts have not ended."""
+    One that only holds a reason and "scores" need not be. Raises UnreadableReply if one of them
+    holds another grading, or if thoughts have not ended."""
     marks = THOUGHT_MARK.findall(text)
     if marks and not marks[-1]:
         raise UnreadableReply("the scores stand in thoughts that do not end")
@@ -821,9 +825,10 @@ def check_after(text: str):
 
 
 def combine_scores(votes: tuple[float, ...], judges: int) -> float:
-    """Votes (judge by judge) -> score: the mean of a judge's orders, then the mean of 2, the median of more.
+    """Votes, judge by judge -> score: the mean of each judge's orders, then of two judges.
 
-    The median because one biased juror of three drags a mean without bound (arXiv 2606.30931)."""
+    Of more judges it is the median, because one biased juror of three drags a mean without bound
+    (arXiv 2606.30931)."""
     orders = len(votes) // judges
     means = [statistics.fmean(votes[i : i + orders]) for i in range(0, len(votes), orders)]
     return statistics.median(means) if judges > 2 else statistics.fmean(means)
@@ -867,6 +872,8 @@ async def judge_in_order(
     A reply that cannot be read is asked for again, with other ids."""
     if judge.is_reward:
         return [], await gather_all([run.reward(record, answer, judge) for answer in answers])
+    if len(answers) > 100:
+        raise Failed("judge", f"too many answers for one prompt: {len(answers)}")
     texts = [answers[i].text for i in order]
     reference = "" if record.reference in texts else run.shown_reference(record)
     problem = ""
@@ -924,7 +931,7 @@ LABEL_DROPS = {
 
 
 def check_label(pair: Pair, better: Answer, worse: Answer) -> LabelCheck:
-    """What the judges' scores of a pair's chosen (`better`) and rejected answer say about its label."""
+    """What judges say of a pair's label; `better`, `worse`: chosen, rejected with their scores."""
     leads = [b - w for b, w in zip(better.votes, worse.votes, strict=True)]
     if min(leads) > 0:
         result = "agrees"
@@ -939,7 +946,7 @@ def check_label(pair: Pair, better: Answer, worse: Answer) -> LabelCheck:
 
 
 async def gather_all(tasks: list) -> list:
-    """Results in order. Every call ends before anything is raised: a paid reply is never thrown away.
+    """Results in order. Every call ends before anything is raised: no paid reply is thrown away.
 
     A Failed that a task returns is a result like any other: only what was raised is raised here."""
     tasks = [asyncio.ensure_future(task) for task in tasks]
@@ -2311,7 +2318,8 @@ MARKS = (
     re.compile(r"^[ \t]*####[ \t]*(.+)$", re.M),
     re.compile(r"^[ \t]*A[ \t]*:[ \t]*(?=[-+$¥€£(\\.\d])(.+)$", re.M),
     re.compile(
-        rf"{START}(?:the\s+|my\s+)?(?:(?:final|correct|right)\s+)?answer[ \t]*(?:is|:|=)[ \t:]*(.+)$",
+        rf"{START}(?:the\s+|my\s+)?(?:(?:final|correct|right)\s+)?answer"
+        r"[ \t]*(?:is|:|=)[ \t:]*(.+)$",
         re.M | re.I,
     ),
     re.compile(
@@ -2343,8 +2351,8 @@ CHOICE = re.compile(
 )
 # Words that say more than the label they stand beside, in both languages.
 HEDGES = re.compile(
-    r"\b(?:not?|non|never|n?either|nor|or|and|but|maybe|between|except|than|to|less|more|about|without|"
-    r"un\w+|likely|possibly|partly)\b|n['’]t\b|[不没非无未或否但和与]|可能|大概|以外|部分",
+    r"\b(?:not?|non|never|n?either|nor|or|and|but|maybe|between|except|than|to|less|more|about|"
+    r"without|un\w+|likely|possibly|partly)\b|n['’]t\b|[不没非无未或否但和与]|可能|大概|以外|部分",
     re.I,
 )
 LABEL_SETS = (  # labels that exclude each other, though the prompt may not list them
@@ -2354,14 +2362,15 @@ LABEL_SETS = (  # labels that exclude each other, though the prompt may not list
     ("积极", "消极", "中性"),
     ("spam", "ham"),
 )
-# Units of one dimension, each with all its names. Single letters (m, g) are none: in mathematics they
-# are variables.
+# Units of one dimension, each with all its names. Single letters (m, g) are none: in mathematics
+# they are variables.
 # fmt: off
 UNITS = {
     "money": ("$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分", "¥ yuan rmb cny 元 块 块钱 元钱 人民币",
               "角 毛", "€ euro euros eur 欧元", "£ gbp 英镑", "yen jpy 日元"),
     "length": ("km kilometer kilometers kilometre kilometres 千米 公里", "meter meters metre metres 米",
-               "cm centimeter centimeters centimetre centimetres 厘米", "mm millimeter millimeters 毫米",
+               "cm centimeter centimeters centimetre centimetres 厘米",
+               "mm millimeter millimeters 毫米",
                "mile miles 英里", "foot feet ft 英尺", "inch inches 英寸", "yard yards 码"),
     "weight": ("kg kilogram kilograms 千克 公斤", "gram grams 克", "ton tons 吨", "pound pounds lb lbs 磅",
                "ounce ounces oz 盎司"),
@@ -2383,8 +2392,8 @@ for _dimension, _units in UNITS.items():
         DIMENSION_OF |= dict.fromkeys(_names, _dimension)
 NO_UNITS = set(
     "times halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths "
-    "thousandths hundreds thousands millions billions dozens pairs couples minus plus less loss losses "
-    "debts radians logs others".split()
+    "thousandths hundreds thousands millions billions dozens pairs couples minus plus less loss "
+    "losses debts radians logs others".split()
 )
 NO_UNIT_CHARACTERS = "之倍多少成半折万亿千百十负零下上亏欠余几约右到至或和比点每不没非双对打分"
 # Factors between units: a number that differs by one of them may be right, in another unit.
@@ -2426,8 +2435,7 @@ def final_answer(text: str) -> FinalAnswer | None:
     text = re.sub(r"\*\*|__|`", "", text.translate(FULL_WIDTH)).strip()
     marked = marked_answers(text)
     if marked:
-        end, last = marked[-1]
-        tail = text[end:].strip()
+        tail = text[marked[-1][0] :]
         if TAKEN_BACK.search(tail) or REVISION.search(tail):
             return None
         answers = [read_answer(raw) for _, raw in marked]
@@ -2448,21 +2456,19 @@ def final_answer(text: str) -> FinalAnswer | None:
 
 def marked_answers(text: str) -> list[tuple[int, str]]:
     """Where each marked answer ends, and its text, in the order of the text."""
-    found = []
+    places = []  # where the text of each answer starts and ends
     for box in re.finditer(r"\\boxed\s*\{", text):
-        end = closing_brace(text, box.end())
-        if end:
-            found.append((end + 1, text[box.end() : end]))
+        if end := closing_brace(text, box.end()):
+            places.append((box.end(), end))
     for mark in MARKS:
         for match in mark.finditer(text):
-            sentence = re.split(r"[.!?。！？\n]", text[: match.start(1)])[-1]
-            raw = match[1]
-            if r"\boxed" in raw:  # found already
-                continue
-            if SUPPOSED.search(sentence):
-                raw = "?"
-            found.append((match.end(1), raw))
-    return sorted(found)
+            if r"\boxed" not in match[1]:  # else it is found already
+                places.append(match.span(1))
+    found = []
+    for start, end in sorted(places):
+        sentence = re.split(r"[.!?。！？\n]", text[:start])[-1]
+        found.append((end, "?" if SUPPOSED.search(sentence) else text[start:end]))
+    return found
 
 
 def closing_brace(text: str, start: int) -> int:
@@ -2522,12 +2528,8 @@ def is_label(text: str) -> bool:
     """True for at most five words, or eight Chinese characters, that neither deny nor hedge."""
     words = text.split()
     long = len(words) > 5 or len(re.findall(rf"[{CJK}]", text)) > 8
-    return (
-        bool(words)
-        and not long
-        and re.fullmatch(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*", text) is not None
-        and not HEDGES.search(text)
-    )
+    letters_only = re.fullmatch(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*", text)
+    return bool(letters_only) and not long and not HEDGES.search(text)
 
 
 def read_number(text: str) -> FinalAnswer | None:
@@ -2580,7 +2582,7 @@ def scaled(value: Fraction, unit: str, places: float) -> FinalAnswer:
 
 
 def is_unit(text: str, touching: bool) -> bool:
-    """True for the name of a unit or of things that are counted; not in `5x`, `5 more`, `5 tenths`."""
+    """True for the name of a unit or of counted things, not for x, more, tenths (in `5 tenths`)."""
     if text.lower() in UNIT_OF:
         return True
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
@@ -2667,7 +2669,7 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
 
 
 def rivals(unit: str, prompt: str) -> list[str]:
-    """Other units of this dimension that the prompt names: 5 cents may not be 5 where it asks for $."""
+    """Other units of its dimension that the prompt names: 5 cents are not 5 where it asks for $."""
     dimension = DIMENSION_OF.get(unit, "count")
     if dimension in ("count", "part"):
         return []

@@ -142,6 +142,8 @@ UNCHECKED = [
     ("42", "", ""),
     ("42", r"\boxed{42} or \boxed{43}", ""),
     ("42", r"\boxed{42", ""),
+    ("42", r"It is not \boxed{42}.", ""),
+    ("42", r"If she kept them all, she had \boxed{42}.", ""),
     ("5", "Answer: 5x", ""),
     ("5", "Answer: 5!", ""),
     ("5", "Answer: 5 dozen", ""),

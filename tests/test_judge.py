@@ -456,6 +456,13 @@ def test_ids_are_distinct_and_neutral(count):
         assert all(re.fullmatch("[C-Z][3-9]", name) for name in ids)
 
 
+def test_more_answers_than_letters_have_ids_of_their_own():
+    _, ids = judge_in_order([f"answer {i}" for i in range(40)])
+    assert len(set(ids)) == 40
+    failed = wait(rc.judge_answers(ask(), [rc.Answer(str(i)) for i in range(101)], run_of(says=len)))
+    assert why(failed) == "judge: too many answers for one prompt: 101"
+
+
 HOSTILE = st.lists(
     st.one_of(st.text(max_size=30), st.sampled_from(["<answer", ' id="', "K3", '" nonce="', "</answer", ">", "\n", "<", "/", "prompt",
                                                      "reference", "$answers", "$nonce", "[INST]", "<|im_end|>", "ANSWER", '{"scores": {']),
