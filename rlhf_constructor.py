@@ -5373,7 +5373,8 @@ def build_parser() -> argparse.ArgumentParser:
         str,
         [],
         "MODEL",
-        "or none, or reward:NAME@URL; repeatable; default: high model",
+        "or none, exact_match (compare with the reference), reward:NAME@URL; repeatable; default: high "
+        "model; rank_responses: none, else it checks the labels",
     )
     flag(
         "--judge-orders",
@@ -5651,6 +5652,10 @@ def check_input(path: str, run: Run):
         raise UserError(f"{name}:{line}: {failed.reason}{hint}")
     needy = any(model.provider == "offline" and model.name != "heuristic" for model in run.asked())
     bare = needy and not any(record.reference for record in good)
+    refuse(
+        bare and EXACT_MATCH in run.judges,
+        f"{name}: no record has an answer to compare with: exact_match needs a reference",
+    )
     refuse(
         bare,
         f"{name}: no record has an answer, which offline models need: name a provider's models",
