@@ -814,7 +814,7 @@ def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
     return 0 if levels == 1 and whole else levels
 
 
-def check_after(text: str):
+def check_after(text: str) -> None:
     """Raises UnreadableReply if what follows the scores, ids left out, may change them."""
     if "{" in text or re.search(r"\d", text):
         raise UnreadableReply("more numbers after the scores")
@@ -2333,7 +2333,7 @@ MARKS = (
 # In the sentence before a mark: it is only supposed, or denied.
 SUPPOSED = re.compile(
     r"\b(?:if|unless|suppose|assum\w*|whether|doubt|not|wrong|never|cannot|why|guess|option|other|"
-    r"would|could|might|may|think)\b|n['’]t\b|如果|若|假|要是|倘|并非|不|别|错|为什么|难道|可能|也许",
+    r"would|could|might|may|think)\b|n['’]t\b|如果|若|假如|假设|假定|要是|倘|并非|不|(?<![分特区差])别|错|为什么|难道|可能|也许",
     re.I,
 )
 # After the answer: it may be taken back.
