@@ -570,7 +570,7 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
 
 # --------------------------------------------------------------------------------------------------
 # §3 JUDGE: default_rubric, judge_prompt, parse_scores, combine_scores, judge_answers, check_labels
-# In: a record and two to eight answers. Out: the answers with scores; or labels that a judge confirms.
+# In: a record and its answers. Out: the answers with scores, or the labels that a judge confirms.
 # Called by Run.judge and rank_responses. Every number of points hangs on JUDGE_SCALE alone.
 # --------------------------------------------------------------------------------------------------
 
@@ -644,7 +644,7 @@ def sanitize(text: str) -> str:
 
 
 def default_rubric() -> str:
-    """RUBRIC with the numbers of JUDGE_SCALE: five levels of equal width, or fewer on a short scale.
+    """RUBRIC with the numbers of JUDGE_SCALE: five levels of equal width, fewer on a short scale.
 
     >>> print(default_rubric().splitlines()[-1])
       1-2: wrong, useless or harmful
@@ -668,17 +668,20 @@ def judge_prompt(
 ) -> tuple[str, list[str]]:
     """The judge's prompt, and the ids in the order of `texts`.
 
-    Ids are a letter and a digit, without A, B, 1 and 2 that judges favour; the nonce is 8 hex digits
-    that occur in no text. Both come from a hash of `seed` and the texts alone, so that a rerun asks
-    the same."""
+    Ids are a letter and a digit, without A, B, 1 and 2 that judges favour; the nonce is 8 hex
+    digits that occur in no text. Both come from a hash of `seed` and the texts alone, so that a
+    rerun asks the same."""
     everything = [record.prompt, reference, *texts]
     for attempt in itertools.count():
         draw = random.Random(digest(*seed, everything, attempt))
         nonce = f"{draw.getrandbits(32):08x}"
         if not any(nonce in text for text in everything):
             break
-    letters = draw.sample("CDEFGHJKMNPQRTVWXYZ", len(texts))
-    ids = [letter + draw.choice("3456789") for letter in letters]
+    letters = "CDEFGHJKMNPQRTVWXYZ"
+    if len(texts) <= len(letters):
+        ids = [letter + draw.choice("3456789") for letter in draw.sample(letters, len(texts))]
+    else:  # many answers of the input: letters come twice, ids do not
+        ids = draw.sample(list(map("".join, itertools.product(letters, "3456789"))), len(texts))
     data = [fence("prompt", record.prompt, nonce)]
     if reference:
         data += [fence("reference", reference, nonce), REFERENCE_NOTE]
@@ -727,9 +730,10 @@ THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
 THOUGHT_MARK = re.compile(rf"<(/?)(?:{THOUGHTS})>", re.I)
 # Words after the scores that may take them back or give others.
 REVISION = re.compile(
-    r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|oops|apolog|invert"
-    r"|reflection|second thought|reconsider|re-?(?:do|evaluat|consider)|instead|should|rather|exchang"
-    r"|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal|other way|scor|grad(?:e|ing)|rating"
+    r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|oops|apolog"
+    r"|invert|reflection|second thought|re-?(?:do|evaluat|consider)|instead|should|rather"
+    r"|exchang|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal|other way"
+    r"|scor|grad(?:e|ing)|rating"
     r"|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
     r"|\b(?:an?|gets?|to|is|be|of)\s+(?:one|two|three|four|five|six|seven|eight|nine|ten|zero)\b"
     r"|更正|修正|纠正|改|其实|应|不对|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分"
@@ -741,44 +745,54 @@ REVISION = re.compile(
 def parse_scores(reply: str, ids: list[str]) -> list[float]:
     """A judge's reply -> one score for each id; raises UnreadableReply, for there are no defaults.
 
-    The last innermost {...} that names an id counts: it must give each id one score and nothing else
-    a number. What stands around it is free, unless it may mean other scores: another grading in
-    the same object, thoughts that do not end, numbers or words of correction after it.
+    The last innermost {...} that names an id counts: it must give each id one score, and no number
+    to anything else. What stands around it is free, unless it may mean other scores: another
+    grading in the same object, thoughts that do not end, numbers or words of correction after it.
 
-    >>> parse_scores('Q7 errs. {"reason": "5 is wrong", "scores": {"K3": 8, "Q7": "3.5"}}', ["Q7", "K3"])
+    >>> parse_scores('Q7 errs. {"reason": "5", "scores": {"K3": 8, "Q7": "3.5"}}', ["Q7", "K3"])
     [3.5, 8.0]
-    >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
-    [8.0, 3.0]
     """
     text = plain_reply(reply, ids)
     name = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(ids)})(?![a-z0-9])", re.I)
     gradings = [match for match in OBJECT.finditer(text) if name.search(match[1])]
-    if gradings:
-        last = gradings[-1]
-        start, end = last.span()
-        scores = read_entries(split_entries(last[1]), ids)
-        levels = check_before(text[:start], gradings[:-1], name)
-        closed = text.count("}", end) + text.count("]", end)
-        if closed < levels:  # a draft may be whole, and what was to follow it missing
-            raise UnreadableReply("it ends inside the JSON")
-    else:
-        lines = list(map(SCORE_LINE.fullmatch, text.split("\n")))
-        entries = [(line[1].upper(), line[2]) for line in lines if line]
-        if "{" in text or not entries:
-            raise UnreadableReply("no scores in it")
-        scores = read_entries(entries, ids)
-        last_line = max(i for i, line in enumerate(lines) if line)
-        end = len("\n".join(text.split("\n")[: last_line + 1]))
-        check_before(text[:end], [], name)
-        for line, match in zip(text.split("\n"), lines, strict=True):
-            if not match and name.search(line) and re.search(r"\d", name.sub("", line)):
-                raise UnreadableReply("scores and other numbers for the same answers")
+    if not gradings:
+        return scores_in_lines(text, ids, name)
+    start, end = gradings[-1].span()
+    scores = read_entries(split_entries(gradings[-1][1]), ids)
+    levels = check_before(text[:start], gradings[:-1], name)
+    if text.count("}", end) + text.count("]", end) < levels:
+        raise UnreadableReply("it ends inside the JSON")  # this may have been a draft
     check_after(name.sub("", text[end:]))
     return scores
 
 
+def scores_in_lines(text: str, ids: list[str], name: re.Pattern) -> list[float]:
+    """`parse_scores` for a reply without JSON, from lines that hold an id and its score alone.
+
+    >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
+    [8.0, 3.0]
+    """
+    entries = []
+    before = text
+    after = ""
+    position = 0
+    for line in text.splitlines(keepends=True):
+        position += len(line)
+        if match := SCORE_LINE.fullmatch(line):
+            entries.append((match[1].upper(), match[2]))
+            before = text[:position]
+            after = text[position:]
+        elif name.search(line) and re.search(r"\d", name.sub("", line)):
+            raise UnreadableReply("a number beside an id on a line of another form")
+    if "{" in text or not entries:
+        raise UnreadableReply("no scores in it")
+    check_before(before, [], name)
+    check_after(name.sub("", after))
+    return read_entries(entries, ids)
+
+
 def plain_reply(reply: str, ids: list[str]) -> str:
-    """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}` in one object."""
+    """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`."""
     text = THOUGHT_BLOCK.sub("", without_thinking(reply)).translate(FULL_WIDTH)
     text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
     text = STRING.sub(empty_text, text)
@@ -867,9 +881,10 @@ def read_score(name: str, value: str) -> float:
 
 
 def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
-    """How many brackets must be closed after the scores that begin here, as far as keys lead outwards.
+    """How many brackets that lead to the scores must be closed after them, where `text` ends.
 
-    One that only holds a reason and "scores" need not be. Raises UnreadableReply if one of them holds another grading, or if thoughts have not ended."""
+    One that only holds a reason and "scores" need not be. Raises UnreadableReply if one of them
+    holds another grading, or if thoughts have not ended."""
     marks = THOUGHT_MARK.findall(text)
     if marks and not marks[-1]:
         raise UnreadableReply("the scores stand in thoughts that do not end")
@@ -899,7 +914,7 @@ def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
     return 0 if levels == 1 and whole else levels
 
 
-def check_after(text: str):
+def check_after(text: str) -> None:
     """Raises UnreadableReply if what follows the scores, ids left out, may change them."""
     if "{" in text or re.search(r"\d", text):
         raise UnreadableReply("more numbers after the scores")
@@ -910,9 +925,10 @@ def check_after(text: str):
 
 
 def combine_scores(votes: tuple[float, ...], judges: int) -> float:
-    """Votes (judge by judge) -> score: the mean of a judge's orders, then the mean of 2, the median of more.
+    """Votes, judge by judge -> score: the mean of each judge's orders, then of two judges.
 
-    The median because one biased juror of three drags a mean without bound (arXiv 2606.30931)."""
+    Of more judges it is the median, because one biased juror of three drags a mean without bound
+    (arXiv 2606.30931)."""
     orders = len(votes) // judges
     means = [statistics.fmean(votes[i : i + orders]) for i in range(0, len(votes), orders)]
     return statistics.median(means) if judges > 2 else statistics.fmean(means)
@@ -956,6 +972,8 @@ async def judge_in_order(
     A reply that cannot be read is asked for again, with other ids."""
     if judge.is_reward:
         return [], await gather_all([run.reward(record, answer, judge) for answer in answers])
+    if len(answers) > 100:
+        raise Failed("judge", f"too many answers for one prompt: {len(answers)}")
     texts = [answers[i].text for i in order]
     reference = "" if record.reference in texts else run.shown_reference(record)
     problem = ""
@@ -1013,7 +1031,7 @@ LABEL_DROPS = {
 
 
 def check_label(pair: Pair, better: Answer, worse: Answer) -> LabelCheck:
-    """What the judges' scores of a pair's chosen (`better`) and rejected answer say about its label."""
+    """What judges say of a pair's label; `better`, `worse`: chosen, rejected with their scores."""
     leads = [b - w for b, w in zip(better.votes, worse.votes, strict=True)]
     if min(leads) > 0:
         result = "agrees"
@@ -1028,7 +1046,7 @@ def check_label(pair: Pair, better: Answer, worse: Answer) -> LabelCheck:
 
 
 async def gather_all(tasks: list) -> list:
-    """Results in order. Every call ends before anything is raised: a paid reply is never thrown away.
+    """Results in order. Every call ends before anything is raised: no paid reply is thrown away.
 
     A Failed that a task returns is a result like any other: only what was raised is raised here."""
     tasks = [asyncio.ensure_future(task) for task in tasks]
@@ -2994,7 +3012,8 @@ MARKS = (
     re.compile(r"^[ \t]*####[ \t]*(.+)$", re.M),
     re.compile(r"^[ \t]*A[ \t]*:[ \t]*(?=[-+$¥€£(\\.\d])(.+)$", re.M),
     re.compile(
-        rf"{START}(?:the\s+|my\s+)?(?:(?:final|correct|right)\s+)?answer[ \t]*(?:is|:|=)[ \t:]*(.+)$",
+        rf"{START}(?:the\s+|my\s+)?(?:(?:final|correct|right)\s+)?answer"
+        r"[ \t]*(?:is|:|=)[ \t:]*(.+)$",
         re.M | re.I,
     ),
     re.compile(
@@ -3008,7 +3027,7 @@ MARKS = (
 # In the sentence before a mark: it is only supposed, or denied.
 SUPPOSED = re.compile(
     r"\b(?:if|unless|suppose|assum\w*|whether|doubt|not|wrong|never|cannot|why|guess|option|other|"
-    r"would|could|might|may|think)\b|n['’]t\b|如果|若|假|要是|倘|并非|不|别|错|为什么|难道|可能|也许",
+    r"would|could|might|may|think)\b|n['’]t\b|如果|若|假如|假设|假定|要是|倘|并非|不|(?<![分特区差])别|错|为什么|难道|可能|也许",
     re.I,
 )
 # After the answer: it may be taken back.
@@ -3026,8 +3045,8 @@ CHOICE = re.compile(
 )
 # Words that say more than the label they stand beside, in both languages.
 HEDGES = re.compile(
-    r"\b(?:not?|non|never|n?either|nor|or|and|but|maybe|between|except|than|to|less|more|about|without|"
-    r"un\w+|likely|possibly|partly)\b|n['’]t\b|[不没非无未或否但和与]|可能|大概|以外|部分",
+    r"\b(?:not?|non|never|n?either|nor|or|and|but|maybe|between|except|than|to|less|more|about|"
+    r"without|un\w+|likely|possibly|partly)\b|n['’]t\b|[不没非无未或否但和与]|可能|大概|以外|部分",
     re.I,
 )
 LABEL_SETS = (  # labels that exclude each other, though the prompt may not list them
@@ -3037,14 +3056,15 @@ LABEL_SETS = (  # labels that exclude each other, though the prompt may not list
     ("积极", "消极", "中性"),
     ("spam", "ham"),
 )
-# Units of one dimension, each with all its names. Single letters (m, g) are none: in mathematics they
-# are variables.
+# Units of one dimension, each with all its names. Single letters (m, g) are none: in mathematics
+# they are variables.
 # fmt: off
 UNITS = {
     "money": ("$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分", "¥ yuan rmb cny 元 块 块钱 元钱 人民币",
               "角 毛", "€ euro euros eur 欧元", "£ gbp 英镑", "yen jpy 日元"),
     "length": ("km kilometer kilometers kilometre kilometres 千米 公里", "meter meters metre metres 米",
-               "cm centimeter centimeters centimetre centimetres 厘米", "mm millimeter millimeters 毫米",
+               "cm centimeter centimeters centimetre centimetres 厘米",
+               "mm millimeter millimeters 毫米",
                "mile miles 英里", "foot feet ft 英尺", "inch inches 英寸", "yard yards 码"),
     "weight": ("kg kilogram kilograms 千克 公斤", "gram grams 克", "ton tons 吨", "pound pounds lb lbs 磅",
                "ounce ounces oz 盎司"),
@@ -3066,8 +3086,8 @@ for _dimension, _units in UNITS.items():
         DIMENSION_OF |= dict.fromkeys(_names, _dimension)
 NO_UNITS = set(
     "times halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths "
-    "thousandths hundreds thousands millions billions dozens pairs couples minus plus less loss losses "
-    "debts radians logs others".split()
+    "thousandths hundreds thousands millions billions dozens pairs couples minus plus less loss "
+    "losses debts radians logs others".split()
 )
 NO_UNIT_CHARACTERS = "之倍多少成半折万亿千百十负零下上亏欠余几约右到至或和比点每不没非双对打分"
 # Factors between units: a number that differs by one of them may be right, in another unit.
@@ -3109,8 +3129,7 @@ def final_answer(text: str) -> FinalAnswer | None:
     text = re.sub(r"\*\*|__|`", "", text.translate(FULL_WIDTH)).strip()
     marked = marked_answers(text)
     if marked:
-        end, last = marked[-1]
-        tail = text[end:].strip()
+        tail = text[marked[-1][0] :]
         if TAKEN_BACK.search(tail) or REVISION.search(tail):
             return None
         answers = [read_answer(raw) for _, raw in marked]
@@ -3131,21 +3150,19 @@ def final_answer(text: str) -> FinalAnswer | None:
 
 def marked_answers(text: str) -> list[tuple[int, str]]:
     """Where each marked answer ends, and its text, in the order of the text."""
-    found = []
+    places = []  # where the text of each answer starts and ends
     for box in re.finditer(r"\\boxed\s*\{", text):
-        end = closing_brace(text, box.end())
-        if end:
-            found.append((end + 1, text[box.end() : end]))
+        if end := closing_brace(text, box.end()):
+            places.append((box.end(), end))
     for mark in MARKS:
         for match in mark.finditer(text):
-            sentence = re.split(r"[.!?。！？\n]", text[: match.start(1)])[-1]
-            raw = match[1]
-            if r"\boxed" in raw:  # found already
-                continue
-            if SUPPOSED.search(sentence):
-                raw = "?"
-            found.append((match.end(1), raw))
-    return sorted(found)
+            if r"\boxed" not in match[1]:  # else it is found already
+                places.append(match.span(1))
+    found = []
+    for start, end in sorted(places):
+        sentence = re.split(r"[.!?。！？\n]", text[:start])[-1]
+        found.append((end, "?" if SUPPOSED.search(sentence) else text[start:end]))
+    return found
 
 
 def closing_brace(text: str, start: int) -> int:
@@ -3205,12 +3222,8 @@ def is_label(text: str) -> bool:
     """True for at most five words, or eight Chinese characters, that neither deny nor hedge."""
     words = text.split()
     long = len(words) > 5 or len(re.findall(rf"[{CJK}]", text)) > 8
-    return (
-        bool(words)
-        and not long
-        and re.fullmatch(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*", text) is not None
-        and not HEDGES.search(text)
-    )
+    letters_only = re.fullmatch(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*", text)
+    return bool(letters_only) and not long and not HEDGES.search(text)
 
 
 def read_number(text: str) -> FinalAnswer | None:
@@ -3263,7 +3276,7 @@ def scaled(value: Fraction, unit: str, places: float) -> FinalAnswer:
 
 
 def is_unit(text: str, touching: bool) -> bool:
-    """True for the name of a unit or of things that are counted; `5x`, `5 more`, `5 tenths` have none."""
+    """True for the name of a unit or of counted things, not for x, more, tenths (in `5 tenths`)."""
     if text.lower() in UNIT_OF:
         return True
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
@@ -3325,7 +3338,7 @@ def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -
 
 
 def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> bool | None:
-    """`same_answer` for two numbers: None where rounding or another unit may explain the difference."""
+    """`same_answer` for numbers: None where rounding or another unit may explain the difference."""
     a, b = reference.value, answer.value
     units = {reference.detail, answer.detail} - {""}
     if len(units) == 2:
@@ -3350,7 +3363,7 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
 
 
 def rivals(unit: str, prompt: str) -> list[str]:
-    """Other units of the same dimension that the prompt names: 5 cents are not 5 where it says dollars."""
+    """Other units of its dimension that the prompt names: 5 cents are not 5 where it asks for $."""
     dimension = DIMENSION_OF.get(unit, "count")
     if dimension in ("count", "part"):
         return []
@@ -8228,6 +8241,10 @@ def check_input(path: str, run: Run):
     run.writes_decided_by |= any(record.decided_by for record in good)
     needy = any(model.provider == "offline" and model.name != "heuristic" for model in run.asked())
     bare = needy and not any(record.reference for record in good)
+    refuse(
+        bare and EXACT_MATCH in run.judges,
+        f"{name}: no record has an answer to compare with: exact_match needs a reference",
+    )
     refuse(
         bare,
         f"{name}: no record has an answer, which offline models need: name a provider's models",

@@ -81,7 +81,7 @@ rejected = Answer("No idea.", score=7.0, votes=(7.0,))
 return [Pair(record, chosen, rejected)]"""
     assert len(edited("methods", method(body), *MINE).pairs) == 4
     result = edited("methods", method(body), *MINE, "--length-penalty", "3")
-    assert result.reasons == ["filter: gap too small"] * 4
+    assert result.reasons == ["filter: score gap too small"] * 4
 
 
 def test_an_answer_made_by_hand_and_judged_is_among_the_answers_of_a_drop(edited):

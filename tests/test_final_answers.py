@@ -27,7 +27,7 @@ def checked(reference: str, answer: str, prompt: str = "") -> bool | None:
     return rc.same_answer(one, other, prompt)
 
 
-@pytest.mark.parametrize("section", ["final_answer", "read_answer", "chinese_number", "same_answer", "parse_scores",
+@pytest.mark.parametrize("section", ["final_answer", "read_answer", "chinese_number", "same_answer", "parse_scores", "scores_in_lines",
                                      "split_entries", "default_rubric"])  # fmt: skip
 def test_the_examples_in_the_docstrings_hold(section):
     finder = doctest.DocTestFinder(recurse=False)
@@ -61,6 +61,7 @@ RIGHT = [
     ("18", "一共有18个。\n答案：18", ""),
     ("18", "所以答案是18。", ""),
     ("十八", "答案：18", ""),
+    ("18", "两次分别是6个和12个，所以答案是18。", ""),
     ("18", "答案是十八个。", ""),
     ("1,200", "The answer is 1200.", ""),
     ("1200", "The answer is $1,200.00.", ""),
@@ -142,6 +143,8 @@ UNCHECKED = [
     ("42", "", ""),
     ("42", r"\boxed{42} or \boxed{43}", ""),
     ("42", r"\boxed{42", ""),
+    ("42", r"It is not \boxed{42}.", ""),
+    ("42", r"If she kept them all, she had \boxed{42}.", ""),
     ("5", "Answer: 5x", ""),
     ("5", "Answer: 5!", ""),
     ("5", "Answer: 5 dozen", ""),

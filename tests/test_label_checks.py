@@ -5,7 +5,6 @@ import json
 import pytest
 
 import rlhf_constructor as rc
-from tests.conftest import rows
 from tests.server import Api, is_judge, judge_reply
 from tests.tiny import ask, run_of, shown, verdict
 
@@ -118,7 +117,7 @@ def test_a_check_says_gaps_and_positions():
 def test_a_gap_is_asked_of_the_scores_in_the_row(rlhf):
     with Api(honest) as api:
         few = rlhf([LABELLED], *JUDGED, "--min-score-gap", "6", api=api)
-        assert few.reasons == ["filter: gap too small"]
+        assert few.reasons == ["filter: score gap too small"]
         assert len(rlhf([LABELLED], *JUDGED, "--min-score-gap", "5", api=api).pairs) == 1
 
 
@@ -275,6 +274,6 @@ def test_exact_match_is_a_judge_and_stands_alone(rlhf, flags):
 
 def test_exact_match_needs_a_reference(rlhf):
     result = rlhf([{"prompt": "Add.", "responses": ["1", "2"]}], *RANK, *EXACT)
-    assert result.status == 2 and "no record has an answer" in result.err
+    assert result.status == 2 and "exact_match needs a reference" in result.err
     row = {"prompt": "Add.", "responses": ["1", "2"]}
     assert rlhf([row, SUM], *RANK, *EXACT).reasons == ["input: no reference answer"]

@@ -159,10 +159,10 @@ def test_every_output_format_method_and_strategy_is_named():
 
 
 def test_the_table_of_scale_follows_from_its_formulas():
-    p, a, v, j = 100, 400, 120, 510
+    p, a, v, j = 100, 400, 120, 410
     nothing = rc.Record([{"role": "user", "content": ""}])
     judge_in_order, _ = rc.judge_prompt(
-        nothing, ["", ""], rubric=rc.RUBRIC, reference="", seed=(0,)
+        nothing, ["", ""], rubric=rc.default_rubric(), reference="", seed=(0,)
     )
     assert (
         abs(len(judge_in_order) / 4 - j) < 0.1 * j

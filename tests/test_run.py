@@ -39,7 +39,7 @@ def test_every_record_is_a_pair_or_a_drop_with_its_line(rlhf, tmp_path):
     with Api(bad) as api:
         result = rlhf(tmp_path / "in.jsonl", *MODELS, "--judge-model", "none", api=api)
     assert [row["line"] for row in result.dropped] == [7, 8, 9, 10, 11]
-    assert "12 records read: 7 (58%) gave 7 pairs, 5 dropped" in result.out
+    assert "Read 12 records, wrote 7 pairs (58%), dropped 5." in result.out
     stages = [reason.split(":")[0] for reason in result.reasons]
     assert stages == ["input", "input", "input", "input", "model"]
     assert (
@@ -65,7 +65,7 @@ def test_the_books_balance_whatever_fails(rlhf, bad):
             result = rlhf(PROMPTS, *MODELS, "--max-retries", 0, "--cache-path", "none", api=api)
         dropped = {row["line"] for row in result.dropped}
         assert len(result.pairs) + len(dropped) == 12 and bad + 1 in dropped
-        assert f"12 records read: {len(result.pairs)} (" in result.out
+        assert f"Read 12 records, wrote {len(result.pairs)} pairs (" in result.out
 
 
 def test_a_stop_reaches_those_who_wait_for_an_early_record(rlhf):
@@ -278,7 +278,7 @@ def test_stdin_is_an_input(tmp_path):
         [sys.executable, SCRIPT, "--input-file", "-", "--provider", "offline", "--output-path", "new/o.jsonl"],
         input=DEMO.read_bytes(), cwd=tmp_path, capture_output=True, check=True,
     )  # fmt: skip
-    assert b"30 records read" in run.stdout and len(rows(tmp_path / "new/o.jsonl")) > 20
+    assert b"Read 30 records" in run.stdout and len(rows(tmp_path / "new/o.jsonl")) > 20
 
 
 def test_nothing_of_stdin_stays_behind(tmp_path):
@@ -514,7 +514,7 @@ def test_contradictory_labels_give_no_pair_and_all_are_listed(rlhf, row):
     assert result.pairs == [OTHER]
     assert result.reasons == ["input: contradictory labels"] * 2
     assert [drop["line"] for drop in result.dropped] == [1, 3]
-    assert "3 records read" in result.out and "read again" in result.err
+    assert "Read 3 records" in result.out and "read again" in result.err
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
@@ -537,7 +537,7 @@ def test_every_record_is_accounted_for_in_every_format(rlhf, name):
     reasons = ["contradictory labels", "contradictory labels", "repeated label"]
     reasons += ["repeated row"] if name == "prompts" else []  # the same prompt once more
     assert [drop["reason"] for drop in result.dropped] == reasons
-    assert f"5 records read: {5 - len(reasons)} (" in result.out
+    assert f"Read 5 records, wrote {5 - len(reasons)} " in result.out
 
 
 def test_a_record_whose_kto_rows_are_all_written_before_is_listed(rlhf):
@@ -706,15 +706,15 @@ def test_sigterm_ends_a_run_like_ctrl_c(process, tmp_path):
         run.send_signal(signal.SIGTERM)
         out, err = run.communicate(timeout=30)
     assert run.returncode == 130 and err.splitlines()[-1].endswith("interrupted")
-    assert "goes on from here" in out and "Traceback" not in err
+    assert "Run the same command again to continue" in out and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
     "number, advice",
-    [(errno.EMFILE, "lower --concurrency"), (errno.ENOSPC, "the disk is full: free some space")],
+    [(errno.EMFILE, "lower --concurrency"), (errno.ENOSPC, "the disk is full. Nothing is lost: free some space")],
 )
 def test_the_systems_errors_come_with_their_cause(number, advice):
-    assert advice in rc.os_error_text(OSError(number, os.strerror(number)))
+    assert advice in rc.disk_message(OSError(number, os.strerror(number)))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no limits to set")
@@ -724,7 +724,7 @@ def test_too_many_open_files_are_named_as_the_cause(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
     try:
-        with pytest.raises(rc.UserError, match="too many open files: lower --concurrency"):
+        with pytest.raises(rc.UserError, match="too many open files. Nothing is lost: lower --concurrency"):
             rc.opened(str(tmp_path / "x.jsonl"))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
