@@ -4706,10 +4706,10 @@ def top_log_odds_words(pairs: list[Difference]) -> list[dict]:
 
 def family(model: str) -> str:
     """The family of `[provider:][owner/]model[@URL]`: the first word of its row, or ""."""
-    parts = re.split("[:/]", model.partition("@")[0].lower())
+    pieces = re.split("[:/]", model.partition("@")[0].lower())
     for row in FAMILIES:
         names = tuple(row.split())
-        if any(part.startswith(names) for part in parts):
+        if any(part.startswith(names) for part in pieces):
             return names[0]
     return ""
 
@@ -4991,8 +4991,8 @@ class Report:
         """Count one record's outcome; a dropped one counts for what the judges said about it."""
         self._add_votes([answer for answer in outcome.answers if answer.positions])
         self.facts.update(outcome.record.facts)
-        for check in outcome.record.label_checks:
-            self._add_label_check(check)
+        for label_check in outcome.record.label_checks:
+            self._add_label_check(label_check)
         self.kept[bool(outcome.pairs)] += 1
         if not outcome.pairs:
             kind = outcome.reason.partition(":")[0]
@@ -5030,11 +5030,13 @@ class Report:
         if votes[best] != votes[worst] and swapped[best] != swapped[worst]:
             self.flips[swapped[best] < swapped[worst]] += 1
 
-    def _add_label_check(self, check: LabelCheck) -> None:
+    def _add_label_check(self, label_check: LabelCheck) -> None:
         """Count what the judges made of a label; its gap is rounded, so that memory is bounded."""
-        gap = None if check.gap is None else float(f"{check.gap:.2g}")
-        self.label_checks[gap, check.result] += 1
-        for lead, shown_first in check.votes:
+        label_gap = label_check.gap
+        if label_gap is not None:
+            label_gap = float(f"{label_gap:.2g}")
+        self.label_checks[label_gap, label_check.result] += 1
+        for lead, shown_first in label_check.votes:
             if lead:
                 self.label_positions[bool(shown_first)][lead > 0] += 1
 
@@ -5105,7 +5107,7 @@ class Report:
             "pairs": self.pairs,
             "dropped": dropped_rows(self.dropped),
             "metrics": metrics,
-            "charts": charts(self),
+            "charts": chart_data(self),
             "words": top_log_odds_words(words),
             "notes": judge_family_notes(self, settings),
             "people": human["lines"],
@@ -5162,8 +5164,8 @@ def warnings_of(metrics: list[dict]) -> list[dict]:
     for level in ("critical", "warn"):
         for row in metrics:
             if row["level"] == level:
-                fields = ("level", "metric", "finding", "meaning", "advice")
-                warnings.append({field: row[field] for field in fields})
+                keys = ("level", "metric", "finding", "meaning", "advice")
+                warnings.append({key: row[key] for key in keys})
     return warnings
 
 
@@ -5221,13 +5223,14 @@ def judge_family_notes(report: Report, settings: dict) -> list[str]:
     ]
 
 
-def charts(report: Report) -> dict:
+def chart_data(report: Report) -> dict:
     """The data of all charts, by name."""
     sides = ("chosen", "rejected")
     gaps = report.column("gap")
-    gap = histogram({"pairs": gaps})
-    if gap:
-        gap["at_least"] = [sum(x >= edge for x in gaps) / len(gaps) for edge in gap["edges"][:-1]]
+    of_gaps = histogram({"pairs": gaps})
+    if of_gaps:
+        edges = of_gaps["edges"][:-1]
+        of_gaps["at_least"] = [sum(x >= edge for x in gaps) / len(gaps) for edge in edges]
     steps = [f"{low:g}-{high:g}×" for low, high in itertools.pairwise((1.0, *RATIOS))]
     steps.append(f"over {RATIOS[-1]:g}×")
     models = {readable(name): share_true(counts) for name, counts in report.models.items()}
@@ -5236,7 +5239,7 @@ def charts(report: Report) -> dict:
     formats = {name: format_share(report, name) for name in FORMATS}
     return {
         "scores": histogram({side: report.column(f"score_{side}") for side in sides}),
-        "gap": gap,
+        "gap": of_gaps,
         "lengths": histogram({side: report.column(f"characters_{side}") for side in sides}),
         "longer_by_ratio": share_rows(
             dict(zip(steps, map(share_true, report.longer_by_ratio), strict=True))
@@ -5274,16 +5277,16 @@ def share_rows(shares: dict[str, Measured]) -> list[dict]:
 def label_agreement_by_gap(checks: Counter) -> dict[str, Measured]:
     """Range of the label's gap -> how often the judges agree with labels of this gap."""
     decided = {}
-    for (gap, result), count in checks.items():
-        if gap is not None and result in DECISIVE:
-            decided[gap, result] = count
+    for (label_gap, result), count in checks.items():
+        if label_gap is not None and result in DECISIVE:
+            decided[label_gap, result] = count
     if not decided:
         return {}
-    gaps = sorted(gap for gap, _ in decided)
+    gaps = sorted(label_gap for label_gap, _ in decided)
     step = round_step(gaps[-1] - gaps[0], 4)
     by_step = defaultdict(Counter)
-    for (gap, result), count in decided.items():
-        by_step[math.floor(gap / step + 1e-9)][result == "agrees"] += count
+    for (label_gap, result), count in decided.items():
+        by_step[math.floor(label_gap / step + 1e-9)][result == "agrees"] += count
     rows = {}
     for place in sorted(by_step):
         name = f"gap {rounded(place * step):g} to {rounded((place + 1) * step):g}"
@@ -5389,6 +5392,13 @@ def shown(value: float | str | None, unit: str = "") -> str:
     return f"{value:.3g}{unit}"
 
 
+def shown_money(value: float | None) -> str:
+    """An amount of money: `1,204.50`, `0.0086`; unknown: a dash."""
+    if value is None:
+        return "–"
+    return f"{value:,.2f}" if value >= 1 else f"{value:.2g}"
+
+
 def shown_interval(interval: tuple[float, float] | None, unit: str = "") -> str:
     """An interval as people read it: `58-66%`, `2.5-3.1`, `-0.4 to 0.2`; none: a dash."""
     if not interval or None in interval:
@@ -5402,11 +5412,11 @@ def shown_interval(interval: tuple[float, float] | None, unit: str = "") -> str:
 def with_interval(row: dict) -> str:
     """A row's value with its interval and cases: `62%, 95% CI 58-66%, n=400`."""
     unit = row["unit"]
-    parts = [shown(row["value"], unit)]
+    pieces = [shown(row["value"], unit)]
     if row["interval"]:
-        parts.append(f"95% CI {shown_interval(row['interval'], unit)}")
-    parts.append(f"n={row['n']:,}")
-    return ", ".join(parts)
+        pieces.append(f"95% CI {shown_interval(row['interval'], unit)}")
+    pieces.append(f"n={row['n']:,}")
+    return ", ".join(pieces)
 
 
 # The page: numbers -> HTML. Every text in the numbers is escaped before any of this runs.
@@ -5451,14 +5461,14 @@ def report_html(numbers: dict) -> str:
     ]
     sections = [section for section in sections if section]
     links = [f'<a href="#{anchor(title)}">{title}</a>' for title, _ in sections]
-    parts = {
+    pieces = {
         "SUMMARY": page_summary(numbers),
         "TILES": tiles(numbers),
         "WARNINGS": warning_list(numbers),
         "LINKS": "".join(links),
         "SECTIONS": "".join(section_html(title, body) for title, body in sections),
     }
-    return filled_page(REPORT_PAGE, parts)
+    return filled_page(REPORT_PAGE, pieces)
 
 
 def escaped(value: object) -> object:
@@ -5485,16 +5495,16 @@ def section_html(title: str, body: str) -> str:
 def page_summary(numbers: dict) -> str:
     """Where the data comes from, below the page's title."""
     settings = numbers["settings"]
-    parts = []
+    pieces = []
     if settings.get("method"):
-        parts.append(f"method {settings['method']}")
+        pieces.append(f"method {settings['method']}")
     if settings.get("models"):
-        parts.append(f"models {', '.join(settings['models'])}")
+        pieces.append(f"models {', '.join(settings['models'])}")
     if settings.get("judges"):
-        parts.append(f"judge {', '.join(settings['judges'])}")
+        pieces.append(f"judge {', '.join(settings['judges'])}")
     if settings.get("input_file"):
-        parts.append(f"input {settings['input_file']}")
-    return " · ".join(parts)
+        pieces.append(f"input {settings['input_file']}")
+    return " · ".join(pieces)
 
 
 def tiles(numbers: dict) -> str:
@@ -5517,16 +5527,16 @@ def warning_list(numbers: dict) -> str:
     for row in numbers["warnings"]:
         cards.append(card(row["level"], row["finding"], f"{row['meaning']} {row['advice']}"))
     checks = numbers["checks"]
-    summary = f"{checks['passed']} of {checks['total']} checks passed"
+    sentence = f"{checks['passed']} of {checks['total']} checks passed"
     if checks["too_few"]:
-        summary += f", {checks['too_few']} had too few cases"
+        sentence += f", {checks['too_few']} had too few cases"
     if numbers["few"]:
-        cards.append(card("too few", numbers["few"], f"{summary}."))
+        cards.append(card("too few", numbers["few"], f"{sentence}."))
     elif cards:
-        summary = f"<p>{summary}.</p>"
-        return f"<ul>{''.join(cards)}</ul>{summary}"
+        sentence = f"<p>{sentence}.</p>"
+        return f"<ul>{''.join(cards)}</ul>{sentence}"
     else:
-        cards.append(card("ok", "No warnings.", f"{summary}."))
+        cards.append(card("ok", "No warnings.", f"{sentence}."))
     return f"<ul>{''.join(cards)}</ul>"
 
 
@@ -5545,13 +5555,15 @@ def mark_flags(text: str) -> str:
 def quality_section(numbers: dict) -> tuple[str, str]:
     """Records, scores, and the gap between them."""
     kept = numbers["kept"]
-    gap = metric_of(numbers, "gap")
+    median_gap = metric_of(numbers, "gap")
     pairs = plural(numbers["pairs"], "pair")
     sentence = f"{kept:,} of {plural(numbers['records'], 'record')} gave {pairs}"
-    if gap["n"]:
-        sentence += f"; the median score gap is {shown(gap['value'])}."
-    else:
+    if median_gap["n"]:
+        sentence += f"; the median score gap is {shown(median_gap['value'])}."
+    elif numbers["pairs"]:
         sentence += "; the data has no scores (choices or ranks), so there is no score gap."
+    else:
+        sentence += "."
     charts = numbers["charts"]
     figures = [
         mirrored_histogram("Scores", "score", "answers", charts["scores"]),
@@ -5588,13 +5600,13 @@ def diversity_section(numbers: dict) -> tuple[str, str]:
     """Whether prompts and answers repeat."""
     section = "diversity"
     rows = rows_of(numbers, section)
-    parts = []
+    pieces = []
     for key, texts in (("chosen", "chosen answers"), ("prompts", "prompts")):
         row = metric_of(numbers, f"near_duplicates_{key}")
         if row["n"]:
-            parts.append(f"{shown(row['value'], '%')} of the {texts}")
-    sentence = f"{' and '.join(parts)} are near-duplicates of another one."
-    if not parts:
+            pieces.append(f"{shown(row['value'], '%')} of the {texts}")
+    sentence = f"{' and '.join(pieces)} are near-duplicates of another one."
+    if not pieces:
         sentence = f"The texts have fewer than {LONG_ENOUGH} words, so they are not compared."
     figures = [share_bars("Repetition", "Share of the sampled texts", shares_of(rows))]
     return SECTIONS[section], section_body(numbers, section, [sentence], figures)
@@ -5689,9 +5701,9 @@ def cost_section(numbers: dict) -> tuple[str, str] | None:
     if total["money"] is None:
         sentence += "."
     else:
-        sentence += f", {total['money']:,.2f} at the given prices"
+        sentence += f", {shown_money(total['money'])} at the given prices"
         if total["money_per_pair"] is not None:
-            sentence += f" ({total['money_per_pair']:.2g} per pair)"
+            sentence += f" ({shown_money(total['money_per_pair'])} per pair)"
         sentence += "."
     rows = []
     for row in numbers["usage"]:
@@ -5703,7 +5715,7 @@ def cost_section(numbers: dict) -> tuple[str, str] | None:
                 shown(row["cached"]),
                 shown(row["tokens_in"]),
                 shown(row["tokens_out"]),
-                "–" if row["money"] is None else f"{row['money']:,.2f}",
+                shown_money(row["money"]),
             ]
         )
     columns = ["Model", "Task", "API calls", "From cache", "Tokens in", "Tokens out", "Cost"]
@@ -5727,7 +5739,13 @@ def settings_section(numbers: dict) -> tuple[str, str]:
         f"pairs, diversity and telling words from up to {sample['diversity_texts']:,} of them; "
         f"each text is cut at {sample['characters']:,} characters."
     )
-    rows = [[name, str(value)] for name, value in numbers["settings"].items()]
+    rows = []
+    for name, value in numbers["settings"].items():
+        if isinstance(value, dict):
+            value = [f"{key} {item}" for key, item in value.items()]
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
+        rows.append([name, str(value)])
     return "Settings", f"<p>{sentence}</p>{table(['Setting', 'Value'], rows)}"
 
 
@@ -5749,9 +5767,10 @@ def shares_of(rows: list[dict]) -> list[dict]:
 def section_body(numbers: dict, section: str, sentences: list[str], figures: list[str]) -> str:
     """A section's sentences, its figures and the table of its metrics that apply."""
     text = "".join(f"<p>{sentence}</p>" for sentence in sentences)
-    figures = [figure for figure in figures if figure]
-    grid = f'<div class="grid">{"".join(figures)}</div>' if figures else ""
-    return text + grid + metric_table(rows_of(numbers, section))
+    drawings = "".join(figures)
+    if drawings:
+        text += f'<div class="grid">{drawings}</div>'
+    return text + metric_table(rows_of(numbers, section))
 
 
 def metric_table(rows: list[dict]) -> str:
@@ -5783,13 +5802,13 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     return f'<div class="wide" tabindex="0"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def figure(title: str, note: str, drawing: str, full: bool = False) -> str:
+def figure(title: str, caption: str, drawing: str, full: bool = False) -> str:
     """A chart with its title and what it shows; `full`: as wide as the page."""
     start = '<figure class="full">' if full else "<figure>"
-    return f"{start}<figcaption><h3>{title}</h3>{note}</figcaption>{drawing}</figure>"
+    return f"{start}<figcaption><h3>{title}</h3>{caption}</figcaption>{drawing}</figure>"
 
 
-def share_bars(title: str, note: str, rows: list[dict], fair: bool = False) -> str:
+def share_bars(title: str, caption: str, rows: list[dict], fair: bool = False) -> str:
     """Shares as bars from 0 to 100% with their 95% intervals; `fair`: with a mark at 50%."""
     if not rows:
         return ""
@@ -5813,8 +5832,8 @@ def share_bars(title: str, note: str, rows: list[dict], fair: bool = False) -> s
     scale = f'<tr class="scale" aria-hidden="true"><td></td><td>{ticks}</td></tr>'
     columns = '<th scope="col">Case</th><td></td><th scope="col">Share, 95% CI, cases</th>'
     head = f'<tr class="hidden">{columns}</tr>'
-    note += "; the dashed line is a fair 50%." if fair else "."
-    return figure(title, note, f'<table class="bars">{head}{body}{scale}</table>')
+    caption += "; the dashed line is a fair 50%." if fair else "."
+    return figure(title, caption, f'<table class="bars">{head}{body}{scale}</table>')
 
 
 def funnel(numbers: dict) -> str:
@@ -5835,9 +5854,9 @@ def funnel(numbers: dict) -> str:
         left -= others
         body += funnel_row("other reasons", "", left, others, total, "rejected")
     body += funnel_row("records that give a pair", "", 0, numbers["kept"], total, "chosen")
-    note = "Records read, dropped for each reason, and kept."
+    caption = "Records read, dropped for each reason, and kept."
     body = f'<table class="bars funnel">{body}</table>'
-    return figure("From records to pairs", note, body, full=True)
+    return figure("From records to pairs", caption, body, full=True)
 
 
 def funnel_row(label: str, text: str, start: int, width: int, total: int, color: str) -> str:
@@ -5872,8 +5891,8 @@ def words_figure(words: list[dict]) -> str:
             tables += table(columns, rows)
     if not tables:
         return ""
-    note = "Words that stand on one side more often: in how many pairs only that side has them."
-    return figure("Telling words", note, f'<div class="grid">{tables}</div>', full=True)
+    caption = "Words that stand on one side more often: in how many pairs only that side has them."
+    return figure("Telling words", caption, f'<div class="grid">{tables}</div>', full=True)
 
 
 def mirrored_histogram(title: str, unit: str, things: str, data: dict) -> str:
@@ -5897,7 +5916,7 @@ def mirrored_histogram(title: str, unit: str, things: str, data: dict) -> str:
         drawing += f'<path class="median" d="M{x:.1f} {middle}v{direction * height:.1f}"/>'
     drawing += f'<path class="axis" d="M{PLOT_LEFT} {middle}H{PLOT_RIGHT}"/>'
     medians = {side: shown(value) for side, value in data["medians"].items()}
-    note = (
+    caption = (
         f'<span class="key chosen">chosen, median {medians["chosen"]}</span> '
         f'<span class="key rejected">rejected, median {medians["rejected"]}</span> '
         f"Share of {things} by {unit}; the lines are the medians."
@@ -5910,7 +5929,7 @@ def mirrored_histogram(title: str, unit: str, things: str, data: dict) -> str:
     for place, name in enumerate(step_names(data)):
         rows.append([name, *(shown(shares[side][place], "%") for side in shares)])
     numbers = details([unit.capitalize(), "Chosen", "Rejected"], rows)
-    return figure(title, note, svg_image(label, drawing + x_axis(data)) + numbers)
+    return figure(title, caption, svg_image(label, drawing + x_axis(data)) + numbers)
 
 
 def gap_chart(data: dict) -> str:
@@ -5928,24 +5947,24 @@ def gap_chart(data: dict) -> str:
     points = []
     rows = []
     for place, name in enumerate(step_names(data)):
-        at_least = data["at_least"][place]
+        kept_share = data["at_least"][place]
         x = plot_x(data, data["edges"][place])
-        points.append(f"{x:.1f} {PLOT_BOTTOM - at_least * height:.1f}")
-        rows.append([name, shown(counts[place] / total, "%"), shown(at_least, "%")])
+        points.append(f"{x:.1f} {PLOT_BOTTOM - kept_share * height:.1f}")
+        rows.append([name, shown(counts[place] / total, "%"), shown(kept_share, "%")])
     drawing += f'<path class="line" d="M{" L".join(points)}"/>'
     for value in (0, 0.5, 1):
         y = PLOT_BOTTOM - value * height + 4
         drawing += f'<text class="line" x="{PLOT_RIGHT + 6}" y="{y:.1f}">{value:.0%}</text>'
     drawing += f'<path class="axis" d="M{PLOT_LEFT} {PLOT_BOTTOM}H{PLOT_RIGHT}"/>'
     middle = shown(data["medians"]["pairs"])
-    note = (
+    caption = (
         f'<span class="key chosen">share of pairs, median {middle}</span> '
         '<span class="key line">share with at least this gap (right axis)</span> '
         f"The line shows what {mark_flags('--min-score-gap')} keeps."
     )
     label = f"Score gap: histogram of {total:,} pairs, median {middle}; numbers in the table."
     numbers = details(["Gap", "Pairs", "At least this gap"], rows)
-    return figure("Score gap", note, svg_image(label, drawing + x_axis(data)) + numbers)
+    return figure("Score gap", caption, svg_image(label, drawing + x_axis(data)) + numbers)
 
 
 def svg_image(label: str, drawing: str) -> str:
@@ -6049,17 +6068,17 @@ def pair_article(row: dict) -> str:
     )
 
 
-def filled_page(page: str, parts: dict[str, str]) -> str:
-    """A template of §18 with each part at its `{{NAME}}`.
+def filled_page(page: str, pieces: dict[str, str]) -> str:
+    """A template of §18 with each piece at its `{{NAME}}`.
 
     Its policy lets only the template's own script and style run, and requests nothing."""
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
     for tag, body in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
         code = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
         policy += f"; {tag}-src 'sha256-{code}'"
-    parts = parts | {"POLICY": policy}
-    # All parts at once: a part may itself contain such a mark.
-    return re.sub(r"\{\{([A-Z]+)\}\}", lambda mark: parts[mark[1]], page)
+    pieces = pieces | {"POLICY": policy}
+    # All pieces at once: a piece may itself contain such a mark.
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda mark: pieces[mark[1]], page)
 
 
 # --------------------------------------------------------------------------------------------------

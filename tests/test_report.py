@@ -564,6 +564,13 @@ def test_too_few_pairs_are_no_clean_result(write, n, few, shown):
     assert ('<li class="ok">' in page) == bool(shown)
 
 
+def test_few_pairs_are_named_only_while_they_are_few():
+    checks = {"passed": 1, "too_few": 9, "total": 10}
+    assert rc.few_sentence({"pairs": 1, "checks": checks}).startswith("1 pair is too few for")
+    assert rc.few_sentence({"pairs": 100, "checks": checks}) == ""
+    assert rc.few_sentence({"pairs": 50, "checks": checks | {"too_few": 3}}) == ""
+
+
 def test_empty_and_scoreless_runs_are_json_too():
     record = rc.Record([{"role": "user", "content": "q \ud800"}])
     pair = rc.Pair(record, rc.Answer("a\ud800", "m\ud800"), rc.Answer("", "n"))
@@ -796,6 +803,18 @@ def test_a_fair_share_has_a_mark_at_50_percent():
     assert 'width="50.0"' in chart and 'class="fair" d="M50 ' in chart
     assert 'class="fair"' not in rc.share_bars("", "", row)
     assert rc.share_bars("", "", []) == ""
+
+
+@pytest.mark.parametrize(
+    "money, text", [(1204.5, "1,204.50"), (0.0086, "0.0086"), (0, "0"), (None, "–")]
+)
+def test_money_is_never_rounded_to_nothing(money, text):
+    assert rc.shown_money(money) == text
+
+
+def test_settings_are_shown_without_pythons_quotes():
+    page = rc.report_html(report([], {"judges": ["a", "b"], "versions": {"openai": "2.1"}}))
+    assert "<td>a, b</td>" in page and "<td>openai 2.1</td>" in page
 
 
 def test_flags_in_advice_are_code_with_their_values():
