@@ -40,6 +40,7 @@ The one flow: read_records -> method(record, run) -> pairs -> filters -> output 
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import atexit
 import base64
@@ -171,6 +172,7 @@ class Record:
     )  # the input's, or those made for it, then the judged
     signal: str = ""  # what their votes are: "score", "rank", "choice"; "" if there is no signal
     scale: float = 0.0  # width of the signal's range in points; 0 if unknown
+    signal_hint: str = ""  # without a signal: the --rename of fields that look like one
     line: int = 0  # in the input file, from 1 (in a JSON array: the item)
     facts: Counter = field(
         default_factory=Counter
@@ -417,13 +419,12 @@ def human_turns(said: str) -> list[dict]:
     return [{"from": who, "value": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def parse_row(row, with_answers: bool = False) -> list[Record]:
+def parse_row(row, with_answers: bool = False, numbers=None) -> list[Record]:
     """One input row -> its records (usually one), if asked with its answers; raises Failed("input", ...)."""
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, dict):
         raise Failed("input", f"not a record: a {type(row).__name__} instead of an object")
-    for sign, in_plain_names in DATA_SETS.items():
-        row = row | in_plain_names(row) if row.get(sign) is not None else row
+    row = plain_names(row)
     records = next(filter(None, (adapter(row) for adapter in INPUTS.values())), None)
     if records is None:
         blank = any(
@@ -435,7 +436,7 @@ def parse_row(row, with_answers: bool = False) -> list[Record]:
         raise Failed("input", "empty prompt")
     if with_answers:
         try:
-            add_answers(records[0], row)
+            add_answers(records[0], row, numbers)
         except Failed as error:
             error.record = records[0]
             raise
@@ -446,18 +447,13 @@ def parse_row(row, with_answers: bool = False) -> list[Record]:
 JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
 
 
-def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # noqa: B006 (never changed)
+def read_records(path: str, rename: dict = {}, with_answers: bool = False, numbers=None):  # noqa: B006 (never changed)
     """Yields (line, Record or Failed) for every record of a file, in order, without holding the file."""
-    for line, row in read_rows(path):
+    numbers = numbers or ChoiceNumbers(row for _, row in renamed_rows(path, rename))
+    rows = renamed_rows(path, rename)
+    for line, row in group_rows(rows) if with_answers else rows:
         try:
-            if rename and isinstance(row, dict):
-                named = {rename.get(name, name): value for name, value in row.items()}
-                row = (
-                    named
-                    if len(named) == len(row)
-                    else Failed("input", "--rename: two fields of one name")
-                )
-            records = [row] if isinstance(row, Failed) else parse_row(row, with_answers)
+            records = [row] if isinstance(row, Failed) else parse_row(row, with_answers, numbers)
         except Failed as error:
             records = [error]
         except JUNK as error:
@@ -465,6 +461,17 @@ def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # n
         for record in records:
             record.line = line
             yield line, record
+
+
+def renamed_rows(path: str, rename: dict):
+    """Yields (line, row or Failed) of a file, with the fields that --rename names."""
+    for line, row in read_rows(path):
+        if rename and isinstance(row, dict):
+            named = {rename.get(name, name): value for name, value in row.items()}
+            if len(named) < len(row):
+                named = Failed("input", "--rename: two fields of one name")
+            row = named
+        yield line, row
 
 
 # --------------------------------------------------------------------------------------------------
@@ -916,7 +923,8 @@ class Run:
     async def judge(self, record: Record, answers: list[Answer]) -> list[Answer]:
         """The same answers with score and votes (see `judge_answers`)."""
         if not self.judges:
-            raise Failed("input", "answers without any signal: name a --judge-model")
+            advice = record.signal_hint or "name a --judge-model"
+            raise Failed("input", f"answers without any signal: {advice}")
         judged = await judge_answers(record, answers, self)
         after = dict(zip(map(id, answers), judged, strict=True))
         record.answers = [after.get(id(answer), answer) for answer in record.answers or judged]
@@ -1692,51 +1700,89 @@ def table_rows(file, delimiter: str):
 
 
 # --------------------------------------------------------------------------------------------------
-# §9 EXISTING ANSWERS: answers that a row brings, and what says which is better
+# §9 EXISTING ANSWERS: answers that a row brings, and the signals that rank them
+# In: one row (a dict) and the Record that §2 made of it. Out: record.answers with votes, or Failed.
+# parse_row calls add_answers, read_records calls group_rows; only rank_responses needs either.
 # --------------------------------------------------------------------------------------------------
 
-# One name, one direction, never a guess: a higher score, a lower rank, an earlier index in `order` wins.
-# Whatever a row says is heard, in every shape; where two of its signals differ on two answers, no pair comes.
+# Nothing is guessed. The name of a field fixes its direction: a higher score, a lower rank, an
+# earlier index in `order` is better. Every signal of a row is read; where two of them contradict
+# each other, or where a value could mean two things, the row gives no pair and the reason says why.
 
-# fmt: off
-SIGNALS = {  # name -> (kind, width of the scale in points, 0 = unknown); lists also: its plural, all_...s
+# What each name means. --rename OLD=NEW gives a field of another name one of these meanings.
+SIGNAL_NAMES = {
+    "score, rating, reward, rm_score": "a number for each answer; higher is better",
+    "rank": "a number for each answer; lower is better, 1 (or 0) is best",
+    "order": "a list of indices from 0, the best answer first",
+    "is_correct, correct": "true or false for each answer; true is better",
+    "winner, choice": "the better answer: a, response_1, left, A>B, its model, its own text",
+    "winner_from_0": "the number of the better answer; 0 is the first, one past the last is a tie",
+    "winner_from_1": "the number of the better answer; 1 is the first, 0 is a tie",
+    "first_is_better": "1 or true: the first of two answers is better; 0 or false: the second",
+    "preference": "1 to 2: below 1.5 output_1 is better, above it output_2 (AlpacaEval)",
+    "preference_strength": "-3 to 3: below 0 response_1 is better, above it response_2 (HelpSteer2)",
+}
+SIGNALS = {  # name -> (kind, width of the scale in points; 0 = unknown)
     "votes": ("score", 9.0),  # what --candidates-path writes: one number per judge and order
     "fine-grained_score": ("score", 4.0),
-    "score": ("score", 0.0), "rm_score": ("score", 0.0), "reward": ("score", 0.0), "rating": ("score", 4.0),
-    "overall_score": ("score", 9.0),  # the first release of UltraFeedback has errors in it: see `settle`
-    "rank": ("rank", 0.0), "order": ("rank", 0.0),
+    "score": ("score", 0.0),
+    "rm_score": ("score", 0.0),
+    "reward": ("score", 0.0),
+    "rating": ("score", 4.0),
+    "overall_score": ("score", 9.0),  # ignored beside fine-grained_score: UltraFeedback corrected it
+    "rank": ("rank", 0.0),
+    "order": ("rank", 0.0),
+    "is_correct": ("flag", 0.0),
+    "correct": ("flag", 0.0),
+    "desirable": ("flag", 0.0),  # KTO's label, once rows of one prompt are grouped
 }
-OWN = ("model", *(name for name in SIGNALS if name != "order"))  # what is said of one answer
-BESIDE = {form: name for name in SIGNALS for form in (name, f"{name}s", f"all_{name}s")}
-LEADS = {  # by how much the second answer is better: name -> (their fields, a tie, width of the scale)
+KINDS = ("choice", "score", "rank", "flag")  # the first kind that a row has is the record's
+ANSWER_FIELDS = ("model", *(name for name in SIGNALS if name != "order"))  # one value per answer
+LIST_FIELDS = {}  # the lists that stand beside answers: score, scores, all_scores -> score
+for _name in SIGNALS:
+    LIST_FIELDS |= dict.fromkeys((_name, f"{_name}s", f"all_{_name}s"), _name)
+LEADS = {  # by how much the second is better: name -> (the answers' fields, a tie, scale's width)
     "preference": (("output_1", "output_2"), 1.5, 0.5),  # AlpacaEval
     "preference_strength": (("response_1", "response_2"), 0.0, 3.0),  # HelpSteer2
     "overall_preference": (("response1", "response2"), 0.0, 3.0),  # HelpSteer3
 }
-WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "by labels", "by flags")
-EVEN = r"tie|draw|both|neither"
-LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers", "summaries")
+WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "winner_from_0")
+WINNERS += ("winner_from_1", "first_is_better", "winner flags")  # they must be understood
+# Read where the value names an answer. As a number, or as a name that is none, they say nothing.
+LOOSE_WINNERS = ("comparison", "preference", "preferred", "better", "best", "preferred_response")
+LOOSE_WINNERS += ("better_response", "best_response", "human_preference", "label")
+LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers")
+LISTS += ("summaries", "candidates", "replies")
 TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
-FIRST = re.compile(r"(response|answer|output|completion|generation|human_ref|summary|text)(_?)([aA01])")
-READY = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+SUFFIXED = re.compile(
+    "(response|answer|output|completion|generation|human_ref|summary|text|candidate|回答|答案|回复)"
+    "([_ ]?)([aA01])"
+)
+READY = (
+    ("chosen", "rejected"),
+    ("preferred_output", "non_preferred_output"),
+    ("chosen_response", "rejected_response"),
+)
 FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
-DATA_SETS = {  # whose names mislead: a field that gives one away -> the row's fields in plain names
-    # SHP, HelpSteer3, WebGPT, summarize comparisons; Chatbot Arena 33k and 140k, 55k; pairs of turns
-    "human_ref_A": lambda r: {"prompt": r["history"], "by labels": {1: 0, 0: 1}.get(number(r["labels"]))},
-    "overall_preference": lambda r: {"prompt": r["context"]} if "context" in r else {},
-    "question": lambda r: {"prompt": r["question"]["full_text"]} if isinstance(r["question"], dict) else {},
-    "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"]} if "info" in r else {},
-    "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"]),
-    "winner_model_a": lambda r: arena_55k(r),
-    "chosen": lambda r: ready_texts(r, READY[0]),
-    "preferred_output": lambda r: ready_texts(r, READY[1]),
-}
-# fmt: on
+EMPTY = (None, "", [])
+TRUE = ("true", "1", "1.0", "yes", "good", "correct", "right", "desirable", "chosen", "是", "对")
+FALSE = ("false", "0", "0.0", "-1", "no", "bad", "incorrect", "wrong", "undesirable", "rejected")
+FALSE += ("-1.0", "否", "错")
+TIE = re.compile(
+    "tie|draw|both|neither|equal|same|no difference|平局|平手|持平|打平|都|两者|一样|相同|不分"
+)
+NOTHING = ("", "none", "n/a", "na", "nan", "null", "unknown", "-", "no preference", "无")
+STEM = "(?:model|response|answer|output|assistant|option|choice|completion|summary|candidate|text"
+STEM += "|generation|human_ref|system|模型|助手|回答|答案|回复|选项)"
+PLACES = {"left": 0, "first": 0, "former": 0, "right": 1, "second": 1, "latter": 1}
+PLACES |= dict.fromkeys(("左", "左边", "左侧", "第一", "第一个", "前者"), 0)
+PLACES |= dict.fromkeys(("右", "右边", "右侧", "第二", "第二个", "后者"), 1)
+RELATION = re.compile(r"([^<>=]+?)\s*(>{1,2}|<{1,2}|={1,2})\s*([^<>=]+)")  # A>B, B >> A, A=B
 
 
-def battle(one: list, two: list, names: tuple = ("response_a", "response_b")) -> dict:
-    """Two conversations -> their common history as `messages`, and the two last answers by these names."""
-    a, b = conversation(one, {}), conversation(two, {})
+def turns_of_two(row: dict, first: str, second: str, names: tuple = ("response_a", "response_b")):
+    """Two conversations of a row -> their common history as `messages`, two last answers by `names`."""
+    a, b = conversation(row[first], {}), conversation(row[second], {})
     if a.messages != b.messages:
         raise Failed("input", "histories differ: not two answers to one prompt")
     return {"messages": a.messages, names[0]: a.reference, names[1]: b.reference}
@@ -1744,244 +1790,843 @@ def battle(one: list, two: list, names: tuple = ("response_a", "response_b")) ->
 
 def arena_55k(row: dict) -> dict:
     """Chatbot Arena 55k: turns are JSON lists in a string, and one of three flags says who won."""
-    ends = ("model_a", "model_b", "tie")
-    won = [end for end in ends if str(row.get(f"winner_{end}")).lower() in ("1", "1.0", "true")]
-    said = [row[name] for name in ("prompt", "response_a", "response_b")]
-    asked, *both = (json.loads(text) if text[:1] == "[" else [text] for text in said)
-    chats = [chat(zip(asked, answers, strict=True)) for answers in both]
-    return battle(*chats) | {"by flags": " and ".join(won)}
+    winners = [end for end in ("model_a", "model_b", "tie") if is_true(row.get(f"winner_{end}"))]
+    turns = {}
+    for name in ("prompt", "response_a", "response_b"):
+        turns[name] = json.loads(row[name]) if row[name][:1] == "[" else [row[name]]
+    for name in ("response_a", "response_b"):
+        turns[name] = chat(zip(turns["prompt"], turns[name], strict=True))
+    return turns_of_two(turns, "response_a", "response_b") | {"winner flags": " and ".join(winners)}
+
+
+def is_true(value) -> bool:
+    """True for true, 1 and their texts."""
+    return str(value).strip().lower() in ("true", "1", "1.0")
+
+
+def has_turns(value) -> bool:
+    """True for a list of turns, each an object with a role."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def ready_side(value):
+    """One side of a ready pair -> its turns, its text, or its list of texts."""
+    if isinstance(value, str):
+        cell = unpacked(value)
+        turns = [cell] if isinstance(cell, dict) else cell
+        return human_turns(value) or (turns if has_turns(turns) else value)
+    items = [value] if isinstance(value, dict) else value
+    if has_turns(items) or not isinstance(items, list) or not items:
+        return items
+    texts = [item_text(item) for item in items]
+    return texts[0] if len(texts) == 1 else texts
 
 
 def ready_texts(row: dict, names: tuple) -> dict:
     """Two sides that are turns -> texts, and the prompt if they repeat it (HH-RLHF, TRL's implicit form)."""
-    sides = [[side] if isinstance(side, dict) else side for side in map(row.get, names)]
-    sides = [human_turns(side) if isinstance(side, str) else side for side in sides]
-    if not all(side and isinstance(side, list) for side in sides):
+    sides = {name: ready_side(row.get(name)) for name in names}
+    if not any(map(has_turns, sides.values())):
+        return sides if None not in sides.values() else {}
+    if not all(map(has_turns, sides.values())):
         return {}
-    turns = [message(turn) for side in sides for turn in side]
+    turns = [message(turn) for side in sides.values() for turn in side]
     if turns[0]["role"] != "assistant":
-        return battle(*sides, names)
+        return turns_of_two(sides, *names, names)
     if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
         raise Failed("input", f"not one answer on each side, but {len(turns)} turns")
     return {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
 
 
-# Answers as a row holds them. `ends` tell their fields apart: a, b; 1, 2; chosen, rejected; none in a list.
-# columns: [(a name of OWN or SIGNALS, a value per answer)]; fields: those of the row that it has them from.
-Shape = namedtuple("Shape", "texts ends columns fields")
-# What one signal says: kind is choice, score or rank; votes: text -> a tuple, higher is better.
-Claim = namedtuple("Claim", "name kind scale votes")
-UNSAID = (None, "", [])
+def swift_pair(row: dict) -> dict:
+    """ms-swift: the good answer is `response` or the last turn of `messages`."""
+    if row.get("chosen_response") is not None:  # NeMo, Argilla
+        return {}
+    if isinstance(row.get("response"), str):
+        return {"chosen": row["response"], "rejected": row["rejected_response"]}
+    turns = row.get("messages") or row.get("conversations")
+    if not has_turns(turns) or message(turns[-1])["role"] != "assistant":
+        return {}
+    return {"chosen": message(turns[-1])["content"], "rejected": row["rejected_response"]}
 
 
-def spaced(text) -> str:
-    """A text as signals know it, white space folded; "" for what is none."""
+def message_pair(row: dict) -> dict:
+    """LLaMA-Factory v1 `chosen_messages`, ms-swift `messages`, each beside `rejected_messages`."""
+    sides = {}
+    for name, field in (("chosen", "chosen_messages"), ("rejected", "rejected_messages")):
+        turns = row.get(field) or row.get("messages")
+        sides[name] = [turn | {"content": text_parts(turn.get("content"))} for turn in turns]
+    return sides
+
+
+def text_parts(content):
+    """A turn's content; LLaMA-Factory v1 names the text of a part `value`."""
+    if not isinstance(content, list):
+        return content
+    return [part | {"text": part.get("text", part.get("value"))} for part in content]
+
+
+def best_and_worst(row: dict) -> dict:
+    """LLaMA-Factory's former ranking: `output` is [the better, the worse]."""
+    texts = unpacked(row["output"])
+    if not isinstance(texts, list) or "instruction" not in row:
+        return {}
+    if any(isinstance(unpacked(row.get(name)), list) for name in LIST_FIELDS):
+        return {"responses": texts}
+    if len(texts) != 2:
+        raise Failed("input", f"`output` holds {len(texts)} texts, not two: the better, the worse")
+    return {"chosen": texts[0], "rejected": texts[1]}
+
+
+# Data sets whose names mislead: a field that gives one away -> the row's fields in plain names.
+# fmt: off
+DATA_SETS = {
+    # SHP, HelpSteer3, WebGPT, summarize comparisons
+    "human_ref_A": lambda r: {"prompt": r["history"], "first_is_better": r["labels"]},
+    "overall_preference": lambda r: {"prompt": r["context"]} if "context" in r else {},
+    "question": lambda r: {"prompt": r["question"]["full_text"]} if isinstance(r["question"], dict) else {},
+    "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"], "choice": None, "winner_from_0": r.get("choice")} if "info" in r else {},
+    # Chatbot Arena 33k and 140k, 55k
+    "conversation_a": lambda r: turns_of_two(r, "conversation_a", "conversation_b"),
+    "winner_model_a": lambda r: arena_55k(r),
+    # RMB; OASST's trees; stack-exchange-paired (the card: response_j is better)
+    "conversation_input": lambda r: {"messages": r["conversation_input"]},
+    "bon_best": lambda r: {"chosen": r["bon_best"], "rejected": r["loser_list"]},
+    "reject": lambda r: {"rejected": r["reject"]} if "rejected" not in r else {},
+    "message_tree_id": lambda r: {"replies": r["prompt"]["replies"], "prompt": r["prompt"]["text"]} if isinstance(r.get("prompt"), dict) else {},
+    "response_j": lambda r: {"chosen": r["response_j"], "rejected": r["response_k"]},
+    # ms-swift; LLaMA-Factory v1 and before; pairs of turns
+    "rejected_response": swift_pair,
+    "rejected_messages": message_pair,
+    "output": best_and_worst,
+    "chosen": lambda r: ready_texts(r, READY[0]),
+    "preferred_output": lambda r: ready_texts(r, READY[1]),
+    "chosen_response": lambda r: ready_texts(r, READY[2]),
+}
+# fmt: on
+
+
+def plain_names(row: dict) -> dict:
+    """The row with the fields that DATA_SETS gives plain names; raises Failed."""
+    for sign, rename in DATA_SETS.items():
+        if row.get(sign) is not None:
+            row = row | rename(row)
+    return row
+
+
+@dataclass
+class AnswerSet:
+    """Answers of one row that belong together: a ready pair, a list, or fields with suffixes."""
+
+    texts: list  # as the row holds them; broken rows hold other things than texts
+    keys: list[str]  # the texts with white space folded: equal keys are the same answer
+    fields: tuple[str, ...] = ()  # that hold the texts; () for a list
+    ends: tuple[str, ...] = ()  # what tells the fields apart: a, b; 1, 2; () for a list
+    chosen: int = 0  # a ready pair: how many of the texts, from the first on, are chosen
+    columns: list[tuple[str, list]] = field(default_factory=list)  # (name, a value per answer)
+    column_fields: set[str] = field(default_factory=set)  # fields of the row that columns come from
+
+
+class Signal(NamedTuple):
+    """What one field (or one set of fields) says of a set of answers."""
+
+    name: str
+    kind: str  # see KINDS
+    scale: float  # width of its range in points; 0 = unknown
+    votes: dict[str, tuple[float, ...]]  # an answer's key -> its numbers; higher is better
+
+
+class ChoiceNumbers:
+    """Whether numbers that name a winner count from 0 or from 1: all values of the file decide.
+
+    The file is read when the first such number is met; most files need no pass of their own."""
+
+    def __init__(self, rows):
+        self.rows = rows  # the rows of the file, read once
+        self.seen: dict | None = None  # (field, first end) -> which of "0" and "last" occur
+        self.preferences: set[float] = set()  # values of `preference` outside 1..2
+
+    def read(self):
+        """Collect the numbers of every row."""
+        self.seen = defaultdict(set)
+        for row in self.rows:
+            if isinstance(row, dict):
+                with contextlib.suppress(Failed, *JUNK):
+                    self.add(unpacked_lists(plain_names(row)))
+
+    def add(self, row: dict):
+        """Note the numbers of one row."""
+        value = number(row.get("preference"))
+        if value is not None and not 1 <= value <= 2:
+            self.preferences.add(value)
+        for name, value in winners_of(row).items():
+            place = choice_number(value)
+            if place is None:
+                continue
+            for answers in answer_sets(row):
+                if place == 0:
+                    self.seen[name, answers.ends[:1]].add("0")
+                if place == len(answers.texts):
+                    self.seen[name, answers.ends[:1]].add("last")
+
+    def first_number(self, name: str, answers: AnswerSet) -> int:
+        """The number of the first answer, 0 or 1; raises Failed if the file does not tell."""
+        if self.seen is None:
+            self.read()
+        possible = {0, 1}
+        if answers.ends[:1] in (("0",), ("1",)):
+            possible = {int(answers.ends[0])}
+        seen = self.seen.get((name, answers.ends[:1]), ())
+        if "0" in seen:
+            possible.discard(1)
+        if "last" in seen:
+            possible.discard(0)
+        if len(possible) == 1:
+            return possible.pop()
+        raise Failed(
+            "input",
+            f"ambiguous winner: does `{name}` count from 0 or from 1? "
+            f"Add --rename {name}=winner_from_0 or --rename {name}=winner_from_1",
+        )
+
+    def check_preference(self, value: float):
+        """Raise Failed if `preference` leaves AlpacaEval's range anywhere in the file."""
+        if self.seen is None:
+            self.read()
+        if not self.preferences:
+            return
+        raise Failed(
+            "input",
+            f"ambiguous winner: `preference` is {min(self.preferences):g} in this file, but "
+            "AlpacaEval's runs from 1 (output_1) over 1.5 (tie) to 2 (output_2). Add --rename "
+            "preference=winner_from_0 (0, 1, 2 = tie) or preference=winner_from_1 (0 = tie, 1, 2)",
+        )
+
+
+def fold_spaces(text) -> str:
+    """A text with its white space folded; "" for anything else."""
     return " ".join(text.split()) if isinstance(text, str) else ""
 
 
-def add_answers(record: Record, row: dict):
+def trim(text: str) -> str:
+    """An answer without blank lines around it; an indented first line keeps its indentation."""
+    if not text[:1].isspace():
+        return text.rstrip()
+    text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text).rstrip()
+    return text if re.match(r"\t|  ", text) else text.strip()
+
+
+def unpacked(value):
+    """The list or object that a table's cell holds as JSON or as Python text; else the value itself."""
+    if not isinstance(value, str) or value[:1] not in ("[", "{") or len(value) > 1_000_000:
+        return value
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            content = read(value)
+            return content if isinstance(content, list | dict) else value
+    return value
+
+
+def unpacked_lists(row: dict) -> dict:
+    """The row, with lists in place of the cells that hold them."""
+    cells = {}
+    for name in (*LISTS, *LIST_FIELDS, "models", "generation_models"):
+        if isinstance(row.get(name), str):
+            cells[name] = unpacked(row[name])
+    return row | cells if cells else row
+
+
+def quantity(value) -> float | None:
+    """A number, also with a decimal comma ("7,5"); None for the rest. "1,234" could be a thousand."""
+    if isinstance(value, str) and re.fullmatch(r"\s*-?(?:0,\d+|\d+,(?:\d\d?|\d{4,}))\s*", value):
+        value = value.replace(",", ".")
+    return number(value)
+
+
+def flag(value) -> float | None:
+    """1.0 for true and its spellings, 0.0 for false and its spellings, None for the rest."""
+    text = str(value).strip().lower()
+    if text in TRUE:
+        return 1.0
+    return 0.0 if text in FALSE else None
+
+
+def item_text(item):
+    """The text of an answer that may be an object; "" if it has none."""
+    if not isinstance(item, dict):
+        return item
+    return next((item[name] for name in TEXTS if item.get(name)), "")
+
+
+def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None):
     """Give the record the row's own answers, their votes, the kind of signal and the width of its scale.
 
     Raises Failed("input", ...) for a tie, for no preference, and for signals that contradict each other."""
+    numbers = numbers or ChoiceNumbers([row])
     if isinstance(row.get("ranking"), list):
         raise Failed(
-            "input", "ambiguous `ranking`: name it order (indices, best first) or ranks (1 = best)"
+            "input",
+            "ambiguous `ranking`: add --rename ranking=order (indices from 0, the best first) "
+            "or --rename ranking=ranks (1 = the best)",
         )
-    shapes = shapes_of(row)
-    if not shapes:
+    row = chosen_as_winner(unpacked_lists(row), numbers)
+    sets = answer_sets(row)
+    if not sets:
         raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}")
-    texts, ends, columns, _ = shapes[0]
-    if ends not in READY and any(len(values) != len(texts) for _, values in columns):
-        raise Failed("input", f"lists of unequal length: {len(texts)} answers")
-    models = next(
-        (values for name, values in columns if name == "model" and any(values)), [""] * len(texts)
-    )
-    texts = [text_of({"answer": text}, "answer").strip() for text in texts]
-    record.answers = [
-        Answer(text, str(model or "")) for text, model in zip(texts, models, strict=True)
-    ]
-    if ends in READY and fold_text(texts[0]) == fold_text(texts[1]):
+    first = sets[0]
+    for _, values in first.columns:
+        if not first.chosen and len(values) != len(first.texts):
+            raise Failed("input", f"lists of unequal length: {len(first.texts)} answers")
+    record.answers = answers_of(first)
+    if len(first.keys) > 1 and len(set(first.keys)) == 1 and first.keys[0]:
         raise Failed("filter", "identical answers")
-    verdicts = {name: row[name] for name in WINNERS if name in row}
-    verdicts = {name: said for name, said in verdicts.items() if said not in UNSAID} or verdicts
-    for one, two in itertools.combinations(shapes, 2):
-        check_places(one, two, row, verdicts)
-    claims = [claim for shape in shapes for claim in claims_of(shape, row, verdicts)]
-    unheard = [
-        said for name, said in verdicts.items() if name not in {claim.name for claim in claims}
-    ]
-    if unheard:
-        raise Failed("input", f"no preference: the winner is {str(unheard[0])[:40]!r}")
-    if claims:
-        settle(record, claims)
+    winners = winners_of(row)
+    for one, other in itertools.combinations(sets, 2):
+        check_places(one, other, row, winners, numbers)
+    signals = []
+    for answers in sets:
+        signals += signals_of(answers, row, winners, numbers)
+    check_winners(winners, signals)
+    if signals:
+        apply_signals(record, first, signals)
+    else:
+        record.signal_hint = unread_signals(row, sets)
 
 
-def shapes_of(row: dict) -> list[Shape]:
-    """Every shape in which the row holds answers; the texts of the first are the record's."""
-    filled = [name for name in row if row[name] and isinstance(row[name], list)]
-    beside = [(BESIDE[name], row[name]) for name in filled if name in BESIDE]
-    models = [("model", row[name]) for name in ("models", "generation_models") if name in filled]
-    lists = []
-    for items in (row[name] for name in LISTS if name in filled):
-        items = [item if isinstance(item, dict) else {"text": item} for item in items]
-        texts = [next((item[name] for name in TEXTS if item.get(name)), "") for item in items]
-        columns = [(name, [item.get(name) for item in items]) for name in OWN]
-        columns += beside + [(name, values) for name, values in models if len(values) == len(texts)]
-        lists.append(Shape(texts, (), columns, set()))
+def answers_of(answers: AnswerSet) -> list[Answer]:
+    """The answers of a set, with the names of their models; raises Failed for what is not a text."""
+    models = [""] * len(answers.texts)
+    for name, values in answers.columns:
+        if name == "model" and any(values):
+            models = values
+            break
+    made = []
+    for text, model in zip(answers.texts, models, strict=True):
+        text = text_of({"answer": text}, "answer")
+        made.append(Answer(trim(text), str(model or "")))
+    return made
+
+
+def chosen_as_winner(row: dict, numbers: ChoiceNumbers) -> dict:
+    """The row with `winner` in place of a `chosen` that names another answer: "B", "response_b"."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if chosen in EMPTY or not isinstance(chosen, str | int) or len(str(chosen)) > 40:
+        return row
+    others = {name: value for name, value in row.items() if name not in READY[0]}
+    sets = answer_sets(others)
+    if not sets or any(fold_spaces(chosen) in answers.keys for answers in sets):
+        return row
+    places = {winner_index("chosen", chosen, answers, numbers) for answers in sets}
+    if places == {None}:
+        return row if rejected not in EMPTY else others | {"winner": chosen}
+    if rejected not in EMPTY:
+        losers = {winner_index("rejected", rejected, answers, numbers) for answers in sets}
+        if losers & places or losers & {None}:
+            raise Failed("input", "contradictory signals: chosen, rejected")
+    return others | {"chosen answer": chosen}
+
+
+def winners_of(row: dict) -> dict:
+    """The fields of a row that name its winner, and their values. Empty ones only if all are empty."""
+    winners = {name: row[name] for name in (*WINNERS, "chosen answer") if name in row}
+    filled = {name: value for name, value in winners.items() if value not in EMPTY}
+    winners = filled or winners
+    for name in LOOSE_WINNERS:
+        value = row.get(name)
+        if isinstance(value, dict):  # Label Studio
+            value = value.get("selected")
+        if isinstance(value, str) and number(value) is None and value.strip():
+            winners[name] = value
+    return winners
+
+
+def check_winners(winners: dict, signals: list[Signal]):
+    """Raise Failed for a winner that no set of answers understands."""
+    understood = {signal.name for signal in signals}
+    for name, value in winners.items():
+        if name in understood or name in LOOSE_WINNERS:
+            continue
+        if str("" if value is None else value).strip().lower() in NOTHING:
+            raise Failed("input", f"no preference: `{name}` is empty or none")
+        shown = fold_spaces(str(value))[:40]
+        raise Failed("input", f"winner not understood: `{name}` is {shown!r}, which names no answer")
+
+
+def answer_sets(row: dict) -> list[AnswerSet]:
+    """Every set of answers that the row holds; the first one's texts are the record's."""
+    beside = []
+    for name in row:
+        values = row[name]
+        if name in LIST_FIELDS and isinstance(values, list) and values:
+            plain = LIST_FIELDS[name]
+            if SIGNALS[plain][0] != "flag" or None not in map(flag, values):
+                beside.append((plain, values))
+    lists = [list_set(row, name, beside) for name in LISTS if isinstance(row.get(name), list)]
+    lists = [answers for answers in lists if answers.texts]
     beside = [] if lists else beside
-    pairs = [
-        sided(row, names, names, FORMS, beside)
-        for names in READY
-        if None not in map(row.get, names)
-    ]
+    ready = [ready_set(row, names, beside) for names in READY if None not in map(row.get, names)]
     suffixed = []
-    for stem, mark, first in (found.groups() for found in map(FIRST.fullmatch, row) if found):
-        ends = tuple(chr(ord(first) + i) for i in range(8))
-        fields = list(itertools.takewhile(row.__contains__, [stem + mark + end for end in ends]))
-        if len(fields) > 1 and not (first == "1" and f"{stem}{mark}0" in row):
-            suffixed.append(sided(row, fields, ends[: len(fields)], (f"{{0}}{mark}{{1}}",), beside))
-    return pairs + lists + suffixed
+    for fields, ends, mark in suffixed_fields(tuple(row)):
+        suffixed.append(field_set(row, fields, ends, (f"{{0}}{mark}{{1}}",), beside))
+    return ready + lists + suffixed
 
 
-def sided(row: dict, fields: list, ends: tuple, forms: tuple, beside: list) -> Shape:
+def list_set(row: dict, name: str, beside: list) -> AnswerSet:
+    """The answers in a list of texts or of objects, with what stands in the objects and beside the list."""
+    items = [item if isinstance(item, dict) else {"text": item} for item in row[name]]
+    texts = [item_text(item) for item in items]
+    columns = []
+    for field_name in ANSWER_FIELDS:
+        values = [item.get(field_name) for item in items]
+        if any(value not in EMPTY for value in values):
+            columns.append((field_name, values))
+    columns += beside
+    for field_name in ("models", "generation_models"):
+        models = row.get(field_name)
+        if isinstance(models, list) and len(models) == len(texts):
+            columns.append(("model", models))
+    return AnswerSet(texts, [fold_spaces(text) for text in texts], columns=columns)
+
+
+def ready_set(row: dict, names: tuple, beside: list) -> AnswerSet:
+    """A ready pair, or lists of better and of worse answers."""
+    sides = [row[name] for name in names]
+    if all(isinstance(side, str) for side in sides):
+        answers = field_set(row, names, names, FORMS, beside)
+        if row.get("decided_by") == "people":  # scores of the judge whom people overruled
+            answers.columns = [item for item in answers.columns if item[0] == "model"]
+            answers.column_fields = set()
+        answers.chosen = 1
+        return answers
+    lists = [side if isinstance(side, list) else [side] for side in sides]
+    texts = lists[0] + lists[1]
+    return AnswerSet(texts, [fold_spaces(text) for text in texts], names, chosen=len(lists[0]))
+
+
+@functools.lru_cache(maxsize=256)
+def suffixed_fields(names: tuple) -> list[tuple]:
+    """[(fields, ends, mark)] of names like response_a, response_b: ("a", "b") and "_"."""
+    groups = []
+    for name in names:
+        match = SUFFIXED.fullmatch(name) if isinstance(name, str) else None
+        if not match:
+            continue
+        stem, mark, first = match.groups()
+        ends = [chr(ord(first) + i) for i in range(8)]
+        fields = [stem + mark + end for end in ends]
+        count = next((i for i, field_name in enumerate(fields) if field_name not in names), 8)
+        if count > 1 and not (first == "1" and f"{stem}{mark}0" in names):
+            groups.append((tuple(fields[:count]), tuple(ends[:count]), mark))
+    return groups
+
+
+@functools.lru_cache(maxsize=256)
+def column_names(names: tuple, ends: tuple, forms: tuple) -> list[tuple]:
+    """[(plain name, a field per answer)] of those among `names` that go with answers of these ends."""
+    found = []
+    for plain in ANSWER_FIELDS:
+        for form in forms:
+            fields = [form.format(plain, end) for end in ends]
+            if not set(fields).isdisjoint(names):
+                found.append((plain, fields))
+    return found
+
+
+def field_set(row: dict, fields: tuple, ends: tuple, forms: tuple, beside: list) -> AnswerSet:
     """Answers in fields of their own, with the fields of the same form: score_a, model_a; chosen_score."""
-    columns = [
-        (name, [row.get(form.format(name, end)) for end in ends]) for name in OWN for form in forms
-    ]
-    said = {form.format(name, end) for name in SIGNALS for form in forms for end in ends}
-    said = {name for name in said if row.get(name) is not None}
-    return Shape([row[field] for field in fields], ends, columns + beside, said)
+    texts = [row[name] for name in fields]
+    answers = AnswerSet(texts, [fold_spaces(text) for text in texts], fields, ends)
+    for plain, names in column_names(tuple(row), ends, forms):
+        answers.columns.append((plain, [row.get(name) for name in names]))
+        if plain != "model":
+            answers.column_fields |= {name for name in names if row.get(name) is not None}
+    answers.columns += beside
+    return answers
 
 
-def check_places(one: Shape, two: Shape, row: dict, verdicts: dict):
-    """Raises Failed if the row says by places what could be meant of either shape, and their texts differ."""
-    ours, theirs = ({spaced(text) for text in shape.texts} - {""} for shape in (one, two))
-    same = (
-        ours <= theirs if one.ends in READY else ours == theirs
-    )  # a ready pair may be two of a list
-    both = by_place(one, row, verdicts) & by_place(two, row, verdicts)
-    if both and ours and theirs and not same:
+def check_places(one: AnswerSet, other: AnswerSet, row: dict, winners: dict, numbers):
+    """Raise Failed if a field speaks by places, and two sets of different answers could be meant."""
+    ours, theirs = set(one.keys) - {""}, set(other.keys) - {""}
+    same = ours <= theirs if one.chosen else ours == theirs  # a ready pair may be two of a list
+    if same or not ours or not theirs:
+        return
+    both = placed_fields(one, row, winners, numbers) & placed_fields(other, row, winners, numbers)
+    if both:
         raise Failed("input", f"ambiguous: which answers does `{min(both)}` speak of?")
 
 
-def by_place(shape: Shape, row: dict, verdicts: dict) -> set[str]:
-    """The fields of the row that could speak of a shape's answers by their places."""
-    lists = {name: row[name] for name in BESIDE if isinstance(row.get(name), list)}
-    filled = {
-        name for name, values in lists.items() if not all(value in UNSAID for value in values)
-    }
-    beside = {name for name in filled if len(lists[name]) == len(shape.texts)}
-    chosen = {
-        name for name, said in verdicts.items() if winner_index(name, said, shape) is not None
-    }
-    return shape.fields | beside | chosen
+def placed_fields(answers: AnswerSet, row: dict, winners: dict, numbers) -> set[str]:
+    """The fields of the row that could speak of a set's answers by their places."""
+    fields = set(answers.column_fields)
+    for name in LIST_FIELDS:
+        values = row.get(name)
+        if isinstance(values, list) and len(values) == len(answers.texts):
+            if any(value not in EMPTY for value in values):
+                fields.add(name)
+    for name, value in winners.items():
+        if winner_index(name, value, answers, numbers) is not None:
+            fields.add(name)
+    return fields
 
 
-def claims_of(shape: Shape, row: dict, verdicts: dict) -> list[Claim]:
-    """All that the row says of a shape's answers; raises Failed for ties and for what cannot be read."""
-    count, ready = len(shape.texts), shape.ends in READY
-    best = {"chosen": 0} if ready else {}
-    best |= {"margin": 1} if ready and (number(row.get("margin")) or 0) < 0 else {}
-    best |= {name: winner_index(name, said, shape) for name, said in verdicts.items()}
-    choices = {name: index for name, index in best.items() if index in range(count)}
-    said = [
-        (name, "choice", 0.0, [float(i == at) for i in range(count)])
-        for name, at in choices.items()
-    ]
-    for name, (fields, even, scale) in LEADS.items():
-        if row.get(name) is not None and shape.texts == [row.get(field) for field in fields]:
-            place = number(row[name])
-            lead = math.nan if place is None else place - even
-            if not 0 < abs(lead) <= scale:  # -100: neither
-                raise Failed("input", "tie" if lead == 0 else "no preference")
-            said.append((name, "score", scale, [0.0, lead]))
-    for name, values in shape.columns:
-        if (
-            name in SIGNALS
-            and len(values) == count
-            and not all(value in UNSAID for value in values)
-        ):
-            said.append((name, *SIGNALS[name], values))
-    texts = [spaced(text) for text in shape.texts]
-    return [claim_on(texts, *one, most=math.inf if ready else count) for one in said]
+def signals_of(answers: AnswerSet, row: dict, winners: dict, numbers) -> list[Signal]:
+    """All that the row says of a set's answers; raises Failed for ties and for what cannot be read."""
+    count = len(answers.texts)
+    signals = []
+
+    def add_choice(name: str, best):
+        values = [float(index in best) for index in range(count)]
+        signals.append(make_signal(answers, name, "choice", 0.0, values))
+
+    if answers.chosen:
+        add_choice("chosen", range(answers.chosen))
+        decided = row.get("decided_by") == "people"
+        if not decided and (quantity(row.get("margin")) or 0) < 0:
+            add_choice("margin", range(answers.chosen, count))
+    for name, value in winners.items():
+        place = winner_index(name, value, answers, numbers)
+        if place is not None:
+            add_choice(name, (place,))
+    for name, (fields, tie, scale) in LEADS.items():
+        if row.get(name) is None or answers.texts != [row.get(field_name) for field_name in fields]:
+            continue
+        value = quantity(row[name])
+        if value is None and name in winners:  # "response_1": read above
+            continue
+        if value is not None and name == "preference":
+            numbers.check_preference(value)
+        lead = math.nan if value is None else value - tie
+        if lead == 0:
+            raise Failed("input", "tie")
+        if not abs(lead) <= scale:  # -100: neither
+            raise Failed("input", f"no preference: `{name}` is {str(row[name])[:40]}")
+        signals.append(make_signal(answers, name, "score", scale, [0.0, lead]))
+    for name, values in answers.columns:
+        if name in SIGNALS and len(values) == count:
+            if any(value not in EMPTY for value in values):
+                signals.append(make_signal(answers, name, *SIGNALS[name], values))
+    return signals
 
 
-def winner_index(verdict: str, said, shape: Shape) -> int | None:
-    """A verdict (index from 0, `model_a`, `a`, a model's name) -> index or None; raises Failed for a tie."""
-    name, place = "" if said is None else str(said).strip().lower(), number(said)
-    end = re.sub(r"^(model|response|answer|output|assistant)_?(?=\w$)", "", name)
-    found = {i for i, one in enumerate(shape.ends) if one.lower() == end}
-    for column, values in shape.columns:
-        if column == "model":
-            found |= {i for i, model in enumerate(values) if model and str(model).lower() == name}
-    if (
-        place is not None and shape.ends not in READY
-    ):  # in `winner`, 1 of a and b: from 0 or from 1?
-        found |= {place} if verdict != "winner" or shape.ends[:1] == ("0",) else {0, 1}
-    if re.match(EVEN, name) and (not found or re.fullmatch(EVEN, name)):
-        raise Failed("input", "both bad" if "bad" in name or name == "neither" else "tie")
-    if len(found) > 1:
-        raise Failed(
-            "input", f"ambiguous winner: {name[:40]}; write model_a, response_1 or the like"
-        )
-    return found.pop() if found else None
+def winner_index(name: str, value, answers: AnswerSet, numbers: ChoiceNumbers) -> int | None:
+    """The index of the answer that a field names, None if it names none; raises Failed for a tie."""
+    text = fold_spaces(str(value)).lower()
+    if value in EMPTY or isinstance(value, bool | list | dict) and name != "first_is_better":
+        return None
+    count = len(answers.texts)
+    if name == "first_is_better":
+        places = {0: 1, 1: 0}.get(1 if is_true(value) else flag(value))
+        is_sign = text in ("-1", "-1.0")  # beside 1 and 0, which may be a tie
+        return None if answers.chosen or count != 2 or is_sign else places
+    relation = RELATION.fullmatch(bare(text))
+    if relation:
+        return better_side(relation, answers)
+    if name == "label":  # "a" alone may be the worse one
+        return None
+    places = named_places(text, answers)
+    if not answers.chosen:
+        places |= numbered_places(name, value, answers, numbers)
+    if TIE.match(text) and (not places or TIE.fullmatch(text)):
+        is_bad = "bad" in text or text.startswith("neither") or re.search("不好|差", text)
+        raise Failed("input", "both bad" if is_bad else "tie")
+    if len(places) > 1:
+        raise Failed("input", f"ambiguous winner: {text[:40]!r} could be either answer")
+    return places.pop() if places else None
 
 
-def claim_on(texts: list, name: str, kind: str, scale: float, values: list, most: float) -> Claim:
-    """A number (or a list of them) for each text -> the claim; `most`: the highest rank there can be."""
-    if name == "order":  # indices, best first -> the rank of each answer; names say nothing
-        places = [number(value) for value in values]
-        if None not in places and sorted(places) != list(range(len(places))):
-            raise Failed("input", "order is not a list of all indices from 0")
-        values = [None if None in places else places.index(i) for i in range(len(places))]
-    rows = [tuple(map(number, value if isinstance(value, list) else [value])) for value in values]
-    rated = [(text, row) for text, row in zip(texts, rows, strict=True) if row and None not in row]
-    if len({len(row) for _, row in rated}) > 1:
-        raise Failed("input", "votes of unequal length")
-    if kind == "rank" and not all(0 <= rank <= most for _, row in rated for rank in row):
-        raise Failed("input", "ranks out of range")
-    if any(text and row != dict(rated)[text] for text, row in rated):
-        raise Failed("input", "contradictory signals: one answer, two ranks")
-    sense = -1 if kind == "rank" else 1
-    return Claim(
-        name, kind, scale, {text: tuple(sense * vote for vote in row) for text, row in rated}
-    )
+def bare(text: str) -> str:
+    """A name without brackets, quotes and a final stop: `[[a]]`, `b.` -> a, b."""
+    return text.strip(" .,。!\"'`*()[]【】“”")
 
 
-def settle(record: Record, claims: list[Claim]):
-    """Give the record the answers that every claim (on two at least) rates, its signal and scale, and each
-    answer its votes in all of these claims and the first one's score; raises Failed."""
-    of = lambda answer, claim: claim.votes.get(spaced(answer.text))
-    said = [
-        claim for claim in claims if sum(bool(of(answer, claim)) for answer in record.answers) > 1
-    ]
-    if any(claim.name == "fine-grained_score" for claim in said):
-        said = [claim for claim in said if claim.name != "overall_score"]
-    said.sort(key=lambda claim: ("choice", "score", "rank").index(claim.kind))
-    rated = [answer for answer in record.answers if all(of(answer, claim) for claim in said)]
-    if not said or len(rated) < 2:
-        raise Failed("input", "no preference: fewer than two answers are rated")
-    apart = False
-    for one, two in itertools.combinations(rated, 2):
-        both = [zip(of(one, claim), of(two, claim), strict=True) for claim in said]
-        signs = [{(a > b) - (a < b) for a, b in votes} for votes in both]
-        if {1} in signs and {-1} in signs and one.text and two.text:
-            names = ", ".join(dict.fromkeys(claim.name for claim in said))
-            raise Failed("input", f"contradictory signals: {names}")
-        apart = apart or {0} not in signs
-    if not apart:
+def better_side(relation: re.Match, answers: AnswerSet) -> int | None:
+    """A>B, B<A -> the index of the better one; raises Failed for A=B."""
+    left, sign, right = relation.groups()
+    first, second = (named_places(side, answers) for side in (left, right))
+    if len(first) != 1 or len(second) != 1 or first == second:
+        return None
+    if "=" in sign:
         raise Failed("input", "tie")
-    record.answers, record.signal, record.scale = rated, said[0].kind, said[0].scale
-    # what a lead's scale measures, or what a lead says, is no score of one answer
-    scores = [
-        claim
-        for claim in said
-        if claim.kind == "score" and not {claim.name, said[0].name} & {*LEADS}
-    ]
-    scores.sort(key=lambda claim: claim.name == "votes")  # their own mean or median is better
-    for answer in rated:
-        answer.votes = sum((of(answer, claim) for claim in said), ())
-        answer.score = statistics.fmean(of(answer, scores[0])) if scores else None
+    return first.pop() if ">" in sign else second.pop()
+
+
+def named_places(text: str, answers: AnswerSet) -> set[int]:
+    """The indices of the answers that a lower-case text names: by end, field, place, model or itself."""
+    places = set()
+    name = bare(text)
+    end = re.sub(rf"^{STEM}[ _-]*(?=\w+$)", "", name)
+    end = re.sub(rf"(?<=\w)[ _-]*{STEM}$", "", end)
+    for index, field_name in enumerate(answers.fields):
+        if len(answers.ends) > index and (end == answers.ends[index].lower() and not end.isdigit()):
+            places.add(index)
+        if name == field_name.lower() and len(answers.ends) > index:
+            places.add(index)
+    count = len(answers.texts)
+    if not answers.chosen:
+        if len(end) == 1 and "a" <= end <= "h" and ord(end) - ord("a") < count:
+            places.add(ord(end) - ord("a"))
+        if end in PLACES and PLACES[end] < count and (count == 2 or end[0] not in "lr左右前后"):
+            places.add(PLACES[end])
+    for column, values in answers.columns:
+        if column == "model" and len(values) == count:
+            for index, model in enumerate(values):
+                if model and str(model).lower() in (text, name):
+                    places.add(index)
+    for index, key in enumerate(answers.keys):
+        if key and key.lower() == text:
+            places.add(index)
+    return places
+
+
+def choice_number(value) -> int | None:
+    """The number of an answer: 1, "1", "response_1", "Model 1" -> 1; None for the rest."""
+    if isinstance(value, bool) or value is None:
+        return None
+    place = number(value)
+    if place is None and isinstance(value, str):
+        match = re.fullmatch(rf"{STEM}[ _-]*(\d)", bare(value.strip().lower()))
+        place = number(match[1]) if match else None
+    return int(place) if place is not None and place == int(place) else None
+
+
+def numbered_places(name: str, value, answers: AnswerSet, numbers: ChoiceNumbers) -> set[int]:
+    """The index that a number stands for, as a set; raises Failed if the file does not tell."""
+    place = choice_number(value)
+    count = len(answers.texts)
+    if place is None or fold_spaces(str(value)).lower() in map(str.lower, answers.fields):
+        return set()
+    if name in ("winner_from_0", "winner_from_1"):
+        first = int(name[-1])
+        if place - first == (count if first == 0 else -1):
+            raise Failed("input", "tie")
+    elif 0 <= place <= count:
+        first = numbers.first_number(name, answers)
+    else:
+        return set()
+    return {place - first} & set(range(count))
+
+
+def make_signal(answers: AnswerSet, name: str, kind: str, scale: float, values: list) -> Signal:
+    """A number (or a list of them) for each answer -> the signal; raises Failed."""
+    if name == "order":
+        values = ranks_of_order(values)
+    read = flag if kind == "flag" else quantity
+    votes = {}
+    most = math.inf if answers.chosen else len(answers.texts)  # the highest rank there can be
+    lengths = set()
+    for key, value in zip(answers.keys, values, strict=True):
+        items = value if isinstance(value, list) else [value]
+        vote = tuple(read(item) for item in items)
+        if not vote or None in vote:
+            continue
+        lengths.add(len(vote))
+        if kind == "rank" and not all(0 <= rank <= most for rank in vote):
+            raise Failed("input", "ranks out of range")
+        if kind == "rank":
+            vote = tuple(-rank for rank in vote)
+        if key and votes.setdefault(key, vote) != vote:
+            raise Failed("input", "contradictory signals: one answer, two ranks")
+        votes.setdefault(key, vote)
+    if len(lengths) > 1:
+        raise Failed("input", "votes of unequal length")
+    return Signal(name, kind, scale, votes)
+
+
+def ranks_of_order(order: list) -> list:
+    """Indices from 0, the best first -> the rank of each answer; names say nothing."""
+    places = [number(value) for value in order]
+    if None in places:
+        return [None] * len(order)
+    if sorted(places) != list(range(len(places))):
+        raise Failed("input", "order is not a list of all indices from 0")
+    return [places.index(index) for index in range(len(places))]
+
+
+def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]):
+    """Give the record the answers that every signal rates, its kind of signal and its scale; raises Failed.
+
+    Each answer gets its votes in all signals, and the first score among them as its score."""
+    signals = useful_signals(answers, signals)
+    rated = []
+    for answer, key in zip(record.answers, answers.keys, strict=True):
+        if all(key in signal.votes for signal in signals):
+            rated.append((answer, key))
+    if not signals or len(rated) < 2:
+        raise Failed("input", "no preference: fewer than two answers are rated")
+    main = [signal for signal in signals if signal.kind != "flag"] or signals
+    check_directions([key for _, key in rated], signals, main)
+    scores = [signal for signal in main if signal.kind == "score" and signal.name not in LEADS]
+    if main[0].name in LEADS:
+        scores = []  # a lead is no score of one answer, and its scale is not theirs
+    scores.sort(key=lambda signal: signal.name == "votes")  # their own mean or median is better
+    for answer, key in rated:
+        for signal in main:
+            answer.votes += signal.votes[key]
+        answer.score = statistics.fmean(scores[0].votes[key]) if scores else None
+    record.answers = [answer for answer, _ in rated]
+    record.signal = "choice" if main[0].kind == "flag" else main[0].kind
+    record.scale = main[0].scale
+
+
+def useful_signals(answers: AnswerSet, signals: list[Signal]) -> list[Signal]:
+    """The signals that rate two answers of the set at least, choices first."""
+    useful = []
+    for signal in signals:
+        if sum(key in signal.votes for key in answers.keys) > 1:
+            useful.append(signal)
+    if any(signal.name == "fine-grained_score" for signal in useful):
+        useful = [signal for signal in useful if signal.name != "overall_score"]
+    return sorted(useful, key=lambda signal: KINDS.index(signal.kind))
+
+
+def check_directions(keys: list[str], signals: list[Signal], main: list[Signal]):
+    """Raise Failed if two signals contradict each other, or if no two answers differ in all of them."""
+    differ = False
+    for one, other in itertools.combinations(keys, 2):
+        leads = [direction(signal, one, other) for signal in signals]
+        if 1 in leads and -1 in leads and one and other:
+            names = ", ".join(dict.fromkeys(signal.name for signal in signals))
+            raise Failed("input", f"contradictory signals: {names}")
+        if not differ:
+            differ = all(direction(signal, one, other) != 0 for signal in main)
+    if not differ:
+        raise Failed("input", "tie")
+
+
+def direction(signal: Signal, one: str, other: str) -> int | None:
+    """1 if the first is better in every vote, -1 if the second is, 0 if all are equal, else None."""
+    signs = set()
+    for a, b in zip(signal.votes[one], signal.votes[other], strict=True):
+        signs.add((a > b) - (a < b))
+    return signs.pop() if len(signs) == 1 else None
+
+
+# Words in the names of fields that often hold a signal.
+TELLING = re.compile(
+    "label|best|better|prefer|choice|chosen|winn|win$|verdict|decision|judg|select|vote|pick|annotat"
+    "|compar|rating|score|rank|grade|quality|reward|胜|优|选|偏好|标注|排名|得分|评分|打分",
+    re.I,
+)
+
+
+def unread_signals(row: dict, sets: list[AnswerSet]) -> str:
+    """Which fields look like a signal that was not read, and the --rename that reads them; "" if none."""
+    count = len(sets[0].texts)
+    known = {*LISTS, *PROMPT_FIELDS, *REFERENCE_FIELDS, *sets[0].fields}
+    hints = []
+    for name, value in row.items():
+        if name in known or value in EMPTY or not isinstance(name, str):
+            continue
+        if isinstance(value, list) and len(value) == count and None not in map(quantity, value):
+            hints.append(
+                f"--rename {name}=scores (higher is better) or --rename {name}=ranks (lower is)"
+            )
+        elif names_answer(name, value, sets[0]):
+            hint = f"--rename {name}=winner"
+            if count == 2 and choice_number(value) in (0, 1):
+                hint += f" (it is the better one's number) or --rename {name}=first_is_better (1 is)"
+            hints.append(hint)
+    hints += suffix_hints(row, sets[0])
+    return "; ".join(hints[:3])
+
+
+def names_answer(name: str, value, answers: AnswerSet) -> bool:
+    """True if a field could name the better answer."""
+    if isinstance(value, str) and choice_number(value) is None:
+        with contextlib.suppress(Failed):
+            return len(named_places(fold_spaces(value).lower(), answers)) == 1
+        return False
+    place = choice_number(value)
+    return bool(TELLING.search(name)) and place is not None and 0 <= place <= len(answers.texts)
+
+
+def suffix_hints(row: dict, answers: AnswerSet) -> list[str]:
+    """Renames for numbers in fields with the answers' ends: grade_a, grade_b."""
+    if not answers.ends or answers.chosen:
+        return []
+    hints = []
+    first, *others = answers.ends
+    for name in row:
+        if not isinstance(name, str) or not name.endswith(first) or name in answers.fields:
+            continue
+        stem = name.removesuffix(first)
+        names = [name, *(stem + end for end in others)]
+        if all(quantity(row.get(field_name)) is not None for field_name in names):
+            mark = re.match(r".*?([_ ]?)\w$", answers.fields[0])[1]
+            ends = zip(names, answers.ends, strict=True)
+            hints.append(" ".join(f"--rename {old}=score{mark}{end}" for old, end in ends))
+    return hints
+
+
+# Rows of one answer each: KTO, reward model output. Rows of one prompt that stand together are grouped.
+ONE_ANSWER = ("completion", "response", "output", "generation")
+ONE_SIGNALS = {*ANSWER_FIELDS, "label", "kto_tag"} - {"model", "votes"}
+GROUP_SIZE = 1000  # rows of one prompt at most, so that memory stays bounded
+
+
+def group_rows(rows):
+    """Yields (line, row): rows of one answer and one prompt that stand together become one row."""
+    group, start, prompt = [], 0, None
+    for line, row in rows:
+        single = single_answer(row)
+        if group and (not single or single[0] != prompt or len(group) == GROUP_SIZE):
+            yield start, grouped(prompt, group)
+            group = []
+        if not single:
+            yield line, row
+            continue
+        if not group:
+            start, prompt = line, single[0]
+        group.append(single[1])
+    if group:
+        yield start, grouped(prompt, group)
+
+
+def grouped(prompt: list[dict], answers: list[dict]) -> dict | Failed:
+    """The row that holds all answers of one prompt; Failed if there is only one."""
+    if len(answers) > 1:
+        return {"messages": prompt, "responses": answers}
+    why = "one answer alone: rows of one prompt must stand together (sort the file by its prompt)"
+    text = answers[0]["text"]
+    return Failed("input", why, record=Record(prompt, answers=[Answer(text)]))
+
+
+def single_answer(row) -> tuple[list[dict], dict] | None:
+    """(the prompt's messages, the answer with its signals) of a row with one rated answer; else None."""
+    if not isinstance(row, dict) or ONE_SIGNALS.isdisjoint(row):
+        return None
+    answer = {}
+    for name in ONE_SIGNALS & row.keys():
+        value = row[name]
+        if name in ("label", "kto_tag"):
+            name, value = "desirable", flag(value)
+        if quantity(value) is not None or flag(value) is not None:
+            answer[name] = value
+    if not answer:
+        return None
+    with contextlib.suppress(Failed, *JUNK):
+        row = plain_names(row)
+        text = single_text(row)
+        records = [] if answer_sets(unpacked_lists(row)) or not text else parse_row(row)
+        if len(records) == 1:
+            answer |= {"text": text, "model": row.get("model")}
+            return records[0].messages, answer
+    return None
+
+
+def single_text(row: dict) -> str:
+    """The one answer of a row: a field, or the last turn of its messages; "" if there are none or more."""
+    texts = [row[name] for name in ONE_ANSWER if row.get(name)] or [row.get("answer")]
+    turns = row.get("messages") or row.get("conversations")
+    if has_turns(turns) and message(turns[-1])["role"] == "assistant":
+        texts = [message(turns[-1])["content"]]
+    if len(texts) != 1:
+        return ""
+    [text] = texts
+    if has_turns(text) and len(text) == 1:
+        text = message(text[0])["content"]
+    return text if isinstance(text, str) else ""
 
 
 # --------------------------------------------------------------------------------------------------
