@@ -893,19 +893,17 @@ class Run:
 
     def usable(self, record, answers, failures=(), drop_refusals=False) -> list[Answer]:
         """Answers that pass the answer filters, each text once; raises Failed with fewer than two of them."""
-        kept, reasons = [], list(failures)
+        kept, folded, reasons = [], {}, list(failures)
         for answer in answers:
             reason = self.rejection_reason("answer", record, answer)
             reason = reason or ("refusal" if drop_refusals and refuses(answer.text) else "")
-            twin = next(
-                (other for other in kept if fold_text(other.text) == fold_text(answer.text)), None
-            )
-            if twin and twin.votes != answer.votes:
-                raise Failed("input", "contradictory signals: one answer, two ranks")
-            if reason or twin:
+            twin = folded.get(fold_text(answer.text))
+            is_twin = twin is not None and twin.votes == answer.votes  # rated alike, or not at all
+            if reason or is_twin:
                 reasons.append(Failed("filter", reason or "identical answers"))
             else:
                 kept.append(answer)
+                folded[fold_text(answer.text)] = answer
         if len(kept) < 2:
             first = reasons[0] if reasons else Failed("input", "fewer than two answers")
             raise Failed(
@@ -1729,7 +1727,10 @@ SIGNALS = {  # name -> (kind, width of the scale in points; 0 = unknown)
     "rm_score": ("score", 0.0),
     "reward": ("score", 0.0),
     "rating": ("score", 4.0),
-    "overall_score": ("score", 9.0),  # ignored beside fine-grained_score: UltraFeedback corrected it
+    "overall_score": (
+        "score",
+        9.0,
+    ),  # ignored beside fine-grained_score: UltraFeedback corrected it
     "rank": ("rank", 0.0),
     "order": ("rank", 0.0),
     "is_correct": ("flag", 0.0),
@@ -1747,7 +1748,8 @@ LEADS = {  # by how much the second is better: name -> (the answers' fields, a t
     "overall_preference": (("response1", "response2"), 0.0, 3.0),  # HelpSteer3
 }
 WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "winner_from_0")
-WINNERS += ("winner_from_1", "first_is_better", "winner flags")  # they must be understood
+WINNERS += ("winner_from_1", "first_is_better")  # they must be understood, and so must what
+WINNERS += ("labels of SHP", "choice of summaries", "winner flags", "chosen answer")  # we name
 # Read where the value names an answer. As a number, or as a name that is none, they say nothing.
 LOOSE_WINNERS = ("comparison", "preference", "preferred", "better", "best", "preferred_response")
 LOOSE_WINNERS += ("better_response", "best_response", "human_preference", "label")
@@ -1883,10 +1885,10 @@ def best_and_worst(row: dict) -> dict:
 # fmt: off
 DATA_SETS = {
     # SHP, HelpSteer3, WebGPT, summarize comparisons
-    "human_ref_A": lambda r: {"prompt": r["history"], "first_is_better": r["labels"]},
+    "human_ref_A": lambda r: {"prompt": r["history"], "labels of SHP": r["labels"]},
     "overall_preference": lambda r: {"prompt": r["context"]} if "context" in r else {},
     "question": lambda r: {"prompt": r["question"]["full_text"]} if isinstance(r["question"], dict) else {},
-    "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"], "choice": None, "winner_from_0": r.get("choice")} if "info" in r else {},
+    "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"], "choice": None, "choice of summaries": r.get("choice")} if "info" in r else {},
     # Chatbot Arena 33k and 140k, 55k
     "conversation_a": lambda r: turns_of_two(r, "conversation_a", "conversation_b"),
     "winner_model_a": lambda r: arena_55k(r),
@@ -1926,6 +1928,7 @@ class AnswerSet:
     chosen: int = 0  # a ready pair: how many of the texts, from the first on, are chosen
     columns: list[tuple[str, list]] = field(default_factory=list)  # (name, a value per answer)
     column_fields: set[str] = field(default_factory=set)  # fields of the row that columns come from
+    winners: dict[str, int] = field(default_factory=dict)  # a field -> the answer that it names
 
 
 class Signal(NamedTuple):
@@ -1944,12 +1947,14 @@ class ChoiceNumbers:
 
     def __init__(self, rows):
         self.rows = rows  # the rows of the file, read once
-        self.seen: dict | None = None  # (field, first end) -> which of "0" and "last" occur
+        self.is_read = False
+        self.starts = defaultdict(lambda: {0, 1})  # (field, first end) -> what it may count from
+        self.values = defaultdict(set)  # (field, first end) -> some values that occur
         self.preferences: set[float] = set()  # values of `preference` outside 1..2
 
     def read(self):
         """Collect the numbers of every row."""
-        self.seen = defaultdict(set)
+        self.is_read = True
         for row in self.rows:
             if isinstance(row, dict):
                 with contextlib.suppress(Failed, *JUNK):
@@ -1957,42 +1962,49 @@ class ChoiceNumbers:
 
     def add(self, row: dict):
         """Note the numbers of one row."""
-        value = number(row.get("preference"))
+        value = quantity(row.get("preference"))
         if value is not None and not 1 <= value <= 2:
             self.preferences.add(value)
-        for name, value in winners_of(row).items():
+        values = [*winners_of(row).items()]
+        if not isinstance(row.get("chosen"), list | dict):  # it may be a number, too
+            values += [("chosen answer", row.get(name)) for name in READY[0]]
+        for name, value in values:
             place = choice_number(value)
-            if place is None:
-                continue
-            for answers in answer_sets(row):
-                if place == 0:
-                    self.seen[name, answers.ends[:1]].add("0")
-                if place == len(answers.texts):
-                    self.seen[name, answers.ends[:1]].add("last")
+            if place is not None:
+                for answers in answer_sets(row):
+                    self.add_place(name, place, answers)
+
+    def add_place(self, name: str, place: float, answers: AnswerSet):
+        """Narrow down what a field counts from, by one of its values."""
+        kind = (name, answers.ends[:1])
+        starts, count = self.starts[kind], len(answers.texts)
+        if answers.ends[:1] in (("0",), ("1",)):
+            starts.intersection_update({int(answers.ends[0])})
+        if place not in range(count):
+            starts.discard(0)
+        if place not in range(1, count + 1):
+            starts.discard(1)
+        if len(self.values[kind]) < 6:
+            self.values[kind].add(f"{place:g}")
 
     def first_number(self, name: str, answers: AnswerSet) -> int:
         """The number of the first answer, 0 or 1; raises Failed if the file does not tell."""
-        if self.seen is None:
+        if not self.is_read:
             self.read()
-        possible = {0, 1}
-        if answers.ends[:1] in (("0",), ("1",)):
-            possible = {int(answers.ends[0])}
-        seen = self.seen.get((name, answers.ends[:1]), ())
-        if "0" in seen:
-            possible.discard(1)
-        if "last" in seen:
-            possible.discard(0)
-        if len(possible) == 1:
-            return possible.pop()
+        kind = (name, answers.ends[:1])
+        if len(self.starts[kind]) == 1:
+            return min(self.starts[kind])
+        values = ", ".join(sorted(self.values[kind]))
+        name = name.removesuffix(" answer")  # see chosen_as_winner
         raise Failed(
             "input",
-            f"ambiguous winner: does `{name}` count from 0 or from 1? "
-            f"Add --rename {name}=winner_from_0 or --rename {name}=winner_from_1",
+            f"ambiguous winner: `{name}` ({values} in this file) may count from 0 or from 1: add "
+            f"--rename {name}=winner_from_0 or --rename {name}=winner_from_1",
         )
 
     def check_preference(self, value: float):
         """Raise Failed if `preference` leaves AlpacaEval's range anywhere in the file."""
-        if self.seen is None:
+        if not self.is_read:
             self.read()
         if not self.preferences:
             return
@@ -2082,12 +2094,14 @@ def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None)
     if len(first.keys) > 1 and len(set(first.keys)) == 1 and first.keys[0]:
         raise Failed("filter", "identical answers")
     winners = winners_of(row)
+    for name, value in winners.items():
+        read_winner(name, value, sets, numbers)
     for one, other in itertools.combinations(sets, 2):
-        check_places(one, other, row, winners, numbers)
+        check_places(one, other, row)
     signals = []
     for answers in sets:
-        signals += signals_of(answers, row, winners, numbers)
-    check_winners(winners, signals)
+        signals += signals_of(answers, row, numbers)
+    check_winners(winners, sets)
     if signals:
         apply_signals(record, first, signals)
     else:
@@ -2117,19 +2131,23 @@ def chosen_as_winner(row: dict, numbers: ChoiceNumbers) -> dict:
     sets = answer_sets(others)
     if not sets or any(fold_spaces(chosen) in answers.keys for answers in sets):
         return row
-    places = {winner_index("chosen", chosen, answers, numbers) for answers in sets}
-    if places == {None}:
-        return row if rejected not in EMPTY else others | {"winner": chosen}
-    if rejected not in EMPTY:
-        losers = {winner_index("rejected", rejected, answers, numbers) for answers in sets}
-        if losers & places or losers & {None}:
-            raise Failed("input", "contradictory signals: chosen, rejected")
+    if rejected in EMPTY:
+        return others | {"chosen answer": chosen}
+    read_winner("chosen answer", chosen, sets, numbers)
+    if not any(answers.winners for answers in sets):
+        return row
+    place = choice_number(chosen)
+    if place is None or choice_number(rejected) in (None, place):  # two numbers need only differ
+        read_winner("rejected answer", rejected, sets, numbers)
+        for answers in sets:
+            if answers.winners and len(set(answers.winners.values())) < 2:
+                raise Failed("input", "contradictory signals: chosen, rejected")
     return others | {"chosen answer": chosen}
 
 
 def winners_of(row: dict) -> dict:
     """The fields of a row that name its winner, and their values. Empty ones only if all are empty."""
-    winners = {name: row[name] for name in (*WINNERS, "chosen answer") if name in row}
+    winners = {name: row[name] for name in WINNERS if name in row}
     filled = {name: value for name, value in winners.items() if value not in EMPTY}
     winners = filled or winners
     for name in LOOSE_WINNERS:
@@ -2141,16 +2159,17 @@ def winners_of(row: dict) -> dict:
     return winners
 
 
-def check_winners(winners: dict, signals: list[Signal]):
-    """Raise Failed for a winner that no set of answers understands."""
-    understood = {signal.name for signal in signals}
+def check_winners(winners: dict, sets: list[AnswerSet]):
+    """Raise Failed for a winner that names no answer of any set."""
     for name, value in winners.items():
-        if name in understood or name in LOOSE_WINNERS:
+        if name in LOOSE_WINNERS or any(name in answers.winners for answers in sets):
             continue
         if str("" if value is None else value).strip().lower() in NOTHING:
             raise Failed("input", f"no preference: `{name}` is empty or none")
         shown = fold_spaces(str(value))[:40]
-        raise Failed("input", f"winner not understood: `{name}` is {shown!r}, which names no answer")
+        raise Failed(
+            "input", f"winner not understood: `{name}` is {shown!r}, which names no answer"
+        )
 
 
 def answer_sets(row: dict) -> list[AnswerSet]:
@@ -2245,32 +2264,29 @@ def field_set(row: dict, fields: tuple, ends: tuple, forms: tuple, beside: list)
     return answers
 
 
-def check_places(one: AnswerSet, other: AnswerSet, row: dict, winners: dict, numbers):
+def check_places(one: AnswerSet, other: AnswerSet, row: dict):
     """Raise Failed if a field speaks by places, and two sets of different answers could be meant."""
-    ours, theirs = set(one.keys) - {""}, set(other.keys) - {""}
-    same = ours <= theirs if one.chosen else ours == theirs  # a ready pair may be two of a list
-    if same or not ours or not theirs:
+    keys, other_keys = set(one.keys) - {""}, set(other.keys) - {""}
+    same = keys <= other_keys if one.chosen else keys == other_keys  # a pair may be two of a list
+    if same or not keys or not other_keys:
         return
-    both = placed_fields(one, row, winners, numbers) & placed_fields(other, row, winners, numbers)
+    both = placed_fields(one, row) & placed_fields(other, row)
     if both:
         raise Failed("input", f"ambiguous: which answers does `{min(both)}` speak of?")
 
 
-def placed_fields(answers: AnswerSet, row: dict, winners: dict, numbers) -> set[str]:
+def placed_fields(answers: AnswerSet, row: dict) -> set[str]:
     """The fields of the row that could speak of a set's answers by their places."""
-    fields = set(answers.column_fields)
+    fields = {*answers.column_fields, *answers.winners}
     for name in LIST_FIELDS:
         values = row.get(name)
         if isinstance(values, list) and len(values) == len(answers.texts):
             if any(value not in EMPTY for value in values):
                 fields.add(name)
-    for name, value in winners.items():
-        if winner_index(name, value, answers, numbers) is not None:
-            fields.add(name)
     return fields
 
 
-def signals_of(answers: AnswerSet, row: dict, winners: dict, numbers) -> list[Signal]:
+def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Signal]:
     """All that the row says of a set's answers; raises Failed for ties and for what cannot be read."""
     count = len(answers.texts)
     signals = []
@@ -2284,15 +2300,13 @@ def signals_of(answers: AnswerSet, row: dict, winners: dict, numbers) -> list[Si
         decided = row.get("decided_by") == "people"
         if not decided and (quantity(row.get("margin")) or 0) < 0:
             add_choice("margin", range(answers.chosen, count))
-    for name, value in winners.items():
-        place = winner_index(name, value, answers, numbers)
-        if place is not None:
-            add_choice(name, (place,))
+    for name, place in answers.winners.items():
+        add_choice(name, (place,))
     for name, (fields, tie, scale) in LEADS.items():
         if row.get(name) is None or answers.texts != [row.get(field_name) for field_name in fields]:
             continue
         value = quantity(row[name])
-        if value is None and name in winners:  # "response_1": read above
+        if value is None and name in answers.winners:  # "response_1"
             continue
         if value is not None and name == "preference":
             numbers.check_preference(value)
@@ -2309,30 +2323,35 @@ def signals_of(answers: AnswerSet, row: dict, winners: dict, numbers) -> list[Si
     return signals
 
 
-def winner_index(name: str, value, answers: AnswerSet, numbers: ChoiceNumbers) -> int | None:
-    """The index of the answer that a field names, None if it names none; raises Failed for a tie."""
+def read_winner(name: str, value, sets: list[AnswerSet], numbers: ChoiceNumbers):
+    """Enter the answer that a field names in each set it speaks of; raises Failed for a tie.
+
+    A name that belongs to one set (its field, its model, its text) says nothing of the others."""
+    if value in EMPTY or isinstance(value, list | dict):
+        return
     text = fold_spaces(str(value)).lower()
-    if value in EMPTY or isinstance(value, bool | list | dict) and name != "first_is_better":
-        return None
-    count = len(answers.texts)
-    if name == "first_is_better":
-        places = {0: 1, 1: 0}.get(1 if is_true(value) else flag(value))
-        is_sign = text in ("-1", "-1.0")  # beside 1 and 0, which may be a tie
-        return None if answers.chosen or count != 2 or is_sign else places
     relation = RELATION.fullmatch(bare(text))
-    if relation:
-        return better_side(relation, answers)
-    if name == "label":  # "a" alone may be the worse one
-        return None
-    places = named_places(text, answers)
-    if not answers.chosen:
-        places |= numbered_places(name, value, answers, numbers)
-    if TIE.match(text) and (not places or TIE.fullmatch(text)):
-        is_bad = "bad" in text or text.startswith("neither") or re.search("不好|差", text)
+    if name in ("first_is_better", "labels of SHP"):
+        places = [places_of_flag(text, answers) for answers in sets]
+    elif relation:
+        places = [places_of_relation(relation, answers) for answers in sets]
+    elif name == "label" or isinstance(value, bool):  # "a" alone may be the worse one
+        return
+    else:
+        places = [own_places(text, answers) for answers in sets]
+        if not any(places):
+            places = [word_places(text, answers) for answers in sets]
+        for index, answers in enumerate(sets):
+            places[index] |= text_places(fold_spaces(str(value)), answers)
+            places[index] |= numbered_places(name, value, answers, numbers)
+    if TIE.match(bare(text)) and (not any(places) or TIE.fullmatch(bare(text))):
+        is_bad = re.search("^neither|bad|不好|差", text)
         raise Failed("input", "both bad" if is_bad else "tie")
-    if len(places) > 1:
-        raise Failed("input", f"ambiguous winner: {text[:40]!r} could be either answer")
-    return places.pop() if places else None
+    for answers, found in zip(sets, places, strict=True):
+        if len(found) > 1:
+            raise Failed("input", f"ambiguous winner: {text[:40]!r} could be either answer")
+        for place in found:
+            answers.winners[name] = place
 
 
 def bare(text: str) -> str:
@@ -2340,71 +2359,95 @@ def bare(text: str) -> str:
     return text.strip(" .,。!\"'`*()[]【】“”")
 
 
-def better_side(relation: re.Match, answers: AnswerSet) -> int | None:
-    """A>B, B<A -> the index of the better one; raises Failed for A=B."""
-    left, sign, right = relation.groups()
-    first, second = (named_places(side, answers) for side in (left, right))
-    if len(first) != 1 or len(second) != 1 or first == second:
-        return None
-    if "=" in sign:
-        raise Failed("input", "tie")
-    return first.pop() if ">" in sign else second.pop()
+def ending(text: str) -> str:
+    """What tells a name from its like: `model_a`, `[[a]]`, `response a`, `a` -> a."""
+    end = re.sub(rf"^{STEM}[ _-]*(?=\w+$)", "", bare(text))
+    return re.sub(rf"(?<=\w)[ _-]*{STEM}$", "", end)
 
 
-def named_places(text: str, answers: AnswerSet) -> set[int]:
-    """The indices of the answers that a lower-case text names: by end, field, place, model or itself."""
+def own_places(text: str, answers: AnswerSet) -> set[int]:
+    """Indices of the answers that a lower-case text names by their field, its end or their model."""
+    names, end = (text, bare(text)), ending(text)
     places = set()
-    name = bare(text)
-    end = re.sub(rf"^{STEM}[ _-]*(?=\w+$)", "", name)
-    end = re.sub(rf"(?<=\w)[ _-]*{STEM}$", "", end)
-    for index, field_name in enumerate(answers.fields):
-        if len(answers.ends) > index and (end == answers.ends[index].lower() and not end.isdigit()):
+    for index, answer_end in enumerate(answers.ends):
+        is_end = end == answer_end.lower() and not end.isdigit()  # numbers: see numbered_places
+        if is_end or answers.fields[index].lower() in names:
             places.add(index)
-        if name == field_name.lower() and len(answers.ends) > index:
-            places.add(index)
-    count = len(answers.texts)
-    if not answers.chosen:
-        if len(end) == 1 and "a" <= end <= "h" and ord(end) - ord("a") < count:
-            places.add(ord(end) - ord("a"))
-        if end in PLACES and PLACES[end] < count and (count == 2 or end[0] not in "lr左右前后"):
-            places.add(PLACES[end])
     for column, values in answers.columns:
-        if column == "model" and len(values) == count:
+        if column == "model" and len(values) == len(answers.texts):
             for index, model in enumerate(values):
-                if model and str(model).lower() in (text, name):
+                if model and str(model).lower() in names:
                     places.add(index)
-    for index, key in enumerate(answers.keys):
-        if key and key.lower() == text:
-            places.add(index)
     return places
 
 
-def choice_number(value) -> int | None:
-    """The number of an answer: 1, "1", "response_1", "Model 1" -> 1; None for the rest."""
+def text_places(text: str, answers: AnswerSet) -> set[int]:
+    """Indices of the answers whose own text this is."""
+    return {index for index, key in enumerate(answers.keys) if key and key == text}
+
+
+def word_places(text: str, answers: AnswerSet) -> set[int]:
+    """Indices of the answers that a lower-case text names by their place: a letter, `left`, `first`."""
+    end, count = ending(text), len(answers.texts)
+    if answers.chosen:
+        return set()
+    place = PLACES.get(end)
+    if end in ("left", "right", "former", "latter", "左", "右", "前者", "后者") and count != 2:
+        place = None
+    if len(end) == 1 and "a" <= end <= "h":
+        place = ord(end) - ord("a")
+    return {place} & set(range(count))
+
+
+def places_of_flag(text: str, answers: AnswerSet) -> set[int]:
+    """The index that `first_is_better` names; none for -1, beside which 0 may be a tie."""
+    if answers.chosen or len(answers.texts) != 2:
+        return set()
+    if is_true(text):
+        return {0}
+    return {1} if text in ("false", "0", "0.0") else set()
+
+
+def places_of_relation(relation: re.Match, answers: AnswerSet) -> set[int]:
+    """A>B, B<A -> the index of the better one; raises Failed for A=B."""
+    left, sign, right = relation.groups()
+    first = own_places(left, answers) or word_places(left, answers)
+    second = own_places(right, answers) or word_places(right, answers)
+    if len(first) != 1 or len(second) != 1 or first == second:
+        return set()
+    if "=" in sign:
+        raise Failed("input", "tie")
+    return first if ">" in sign else second
+
+
+def choice_number(value) -> float | None:
+    """The number of an answer: 1, "1", "response_1", "Model 1" -> 1.0; None for the rest."""
     if isinstance(value, bool) or value is None:
         return None
     place = number(value)
     if place is None and isinstance(value, str):
-        match = re.fullmatch(rf"{STEM}[ _-]*(\d)", bare(value.strip().lower()))
+        match = re.fullmatch(rf"(?:{STEM}[ _-]*)?(\d)", bare(value.lower()))
         place = number(match[1]) if match else None
-    return int(place) if place is not None and place == int(place) else None
+    return place
 
 
 def numbered_places(name: str, value, answers: AnswerSet, numbers: ChoiceNumbers) -> set[int]:
     """The index that a number stands for, as a set; raises Failed if the file does not tell."""
     place = choice_number(value)
-    count = len(answers.texts)
-    if place is None or fold_spaces(str(value)).lower() in map(str.lower, answers.fields):
+    if place is None or answers.chosen:
         return set()
-    if name in ("winner_from_0", "winner_from_1"):
-        first = int(name[-1])
-        if place - first == (count if first == 0 else -1):
+    if isinstance(value, str) and bare(value.lower()) in map(str.lower, answers.fields):
+        return set()
+    count = len(answers.texts)
+    first = {"winner_from_0": 0, "winner_from_1": 1, "choice of summaries": 0}.get(name)
+    if first is not None:
+        if (first == 0 and place == count) or (first == 1 and place == 0):
             raise Failed("input", "tie")
-    elif 0 <= place <= count:
+    elif place in range(count + 1):
         first = numbers.first_number(name, answers)
     else:
         return set()
-    return {place - first} & set(range(count))
+    return {int(place - first)} if place - first in range(count) else set()
 
 
 def make_signal(answers: AnswerSet, name: str, kind: str, scale: float, values: list) -> Signal:
@@ -2514,9 +2557,9 @@ def unread_signals(row: dict, sets: list[AnswerSet]) -> str:
     """Which fields look like a signal that was not read, and the --rename that reads them; "" if none."""
     count = len(sets[0].texts)
     known = {*LISTS, *PROMPT_FIELDS, *REFERENCE_FIELDS, *sets[0].fields}
-    hints = []
+    grouped_fields, hints = suffix_hints(row, sets[0])
     for name, value in row.items():
-        if name in known or value in EMPTY or not isinstance(name, str):
+        if name in known or name in grouped_fields or value in EMPTY or not isinstance(name, str):
             continue
         if isinstance(value, list) and len(value) == count and None not in map(quantity, value):
             hints.append(
@@ -2525,9 +2568,10 @@ def unread_signals(row: dict, sets: list[AnswerSet]) -> str:
         elif names_answer(name, value, sets[0]):
             hint = f"--rename {name}=winner"
             if count == 2 and choice_number(value) in (0, 1):
-                hint += f" (it is the better one's number) or --rename {name}=first_is_better (1 is)"
+                hint += (
+                    f" (it is the better one's number) or --rename {name}=first_is_better (1 is)"
+                )
             hints.append(hint)
-    hints += suffix_hints(row, sets[0])
     return "; ".join(hints[:3])
 
 
@@ -2535,28 +2579,33 @@ def names_answer(name: str, value, answers: AnswerSet) -> bool:
     """True if a field could name the better answer."""
     if isinstance(value, str) and choice_number(value) is None:
         with contextlib.suppress(Failed):
-            return len(named_places(fold_spaces(value).lower(), answers)) == 1
+            text = fold_spaces(value)
+            places = own_places(text.lower(), answers) or word_places(text.lower(), answers)
+            return len(places | text_places(text, answers)) == 1
         return False
     place = choice_number(value)
     return bool(TELLING.search(name)) and place is not None and 0 <= place <= len(answers.texts)
 
 
-def suffix_hints(row: dict, answers: AnswerSet) -> list[str]:
-    """Renames for numbers in fields with the answers' ends: grade_a, grade_b."""
+def suffix_hints(row: dict, answers: AnswerSet) -> tuple[set[str], list[str]]:
+    """(fields, renames) of numbers in fields with the answers' ends: grade_a, grade_b."""
+    fields, hints = set(), []
     if not answers.ends or answers.chosen:
-        return []
-    hints = []
-    first, *others = answers.ends
+        return fields, hints
+    mark = re.match(r".*?([_ ]?)\w$", answers.fields[0])[1]
     for name in row:
-        if not isinstance(name, str) or not name.endswith(first) or name in answers.fields:
+        if not isinstance(name, str) or not name.endswith(answers.ends[0]):
             continue
-        stem = name.removesuffix(first)
-        names = [name, *(stem + end for end in others)]
-        if all(quantity(row.get(field_name)) is not None for field_name in names):
-            mark = re.match(r".*?([_ ]?)\w$", answers.fields[0])[1]
-            ends = zip(names, answers.ends, strict=True)
-            hints.append(" ".join(f"--rename {old}=score{mark}{end}" for old, end in ends))
-    return hints
+        stem = name.removesuffix(answers.ends[0])
+        names = [stem + end for end in answers.ends]
+        if name in answers.fields or None in [
+            quantity(row.get(field_name)) for field_name in names
+        ]:
+            continue
+        fields.update(names)
+        ends = zip(names, answers.ends, strict=True)
+        hints.append(" ".join(f"--rename {old}=score{mark}{end}" for old, end in ends))
+    return fields, hints
 
 
 # Rows of one answer each: KTO, reward model output. Rows of one prompt that stand together are grouped.
