@@ -80,7 +80,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from array import array
-from collections import Counter, defaultdict, deque, namedtuple
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -447,10 +447,10 @@ def parse_row(row, with_answers: bool = False, numbers=None) -> list[Record]:
 JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
 
 
-def read_records(path: str, rename: dict = {}, with_answers: bool = False, numbers=None):  # noqa: B006 (never changed)
+def read_records(path: str, rename: dict | None = None, with_answers: bool = False, numbers=None):
     """Yields (line, Record or Failed) for every record of a file, in order, without holding the file."""
-    numbers = numbers or ChoiceNumbers(row for _, row in renamed_rows(path, rename))
-    rows = renamed_rows(path, rename)
+    rows = renamed_rows(path, rename or {})
+    numbers = numbers or ChoiceNumbers(row for _, row in renamed_rows(path, rename or {}))
     for line, row in group_rows(rows) if with_answers else rows:
         try:
             records = [row] if isinstance(row, Failed) else parse_row(row, with_answers, numbers)
@@ -811,6 +811,7 @@ class Run:
         ]
         self.judges = self.choose_judges()
         self.models: Models = None  # set when the run starts: it needs the event loop
+        self.numbers: ChoiceNumbers | None = None  # set by check_input, which knows the file
         self.annotations = Annotations(args.annotations) if args.annotations else None
 
     def choose_judges(self) -> list[Model]:
@@ -1717,8 +1718,8 @@ SIGNAL_NAMES = {
     "winner_from_0": "the number of the better answer; 0 is the first, one past the last is a tie",
     "winner_from_1": "the number of the better answer; 1 is the first, 0 is a tie",
     "first_is_better": "1 or true: the first of two answers is better; 0 or false: the second",
-    "preference": "1 to 2: below 1.5 output_1 is better, above it output_2 (AlpacaEval)",
-    "preference_strength": "-3 to 3: below 0 response_1 is better, above it response_2 (HelpSteer2)",
+    "preference": "1 to 2: below 1.5 output_1 is better, else output_2 (AlpacaEval)",
+    "preference_strength": "-3 to 3: below 0 response_1 is better, else response_2 (HelpSteer2)",
 }
 SIGNALS = {  # name -> (kind, width of the scale in points; 0 = unknown)
     "votes": ("score", 9.0),  # what --candidates-path writes: one number per judge and order
@@ -1727,10 +1728,7 @@ SIGNALS = {  # name -> (kind, width of the scale in points; 0 = unknown)
     "rm_score": ("score", 0.0),
     "reward": ("score", 0.0),
     "rating": ("score", 4.0),
-    "overall_score": (
-        "score",
-        9.0,
-    ),  # ignored beside fine-grained_score: UltraFeedback corrected it
+    "overall_score": ("score", 9.0),  # not read beside fine-grained_score, which corrects it
     "rank": ("rank", 0.0),
     "order": ("rank", 0.0),
     "is_correct": ("flag", 0.0),
@@ -1747,14 +1745,17 @@ LEADS = {  # by how much the second is better: name -> (the answers' fields, a t
     "preference_strength": (("response_1", "response_2"), 0.0, 3.0),  # HelpSteer2
     "overall_preference": (("response1", "response2"), 0.0, 3.0),  # HelpSteer3
 }
+# Fields that name the better answer; a value that is not understood costs the row. The last four
+# are not the user's names: DATA_SETS and chosen_as_winner enter them.
 WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "winner_from_0")
-WINNERS += ("winner_from_1", "first_is_better")  # they must be understood, and so must what
-WINNERS += ("labels of SHP", "choice of summaries", "winner flags", "chosen answer")  # we name
-# Read where the value names an answer. As a number, or as a name that is none, they say nothing.
+WINNERS += ("winner_from_1", "first_is_better")
+WINNERS += ("labels of SHP", "choice of summaries", "winner flags", "chosen answer")
+# Fields that name the better answer, or hold something else: read only where they name an answer.
 LOOSE_WINNERS = ("comparison", "preference", "preferred", "better", "best", "preferred_response")
 LOOSE_WINNERS += ("better_response", "best_response", "human_preference", "label")
 LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers")
-LISTS += ("summaries", "candidates", "replies")
+LISTS += ("summaries", "replies", "output")
+LIST_NAMES = {*LISTS, *LIST_FIELDS, "models", "generation_models"}
 TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
 SUFFIXED = re.compile(
     "(response|answer|output|completion|generation|human_ref|summary|text|candidate|回答|答案|回复)"
@@ -1764,6 +1765,7 @@ READY = (
     ("chosen", "rejected"),
     ("preferred_output", "non_preferred_output"),
     ("chosen_response", "rejected_response"),
+    ("better answer", "worse answer"),  # entered by DATA_SETS
 )
 FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
 EMPTY = (None, "", [])
@@ -1782,8 +1784,8 @@ PLACES |= dict.fromkeys(("右", "右边", "右侧", "第二", "第二个", "后�
 RELATION = re.compile(r"([^<>=]+?)\s*(>{1,2}|<{1,2}|={1,2})\s*([^<>=]+)")  # A>B, B >> A, A=B
 
 
-def turns_of_two(row: dict, first: str, second: str, names: tuple = ("response_a", "response_b")):
-    """Two conversations of a row -> their common history as `messages`, two last answers by `names`."""
+def turns_of_two(row: dict, first: str, second: str, names=("response_a", "response_b")) -> dict:
+    """Two conversations -> `messages`, their common history, and the two answers by `names`."""
     a, b = conversation(row[first], {}), conversation(row[second], {})
     if a.messages != b.messages:
         raise Failed("input", "histories differ: not two answers to one prompt")
@@ -1827,7 +1829,7 @@ def ready_side(value):
 
 
 def ready_texts(row: dict, names: tuple) -> dict:
-    """Two sides that are turns -> texts, and the prompt if they repeat it (HH-RLHF, TRL's implicit form)."""
+    """Two sides that are turns -> texts, and the prompt if they repeat it (HH-RLHF, TRL)."""
     sides = {name: ready_side(row.get(name)) for name in names}
     if not any(map(has_turns, sides.values())):
         return sides if None not in sides.values() else {}
@@ -1841,25 +1843,30 @@ def ready_texts(row: dict, names: tuple) -> dict:
     return {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
 
 
+def ready_pair(better, worse) -> dict:
+    """The fields of a ready pair whose own names are others."""
+    return {"better answer": better, "worse answer": worse}
+
+
 def swift_pair(row: dict) -> dict:
     """ms-swift: the good answer is `response` or the last turn of `messages`."""
     if row.get("chosen_response") is not None:  # NeMo, Argilla
         return {}
     if isinstance(row.get("response"), str):
-        return {"chosen": row["response"], "rejected": row["rejected_response"]}
+        return ready_pair(row["response"], row["rejected_response"])
     turns = row.get("messages") or row.get("conversations")
     if not has_turns(turns) or message(turns[-1])["role"] != "assistant":
         return {}
-    return {"chosen": message(turns[-1])["content"], "rejected": row["rejected_response"]}
+    return ready_pair(message(turns[-1])["content"], row["rejected_response"])
 
 
 def message_pair(row: dict) -> dict:
     """LLaMA-Factory v1 `chosen_messages`, ms-swift `messages`, each beside `rejected_messages`."""
-    sides = {}
-    for name, field in (("chosen", "chosen_messages"), ("rejected", "rejected_messages")):
-        turns = row.get(field) or row.get("messages")
-        sides[name] = [turn | {"content": text_parts(turn.get("content"))} for turn in turns]
-    return sides
+    sides = []
+    for name in ("chosen_messages", "rejected_messages"):
+        turns = row.get(name) or row.get("messages")
+        sides.append([turn | {"content": text_parts(turn.get("content"))} for turn in turns])
+    return ready_pair(*sides)
 
 
 def text_parts(content):
@@ -1870,50 +1877,89 @@ def text_parts(content):
 
 
 def best_and_worst(row: dict) -> dict:
-    """LLaMA-Factory's former ranking: `output` is [the better, the worse]."""
-    texts = unpacked(row["output"])
-    if not isinstance(texts, list) or "instruction" not in row:
+    """LLaMA-Factory's former ranking: `output` is [the better, the worse], if nothing else says."""
+    texts = row["output"]
+    if not isinstance(texts, list) or len(texts) != 2 or "instruction" not in row:
         return {}
-    if any(isinstance(unpacked(row.get(name)), list) for name in LIST_FIELDS):
-        return {"responses": texts}
-    if len(texts) != 2:
-        raise Failed("input", f"`output` holds {len(texts)} texts, not two: the better, the worse")
-    return {"chosen": texts[0], "rejected": texts[1]}
+    if not row.keys().isdisjoint((*LIST_FIELDS, *WINNERS, *LOOSE_WINNERS, *LEADS)):
+        return {}
+    return ready_pair(*texts)
 
 
-# Data sets whose names mislead: a field that gives one away -> the row's fields in plain names.
-# fmt: off
+def forum_posts(row: dict) -> dict:
+    """SHP: `labels` is 1 if the first answer is better."""
+    return {"prompt": row["history"], "labels of SHP": row["labels"]}
+
+
+def help_steer_3(row: dict) -> dict:
+    """HelpSteer3: the prompt is `context`."""
+    return {"prompt": row["context"]} if "context" in row else {}
+
+
+def web_gpt(row: dict) -> dict:
+    """WebGPT: the prompt is inside `question`."""
+    question = row["question"]
+    return {"prompt": question["full_text"]} if isinstance(question, dict) else {}
+
+
+def summaries_of_posts(row: dict) -> dict:
+    """OpenAI's summarize comparisons: the prompt is inside `info`; `choice` counts from 0."""
+    if "info" not in row:
+        return {}
+    prompt = row["info"].get("post") or row["info"]["article"]
+    return {"prompt": prompt, "choice": None, "choice of summaries": row.get("choice")}
+
+
+def rmb_pair(row: dict) -> dict:
+    """RMB: `conversation_input` beside `chosen` and `reject`, or `bon_best` and `loser_list`."""
+    fields = {"messages": row["conversation_input"]}
+    if "loser_list" in row:
+        return fields | ready_pair(row["bon_best"], row["loser_list"])
+    if "reject" in row:
+        return fields | ready_pair(row["chosen"], row["reject"])
+    return fields
+
+
+def oasst_tree(row: dict) -> dict:
+    """OASST, trees: the prompt holds its replies, each with a rank."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, dict):
+        return {}
+    return {"prompt": prompt["text"], "replies": prompt["replies"]}
+
+
+# Data sets whose names mislead: a field that gives one away -> a function from the row to fields
+# in plain names. The order counts: a later function sees what the earlier ones entered.
 DATA_SETS = {
-    # SHP, HelpSteer3, WebGPT, summarize comparisons
-    "human_ref_A": lambda r: {"prompt": r["history"], "labels of SHP": r["labels"]},
-    "overall_preference": lambda r: {"prompt": r["context"]} if "context" in r else {},
-    "question": lambda r: {"prompt": r["question"]["full_text"]} if isinstance(r["question"], dict) else {},
-    "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"], "choice": None, "choice of summaries": r.get("choice")} if "info" in r else {},
-    # Chatbot Arena 33k and 140k, 55k
-    "conversation_a": lambda r: turns_of_two(r, "conversation_a", "conversation_b"),
-    "winner_model_a": lambda r: arena_55k(r),
-    # RMB; OASST's trees; stack-exchange-paired (the card: response_j is better)
-    "conversation_input": lambda r: {"messages": r["conversation_input"]},
-    "bon_best": lambda r: {"chosen": r["bon_best"], "rejected": r["loser_list"]},
-    "reject": lambda r: {"rejected": r["reject"]} if "rejected" not in r else {},
-    "message_tree_id": lambda r: {"replies": r["prompt"]["replies"], "prompt": r["prompt"]["text"]} if isinstance(r.get("prompt"), dict) else {},
-    "response_j": lambda r: {"chosen": r["response_j"], "rejected": r["response_k"]},
-    # ms-swift; LLaMA-Factory v1 and before; pairs of turns
+    "message_tree_id": oasst_tree,
     "rejected_response": swift_pair,
     "rejected_messages": message_pair,
+    "human_ref_A": forum_posts,
+    "overall_preference": help_steer_3,
+    "question": web_gpt,
+    "summaries": summaries_of_posts,
+    "conversation_a": lambda row: turns_of_two(row, "conversation_a", "conversation_b"),
+    "winner_model_a": arena_55k,
+    "conversation_input": rmb_pair,
+    # stack-exchange-paired: its card says that response_j is better
+    "response_j": lambda row: ready_pair(row["response_j"], row["response_k"]),
     "output": best_and_worst,
-    "chosen": lambda r: ready_texts(r, READY[0]),
-    "preferred_output": lambda r: ready_texts(r, READY[1]),
-    "chosen_response": lambda r: ready_texts(r, READY[2]),
+    "chosen": lambda row: ready_texts(row, READY[0]),
+    "preferred_output": lambda row: ready_texts(row, READY[1]),
+    "chosen_response": lambda row: ready_texts(row, READY[2]),
+    "better answer": lambda row: ready_texts(row, READY[3]),
 }
-# fmt: on
 
 
 def plain_names(row: dict) -> dict:
     """The row with the fields that DATA_SETS gives plain names; raises Failed."""
     for sign, rename in DATA_SETS.items():
-        if row.get(sign) is not None:
-            row = row | rename(row)
+        if row.get(sign) is None:
+            continue
+        fields = rename(row)
+        if "better answer" in row and "better answer" in fields and sign != "better answer":
+            raise Failed("input", "ambiguous: pairs of two data sets in one row")
+        row = row | fields
     return row
 
 
@@ -2030,27 +2076,28 @@ def trim(text: str) -> str:
 
 
 def unpacked(value):
-    """The list or object that a table's cell holds as JSON or as Python text; else the value itself."""
+    """The list or object that a table's cell holds, as JSON or as Python text; else the value."""
     if not isinstance(value, str) or value[:1] not in ("[", "{") or len(value) > 1_000_000:
         return value
-    for read in (json.loads, ast.literal_eval):
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(value)
+    if re.match(r"\[?\s*(\{\s*'|'|\"|True|False|None)", value):  # what pandas writes of a list
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            content = read(value)
-            return content if isinstance(content, list | dict) else value
+            return ast.literal_eval(value)
     return value
 
 
 def unpacked_lists(row: dict) -> dict:
     """The row, with lists in place of the cells that hold them."""
     cells = {}
-    for name in (*LISTS, *LIST_FIELDS, "models", "generation_models"):
-        if isinstance(row.get(name), str):
-            cells[name] = unpacked(row[name])
+    for name, value in row.items():
+        if isinstance(value, str) and value[:1] == "[" and name in LIST_NAMES:
+            cells[name] = unpacked(value)
     return row | cells if cells else row
 
 
 def quantity(value) -> float | None:
-    """A number, also with a decimal comma ("7,5"); None for the rest. "1,234" could be a thousand."""
+    """A number, also with a decimal comma; None for the rest ("1,234" could be a thousand)."""
     if isinstance(value, str) and re.fullmatch(r"\s*-?(?:0,\d+|\d+,(?:\d\d?|\d{4,}))\s*", value):
         value = value.replace(",", ".")
     return number(value)
@@ -2072,20 +2119,20 @@ def item_text(item):
 
 
 def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None):
-    """Give the record the row's own answers, their votes, the kind of signal and the width of its scale.
+    """Give the record the row's own answers, their votes, the kind of signal and its scale.
 
-    Raises Failed("input", ...) for a tie, for no preference, and for signals that contradict each other."""
+    Raises Failed for a tie, for no preference and for signals that contradict each other."""
     numbers = numbers or ChoiceNumbers([row])
     if isinstance(row.get("ranking"), list):
         raise Failed(
             "input",
-            "ambiguous `ranking`: add --rename ranking=order (indices from 0, the best first) "
-            "or --rename ranking=ranks (1 = the best)",
+            "ambiguous `ranking`: name it order (indices, best first) or ranks (1 = best): "
+            "--rename ranking=order or --rename ranking=ranks",
         )
     row = chosen_as_winner(unpacked_lists(row), numbers)
     sets = answer_sets(row)
     if not sets:
-        raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}")
+        raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}{lone_hint(row)}")
     first = sets[0]
     for _, values in first.columns:
         if not first.chosen and len(values) != len(first.texts):
@@ -2109,7 +2156,7 @@ def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None)
 
 
 def answers_of(answers: AnswerSet) -> list[Answer]:
-    """The answers of a set, with the names of their models; raises Failed for what is not a text."""
+    """The answers of a set, with their models; raises Failed for what is not a text."""
     models = [""] * len(answers.texts)
     for name, values in answers.columns:
         if name == "model" and any(values):
@@ -2123,16 +2170,18 @@ def answers_of(answers: AnswerSet) -> list[Answer]:
 
 
 def chosen_as_winner(row: dict, numbers: ChoiceNumbers) -> dict:
-    """The row with `winner` in place of a `chosen` that names another answer: "B", "response_b"."""
+    """The row with a winner in place of a `chosen` that names another answer: "B", "response_b"."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    if chosen in EMPTY or not isinstance(chosen, str | int) or len(str(chosen)) > 40:
+    if chosen in EMPTY or not isinstance(chosen, str | int):
         return row
     others = {name: value for name, value in row.items() if name not in READY[0]}
     sets = answer_sets(others)
-    if not sets or any(fold_spaces(chosen) in answers.keys for answers in sets):
-        return row
-    if rejected in EMPTY:
+    is_text = any(fold_spaces(chosen) in answers.keys for answers in sets)
+    is_name = len(str(chosen)) <= 40 and not is_text
+    if sets and rejected in EMPTY and (is_text or is_name):
         return others | {"chosen answer": chosen}
+    if not sets or rejected in EMPTY or not is_name:
+        return row
     read_winner("chosen answer", chosen, sets, numbers)
     if not any(answers.winners for answers in sets):
         return row
@@ -2146,7 +2195,7 @@ def chosen_as_winner(row: dict, numbers: ChoiceNumbers) -> dict:
 
 
 def winners_of(row: dict) -> dict:
-    """The fields of a row that name its winner, and their values. Empty ones only if all are empty."""
+    """The fields of a row that name its winner, with their values; empty ones if all are empty."""
     winners = {name: row[name] for name in WINNERS if name in row}
     filled = {name: value for name, value in winners.items() if value not in EMPTY}
     winners = filled or winners
@@ -2192,14 +2241,15 @@ def answer_sets(row: dict) -> list[AnswerSet]:
 
 
 def list_set(row: dict, name: str, beside: list) -> AnswerSet:
-    """The answers in a list of texts or of objects, with what stands in the objects and beside the list."""
-    items = [item if isinstance(item, dict) else {"text": item} for item in row[name]]
+    """The answers in a list of texts or objects, with what stands in the objects and beside it."""
+    items = row[name]
     texts = [item_text(item) for item in items]
+    objects = [item if isinstance(item, dict) else {} for item in items]
+    fields = set().union(*objects)
     columns = []
     for field_name in ANSWER_FIELDS:
-        values = [item.get(field_name) for item in items]
-        if any(value not in EMPTY for value in values):
-            columns.append((field_name, values))
+        if field_name in fields:
+            columns.append((field_name, [item.get(field_name) for item in objects]))
     columns += beside
     for field_name in ("models", "generation_models"):
         models = row.get(field_name)
@@ -2242,7 +2292,7 @@ def suffixed_fields(names: tuple) -> list[tuple]:
 
 @functools.lru_cache(maxsize=256)
 def column_names(names: tuple, ends: tuple, forms: tuple) -> list[tuple]:
-    """[(plain name, a field per answer)] of those among `names` that go with answers of these ends."""
+    """[(plain name, a field per answer)] of the fields that go with answers of these ends."""
     found = []
     for plain in ANSWER_FIELDS:
         for form in forms:
@@ -2253,7 +2303,7 @@ def column_names(names: tuple, ends: tuple, forms: tuple) -> list[tuple]:
 
 
 def field_set(row: dict, fields: tuple, ends: tuple, forms: tuple, beside: list) -> AnswerSet:
-    """Answers in fields of their own, with the fields of the same form: score_a, model_a; chosen_score."""
+    """Answers in fields of their own, with the fields of the same form: score_a, chosen_score."""
     texts = [row[name] for name in fields]
     answers = AnswerSet(texts, [fold_spaces(text) for text in texts], fields, ends)
     for plain, names in column_names(tuple(row), ends, forms):
@@ -2265,7 +2315,7 @@ def field_set(row: dict, fields: tuple, ends: tuple, forms: tuple, beside: list)
 
 
 def check_places(one: AnswerSet, other: AnswerSet, row: dict):
-    """Raise Failed if a field speaks by places, and two sets of different answers could be meant."""
+    """Raise Failed if a field speaks by places and could mean two sets of different answers."""
     keys, other_keys = set(one.keys) - {""}, set(other.keys) - {""}
     same = keys <= other_keys if one.chosen else keys == other_keys  # a pair may be two of a list
     if same or not keys or not other_keys:
@@ -2287,7 +2337,7 @@ def placed_fields(answers: AnswerSet, row: dict) -> set[str]:
 
 
 def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Signal]:
-    """All that the row says of a set's answers; raises Failed for ties and for what cannot be read."""
+    """All that the row says of a set's answers; raises Failed for a tie and unreadable values."""
     count = len(answers.texts)
     signals = []
 
@@ -2333,12 +2383,12 @@ def read_winner(name: str, value, sets: list[AnswerSet], numbers: ChoiceNumbers)
     relation = RELATION.fullmatch(bare(text))
     if name in ("first_is_better", "labels of SHP"):
         places = [places_of_flag(text, answers) for answers in sets]
-    elif relation:
-        places = [places_of_relation(relation, answers) for answers in sets]
-    elif name == "label" or isinstance(value, bool):  # "a" alone may be the worse one
-        return
+    elif isinstance(value, bool) or (name == "label" and not relation):
+        return  # a label "a" may name the worse one
     else:
-        places = [own_places(text, answers) for answers in sets]
+        places = [places_of_relation(relation, answers) for answers in sets]
+        if not any(places):
+            places = [own_places(text, answers) for answers in sets]
         if not any(places):
             places = [word_places(text, answers) for answers in sets]
         for index, answers in enumerate(sets):
@@ -2366,7 +2416,7 @@ def ending(text: str) -> str:
 
 
 def own_places(text: str, answers: AnswerSet) -> set[int]:
-    """Indices of the answers that a lower-case text names by their field, its end or their model."""
+    """Indices of the answers that a text names by their field, its end or their model."""
     names, end = (text, bare(text)), ending(text)
     places = set()
     for index, answer_end in enumerate(answers.ends):
@@ -2387,7 +2437,7 @@ def text_places(text: str, answers: AnswerSet) -> set[int]:
 
 
 def word_places(text: str, answers: AnswerSet) -> set[int]:
-    """Indices of the answers that a lower-case text names by their place: a letter, `left`, `first`."""
+    """Indices of the answers that a text names by their place: a letter, `left`, `first`."""
     end, count = ending(text), len(answers.texts)
     if answers.chosen:
         return set()
@@ -2408,8 +2458,10 @@ def places_of_flag(text: str, answers: AnswerSet) -> set[int]:
     return {1} if text in ("false", "0", "0.0") else set()
 
 
-def places_of_relation(relation: re.Match, answers: AnswerSet) -> set[int]:
+def places_of_relation(relation: re.Match | None, answers: AnswerSet) -> set[int]:
     """A>B, B<A -> the index of the better one; raises Failed for A=B."""
+    if not relation:
+        return set()
     left, sign, right = relation.groups()
     first = own_places(left, answers) or word_places(left, answers)
     second = own_places(right, answers) or word_places(right, answers)
@@ -2487,25 +2539,26 @@ def ranks_of_order(order: list) -> list:
 
 
 def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]):
-    """Give the record the answers that every signal rates, its kind of signal and its scale; raises Failed.
+    """Give the record the answers that every signal rates, the kind of signal and its scale.
 
-    Each answer gets its votes in all signals, and the first score among them as its score."""
+    Each answer gets its votes in all signals, and the first score among them as its score. Flags
+    beside other signals can only contradict them: they rate many answers alike. Raises Failed."""
     signals = useful_signals(answers, signals)
+    main = [entry for entry in signals if entry.kind != "flag"] or signals
     rated = []
     for answer, key in zip(record.answers, answers.keys, strict=True):
-        if all(key in signal.votes for signal in signals):
+        if all(key in entry.votes for entry in main):
             rated.append((answer, key))
-    if not signals or len(rated) < 2:
+    if not main or len(rated) < 2:
         raise Failed("input", "no preference: fewer than two answers are rated")
-    main = [signal for signal in signals if signal.kind != "flag"] or signals
     check_directions([key for _, key in rated], signals, main)
-    scores = [signal for signal in main if signal.kind == "score" and signal.name not in LEADS]
+    scores = [entry for entry in main if entry.kind == "score" and entry.name not in LEADS]
     if main[0].name in LEADS:
-        scores = []  # a lead is no score of one answer, and its scale is not theirs
-    scores.sort(key=lambda signal: signal.name == "votes")  # their own mean or median is better
+        scores = []  # a lead is no score of one answer, and its scale is another
+    scores.sort(key=lambda entry: entry.name == "votes")  # their own mean or median is better
     for answer, key in rated:
-        for signal in main:
-            answer.votes += signal.votes[key]
+        for entry in main:
+            answer.votes += entry.votes[key]
         answer.score = statistics.fmean(scores[0].votes[key]) if scores else None
     record.answers = [answer for answer, _ in rated]
     record.signal = "choice" if main[0].kind == "flag" else main[0].kind
@@ -2515,46 +2568,48 @@ def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]):
 def useful_signals(answers: AnswerSet, signals: list[Signal]) -> list[Signal]:
     """The signals that rate two answers of the set at least, choices first."""
     useful = []
-    for signal in signals:
-        if sum(key in signal.votes for key in answers.keys) > 1:
-            useful.append(signal)
-    if any(signal.name == "fine-grained_score" for signal in useful):
-        useful = [signal for signal in useful if signal.name != "overall_score"]
-    return sorted(useful, key=lambda signal: KINDS.index(signal.kind))
+    for entry in signals:
+        rated = [key for key in answers.keys if key in entry.votes]
+        if len(rated) > 1:
+            useful.append(entry)
+    if any(entry.name == "fine-grained_score" for entry in useful):
+        useful = [entry for entry in useful if entry.name != "overall_score"]
+    return sorted(useful, key=lambda entry: KINDS.index(entry.kind))
 
 
 def check_directions(keys: list[str], signals: list[Signal], main: list[Signal]):
-    """Raise Failed if two signals contradict each other, or if no two answers differ in all of them."""
+    """Raise Failed if two signals contradict each other, or if no two answers differ in all."""
     differ = False
     for one, other in itertools.combinations(keys, 2):
-        leads = [direction(signal, one, other) for signal in signals]
+        leads = [direction(entry, one, other) for entry in signals]
         if 1 in leads and -1 in leads and one and other:
-            names = ", ".join(dict.fromkeys(signal.name for signal in signals))
+            names = ", ".join(dict.fromkeys(entry.name for entry in signals))
             raise Failed("input", f"contradictory signals: {names}")
-        if not differ:
-            differ = all(direction(signal, one, other) != 0 for signal in main)
+        differ = differ or 0 not in leads[: len(main)]  # flags come last
     if not differ:
         raise Failed("input", "tie")
 
 
-def direction(signal: Signal, one: str, other: str) -> int | None:
-    """1 if the first is better in every vote, -1 if the second is, 0 if all are equal, else None."""
+def direction(entry: Signal, one: str, other: str) -> int | None:
+    """1 if the first is better in every vote, -1 if the other is, 0 if all are equal, or None."""
+    if one not in entry.votes or other not in entry.votes:
+        return None
     signs = set()
-    for a, b in zip(signal.votes[one], signal.votes[other], strict=True):
+    for a, b in zip(entry.votes[one], entry.votes[other], strict=True):
         signs.add((a > b) - (a < b))
     return signs.pop() if len(signs) == 1 else None
 
 
 # Words in the names of fields that often hold a signal.
 TELLING = re.compile(
-    "label|best|better|prefer|choice|chosen|winn|win$|verdict|decision|judg|select|vote|pick|annotat"
-    "|compar|rating|score|rank|grade|quality|reward|胜|优|选|偏好|标注|排名|得分|评分|打分",
+    "label|best|better|prefer|choice|chosen|winn|win$|verdict|decision|judg|select|vote|pick"
+    "|annotat|compar|rating|score|rank|grade|quality|reward|胜|优|选|偏好|标注|排名|得分|评分|打分",
     re.I,
 )
 
 
 def unread_signals(row: dict, sets: list[AnswerSet]) -> str:
-    """Which fields look like a signal that was not read, and the --rename that reads them; "" if none."""
+    """The --rename that reads each field that looks like a signal and was not read; "" if none."""
     count = len(sets[0].texts)
     known = {*LISTS, *PROMPT_FIELDS, *REFERENCE_FIELDS, *sets[0].fields}
     grouped_fields, hints = suffix_hints(row, sets[0])
@@ -2573,6 +2628,14 @@ def unread_signals(row: dict, sets: list[AnswerSet]) -> str:
                 )
             hints.append(hint)
     return "; ".join(hints[:3])
+
+
+def lone_hint(row: dict) -> str:
+    """Advice for a row of one answer with numbers that may be its score, or ""."""
+    names = [name for name, value in row.items() if quantity(value) is not None]
+    if not names or not single_text(row):
+        return ""
+    return f". If rows of one prompt stand together, name the score: --rename {names[0]}=score"
 
 
 def names_answer(name: str, value, answers: AnswerSet) -> bool:
@@ -2608,7 +2671,7 @@ def suffix_hints(row: dict, answers: AnswerSet) -> tuple[set[str], list[str]]:
     return fields, hints
 
 
-# Rows of one answer each: KTO, reward model output. Rows of one prompt that stand together are grouped.
+# Rows of one answer each (KTO, scores of a reward model): those of one prompt are grouped.
 ONE_ANSWER = ("completion", "response", "output", "generation")
 ONE_SIGNALS = {*ANSWER_FIELDS, "label", "kto_tag"} - {"model", "votes"}
 GROUP_SIZE = 1000  # rows of one prompt at most, so that memory stays bounded
@@ -2642,7 +2705,7 @@ def grouped(prompt: list[dict], answers: list[dict]) -> dict | Failed:
 
 
 def single_answer(row) -> tuple[list[dict], dict] | None:
-    """(the prompt's messages, the answer with its signals) of a row with one rated answer; else None."""
+    """(the prompt's messages, the answer with its signals) of a row of one answer, or None."""
     if not isinstance(row, dict) or ONE_SIGNALS.isdisjoint(row):
         return None
     answer = {}
@@ -2665,7 +2728,7 @@ def single_answer(row) -> tuple[list[dict], dict] | None:
 
 
 def single_text(row: dict) -> str:
-    """The one answer of a row: a field, or the last turn of its messages; "" if there are none or more."""
+    """The one answer of a row, a field or the last turn of its messages; "" if there is not one."""
     texts = [row[name] for name in ONE_ANSWER if row.get(name)] or [row.get("answer")]
     turns = row.get("messages") or row.get("conversations")
     if has_turns(turns) and message(turns[-1])["role"] == "assistant":
@@ -4801,7 +4864,7 @@ def show(text: str):
 def records_of(path: str, run: Run):
     """Yields (line, Record or Failed): the input, with repeated and excluded prompts marked as failed."""
     seen, limit = Hashes(), run.args.max_samples if run.args.max_samples >= 0 else None
-    records = read_records(path, dict(run.args.rename), run.reads_answers)
+    records = read_records(path, dict(run.args.rename), run.reads_answers, run.numbers)
     for line, record in itertools.islice(records, limit):
         if isinstance(record, Record):
             words = [(m["role"], *m["content"].split()) for m in record.messages]
@@ -5570,7 +5633,10 @@ def nearest(path: str) -> str:
 def check_input(path: str, run: Run):
     """The first 20 records say whether this file can work at all; raises UserError if not."""
     args, name = run.args, "stdin" if run.args.input_file == "-" else run.args.input_file
-    first = list(itertools.islice(read_records(path, dict(args.rename), run.reads_answers), 20))
+    rename = dict(args.rename)
+    run.numbers = ChoiceNumbers(row for _, row in renamed_rows(path, rename))
+    records = read_records(path, rename, run.reads_answers, run.numbers)
+    first = list(itertools.islice(records, 20))
     refuse(not first, f"{name}: holds no record")
     rows = (row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict))
     fields = dict.fromkeys(itertools.chain.from_iterable(rows))
