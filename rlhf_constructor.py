@@ -2172,7 +2172,7 @@ def answers_of(answers: AnswerSet) -> list[Answer]:
 def chosen_as_winner(row: dict, numbers: ChoiceNumbers) -> dict:
     """The row with a winner in place of a `chosen` that names another answer: "B", "response_b"."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    if chosen in EMPTY or not isinstance(chosen, str | int):
+    if chosen in EMPTY or isinstance(chosen, bool) or not isinstance(chosen, str | int):
         return row
     others = {name: value for name, value in row.items() if name not in READY[0]}
     sets = answer_sets(others)
@@ -2198,14 +2198,13 @@ def winners_of(row: dict) -> dict:
     """The fields of a row that name its winner, with their values; empty ones if all are empty."""
     winners = {name: row[name] for name in WINNERS if name in row}
     filled = {name: value for name, value in winners.items() if value not in EMPTY}
-    winners = filled or winners
     for name in LOOSE_WINNERS:
         value = row.get(name)
         if isinstance(value, dict):  # Label Studio
             value = value.get("selected")
         if isinstance(value, str) and number(value) is None and value.strip():
-            winners[name] = value
-    return winners
+            filled[name] = value
+    return filled or winners
 
 
 def check_winners(winners: dict, sets: list[AnswerSet]):
@@ -2367,9 +2366,12 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
             raise Failed("input", f"no preference: `{name}` is {str(row[name])[:40]}")
         signals.append(make_signal(answers, name, "score", scale, [0.0, lead]))
     for name, values in answers.columns:
-        if name in SIGNALS and len(values) == count:
-            if any(value not in EMPTY for value in values):
-                signals.append(make_signal(answers, name, *SIGNALS[name], values))
+        if name not in SIGNALS or len(values) != count:
+            continue
+        kind, scale = SIGNALS[name]
+        is_flag = kind == "flag" and any(flag(value) is not None for value in values)
+        if is_flag or (kind != "flag" and any(value not in EMPTY for value in values)):
+            signals.append(make_signal(answers, name, kind, scale, values))
     return signals
 
 
@@ -2389,11 +2391,13 @@ def read_winner(name: str, value, sets: list[AnswerSet], numbers: ChoiceNumbers)
         places = [places_of_relation(relation, answers) for answers in sets]
         if not any(places):
             places = [own_places(text, answers) for answers in sets]
-        if not any(places):
+        is_own = any(places)
+        if not is_own:
             places = [word_places(text, answers) for answers in sets]
         for index, answers in enumerate(sets):
             places[index] |= text_places(fold_spaces(str(value)), answers)
-            places[index] |= numbered_places(name, value, answers, numbers)
+            if not is_own or number(value) is not None:  # a model may be called model_1, or 1
+                places[index] |= numbered_places(name, value, answers, numbers)
     if TIE.match(bare(text)) and (not any(places) or TIE.fullmatch(bare(text))):
         is_bad = re.search("^neither|bad|不好|差", text)
         raise Failed("input", "both bad" if is_bad else "tie")

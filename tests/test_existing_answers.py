@@ -943,6 +943,9 @@ OF_OTHERS = {  # who is to win -> a row
     "first_is_better": lambda w: SUFFIXED | {"first_is_better": 1 - w},
     "Auto-J: fields with a space": lambda w: {"prompt": Q, "response 1": A, "response 2": B, "winner_from_0": w},
     "fields in Chinese": lambda w: {"prompt": Q, "回答A": A, "回答B": B, "winner": f"回答{'AB'[w]}"},
+    "a model that is called model_1": lambda w: SUFFIXED | {"model_a": "model_2", "model_b": "model_1", "winner": f"model_{2 - w}"},
+    "an empty winner beside a comparison": lambda w: SUFFIXED | {"winner": "", "comparison": ["left", "right"][w]},
+    "correct that is no flag, and chosen that is none": lambda w: {"prompt": Q, "responses": two("text", score=hi(w, 2, 1), correct=[0.7, 0.8]), "chosen": True},
     "people decided against the scores": lambda w: {"prompt": Q} | ready(w, str) | {"score_chosen": 2.0, "score_rejected": 8.0, "decided_by": "people"},
 }
 # fmt: on
