@@ -40,10 +40,12 @@ The one flow: read_records -> method(record, run) -> pairs -> filters -> output 
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import atexit
 import base64
 import bisect
+import bz2
 import contextlib
 import copy
 import csv
@@ -60,6 +62,7 @@ import inspect
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import random
@@ -311,160 +314,755 @@ def number(value) -> float | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# §2 INPUTS: from_conversation, from_instruction, from_prompt; parse_row, read_records
+# §2 INPUTS: from_conversation, from_turns, from_instruction, from_prompt; parse_row, read_records
+# In: rows (dicts) of §8. Out: Records, or Failed("input", reason) for a row that cannot be used.
+# Called by records_of (§16) and check_input (§17).
 # --------------------------------------------------------------------------------------------------
 
 # EDIT HERE to read another format: row (a dict) -> records, or None if the row is not of this shape.
+# Field names arrive in lower case. A bug in such a function stops the run and is printed.
 
 ROLES = {
     "system": "system",
     "developer": "system",
+    "系统": "system",
     "user": "user",
     "human": "user",
     "prompter": "user",
+    "用户": "user",
 }
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant")
-PROMPT_FIELDS = ("prompt", "question", "query", "text")
-REFERENCE_FIELDS = ("output", "completion", "answer", "response", "reference")
+ASSISTANTS = (
+    "assistant",
+    "gpt",
+    "chatgpt",
+    "bing",
+    "bard",
+    "model",
+    "bot",
+    "chatbot",
+    "ai",
+    "助手",
+)
+ROLES |= dict.fromkeys(ASSISTANTS, "assistant")
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
+
+# What a row may hold beside a list of turns or a prompt, and what becomes of it:
+#   system, system_prompt, system_message    a system turn before all others
+#   history                                  the turns before the prompt (see read_history)
+#   input, context, passage, article         after the prompt, with a blank line between
+#   choices, options; columns A, B, C ...    after these, one a line: "A. text"
+#   output, completion, answer, ...          the reference, unless a label or a score speaks against it
+TURN_FIELDS = ("messages", "conversations", "conversation")
+PROMPT_FIELDS = ("prompt", "question", "query", "problem", "text", "input")
+SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
+CONTEXT_FIELDS = ("input", "context", "passage", "article")
+CHOICE_FIELDS = ("choices", "options")
+REFERENCE_FIELDS = (
+    "output",
+    "completion",
+    "answer",
+    "response",
+    "reference",
+    "solution",
+    "answerkey",
+)
+NOT_TEXT_FIELDS = {  # a field that is filled -> what the row holds beside text
+    "images": "images",
+    "image": "images",
+    "videos": "videos",
+    "video": "videos",
+    "audios": "audio",
+    "audio": "audio",
+    "tools": "tools",
+    "functions": "tools",
+}
+# What an empty cell looks like after pandas, SQL, CSV and Alpaca's <noinput>.
+MISSING = {"", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "[]", "{}"}
+MISSING |= {"<noinput>", "<nooutput>"}
 
 
 @register(INPUTS)
 def from_conversation(row: dict) -> list[Record] | None:
     """`messages` (OpenAI), `conversations` (ShareGPT): all turns are kept, a last answer is the reference"""
-    nested = row["input"].get("messages") if isinstance(row.get("input"), dict) else None
-    turns = row.get("messages") or row.get("conversations") or nested
-    return [conversation(turns, row)] if isinstance(turns, list) else None
+    for name in TURN_FIELDS:
+        if is_filled_list(row.get(name)):
+            return [conversation(row[name], row)]
+    nested = row.get("input")
+    if isinstance(nested, dict) and is_filled_list(nested.get("messages")):
+        return [conversation(nested["messages"], row)]
+    for name in ("input", "context"):
+        if is_turns(row.get(name)) and not row.get("prompt"):
+            return [conversation(row[name], row)]
+    return None
+
+
+@register(INPUTS)
+def from_turns(row: dict) -> list[Record] | None:
+    """`turns` (MT-Bench, Arena-Hard): the first turn is the prompt, the later ones are left out"""
+    turns = row.get("turns")
+    if not turns or not isinstance(turns, list):
+        return None
+    if is_turns(turns):
+        return [conversation(turns, row)]
+    first = turns[0].get("content") if isinstance(turns[0], dict) else turns[0]
+    if not isinstance(first, str):
+        raise Failed("input", f"not a text: `turns` holds a {type(first).__name__}")
+    return [prompt_record(first, row)]
 
 
 @register(INPUTS)
 def from_instruction(row: dict) -> list[Record] | None:
     """`instruction` and `input`, `output` (Alpaca, few-shot), or `instances` of both (Self-Instruct)"""
-    if not text_of(row, "instruction"):
+    instruction = text_of(row, "instruction")
+    if not instruction:
         return None
-    listed = row["instances"] if isinstance(row.get("instances"), list) else [row]
-    records = []
-    for one in [one for one in listed if isinstance(one, dict)] or [{}]:
-        asked = "\n\n".join(
-            filter(None, (row["instruction"].strip(), text_of(one, "input").strip()))
-        )
-        turns = [*chat(row.get("history") or []), {"role": "user", "content": asked}]
-        records.append(conversation(turns, row | one))
-    return records
+    instances = row.get("instances")
+    if not isinstance(instances, list):
+        return [prompt_record(instruction, row)]
+    instances = [instance for instance in instances if isinstance(instance, dict)]
+    return [prompt_record(instruction, row | instance) for instance in instances or [{}]]
 
 
 @register(INPUTS)
 def from_prompt(row: dict) -> list[Record] | None:
     """`prompt`, `question`, `query`, `text`: a string or a list of messages; `answer` is the reference"""
-    said = next((row[name] for name in PROMPT_FIELDS if row.get(name)), None)
-    if isinstance(said, str):
-        said = human_turns(said) or [{"role": "user", "content": said}]
-    return [conversation(said, row)] if isinstance(said, list) else None
+    filled = [row[name] for name in PROMPT_FIELDS if row.get(name)]
+    named = [value for value in filled if not is_missing(value)]
+    prompt = first_of(named or filled)  # a lone "None" may well be asked
+    if isinstance(prompt, str):
+        return [prompt_record(prompt, row)]
+    if isinstance(prompt, list):
+        return [conversation([*read_history(row), *prompt], row)]
+    return None
+
+
+def prompt_record(prompt: str, row: dict) -> Record:
+    """The record of a prompt that is a text: the history, then the prompt and its context as one turn."""
+    turns = template_turns(prompt) or human_turns(prompt)
+    if not turns:
+        parts = [prompt, *context_texts(row, prompt), choice_lines(row, prompt)]
+        parts = [strip_blank_lines(part) for part in parts]
+        turns = [{"role": "user", "content": "\n\n".join(part for part in parts if part)}]
+    return conversation([*read_history(row), *turns], row)
 
 
 def conversation(turns: list, row: dict) -> Record:
-    """Turns, after the row's `system` -> Record; its reference is their last answer, or the row's own."""
+    """The record of a list of turns, after the row's system prompt; a last answer is the reference."""
     messages = [message(turn) for turn in turns]
-    if text_of(row, "system") and messages[:1] and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    answered = bool(messages) and messages[-1]["role"] == "assistant"
-    known = [
-        messages.pop()["content"] if answered else "",
-        *(row.get(name) for name in REFERENCE_FIELDS),
-    ]
+    if messages and messages[0]["role"] != "system":
+        system = first_text(row, SYSTEM_FIELDS)
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+    answer = ""
+    if messages and messages[-1]["role"] == "assistant":
+        answer = messages.pop()["content"]
     if not messages or messages[-1]["role"] != "user":
         raise Failed("input", "the conversation has no user turn to answer")
-    bad = str(row.get("label")).strip().lower() in ("false", "0", "0.0")  # a KTO row
-    good = [] if bad else [text.strip() for text in known if isinstance(text, str) and text.strip()]
-    return Record(messages, next(iter(good), ""))
+    for turn in messages:
+        check_text_only(turn["content"])
+        if has_template_mark(turn["content"]):
+            raise Failed("input", "prompt holds chat-template tokens")
+    reference = reference_of(row, answer)
+    check_text_only(reference)
+    return Record(messages, reference)
 
 
-def message(turn) -> dict:
-    """An OpenAI or ShareGPT turn -> {"role", "content"}; raises Failed for tool turns and pictures."""
+# --- the parts of a conversation
+
+
+def message(turn: object) -> dict:
+    """An OpenAI or ShareGPT turn as {"role", "content"}; raises Failed for tools, pictures, unknown roles."""
     name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
-    if not isinstance(name, str) or name.lower() not in ROLES:
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        if isinstance(name, str) and name.lower() in TOOL_ROLES:
+            raise Failed("input", f"not a text: tools (a turn of the role {name!r})")
         raise Failed("input", f"unknown role: {name!r} (known: {', '.join(ROLES)})")
-    role, said = ROLES[name.lower()], turn.get("content", turn.get("value"))
-    parts = said if isinstance(said, list) else [{"type": "text", "text": said}]
-    texts = [
-        part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"
-    ]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        raise Failed("input", f"not a text: a {role} turn holds a {type(said).__name__}")
-    return {"role": role, "content": "\n".join(texts).strip()}
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise Failed("input", "not a text: tools (a turn calls one)")
+    content = first_value(turn, ("content", "value", "text"))
+    if isinstance(content, list):
+        content = "\n".join(part_text(part, role) for part in content)
+    if not isinstance(content, str):
+        raise Failed("input", f"not a text: a {role} turn holds a {type(content).__name__}")
+    return {"role": role, "content": strip_blank_lines(content)}
+
+
+def part_text(part: object, role: str) -> str:
+    """The text of one part of a turn's content: `{"type": "text", "text": ...}` or a string."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    text = part.get("text") if kind in ("text", "input_text", "output_text") else None
+    if isinstance(text, str):
+        return text
+    if isinstance(kind, str) and "image" in kind:
+        raise Failed("input", "not a text: images")
+    raise Failed("input", f"not a text: a {role} turn holds a list with a {kind} part")
+
+
+def first_of(values) -> object:
+    """The first value that is not empty; None if there is none."""
+    return next(filter(None, values), None)
+
+
+def first_value(row: dict, names: tuple) -> object:
+    """The first value of these fields that is not null; None if there is none."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    return None
+
+
+def is_filled_list(value: object) -> bool:
+    """Whether the value is a list that holds something."""
+    return isinstance(value, list) and len(value) > 0
+
+
+def is_turns(value: object) -> bool:
+    """Whether the value is a list of objects with `role` or `from`, the turns of a conversation."""
+    if not is_filled_list(value):
+        return False
+    return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def strip_blank_lines(text: str) -> str:
+    """The text without blank lines around it and space at its end; an indented first line stays indented.
+
+    A single space before the first word, as completions have it, goes."""
+    text = text.rstrip()
+    if not text[:1].isspace():
+        return text
+    text = BLANK_START.sub("", text)
+    return text[1:] if text[:1] == " " and not text[1:2].isspace() else text
+
+
+BLANK_START = re.compile(r"\A(?:\s*\n)?")
+
+
+def is_missing(value: object) -> bool:
+    """Whether a field holds nothing: null, NaN and its spellings in a table's cell, an empty list."""
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return len(value) < 12 and value.strip() in MISSING
+    if isinstance(value, float):
+        return math.isnan(value)
+    if isinstance(value, dict):  # {"bytes": null, "path": null}: an empty picture of a Parquet file
+        return all(part is None for part in value.values())
+    return value == []
 
 
 def text_of(row: dict, name: str) -> str:
     """The field as text, "" if it is missing or blank; raises Failed if it holds anything else."""
     value = row.get(name)
-    if not isinstance(value, str | None):
-        raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
-    return value if value and value.strip() else ""
+    if isinstance(value, str):
+        return value if value and not value.isspace() else ""
+    if is_missing(value):
+        return ""
+    raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
 
 
-def chat(exchanges: list) -> list[dict]:
+def optional_text(row: dict, name: str) -> str:
+    """The text of an optional field, "" where it is missing, as a table's "nan" is (see `is_missing`)."""
+    return "" if is_missing(row.get(name)) else strip_blank_lines(text_of(row, name))
+
+
+def first_text(row: dict, names: tuple) -> str:
+    """The text of the first of these optional fields that is filled, "" if none is."""
+    for name in names:
+        if name in row and optional_text(row, name):
+            return optional_text(row, name)
+    return ""
+
+
+def context_texts(row: dict, prompt: str) -> list[str]:
+    """The texts that a prompt speaks of, in the order of CONTEXT_FIELDS; a list of passages is joined."""
+    texts = []
+    for name in CONTEXT_FIELDS:
+        value = row.get(name)
+        if value is None or value == prompt or is_missing(value):
+            continue
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            value = "\n\n".join(value)
+        if name == "input" or isinstance(value, str):
+            texts.append(text_of({name: value}, name))
+    return texts
+
+
+def choice_lines(row: dict, prompt: str) -> str:
+    """The choices of a question, one a line: "A. text"; "" if there are none or the prompt holds them all."""
+    choices = first_value(row, CHOICE_FIELDS)
+    if choices is None and "A" in row and "B" in row:
+        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
+    labels: list = list(string.ascii_uppercase)
+    if isinstance(choices, dict) and isinstance(choices.get("text"), list):  # ARC, CommonsenseQA
+        labels = choices["label"] if isinstance(choices.get("label"), list) else labels
+        texts = choices["text"]
+    elif isinstance(choices, dict) and all(len(str(label)) == 1 for label in choices):
+        labels, texts = list(choices), list(choices.values())
+    elif isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+        labels = [choice.get("label") for choice in choices]
+        texts = [choice.get("text") for choice in choices]
+    else:
+        texts = choices
+    if not isinstance(texts, list) or not 2 <= len(texts) <= len(labels):
+        return ""
+    if any(isinstance(text, bool) or not isinstance(text, str | int | float) for text in texts):
+        return ""
+    if all(str(text) in prompt for text in texts):
+        return ""
+    return "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=False))
+
+
+# --- earlier turns: history, chat templates, Human/Assistant texts
+
+HISTORY_SHAPE = 'write [["question", "answer"], ...] or [{"role": "user", "content": "..."}, ...]'
+USER_NAMES = ("user", "human", "question", "query", "prompt", "instruction", "input", "q")
+ASSISTANT_NAMES = ("assistant", "gpt", "bot", "answer", "response", "output", "completion", "a")
+
+
+def read_history(row: dict) -> list[dict]:
+    """The turns before the prompt: from pairs, objects, alternating texts, or any of these as JSON text.
+
+    `context` is a history, too, where it is a list of turns; raises Failed for what is none."""
+    history = row.get("history")
+    if history == row.get("prompt"):  # SHP calls its prompt a history
+        history = None
+    if history is None and is_turns(row.get("context")) and row["context"] is not row.get("prompt"):
+        history = row["context"]
+    if isinstance(history, str) and not is_missing(history):
+        history = parsed_text(history)
+    if is_missing(history):
+        return []
+    if not isinstance(history, list):
+        raise Failed("input", f"not a history: a {type(history).__name__}; {HISTORY_SHAPE}")
+    if all(isinstance(item, str) for item in history):
+        if len(history) % 2:
+            raise Failed("input", f"not a history: a question without answer; {HISTORY_SHAPE}")
+        history = list(zip(history[::2], history[1::2], strict=True))
+    turns = []
+    for item in history:
+        turns += [item] if is_turns([item]) else exchange_turns(item)
+    return turns
+
+
+def exchange_turns(item: object) -> list[dict]:
+    """Two turns of a history: `["question", "answer"]` or `{"question": ..., "answer": ...}`."""
+    texts = item
+    if isinstance(item, dict):
+        texts = [first_value(item, USER_NAMES), first_value(item, ASSISTANT_NAMES)]
+    if not isinstance(texts, list | tuple) or len(texts) != 2:
+        raise Failed(
+            "input", f"not a history: an item is no question with its answer; {HISTORY_SHAPE}"
+        )
+    question, answer = texts
+    if not isinstance(answer, str) or not isinstance(question, str | None):
+        raise Failed("input", f"not a history: an item holds no text; {HISTORY_SHAPE}")
+    turns = chat([(question, answer)])
+    return turns if question else turns[1:]  # a greeting that nobody asked for
+
+
+def chat(exchanges) -> list[dict]:
     """[(question, answer), ...] -> turns."""
-    roles = ("user", "assistant")
-    return [
-        {"role": r, "content": said}
-        for one in exchanges
-        for r, said in zip(roles, one, strict=True)
-    ]
+    turns = []
+    for question, answer in exchanges:
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
+    return turns
 
 
-def human_turns(said: str) -> list[dict]:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar) -> turns; [] if it is none."""
-    parts = re.split(r"\n\n(Human|Assistant): ?", said)[1:] if said.startswith("\n\nHuman:") else []
-    return [{"from": who, "value": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
+def human_turns(text: str) -> list[dict]:
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar), `### Human: ...` (Guanaco) -> turns; else []."""
+    if text.startswith("\n\nHuman:"):
+        parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
+    elif text.startswith("### Human:"):
+        parts = re.split(r"(?:\A|\s*)### (Human|Assistant): ?", text)[1:]
+    else:
+        return []
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [{"from": speaker, "value": content} for speaker, content in pairs]
 
 
-def parse_row(row, with_answers: bool = False) -> list[Record]:
+# The mark that opens a turn in ChatML (Qwen), Llama 3, Gemma, Zephyr and Phi, DeepSeek; group: the role.
+TEMPLATE_HEADS = (
+    r"<\|im_start\|> ?(\w+)(?=\s|\Z)",
+    r"<\|start_header_id\|>(\w+)<\|end_header_id\|>",
+    r"<start_of_turn>(\w+)(?=\s|\Z)",
+    r"<\|(system|user|assistant)\|>",
+    r"<｜(User|Assistant)｜>",
+)
+TEMPLATE_HEAD = re.compile("|".join(TEMPLATE_HEADS))
+TEMPLATE_START = re.compile(r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>)?\s*")
+TEMPLATE_ENDS = (
+    r"<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|end\|>|</s>|<\|endoftext\|>|<｜end▁of▁sentence｜>"
+)
+TEMPLATE_END = re.compile(rf"\s*(?:{TEMPLATE_ENDS})+\s*\Z")
+INST_TURN = re.compile(  # Llama 2 and Mistral: [INST] user [/INST] assistant </s>
+    r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:</s>|(?=\s*(?:<s>)?\s*\[INST\])|\Z)", re.S
+)
+INST_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>", re.S)
+# A prompt with one of these is no plain text: a server would take them for turns.
+TEMPLATE_MARK = re.compile(rf"{TEMPLATE_HEAD.pattern}|<\|im_end\|>|<\|eot_id\|>|\[/?INST\]")
+TEMPLATE_SIGNS = ("<|", "<｜", "<start_of_turn>", "INST]")
+
+
+def has_template_mark(text: str) -> bool:
+    """Whether a server could take something in the text for a mark of its chat template."""
+    if not any(sign in text for sign in TEMPLATE_SIGNS):  # faster than the search
+        return False
+    return TEMPLATE_MARK.search(text) is not None
+
+
+def template_turns(text: str) -> list[dict]:
+    """The turns of a prompt that carries a chat template; [] if it has none; raises Failed if it is broken."""
+    if not has_template_mark(text):
+        return []
+    if INST_TURN.match(text):
+        return inst_turns(text)
+    heads = list(TEMPLATE_HEAD.finditer(text))
+    if not heads:
+        return []
+    if TEMPLATE_START.fullmatch(text[: heads[0].start()]) is None:
+        raise Failed("input", "prompt holds chat-template tokens")
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    turns = []
+    for head, end in zip(heads, ends, strict=True):
+        role = first_of(head.groups())
+        turns.append({"role": role, "content": TEMPLATE_END.sub("", text[head.end() : end])})
+    return without_open_turn(turns)
+
+
+def inst_turns(text: str) -> list[dict]:
+    """The turns of Llama 2's and Mistral's template; raises Failed if something stands between them."""
+    turns = []
+    position = 0
+    while position < len(text):
+        match = INST_TURN.match(text, position)
+        if match is None or match.end() == position:
+            raise Failed("input", "prompt holds chat-template tokens")
+        question, answer = match.groups()
+        system = INST_SYSTEM.match(question)
+        if system and not turns:
+            turns.append({"role": "system", "content": system[1]})
+            question = question[system.end() :]
+        turns += chat([(question, answer)])
+        position = match.end()
+    return without_open_turn(turns)
+
+
+def without_open_turn(turns: list[dict]) -> list[dict]:
+    """The turns without an empty last one, which a template leaves for the answer."""
+    is_open = bool(turns) and turns[-1]["role"].lower() in ASSISTANTS
+    return turns[:-1] if is_open and not turns[-1]["content"].strip() else turns
+
+
+# --- text or not
+
+
+IMAGE_MARK = re.compile(
+    r"(?:\A|\n)[ \t]*<(?:image|video|audio)>|<(?:image|video|audio)>[ \t]*(?:\n|\Z)|<img>[^<\n]+</img>"
+)
+TOOL_MARK = re.compile(r"^Action: ?[\w.-]+ *\n+Action Input:", re.M)
+
+
+def check_text_only(text: str) -> None:
+    """Raises Failed for a text with the place of a picture (`<image>`) or the call of a tool (`Action:`)."""
+    if "<i" in text or "<v" in text or "<a" in text:
+        if IMAGE_MARK.search(text):
+            raise Failed("input", "not a text: images")
+    if "Action Input:" in text and TOOL_MARK.search(text):
+        raise Failed("input", "not a text: tools")
+
+
+def check_fields_only_text(row: dict) -> None:
+    """Raises Failed for a row that brings pictures, sound or tools beside its texts."""
+    for name, kind in NOT_TEXT_FIELDS.items():
+        if name in row and not is_missing(row[name]):
+            raise Failed("input", f"not a text: {kind}")
+    if isinstance(row.get("input"), dict) and row["input"].get("tools"):
+        raise Failed("input", "not a text: tools")
+
+
+# --- the reference: a record's own answer, where nothing says that it is bad
+
+THUMB_FIELDS = ("label", "kto_tag", "is_safe", "is_correct", "correct", "desirable", "accepted")
+GOOD = ("true", "yes", "1", "1.0", "+1", "good", "desirable", "chosen", "accepted", "positive", "safe",
+        "correct", "like", "up", "thumbs_up", "好", "是", "正确")  # fmt: skip
+BAD = ("false", "no", "0", "0.0", "-1", "-1.0", "bad", "undesirable", "rejected", "negative", "unsafe",
+       "incorrect", "wrong", "dislike", "down", "thumbs_down", "坏", "差", "否", "错误")  # fmt: skip
+GRADE_FIELDS = {  # a score of a single answer -> the scores of a good one; none where the scale is unknown
+    "rating": (4, 5),
+    "helpfulness": (3, 4),
+    "correctness": (3, 4),
+    "fine-grained_score": (4, 5),
+    "overall_score": (8, 10),
+    "score": None,
+    "reward": None,
+    "rm_score": None,
+}
+
+
+def reference_of(row: dict, answer: str) -> str:
+    """The last turn's answer, else the first filled of REFERENCE_FIELDS; "" if it is or may be a bad one."""
+    reference = answer
+    for name in REFERENCE_FIELDS:
+        if not reference and name in row:
+            reference = reference_text(row, name)
+    if not reference and isinstance(row.get("answers"), dict):  # SQuAD
+        texts = row["answers"].get("text")
+        reference = texts[0] if is_filled_list(texts) and isinstance(texts[0], str) else ""
+    if not reference or may_be_bad(row):
+        return ""
+    return reference
+
+
+def reference_text(row: dict, name: str) -> str:
+    """The text of a reference field, "" for what is none; a number counts as an `answer`."""
+    value = row.get(name)
+    if name == "reference" and is_filled_list(value):  # MT-Bench: one for each turn
+        value = value[0]
+    if isinstance(value, dict):  # TriviaQA
+        value = value.get("value")
+    if is_missing(value):
+        return ""
+    if isinstance(value, str):
+        return strip_blank_lines(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    has_choices = any(row.get(field) for field in CHOICE_FIELDS)  # then it is an index, from 0 or 1
+    if name != "answer" or not is_number or has_choices or number(value) is None:
+        return ""
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def may_be_bad(row: dict) -> bool:
+    """Whether a label or a score of the row says that its answer is bad, or cannot be read."""
+    for name in THUMB_FIELDS:
+        value = row.get(name)
+        if value is None or is_missing(value) or (name == "label" and is_class(row)):
+            continue
+        word = str(value)[:40].strip().lower()
+        is_known = word in GOOD or word in BAD
+        is_thumb = name in ("label", "kto_tag") and (
+            row.get("completion") or number(value) is not None
+        )
+        if word in BAD or (is_thumb and not is_known):
+            return True
+    for name, good_scores in GRADE_FIELDS.items():
+        score = number(row.get(name))
+        if score is None:
+            continue
+        if good_scores is None or not good_scores[0] <= score <= good_scores[1]:
+            return True
+    return False
+
+
+def is_class(row: dict) -> bool:
+    """Whether the row's number `label` is a class of its `text` (sentiment) and no thumb."""
+    label = row["label"]
+    return "text" in row and not row.get("completion") and not isinstance(label, bool)
+
+
+# --- rows
+
+
+@functools.lru_cache(maxsize=10_000)
+def plain_name(name: str) -> str:
+    """A field's name as the functions above know it: `Instruction` -> `instruction`.
+
+    A last letter that tells answers apart stays: `score_A`, `responseA`, `A`."""
+    name = name.strip()
+    keeps_last = re.search(r"(?:\A|_|[a-z])[A-Z]\Z", name)
+    return name[:-1].lower() + name[-1] if keeps_last else name.lower()
+
+
+def with_plain_names(row: dict) -> dict:
+    """The row with plain names; a name that the row has already stays as it is."""
+    if all(plain_name(name) == name for name in row):
+        return row
+    renamed: dict = {}
+    for name, value in row.items():
+        plain = plain_name(name)
+        renamed[name if plain in row or plain in renamed else plain] = value
+    return renamed
+
+
+# Fields that may hold a list of turns as text, in a CSV cell or a dump. (`history` reads its own.)
+JSON_FIELDS = {"context", "chosen", "rejected", "conversation_a", "conversation_b"}
+JSON_FIELDS |= {*TURN_FIELDS, *PROMPT_FIELDS}
+LOOKS_LIKE_TURNS = re.compile(r"""\s*\[?\s*\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]""")
+BROKEN_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from)['"].*\]\s*""", re.S)
+
+
+def with_parsed_turns(row: dict) -> dict:
+    """The row with lists of turns in place of their JSON (or Python) text."""
+    for name in JSON_FIELDS & row.keys():
+        value = row[name]
+        if not isinstance(value, str) or not LOOKS_LIKE_TURNS.match(value):
+            continue
+        turns = parsed_text(value)
+        turns = [turns] if isinstance(turns, dict) else turns
+        if is_turns(turns):
+            row = row | {name: turns}
+        elif turns is None and BROKEN_TURNS.fullmatch(value):
+            raise Failed("input", f"`{name}` looks like a list of turns but is no JSON")
+    return row
+
+
+def parsed_text(text: str) -> object:
+    """The value of a JSON text or a Python literal (as pandas writes it in a CSV cell); None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def parse_row(row: object, with_answers: bool = False) -> list[Record]:
     """One input row -> its records (usually one), if asked with its answers; raises Failed("input", ...)."""
-    row = {"prompt": row} if isinstance(row, str) else row
+    if isinstance(row, str):
+        row = {"prompt": row}
+    elif is_turns(row):
+        row = {"messages": row}
     if not isinstance(row, dict):
         raise Failed("input", f"not a record: a {type(row).__name__} instead of an object")
-    for sign, in_plain_names in DATA_SETS.items():
-        row = row | in_plain_names(row) if row.get(sign) is not None else row
-    records = next(filter(None, (adapter(row) for adapter in INPUTS.values())), None)
-    if records is None:
-        blank = any(
-            not str(row.get(name, "?") or "").strip() for name in ("instruction", *PROMPT_FIELDS)
-        )
-        known = f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
-        raise Failed("input", "empty prompt" if blank else known)
+    row = with_parsed_turns(with_plain_names(row))
+    check_fields_only_text(row)
+    row = known_data_set(row)
+    records = adapt(row)
+    if not records:
+        raise Failed("input", why_unknown(row))
     if any(not record.messages[-1]["content"] for record in records):
         raise Failed("input", "empty prompt")
     if with_answers:
-        try:
-            add_answers(records[0], row)
-        except Failed as error:
-            error.record = records[0]
-            raise
+        add_row_answers(records[0], row)
     return records
+
+
+def adapt(row: dict) -> list[Record] | None:
+    """The records of the first function of INPUTS that knows the row. A bug in one is raised as it is."""
+    for name, adapter in INPUTS.items():
+        try:
+            records = adapter(row)
+            if records and not (isinstance(records, list) and isinstance(records[0], Record)):
+                raise TypeError(
+                    f"returned a {type(records).__name__}, not a list of Records or None"
+                )
+        except Failed:
+            raise
+        except Exception as error:
+            error.add_note(f"in the input function from_{name}")
+            raise
+        if records:
+            return records
+    return None
+
+
+def why_unknown(row: dict) -> str:
+    """Why no function of INPUTS knows the row."""
+    for name in ("instruction", *PROMPT_FIELDS):
+        if name in row and is_missing(row[name]):
+            return "empty prompt"
+        if isinstance(row.get(name), dict | int | float):
+            return f"not a text: `{name}` holds a {type(row[name]).__name__}"
+    return f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
 
 
 # What reading raises where junk is nested in place of a text or a number.
 JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
 
 
-def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # noqa: B006 (never changed)
+def known_data_set(row: dict) -> dict:
+    """The row with the plain names of §9's DATA_SETS added."""
+    try:
+        for sign, in_plain_names in DATA_SETS.items():
+            if row.get(sign) is not None:
+                row = row | in_plain_names(row)
+    except JUNK as error:
+        raise Failed("input", f"malformed record: {error}") from None
+    return row
+
+
+def add_row_answers(record: Record, row: dict) -> None:
+    """Give the record the row's own answers; a Failed that this raises knows the record."""
+    try:
+        add_answers(record, row)
+        for answer in record.answers:
+            check_text_only(answer.text)
+    except Failed as error:
+        error.record = record
+        raise
+    except JUNK as error:
+        raise Failed("input", f"malformed record: {error}", record=record) from None
+
+
+def renamed_row(row: object, rename: dict) -> object:
+    """The row with --rename applied; raises Failed if two of its fields then have one name."""
+    if not rename or not isinstance(row, dict):
+        return row
+    renamed = {rename.get(name, name): value for name, value in row.items()}
+    if len(renamed) < len(row):
+        raise Failed("input", "--rename: two fields of one name")
+    return renamed
+
+
+def read_records(path: str, rename: dict | None = None, with_answers: bool = False):
     """Yields (line, Record or Failed) for every record of a file, in order, without holding the file."""
     for line, row in read_rows(path):
-        try:
-            if rename and isinstance(row, dict):
-                named = {rename.get(name, name): value for name, value in row.items()}
-                row = (
-                    named
-                    if len(named) == len(row)
-                    else Failed("input", "--rename: two fields of one name")
-                )
-            records = [row] if isinstance(row, Failed) else parse_row(row, with_answers)
-        except Failed as error:
-            records = [error]
-        except JUNK as error:
-            records = [Failed("input", f"malformed record: {error}")]
+        records: list = [row]
+        if not isinstance(row, Failed):
+            try:
+                records = parse_row(renamed_row(row, rename or {}), with_answers)
+            except Failed as error:
+                records = [error]
+            except Exception as error:
+                error.add_note(f"while reading {path}, line {line}")
+                raise
         for record in records:
             record.line = line
             yield line, record
+
+
+# --- fields that no rule reads
+
+ID_NAME = re.compile(r"(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
+
+
+def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
+    """Names of the filled fields that could be left out of all these rows without a change; ids aside.
+
+    Labels of an answer count as used, whatever they say."""
+    used: set[str] = set()
+    filled: dict[str, None] = {}  # in the order of the file
+    for row in rows:
+        if not isinstance(row, dict):
+            continue
+        result = reading_of(row, rename, with_answers)
+        if result is None:
+            continue
+        for name, value in row.items():
+            if is_missing(value):
+                continue
+            filled[name] = None
+            rest = {key: row[key] for key in row if key != name}
+            if reading_of(rest, rename, with_answers) == result:
+                row = rest
+            else:
+                used.add(name)
+    known = {name for name in filled if plain_name(rename.get(name, name)) in THUMB_FIELDS}
+    return [name for name in filled if name not in used | known and not ID_NAME.fullmatch(name)]
+
+
+def reading_of(row: dict, rename: dict, with_answers: bool) -> list | None:
+    """What a row is read as, to compare; None if it cannot be read."""
+    try:
+        records = parse_row(renamed_row(row, rename), with_answers)
+    except Failed:
+        return None
+    return [replace(record, facts=None) for record in records]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1582,113 +2180,291 @@ def reference_f1(text: str, reference: str) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# §8 READING FILES: read_rows: lines, JSON, CSV -> rows; broken lines cost one record
+# §8 READING FILES: read_rows: lines, JSON, tables, Parquet -> rows; broken lines cost one record
+# In: a path. Out: (line, row or Failed), one at a time; UserError if the file cannot be read at all.
+# Called by read_records (§2) and check_input (§17). A file's kind is told by its first bytes.
 # --------------------------------------------------------------------------------------------------
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # no part of a line: a byte order mark (three bytes), white space
+TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+PARQUET_MARK = b"PAR1"
+HEAD_SIZE = 512  # bytes of a file's start that tell its kind
+
+
+def open_zstd(file):
+    """A reader of a zstd file, where this Python has one (3.14 on)."""
+    try:
+        import compression.zstd as zstd
+    except ImportError:
+        raise UserError("compressed with zstd: unpack it first, zstd -d FILE") from None
+    return zstd.open(file)
+
+
+COMPRESSED = (  # first bytes of a compressed file -> what opens it
+    (b"\x1f\x8b", gzip.open),
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ\x00", lzma.open),
+    (b"\x28\xb5\x2f\xfd", open_zstd),
+)
+ARROW_ADVICE = "an Arrow file: save it as Parquet or JSONL, e.g. dataset.to_json('NEW.jsonl')"
+OFFICE_ADVICE = "an Excel, Word or zip file: save the sheet as CSV UTF-8, or unpack it"
+UNREADABLE = (  # first bytes of a file that is not read -> what it is, and what to do
+    (b"PK\x03\x04", OFFICE_ADVICE),
+    (b"\xd0\xcf\x11\xe0", OFFICE_ADVICE),
+    (b"%PDF", "a PDF file: its records are needed as JSONL or CSV"),
+    (b"ARROW1", ARROW_ADVICE),
+    (b"\xff\xff\xff\xff", ARROW_ADVICE),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
+    (b"Rar!", "a RAR archive: unpack it first"),
+    (b"SQLite format 3", "an SQLite database: export its table as CSV"),
+    (b"\x89HDF", "an HDF5 file: save its table as Parquet, CSV or JSONL"),
+    (b"\x93NUMPY", "a NumPy file: save its records as JSONL"),
+    (b"\x80\x04\x95", "a Python pickle: save its records as JSONL"),
+    (b"\x80\x05\x95", "a Python pickle: save its records as JSONL"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data: run git lfs pull"),
+    (b"<!DOCTYPE", "a web page: was the file's own link downloaded?"),
+    (b"<!doctype", "a web page: was the file's own link downloaded?"),
+    (b"<html", "a web page: was the file's own link downloaded?"),
+)
 
 
 def read_rows(path: str):
-    """Yields (line, row or Failed) of .csv, .tsv, lines or one value of JSON, also .gz; raises UserError."""
-    delimiter = {".csv": ",", ".tsv": "\t"}.get(path.removesuffix(".gz")[-4:])
+    """Yields (line, row or Failed) of a table, of JSON lines, of one JSON value or of a Parquet file."""
+    name = re.sub(r"\.(gz|bz2|xz|zst)\Z", "", path.lower())
+    delimiter = TABLE_DELIMITERS.get(os.path.splitext(name)[1])
     try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            if delimiter:
+        with open(path, "rb") as packed, unpacked(packed) as file:
+            head = file.peek(HEAD_SIZE)[:HEAD_SIZE]
+            refuse_unreadable(head)
+            if head.startswith(PARQUET_MARK):
+                yield from parquet_rows(file)
+            elif delimiter:
                 yield from table_rows(file, delimiter)
-                return
-            lines = ((n, raw.strip(BLANK)) for n, raw in enumerate(file, 1) if raw.strip(BLANK))
-            first, second = next(lines, (1, b"[]")), next(lines, None)
-            lines = itertools.chain([first], [second] if second else [], lines)
-            if (
-                first[1].startswith(b"[") or first[1] == b"{" or not second
-            ):  # an array, or one object
-                whole = parse_json(b"\n".join(raw for _, raw in lines))
-                held = held_rows(whole) if isinstance(whole, dict) else whole
-                yield from enumerate(held, 1) if isinstance(held, list) else [(first[0], whole)]
             else:
-                yield from ((n, parse_json(raw)) for n, raw in lines)
+                yield from json_rows(file)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {not_utf_8(error)}") from None
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise UserError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({cause})") from None
 
 
-def held_rows(whole: dict) -> list | None:
-    """The rows that the object of a whole file wraps, `{"data": [...]}`; None if it is a record itself."""
-    if whole.keys() & {
-        "messages",
-        "conversations",
-        "instruction",
-        *PROMPT_FIELDS,
-        *LISTS,
-        *DATA_SETS,
-    }:
+def unpacked(file):
+    """The file, or a reader of what is compressed in it."""
+    head = file.peek(HEAD_SIZE)
+    for mark, opener in COMPRESSED:
+        if head.startswith(mark):
+            return opener(file)
+    return file
+
+
+def refuse_unreadable(head: bytes) -> None:
+    """Raises UserError for a file of another kind, by its first bytes."""
+    for mark, advice in UNREADABLE:
+        if head.startswith(mark):
+            raise UserError(advice)
+    if head[257:262] == b"ustar":
+        raise UserError("a tar archive: unpack it first")
+
+
+# --- JSON
+
+
+def json_rows(file):
+    """Yields (line, row or Failed) of JSON lines, or (item, row) of one JSON value."""
+    lines = filled_lines(file)
+    first = next(lines, None)
+    if first is None:
+        return
+    second = next(lines, None)
+    rest = itertools.chain([first], [second] if second else [], lines)
+    if second is None or starts_one_value(first[1]):
+        whole = parse_json(b"\n".join(line for _, line in rest))
+        yield from whole_rows(whole, first[0])
+        return
+    for number_of_line, line in rest:
+        yield number_of_line, parse_json(line)
+
+
+def filled_lines(file):
+    """Yields (line number, bytes) of the lines that are not blank."""
+    for number_of_line, line in enumerate(file, 1):
+        line = line.strip(BLANK)
+        if line:
+            yield number_of_line, line
+
+
+def starts_one_value(line: bytes) -> bool:
+    """Whether the first of several lines begins an array or an object of many lines."""
+    if line.startswith(b"["):  # a line that is an array by itself is a row
+        return not isinstance(parse_json(line), list)
+    return line == b"{"
+
+
+def whole_rows(whole: object, line: int):
+    """Yields (item or line, row) of the one value of a file: an array of rows, or what wraps it."""
+    rows = wrapped_rows(whole) if isinstance(whole, dict) else whole
+    if isinstance(rows, list) and not is_turns(rows):
+        yield from enumerate(rows, 1)
+    else:
+        yield line, whole
+
+
+def wrapped_rows(whole: dict) -> list | None:
+    """The rows that an object wraps, `{"data": [...]}`; None if it is a record itself."""
+    record_fields = {"instruction", "turns", *TURN_FIELDS, *PROMPT_FIELDS, *LISTS, *DATA_SETS}
+    if not record_fields.isdisjoint(map(plain_name, whole)):
         return None
     return next(iter(whole.values())) if len(whole) == 1 else whole.get("data")
 
 
 def not_utf_8(error: UnicodeDecodeError) -> str:
-    """What is wrong with bytes that are no UTF-8, and the command that mends it."""
+    """What is wrong with bytes that are not UTF-8, and the command that mends it."""
     code = "utf-16" if error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "gb18030"
     return f"not UTF-8: convert it, e.g. iconv -f {code} -t utf-8 FILE > NEW"
 
 
-def parse_json(raw: bytes):
-    """bytes -> value, or (not raised) Failed, so that one broken line costs one record."""
+def unique_keys(pairs: list) -> dict:
+    """The object of these pairs; raises ValueError if a key stands twice: which of the two was meant?"""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key stands twice")
+    return value
 
-    def unique(pairs: list) -> dict:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice")  # which of the two was meant?
-        return dict(pairs)
 
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+
+
+def parse_json(raw: bytes) -> object:
+    """The value of a JSON text, or (returned, not raised) a Failed, so that a broken line costs one record."""
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-        suspect = b"\\ud" in raw or b"\\uD" in raw  # only there can half an emoji be
-        return json.loads(scrub(json.dumps(value, ensure_ascii=False))) if suspect else value
+        value = JSON_DECODER.decode(raw.decode("utf-8"))
+        if b"\\ud" in raw or b"\\uD" in raw:  # only there can half an emoji be
+            value = json.loads(scrub(json.dumps(value, ensure_ascii=False)))
     except UnicodeDecodeError as error:
         return Failed("input", not_utf_8(error))
     except (ValueError, RecursionError) as error:
         return Failed("input", f"not JSON: {error}")
+    return value
 
 
-def scrub(text):
-    """Lone surrogates (half an emoji: no UTF-8, no trainer and no API takes them) -> U+FFFD."""
-    return (
-        text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-        if isinstance(text, str)
-        else text
-    )
+def scrub(text: object) -> object:
+    """A text with U+FFFD for lone surrogates (half an emoji), which no trainer and no API takes."""
+    if not isinstance(text, str):
+        return text
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+# --- tables
 
 
 def table_rows(file, delimiter: str):
-    """CSV or TSV with a header; the line is that of the row's end. An open quote costs the lines it spans."""
+    """Yields (line of the row's end, row or Failed) of a CSV or TSV file with a header."""
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     header = text.readline()
-    delimiter = (
-        ";" if ";" in header and delimiter not in header else delimiter
-    )  # Excel, in much of Europe
-    reader = csv.reader(itertools.chain([header], text), delimiter=delimiter, strict=True)
-    names, cells = next(reader, []), []
+    skipped = 0
+    excel_line = re.fullmatch(r'"?sep=(.)"?\s*', header)  # which delimiter Excel is to use
+    if excel_line:
+        delimiter = excel_line[1]
+        header = text.readline()
+        skipped = 1
+    elif delimiter not in header:  # a semicolon is Excel's in much of Europe
+        delimiter = next((sign for sign in ";\t" if sign in header), delimiter)
+    quoting = csv.QUOTE_MINIMAL
+    if delimiter == "\t" and has_bare_quotes(text, skipped):
+        quoting = csv.QUOTE_NONE
+    lines = itertools.chain([header], text)
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    names = next(reader, [])
     if max(Counter(filter(None, names)).values(), default=1) > 1:
         raise csv.Error("a name stands twice in its header")
-    while cells is not None:
+    for line, cells in table_cells(reader, skipped):
+        if isinstance(cells, list) and len(cells) > len(names):
+            cells = Failed("input", "more cells than the header has")
+        if isinstance(cells, list):
+            cells = dict(itertools.zip_longest(names, cells))
+        yield line, cells
+
+
+def table_cells(reader, skipped: int):
+    """Yields (line, cells or Failed) of the rows that hold something. An open quote costs the lines it spans."""
+    while True:
         start = reader.line_num + 1
         try:
             cells = next(reader, None)
-            filled = any(map(str.strip, cells or []))
-            if filled and len(cells) > len(names):
-                yield reader.line_num, Failed("input", "more cells than the header has")
-            elif filled:
-                yield reader.line_num, dict(itertools.zip_longest(names, cells))
         except csv.Error as error:
-            lines = f"lines {start} to {reader.line_num}"
-            yield (
-                reader.line_num,
-                Failed("input", f"not a table row: {error}; check the quotes of {lines}"),
-            )
+            end = reader.line_num + skipped
+            lines = f"lines {start + skipped} to {end}"
+            yield end, Failed("input", f"not a table row: {error}; check the quotes of {lines}")
+            continue
+        if cells is None:
+            return
+        if any(cell.strip() for cell in cells):
+            yield reader.line_num + skipped, cells
+
+
+def has_bare_quotes(text: io.TextIOWrapper, skipped: int) -> bool:
+    """Whether the quotes of a TSV file are signs of its texts: they do not balance, none is doubled as in
+    a quoted cell, and each line has the header's number of cells. Leaves the text after the header."""
+    text.seek(0)
+    counts = {line.count("\t") for line in itertools.islice(text, skipped, None) if line.strip()}
+    text.seek(0)
+    doubled = any('""' in line for line in text)
+    text.seek(0)
+    is_balanced = True
+    try:
+        for _ in csv.reader(text, delimiter="\t", strict=True):
+            pass
+    except csv.Error:
+        is_balanced = False
+    text.seek(0)
+    for _ in range(skipped + 1):
+        text.readline()
+    return not is_balanced and not doubled and len(counts) == 1
+
+
+# --- Parquet
+
+
+def parquet_rows(file):
+    """Yields (row number, row) of a Parquet file, one row group after the other; needs pyarrow."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("a Parquet file, which needs pyarrow: pip install pyarrow") from None
+    count = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                count += 1
+                yield count, plain_value(row)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"cannot be read ({cause[0]})") from None
+
+
+def plain_value(value: object) -> object:
+    """A value of a Parquet file as JSON would hold it: NaN is null, a date is its ISO text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return {name: plain_value(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(part) for part in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, bytes):  # texts of old writers
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if isinstance(value, bool | int | bytes | None):
+        return value
+    return number(value) if number(value) is not None else str(value)  # Decimal; a duration
 
 
 # --------------------------------------------------------------------------------------------------
