@@ -426,9 +426,11 @@ def from_instruction(row: dict) -> list[Record] | None:
 @register(INPUTS)
 def from_prompt(row: dict) -> list[Record] | None:
     """`prompt`, `question`, `query`, `text`: a string or a list of messages; `answer` is the reference"""
-    filled = [row[name] for name in PROMPT_FIELDS if row.get(name)]
-    named = [value for value in filled if not is_missing(value)]
-    prompt = first_of(named or filled)  # a lone "None" may well be asked
+    prompt = None
+    for name in PROMPT_FIELDS:
+        value = row.get(name)
+        if value and (prompt is None or is_missing(prompt)):  # a lone "None" may well be asked
+            prompt = value
     if isinstance(prompt, str):
         return [prompt_record(prompt, row)]
     if isinstance(prompt, list):
@@ -440,9 +442,8 @@ def prompt_record(prompt: str, row: dict) -> Record:
     """The record of a prompt that is a text: the history, then the prompt and its context as one turn."""
     turns = template_turns(prompt) or human_turns(prompt)
     if not turns:
-        parts = [prompt, *context_texts(row, prompt), choice_lines(row, prompt)]
-        parts = [strip_blank_lines(part) for part in parts]
-        turns = [{"role": "user", "content": "\n\n".join(part for part in parts if part)}]
+        parts = [prompt, *context_texts(row, prompt), *choice_lines(row, prompt)]
+        turns = [{"role": "user", "content": "\n\n".join(map(strip_blank_lines, parts))}]
     return conversation([*read_history(row), *turns], row)
 
 
@@ -590,29 +591,36 @@ def context_texts(row: dict, prompt: str) -> list[str]:
     return texts
 
 
-def choice_lines(row: dict, prompt: str) -> str:
-    """The choices of a question, one a line: "A. text"; "" if there are none or the prompt holds them all."""
+def choice_lines(row: dict, prompt: str) -> list[str]:
+    """A question's choices as one text of lines "A. text"; [] if there are none or the prompt has them."""
     choices = first_value(row, CHOICE_FIELDS)
-    if choices is None and "A" in row and "B" in row:
+    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
         choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
-    labels: list = list(string.ascii_uppercase)
-    if isinstance(choices, dict) and isinstance(choices.get("text"), list):  # ARC, CommonsenseQA
-        labels = choices["label"] if isinstance(choices.get("label"), list) else labels
-        texts = choices["text"]
-    elif isinstance(choices, dict) and all(len(str(label)) == 1 for label in choices):
-        labels, texts = list(choices), list(choices.values())
-    elif isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
+        return []
+    labels, texts = labels_and_texts(choices)
+    is_text = [isinstance(text, str | int | float) and text is not True for text in texts]
+    if not all(is_text) or all(str(text) in prompt for text in texts):
+        return []
+    lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=False)]
+    return ["\n".join(lines)]
+
+
+def labels_and_texts(choices: dict | list) -> tuple[list, list]:
+    """The labels and the texts of choices: a list, {"A": text}, or label and text side by side (ARC)."""
+    letters = list(string.ascii_uppercase)
+    if isinstance(choices, dict):
+        texts = choices.get("text")
+        if not isinstance(texts, list):
+            is_lettered = all(len(str(label)) == 1 for label in choices)
+            return list(choices), list(choices.values()) if is_lettered else [None]
+        labels = choices.get("label")
+        fits = isinstance(labels, list) and len(labels) == len(texts)
+        return (labels if fits else letters), texts
+    if all(isinstance(choice, dict) for choice in choices):
         labels = [choice.get("label") for choice in choices]
-        texts = [choice.get("text") for choice in choices]
-    else:
-        texts = choices
-    if not isinstance(texts, list) or not 2 <= len(texts) <= len(labels):
-        return ""
-    if any(isinstance(text, bool) or not isinstance(text, str | int | float) for text in texts):
-        return ""
-    if all(str(text) in prompt for text in texts):
-        return ""
-    return "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=False))
+        return (letters if None in labels else labels), [choice.get("text") for choice in choices]
+    return letters, choices
 
 
 # --- earlier turns: history, chat templates, Human/Assistant texts
@@ -631,10 +639,10 @@ def read_history(row: dict) -> list[dict]:
         history = None
     if history is None and is_turns(row.get("context")) and row["context"] is not row.get("prompt"):
         history = row["context"]
-    if isinstance(history, str) and not is_missing(history):
-        history = parsed_text(history)
     if is_missing(history):
         return []
+    if isinstance(history, str):
+        history = parsed_text(history)
     if not isinstance(history, list):
         raise Failed("input", f"not a history: a {type(history).__name__}; {HISTORY_SHAPE}")
     if all(isinstance(item, str) for item in history):
@@ -901,7 +909,8 @@ def with_parsed_turns(row: dict) -> dict:
         if not isinstance(value, str) or not LOOKS_LIKE_TURNS.match(value):
             continue
         turns = parsed_text(value)
-        turns = [turns] if isinstance(turns, dict) else turns
+        if isinstance(turns, dict) and len(turns) > 1:
+            turns = [turns]
         if is_turns(turns):
             row = row | {name: turns}
         elif turns is None and BROKEN_TURNS.fullmatch(value):
@@ -5601,11 +5610,6 @@ def check_paths(args):
     for path in inputs:
         wrong = "is no file" if os.path.exists(path) else f"no such file{nearest(path)}"
         refuse(not os.path.isfile(path), f"{path}: {wrong}")
-        other = re.search(r"\.(xlsx?|parquet|arrow|docx?|pdf|zip)$", path, re.I)
-        refuse(
-            other,
-            f"{path}: {other and other[0]} is not read; .jsonl .json .csv .tsv are, each also .gz",
-        )
     inputs += args.rubric[:1] if args.rubric else []
     target = args.output_path
     refuse(not re.search(r"[^/\\]\.jsonl?$", target), f"--output-path {target}: name a .jsonl file")
@@ -5649,44 +5653,63 @@ def nearest(path: str) -> str:
     return f"; did you mean {known[near[0]]}?" if near else ""
 
 
-def check_input(path: str, run: Run):
-    """The first 20 records say whether this file can work at all; raises UserError if not."""
-    args, name = run.args, "stdin" if run.args.input_file == "-" else run.args.input_file
-    first = list(itertools.islice(read_records(path, dict(args.rename), run.reads_answers), 20))
-    refuse(not first, f"{name}: holds no record")
-    rows = (row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict))
-    fields = dict.fromkeys(itertools.chain.from_iterable(rows))
-    for old, new in args.rename:
-        refuse(
-            old not in fields,
-            f"--rename {old}={new}: no {old!r} among the fields: {', '.join(fields):.200}",
-        )
+def check_input(path: str, run: Run) -> None:
+    """Raise UserError if the first 20 records show that this file cannot work; note fields not used."""
+    name = "stdin" if run.args.input_file == "-" else run.args.input_file
+    rename = dict(run.args.rename)
+    first = list(itertools.islice(read_records(path, rename, run.reads_answers), 20))
+    if not first:
+        raise UserError(f"{name}: holds no record")
+    rows = [row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict)]
+    fields = ", ".join(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    for old, new in run.args.rename:
+        if not any(old in row for row in rows):
+            raise UserError(f"--rename {old}={new}: no {old!r} among the fields: {fields:.200}")
     good = [record for _, record in first if isinstance(record, Record)]
     if not good:
         line, failed = first[0]
-        ranked = (
-            "lists of answers with `scores`, `ranks` or `order`; objects with `score` or `rank`; "
-        )
-        ranked += "`response_a`, `response_b` with `score_a` or `winner`; `chosen` and `rejected`"
-        shapes = "; ".join([*map(first_line, INPUTS.values()), *[ranked] * run.reads_answers])
-        strange = re.match("no known|no answers|not a record|not JSON", failed.reason)
-        hint = f". Accepted: {shapes}. Other fields: --rename OLD=NEW" if strange else ""
-        raise UserError(f"{name}:{line}: {failed.reason}{hint}")
-    needy = any(model.provider == "offline" and model.name != "heuristic" for model in run.asked())
-    bare = needy and not any(record.reference for record in good)
-    refuse(
-        bare,
-        f"{name}: no record has an answer, which offline models need: name a provider's models",
+        raise UserError(f"{name}:{line}: {failed.reason}{shapes_hint(failed.reason, run)}")
+    needs_references = any(
+        model.provider == "offline" and model.name != "heuristic" for model in run.asked()
     )
-    if args.exclude_prompts:
-        others = read_records(args.exclude_prompts)
-        run.excluded = {
-            key for _, other in others if isinstance(other, Record) for key in prompt_hashes(other)
-        }
-        refuse(
-            not run.excluded,
-            f"--exclude-prompts {args.exclude_prompts}: no record in it is recognised",
+    if needs_references and not any(record.reference for record in good):
+        raise UserError(
+            f"{name}: no record has an answer, which offline models need (one that a label or a "
+            "score may call bad does not count): name a provider's models"
         )
+    unused = unused_fields(rows, rename, run.reads_answers)
+    if unused:
+        more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
+        names = ", ".join(unused[:8]) + more
+        note(f"fields not used: {names}; --rename OLD=NEW says what a field means")
+    if run.args.exclude_prompts:
+        run.excluded = excluded_prompts(run.args.exclude_prompts)
+
+
+def shapes_hint(reason: str, run: Run) -> str:
+    """The shapes of records that this run reads, where `reason` says that a row has another one."""
+    if not re.match("no known|no answers|not a record|not JSON|not a history", reason):
+        return ""
+    shapes = [first_line(adapter) for adapter in INPUTS.values()]
+    if run.reads_answers:
+        shapes += [
+            "lists of answers with `scores`, `ranks` or `order`",
+            "objects with `score` or `rank`",
+            "`response_a`, `response_b` with `score_a` or `winner`",
+            "`chosen` and `rejected`",
+        ]
+    return f". Accepted: {'; '.join(shapes)}. Other fields: --rename OLD=NEW"
+
+
+def excluded_prompts(path: str) -> set[int]:
+    """The hashes of the prompts of a file (see `prompt_hashes`)."""
+    hashes: set[int] = set()
+    for _, record in read_records(path):
+        if isinstance(record, Record):
+            hashes |= prompt_hashes(record)
+    if not hashes:
+        raise UserError(f"--exclude-prompts {path}: no record in it is recognised")
+    return hashes
 
 
 def main(argv: list[str] | None = None) -> int:
