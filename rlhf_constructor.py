@@ -319,7 +319,7 @@ def number(value) -> float | None:
 # Called by records_of (§16) and check_input (§17).
 # --------------------------------------------------------------------------------------------------
 
-# EDIT HERE to read another format: row (a dict) -> records, or None if the row is not of this shape.
+# EDIT HERE to read another format: a function row (a dict) -> records, or None for other shapes.
 # Field names arrive in lower case. A bug in such a function stops the run and is printed.
 
 ROLES = {
@@ -351,7 +351,7 @@ TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "
 #   history                                  the turns before the prompt (see read_history)
 #   input, context, passage, article         after the prompt, with a blank line between
 #   choices, options; columns A, B, C ...    after these, one a line: "A. text"
-#   output, completion, answer, ...          the reference, unless a label or a score speaks against it
+#   output, completion, answer ...           the reference, if no label or score may call it bad
 TURN_FIELDS = ("messages", "conversations", "conversation")
 PROMPT_FIELDS = ("prompt", "question", "query", "problem", "text", "input")
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
@@ -383,7 +383,7 @@ MISSING |= {"<noinput>", "<nooutput>"}
 
 @register(INPUTS)
 def from_conversation(row: dict) -> list[Record] | None:
-    """`messages` (OpenAI), `conversations` (ShareGPT): all turns are kept, a last answer is the reference"""
+    """`messages` (OpenAI), `conversations` (ShareGPT): all turns; a last answer is the reference"""
     for name in TURN_FIELDS:
         if is_filled_list(row.get(name)):
             return [conversation(row[name], row)]
@@ -400,7 +400,7 @@ def from_conversation(row: dict) -> list[Record] | None:
 def from_turns(row: dict) -> list[Record] | None:
     """`turns` (MT-Bench, Arena-Hard): the first turn is the prompt, the later ones are left out"""
     turns = row.get("turns")
-    if not turns or not isinstance(turns, list):
+    if not is_filled_list(turns):
         return None
     if is_turns(turns):
         return [conversation(turns, row)]
@@ -412,7 +412,7 @@ def from_turns(row: dict) -> list[Record] | None:
 
 @register(INPUTS)
 def from_instruction(row: dict) -> list[Record] | None:
-    """`instruction` and `input`, `output` (Alpaca, few-shot), or `instances` of both (Self-Instruct)"""
+    """`instruction`, `input`, `output` (Alpaca, few-shot), or `instances` (Self-Instruct)"""
     instruction = text_of(row, "instruction")
     if not instruction:
         return None
@@ -425,7 +425,7 @@ def from_instruction(row: dict) -> list[Record] | None:
 
 @register(INPUTS)
 def from_prompt(row: dict) -> list[Record] | None:
-    """`prompt`, `question`, `query`, `text`: a string or a list of messages; `answer` is the reference"""
+    """`prompt`, `question`, `query`, `text`: a string or messages; `answer` is the reference"""
     prompt = None
     for name in PROMPT_FIELDS:
         value = row.get(name)
@@ -439,7 +439,7 @@ def from_prompt(row: dict) -> list[Record] | None:
 
 
 def prompt_record(prompt: str, row: dict) -> Record:
-    """The record of a prompt that is a text: the history, then the prompt and its context as one turn."""
+    """The record of a prompt that is a text: its history, then prompt and context as one turn."""
     turns = template_turns(prompt) or human_turns(prompt)
     if not turns:
         parts = [prompt, *context_texts(row, prompt), *choice_lines(row, prompt)]
@@ -448,7 +448,7 @@ def prompt_record(prompt: str, row: dict) -> Record:
 
 
 def conversation(turns: list, row: dict) -> Record:
-    """The record of a list of turns, after the row's system prompt; a last answer is the reference."""
+    """The record of a list of turns and the row's system prompt; a last answer is the reference."""
     messages = [message(turn) for turn in turns]
     if messages and messages[0]["role"] != "system":
         system = first_text(row, SYSTEM_FIELDS)
@@ -472,11 +472,13 @@ def conversation(turns: list, row: dict) -> Record:
 
 
 def message(turn: object) -> dict:
-    """An OpenAI or ShareGPT turn as {"role", "content"}; raises Failed for tools, pictures, unknown roles."""
+    """An OpenAI or ShareGPT turn as {"role", "content"}; raises Failed for what is no text."""
     name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        raise Failed("input", f"unknown role: none in a turn (known: {', '.join(ROLES)})")
+    role = ROLES.get(name.strip().lower())
     if role is None:
-        if isinstance(name, str) and name.lower() in TOOL_ROLES:
+        if name.lower() in TOOL_ROLES:
             raise Failed("input", f"not a text: tools (a turn of the role {name!r})")
         raise Failed("input", f"unknown role: {name!r} (known: {', '.join(ROLES)})")
     if turn.get("tool_calls") or turn.get("function_call"):
@@ -494,12 +496,13 @@ def part_text(part: object, role: str) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get("text") if kind in ("text", "input_text", "output_text") else None
-    if isinstance(text, str):
-        return text
+    if kind in ("text", "input_text", "output_text"):
+        text = first_value(part, ("text", "value"))
+        if isinstance(text, str):
+            return text
     if isinstance(kind, str) and "image" in kind:
         raise Failed("input", "not a text: images")
-    raise Failed("input", f"not a text: a {role} turn holds a list with a {kind} part")
+    raise Failed("input", f"not a text: a {role} turn holds a part that is no text")
 
 
 def first_of(values) -> object:
@@ -528,9 +531,9 @@ def is_turns(value: object) -> bool:
 
 
 def strip_blank_lines(text: str) -> str:
-    """The text without blank lines around it and space at its end; an indented first line stays indented.
+    """The text without blank lines around it and space at its end; its first line stays indented.
 
-    A single space before the first word, as completions have it, goes."""
+    A single space before the first word, which completions have, is removed."""
     text = text.rstrip()
     if not text[:1].isspace():
         return text
@@ -542,7 +545,7 @@ BLANK_START = re.compile(r"\A(?:\s*\n)?")
 
 
 def is_missing(value: object) -> bool:
-    """Whether a field holds nothing: null, NaN and its spellings in a table's cell, an empty list."""
+    """Whether a field holds nothing: null, NaN or a spelling of it in a cell, an empty list."""
     if value is None:
         return True
     if isinstance(value, str):
@@ -565,7 +568,7 @@ def text_of(row: dict, name: str) -> str:
 
 
 def optional_text(row: dict, name: str) -> str:
-    """The text of an optional field, "" where it is missing, as a table's "nan" is (see `is_missing`)."""
+    """The text of an optional field, "" where it is missing (see `is_missing`)."""
     return "" if is_missing(row.get(name)) else strip_blank_lines(text_of(row, name))
 
 
@@ -578,7 +581,7 @@ def first_text(row: dict, names: tuple) -> str:
 
 
 def context_texts(row: dict, prompt: str) -> list[str]:
-    """The texts that a prompt speaks of, in the order of CONTEXT_FIELDS; a list of passages is joined."""
+    """The texts beside a prompt, in the order of CONTEXT_FIELDS; a list of passages is joined."""
     texts = []
     for name in CONTEXT_FIELDS:
         value = row.get(name)
@@ -592,22 +595,23 @@ def context_texts(row: dict, prompt: str) -> list[str]:
 
 
 def choice_lines(row: dict, prompt: str) -> list[str]:
-    """A question's choices as one text of lines "A. text"; [] if there are none or the prompt has them."""
+    """A question's choices as one text of lines "A. text"; [] if none or if the prompt has them."""
     choices = first_value(row, CHOICE_FIELDS)
     if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
         choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
     if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
         return []
     labels, texts = labels_and_texts(choices)
-    is_text = [isinstance(text, str | int | float) and text is not True for text in texts]
-    if not all(is_text) or all(str(text) in prompt for text in texts):
+    if not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
+        return []
+    if all(str(text) in prompt for text in texts):
         return []
     lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=False)]
     return ["\n".join(lines)]
 
 
 def labels_and_texts(choices: dict | list) -> tuple[list, list]:
-    """The labels and the texts of choices: a list, {"A": text}, or label and text side by side (ARC)."""
+    """The labels and the texts of choices: a list, {"A": text}, or lists of both (ARC)."""
     letters = list(string.ascii_uppercase)
     if isinstance(choices, dict):
         texts = choices.get("text")
@@ -631,11 +635,11 @@ ASSISTANT_NAMES = ("assistant", "gpt", "bot", "answer", "response", "output", "c
 
 
 def read_history(row: dict) -> list[dict]:
-    """The turns before the prompt: from pairs, objects, alternating texts, or any of these as JSON text.
+    """The turns before the prompt: pairs, objects or alternating texts, also as JSON text.
 
-    `context` is a history, too, where it is a list of turns; raises Failed for what is none."""
+    `context` is a history, too, where it is a list of turns; raises Failed for other shapes."""
     history = row.get("history")
-    if history == row.get("prompt"):  # SHP calls its prompt a history
+    if isinstance(history, str) and history == row.get("prompt"):  # SHP's name of its prompt
         history = None
     if history is None and is_turns(row.get("context")) and row["context"] is not row.get("prompt"):
         history = row["context"]
@@ -681,18 +685,18 @@ def chat(exchanges) -> list[dict]:
 
 
 def human_turns(text: str) -> list[dict]:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar), `### Human: ...` (Guanaco) -> turns; else []."""
+    """The turns of a text that begins with `\\n\\nHuman:` (HH-RLHF) or `### Human:` (Guanaco)."""
     if text.startswith("\n\nHuman:"):
         parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
     elif text.startswith("### Human:"):
-        parts = re.split(r"(?:\A|\s*)### (Human|Assistant): ?", text)[1:]
+        parts = re.split(r"### (Human|Assistant): ?", text)[1:]
     else:
         return []
     pairs = zip(parts[::2], parts[1::2], strict=True)
     return [{"from": speaker, "value": content} for speaker, content in pairs]
 
 
-# The mark that opens a turn in ChatML (Qwen), Llama 3, Gemma, Zephyr and Phi, DeepSeek; group: the role.
+# What opens a turn in ChatML (Qwen), Llama 3, Gemma, Zephyr and Phi, DeepSeek; group: the role.
 TEMPLATE_HEADS = (
     r"<\|im_start\|> ?(\w+)(?=\s|\Z)",
     r"<\|start_header_id\|>(\w+)<\|end_header_id\|>",
@@ -701,15 +705,16 @@ TEMPLATE_HEADS = (
     r"<｜(User|Assistant)｜>",
 )
 TEMPLATE_HEAD = re.compile("|".join(TEMPLATE_HEADS))
-TEMPLATE_START = re.compile(r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>)?\s*")
+TEMPLATE_STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>")
 TEMPLATE_ENDS = (
-    r"<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|end\|>|</s>|<\|endoftext\|>|<｜end▁of▁sentence｜>"
+    "</s>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
 )
-TEMPLATE_END = re.compile(rf"\s*(?:{TEMPLATE_ENDS})+\s*\Z")
-INST_TURN = re.compile(  # Llama 2 and Mistral: [INST] user [/INST] assistant </s>
-    r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:</s>|(?=\s*(?:<s>)?\s*\[INST\])|\Z)", re.S
-)
-INST_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>", re.S)
 # A prompt with one of these is no plain text: a server would take them for turns.
 TEMPLATE_MARK = re.compile(rf"{TEMPLATE_HEAD.pattern}|<\|im_end\|>|<\|eot_id\|>|\[/?INST\]")
 TEMPLATE_SIGNS = ("<|", "<｜", "<start_of_turn>", "INST]")
@@ -723,40 +728,49 @@ def has_template_mark(text: str) -> bool:
 
 
 def template_turns(text: str) -> list[dict]:
-    """The turns of a prompt that carries a chat template; [] if it has none; raises Failed if it is broken."""
+    """The turns of a prompt with a chat template; [] if it has none; Failed if it is broken."""
     if not has_template_mark(text):
         return []
-    if INST_TURN.match(text):
+    if "[INST]" in text:
         return inst_turns(text)
     heads = list(TEMPLATE_HEAD.finditer(text))
-    if not heads:
-        return []
-    if TEMPLATE_START.fullmatch(text[: heads[0].start()]) is None:
+    start = text[: heads[0].start()].strip() if heads else text
+    if start and start not in TEMPLATE_STARTS:
         raise Failed("input", "prompt holds chat-template tokens")
     ends = [head.start() for head in heads[1:]] + [len(text)]
     turns = []
     for head, end in zip(heads, ends, strict=True):
-        role = first_of(head.groups())
-        turns.append({"role": role, "content": TEMPLATE_END.sub("", text[head.end() : end])})
+        content = without_end_marks(text[head.end() : end])
+        turns.append({"role": first_of(head.groups()), "content": content})
     return without_open_turn(turns)
 
 
 def inst_turns(text: str) -> list[dict]:
-    """The turns of Llama 2's and Mistral's template; raises Failed if something stands between them."""
+    """The turns of Llama 2's and Mistral's template: `[INST] question [/INST] answer </s>`."""
+    start, *exchanges = text.split("[INST]")
     turns = []
-    position = 0
-    while position < len(text):
-        match = INST_TURN.match(text, position)
-        if match is None or match.end() == position:
+    if start.lstrip().removeprefix("<s>").strip():
+        raise Failed("input", "prompt holds chat-template tokens")
+    for exchange in exchanges:
+        question, _, answer = exchange.partition("[/INST]")
+        if not turns and question.lstrip().startswith("<<SYS>>"):
+            system, _, question = question.lstrip().removeprefix("<<SYS>>").partition("<</SYS>>")
+            turns.append({"role": "system", "content": system})
+        answer = without_end_marks(answer.rstrip().removesuffix("<s>"))
+        if "</s>" in answer or "[/INST]" not in exchange:
             raise Failed("input", "prompt holds chat-template tokens")
-        question, answer = match.groups()
-        system = INST_SYSTEM.match(question)
-        if system and not turns:
-            turns.append({"role": "system", "content": system[1]})
-            question = question[system.end() :]
         turns += chat([(question, answer)])
-        position = match.end()
     return without_open_turn(turns)
+
+
+def without_end_marks(text: str) -> str:
+    """The text of a turn without the marks that end it."""
+    text = text.rstrip()
+    while text.endswith(TEMPLATE_ENDS):
+        for mark in TEMPLATE_ENDS:
+            text = text.removesuffix(mark)
+        text = text.rstrip()
+    return text
 
 
 def without_open_turn(turns: list[dict]) -> list[dict]:
@@ -768,14 +782,15 @@ def without_open_turn(turns: list[dict]) -> list[dict]:
 # --- text or not
 
 
+IMAGE_PLACE = "<(?:image|video|audio)>"
 IMAGE_MARK = re.compile(
-    r"(?:\A|\n)[ \t]*<(?:image|video|audio)>|<(?:image|video|audio)>[ \t]*(?:\n|\Z)|<img>[^<\n]+</img>"
+    rf"(?:\A|\n)[ \t]*{IMAGE_PLACE}|{IMAGE_PLACE}[ \t]*(?:\n|\Z)|<img>[^<\n]+</img>"
 )
 TOOL_MARK = re.compile(r"^Action: ?[\w.-]+ *\n+Action Input:", re.M)
 
 
 def check_text_only(text: str) -> None:
-    """Raises Failed for a text with the place of a picture (`<image>`) or the call of a tool (`Action:`)."""
+    """Raise Failed for a text with a picture's place (`<image>`) or a tool's call (`Action:`)."""
     if "<i" in text or "<v" in text or "<a" in text:
         if IMAGE_MARK.search(text):
             raise Failed("input", "not a text: images")
@@ -784,10 +799,10 @@ def check_text_only(text: str) -> None:
 
 
 def check_fields_only_text(row: dict) -> None:
-    """Raises Failed for a row that brings pictures, sound or tools beside its texts."""
-    for name, kind in NOT_TEXT_FIELDS.items():
-        if name in row and not is_missing(row[name]):
-            raise Failed("input", f"not a text: {kind}")
+    """Raise Failed for a row with pictures, sound or tools beside its texts."""
+    for name in row:
+        if name in NOT_TEXT_FIELDS and not is_missing(row[name]):
+            raise Failed("input", f"not a text: {NOT_TEXT_FIELDS[name]}")
     if isinstance(row.get("input"), dict) and row["input"].get("tools"):
         raise Failed("input", "not a text: tools")
 
@@ -795,11 +810,16 @@ def check_fields_only_text(row: dict) -> None:
 # --- the reference: a record's own answer, where nothing says that it is bad
 
 THUMB_FIELDS = ("label", "kto_tag", "is_safe", "is_correct", "correct", "desirable", "accepted")
-GOOD = ("true", "yes", "1", "1.0", "+1", "good", "desirable", "chosen", "accepted", "positive", "safe",
-        "correct", "like", "up", "thumbs_up", "好", "是", "正确")  # fmt: skip
-BAD = ("false", "no", "0", "0.0", "-1", "-1.0", "bad", "undesirable", "rejected", "negative", "unsafe",
-       "incorrect", "wrong", "dislike", "down", "thumbs_down", "坏", "差", "否", "错误")  # fmt: skip
-GRADE_FIELDS = {  # a score of a single answer -> the scores of a good one; none where the scale is unknown
+GOOD_LABELS = """
+    true yes 1 1.0 +1 good desirable chosen accepted positive safe correct like up thumbs_up
+    好 是 正确
+""".split()
+BAD_LABELS = """
+    false no 0 0.0 -1 -1.0 bad undesirable rejected negative unsafe incorrect wrong dislike down
+    thumbs_down 坏 差 否 错误
+""".split()
+# A score of a single answer -> the lowest and highest of a good one; None: the scale is unknown.
+GRADE_FIELDS: dict[str, tuple | None] = {
     "rating": (4, 5),
     "helpfulness": (3, 4),
     "correctness": (3, 4),
@@ -812,7 +832,7 @@ GRADE_FIELDS = {  # a score of a single answer -> the scores of a good one; none
 
 
 def reference_of(row: dict, answer: str) -> str:
-    """The last turn's answer, else the first filled of REFERENCE_FIELDS; "" if it is or may be a bad one."""
+    """The last turn's answer, else the first of REFERENCE_FIELDS; "" if it may be a bad one."""
     reference = answer
     for name in REFERENCE_FIELDS:
         if not reference and name in row:
@@ -844,25 +864,31 @@ def reference_text(row: dict, name: str) -> str:
 
 
 def may_be_bad(row: dict) -> bool:
-    """Whether a label or a score of the row says that its answer is bad, or cannot be read."""
-    for name in THUMB_FIELDS:
-        value = row.get(name)
-        if value is None or is_missing(value) or (name == "label" and is_class(row)):
-            continue
-        word = str(value)[:40].strip().lower()
-        is_known = word in GOOD or word in BAD
-        is_thumb = name in ("label", "kto_tag") and (
-            row.get("completion") or number(value) is not None
-        )
-        if word in BAD or (is_thumb and not is_known):
-            return True
-    for name, good_scores in GRADE_FIELDS.items():
-        score = number(row.get(name))
-        if score is None:
-            continue
-        if good_scores is None or not good_scores[0] <= score <= good_scores[1]:
-            return True
-    return False
+    """Whether a label or a score of the row calls its answer bad, or cannot be read."""
+    labels_are_good = not any(label_may_be_bad(row, name) for name in THUMB_FIELDS)
+    scores_are_good = not any(score_may_be_bad(row, name) for name in GRADE_FIELDS)
+    return not (labels_are_good and scores_are_good)
+
+
+def label_may_be_bad(row: dict, name: str) -> bool:
+    """Whether a label calls the row's answer bad; a `label` or `kto_tag` that is unknown may."""
+    value = row.get(name)
+    if value is None or is_missing(value) or (name == "label" and is_class(row)):
+        return False
+    word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    if word in GOOD_LABELS or word in BAD_LABELS:
+        return word in BAD_LABELS
+    is_topic = not row.get("completion") and number(value) is None  # {"label": "geography"}
+    return name in ("label", "kto_tag") and not is_topic
+
+
+def score_may_be_bad(row: dict, name: str) -> bool:
+    """Whether a score of the row's answer is low, or of an unknown scale."""
+    score = number(row.get(name)) if name in row else None
+    if score is None:
+        return False
+    good_scores = GRADE_FIELDS[name]
+    return good_scores is None or not good_scores[0] <= score <= good_scores[1]
 
 
 def is_class(row: dict) -> bool:
@@ -886,7 +912,7 @@ def plain_name(name: str) -> str:
 
 def with_plain_names(row: dict) -> dict:
     """The row with plain names; a name that the row has already stays as it is."""
-    if all(plain_name(name) == name for name in row):
+    if list(map(plain_name, row)) == list(row):
         return row
     renamed: dict = {}
     for name, value in row.items():
@@ -898,15 +924,18 @@ def with_plain_names(row: dict) -> dict:
 # Fields that may hold a list of turns as text, in a CSV cell or a dump. (`history` reads its own.)
 JSON_FIELDS = {"context", "chosen", "rejected", "conversation_a", "conversation_b"}
 JSON_FIELDS |= {*TURN_FIELDS, *PROMPT_FIELDS}
-LOOKS_LIKE_TURNS = re.compile(r"""\s*\[?\s*\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]""")
+LOOKS_LIKE_TURNS = re.compile(
+    r"""\s*(?:\[\s*)?\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]"""
+)
 BROKEN_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from)['"].*\]\s*""", re.S)
 
 
 def with_parsed_turns(row: dict) -> dict:
     """The row with lists of turns in place of their JSON (or Python) text."""
-    for name in JSON_FIELDS & row.keys():
-        value = row[name]
-        if not isinstance(value, str) or not LOOKS_LIKE_TURNS.match(value):
+    for name, value in row.items():
+        if name not in JSON_FIELDS or not isinstance(value, str):
+            continue
+        if not LOOKS_LIKE_TURNS.match(value):
             continue
         turns = parsed_text(value)
         if isinstance(turns, dict) and len(turns) > 1:
@@ -919,7 +948,7 @@ def with_parsed_turns(row: dict) -> dict:
 
 
 def parsed_text(text: str) -> object:
-    """The value of a JSON text or a Python literal (as pandas writes it in a CSV cell); None if it is none."""
+    """The value of JSON text or of a Python literal (pandas writes it in CSV cells), else None."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -931,7 +960,7 @@ def parsed_text(text: str) -> object:
 
 
 def parse_row(row: object, with_answers: bool = False) -> list[Record]:
-    """One input row -> its records (usually one), if asked with its answers; raises Failed("input", ...)."""
+    """The records of a row (usually one), if asked with its answers; raises Failed."""
     if isinstance(row, str):
         row = {"prompt": row}
     elif is_turns(row):
@@ -952,7 +981,7 @@ def parse_row(row: object, with_answers: bool = False) -> list[Record]:
 
 
 def adapt(row: dict) -> list[Record] | None:
-    """The records of the first function of INPUTS that knows the row. A bug in one is raised as it is."""
+    """The records of the first function of INPUTS that knows the row; its bugs are raised."""
     for name, adapter in INPUTS.items():
         try:
             records = adapter(row)
@@ -1019,7 +1048,7 @@ def renamed_row(row: object, rename: dict) -> object:
 
 
 def read_records(path: str, rename: dict | None = None, with_answers: bool = False):
-    """Yields (line, Record or Failed) for every record of a file, in order, without holding the file."""
+    """Yield (line, Record or Failed) for each record of a file, in order, one at a time."""
     for line, row in read_rows(path):
         records: list = [row]
         if not isinstance(row, Failed):
@@ -1041,9 +1070,9 @@ ID_NAME = re.compile(r"(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
 
 
 def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
-    """Names of the filled fields that could be left out of all these rows without a change; ids aside.
+    """Names of the filled fields that change nothing in any of these rows when they are left out.
 
-    Labels of an answer count as used, whatever they say."""
+    Ids are not named, nor are labels, which may all be good."""
     used: set[str] = set()
     filled: dict[str, None] = {}  # in the order of the file
     for row in rows:
@@ -1068,10 +1097,9 @@ def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
 def reading_of(row: dict, rename: dict, with_answers: bool) -> list | None:
     """What a row is read as, to compare; None if it cannot be read."""
     try:
-        records = parse_row(renamed_row(row, rename), with_answers)
+        return parse_row(renamed_row(row, rename), with_answers)
     except Failed:
         return None
-    return [replace(record, facts=None) for record in records]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2190,7 +2218,7 @@ def reference_f1(text: str, reference: str) -> float:
 
 # --------------------------------------------------------------------------------------------------
 # §8 READING FILES: read_rows: lines, JSON, tables, Parquet -> rows; broken lines cost one record
-# In: a path. Out: (line, row or Failed), one at a time; UserError if the file cannot be read at all.
+# In: a path. Out: (line, row or Failed), one at a time; UserError if the file cannot be read.
 # Called by read_records (§2) and check_input (§17). A file's kind is told by its first bytes.
 # --------------------------------------------------------------------------------------------------
 
@@ -2238,7 +2266,7 @@ UNREADABLE = (  # first bytes of a file that is not read -> what it is, and what
 
 
 def read_rows(path: str):
-    """Yields (line, row or Failed) of a table, of JSON lines, of one JSON value or of a Parquet file."""
+    """Yield (line, row or Failed) of a table, JSON lines, a JSON value or a Parquet file."""
     name = re.sub(r"\.(gz|bz2|xz|zst)\Z", "", path.lower())
     delimiter = TABLE_DELIMITERS.get(os.path.splitext(name)[1])
     try:
@@ -2270,7 +2298,7 @@ def unpacked(file):
 
 
 def refuse_unreadable(head: bytes) -> None:
-    """Raises UserError for a file of another kind, by its first bytes."""
+    """Raise UserError for a file of another kind, by its first bytes."""
     for mark, advice in UNREADABLE:
         if head.startswith(mark):
             raise UserError(advice)
@@ -2282,7 +2310,7 @@ def refuse_unreadable(head: bytes) -> None:
 
 
 def json_rows(file):
-    """Yields (line, row or Failed) of JSON lines, or (item, row) of one JSON value."""
+    """Yield (line, row or Failed) of JSON lines, or (item, row) of one JSON value."""
     lines = filled_lines(file)
     first = next(lines, None)
     if first is None:
@@ -2298,7 +2326,7 @@ def json_rows(file):
 
 
 def filled_lines(file):
-    """Yields (line number, bytes) of the lines that are not blank."""
+    """Yield (line number, bytes) of the lines that are not blank."""
     for number_of_line, line in enumerate(file, 1):
         line = line.strip(BLANK)
         if line:
@@ -2313,7 +2341,7 @@ def starts_one_value(line: bytes) -> bool:
 
 
 def whole_rows(whole: object, line: int):
-    """Yields (item or line, row) of the one value of a file: an array of rows, or what wraps it."""
+    """Yield (item or line, row) of the one value of a file: an array of rows, or what wraps it."""
     rows = wrapped_rows(whole) if isinstance(whole, dict) else whole
     if isinstance(rows, list) and not is_turns(rows):
         yield from enumerate(rows, 1)
@@ -2336,7 +2364,7 @@ def not_utf_8(error: UnicodeDecodeError) -> str:
 
 
 def unique_keys(pairs: list) -> dict:
-    """The object of these pairs; raises ValueError if a key stands twice: which of the two was meant?"""
+    """The object of these pairs; ValueError if a key stands twice: which of the two was meant?"""
     value = dict(pairs)
     if len(value) < len(pairs):
         raise ValueError("a key stands twice")
@@ -2347,7 +2375,7 @@ JSON_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def parse_json(raw: bytes) -> object:
-    """The value of a JSON text, or (returned, not raised) a Failed, so that a broken line costs one record."""
+    """The value of JSON text, or a Failed (returned: a broken line costs one record)."""
     try:
         value = JSON_DECODER.decode(raw.decode("utf-8"))
         if b"\\ud" in raw or b"\\uD" in raw:  # only there can half an emoji be
@@ -2370,7 +2398,7 @@ def scrub(text: object) -> object:
 
 
 def table_rows(file, delimiter: str):
-    """Yields (line of the row's end, row or Failed) of a CSV or TSV file with a header."""
+    """Yield (line of the row's end, row or Failed) of a CSV or TSV file with a header."""
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     header = text.readline()
@@ -2399,7 +2427,7 @@ def table_rows(file, delimiter: str):
 
 
 def table_cells(reader, skipped: int):
-    """Yields (line, cells or Failed) of the rows that hold something. An open quote costs the lines it spans."""
+    """Yield (line, cells or Failed) of filled rows. An open quote costs the lines it spans."""
     while True:
         start = reader.line_num + 1
         try:
@@ -2416,8 +2444,9 @@ def table_cells(reader, skipped: int):
 
 
 def has_bare_quotes(text: io.TextIOWrapper, skipped: int) -> bool:
-    """Whether the quotes of a TSV file are signs of its texts: they do not balance, none is doubled as in
-    a quoted cell, and each line has the header's number of cells. Leaves the text after the header."""
+    """Whether the quotes of a TSV file belong to its texts. Leaves the file after its header.
+
+    Then they do not balance, none is doubled, and all lines have the same number of cells."""
     text.seek(0)
     counts = {line.count("\t") for line in itertools.islice(text, skipped, None) if line.strip()}
     text.seek(0)
@@ -4571,7 +4600,7 @@ class Annotations:
     """What people say about pairs: read from files, applied by `decide`, summed up by `numbers`."""
 
     def __init__(self, paths: list):
-        """Raises UserError for a file that cannot be read or holds no verdict."""
+        """Raise UserError for a file that cannot be read or holds no verdict."""
         self.problems = []  # one-line messages: broken lines and double verdicts
         self.said = defaultdict(
             dict
@@ -4890,7 +4919,7 @@ def show(text: str):
 
 
 def records_of(path: str, run: Run):
-    """Yields (line, Record or Failed): the input, with repeated and excluded prompts marked as failed."""
+    """Yield (line, Record or Failed): the input, with repeated and excluded prompts marked as failed."""
     seen, limit = Hashes(), run.args.max_samples if run.args.max_samples >= 0 else None
     records = read_records(path, dict(run.args.rename), run.reads_answers)
     for line, record in itertools.islice(records, limit):

@@ -225,6 +225,16 @@ def test_deep_nesting_never_ends_the_run(tmp_path, depth, name):
     assert len(rows) == (2 if name == "in.jsonl" else 1)
 
 
+@pytest.mark.parametrize("depth", [300, 900, 970])
+def test_no_deep_value_of_a_field_that_is_read_ends_the_run(tmp_path, depth):
+    lists, objects = "[" * depth + "]" * depth, '{"text": ' * depth + "1" + "}" * depth
+    rows = []
+    for deep in (lists, objects, f'[{{"role": {lists}}}]', f'[{{"role": "user", "content": {lists}}}]'):
+        rows += [f'{{"prompt": "Q", "{name}": {deep}}}' for name in NAMES if name != "prompt"]
+    found = read(tmp_path, "\n".join(rows))
+    assert len(found) == len(rows)
+
+
 @pytest.mark.parametrize("whole", ["[" + A, '{\n"prompt": "a"', f"[{A}\n{B}]", INDENTED + "x"])
 def test_a_broken_json_array_is_one_failed_record(tmp_path, whole):
     [(line, reason)] = read(tmp_path, whole, "in.json")
@@ -321,10 +331,11 @@ NAMES = ["prompt", "question", "text", "instruction", "input", "output", "instan
          "history", "system", "label", "answer", "chosen", "rejected", "responses", "completions", "scores", "ranks",
          "score", "rank", "order", "winner", "choice", "response_a", "response_b", "answer_0", "answer_1", "votes",
          "output_1", "output_2", "preference", "summaries", "info", "human_ref_A", "human_ref_B", "labels",
-         "conversation_a", "conversation_b", "role", "content", "from", "value", "model", *rc.DATA_SETS]  # fmt: skip
+         "turns", "context", "conversation", "choices", "options", "A", "B", "reference", "answers", "kto_tag", "rating",
+         "system_prompt", "query", "Prompt", "conversation_a", "conversation_b", "role", "content", "from", "value", "model", *rc.DATA_SETS]  # fmt: skip
 LEAVES = [None, True, False, 0, 1, -1, 2, 10**400, 1e308, float("nan"), float("inf"), "", " ", "a", "b", "tie",
           "model_a", "你好", "[1", '["x"]', "\n\nHuman: a\n\nAssistant: b", "\ud800", "user", "assistant", "system",
-          "gpt"]  # fmt: skip
+          "gpt", "### Human: a", [["a", "b"]], [{"role": "user", "content": "a"}], "<|im_start|>user", "[INST]", "[INST] a [/INST]"]  # fmt: skip
 
 
 def junk(draw: random.Random, depth: int = 3):
