@@ -45,6 +45,7 @@ import asyncio
 import atexit
 import base64
 import bisect
+import bz2
 import contextlib
 import copy
 import csv
@@ -61,6 +62,7 @@ import inspect
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import random
@@ -313,165 +315,804 @@ def number(value) -> float | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# §2 INPUTS: from_conversation, from_instruction, from_prompt; parse_row, read_records
+# §2 INPUTS: from_conversation, from_turns, from_instruction, from_prompt; parse_row, read_records
+# In: rows (dicts) of §8. Out: Records, or Failed("input", reason) for a row that cannot be used.
+# Called by records_of (§16) and check_input (§17).
 # --------------------------------------------------------------------------------------------------
 
-# EDIT HERE to read another format: row (a dict) -> records, or None if the row is not of this shape.
+# EDIT HERE to read another format: a function row (a dict) -> records, or None for other shapes.
+# Field names arrive in lower case. A bug in such a function stops the run and is printed.
 
 ROLES = {
     "system": "system",
     "developer": "system",
+    "系统": "system",
     "user": "user",
     "human": "user",
     "prompter": "user",
+    "用户": "user",
 }
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant")
-PROMPT_FIELDS = ("prompt", "question", "query", "text")
-REFERENCE_FIELDS = ("output", "completion", "answer", "response", "reference")
+ASSISTANTS = (
+    "assistant",
+    "gpt",
+    "chatgpt",
+    "bing",
+    "bard",
+    "model",
+    "bot",
+    "chatbot",
+    "ai",
+    "助手",
+)
+ROLES |= dict.fromkeys(ASSISTANTS, "assistant")
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
+
+# What a row may hold beside a list of turns or a prompt, and what becomes of it:
+#   system, system_prompt, system_message    a system turn before all others
+#   history                                  the turns before the prompt (see read_history)
+#   input, context, passage, article         after the prompt, with a blank line between
+#   choices, options; columns A, B, C ...    after these, one a line: "A. text"
+#   output, completion, answer ...           the reference, if no label or score may call it bad
+TURN_FIELDS = ("messages", "conversations", "conversation")
+PROMPT_FIELDS = ("prompt", "question", "query", "problem", "text", "input")
+SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
+CONTEXT_FIELDS = ("input", "context", "passage", "article")
+CHOICE_FIELDS = ("choices", "options")
+REFERENCE_FIELDS = (
+    "output",
+    "completion",
+    "answer",
+    "response",
+    "reference",
+    "solution",
+    "answerkey",
+)
+NOT_TEXT_FIELDS = {  # a field that is filled -> what the row holds beside text
+    "images": "images",
+    "image": "images",
+    "videos": "videos",
+    "video": "videos",
+    "audios": "audio",
+    "audio": "audio",
+    "tools": "tools",
+    "functions": "tools",
+}
+# What an empty cell looks like after pandas, SQL, CSV and Alpaca's <noinput>.
+MISSING = {"", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "[]", "{}"}
+MISSING |= {"<noinput>", "<nooutput>"}
 
 
 @register(INPUTS)
 def from_conversation(row: dict) -> list[Record] | None:
-    """`messages` (OpenAI), `conversations` (ShareGPT): all turns are kept, a last answer is the reference"""
-    nested = row["input"].get("messages") if isinstance(row.get("input"), dict) else None
-    turns = row.get("messages") or row.get("conversations") or nested
-    return [conversation(turns, row)] if isinstance(turns, list) else None
+    """`messages` (OpenAI), `conversations` (ShareGPT): all turns; a last answer is the reference"""
+    for name in TURN_FIELDS:
+        if is_filled_list(row.get(name)):
+            return [conversation(row[name], row)]
+    nested = row.get("input")
+    if isinstance(nested, dict) and is_filled_list(nested.get("messages")):
+        return [conversation(nested["messages"], row)]
+    for name in ("input", "context"):
+        if is_turns(row.get(name)) and not row.get("prompt"):
+            return [conversation(row[name], row)]
+    return None
+
+
+@register(INPUTS)
+def from_turns(row: dict) -> list[Record] | None:
+    """`turns` (MT-Bench, Arena-Hard): the first turn is the prompt, the later ones are left out"""
+    turns = row.get("turns")
+    if not is_filled_list(turns):
+        return None
+    if is_turns(turns):
+        return [conversation(turns, row)]
+    first = turns[0].get("content") if isinstance(turns[0], dict) else turns[0]
+    if not isinstance(first, str):
+        raise Failed("input", f"not a text: `turns` holds a {type(first).__name__}")
+    return [prompt_record(first, row)]
 
 
 @register(INPUTS)
 def from_instruction(row: dict) -> list[Record] | None:
-    """`instruction` and `input`, `output` (Alpaca, few-shot), or `instances` of both (Self-Instruct)"""
-    if not text_of(row, "instruction"):
+    """`instruction`, `input`, `output` (Alpaca, few-shot), or `instances` (Self-Instruct)"""
+    instruction = text_of(row, "instruction")
+    if not instruction:
         return None
-    listed = row["instances"] if isinstance(row.get("instances"), list) else [row]
-    records = []
-    for one in [one for one in listed if isinstance(one, dict)] or [{}]:
-        asked = "\n\n".join(
-            filter(None, (row["instruction"].strip(), text_of(one, "input").strip()))
-        )
-        turns = [*chat(row.get("history") or []), {"role": "user", "content": asked}]
-        records.append(conversation(turns, row | one))
-    return records
+    instances = row.get("instances")
+    if not isinstance(instances, list):
+        return [prompt_record(instruction, row)]
+    instances = [instance for instance in instances if isinstance(instance, dict)]
+    return [prompt_record(instruction, row | instance) for instance in instances or [{}]]
 
 
 @register(INPUTS)
 def from_prompt(row: dict) -> list[Record] | None:
-    """`prompt`, `question`, `query`, `text`: a string or a list of messages; `answer` is the reference"""
-    said = next((row[name] for name in PROMPT_FIELDS if row.get(name)), None)
-    if isinstance(said, str):
-        said = human_turns(said) or [{"role": "user", "content": said}]
-    return [conversation(said, row)] if isinstance(said, list) else None
+    """`prompt`, `question`, `query`, `text`: a string or messages; `answer` is the reference"""
+    prompt = None
+    for name in PROMPT_FIELDS:
+        value = row.get(name)
+        if value and (prompt is None or is_missing(prompt)):  # a lone "None" may well be asked
+            prompt = value
+    if isinstance(prompt, str):
+        return [prompt_record(prompt, row)]
+    if isinstance(prompt, list):
+        return [conversation([*read_history(row), *prompt], row)]
+    return None
+
+
+def prompt_record(prompt: str, row: dict) -> Record:
+    """The record of a prompt that is a text: its history, then prompt and context as one turn."""
+    turns = template_turns(prompt) or human_turns(prompt)
+    if not turns:
+        parts = [prompt, *context_texts(row, prompt), *choice_lines(row, prompt)]
+        turns = [{"role": "user", "content": "\n\n".join(map(strip_blank_lines, parts))}]
+    return conversation([*read_history(row), *turns], row)
 
 
 def conversation(turns: list, row: dict) -> Record:
-    """Turns, after the row's `system` -> Record; its reference is their last answer, or the row's own."""
+    """The record of a list of turns and the row's system prompt; a last answer is the reference."""
     messages = [message(turn) for turn in turns]
-    if text_of(row, "system") and messages[:1] and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    answered = bool(messages) and messages[-1]["role"] == "assistant"
-    known = [
-        messages.pop()["content"] if answered else "",
-        *(row.get(name) for name in REFERENCE_FIELDS),
-    ]
+    if messages and messages[0]["role"] != "system":
+        system = first_text(row, SYSTEM_FIELDS)
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+    answer = ""
+    if messages and messages[-1]["role"] == "assistant":
+        answer = messages.pop()["content"]
     if not messages or messages[-1]["role"] != "user":
         raise Failed("input", "the conversation has no user turn to answer")
-    bad = str(row.get("label")).strip().lower() in ("false", "0", "0.0")  # a KTO row
-    good = [] if bad else [text.strip() for text in known if isinstance(text, str) and text.strip()]
-    return Record(messages, next(iter(good), ""))
+    for turn in messages:
+        check_text_only(turn["content"])
+        if has_template_mark(turn["content"]):
+            raise Failed("input", "prompt holds chat-template tokens")
+    reference = reference_of(row, answer)
+    check_text_only(reference)
+    return Record(messages, reference)
 
 
-def message(turn) -> dict:
-    """An OpenAI or ShareGPT turn -> {"role", "content"}; raises Failed for tool turns and pictures."""
+# --- the parts of a conversation
+
+
+def message(turn: object) -> dict:
+    """An OpenAI or ShareGPT turn as {"role", "content"}; raises Failed for what is no text."""
     name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
-    if not isinstance(name, str) or name.lower() not in ROLES:
+    if not isinstance(name, str):
+        raise Failed("input", f"unknown role: none in a turn (known: {', '.join(ROLES)})")
+    role = ROLES.get(name.strip().lower())
+    if role is None:
+        if name.lower() in TOOL_ROLES:
+            raise Failed("input", f"not a text: tools (a turn of the role {name!r})")
         raise Failed("input", f"unknown role: {name!r} (known: {', '.join(ROLES)})")
-    role, said = ROLES[name.lower()], turn.get("content", turn.get("value"))
-    parts = said if isinstance(said, list) else [{"type": "text", "text": said}]
-    texts = [
-        part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"
-    ]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        raise Failed("input", f"not a text: a {role} turn holds a {type(said).__name__}")
-    return {"role": role, "content": "\n".join(texts).strip()}
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise Failed("input", "not a text: tools (a turn calls one)")
+    content = first_value(turn, ("content", "value", "text"))
+    if isinstance(content, list):
+        content = "\n".join(part_text(part, role) for part in content)
+    if not isinstance(content, str):
+        raise Failed("input", f"not a text: a {role} turn holds a {type(content).__name__}")
+    return {"role": role, "content": strip_blank_lines(content)}
+
+
+def part_text(part: object, role: str) -> str:
+    """The text of one part of a turn's content: `{"type": "text", "text": ...}` or a string."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("text", "input_text", "output_text"):
+        text = first_value(part, ("text", "value"))
+        if isinstance(text, str):
+            return text
+    if isinstance(kind, str) and "image" in kind:
+        raise Failed("input", "not a text: images")
+    raise Failed("input", f"not a text: a {role} turn holds a part that is no text")
+
+
+def first_of(values) -> object:
+    """The first value that is not empty; None if there is none."""
+    return next(filter(None, values), None)
+
+
+def first_value(row: dict, names: tuple) -> object:
+    """The first value of these fields that is not null; None if there is none."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    return None
+
+
+def is_filled_list(value: object) -> bool:
+    """Whether the value is a list that holds something."""
+    return isinstance(value, list) and len(value) > 0
+
+
+def is_turns(value: object) -> bool:
+    """Whether the value is a list of objects with `role` or `from`, the turns of a conversation."""
+    if not is_filled_list(value):
+        return False
+    return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def strip_blank_lines(text: str) -> str:
+    """The text without blank lines around it and space at its end; its first line stays indented.
+
+    A single space before the first word, which completions have, is removed."""
+    text = text.rstrip()
+    if not text[:1].isspace():
+        return text
+    text = BLANK_START.sub("", text)
+    return text[1:] if text[:1] == " " and not text[1:2].isspace() else text
+
+
+BLANK_START = re.compile(r"\A(?:\s*\n)?")
+
+
+def is_missing(value: object) -> bool:
+    """Whether a field holds nothing: null, NaN or a spelling of it in a cell, an empty list."""
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return len(value) < 12 and value.strip() in MISSING
+    if isinstance(value, float):
+        return math.isnan(value)
+    if isinstance(value, dict):  # {"bytes": null, "path": null}: an empty picture of a Parquet file
+        return all(part is None for part in value.values())
+    return value == []
 
 
 def text_of(row: dict, name: str) -> str:
     """The field as text, "" if it is missing or blank; raises Failed if it holds anything else."""
     value = row.get(name)
-    if not isinstance(value, str | None):
-        raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
-    return value if value and value.strip() else ""
+    if isinstance(value, str):
+        return value if value and not value.isspace() else ""
+    if is_missing(value):
+        return ""
+    raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
 
 
-def chat(exchanges: list) -> list[dict]:
+def optional_text(row: dict, name: str) -> str:
+    """The text of an optional field, "" where it is missing (see `is_missing`)."""
+    return "" if is_missing(row.get(name)) else strip_blank_lines(text_of(row, name))
+
+
+def first_text(row: dict, names: tuple) -> str:
+    """The text of the first of these optional fields that is filled, "" if none is."""
+    for name in names:
+        if name in row and optional_text(row, name):
+            return optional_text(row, name)
+    return ""
+
+
+def context_texts(row: dict, prompt: str) -> list[str]:
+    """The texts beside a prompt, in the order of CONTEXT_FIELDS; a list of passages is joined."""
+    texts = []
+    for name in CONTEXT_FIELDS:
+        value = row.get(name)
+        if value is None or value == prompt or is_missing(value):
+            continue
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            value = "\n\n".join(value)
+        if name == "input" or isinstance(value, str):
+            texts.append(text_of({name: value}, name))
+    return texts
+
+
+def choice_lines(row: dict, prompt: str) -> list[str]:
+    """A question's choices as one text of lines "A. text"; [] if none or if the prompt has them."""
+    choices = first_value(row, CHOICE_FIELDS)
+    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
+        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
+    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
+        return []
+    labels, texts = labels_and_texts(choices)
+    if not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
+        return []
+    if all(str(text) in prompt for text in texts):
+        return []
+    lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=False)]
+    return ["\n".join(lines)]
+
+
+def labels_and_texts(choices: dict | list) -> tuple[list, list]:
+    """The labels and the texts of choices: a list, {"A": text}, or lists of both (ARC)."""
+    letters = list(string.ascii_uppercase)
+    if isinstance(choices, dict):
+        texts = choices.get("text")
+        if not isinstance(texts, list):
+            is_lettered = all(len(str(label)) == 1 for label in choices)
+            return list(choices), list(choices.values()) if is_lettered else [None]
+        labels = choices.get("label")
+        fits = isinstance(labels, list) and len(labels) == len(texts)
+        return (labels if fits else letters), texts
+    if all(isinstance(choice, dict) for choice in choices):
+        labels = [choice.get("label") for choice in choices]
+        return (letters if None in labels else labels), [choice.get("text") for choice in choices]
+    return letters, choices
+
+
+# --- earlier turns: history, chat templates, Human/Assistant texts
+
+HISTORY_SHAPE = 'write [["question", "answer"], ...] or [{"role": "user", "content": "..."}, ...]'
+USER_NAMES = ("user", "human", "question", "query", "prompt", "instruction", "input", "q")
+ASSISTANT_NAMES = ("assistant", "gpt", "bot", "answer", "response", "output", "completion", "a")
+
+
+def read_history(row: dict) -> list[dict]:
+    """The turns before the prompt: pairs, objects or alternating texts, also as JSON text.
+
+    `context` is a history, too, where it is a list of turns; raises Failed for other shapes."""
+    history = row.get("history")
+    if isinstance(history, str) and history == row.get("prompt"):  # SHP's name of its prompt
+        history = None
+    if history is None and is_turns(row.get("context")) and row["context"] is not row.get("prompt"):
+        history = row["context"]
+    if is_missing(history):
+        return []
+    if isinstance(history, str):
+        history = parsed_text(history)
+    if not isinstance(history, list):
+        raise Failed("input", f"not a history: a {type(history).__name__}; {HISTORY_SHAPE}")
+    if all(isinstance(item, str) for item in history):
+        if len(history) % 2:
+            raise Failed("input", f"not a history: a question without answer; {HISTORY_SHAPE}")
+        history = list(zip(history[::2], history[1::2], strict=True))
+    turns = []
+    for item in history:
+        turns += [item] if is_turns([item]) else exchange_turns(item)
+    return turns
+
+
+def exchange_turns(item: object) -> list[dict]:
+    """Two turns of a history: `["question", "answer"]` or `{"question": ..., "answer": ...}`."""
+    texts = item
+    if isinstance(item, dict):
+        texts = [first_value(item, USER_NAMES), first_value(item, ASSISTANT_NAMES)]
+    if not isinstance(texts, list | tuple) or len(texts) != 2:
+        raise Failed(
+            "input", f"not a history: an item is no question with its answer; {HISTORY_SHAPE}"
+        )
+    question, answer = texts
+    if not isinstance(answer, str) or not isinstance(question, str | None):
+        raise Failed("input", f"not a history: an item holds no text; {HISTORY_SHAPE}")
+    turns = chat([(question, answer)])
+    return turns if question else turns[1:]  # a greeting that nobody asked for
+
+
+def chat(exchanges) -> list[dict]:
     """[(question, answer), ...] -> turns."""
-    roles = ("user", "assistant")
-    return [
-        {"role": r, "content": said}
-        for one in exchanges
-        for r, said in zip(roles, one, strict=True)
-    ]
+    turns = []
+    for question, answer in exchanges:
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
+    return turns
 
 
-def human_turns(said: str) -> list[dict]:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar) -> turns; [] if it is none."""
-    parts = re.split(r"\n\n(Human|Assistant): ?", said)[1:] if said.startswith("\n\nHuman:") else []
-    return [{"from": who, "value": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
+def human_turns(text: str) -> list[dict]:
+    """The turns of a text that begins with `\\n\\nHuman:` (HH-RLHF) or `### Human:` (Guanaco)."""
+    if text.startswith("\n\nHuman:"):
+        parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
+    elif text.startswith("### Human:"):
+        parts = re.split(r"### (Human|Assistant): ?", text)[1:]
+    else:
+        return []
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [{"from": speaker, "value": content} for speaker, content in pairs]
 
 
-def parse_row(row, with_answers: bool = False, numbers=None) -> list[Record]:
-    """One input row -> its records (usually one), if asked with its answers; raises Failed("input", ...)."""
-    row = {"prompt": row} if isinstance(row, str) else row
+# What opens a turn in ChatML (Qwen), Llama 3, Gemma, Zephyr and Phi, DeepSeek; group: the role.
+TEMPLATE_HEADS = (
+    r"<\|im_start\|> ?(\w+)(?=\s|\Z)",
+    r"<\|start_header_id\|>(\w+)<\|end_header_id\|>",
+    r"<start_of_turn>(\w+)(?=\s|\Z)",
+    r"<\|(system|user|assistant)\|>",
+    r"<｜(User|Assistant)｜>",
+)
+TEMPLATE_HEAD = re.compile("|".join(TEMPLATE_HEADS))
+TEMPLATE_STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>")
+TEMPLATE_ENDS = (
+    "</s>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
+)
+# A prompt with one of these is no plain text: a server would take them for turns.
+TEMPLATE_MARK = re.compile(rf"{TEMPLATE_HEAD.pattern}|<\|im_end\|>|<\|eot_id\|>|\[/?INST\]")
+TEMPLATE_SIGNS = ("<|", "<｜", "<start_of_turn>", "INST]")
+
+
+def has_template_mark(text: str) -> bool:
+    """Whether a server could take something in the text for a mark of its chat template."""
+    if not any(sign in text for sign in TEMPLATE_SIGNS):  # faster than the search
+        return False
+    return TEMPLATE_MARK.search(text) is not None
+
+
+def template_turns(text: str) -> list[dict]:
+    """The turns of a prompt with a chat template; [] if it has none; Failed if it is broken."""
+    if not has_template_mark(text):
+        return []
+    if "[INST]" in text:
+        return inst_turns(text)
+    heads = list(TEMPLATE_HEAD.finditer(text))
+    start = text[: heads[0].start()].strip() if heads else text
+    if start and start not in TEMPLATE_STARTS:
+        raise Failed("input", "prompt holds chat-template tokens")
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    turns = []
+    for head, end in zip(heads, ends, strict=True):
+        content = without_end_marks(text[head.end() : end])
+        turns.append({"role": first_of(head.groups()), "content": content})
+    return without_open_turn(turns)
+
+
+def inst_turns(text: str) -> list[dict]:
+    """The turns of Llama 2's and Mistral's template: `[INST] question [/INST] answer </s>`."""
+    start, *exchanges = text.split("[INST]")
+    turns = []
+    if start.lstrip().removeprefix("<s>").strip():
+        raise Failed("input", "prompt holds chat-template tokens")
+    for exchange in exchanges:
+        question, _, answer = exchange.partition("[/INST]")
+        if not turns and question.lstrip().startswith("<<SYS>>"):
+            system, _, question = question.lstrip().removeprefix("<<SYS>>").partition("<</SYS>>")
+            turns.append({"role": "system", "content": system})
+        answer = without_end_marks(answer.rstrip().removesuffix("<s>"))
+        if "</s>" in answer or "[/INST]" not in exchange:
+            raise Failed("input", "prompt holds chat-template tokens")
+        turns += chat([(question, answer)])
+    return without_open_turn(turns)
+
+
+def without_end_marks(text: str) -> str:
+    """The text of a turn without the marks that end it."""
+    text = text.rstrip()
+    while text.endswith(TEMPLATE_ENDS):
+        for mark in TEMPLATE_ENDS:
+            text = text.removesuffix(mark)
+        text = text.rstrip()
+    return text
+
+
+def without_open_turn(turns: list[dict]) -> list[dict]:
+    """The turns without an empty last one, which a template leaves for the answer."""
+    is_open = bool(turns) and turns[-1]["role"].lower() in ASSISTANTS
+    return turns[:-1] if is_open and not turns[-1]["content"].strip() else turns
+
+
+# --- text or not
+
+
+IMAGE_PLACE = "<(?:image|video|audio)>"
+IMAGE_MARK = re.compile(
+    rf"(?:\A|\n)[ \t]*{IMAGE_PLACE}|{IMAGE_PLACE}[ \t]*(?:\n|\Z)|<img>[^<\n]+</img>"
+)
+TOOL_MARK = re.compile(r"^Action: ?[\w.-]+ *\n+Action Input:", re.M)
+
+
+def check_text_only(text: str) -> None:
+    """Raise Failed for a text with a picture's place (`<image>`) or a tool's call (`Action:`)."""
+    if "<i" in text or "<v" in text or "<a" in text:
+        if IMAGE_MARK.search(text):
+            raise Failed("input", "not a text: images")
+    if "Action Input:" in text and TOOL_MARK.search(text):
+        raise Failed("input", "not a text: tools")
+
+
+def check_fields_only_text(row: dict) -> None:
+    """Raise Failed for a row with pictures, sound or tools beside its texts."""
+    for name in row:
+        if name in NOT_TEXT_FIELDS and not is_missing(row[name]):
+            raise Failed("input", f"not a text: {NOT_TEXT_FIELDS[name]}")
+    if isinstance(row.get("input"), dict) and row["input"].get("tools"):
+        raise Failed("input", "not a text: tools")
+
+
+# --- the reference: a record's own answer, where nothing says that it is bad
+
+THUMB_FIELDS = ("label", "kto_tag", "is_safe", "is_correct", "correct", "desirable", "accepted")
+GOOD_LABELS = """
+    true yes 1 1.0 +1 good desirable chosen accepted positive safe correct like up thumbs_up
+    好 是 正确
+""".split()
+BAD_LABELS = """
+    false no 0 0.0 -1 -1.0 bad undesirable rejected negative unsafe incorrect wrong dislike down
+    thumbs_down 坏 差 否 错误
+""".split()
+# A score of a single answer -> the lowest and highest of a good one; None: the scale is unknown.
+GRADE_FIELDS: dict[str, tuple | None] = {
+    "rating": (4, 5),
+    "helpfulness": (3, 4),
+    "correctness": (3, 4),
+    "fine-grained_score": (4, 5),
+    "overall_score": (8, 10),
+    "score": None,
+    "reward": None,
+    "rm_score": None,
+}
+
+
+def reference_of(row: dict, answer: str) -> str:
+    """The last turn's answer, else the first of REFERENCE_FIELDS; "" if it may be a bad one."""
+    reference = answer
+    for name in REFERENCE_FIELDS:
+        if not reference and name in row:
+            reference = reference_text(row, name)
+    if not reference and isinstance(row.get("answers"), dict):  # SQuAD
+        texts = row["answers"].get("text")
+        reference = texts[0] if is_filled_list(texts) and isinstance(texts[0], str) else ""
+    if not reference or may_be_bad(row):
+        return ""
+    return reference
+
+
+def reference_text(row: dict, name: str) -> str:
+    """The text of a reference field, "" for what is none; a number counts as an `answer`."""
+    value = row.get(name)
+    if name == "reference" and is_filled_list(value):  # MT-Bench: one for each turn
+        value = value[0]
+    if isinstance(value, dict):  # TriviaQA
+        value = value.get("value")
+    if is_missing(value):
+        return ""
+    if isinstance(value, str):
+        return strip_blank_lines(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    has_choices = any(row.get(field) for field in CHOICE_FIELDS)  # then it is an index, from 0 or 1
+    if name != "answer" or not is_number or has_choices or number(value) is None:
+        return ""
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def may_be_bad(row: dict) -> bool:
+    """Whether a label or a score of the row calls its answer bad, or cannot be read."""
+    labels_are_good = not any(label_may_be_bad(row, name) for name in THUMB_FIELDS)
+    scores_are_good = not any(score_may_be_bad(row, name) for name in GRADE_FIELDS)
+    return not (labels_are_good and scores_are_good)
+
+
+def label_may_be_bad(row: dict, name: str) -> bool:
+    """Whether a label calls the row's answer bad; a `label` or `kto_tag` that is unknown may."""
+    value = row.get(name)
+    if value is None or is_missing(value) or (name == "label" and is_class(row)):
+        return False
+    word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    if word in GOOD_LABELS or word in BAD_LABELS:
+        return word in BAD_LABELS
+    is_topic = not row.get("completion") and number(value) is None  # {"label": "geography"}
+    return name in ("label", "kto_tag") and not is_topic
+
+
+def score_may_be_bad(row: dict, name: str) -> bool:
+    """Whether a score of the row's answer is low, or of an unknown scale."""
+    score = number(row.get(name)) if name in row else None
+    if score is None:
+        return False
+    good_scores = GRADE_FIELDS[name]
+    return good_scores is None or not good_scores[0] <= score <= good_scores[1]
+
+
+def is_class(row: dict) -> bool:
+    """Whether the row's number `label` is a class of its `text` (sentiment) and no thumb."""
+    label = row["label"]
+    return "text" in row and not row.get("completion") and not isinstance(label, bool)
+
+
+# --- rows
+
+
+@functools.lru_cache(maxsize=10_000)
+def plain_name(name: str) -> str:
+    """A field's name as the functions above know it: `Instruction` -> `instruction`.
+
+    A last letter that tells answers apart stays: `score_A`, `responseA`, `A`."""
+    name = name.strip()
+    keeps_last = re.search(r"(?:\A|_|[a-z])[A-Z]\Z", name)
+    return name[:-1].lower() + name[-1] if keeps_last else name.lower()
+
+
+def with_plain_names(row: dict) -> dict:
+    """The row with plain names; a name that the row has already stays as it is."""
+    if list(map(plain_name, row)) == list(row):
+        return row
+    renamed: dict = {}
+    for name, value in row.items():
+        plain = plain_name(name)
+        renamed[name if plain in row or plain in renamed else plain] = value
+    return renamed
+
+
+# Fields that may hold a list of turns as text, in a CSV cell or a dump. (`history` reads its own.)
+JSON_FIELDS = {"context", "chosen", "rejected", "conversation_a", "conversation_b"}
+JSON_FIELDS |= {*TURN_FIELDS, *PROMPT_FIELDS}
+LOOKS_LIKE_TURNS = re.compile(
+    r"""\s*(?:\[\s*)?\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]"""
+)
+BROKEN_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from)['"].*\]\s*""", re.S)
+
+
+def with_parsed_turns(row: dict) -> dict:
+    """The row with lists of turns in place of their JSON (or Python) text."""
+    for name, value in row.items():
+        if name not in JSON_FIELDS or not isinstance(value, str):
+            continue
+        if not LOOKS_LIKE_TURNS.match(value):
+            continue
+        turns = parsed_text(value)
+        if isinstance(turns, dict) and len(turns) > 1:
+            turns = [turns]
+        if is_turns(turns):
+            row = row | {name: turns}
+        elif turns is None and BROKEN_TURNS.fullmatch(value):
+            raise Failed("input", f"`{name}` looks like a list of turns but is no JSON")
+    return row
+
+
+def parsed_text(text: str) -> object:
+    """The value of JSON text or of a Python literal (pandas writes it in CSV cells), else None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def parse_row(row: object, with_answers: bool = False, numbers=None) -> list[Record]:
+    """The records of a row (usually one), if asked with its answers; raises Failed.
+
+    numbers: the ChoiceNumbers of the row's file; None for a row alone."""
+    if isinstance(row, str):
+        row = {"prompt": row}
+    elif is_turns(row):
+        row = {"messages": row}
     if not isinstance(row, dict):
         raise Failed("input", f"not a record: a {type(row).__name__} instead of an object")
-    row = plain_names(row)
-    records = next(filter(None, (adapter(row) for adapter in INPUTS.values())), None)
-    if records is None:
-        blank = any(
-            not str(row.get(name, "?") or "").strip() for name in ("instruction", *PROMPT_FIELDS)
-        )
-        known = f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
-        raise Failed("input", "empty prompt" if blank else known)
+    row = with_parsed_turns(with_plain_names(row))
+    check_fields_only_text(row)
+    row = known_data_set(row)
+    records = adapt(row)
+    if not records:
+        raise Failed("input", why_unknown(row))
     if any(not record.messages[-1]["content"] for record in records):
         raise Failed("input", "empty prompt")
     if with_answers:
-        try:
-            add_answers(records[0], row, numbers)
-        except Failed as error:
-            error.record = records[0]
-            raise
+        add_row_answers(records[0], row, numbers)
     return records
+
+
+def adapt(row: dict) -> list[Record] | None:
+    """The records of the first function of INPUTS that knows the row; its bugs are raised."""
+    for name, adapter in INPUTS.items():
+        try:
+            records = adapter(row)
+            if records and not (isinstance(records, list) and isinstance(records[0], Record)):
+                raise TypeError(
+                    f"returned a {type(records).__name__}, not a list of Records or None"
+                )
+        except Failed:
+            raise
+        except Exception as error:
+            error.add_note(f"in the input function from_{name}")
+            raise
+        if records:
+            return records
+    return None
+
+
+def why_unknown(row: dict) -> str:
+    """Why no function of INPUTS knows the row."""
+    for name in ("instruction", *PROMPT_FIELDS):
+        if name in row and is_missing(row[name]):
+            return "empty prompt"
+        if isinstance(row.get(name), dict | int | float):
+            return f"not a text: `{name}` holds a {type(row[name]).__name__}"
+    return f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
 
 
 # What reading raises where junk is nested in place of a text or a number.
 JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
 
 
+def known_data_set(row: dict) -> dict:
+    """The row with the plain names of §9's DATA_SETS added."""
+    try:
+        return plain_names(row)
+    except JUNK as error:
+        raise Failed("input", f"malformed record: {error}") from None
+
+
+def add_row_answers(record: Record, row: dict, numbers=None) -> None:
+    """Give the record the row's own answers; a Failed that this raises knows the record."""
+    try:
+        add_answers(record, row, numbers)
+        for answer in record.answers:
+            check_text_only(answer.text)
+    except Failed as error:
+        error.record = record
+        raise
+    except JUNK as error:
+        raise Failed("input", f"malformed record: {error}", record=record) from None
+
+
+def renamed_row(row: object, rename: dict) -> object:
+    """The row with --rename applied; raises Failed if two of its fields then have one name."""
+    if not rename or not isinstance(row, dict):
+        return row
+    renamed = {rename.get(name, name): value for name, value in row.items()}
+    if len(renamed) < len(row):
+        raise Failed("input", "--rename: two fields of one name")
+    return renamed
+
+
+def renamed_rows(path: str, rename: dict):
+    """Yield (line, row or Failed) for each row of a file, with --rename applied."""
+    for line, row in read_rows(path):
+        try:
+            yield line, row if isinstance(row, Failed) else renamed_row(row, rename)
+        except Failed as error:
+            yield line, error
+
+
 def read_records(path: str, rename: dict | None = None, with_answers: bool = False, numbers=None):
-    """Yields (line, Record or Failed) for every record of a file, in order, without holding the file."""
+    """Yield (line, Record or Failed) for each record of a file, in order, one at a time.
+
+    With answers, rows that hold one answer each to the same prompt become one record."""
     rows = renamed_rows(path, rename or {})
     numbers = numbers or ChoiceNumbers(row for _, row in renamed_rows(path, rename or {}))
     for line, row in group_rows(rows) if with_answers else rows:
-        try:
-            records = [row] if isinstance(row, Failed) else parse_row(row, with_answers, numbers)
-        except Failed as error:
-            records = [error]
-        except JUNK as error:
-            records = [Failed("input", f"malformed record: {error}")]
+        records: list = [row]
+        if not isinstance(row, Failed):
+            try:
+                records = parse_row(row, with_answers, numbers)
+            except Failed as error:
+                records = [error]
+            except Exception as error:
+                error.add_note(f"while reading {path}, line {line}")
+                raise
         for record in records:
             record.line = line
             yield line, record
 
 
-def renamed_rows(path: str, rename: dict):
-    """Yields (line, row or Failed) of a file, with the fields that --rename names."""
-    for line, row in read_rows(path):
-        if rename and isinstance(row, dict):
-            named = {rename.get(name, name): value for name, value in row.items()}
-            if len(named) < len(row):
-                named = Failed("input", "--rename: two fields of one name")
-            row = named
-        yield line, row
+# --- fields that no rule reads
+
+ID_NAME = re.compile(r"(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
+
+
+def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
+    """Names of the filled fields that change nothing in any of these rows when they are left out.
+
+    Ids are not named, nor are labels, which may all be good."""
+    used: set[str] = set()
+    filled: dict[str, None] = {}  # in the order of the file
+    for row in rows:
+        if not isinstance(row, dict):
+            continue
+        result = reading_of(row, rename, with_answers)
+        if result is None:
+            continue
+        for name, value in row.items():
+            if is_missing(value):
+                continue
+            filled[name] = None
+            rest = {key: row[key] for key in row if key != name}
+            if reading_of(rest, rename, with_answers) == result:
+                row = rest
+            else:
+                used.add(name)
+    known = {name for name in filled if plain_name(rename.get(name, name)) in THUMB_FIELDS}
+    return [name for name in filled if name not in used | known and not ID_NAME.fullmatch(name)]
+
+
+def reading_of(row: dict, rename: dict, with_answers: bool) -> list | None:
+    """What a row is read as, to compare; None if it cannot be read."""
+    try:
+        return parse_row(renamed_row(row, rename), with_answers)
+    except Failed:
+        return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1589,113 +2230,292 @@ def reference_f1(text: str, reference: str) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# §8 READING FILES: read_rows: lines, JSON, CSV -> rows; broken lines cost one record
+# §8 READING FILES: read_rows: lines, JSON, tables, Parquet -> rows; broken lines cost one record
+# In: a path. Out: (line, row or Failed), one at a time; UserError if the file cannot be read.
+# Called by read_records (§2) and check_input (§17). A file's kind is told by its first bytes.
 # --------------------------------------------------------------------------------------------------
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # no part of a line: a byte order mark (three bytes), white space
+TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+PARQUET_MARK = b"PAR1"
+HEAD_SIZE = 512  # bytes of a file's start that tell its kind
+
+
+def open_zstd(file):
+    """A reader of a zstd file, where this Python has one (3.14 on)."""
+    try:
+        import compression.zstd as zstd
+    except ImportError:
+        raise UserError("compressed with zstd: unpack it first, zstd -d FILE") from None
+    return zstd.open(file)
+
+
+COMPRESSED = (  # first bytes of a compressed file -> what opens it
+    (b"\x1f\x8b", gzip.open),
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ\x00", lzma.open),
+    (b"\x28\xb5\x2f\xfd", open_zstd),
+)
+ARROW_ADVICE = "an Arrow file: save it as Parquet or JSONL, e.g. dataset.to_json('NEW.jsonl')"
+OFFICE_ADVICE = "an Excel, Word or zip file: save the sheet as CSV UTF-8, or unpack it"
+UNREADABLE = (  # first bytes of a file that is not read -> what it is, and what to do
+    (b"PK\x03\x04", OFFICE_ADVICE),
+    (b"\xd0\xcf\x11\xe0", OFFICE_ADVICE),
+    (b"%PDF", "a PDF file: its records are needed as JSONL or CSV"),
+    (b"ARROW1", ARROW_ADVICE),
+    (b"\xff\xff\xff\xff", ARROW_ADVICE),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
+    (b"Rar!", "a RAR archive: unpack it first"),
+    (b"SQLite format 3", "an SQLite database: export its table as CSV"),
+    (b"\x89HDF", "an HDF5 file: save its table as Parquet, CSV or JSONL"),
+    (b"\x93NUMPY", "a NumPy file: save its records as JSONL"),
+    (b"\x80\x04\x95", "a Python pickle: save its records as JSONL"),
+    (b"\x80\x05\x95", "a Python pickle: save its records as JSONL"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data: run git lfs pull"),
+    (b"<!DOCTYPE", "a web page: was the file's own link downloaded?"),
+    (b"<!doctype", "a web page: was the file's own link downloaded?"),
+    (b"<html", "a web page: was the file's own link downloaded?"),
+)
 
 
 def read_rows(path: str):
-    """Yields (line, row or Failed) of .csv, .tsv, lines or one value of JSON, also .gz; raises UserError."""
-    delimiter = {".csv": ",", ".tsv": "\t"}.get(path.removesuffix(".gz")[-4:])
+    """Yield (line, row or Failed) of a table, JSON lines, a JSON value or a Parquet file."""
+    name = re.sub(r"\.(gz|bz2|xz|zst)\Z", "", path.lower())
+    delimiter = TABLE_DELIMITERS.get(os.path.splitext(name)[1])
     try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            if delimiter:
+        with open(path, "rb") as packed, unpacked(packed) as file:
+            head = file.peek(HEAD_SIZE)[:HEAD_SIZE]
+            refuse_unreadable(head)
+            if head.startswith(PARQUET_MARK):
+                yield from parquet_rows(file)
+            elif delimiter:
                 yield from table_rows(file, delimiter)
-                return
-            lines = ((n, raw.strip(BLANK)) for n, raw in enumerate(file, 1) if raw.strip(BLANK))
-            first, second = next(lines, (1, b"[]")), next(lines, None)
-            lines = itertools.chain([first], [second] if second else [], lines)
-            if (
-                first[1].startswith(b"[") or first[1] == b"{" or not second
-            ):  # an array, or one object
-                whole = parse_json(b"\n".join(raw for _, raw in lines))
-                held = held_rows(whole) if isinstance(whole, dict) else whole
-                yield from enumerate(held, 1) if isinstance(held, list) else [(first[0], whole)]
             else:
-                yield from ((n, parse_json(raw)) for n, raw in lines)
+                yield from json_rows(file)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {not_utf_8(error)}") from None
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise UserError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({cause})") from None
 
 
-def held_rows(whole: dict) -> list | None:
-    """The rows that the object of a whole file wraps, `{"data": [...]}`; None if it is a record itself."""
-    if whole.keys() & {
-        "messages",
-        "conversations",
-        "instruction",
-        *PROMPT_FIELDS,
-        *LISTS,
-        *DATA_SETS,
-    }:
+def unpacked(file):
+    """The file, or a reader of what is compressed in it."""
+    head = file.peek(HEAD_SIZE)
+    for mark, opener in COMPRESSED:
+        if head.startswith(mark):
+            return opener(file)
+    return file
+
+
+def refuse_unreadable(head: bytes) -> None:
+    """Raise UserError for a file of another kind, by its first bytes."""
+    for mark, advice in UNREADABLE:
+        if head.startswith(mark):
+            raise UserError(advice)
+    if head[257:262] == b"ustar":
+        raise UserError("a tar archive: unpack it first")
+
+
+# --- JSON
+
+
+def json_rows(file):
+    """Yield (line, row or Failed) of JSON lines, or (item, row) of one JSON value."""
+    lines = filled_lines(file)
+    first = next(lines, None)
+    if first is None:
+        return
+    second = next(lines, None)
+    rest = itertools.chain([first], [second] if second else [], lines)
+    if second is None or starts_one_value(first[1]):
+        whole = parse_json(b"\n".join(line for _, line in rest))
+        yield from whole_rows(whole, first[0])
+        return
+    for number_of_line, line in rest:
+        yield number_of_line, parse_json(line)
+
+
+def filled_lines(file):
+    """Yield (line number, bytes) of the lines that are not blank."""
+    for number_of_line, line in enumerate(file, 1):
+        line = line.strip(BLANK)
+        if line:
+            yield number_of_line, line
+
+
+def starts_one_value(line: bytes) -> bool:
+    """Whether the first of several lines begins an array or an object of many lines."""
+    if line.startswith(b"["):  # a line that is an array by itself is a row
+        return not isinstance(parse_json(line), list)
+    return line == b"{"
+
+
+def whole_rows(whole: object, line: int):
+    """Yield (item or line, row) of the one value of a file: an array of rows, or what wraps it."""
+    rows = wrapped_rows(whole) if isinstance(whole, dict) else whole
+    if isinstance(rows, list) and not is_turns(rows):
+        yield from enumerate(rows, 1)
+    else:
+        yield line, whole
+
+
+def wrapped_rows(whole: dict) -> list | None:
+    """The rows that an object wraps, `{"data": [...]}`; None if it is a record itself."""
+    record_fields = {"instruction", "turns", *TURN_FIELDS, *PROMPT_FIELDS, *LISTS, *DATA_SETS}
+    if not record_fields.isdisjoint(map(plain_name, whole)):
         return None
     return next(iter(whole.values())) if len(whole) == 1 else whole.get("data")
 
 
 def not_utf_8(error: UnicodeDecodeError) -> str:
-    """What is wrong with bytes that are no UTF-8, and the command that mends it."""
+    """What is wrong with bytes that are not UTF-8, and the command that mends it."""
     code = "utf-16" if error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "gb18030"
     return f"not UTF-8: convert it, e.g. iconv -f {code} -t utf-8 FILE > NEW"
 
 
-def parse_json(raw: bytes):
-    """bytes -> value, or (not raised) Failed, so that one broken line costs one record."""
+def unique_keys(pairs: list) -> dict:
+    """The object of these pairs; ValueError if a key stands twice: which of the two was meant?"""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key stands twice")
+    return value
 
-    def unique(pairs: list) -> dict:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice")  # which of the two was meant?
-        return dict(pairs)
 
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+
+
+def parse_json(raw: bytes) -> object:
+    """The value of JSON text, or a Failed (returned: a broken line costs one record)."""
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-        suspect = b"\\ud" in raw or b"\\uD" in raw  # only there can half an emoji be
-        return json.loads(scrub(json.dumps(value, ensure_ascii=False))) if suspect else value
+        value = JSON_DECODER.decode(raw.decode("utf-8"))
+        if b"\\ud" in raw or b"\\uD" in raw:  # only there can half an emoji be
+            value = json.loads(scrub(json.dumps(value, ensure_ascii=False)))
     except UnicodeDecodeError as error:
         return Failed("input", not_utf_8(error))
     except (ValueError, RecursionError) as error:
         return Failed("input", f"not JSON: {error}")
+    return value
 
 
-def scrub(text):
-    """Lone surrogates (half an emoji: no UTF-8, no trainer and no API takes them) -> U+FFFD."""
-    return (
-        text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-        if isinstance(text, str)
-        else text
-    )
+def scrub(text: object) -> object:
+    """A text with U+FFFD for lone surrogates (half an emoji), which no trainer and no API takes."""
+    if not isinstance(text, str):
+        return text
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+# --- tables
 
 
 def table_rows(file, delimiter: str):
-    """CSV or TSV with a header; the line is that of the row's end. An open quote costs the lines it spans."""
+    """Yield (line of the row's end, row or Failed) of a CSV or TSV file with a header."""
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     header = text.readline()
-    delimiter = (
-        ";" if ";" in header and delimiter not in header else delimiter
-    )  # Excel, in much of Europe
-    reader = csv.reader(itertools.chain([header], text), delimiter=delimiter, strict=True)
-    names, cells = next(reader, []), []
+    skipped = 0
+    excel_line = re.fullmatch(r'"?sep=(.)"?\s*', header)  # which delimiter Excel is to use
+    if excel_line:
+        delimiter = excel_line[1]
+        header = text.readline()
+        skipped = 1
+    elif delimiter not in header:  # a semicolon is Excel's in much of Europe
+        delimiter = next((sign for sign in ";\t" if sign in header), delimiter)
+    quoting = csv.QUOTE_MINIMAL
+    if delimiter == "\t" and has_bare_quotes(text, skipped):
+        quoting = csv.QUOTE_NONE
+    lines = itertools.chain([header], text)
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    names = next(reader, [])
     if max(Counter(filter(None, names)).values(), default=1) > 1:
         raise csv.Error("a name stands twice in its header")
-    while cells is not None:
+    for line, cells in table_cells(reader, skipped):
+        if isinstance(cells, list) and len(cells) > len(names):
+            cells = Failed("input", "more cells than the header has")
+        if isinstance(cells, list):
+            cells = dict(itertools.zip_longest(names, cells))
+        yield line, cells
+
+
+def table_cells(reader, skipped: int):
+    """Yield (line, cells or Failed) of filled rows. An open quote costs the lines it spans."""
+    while True:
         start = reader.line_num + 1
         try:
             cells = next(reader, None)
-            filled = any(map(str.strip, cells or []))
-            if filled and len(cells) > len(names):
-                yield reader.line_num, Failed("input", "more cells than the header has")
-            elif filled:
-                yield reader.line_num, dict(itertools.zip_longest(names, cells))
         except csv.Error as error:
-            lines = f"lines {start} to {reader.line_num}"
-            yield (
-                reader.line_num,
-                Failed("input", f"not a table row: {error}; check the quotes of {lines}"),
-            )
+            end = reader.line_num + skipped
+            lines = f"lines {start + skipped} to {end}"
+            yield end, Failed("input", f"not a table row: {error}; check the quotes of {lines}")
+            continue
+        if cells is None:
+            return
+        if any(cell.strip() for cell in cells):
+            yield reader.line_num + skipped, cells
+
+
+def has_bare_quotes(text: io.TextIOWrapper, skipped: int) -> bool:
+    """Whether the quotes of a TSV file belong to its texts. Leaves the file after its header.
+
+    Then they do not balance, none is doubled, and all lines have the same number of cells."""
+    text.seek(0)
+    counts = {line.count("\t") for line in itertools.islice(text, skipped, None) if line.strip()}
+    text.seek(0)
+    doubled = any('""' in line for line in text)
+    text.seek(0)
+    is_balanced = True
+    try:
+        for _ in csv.reader(text, delimiter="\t", strict=True):
+            pass
+    except csv.Error:
+        is_balanced = False
+    text.seek(0)
+    for _ in range(skipped + 1):
+        text.readline()
+    return not is_balanced and not doubled and len(counts) == 1
+
+
+# --- Parquet
+
+
+def parquet_rows(file):
+    """Yields (row number, row) of a Parquet file, one row group after the other; needs pyarrow."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("a Parquet file, which needs pyarrow: pip install pyarrow") from None
+    count = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                count += 1
+                yield count, plain_value(row)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"cannot be read ({cause[0]})") from None
+
+
+def plain_value(value: object) -> object:
+    """A value of a Parquet file as JSON would hold it: NaN is null, a date is its ISO text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return {name: plain_value(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(part) for part in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, bytes):  # texts of old writers
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if isinstance(value, bool | int | bytes | None):
+        return value
+    return number(value) if number(value) is not None else str(value)  # Decimal; a duration
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1755,7 +2575,7 @@ LOOSE_WINNERS = ("comparison", "preference", "preferred", "better", "best", "pre
 LOOSE_WINNERS += ("better_response", "best_response", "human_preference", "label")
 LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers")
 LISTS += ("summaries", "replies", "output")
-LIST_NAMES = {*LISTS, *LIST_FIELDS, "models", "generation_models"}
+LIST_NAMES = {*LISTS, *LIST_FIELDS, "models", "generation_models"} - {"output"}
 TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
 SUFFIXED = re.compile(
     "(response|answer|output|completion|generation|human_ref|summary|text|candidate|回答|答案|回复)"
@@ -1769,9 +2589,6 @@ READY = (
 )
 FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
 EMPTY = (None, "", [])
-TRUE = ("true", "1", "1.0", "yes", "good", "correct", "right", "desirable", "chosen", "是", "对")
-FALSE = ("false", "0", "0.0", "-1", "no", "bad", "incorrect", "wrong", "undesirable", "rejected")
-FALSE += ("-1.0", "否", "错")
 TIE = re.compile(
     "tie|draw|both|neither|equal|same|no difference|平局|平手|持平|打平|都|两者|一样|相同|不分"
 )
@@ -1808,21 +2625,12 @@ def is_true(value) -> bool:
     return str(value).strip().lower() in ("true", "1", "1.0")
 
 
-def has_turns(value) -> bool:
-    """True for a list of turns, each an object with a role."""
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
-
-
 def ready_side(value):
     """One side of a ready pair -> its turns, its text, or its list of texts."""
     if isinstance(value, str):
-        cell = unpacked(value)
-        turns = [cell] if isinstance(cell, dict) else cell
-        return human_turns(value) or (turns if has_turns(turns) else value)
+        return human_turns(value) or value
     items = [value] if isinstance(value, dict) else value
-    if has_turns(items) or not isinstance(items, list) or not items:
+    if is_turns(items) or not isinstance(items, list) or not items:
         return items
     texts = [item_text(item) for item in items]
     return texts[0] if len(texts) == 1 else texts
@@ -1831,9 +2639,9 @@ def ready_side(value):
 def ready_texts(row: dict, names: tuple) -> dict:
     """Two sides that are turns -> texts, and the prompt if they repeat it (HH-RLHF, TRL)."""
     sides = {name: ready_side(row.get(name)) for name in names}
-    if not any(map(has_turns, sides.values())):
+    if not any(map(is_turns, sides.values())):
         return sides if None not in sides.values() else {}
-    if not all(map(has_turns, sides.values())):
+    if not all(map(is_turns, sides.values())):
         return {}
     turns = [message(turn) for side in sides.values() for turn in side]
     if turns[0]["role"] != "assistant":
@@ -1855,25 +2663,15 @@ def swift_pair(row: dict) -> dict:
     if isinstance(row.get("response"), str):
         return ready_pair(row["response"], row["rejected_response"])
     turns = row.get("messages") or row.get("conversations")
-    if not has_turns(turns) or message(turns[-1])["role"] != "assistant":
+    if not is_turns(turns) or message(turns[-1])["role"] != "assistant":
         return {}
     return ready_pair(message(turns[-1])["content"], row["rejected_response"])
 
 
 def message_pair(row: dict) -> dict:
     """LLaMA-Factory v1 `chosen_messages`, ms-swift `messages`, each beside `rejected_messages`."""
-    sides = []
-    for name in ("chosen_messages", "rejected_messages"):
-        turns = row.get(name) or row.get("messages")
-        sides.append([turn | {"content": text_parts(turn.get("content"))} for turn in turns])
-    return ready_pair(*sides)
-
-
-def text_parts(content):
-    """A turn's content; LLaMA-Factory v1 names the text of a part `value`."""
-    if not isinstance(content, list):
-        return content
-    return [part | {"text": part.get("text", part.get("value"))} for part in content]
+    better = row.get("chosen_messages") or row.get("messages")
+    return ready_pair(better, row["rejected_messages"])
 
 
 def best_and_worst(row: dict) -> dict:
@@ -2004,7 +2802,7 @@ class ChoiceNumbers:
         for row in self.rows:
             if isinstance(row, dict):
                 with contextlib.suppress(Failed, *JUNK):
-                    self.add(unpacked_lists(plain_names(row)))
+                    self.add(plain_row(row))
 
     def add(self, row: dict):
         """Note the numbers of one row."""
@@ -2067,32 +2865,19 @@ def fold_spaces(text) -> str:
     return " ".join(text.split()) if isinstance(text, str) else ""
 
 
-def trim(text: str) -> str:
-    """An answer without blank lines around it; an indented first line keeps its indentation."""
-    if not text[:1].isspace():
-        return text.rstrip()
-    text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text).rstrip()
-    return text if re.match(r"\t|  ", text) else text.strip()
-
-
-def unpacked(value):
-    """The list or object that a table's cell holds, as JSON or as Python text; else the value."""
-    if not isinstance(value, str) or value[:1] not in ("[", "{") or len(value) > 1_000_000:
-        return value
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(value)
-    if re.match(r"\[?\s*(\{\s*'|'|\"|True|False|None)", value):  # what pandas writes of a list
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return ast.literal_eval(value)
-    return value
+def plain_row(row: dict) -> dict:
+    """The row as add_answers knows it: plain names, lists in place of their text."""
+    return unpacked_lists(plain_names(with_parsed_turns(with_plain_names(row))))
 
 
 def unpacked_lists(row: dict) -> dict:
-    """The row, with lists in place of the cells that hold them."""
+    """The row, with lists in place of the cells that hold their text."""
     cells = {}
     for name, value in row.items():
         if isinstance(value, str) and value[:1] == "[" and name in LIST_NAMES:
-            cells[name] = unpacked(value)
+            items = parsed_text(value)
+            if isinstance(items, list):
+                cells[name] = items
     return row | cells if cells else row
 
 
@@ -2104,11 +2889,11 @@ def quantity(value) -> float | None:
 
 
 def flag(value) -> float | None:
-    """1.0 for true and its spellings, 0.0 for false and its spellings, None for the rest."""
+    """1.0 for true and the labels of good answers, 0.0 for those of bad ones, None for the rest."""
     text = str(value).strip().lower()
-    if text in TRUE:
+    if text in GOOD_LABELS:
         return 1.0
-    return 0.0 if text in FALSE else None
+    return 0.0 if text in BAD_LABELS else None
 
 
 def item_text(item):
@@ -2165,7 +2950,7 @@ def answers_of(answers: AnswerSet) -> list[Answer]:
     made = []
     for text, model in zip(answers.texts, models, strict=True):
         text = text_of({"answer": text}, "answer")
-        made.append(Answer(trim(text), str(model or "")))
+        made.append(Answer(strip_blank_lines(text), str(model or "")))
     return made
 
 
@@ -2722,9 +3507,9 @@ def single_answer(row) -> tuple[list[dict], dict] | None:
     if not answer:
         return None
     with contextlib.suppress(Failed, *JUNK):
-        row = plain_names(row)
+        row = plain_row(row)
         text = single_text(row)
-        records = [] if answer_sets(unpacked_lists(row)) or not text else parse_row(row)
+        records = [] if answer_sets(row) or not text else parse_row(row)
         if len(records) == 1:
             answer |= {"text": text, "model": row.get("model")}
             return records[0].messages, answer
@@ -2735,12 +3520,12 @@ def single_text(row: dict) -> str:
     """The one answer of a row, a field or the last turn of its messages; "" if there is not one."""
     texts = [row[name] for name in ONE_ANSWER if row.get(name)] or [row.get("answer")]
     turns = row.get("messages") or row.get("conversations")
-    if has_turns(turns) and message(turns[-1])["role"] == "assistant":
+    if is_turns(turns) and message(turns[-1])["role"] == "assistant":
         texts = [message(turns[-1])["content"]]
     if len(texts) != 1:
         return ""
     [text] = texts
-    if has_turns(text) and len(text) == 1:
+    if is_turns(text) and len(text) == 1:
         text = message(text[0])["content"]
     return text if isinstance(text, str) else ""
 
@@ -4547,7 +5332,7 @@ class Annotations:
     """What people say about pairs: read from files, applied by `decide`, summed up by `numbers`."""
 
     def __init__(self, paths: list):
-        """Raises UserError for a file that cannot be read or holds no verdict."""
+        """Raise UserError for a file that cannot be read or holds no verdict."""
         self.problems = []  # one-line messages: broken lines and double verdicts
         self.said = defaultdict(
             dict
@@ -4866,7 +5651,7 @@ def show(text: str):
 
 
 def records_of(path: str, run: Run):
-    """Yields (line, Record or Failed): the input, with repeated and excluded prompts marked as failed."""
+    """Yield (line, Record or Failed): the input, with repeated and excluded prompts marked as failed."""
     seen, limit = Hashes(), run.args.max_samples if run.args.max_samples >= 0 else None
     records = read_records(path, dict(run.args.rename), run.reads_answers, run.numbers)
     for line, record in itertools.islice(records, limit):
@@ -5586,11 +6371,6 @@ def check_paths(args):
     for path in inputs:
         wrong = "is no file" if os.path.exists(path) else f"no such file{nearest(path)}"
         refuse(not os.path.isfile(path), f"{path}: {wrong}")
-        other = re.search(r"\.(xlsx?|parquet|arrow|docx?|pdf|zip)$", path, re.I)
-        refuse(
-            other,
-            f"{path}: {other and other[0]} is not read; .jsonl .json .csv .tsv are, each also .gz",
-        )
     inputs += args.rubric[:1] if args.rubric else []
     target = args.output_path
     refuse(not re.search(r"[^/\\]\.jsonl?$", target), f"--output-path {target}: name a .jsonl file")
@@ -5634,47 +6414,65 @@ def nearest(path: str) -> str:
     return f"; did you mean {known[near[0]]}?" if near else ""
 
 
-def check_input(path: str, run: Run):
-    """The first 20 records say whether this file can work at all; raises UserError if not."""
-    args, name = run.args, "stdin" if run.args.input_file == "-" else run.args.input_file
-    rename = dict(args.rename)
+def check_input(path: str, run: Run) -> None:
+    """Raise UserError if the first 20 records show that this file cannot work; note fields not used."""
+    name = "stdin" if run.args.input_file == "-" else run.args.input_file
+    rename = dict(run.args.rename)
     run.numbers = ChoiceNumbers(row for _, row in renamed_rows(path, rename))
     records = read_records(path, rename, run.reads_answers, run.numbers)
     first = list(itertools.islice(records, 20))
-    refuse(not first, f"{name}: holds no record")
-    rows = (row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict))
-    fields = dict.fromkeys(itertools.chain.from_iterable(rows))
-    for old, new in args.rename:
-        refuse(
-            old not in fields,
-            f"--rename {old}={new}: no {old!r} among the fields: {', '.join(fields):.200}",
-        )
+    if not first:
+        raise UserError(f"{name}: holds no record")
+    rows = [row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict)]
+    fields = ", ".join(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    for old, new in run.args.rename:
+        if not any(old in row for row in rows):
+            raise UserError(f"--rename {old}={new}: no {old!r} among the fields: {fields:.200}")
     good = [record for _, record in first if isinstance(record, Record)]
     if not good:
         line, failed = first[0]
-        ranked = (
-            "lists of answers with `scores`, `ranks` or `order`; objects with `score` or `rank`; "
-        )
-        ranked += "`response_a`, `response_b` with `score_a` or `winner`; `chosen` and `rejected`"
-        shapes = "; ".join([*map(first_line, INPUTS.values()), *[ranked] * run.reads_answers])
-        strange = re.match("no known|no answers|not a record|not JSON", failed.reason)
-        hint = f". Accepted: {shapes}. Other fields: --rename OLD=NEW" if strange else ""
-        raise UserError(f"{name}:{line}: {failed.reason}{hint}")
-    needy = any(model.provider == "offline" and model.name != "heuristic" for model in run.asked())
-    bare = needy and not any(record.reference for record in good)
-    refuse(
-        bare,
-        f"{name}: no record has an answer, which offline models need: name a provider's models",
+        raise UserError(f"{name}:{line}: {failed.reason}{shapes_hint(failed.reason, run)}")
+    needs_references = any(
+        model.provider == "offline" and model.name != "heuristic" for model in run.asked()
     )
-    if args.exclude_prompts:
-        others = read_records(args.exclude_prompts)
-        run.excluded = {
-            key for _, other in others if isinstance(other, Record) for key in prompt_hashes(other)
-        }
-        refuse(
-            not run.excluded,
-            f"--exclude-prompts {args.exclude_prompts}: no record in it is recognised",
+    if needs_references and not any(record.reference for record in good):
+        raise UserError(
+            f"{name}: no record has an answer, which offline models need (one that a label or a "
+            "score may call bad does not count): name a provider's models"
         )
+    unused = unused_fields(rows, rename, run.reads_answers)
+    if unused:
+        more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
+        names = ", ".join(unused[:8]) + more
+        note(f"fields not used: {names}; --rename OLD=NEW says what a field means")
+    if run.args.exclude_prompts:
+        run.excluded = excluded_prompts(run.args.exclude_prompts)
+
+
+def shapes_hint(reason: str, run: Run) -> str:
+    """The shapes of records that this run reads, where `reason` says that a row has another one."""
+    if not re.match("no known|no answers|not a record|not JSON|not a history", reason):
+        return ""
+    shapes = [first_line(adapter) for adapter in INPUTS.values()]
+    if run.reads_answers:
+        shapes += [
+            "lists of answers with `scores`, `ranks` or `order`",
+            "objects with `score` or `rank`",
+            "`response_a`, `response_b` with `score_a` or `winner`",
+            "`chosen` and `rejected`",
+        ]
+    return f". Accepted: {'; '.join(shapes)}. Other fields: --rename OLD=NEW"
+
+
+def excluded_prompts(path: str) -> set[int]:
+    """The hashes of the prompts of a file (see `prompt_hashes`)."""
+    hashes: set[int] = set()
+    for _, record in read_records(path):
+        if isinstance(record, Record):
+            hashes |= prompt_hashes(record)
+    if not hashes:
+        raise UserError(f"--exclude-prompts {path}: no record in it is recognised")
+    return hashes
 
 
 def main(argv: list[str] | None = None) -> int:
