@@ -42,10 +42,12 @@ The one flow: read_records -> method(record, run) -> pairs -> filters -> output 
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import atexit
 import base64
 import bisect
+import bz2
 import contextlib
 import copy
 import csv
@@ -63,6 +65,7 @@ import inspect
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import random
@@ -81,7 +84,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from array import array
-from collections import Counter, defaultdict, deque, namedtuple
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -205,6 +208,8 @@ class Record:
     signal: str = ""
     # Width of the signal's range in points; 0 if unknown.
     scale: float = 0.0
+    # Without a signal: the --rename of fields that look like one.
+    signal_hint: str = ""
     # Line of the input file, from 1 (in a JSON array: the item).
     line: int = 0
     # What the report counts, e.g. "no correct answer".
@@ -385,187 +390,803 @@ def number(value: object) -> float | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# §2 INPUTS: from_conversation, from_instruction, from_prompt; parse_row, read_records
+# §2 INPUTS: from_conversation, from_turns, from_instruction, from_prompt; parse_row, read_records
+# In: rows (dicts) of §8. Out: Records, or Failed("input", reason) for a row that cannot be used.
+# Called by records_of (§16) and check_input (§17).
 # --------------------------------------------------------------------------------------------------
 
-# EDIT HERE to read another format: row (a dict) -> records, or None if the row is not of this shape.
+# EDIT HERE to read another format: a function row (a dict) -> records, or None for other shapes.
+# Field names arrive in lower case. A bug in such a function stops the run and is printed.
 
 ROLES = {
     "system": "system",
     "developer": "system",
+    "系统": "system",
     "user": "user",
     "human": "user",
     "prompter": "user",
+    "用户": "user",
 }
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant")
-PROMPT_FIELDS = ("prompt", "question", "query", "text")
-REFERENCE_FIELDS = ("output", "completion", "answer", "response", "reference")
+ASSISTANTS = (
+    "assistant",
+    "gpt",
+    "chatgpt",
+    "bing",
+    "bard",
+    "model",
+    "bot",
+    "chatbot",
+    "ai",
+    "助手",
+)
+ROLES |= dict.fromkeys(ASSISTANTS, "assistant")
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
+
+# What a row may hold beside a list of turns or a prompt, and what becomes of it:
+#   system, system_prompt, system_message    a system turn before all others
+#   history                                  the turns before the prompt (see read_history)
+#   input, context, passage, article         after the prompt, with a blank line between
+#   choices, options; columns A, B, C ...    after these, one a line: "A. text"
+#   output, completion, answer ...           the reference, if no label or score may call it bad
+TURN_FIELDS = ("messages", "conversations", "conversation")
+PROMPT_FIELDS = ("prompt", "question", "query", "problem", "text", "input")
+SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
+CONTEXT_FIELDS = ("input", "context", "passage", "article")
+CHOICE_FIELDS = ("choices", "options")
+REFERENCE_FIELDS = (
+    "output",
+    "completion",
+    "answer",
+    "response",
+    "reference",
+    "solution",
+    "answerkey",
+)
+NOT_TEXT_FIELDS = {  # a field that is filled -> what the row holds beside text
+    "images": "images",
+    "image": "images",
+    "videos": "videos",
+    "video": "videos",
+    "audios": "audio",
+    "audio": "audio",
+    "tools": "tools",
+    "functions": "tools",
+}
+# What an empty cell looks like after pandas, SQL, CSV and Alpaca's <noinput>.
+MISSING = {"", "nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "[]", "{}"}
+MISSING |= {"<noinput>", "<nooutput>"}
 
 
 @register(INPUTS)
 def from_conversation(row: dict) -> list[Record] | None:
-    """`messages` (OpenAI), `conversations` (ShareGPT): all turns are kept, a last answer is the reference"""
-    nested = row["input"].get("messages") if isinstance(row.get("input"), dict) else None
-    turns = row.get("messages") or row.get("conversations") or nested
-    return [conversation(turns, row)] if isinstance(turns, list) else None
+    """`messages` (OpenAI), `conversations` (ShareGPT): all turns; a last answer is the reference"""
+    for name in TURN_FIELDS:
+        if is_filled_list(row.get(name)):
+            return [conversation(row[name], row)]
+    nested = row.get("input")
+    if isinstance(nested, dict) and is_filled_list(nested.get("messages")):
+        return [conversation(nested["messages"], row)]
+    for name in ("input", "context"):
+        if is_turns(row.get(name)) and not row.get("prompt"):
+            return [conversation(row[name], row)]
+    return None
+
+
+@register(INPUTS)
+def from_turns(row: dict) -> list[Record] | None:
+    """`turns` (MT-Bench, Arena-Hard): the first turn is the prompt, the later ones are left out"""
+    turns = row.get("turns")
+    if not is_filled_list(turns):
+        return None
+    if is_turns(turns):
+        return [conversation(turns, row)]
+    first = turns[0].get("content") if isinstance(turns[0], dict) else turns[0]
+    if not isinstance(first, str):
+        raise Failed("input", f"not a text: `turns` holds a {type(first).__name__}")
+    return [prompt_record(first, row)]
 
 
 @register(INPUTS)
 def from_instruction(row: dict) -> list[Record] | None:
-    """`instruction` and `input`, `output` (Alpaca, few-shot), or `instances` of both (Self-Instruct)"""
-    if not text_of(row, "instruction"):
+    """`instruction`, `input`, `output` (Alpaca, few-shot), or `instances` (Self-Instruct)"""
+    instruction = text_of(row, "instruction")
+    if not instruction:
         return None
-    listed = row["instances"] if isinstance(row.get("instances"), list) else [row]
-    records = []
-    for one in [one for one in listed if isinstance(one, dict)] or [{}]:
-        asked = "\n\n".join(
-            filter(None, (row["instruction"].strip(), text_of(one, "input").strip()))
-        )
-        turns = [*chat(row.get("history") or []), {"role": "user", "content": asked}]
-        records.append(conversation(turns, row | one))
-    return records
+    instances = row.get("instances")
+    if not isinstance(instances, list):
+        return [prompt_record(instruction, row)]
+    instances = [instance for instance in instances if isinstance(instance, dict)]
+    return [prompt_record(instruction, row | instance) for instance in instances or [{}]]
 
 
 @register(INPUTS)
 def from_prompt(row: dict) -> list[Record] | None:
-    """`prompt`, `question`, `query`, `text`: a string or a list of messages; `answer` is the reference"""
-    said = next((row[name] for name in PROMPT_FIELDS if row.get(name)), None)
-    if isinstance(said, str):
-        said = human_turns(said) or [{"role": "user", "content": said}]
-    return [conversation(said, row)] if isinstance(said, list) else None
+    """`prompt`, `question`, `query`, `text`: a string or messages; `answer` is the reference"""
+    prompt = None
+    for name in PROMPT_FIELDS:
+        value = row.get(name)
+        if value and (prompt is None or is_missing(prompt)):  # a lone "None" may well be asked
+            prompt = value
+    if isinstance(prompt, str):
+        return [prompt_record(prompt, row)]
+    if isinstance(prompt, list):
+        return [conversation([*read_history(row), *prompt], row)]
+    return None
+
+
+def prompt_record(prompt: str, row: dict) -> Record:
+    """The record of a prompt that is a text: its history, then prompt and context as one turn."""
+    turns = template_turns(prompt) or human_turns(prompt)
+    if not turns:
+        parts = [prompt, *context_texts(row, prompt), *choice_lines(row, prompt)]
+        turns = [{"role": "user", "content": "\n\n".join(map(strip_blank_lines, parts))}]
+    return conversation([*read_history(row), *turns], row)
 
 
 def conversation(turns: list, row: dict) -> Record:
-    """Turns, after the row's `system` -> Record; its reference is their last answer, or the row's own."""
+    """The record of a list of turns and the row's system prompt; a last answer is the reference."""
     messages = [message(turn) for turn in turns]
-    if text_of(row, "system") and messages[:1] and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    answered = bool(messages) and messages[-1]["role"] == "assistant"
-    known = [
-        messages.pop()["content"] if answered else "",
-        *(row.get(name) for name in REFERENCE_FIELDS),
-    ]
+    if messages and messages[0]["role"] != "system":
+        system = first_text(row, SYSTEM_FIELDS)
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+    answer = ""
+    if messages and messages[-1]["role"] == "assistant":
+        answer = messages.pop()["content"]
     if not messages or messages[-1]["role"] != "user":
         raise Failed("input", "the conversation has no user turn to answer")
-    bad = str(row.get("label")).strip().lower() in ("false", "0", "0.0")  # a KTO row
-    good = [] if bad else [text.strip() for text in known if isinstance(text, str) and text.strip()]
-    return Record(messages, next(iter(good), ""))
+    for turn in messages:
+        check_text_only(turn["content"])
+        if has_template_mark(turn["content"]):
+            raise Failed("input", "prompt holds chat-template tokens")
+    reference = reference_of(row, answer)
+    check_text_only(reference)
+    return Record(messages, reference)
 
 
-def message(turn) -> dict:
-    """An OpenAI or ShareGPT turn -> {"role", "content"}; raises Failed for tool turns and pictures."""
+# --- the parts of a conversation
+
+
+def message(turn: object) -> dict:
+    """An OpenAI or ShareGPT turn as {"role", "content"}; raises Failed for what is no text."""
     name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
-    if not isinstance(name, str) or name.lower() not in ROLES:
+    if not isinstance(name, str):
+        raise Failed("input", f"unknown role: none in a turn (known: {', '.join(ROLES)})")
+    role = ROLES.get(name.strip().lower())
+    if role is None:
+        if name.lower() in TOOL_ROLES:
+            raise Failed("input", f"not a text: tools (a turn of the role {name!r})")
         raise Failed("input", f"unknown role: {name!r} (known: {', '.join(ROLES)})")
-    role, said = ROLES[name.lower()], turn.get("content", turn.get("value"))
-    parts = said if isinstance(said, list) else [{"type": "text", "text": said}]
-    texts = [
-        part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"
-    ]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        raise Failed("input", f"not a text: a {role} turn holds a {type(said).__name__}")
-    return {"role": role, "content": "\n".join(texts).strip()}
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise Failed("input", "not a text: tools (a turn calls one)")
+    content = first_value(turn, ("content", "value", "text"))
+    if isinstance(content, list):
+        content = "\n".join(part_text(part, role) for part in content)
+    if not isinstance(content, str):
+        raise Failed("input", f"not a text: a {role} turn holds a {type(content).__name__}")
+    return {"role": role, "content": strip_blank_lines(content)}
+
+
+def part_text(part: object, role: str) -> str:
+    """The text of one part of a turn's content: `{"type": "text", "text": ...}` or a string."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("text", "input_text", "output_text"):
+        text = first_value(part, ("text", "value"))
+        if isinstance(text, str):
+            return text
+    if isinstance(kind, str) and "image" in kind:
+        raise Failed("input", "not a text: images")
+    raise Failed("input", f"not a text: a {role} turn holds a part that is no text")
+
+
+def first_of(values) -> object:
+    """The first value that is not empty; None if there is none."""
+    return next(filter(None, values), None)
+
+
+def first_value(row: dict, names: tuple) -> object:
+    """The first value of these fields that is not null; None if there is none."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    return None
+
+
+def is_filled_list(value: object) -> bool:
+    """Whether the value is a list that holds something."""
+    return isinstance(value, list) and len(value) > 0
+
+
+def is_turns(value: object) -> bool:
+    """Whether the value is a list of objects with `role` or `from`, the turns of a conversation."""
+    if not is_filled_list(value):
+        return False
+    return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def strip_blank_lines(text: str) -> str:
+    """The text without blank lines around it and space at its end; its first line stays indented.
+
+    A single space before the first word, which completions have, is removed."""
+    text = text.rstrip()
+    if not text[:1].isspace():
+        return text
+    text = BLANK_START.sub("", text)
+    return text[1:] if text[:1] == " " and not text[1:2].isspace() else text
+
+
+BLANK_START = re.compile(r"\A(?:\s*\n)?")
+
+
+def is_missing(value: object) -> bool:
+    """Whether a field holds nothing: null, NaN or a spelling of it in a cell, an empty list."""
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return len(value) < 12 and value.strip() in MISSING
+    if isinstance(value, float):
+        return math.isnan(value)
+    if isinstance(value, dict):  # {"bytes": null, "path": null}: an empty picture of a Parquet file
+        return all(part is None for part in value.values())
+    return value == []
 
 
 def text_of(row: dict, name: str) -> str:
     """The field as text, "" if it is missing or blank; raises Failed if it holds anything else."""
     value = row.get(name)
-    if not isinstance(value, str | None):
-        raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
-    return value if value and value.strip() else ""
+    if isinstance(value, str):
+        return value if value and not value.isspace() else ""
+    if is_missing(value):
+        return ""
+    raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
 
 
-def chat(exchanges: list) -> list[dict]:
+def optional_text(row: dict, name: str) -> str:
+    """The text of an optional field, "" where it is missing (see `is_missing`)."""
+    return "" if is_missing(row.get(name)) else strip_blank_lines(text_of(row, name))
+
+
+def first_text(row: dict, names: tuple) -> str:
+    """The text of the first of these optional fields that is filled, "" if none is."""
+    for name in names:
+        if name in row and optional_text(row, name):
+            return optional_text(row, name)
+    return ""
+
+
+def context_texts(row: dict, prompt: str) -> list[str]:
+    """The texts beside a prompt, in the order of CONTEXT_FIELDS; a list of passages is joined."""
+    texts = []
+    for name in CONTEXT_FIELDS:
+        value = row.get(name)
+        if value is None or value == prompt or is_missing(value):
+            continue
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            value = "\n\n".join(value)
+        if name == "input" or isinstance(value, str):
+            texts.append(text_of({name: value}, name))
+    return texts
+
+
+def choice_lines(row: dict, prompt: str) -> list[str]:
+    """A question's choices as one text of lines "A. text"; [] if none or if the prompt has them."""
+    choices = first_value(row, CHOICE_FIELDS)
+    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
+        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
+    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
+        return []
+    labels, texts = labels_and_texts(choices)
+    if not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
+        return []
+    if all(str(text) in prompt for text in texts):
+        return []
+    lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=False)]
+    return ["\n".join(lines)]
+
+
+def labels_and_texts(choices: dict | list) -> tuple[list, list]:
+    """The labels and the texts of choices: a list, {"A": text}, or lists of both (ARC)."""
+    letters = list(string.ascii_uppercase)
+    if isinstance(choices, dict):
+        texts = choices.get("text")
+        if not isinstance(texts, list):
+            is_lettered = all(len(str(label)) == 1 for label in choices)
+            return list(choices), list(choices.values()) if is_lettered else [None]
+        labels = choices.get("label")
+        fits = isinstance(labels, list) and len(labels) == len(texts)
+        return (labels if fits else letters), texts
+    if all(isinstance(choice, dict) for choice in choices):
+        labels = [choice.get("label") for choice in choices]
+        return (letters if None in labels else labels), [choice.get("text") for choice in choices]
+    return letters, choices
+
+
+# --- earlier turns: history, chat templates, Human/Assistant texts
+
+HISTORY_SHAPE = 'write [["question", "answer"], ...] or [{"role": "user", "content": "..."}, ...]'
+USER_NAMES = ("user", "human", "question", "query", "prompt", "instruction", "input", "q")
+ASSISTANT_NAMES = ("assistant", "gpt", "bot", "answer", "response", "output", "completion", "a")
+
+
+def read_history(row: dict) -> list[dict]:
+    """The turns before the prompt: pairs, objects or alternating texts, also as JSON text.
+
+    `context` is a history, too, where it is a list of turns; raises Failed for other shapes."""
+    history = row.get("history")
+    if isinstance(history, str) and history == row.get("prompt"):  # SHP's name of its prompt
+        history = None
+    if history is None and is_turns(row.get("context")) and row["context"] is not row.get("prompt"):
+        history = row["context"]
+    if is_missing(history):
+        return []
+    if isinstance(history, str):
+        history = parsed_text(history)
+    if not isinstance(history, list):
+        raise Failed("input", f"not a history: a {type(history).__name__}; {HISTORY_SHAPE}")
+    if all(isinstance(item, str) for item in history):
+        if len(history) % 2:
+            raise Failed("input", f"not a history: a question without answer; {HISTORY_SHAPE}")
+        history = list(zip(history[::2], history[1::2], strict=True))
+    turns = []
+    for item in history:
+        turns += [item] if is_turns([item]) else exchange_turns(item)
+    return turns
+
+
+def exchange_turns(item: object) -> list[dict]:
+    """Two turns of a history: `["question", "answer"]` or `{"question": ..., "answer": ...}`."""
+    texts = item
+    if isinstance(item, dict):
+        texts = [first_value(item, USER_NAMES), first_value(item, ASSISTANT_NAMES)]
+    if not isinstance(texts, list | tuple) or len(texts) != 2:
+        raise Failed(
+            "input", f"not a history: an item is no question with its answer; {HISTORY_SHAPE}"
+        )
+    question, answer = texts
+    if not isinstance(answer, str) or not isinstance(question, str | None):
+        raise Failed("input", f"not a history: an item holds no text; {HISTORY_SHAPE}")
+    turns = chat([(question, answer)])
+    return turns if question else turns[1:]  # a greeting that nobody asked for
+
+
+def chat(exchanges) -> list[dict]:
     """[(question, answer), ...] -> turns."""
-    roles = ("user", "assistant")
-    return [
-        {"role": r, "content": said}
-        for one in exchanges
-        for r, said in zip(roles, one, strict=True)
-    ]
+    turns = []
+    for question, answer in exchanges:
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
+    return turns
 
 
-def human_turns(said: str) -> list[dict]:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...` (HH-RLHF, Nectar) -> turns; [] if it is none."""
-    parts = re.split(r"\n\n(Human|Assistant): ?", said)[1:] if said.startswith("\n\nHuman:") else []
-    return [{"from": who, "value": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
+def human_turns(text: str) -> list[dict]:
+    """The turns of a text that begins with `\\n\\nHuman:` (HH-RLHF) or `### Human:` (Guanaco)."""
+    if text.startswith("\n\nHuman:"):
+        parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
+    elif text.startswith("### Human:"):
+        parts = re.split(r"### (Human|Assistant): ?", text)[1:]
+    else:
+        return []
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [{"from": speaker, "value": content} for speaker, content in pairs]
 
 
-def parse_row(row, with_answers: bool = False) -> list[Record]:
-    """One input row -> its records (usually one), if asked with its answers; raises Failed("input", ...)."""
-    row = {"prompt": row} if isinstance(row, str) else row
+# What opens a turn in ChatML (Qwen), Llama 3, Gemma, Zephyr and Phi, DeepSeek; group: the role.
+TEMPLATE_HEADS = (
+    r"<\|im_start\|> ?(\w+)(?=\s|\Z)",
+    r"<\|start_header_id\|>(\w+)<\|end_header_id\|>",
+    r"<start_of_turn>(\w+)(?=\s|\Z)",
+    r"<\|(system|user|assistant)\|>",
+    r"<｜(User|Assistant)｜>",
+)
+TEMPLATE_HEAD = re.compile("|".join(TEMPLATE_HEADS))
+TEMPLATE_STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>")
+TEMPLATE_ENDS = (
+    "</s>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
+)
+# A prompt with one of these is no plain text: a server would take them for turns.
+TEMPLATE_MARK = re.compile(rf"{TEMPLATE_HEAD.pattern}|<\|im_end\|>|<\|eot_id\|>|\[/?INST\]")
+TEMPLATE_SIGNS = ("<|", "<｜", "<start_of_turn>", "INST]")
+
+
+def has_template_mark(text: str) -> bool:
+    """Whether a server could take something in the text for a mark of its chat template."""
+    if not any(sign in text for sign in TEMPLATE_SIGNS):  # faster than the search
+        return False
+    return TEMPLATE_MARK.search(text) is not None
+
+
+def template_turns(text: str) -> list[dict]:
+    """The turns of a prompt with a chat template; [] if it has none; Failed if it is broken."""
+    if not has_template_mark(text):
+        return []
+    if "[INST]" in text:
+        return inst_turns(text)
+    heads = list(TEMPLATE_HEAD.finditer(text))
+    start = text[: heads[0].start()].strip() if heads else text
+    if start and start not in TEMPLATE_STARTS:
+        raise Failed("input", "prompt holds chat-template tokens")
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    turns = []
+    for head, end in zip(heads, ends, strict=True):
+        content = without_end_marks(text[head.end() : end])
+        turns.append({"role": first_of(head.groups()), "content": content})
+    return without_open_turn(turns)
+
+
+def inst_turns(text: str) -> list[dict]:
+    """The turns of Llama 2's and Mistral's template: `[INST] question [/INST] answer </s>`."""
+    start, *exchanges = text.split("[INST]")
+    turns = []
+    if start.lstrip().removeprefix("<s>").strip():
+        raise Failed("input", "prompt holds chat-template tokens")
+    for exchange in exchanges:
+        question, _, answer = exchange.partition("[/INST]")
+        if not turns and question.lstrip().startswith("<<SYS>>"):
+            system, _, question = question.lstrip().removeprefix("<<SYS>>").partition("<</SYS>>")
+            turns.append({"role": "system", "content": system})
+        answer = without_end_marks(answer.rstrip().removesuffix("<s>"))
+        if "</s>" in answer or "[/INST]" not in exchange:
+            raise Failed("input", "prompt holds chat-template tokens")
+        turns += chat([(question, answer)])
+    return without_open_turn(turns)
+
+
+def without_end_marks(text: str) -> str:
+    """The text of a turn without the marks that end it."""
+    text = text.rstrip()
+    while text.endswith(TEMPLATE_ENDS):
+        for mark in TEMPLATE_ENDS:
+            text = text.removesuffix(mark)
+        text = text.rstrip()
+    return text
+
+
+def without_open_turn(turns: list[dict]) -> list[dict]:
+    """The turns without an empty last one, which a template leaves for the answer."""
+    is_open = bool(turns) and turns[-1]["role"].lower() in ASSISTANTS
+    return turns[:-1] if is_open and not turns[-1]["content"].strip() else turns
+
+
+# --- text or not
+
+
+IMAGE_PLACE = "<(?:image|video|audio)>"
+IMAGE_MARK = re.compile(
+    rf"(?:\A|\n)[ \t]*{IMAGE_PLACE}|{IMAGE_PLACE}[ \t]*(?:\n|\Z)|<img>[^<\n]+</img>"
+)
+TOOL_MARK = re.compile(r"^Action: ?[\w.-]+ *\n+Action Input:", re.M)
+
+
+def check_text_only(text: str) -> None:
+    """Raise Failed for a text with a picture's place (`<image>`) or a tool's call (`Action:`)."""
+    if "<i" in text or "<v" in text or "<a" in text:
+        if IMAGE_MARK.search(text):
+            raise Failed("input", "not a text: images")
+    if "Action Input:" in text and TOOL_MARK.search(text):
+        raise Failed("input", "not a text: tools")
+
+
+def check_fields_only_text(row: dict) -> None:
+    """Raise Failed for a row with pictures, sound or tools beside its texts."""
+    for name in row:
+        if name in NOT_TEXT_FIELDS and not is_missing(row[name]):
+            raise Failed("input", f"not a text: {NOT_TEXT_FIELDS[name]}")
+    if isinstance(row.get("input"), dict) and row["input"].get("tools"):
+        raise Failed("input", "not a text: tools")
+
+
+# --- the reference: a record's own answer, where nothing says that it is bad
+
+THUMB_FIELDS = ("label", "kto_tag", "is_safe", "is_correct", "correct", "desirable", "accepted")
+GOOD_LABELS = """
+    true yes 1 1.0 +1 good desirable chosen accepted positive safe correct like up thumbs_up
+    好 是 正确
+""".split()
+BAD_LABELS = """
+    false no 0 0.0 -1 -1.0 bad undesirable rejected negative unsafe incorrect wrong dislike down
+    thumbs_down 坏 差 否 错误
+""".split()
+# A score of a single answer -> the lowest and highest of a good one; None: the scale is unknown.
+GRADE_FIELDS: dict[str, tuple | None] = {
+    "rating": (4, 5),
+    "helpfulness": (3, 4),
+    "correctness": (3, 4),
+    "fine-grained_score": (4, 5),
+    "overall_score": (8, 10),
+    "score": None,
+    "reward": None,
+    "rm_score": None,
+}
+
+
+def reference_of(row: dict, answer: str) -> str:
+    """The last turn's answer, else the first of REFERENCE_FIELDS; "" if it may be a bad one."""
+    reference = answer
+    for name in REFERENCE_FIELDS:
+        if not reference and name in row:
+            reference = reference_text(row, name)
+    if not reference and isinstance(row.get("answers"), dict):  # SQuAD
+        texts = row["answers"].get("text")
+        reference = texts[0] if is_filled_list(texts) and isinstance(texts[0], str) else ""
+    if not reference or may_be_bad(row):
+        return ""
+    return reference
+
+
+def reference_text(row: dict, name: str) -> str:
+    """The text of a reference field, "" for what is none; a number counts as an `answer`."""
+    value = row.get(name)
+    if name == "reference" and is_filled_list(value):  # MT-Bench: one for each turn
+        value = value[0]
+    if isinstance(value, dict):  # TriviaQA
+        value = value.get("value")
+    if is_missing(value):
+        return ""
+    if isinstance(value, str):
+        return strip_blank_lines(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    has_choices = any(row.get(field) for field in CHOICE_FIELDS)  # then it is an index, from 0 or 1
+    if name != "answer" or not is_number or has_choices or number(value) is None:
+        return ""
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def may_be_bad(row: dict) -> bool:
+    """Whether a label or a score of the row calls its answer bad, or cannot be read."""
+    labels_are_good = not any(label_may_be_bad(row, name) for name in THUMB_FIELDS)
+    scores_are_good = not any(score_may_be_bad(row, name) for name in GRADE_FIELDS)
+    return not (labels_are_good and scores_are_good)
+
+
+def label_may_be_bad(row: dict, name: str) -> bool:
+    """Whether a label calls the row's answer bad; a `label` or `kto_tag` that is unknown may."""
+    value = row.get(name)
+    if value is None or is_missing(value) or (name == "label" and is_class(row)):
+        return False
+    word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    if word in GOOD_LABELS or word in BAD_LABELS:
+        return word in BAD_LABELS
+    is_topic = not row.get("completion") and number(value) is None  # {"label": "geography"}
+    return name in ("label", "kto_tag") and not is_topic
+
+
+def score_may_be_bad(row: dict, name: str) -> bool:
+    """Whether a score of the row's answer is low, or of an unknown scale."""
+    score = number(row.get(name)) if name in row else None
+    if score is None:
+        return False
+    good_scores = GRADE_FIELDS[name]
+    return good_scores is None or not good_scores[0] <= score <= good_scores[1]
+
+
+def is_class(row: dict) -> bool:
+    """Whether the row's number `label` is a class of its `text` (sentiment) and no thumb."""
+    label = row["label"]
+    return "text" in row and not row.get("completion") and not isinstance(label, bool)
+
+
+# --- rows
+
+
+@functools.lru_cache(maxsize=10_000)
+def plain_name(name: str) -> str:
+    """A field's name as the functions above know it: `Instruction` -> `instruction`.
+
+    A last letter that tells answers apart stays: `score_A`, `responseA`, `A`."""
+    name = name.strip()
+    keeps_last = re.search(r"(?:\A|_|[a-z])[A-Z]\Z", name)
+    return name[:-1].lower() + name[-1] if keeps_last else name.lower()
+
+
+def with_plain_names(row: dict) -> dict:
+    """The row with plain names; a name that the row has already stays as it is."""
+    if list(map(plain_name, row)) == list(row):
+        return row
+    renamed: dict = {}
+    for name, value in row.items():
+        plain = plain_name(name)
+        renamed[name if plain in row or plain in renamed else plain] = value
+    return renamed
+
+
+# Fields that may hold a list of turns as text, in a CSV cell or a dump. (`history` reads its own.)
+JSON_FIELDS = {"context", "chosen", "rejected", "conversation_a", "conversation_b"}
+JSON_FIELDS |= {*TURN_FIELDS, *PROMPT_FIELDS}
+LOOKS_LIKE_TURNS = re.compile(
+    r"""\s*(?:\[\s*)?\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]"""
+)
+BROKEN_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from)['"].*\]\s*""", re.S)
+
+
+def with_parsed_turns(row: dict) -> dict:
+    """The row with lists of turns in place of their JSON (or Python) text."""
+    for name, value in row.items():
+        if name not in JSON_FIELDS or not isinstance(value, str):
+            continue
+        if not LOOKS_LIKE_TURNS.match(value):
+            continue
+        turns = parsed_text(value)
+        if isinstance(turns, dict) and len(turns) > 1:
+            turns = [turns]
+        if is_turns(turns):
+            row = row | {name: turns}
+        elif turns is None and BROKEN_TURNS.fullmatch(value):
+            raise Failed("input", f"`{name}` looks like a list of turns but is no JSON")
+    return row
+
+
+def parsed_text(text: str) -> object:
+    """The value of JSON text or of a Python literal (pandas writes it in CSV cells), else None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def parse_row(row: object, with_answers: bool = False, numbers=None) -> list[Record]:
+    """The records of a row (usually one), if asked with its answers; raises Failed.
+
+    numbers: the ChoiceNumbers of the row's file; None for a row alone."""
+    if isinstance(row, str):
+        row = {"prompt": row}
+    elif is_turns(row):
+        row = {"messages": row}
     if not isinstance(row, dict):
         raise Failed("input", f"not a record: a {type(row).__name__} instead of an object")
-    for sign, in_plain_names in DATA_SETS.items():
-        row = row | in_plain_names(row) if row.get(sign) is not None else row
-    records = next(filter(None, (call_adapter(name, row) for name in INPUTS)), None)
-    if records is None:
-        blank = any(
-            not str(row.get(name, "?") or "").strip() for name in ("instruction", *PROMPT_FIELDS)
-        )
-        known = f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
-        raise Failed("input", "empty prompt" if blank else known)
+    row = with_parsed_turns(with_plain_names(row))
+    check_fields_only_text(row)
+    row = known_data_set(row)
+    records = adapt(row)
+    if not records:
+        raise Failed("input", why_unknown(row))
     if any(not record.messages[-1]["content"] for record in records):
         raise Failed("input", "empty prompt")
     if with_answers:
-        try:
-            add_answers(records[0], row)
-        except Failed as error:
-            error.record = records[0]
-            raise
+        add_row_answers(records[0], row, numbers)
     return records
 
 
-def call_adapter(name: str, row: dict) -> list[Record] | None:
-    """The records that an adapter of INPUTS makes of a row; raises PartError for a bug in its lines.
-
-    What the functions that it calls raise comes from junk in the row, and costs this record alone."""
-    adapter = INPUTS[name]
-    part = f"the input adapter `{adapter.__name__}`"
-    try:
-        records = adapter(row)
-    except Failed:
-        raise
-    except Exception as error:
-        frames = traceback.walk_tb(error.__traceback__)
-        names = [frame.f_code.co_name for frame, _ in frames][1:]  # the first is this function
-        in_own_lines = all(name == adapter.__name__ or name.startswith("<") for name in names)
-        if in_own_lines or isinstance(error, NameError):
+def adapt(row: dict) -> list[Record] | None:
+    """The records of the first function of INPUTS that knows the row; PartError for its bugs."""
+    for adapter in INPUTS.values():
+        part = f"the input adapter `{adapter.__name__}`"
+        try:
+            records = adapter(row)
+        except Failed:
+            raise
+        except Exception as error:
             raise broken(part, error) from error
-        raise
-    if records is None:
-        return None
-    if isinstance(records, list) and all(isinstance(record, Record) for record in records):
-        return records
-    raise PartError(f"{part} returned {records!r:.80}, not a list of records or None")
+        if records is None or records == []:
+            continue
+        if isinstance(records, list) and all(isinstance(record, Record) for record in records):
+            return records
+        raise PartError(f"{part} returned {records!r:.80}, not a list of records or None")
+    return None
+
+
+def why_unknown(row: dict) -> str:
+    """Why no function of INPUTS knows the row."""
+    for name in ("instruction", *PROMPT_FIELDS):
+        if name in row and is_missing(row[name]):
+            return "empty prompt"
+        if isinstance(row.get(name), dict | int | float):
+            return f"not a text: `{name}` holds a {type(row[name]).__name__}"
+    return f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
 
 
 # What reading raises where junk is nested in place of a text or a number.
 JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
 
 
-def read_records(path: str, rename: dict = {}, with_answers: bool = False):  # noqa: B006 (never changed)
-    """Yields (line, Record or Failed) for every record of a file, in order, without holding the file."""
+def known_data_set(row: dict) -> dict:
+    """The row with the plain names of §9's DATA_SETS added."""
+    try:
+        return plain_names(row)
+    except JUNK as error:
+        raise Failed("input", f"malformed record: {error}") from None
+
+
+def add_row_answers(record: Record, row: dict, numbers=None) -> None:
+    """Give the record the row's own answers; a Failed that this raises knows the record."""
+    try:
+        add_answers(record, row, numbers)
+        for answer in record.answers:
+            check_text_only(answer.text)
+    except Failed as error:
+        error.record = record
+        raise
+    except JUNK as error:
+        raise Failed("input", f"malformed record: {error}", record=record) from None
+
+
+def renamed_row(row: object, rename: dict) -> object:
+    """The row with --rename applied; raises Failed if two of its fields then have one name."""
+    if not rename or not isinstance(row, dict):
+        return row
+    renamed = {rename.get(name, name): value for name, value in row.items()}
+    if len(renamed) < len(row):
+        raise Failed("input", "--rename: two fields of one name")
+    return renamed
+
+
+def renamed_rows(path: str, rename: dict):
+    """Yield (line, row or Failed) for each row of a file, with --rename applied."""
     for line, row in read_rows(path):
         try:
-            if rename and isinstance(row, dict):
-                named = {rename.get(name, name): value for name, value in row.items()}
-                row = (
-                    named
-                    if len(named) == len(row)
-                    else Failed("input", "--rename: two fields of one name")
-                )
-            records = [row] if isinstance(row, Failed) else parse_row(row, with_answers)
+            yield line, row if isinstance(row, Failed) else renamed_row(row, rename)
         except Failed as error:
-            records = [error]
-        except PartError as error:
-            error.place = f"{path}:{line}"
-            raise
-        except JUNK as error:
-            records = [Failed("input", f"malformed record: {error}")]
+            yield line, error
+
+
+def read_records(path: str, rename: dict | None = None, with_answers: bool = False, numbers=None):
+    """Yield (line, Record or Failed) for each record of a file, in order, one at a time.
+
+    With answers, rows that hold one answer each to the same prompt become one record."""
+    rows = renamed_rows(path, rename or {})
+    numbers = numbers or ChoiceNumbers(row for _, row in renamed_rows(path, rename or {}))
+    for line, row in group_rows(rows) if with_answers else rows:
+        records: list = [row]
+        if not isinstance(row, Failed):
+            try:
+                records = parse_row(row, with_answers, numbers)
+            except Failed as error:
+                records = [error]
+            except PartError as error:
+                error.place = f"{path}:{line}"
+                raise
         for record in records:
             record.line = line
             yield line, record
+
+
+# --- fields that no rule reads
+
+ID_NAME = re.compile(r"(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
+
+
+def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
+    """Names of the filled fields that change nothing in any of these rows when they are left out.
+
+    Ids are not named, nor are labels, which may all be good."""
+    used: set[str] = set()
+    filled: dict[str, None] = {}  # in the order of the file
+    for row in rows:
+        if not isinstance(row, dict):
+            continue
+        result = reading_of(row, rename, with_answers)
+        if result is None:
+            continue
+        for name, value in row.items():
+            if is_missing(value):
+                continue
+            filled[name] = None
+            rest = {key: row[key] for key in row if key != name}
+            if reading_of(rest, rename, with_answers) == result:
+                row = rest
+            else:
+                used.add(name)
+    known = {name for name in filled if plain_name(rename.get(name, name)) in THUMB_FIELDS}
+    return [name for name in filled if name not in used | known and not ID_NAME.fullmatch(name)]
+
+
+def reading_of(row: dict, rename: dict, with_answers: bool) -> list | None:
+    """What a row is read as, to compare; None if it cannot be read."""
+    try:
+        return parse_row(renamed_row(row, rename), with_answers)
+    except Failed:
+        return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1234,6 +1855,8 @@ class Run:
         # Hashes of --exclude-prompts, and how many records met each of its passages.
         self.excluded: set[int] = set()
         self.shared_passages: Counter[str] = Counter()
+        # Whether the input's choices are numbered from 0 or 1; set by check_input.
+        self.numbers: ChoiceNumbers | None = None
         self.annotations = Annotations(args.annotations) if args.annotations else None
         # Whether rows say who decided the label; see `as_standard`.
         self.writes_decided_by: bool = self.annotations is not None
@@ -1424,7 +2047,8 @@ class Run:
         exact_match leaves out what it cannot check, and raises Failed unless some answers are right
         and some are wrong."""
         if not self.judges:
-            raise Failed("input", "answers without any signal: name a --judge-model")
+            advice = record.signal_hint or "name a --judge-model"
+            raise Failed("input", f"answers without any signal: {advice}")
         judged = await score_answers(record, answers, self)
         remember_judged(record, answers, judged)
         return checked_pool(record, judged) if self.judges == [EXACT_MATCH] else judged
@@ -2584,161 +3208,381 @@ def reference_f1(text: str, reference: str) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# §8 READING FILES: read_rows: lines, JSON, CSV -> rows; broken lines cost one record
+# §8 READING FILES: read_rows: lines, JSON, tables, Parquet -> rows; broken lines cost one record
+# In: a path. Out: (line, row or Failed), one at a time; UserError if the file cannot be read.
+# Called by read_records (§2) and check_input (§17). A file's kind is told by its first bytes.
 # --------------------------------------------------------------------------------------------------
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # no part of a line: a byte order mark (three bytes), white space
+TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+PARQUET_MARK = b"PAR1"
+HEAD_SIZE = 512  # bytes of a file's start that tell its kind
+
+
+def open_zstd(file):
+    """A reader of a zstd file, where this Python has one (3.14 on)."""
+    try:
+        import compression.zstd as zstd
+    except ImportError:
+        raise UserError("compressed with zstd: unpack it first, zstd -d FILE") from None
+    return zstd.open(file)
+
+
+COMPRESSED = (  # first bytes of a compressed file -> what opens it
+    (b"\x1f\x8b", gzip.open),
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ\x00", lzma.open),
+    (b"\x28\xb5\x2f\xfd", open_zstd),
+)
+ARROW_ADVICE = "an Arrow file: save it as Parquet or JSONL, e.g. dataset.to_json('NEW.jsonl')"
+OFFICE_ADVICE = "an Excel, Word or zip file: save the sheet as CSV UTF-8, or unpack it"
+UNREADABLE = (  # first bytes of a file that is not read -> what it is, and what to do
+    (b"PK\x03\x04", OFFICE_ADVICE),
+    (b"\xd0\xcf\x11\xe0", OFFICE_ADVICE),
+    (b"%PDF", "a PDF file: its records are needed as JSONL or CSV"),
+    (b"ARROW1", ARROW_ADVICE),
+    (b"\xff\xff\xff\xff", ARROW_ADVICE),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
+    (b"Rar!", "a RAR archive: unpack it first"),
+    (b"SQLite format 3", "an SQLite database: export its table as CSV"),
+    (b"\x89HDF", "an HDF5 file: save its table as Parquet, CSV or JSONL"),
+    (b"\x93NUMPY", "a NumPy file: save its records as JSONL"),
+    (b"\x80\x04\x95", "a Python pickle: save its records as JSONL"),
+    (b"\x80\x05\x95", "a Python pickle: save its records as JSONL"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data: run git lfs pull"),
+    (b"<!DOCTYPE", "a web page: was the file's own link downloaded?"),
+    (b"<!doctype", "a web page: was the file's own link downloaded?"),
+    (b"<html", "a web page: was the file's own link downloaded?"),
+)
 
 
 def read_rows(path: str):
-    """Yields (line, row or Failed) of .csv, .tsv, lines or one value of JSON, also .gz; raises UserError."""
-    delimiter = {".csv": ",", ".tsv": "\t"}.get(path.removesuffix(".gz")[-4:])
+    """Yield (line, row or Failed) of a table, JSON lines, a JSON value or a Parquet file."""
+    name = re.sub(r"\.(gz|bz2|xz|zst)\Z", "", path.lower())
+    delimiter = TABLE_DELIMITERS.get(os.path.splitext(name)[1])
     try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            if delimiter:
+        with open(path, "rb") as packed, unpacked(packed) as file:
+            head = file.peek(HEAD_SIZE)[:HEAD_SIZE]
+            refuse_unreadable(head)
+            if head.startswith(PARQUET_MARK):
+                yield from parquet_rows(file)
+            elif delimiter:
                 yield from table_rows(file, delimiter)
-                return
-            lines = ((n, raw.strip(BLANK)) for n, raw in enumerate(file, 1) if raw.strip(BLANK))
-            first, second = next(lines, (1, b"[]")), next(lines, None)
-            lines = itertools.chain([first], [second] if second else [], lines)
-            if (
-                first[1].startswith(b"[") or first[1] == b"{" or not second
-            ):  # an array, or one object
-                whole = parse_json(b"\n".join(raw for _, raw in lines))
-                held = held_rows(whole) if isinstance(whole, dict) else whole
-                yield from enumerate(held, 1) if isinstance(held, list) else [(first[0], whole)]
             else:
-                yield from ((n, parse_json(raw)) for n, raw in lines)
+                yield from json_rows(file)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {not_utf_8(error)}") from None
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise UserError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({cause})") from None
 
 
-def held_rows(whole: dict) -> list | None:
-    """The rows that the object of a whole file wraps, `{"data": [...]}`; None if it is a record itself."""
-    if whole.keys() & {
-        "messages",
-        "conversations",
-        "instruction",
-        *PROMPT_FIELDS,
-        *LISTS,
-        *DATA_SETS,
-    }:
+def unpacked(file):
+    """The file, or a reader of what is compressed in it."""
+    head = file.peek(HEAD_SIZE)
+    for mark, opener in COMPRESSED:
+        if head.startswith(mark):
+            return opener(file)
+    return file
+
+
+def refuse_unreadable(head: bytes) -> None:
+    """Raise UserError for a file of another kind, by its first bytes."""
+    for mark, advice in UNREADABLE:
+        if head.startswith(mark):
+            raise UserError(advice)
+    if head[257:262] == b"ustar":
+        raise UserError("a tar archive: unpack it first")
+
+
+# --- JSON
+
+
+def json_rows(file):
+    """Yield (line, row or Failed) of JSON lines, or (item, row) of one JSON value."""
+    lines = filled_lines(file)
+    first = next(lines, None)
+    if first is None:
+        return
+    second = next(lines, None)
+    rest = itertools.chain([first], [second] if second else [], lines)
+    if second is None or starts_one_value(first[1]):
+        whole = parse_json(b"\n".join(line for _, line in rest))
+        yield from whole_rows(whole, first[0])
+        return
+    for number_of_line, line in rest:
+        yield number_of_line, parse_json(line)
+
+
+def filled_lines(file):
+    """Yield (line number, bytes) of the lines that are not blank."""
+    for number_of_line, line in enumerate(file, 1):
+        line = line.strip(BLANK)
+        if line:
+            yield number_of_line, line
+
+
+def starts_one_value(line: bytes) -> bool:
+    """Whether the first of several lines begins an array or an object of many lines."""
+    if line.startswith(b"["):  # a line that is an array by itself is a row
+        return not isinstance(parse_json(line), list)
+    return line == b"{"
+
+
+def whole_rows(whole: object, line: int):
+    """Yield (item or line, row) of the one value of a file: an array of rows, or what wraps it."""
+    rows = wrapped_rows(whole) if isinstance(whole, dict) else whole
+    if isinstance(rows, list) and not is_turns(rows):
+        yield from enumerate(rows, 1)
+    else:
+        yield line, whole
+
+
+def wrapped_rows(whole: dict) -> list | None:
+    """The rows that an object wraps, `{"data": [...]}`; None if it is a record itself."""
+    record_fields = {"instruction", "turns", *TURN_FIELDS, *PROMPT_FIELDS, *LISTS, *DATA_SETS}
+    if not record_fields.isdisjoint(map(plain_name, whole)):
         return None
     return next(iter(whole.values())) if len(whole) == 1 else whole.get("data")
 
 
 def not_utf_8(error: UnicodeDecodeError) -> str:
-    """What is wrong with bytes that are no UTF-8, and the command that mends it."""
+    """What is wrong with bytes that are not UTF-8, and the command that mends it."""
     code = "utf-16" if error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "gb18030"
     return f"not UTF-8: convert it, e.g. iconv -f {code} -t utf-8 FILE > NEW"
 
 
-def parse_json(raw: bytes):
-    """bytes -> value, or (not raised) Failed, so that one broken line costs one record."""
+def unique_keys(pairs: list) -> dict:
+    """The object of these pairs; ValueError if a key stands twice: which of the two was meant?"""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key stands twice")
+    return value
 
-    def unique(pairs: list) -> dict:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice")  # which of the two was meant?
-        return dict(pairs)
 
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+
+
+def parse_json(raw: bytes) -> object:
+    """The value of JSON text, or a Failed (returned: a broken line costs one record)."""
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-        suspect = b"\\ud" in raw or b"\\uD" in raw  # only there can half an emoji be
-        return json.loads(scrub(json.dumps(value, ensure_ascii=False))) if suspect else value
+        value = JSON_DECODER.decode(raw.decode("utf-8"))
+        if b"\\ud" in raw or b"\\uD" in raw:  # only there can half an emoji be
+            value = json.loads(scrub(json.dumps(value, ensure_ascii=False)))
     except UnicodeDecodeError as error:
         return Failed("input", not_utf_8(error))
     except (ValueError, RecursionError) as error:
         return Failed("input", f"not JSON: {error}")
+    return value
 
 
-def scrub(text):
-    """Lone surrogates (half an emoji: no UTF-8, no trainer and no API takes them) -> U+FFFD."""
-    return (
-        text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-        if isinstance(text, str)
-        else text
-    )
+def scrub(text: object) -> object:
+    """A text with U+FFFD for lone surrogates (half an emoji), which no trainer and no API takes."""
+    if not isinstance(text, str):
+        return text
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+# --- tables
 
 
 def table_rows(file, delimiter: str):
-    """CSV or TSV with a header; the line is that of the row's end. An open quote costs the lines it spans."""
+    """Yield (line of the row's end, row or Failed) of a CSV or TSV file with a header."""
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     header = text.readline()
-    delimiter = (
-        ";" if ";" in header and delimiter not in header else delimiter
-    )  # Excel, in much of Europe
-    reader = csv.reader(itertools.chain([header], text), delimiter=delimiter, strict=True)
-    names, cells = next(reader, []), []
+    skipped = 0
+    excel_line = re.fullmatch(r'"?sep=(.)"?\s*', header)  # which delimiter Excel is to use
+    if excel_line:
+        delimiter = excel_line[1]
+        header = text.readline()
+        skipped = 1
+    elif delimiter not in header:  # a semicolon is Excel's in much of Europe
+        delimiter = next((sign for sign in ";\t" if sign in header), delimiter)
+    quoting = csv.QUOTE_MINIMAL
+    if delimiter == "\t" and has_bare_quotes(text, skipped):
+        quoting = csv.QUOTE_NONE
+    lines = itertools.chain([header], text)
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    names = next(reader, [])
     if max(Counter(filter(None, names)).values(), default=1) > 1:
         raise csv.Error("a name stands twice in its header")
-    while cells is not None:
+    for line, cells in table_cells(reader, skipped):
+        if isinstance(cells, list) and len(cells) > len(names):
+            cells = Failed("input", "more cells than the header has")
+        if isinstance(cells, list):
+            cells = dict(itertools.zip_longest(names, cells))
+        yield line, cells
+
+
+def table_cells(reader, skipped: int):
+    """Yield (line, cells or Failed) of filled rows. An open quote costs the lines it spans."""
+    while True:
         start = reader.line_num + 1
         try:
             cells = next(reader, None)
-            filled = any(map(str.strip, cells or []))
-            if filled and len(cells) > len(names):
-                yield reader.line_num, Failed("input", "more cells than the header has")
-            elif filled:
-                yield reader.line_num, dict(itertools.zip_longest(names, cells))
         except csv.Error as error:
-            lines = f"lines {start} to {reader.line_num}"
-            yield (
-                reader.line_num,
-                Failed("input", f"not a table row: {error}; check the quotes of {lines}"),
-            )
+            end = reader.line_num + skipped
+            lines = f"lines {start + skipped} to {end}"
+            yield end, Failed("input", f"not a table row: {error}; check the quotes of {lines}")
+            continue
+        if cells is None:
+            return
+        if any(cell.strip() for cell in cells):
+            yield reader.line_num + skipped, cells
+
+
+def has_bare_quotes(text: io.TextIOWrapper, skipped: int) -> bool:
+    """Whether the quotes of a TSV file belong to its texts. Leaves the file after its header.
+
+    Then they do not balance, none is doubled, and all lines have the same number of cells."""
+    text.seek(0)
+    counts = {line.count("\t") for line in itertools.islice(text, skipped, None) if line.strip()}
+    text.seek(0)
+    doubled = any('""' in line for line in text)
+    text.seek(0)
+    is_balanced = True
+    try:
+        for _ in csv.reader(text, delimiter="\t", strict=True):
+            pass
+    except csv.Error:
+        is_balanced = False
+    text.seek(0)
+    for _ in range(skipped + 1):
+        text.readline()
+    return not is_balanced and not doubled and len(counts) == 1
+
+
+# --- Parquet
+
+
+def parquet_rows(file):
+    """Yields (row number, row) of a Parquet file, one row group after the other; needs pyarrow."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("a Parquet file, which needs pyarrow: pip install pyarrow") from None
+    count = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                count += 1
+                yield count, plain_value(row)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"cannot be read ({cause[0]})") from None
+
+
+def plain_value(value: object) -> object:
+    """A value of a Parquet file as JSON would hold it: NaN is null, a date is its ISO text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return {name: plain_value(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(part) for part in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, bytes):  # texts of old writers
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode("utf-8")
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if isinstance(value, bool | int | bytes | None):
+        return value
+    return number(value) if number(value) is not None else str(value)  # Decimal; a duration
 
 
 # --------------------------------------------------------------------------------------------------
-# §9 EXISTING ANSWERS: answers that a row brings, and what says which is better
+# §9 EXISTING ANSWERS: answers that a row brings, and the signals that rank them
+# In: one row (a dict) and the Record that §2 made of it. Out: record.answers with votes, or Failed.
+# parse_row calls add_answers, read_records calls group_rows; only rank_responses needs either.
 # --------------------------------------------------------------------------------------------------
 
-# One name, one direction, never a guess: a higher score, a lower rank, an earlier index in `order` wins.
-# Whatever a row says is heard, in every shape; where two of its signals differ on two answers, no pair comes.
+# Nothing is guessed. The name of a field fixes its direction: a higher score, a lower rank, an
+# earlier index in `order` is better. Every signal of a row is read; where two of them contradict
+# each other, or where a value could mean two things, the row gives no pair and the reason says why.
 
-# fmt: off
-SIGNALS = {  # name -> (kind, width of the scale in points, 0 = unknown); lists also: its plural, all_...s
-    "votes": ("score", float(JUDGE_SCALE[1] - JUDGE_SCALE[0])),  # what --candidates-path writes: one number per judge and order
-    "fine-grained_score": ("score", 4.0),
-    "score": ("score", 0.0), "rm_score": ("score", 0.0), "reward": ("score", 0.0), "rating": ("score", 4.0),
-    "overall_score": ("score", 9.0),  # the first release of UltraFeedback has errors in it: see `settle`
-    "rank": ("rank", 0.0), "order": ("rank", 0.0),
+# What each name means. --rename OLD=NEW gives a field of another name one of these meanings.
+SIGNAL_NAMES = {
+    "score, rating, reward, rm_score": "a number for each answer; higher is better",
+    "rank": "a number for each answer; lower is better, 1 (or 0) is best",
+    "order": "a list of indices from 0, the best answer first",
+    "is_correct, correct": "true or false for each answer; true is better",
+    "winner, choice": "the better answer: a, response_1, left, A>B, its model, its own text",
+    "winner_from_0": "the number of the better answer; 0 is the first, one past the last is a tie",
+    "winner_from_1": "the number of the better answer; 1 is the first, 0 is a tie",
+    "first_is_better": "1 or true: the first of two answers is better; 0 or false: the second",
+    "preference": "1 to 2: below 1.5 output_1 is better, else output_2 (AlpacaEval)",
+    "preference_strength": "-3 to 3: below 0 response_1 is better, else response_2 (HelpSteer2)",
 }
-OWN = ("model", *(name for name in SIGNALS if name != "order"))  # what is said of one answer
-BESIDE = {form: name for name in SIGNALS for form in (name, f"{name}s", f"all_{name}s")}
-LEADS = {  # by how much the second answer is better: name -> (their fields, a tie, width of the scale)
+SIGNALS = {  # name -> (kind, width of the scale in points; 0 = unknown)
+    # What --candidates-path writes: one number per judge and order.
+    "votes": ("score", float(JUDGE_SCALE[1] - JUDGE_SCALE[0])),
+    "fine-grained_score": ("score", 4.0),
+    "score": ("score", 0.0),
+    "rm_score": ("score", 0.0),
+    "reward": ("score", 0.0),
+    "rating": ("score", 4.0),
+    "overall_score": ("score", 9.0),  # not read beside fine-grained_score, which corrects it
+    "rank": ("rank", 0.0),
+    "order": ("rank", 0.0),
+    "is_correct": ("flag", 0.0),
+    "correct": ("flag", 0.0),
+    "desirable": ("flag", 0.0),  # KTO's label, once rows of one prompt are grouped
+}
+KINDS = ("choice", "score", "rank", "flag")  # the first kind that a row has is the record's
+ANSWER_FIELDS = ("model", *(name for name in SIGNALS if name != "order"))  # one value per answer
+LIST_FIELDS = {}  # the lists that stand beside answers: score, scores, all_scores -> score
+for _name in SIGNALS:
+    LIST_FIELDS |= dict.fromkeys((_name, f"{_name}s", f"all_{_name}s"), _name)
+LEADS = {  # by how much the second is better: name -> (the answers' fields, a tie, scale's width)
     "preference": (("output_1", "output_2"), 1.5, 0.5),  # AlpacaEval
     "preference_strength": (("response_1", "response_2"), 0.0, 3.0),  # HelpSteer2
     "overall_preference": (("response1", "response2"), 0.0, 3.0),  # HelpSteer3
 }
-WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "by labels", "by flags")
-EVEN = r"tie|draw|both|neither"
-LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers", "summaries")
+# Fields that name the better answer; a value that is not understood costs the row. The last four
+# are not the user's names: DATA_SETS and chosen_as_winner enter them.
+WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "winner_from_0")
+WINNERS += ("winner_from_1", "first_is_better")
+WINNERS += ("labels of SHP", "choice of summaries", "winner flags", "chosen answer")
+# Fields that name the better answer, or hold something else: read only where they name an answer.
+LOOSE_WINNERS = ("comparison", "preference", "preferred", "better", "best", "preferred_response")
+LOOSE_WINNERS += ("better_response", "best_response", "human_preference", "label")
+LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers")
+LISTS += ("summaries", "replies", "output")
+LIST_NAMES = {*LISTS, *LIST_FIELDS, "models", "generation_models"} - {"output"}
 TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
-FIRST = re.compile(r"(response|answer|output|completion|generation|human_ref|summary|text)(_?)([aA01])")
-READY = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+SUFFIXED = re.compile(
+    "(response|answer|output|completion|generation|human_ref|summary|text|candidate|回答|答案|回复)"
+    "([_ ]?)([aA01])"
+)
+READY = (
+    ("chosen", "rejected"),
+    ("preferred_output", "non_preferred_output"),
+    ("chosen_response", "rejected_response"),
+    ("better answer", "worse answer"),  # entered by DATA_SETS
+)
 FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
-DATA_SETS = {  # whose names mislead: a field that gives one away -> the row's fields in plain names
-    # SHP, HelpSteer3, WebGPT, summarize comparisons; Chatbot Arena 33k and 140k, 55k; pairs of turns
-    "human_ref_A": lambda r: {"prompt": r["history"], "by labels": {1: 0, 0: 1}.get(number(r["labels"]))},
-    "overall_preference": lambda r: {"prompt": r["context"]} if "context" in r else {},
-    "question": lambda r: {"prompt": r["question"]["full_text"]} if isinstance(r["question"], dict) else {},
-    "summaries": lambda r: {"prompt": r["info"].get("post") or r["info"]["article"]} if "info" in r else {},
-    "conversation_a": lambda r: battle(r["conversation_a"], r["conversation_b"]),
-    "winner_model_a": lambda r: arena_55k(r),
-    "chosen": lambda r: ready_texts(r, READY[0]),
-    "preferred_output": lambda r: ready_texts(r, READY[1]),
-}
-# fmt: on
+EMPTY = (None, "", [])
+TIE = re.compile(
+    "tie|draw|both|neither|equal|same|no difference|平局|平手|持平|打平|都|两者|一样|相同|不分"
+)
+NOTHING = ("", "none", "n/a", "na", "nan", "null", "unknown", "-", "no preference", "无")
+STEM = "(?:model|response|answer|output|assistant|option|choice|completion|summary|candidate|text"
+STEM += "|generation|human_ref|system|模型|助手|回答|答案|回复|选项)"
+PLACES = {"left": 0, "first": 0, "former": 0, "right": 1, "second": 1, "latter": 1}
+PLACES |= dict.fromkeys(("左", "左边", "左侧", "第一", "第一个", "前者"), 0)
+PLACES |= dict.fromkeys(("右", "右边", "右侧", "第二", "第二个", "后者"), 1)
+RELATION = re.compile(r"([^<>=]+?)\s*(>{1,2}|<{1,2}|={1,2})\s*([^<>=]+)")  # A>B, B >> A, A=B
 
 
-def battle(one: list, two: list, names: tuple = ("response_a", "response_b")) -> dict:
-    """Two conversations -> their common history as `messages`, and the two last answers by these names."""
-    a, b = conversation(one, {}), conversation(two, {})
+def turns_of_two(row: dict, first: str, second: str, names=("response_a", "response_b")) -> dict:
+    """Two conversations -> `messages`, their common history, and the two answers by `names`."""
+    a, b = conversation(row[first], {}), conversation(row[second], {})
     if a.messages != b.messages:
         raise Failed("input", "histories differ: not two answers to one prompt")
     return {"messages": a.messages, names[0]: a.reference, names[1]: b.reference}
@@ -2746,244 +3590,923 @@ def battle(one: list, two: list, names: tuple = ("response_a", "response_b")) ->
 
 def arena_55k(row: dict) -> dict:
     """Chatbot Arena 55k: turns are JSON lists in a string, and one of three flags says who won."""
-    ends = ("model_a", "model_b", "tie")
-    won = [end for end in ends if str(row.get(f"winner_{end}")).lower() in ("1", "1.0", "true")]
-    said = [row[name] for name in ("prompt", "response_a", "response_b")]
-    asked, *both = (json.loads(text) if text[:1] == "[" else [text] for text in said)
-    chats = [chat(zip(asked, answers, strict=True)) for answers in both]
-    return battle(*chats) | {"by flags": " and ".join(won)}
+    winners = [end for end in ("model_a", "model_b", "tie") if is_true(row.get(f"winner_{end}"))]
+    turns = {}
+    for name in ("prompt", "response_a", "response_b"):
+        turns[name] = json.loads(row[name]) if row[name][:1] == "[" else [row[name]]
+    for name in ("response_a", "response_b"):
+        turns[name] = chat(zip(turns["prompt"], turns[name], strict=True))
+    return turns_of_two(turns, "response_a", "response_b") | {"winner flags": " and ".join(winners)}
+
+
+def is_true(value) -> bool:
+    """True for true, 1 and their texts."""
+    return str(value).strip().lower() in ("true", "1", "1.0")
+
+
+def ready_side(value):
+    """One side of a ready pair -> its turns, its text, or its list of texts."""
+    if isinstance(value, str):
+        return human_turns(value) or value
+    items = [value] if isinstance(value, dict) else value
+    if is_turns(items) or not isinstance(items, list) or not items:
+        return items
+    texts = [item_text(item) for item in items]
+    return texts[0] if len(texts) == 1 else texts
 
 
 def ready_texts(row: dict, names: tuple) -> dict:
-    """Two sides that are turns -> texts, and the prompt if they repeat it (HH-RLHF, TRL's implicit form)."""
-    sides = [[side] if isinstance(side, dict) else side for side in map(row.get, names)]
-    sides = [human_turns(side) if isinstance(side, str) else side for side in sides]
-    if not all(side and isinstance(side, list) for side in sides):
+    """Two sides that are turns -> texts, and the prompt if they repeat it (HH-RLHF, TRL)."""
+    sides = {name: ready_side(row.get(name)) for name in names}
+    if not any(map(is_turns, sides.values())):
+        return sides if None not in sides.values() else {}
+    if not all(map(is_turns, sides.values())):
         return {}
-    turns = [message(turn) for side in sides for turn in side]
+    turns = [message(turn) for side in sides.values() for turn in side]
     if turns[0]["role"] != "assistant":
-        return battle(*sides, names)
+        return turns_of_two(sides, *names, names)
     if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
         raise Failed("input", f"not one answer on each side: {len(turns)} turns")
     return {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
 
 
-# Answers as a row holds them. `ends` tell their fields apart: a, b; 1, 2; chosen, rejected; none in a list.
-# columns: [(a name of OWN or SIGNALS, a value per answer)]; fields: those of the row that it has them from.
-Shape = namedtuple("Shape", "texts ends columns fields")
-# What one signal says: kind is choice, score or rank; votes: text -> a tuple, higher is better.
-Claim = namedtuple("Claim", "name kind scale votes")
-UNSAID = (None, "", [])
+def ready_pair(better, worse) -> dict:
+    """The fields of a ready pair whose own names are others."""
+    return {"better answer": better, "worse answer": worse}
 
 
-def spaced(text) -> str:
-    """A text as signals know it, white space folded; "" for what is none."""
+def swift_pair(row: dict) -> dict:
+    """ms-swift: the good answer is `response` or the last turn of `messages`."""
+    if row.get("chosen_response") is not None:  # NeMo, Argilla
+        return {}
+    if isinstance(row.get("response"), str):
+        return ready_pair(row["response"], row["rejected_response"])
+    turns = row.get("messages") or row.get("conversations")
+    if not is_turns(turns) or message(turns[-1])["role"] != "assistant":
+        return {}
+    return ready_pair(message(turns[-1])["content"], row["rejected_response"])
+
+
+def message_pair(row: dict) -> dict:
+    """LLaMA-Factory v1 `chosen_messages`, ms-swift `messages`, each beside `rejected_messages`."""
+    better = row.get("chosen_messages") or row.get("messages")
+    return ready_pair(better, row["rejected_messages"])
+
+
+def best_and_worst(row: dict) -> dict:
+    """LLaMA-Factory's former ranking: `output` is [the better, the worse], if nothing else says."""
+    texts = row["output"]
+    if not isinstance(texts, list) or len(texts) != 2 or "instruction" not in row:
+        return {}
+    if not row.keys().isdisjoint((*LIST_FIELDS, *WINNERS, *LOOSE_WINNERS, *LEADS)):
+        return {}
+    return ready_pair(*texts)
+
+
+def forum_posts(row: dict) -> dict:
+    """SHP: `labels` is 1 if the first answer is better."""
+    return {"prompt": row["history"], "labels of SHP": row["labels"]}
+
+
+def help_steer_3(row: dict) -> dict:
+    """HelpSteer3: the prompt is `context`."""
+    return {"prompt": row["context"]} if "context" in row else {}
+
+
+def web_gpt(row: dict) -> dict:
+    """WebGPT: the prompt is inside `question`."""
+    question = row["question"]
+    return {"prompt": question["full_text"]} if isinstance(question, dict) else {}
+
+
+def summaries_of_posts(row: dict) -> dict:
+    """OpenAI's summarize comparisons: the prompt is inside `info`; `choice` counts from 0."""
+    if "info" not in row:
+        return {}
+    prompt = row["info"].get("post") or row["info"]["article"]
+    return {"prompt": prompt, "choice": None, "choice of summaries": row.get("choice")}
+
+
+def rmb_pair(row: dict) -> dict:
+    """RMB: `conversation_input` beside `chosen` and `reject`, or `bon_best` and `loser_list`."""
+    fields = {"messages": row["conversation_input"]}
+    if "loser_list" in row:
+        return fields | ready_pair(row["bon_best"], row["loser_list"])
+    if "reject" in row:
+        return fields | ready_pair(row["chosen"], row["reject"])
+    return fields
+
+
+def oasst_tree(row: dict) -> dict:
+    """OASST, trees: the prompt holds its replies, each with a rank."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, dict):
+        return {}
+    return {"prompt": prompt["text"], "replies": prompt["replies"]}
+
+
+# Data sets whose names mislead: a field that gives one away -> a function from the row to fields
+# in plain names. The order counts: a later function sees what the earlier ones entered.
+DATA_SETS = {
+    "message_tree_id": oasst_tree,
+    "rejected_response": swift_pair,
+    "rejected_messages": message_pair,
+    "human_ref_A": forum_posts,
+    "overall_preference": help_steer_3,
+    "question": web_gpt,
+    "summaries": summaries_of_posts,
+    "conversation_a": lambda row: turns_of_two(row, "conversation_a", "conversation_b"),
+    "winner_model_a": arena_55k,
+    "conversation_input": rmb_pair,
+    # stack-exchange-paired: its card says that response_j is better
+    "response_j": lambda row: ready_pair(row["response_j"], row["response_k"]),
+    "output": best_and_worst,
+    "chosen": lambda row: ready_texts(row, READY[0]),
+    "preferred_output": lambda row: ready_texts(row, READY[1]),
+    "chosen_response": lambda row: ready_texts(row, READY[2]),
+    "better answer": lambda row: ready_texts(row, READY[3]),
+}
+
+
+def plain_names(row: dict) -> dict:
+    """The row with the fields that DATA_SETS gives plain names; raises Failed."""
+    for sign, rename in DATA_SETS.items():
+        if row.get(sign) is None:
+            continue
+        fields = rename(row)
+        if "better answer" in row and "better answer" in fields and sign != "better answer":
+            raise Failed("input", "ambiguous: pairs of two data sets in one row")
+        row = row | fields
+    return row
+
+
+@dataclass
+class AnswerSet:
+    """Answers of one row that belong together: a ready pair, a list, or fields with suffixes."""
+
+    texts: list  # as the row holds them; broken rows hold other things than texts
+    keys: list[str]  # the texts with white space folded: equal keys are the same answer
+    fields: tuple[str, ...] = ()  # that hold the texts; () for a list
+    ends: tuple[str, ...] = ()  # what tells the fields apart: a, b; 1, 2; () for a list
+    chosen: int = 0  # a ready pair: how many of the texts, from the first on, are chosen
+    columns: list[tuple[str, list]] = field(default_factory=list)  # (name, a value per answer)
+    column_fields: set[str] = field(default_factory=set)  # fields of the row that columns come from
+    winners: dict[str, int] = field(default_factory=dict)  # a field -> the answer that it names
+
+
+class Signal(NamedTuple):
+    """What one field (or one set of fields) says of a set of answers."""
+
+    name: str
+    kind: str  # see KINDS
+    scale: float  # width of its range in points; 0 = unknown
+    votes: dict[str, tuple[float, ...]]  # an answer's key -> its numbers; higher is better
+
+
+class ChoiceNumbers:
+    """Whether numbers that name a winner count from 0 or from 1: all values of the file decide.
+
+    The file is read when the first such number is met; most files need no pass of their own."""
+
+    def __init__(self, rows):
+        self.rows = rows  # the rows of the file, read once
+        self.is_read = False
+        self.starts = defaultdict(lambda: {0, 1})  # (field, first end) -> what it may count from
+        self.values = defaultdict(set)  # (field, first end) -> some values that occur
+        self.preferences: set[float] = set()  # values of `preference` outside 1..2
+
+    def read(self):
+        """Collect the numbers of every row."""
+        self.is_read = True
+        for row in self.rows:
+            if isinstance(row, dict):
+                with contextlib.suppress(Failed, *JUNK):
+                    self.add(plain_row(row))
+
+    def add(self, row: dict):
+        """Note the numbers of one row."""
+        value = quantity(row.get("preference"))
+        if value is not None and not 1 <= value <= 2:
+            self.preferences.add(value)
+        values = [*winners_of(row).items()]
+        if not isinstance(row.get("chosen"), list | dict):  # it may be a number, too
+            values += [("chosen answer", row.get(name)) for name in READY[0]]
+        for name, value in values:
+            place = choice_number(value)
+            if place is not None:
+                for answers in answer_sets(row):
+                    self.add_place(name, place, answers)
+
+    def add_place(self, name: str, place: float, answers: AnswerSet):
+        """Narrow down what a field counts from, by one of its values."""
+        kind = (name, answers.ends[:1])
+        starts, count = self.starts[kind], len(answers.texts)
+        if answers.ends[:1] in (("0",), ("1",)):
+            starts.intersection_update({int(answers.ends[0])})
+        if place not in range(count):
+            starts.discard(0)
+        if place not in range(1, count + 1):
+            starts.discard(1)
+        if len(self.values[kind]) < 6:
+            self.values[kind].add(f"{place:g}")
+
+    def first_number(self, name: str, answers: AnswerSet) -> int:
+        """The number of the first answer, 0 or 1; raises Failed if the file does not tell."""
+        if not self.is_read:
+            self.read()
+        kind = (name, answers.ends[:1])
+        if len(self.starts[kind]) == 1:
+            return min(self.starts[kind])
+        values = ", ".join(sorted(self.values[kind]))
+        name = name.removesuffix(" answer")  # see chosen_as_winner
+        raise Failed(
+            "input",
+            f"ambiguous winner: `{name}` ({values} in this file) may count from 0 or from 1: add "
+            f"--rename {name}=winner_from_0 or --rename {name}=winner_from_1",
+        )
+
+    def check_preference(self, value: float):
+        """Raise Failed if `preference` leaves AlpacaEval's range anywhere in the file."""
+        if not self.is_read:
+            self.read()
+        if not self.preferences:
+            return
+        raise Failed(
+            "input",
+            f"ambiguous winner: `preference` is {min(self.preferences):g} in this file, but "
+            "AlpacaEval's runs from 1 (output_1) over 1.5 (tie) to 2 (output_2). Add --rename "
+            "preference=winner_from_0 (0, 1, 2 = tie) or preference=winner_from_1 (0 = tie, 1, 2)",
+        )
+
+
+def fold_spaces(text) -> str:
+    """A text with its white space folded; "" for anything else."""
     return " ".join(text.split()) if isinstance(text, str) else ""
 
 
-def add_answers(record: Record, row: dict):
-    """Give the record the row's own answers, their votes, the kind of signal and the width of its scale.
+def plain_row(row: dict) -> dict:
+    """The row as add_answers knows it: plain names, lists in place of their text."""
+    return unpacked_lists(plain_names(with_parsed_turns(with_plain_names(row))))
 
-    Raises Failed("input", ...) for a tie, for no preference, and for signals that contradict each other."""
+
+def unpacked_lists(row: dict) -> dict:
+    """The row, with lists in place of the cells that hold their text."""
+    cells = {}
+    for name, value in row.items():
+        if isinstance(value, str) and value[:1] == "[" and name in LIST_NAMES:
+            items = parsed_text(value)
+            if isinstance(items, list):
+                cells[name] = items
+    return row | cells if cells else row
+
+
+def quantity(value) -> float | None:
+    """A number, also with a decimal comma; None for the rest ("1,234" could be a thousand)."""
+    if isinstance(value, str) and re.fullmatch(r"\s*-?(?:0,\d+|\d+,(?:\d\d?|\d{4,}))\s*", value):
+        value = value.replace(",", ".")
+    return number(value)
+
+
+def flag(value) -> float | None:
+    """1.0 for true and the labels of good answers, 0.0 for those of bad ones, None for the rest."""
+    text = str(value).strip().lower()
+    if text in GOOD_LABELS:
+        return 1.0
+    return 0.0 if text in BAD_LABELS else None
+
+
+def item_text(item):
+    """The text of an answer that may be an object; "" if it has none."""
+    if not isinstance(item, dict):
+        return item
+    return next((item[name] for name in TEXTS if item.get(name)), "")
+
+
+def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None):
+    """Give the record the row's own answers, their votes, the kind of signal and its scale.
+
+    Raises Failed for a tie, for no preference and for signals that contradict each other."""
+    numbers = numbers or ChoiceNumbers([row])
     if isinstance(row.get("ranking"), list):
         raise Failed(
-            "input", "ambiguous `ranking`: name it order (indices, best first) or ranks (1 = best)"
+            "input",
+            "ambiguous `ranking`: name it order (indices, best first) or ranks (1 = best): "
+            "--rename ranking=order or --rename ranking=ranks",
         )
-    shapes = shapes_of(row)
-    if not shapes:
-        raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}")
-    texts, ends, columns, _ = shapes[0]
-    if ends not in READY and any(len(values) != len(texts) for _, values in columns):
-        raise Failed("input", f"lists of unequal length: {len(texts)} answers")
-    models = next(
-        (values for name, values in columns if name == "model" and any(values)), [""] * len(texts)
-    )
-    texts = [text_of({"answer": text}, "answer").strip() for text in texts]
-    record.answers = [
-        Answer(text, str(model or "")) for text, model in zip(texts, models, strict=True)
-    ]
-    if ends in READY and fold_text(texts[0], True) == fold_text(texts[1], True):
+    row = chosen_as_winner(unpacked_lists(row), numbers)
+    sets = answer_sets(row)
+    if not sets:
+        raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}{lone_hint(row)}")
+    first = sets[0]
+    for _, values in first.columns:
+        if not first.chosen and len(values) != len(first.texts):
+            raise Failed("input", f"lists of unequal length: {len(first.texts)} answers")
+    record.answers = answers_of(first)
+    if len(first.keys) > 1 and len(set(first.keys)) == 1 and first.keys[0]:
         raise Failed("filter", "identical answers")
-    verdicts = {name: row[name] for name in WINNERS if name in row}
-    verdicts = {name: said for name, said in verdicts.items() if said not in UNSAID} or verdicts
-    for one, two in itertools.combinations(shapes, 2):
-        check_places(one, two, row, verdicts)
-    claims = [claim for shape in shapes for claim in claims_of(shape, row, verdicts)]
-    unheard = [
-        said for name, said in verdicts.items() if name not in {claim.name for claim in claims}
-    ]
-    if unheard:
-        raise Failed("input", f"no preference: the winner is {str(unheard[0])[:40]!r}")
-    if claims:
-        settle(record, claims)
+    winners = winners_of(row)
+    for name, value in winners.items():
+        read_winner(name, value, sets, numbers)
+    for one, other in itertools.combinations(sets, 2):
+        check_places(one, other, row)
+    signals = []
+    for answers in sets:
+        signals += signals_of(answers, row, numbers)
+    check_winners(winners, sets)
+    if signals:
+        apply_signals(record, first, signals)
+    else:
+        record.signal_hint = unread_signals(row, sets)
 
 
-def shapes_of(row: dict) -> list[Shape]:
-    """Every shape in which the row holds answers; the texts of the first are the record's."""
-    filled = [name for name in row if row[name] and isinstance(row[name], list)]
-    beside = [(BESIDE[name], row[name]) for name in filled if name in BESIDE]
-    models = [("model", row[name]) for name in ("models", "generation_models") if name in filled]
-    lists = []
-    for items in (row[name] for name in LISTS if name in filled):
-        items = [item if isinstance(item, dict) else {"text": item} for item in items]
-        texts = [next((item[name] for name in TEXTS if item.get(name)), "") for item in items]
-        columns = [(name, [item.get(name) for item in items]) for name in OWN]
-        columns += beside + [(name, values) for name, values in models if len(values) == len(texts)]
-        lists.append(Shape(texts, (), columns, set()))
+def answers_of(answers: AnswerSet) -> list[Answer]:
+    """The answers of a set, with their models; raises Failed for what is not a text."""
+    models = [""] * len(answers.texts)
+    for name, values in answers.columns:
+        if name == "model" and any(values):
+            models = values
+            break
+    made = []
+    for text, model in zip(answers.texts, models, strict=True):
+        text = text_of({"answer": text}, "answer")
+        made.append(Answer(strip_blank_lines(text), str(model or "")))
+    return made
+
+
+def chosen_as_winner(row: dict, numbers: ChoiceNumbers) -> dict:
+    """The row with a winner in place of a `chosen` that names another answer: "B", "response_b"."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if chosen in EMPTY or isinstance(chosen, bool) or not isinstance(chosen, str | int):
+        return row
+    others = {name: value for name, value in row.items() if name not in READY[0]}
+    sets = answer_sets(others)
+    is_text = any(fold_spaces(chosen) in answers.keys for answers in sets)
+    is_name = len(str(chosen)) <= 40 and not is_text
+    if sets and rejected in EMPTY and (is_text or is_name):
+        return others | {"chosen answer": chosen}
+    if not sets or rejected in EMPTY or not is_name:
+        return row
+    read_winner("chosen answer", chosen, sets, numbers)
+    if not any(answers.winners for answers in sets):
+        return row
+    place = choice_number(chosen)
+    if place is None or choice_number(rejected) in (None, place):  # two numbers need only differ
+        read_winner("rejected answer", rejected, sets, numbers)
+        for answers in sets:
+            if answers.winners and len(set(answers.winners.values())) < 2:
+                raise Failed("input", "contradictory signals: chosen, rejected")
+    return others | {"chosen answer": chosen}
+
+
+def winners_of(row: dict) -> dict:
+    """The fields of a row that name its winner, with their values; empty ones if all are empty."""
+    winners = {name: row[name] for name in WINNERS if name in row}
+    filled = {name: value for name, value in winners.items() if value not in EMPTY}
+    for name in LOOSE_WINNERS:
+        value = row.get(name)
+        if isinstance(value, dict):  # Label Studio
+            value = value.get("selected")
+        if isinstance(value, str) and number(value) is None and value.strip():
+            filled[name] = value
+    return filled or winners
+
+
+def check_winners(winners: dict, sets: list[AnswerSet]):
+    """Raise Failed for a winner that names no answer of any set."""
+    for name, value in winners.items():
+        if name in LOOSE_WINNERS or any(name in answers.winners for answers in sets):
+            continue
+        if str("" if value is None else value).strip().lower() in NOTHING:
+            raise Failed("input", f"no preference: `{name}` is empty or none")
+        shown = fold_spaces(str(value))[:40]
+        raise Failed(
+            "input", f"winner not understood: `{name}` is {shown!r}, which names no answer"
+        )
+
+
+def answer_sets(row: dict) -> list[AnswerSet]:
+    """Every set of answers that the row holds; the first one's texts are the record's."""
+    beside = []
+    for name in row:
+        values = row[name]
+        if name in LIST_FIELDS and isinstance(values, list) and values:
+            plain = LIST_FIELDS[name]
+            if SIGNALS[plain][0] != "flag" or None not in map(flag, values):
+                beside.append((plain, values))
+    lists = [list_set(row, name, beside) for name in LISTS if isinstance(row.get(name), list)]
+    lists = [answers for answers in lists if answers.texts]
     beside = [] if lists else beside
-    pairs = [
-        sided(row, names, names, FORMS, beside)
-        for names in READY
-        if None not in map(row.get, names)
-    ]
+    ready = [ready_set(row, names, beside) for names in READY if None not in map(row.get, names)]
     suffixed = []
-    for stem, mark, first in (found.groups() for found in map(FIRST.fullmatch, row) if found):
-        ends = tuple(chr(ord(first) + i) for i in range(8))
-        fields = list(itertools.takewhile(row.__contains__, [stem + mark + end for end in ends]))
-        if len(fields) > 1 and not (first == "1" and f"{stem}{mark}0" in row):
-            suffixed.append(sided(row, fields, ends[: len(fields)], (f"{{0}}{mark}{{1}}",), beside))
-    return pairs + lists + suffixed
+    for fields, ends, mark in suffixed_fields(tuple(row)):
+        suffixed.append(field_set(row, fields, ends, (f"{{0}}{mark}{{1}}",), beside))
+    return ready + lists + suffixed
 
 
-def sided(row: dict, fields: list, ends: tuple, forms: tuple, beside: list) -> Shape:
-    """Answers in fields of their own, with the fields of the same form: score_a, model_a; chosen_score."""
-    columns = [
-        (name, [row.get(form.format(name, end)) for end in ends]) for name in OWN for form in forms
-    ]
-    said = {form.format(name, end) for name in SIGNALS for form in forms for end in ends}
-    said = {name for name in said if row.get(name) is not None}
-    return Shape([row[field] for field in fields], ends, columns + beside, said)
+def list_set(row: dict, name: str, beside: list) -> AnswerSet:
+    """The answers in a list of texts or objects, with what stands in the objects and beside it."""
+    items = row[name]
+    texts = [item_text(item) for item in items]
+    objects = [item if isinstance(item, dict) else {} for item in items]
+    fields = set().union(*objects)
+    columns = []
+    for field_name in ANSWER_FIELDS:
+        if field_name in fields:
+            columns.append((field_name, [item.get(field_name) for item in objects]))
+    columns += beside
+    for field_name in ("models", "generation_models"):
+        models = row.get(field_name)
+        if isinstance(models, list) and len(models) == len(texts):
+            columns.append(("model", models))
+    return AnswerSet(texts, [fold_spaces(text) for text in texts], columns=columns)
 
 
-def check_places(one: Shape, two: Shape, row: dict, verdicts: dict):
-    """Raises Failed if the row says by places what could be meant of either shape, and their texts differ."""
-    ours, theirs = ({spaced(text) for text in shape.texts} - {""} for shape in (one, two))
-    same = (
-        ours <= theirs if one.ends in READY else ours == theirs
-    )  # a ready pair may be two of a list
-    both = by_place(one, row, verdicts) & by_place(two, row, verdicts)
-    if both and ours and theirs and not same:
+def ready_set(row: dict, names: tuple, beside: list) -> AnswerSet:
+    """A ready pair, or lists of better and of worse answers."""
+    sides = [row[name] for name in names]
+    if all(isinstance(side, str) for side in sides):
+        answers = field_set(row, names, names, FORMS, beside)
+        if row.get("decided_by") == "people":  # scores of the judge whom people overruled
+            answers.columns = [item for item in answers.columns if item[0] == "model"]
+            answers.column_fields = set()
+        answers.chosen = 1
+        return answers
+    lists = [side if isinstance(side, list) else [side] for side in sides]
+    texts = lists[0] + lists[1]
+    return AnswerSet(texts, [fold_spaces(text) for text in texts], names, chosen=len(lists[0]))
+
+
+@functools.lru_cache(maxsize=256)
+def suffixed_fields(names: tuple) -> list[tuple]:
+    """[(fields, ends, mark)] of names like response_a, response_b: ("a", "b") and "_"."""
+    groups = []
+    for name in names:
+        match = SUFFIXED.fullmatch(name) if isinstance(name, str) else None
+        if not match:
+            continue
+        stem, mark, first = match.groups()
+        ends = [chr(ord(first) + i) for i in range(8)]
+        fields = [stem + mark + end for end in ends]
+        count = next((i for i, field_name in enumerate(fields) if field_name not in names), 8)
+        if count > 1 and not (first == "1" and f"{stem}{mark}0" in names):
+            groups.append((tuple(fields[:count]), tuple(ends[:count]), mark))
+    return groups
+
+
+@functools.lru_cache(maxsize=256)
+def column_names(names: tuple, ends: tuple, forms: tuple) -> list[tuple]:
+    """[(plain name, a field per answer)] of the fields that go with answers of these ends."""
+    found = []
+    for plain in ANSWER_FIELDS:
+        for form in forms:
+            fields = [form.format(plain, end) for end in ends]
+            if not set(fields).isdisjoint(names):
+                found.append((plain, fields))
+    return found
+
+
+def field_set(row: dict, fields: tuple, ends: tuple, forms: tuple, beside: list) -> AnswerSet:
+    """Answers in fields of their own, with the fields of the same form: score_a, chosen_score."""
+    texts = [row[name] for name in fields]
+    answers = AnswerSet(texts, [fold_spaces(text) for text in texts], fields, ends)
+    for plain, names in column_names(tuple(row), ends, forms):
+        answers.columns.append((plain, [row.get(name) for name in names]))
+        if plain != "model":
+            answers.column_fields |= {name for name in names if row.get(name) is not None}
+    answers.columns += beside
+    return answers
+
+
+def check_places(one: AnswerSet, other: AnswerSet, row: dict):
+    """Raise Failed if a field speaks by places and could mean two sets of different answers."""
+    keys, other_keys = set(one.keys) - {""}, set(other.keys) - {""}
+    same = keys <= other_keys if one.chosen else keys == other_keys  # a pair may be two of a list
+    if same or not keys or not other_keys:
+        return
+    both = placed_fields(one, row) & placed_fields(other, row)
+    if both:
         raise Failed("input", f"ambiguous: which answers does `{min(both)}` speak of?")
 
 
-def by_place(shape: Shape, row: dict, verdicts: dict) -> set[str]:
-    """The fields of the row that could speak of a shape's answers by their places."""
-    lists = {name: row[name] for name in BESIDE if isinstance(row.get(name), list)}
-    filled = {
-        name for name, values in lists.items() if not all(value in UNSAID for value in values)
-    }
-    beside = {name for name in filled if len(lists[name]) == len(shape.texts)}
-    chosen = {
-        name for name, said in verdicts.items() if winner_index(name, said, shape) is not None
-    }
-    return shape.fields | beside | chosen
+def placed_fields(answers: AnswerSet, row: dict) -> set[str]:
+    """The fields of the row that could speak of a set's answers by their places."""
+    fields = {*answers.column_fields, *answers.winners}
+    for name in LIST_FIELDS:
+        values = row.get(name)
+        if isinstance(values, list) and len(values) == len(answers.texts):
+            if any(value not in EMPTY for value in values):
+                fields.add(name)
+    return fields
 
 
-def claims_of(shape: Shape, row: dict, verdicts: dict) -> list[Claim]:
-    """All that the row says of a shape's answers; raises Failed for ties and for what cannot be read."""
-    count, ready = len(shape.texts), shape.ends in READY
-    best = {"chosen": 0} if ready else {}
-    best |= {"margin": 1} if ready and (number(row.get("margin")) or 0) < 0 else {}
-    best |= {name: winner_index(name, said, shape) for name, said in verdicts.items()}
-    choices = {name: index for name, index in best.items() if index in range(count)}
-    said = [
-        (name, "choice", 0.0, [float(i == at) for i in range(count)])
-        for name, at in choices.items()
-    ]
-    for name, (fields, even, scale) in LEADS.items():
-        if row.get(name) is not None and shape.texts == [row.get(field) for field in fields]:
-            place = number(row[name])
-            lead = math.nan if place is None else place - even
-            if not 0 < abs(lead) <= scale:  # -100: neither
-                raise Failed("input", "tie" if lead == 0 else "no preference")
-            said.append((name, "score", scale, [0.0, lead]))
-    for name, values in shape.columns:
-        if (
-            name in SIGNALS
-            and len(values) == count
-            and not all(value in UNSAID for value in values)
-        ):
-            said.append((name, *SIGNALS[name], values))
-    texts = [spaced(text) for text in shape.texts]
-    return [claim_on(texts, *one, most=math.inf if ready else count) for one in said]
+def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Signal]:
+    """All that the row says of a set's answers; raises Failed for a tie and unreadable values."""
+    count = len(answers.texts)
+    signals = []
+
+    def add_choice(name: str, best):
+        values = [float(index in best) for index in range(count)]
+        signals.append(make_signal(answers, name, "choice", 0.0, values))
+
+    if answers.chosen:
+        add_choice("chosen", range(answers.chosen))
+        decided = row.get("decided_by") == "people"
+        if not decided and (quantity(row.get("margin")) or 0) < 0:
+            add_choice("margin", range(answers.chosen, count))
+    for name, place in answers.winners.items():
+        add_choice(name, (place,))
+    for name, (fields, tie, scale) in LEADS.items():
+        if row.get(name) is None or answers.texts != [row.get(field_name) for field_name in fields]:
+            continue
+        value = quantity(row[name])
+        if value is None and name in answers.winners:  # "response_1"
+            continue
+        if value is not None and name == "preference":
+            numbers.check_preference(value)
+        lead = math.nan if value is None else value - tie
+        if lead == 0:
+            raise Failed("input", "tie")
+        if not abs(lead) <= scale:  # -100: neither
+            raise Failed("input", f"no preference: `{name}` is {str(row[name])[:40]}")
+        signals.append(make_signal(answers, name, "score", scale, [0.0, lead]))
+    for name, values in answers.columns:
+        if name not in SIGNALS or len(values) != count:
+            continue
+        kind, scale = SIGNALS[name]
+        is_flag = kind == "flag" and any(flag(value) is not None for value in values)
+        if is_flag or (kind != "flag" and any(value not in EMPTY for value in values)):
+            signals.append(make_signal(answers, name, kind, scale, values))
+    return signals
 
 
-def winner_index(verdict: str, said, shape: Shape) -> int | None:
-    """A verdict (index from 0, `model_a`, `a`, a model's name) -> index or None; raises Failed for a tie."""
-    name, place = "" if said is None else str(said).strip().lower(), number(said)
-    end = re.sub(r"^(model|response|answer|output|assistant)_?(?=\w$)", "", name)
-    found = {i for i, one in enumerate(shape.ends) if one.lower() == end}
-    for column, values in shape.columns:
-        if column == "model":
-            found |= {i for i, model in enumerate(values) if model and str(model).lower() == name}
-    if (
-        place is not None and shape.ends not in READY
-    ):  # in `winner`, 1 of a and b: from 0 or from 1?
-        found |= {place} if verdict != "winner" or shape.ends[:1] == ("0",) else {0, 1}
-    if re.match(EVEN, name) and (not found or re.fullmatch(EVEN, name)):
-        raise Failed("input", "both bad" if "bad" in name or name == "neither" else "tie")
-    if len(found) > 1:
-        raise Failed(
-            "input", f"ambiguous winner: {name[:40]}; write model_a, response_1 or the like"
-        )
-    return found.pop() if found else None
+def read_winner(name: str, value, sets: list[AnswerSet], numbers: ChoiceNumbers):
+    """Enter the answer that a field names in each set it speaks of; raises Failed for a tie.
+
+    A name that belongs to one set (its field, its model, its text) says nothing of the others."""
+    if value in EMPTY or isinstance(value, list | dict):
+        return
+    text = fold_spaces(str(value)).lower()
+    relation = RELATION.fullmatch(bare(text))
+    if name in ("first_is_better", "labels of SHP"):
+        places = [places_of_flag(text, answers) for answers in sets]
+    elif isinstance(value, bool) or (name == "label" and not relation):
+        return  # a label "a" may name the worse one
+    else:
+        places = [places_of_relation(relation, answers) for answers in sets]
+        if not any(places):
+            places = [own_places(text, answers) for answers in sets]
+        is_own = any(places)
+        if not is_own:
+            places = [word_places(text, answers) for answers in sets]
+        for index, answers in enumerate(sets):
+            places[index] |= text_places(fold_spaces(str(value)), answers)
+            if not is_own or number(value) is not None:  # a model may be called model_1, or 1
+                places[index] |= numbered_places(name, value, answers, numbers)
+    if TIE.match(bare(text)) and (not any(places) or TIE.fullmatch(bare(text))):
+        is_bad = re.search("^neither|bad|不好|差", text)
+        raise Failed("input", "both bad" if is_bad else "tie")
+    for answers, found in zip(sets, places, strict=True):
+        if len(found) > 1:
+            raise Failed("input", f"ambiguous winner: {text[:40]!r} could be either answer")
+        for place in found:
+            answers.winners[name] = place
 
 
-def claim_on(texts: list, name: str, kind: str, scale: float, values: list, most: float) -> Claim:
-    """A number (or a list of them) for each text -> the claim; `most`: the highest rank there can be."""
-    if name == "order":  # indices, best first -> the rank of each answer; names say nothing
-        places = [number(value) for value in values]
-        if None not in places and sorted(places) != list(range(len(places))):
-            raise Failed("input", "order is not a list of all indices from 0")
-        values = [None if None in places else places.index(i) for i in range(len(places))]
-    rows = [tuple(map(number, value if isinstance(value, list) else [value])) for value in values]
-    rated = [(text, row) for text, row in zip(texts, rows, strict=True) if row and None not in row]
-    if len({len(row) for _, row in rated}) > 1:
-        raise Failed("input", "votes of unequal length")
-    if kind == "rank" and not all(0 <= rank <= most for _, row in rated for rank in row):
-        raise Failed("input", "ranks out of range")
-    if any(text and row != dict(rated)[text] for text, row in rated):
-        raise Failed("input", "contradictory signals: one answer, two ranks")
-    sense = -1 if kind == "rank" else 1
-    return Claim(
-        name, kind, scale, {text: tuple(sense * vote for vote in row) for text, row in rated}
-    )
+def bare(text: str) -> str:
+    """A name without brackets, quotes and a final stop: `[[a]]`, `b.` -> a, b."""
+    return text.strip(" .,。!\"'`*()[]【】“”")
 
 
-def settle(record: Record, claims: list[Claim]):
-    """Give the record the answers that every claim (on two at least) rates, its signal and scale, and each
-    answer its votes in all of these claims and the first one's score; raises Failed."""
-    of = lambda answer, claim: claim.votes.get(spaced(answer.text))
-    said = [
-        claim for claim in claims if sum(bool(of(answer, claim)) for answer in record.answers) > 1
-    ]
-    if any(claim.name == "fine-grained_score" for claim in said):
-        said = [claim for claim in said if claim.name != "overall_score"]
-    said.sort(key=lambda claim: ("choice", "score", "rank").index(claim.kind))
-    rated = [answer for answer in record.answers if all(of(answer, claim) for claim in said)]
-    if not said or len(rated) < 2:
-        raise Failed("input", "no preference: fewer than two answers are rated")
-    apart = False
-    for one, two in itertools.combinations(rated, 2):
-        both = [zip(of(one, claim), of(two, claim), strict=True) for claim in said]
-        signs = [{(a > b) - (a < b) for a, b in votes} for votes in both]
-        if {1} in signs and {-1} in signs and one.text and two.text:
-            names = ", ".join(dict.fromkeys(claim.name for claim in said))
-            raise Failed("input", f"contradictory signals: {names}")
-        apart = apart or {0} not in signs
-    if not apart:
+def ending(text: str) -> str:
+    """What tells a name from its like: `model_a`, `[[a]]`, `response a`, `a` -> a."""
+    end = re.sub(rf"^{STEM}[ _-]*(?=\w+$)", "", bare(text))
+    return re.sub(rf"(?<=\w)[ _-]*{STEM}$", "", end)
+
+
+def own_places(text: str, answers: AnswerSet) -> set[int]:
+    """Indices of the answers that a text names by their field, its end or their model."""
+    names, end = (text, bare(text)), ending(text)
+    places = set()
+    for index, answer_end in enumerate(answers.ends):
+        is_end = end == answer_end.lower() and not end.isdigit()  # numbers: see numbered_places
+        if is_end or answers.fields[index].lower() in names:
+            places.add(index)
+    for column, values in answers.columns:
+        if column == "model" and len(values) == len(answers.texts):
+            for index, model in enumerate(values):
+                if model and str(model).lower() in names:
+                    places.add(index)
+    return places
+
+
+def text_places(text: str, answers: AnswerSet) -> set[int]:
+    """Indices of the answers whose own text this is."""
+    return {index for index, key in enumerate(answers.keys) if key and key == text}
+
+
+def word_places(text: str, answers: AnswerSet) -> set[int]:
+    """Indices of the answers that a text names by their place: a letter, `left`, `first`."""
+    end, count = ending(text), len(answers.texts)
+    if answers.chosen:
+        return set()
+    place = PLACES.get(end)
+    if end in ("left", "right", "former", "latter", "左", "右", "前者", "后者") and count != 2:
+        place = None
+    if len(end) == 1 and "a" <= end <= "h":
+        place = ord(end) - ord("a")
+    return {place} & set(range(count))
+
+
+def places_of_flag(text: str, answers: AnswerSet) -> set[int]:
+    """The index that `first_is_better` names; none for -1, beside which 0 may be a tie."""
+    if answers.chosen or len(answers.texts) != 2:
+        return set()
+    if is_true(text):
+        return {0}
+    return {1} if text in ("false", "0", "0.0") else set()
+
+
+def places_of_relation(relation: re.Match | None, answers: AnswerSet) -> set[int]:
+    """A>B, B<A -> the index of the better one; raises Failed for A=B."""
+    if not relation:
+        return set()
+    left, sign, right = relation.groups()
+    first = own_places(left, answers) or word_places(left, answers)
+    second = own_places(right, answers) or word_places(right, answers)
+    if len(first) != 1 or len(second) != 1 or first == second:
+        return set()
+    if "=" in sign:
         raise Failed("input", "tie")
-    record.answers, record.signal, record.scale = rated, said[0].kind, said[0].scale
-    # what a lead's scale measures, or what a lead says, is no score of one answer
-    scores = [
-        claim
-        for claim in said
-        if claim.kind == "score" and not {claim.name, said[0].name} & {*LEADS}
-    ]
-    scores.sort(key=lambda claim: claim.name == "votes")  # their own mean or median is better
-    for answer in rated:
-        answer.votes = sum((of(answer, claim) for claim in said), ())
-        answer.score = statistics.fmean(of(answer, scores[0])) if scores else None
+    return first if ">" in sign else second
+
+
+def choice_number(value) -> float | None:
+    """The number of an answer: 1, "1", "response_1", "Model 1" -> 1.0; None for the rest."""
+    if isinstance(value, bool) or value is None:
+        return None
+    place = number(value)
+    if place is None and isinstance(value, str):
+        match = re.fullmatch(rf"(?:{STEM}[ _-]*)?(\d)", bare(value.lower()))
+        place = number(match[1]) if match else None
+    return place
+
+
+def numbered_places(name: str, value, answers: AnswerSet, numbers: ChoiceNumbers) -> set[int]:
+    """The index that a number stands for, as a set; raises Failed if the file does not tell."""
+    place = choice_number(value)
+    if place is None or answers.chosen:
+        return set()
+    if isinstance(value, str) and bare(value.lower()) in map(str.lower, answers.fields):
+        return set()
+    count = len(answers.texts)
+    first = {"winner_from_0": 0, "winner_from_1": 1, "choice of summaries": 0}.get(name)
+    if first is not None:
+        if (first == 0 and place == count) or (first == 1 and place == 0):
+            raise Failed("input", "tie")
+    elif place in range(count + 1):
+        first = numbers.first_number(name, answers)
+    else:
+        return set()
+    return {int(place - first)} if place - first in range(count) else set()
+
+
+def make_signal(answers: AnswerSet, name: str, kind: str, scale: float, values: list) -> Signal:
+    """A number (or a list of them) for each answer -> the signal; raises Failed."""
+    if name == "order":
+        values = ranks_of_order(values)
+    read = flag if kind == "flag" else quantity
+    votes = {}
+    most = math.inf if answers.chosen else len(answers.texts)  # the highest rank there can be
+    lengths = set()
+    for key, value in zip(answers.keys, values, strict=True):
+        items = value if isinstance(value, list) else [value]
+        vote = tuple(read(item) for item in items)
+        if not vote or None in vote:
+            continue
+        lengths.add(len(vote))
+        if kind == "rank" and not all(0 <= rank <= most for rank in vote):
+            raise Failed("input", "ranks out of range")
+        if kind == "rank":
+            vote = tuple(-rank for rank in vote)
+        if key and votes.setdefault(key, vote) != vote:
+            raise Failed("input", "contradictory signals: one answer, two ranks")
+        votes.setdefault(key, vote)
+    if len(lengths) > 1:
+        raise Failed("input", "votes of unequal length")
+    return Signal(name, kind, scale, votes)
+
+
+def ranks_of_order(order: list) -> list:
+    """Indices from 0, the best first -> the rank of each answer; names say nothing."""
+    places = [number(value) for value in order]
+    if None in places:
+        return [None] * len(order)
+    if sorted(places) != list(range(len(places))):
+        raise Failed("input", "order is not a list of all indices from 0")
+    return [places.index(index) for index in range(len(places))]
+
+
+def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]):
+    """Give the record the answers that every signal rates, the kind of signal and its scale.
+
+    Each answer gets its votes in all signals, and the first score among them as its score. Flags
+    beside other signals can only contradict them: they rate many answers alike. Raises Failed."""
+    signals = useful_signals(answers, signals)
+    main = [entry for entry in signals if entry.kind != "flag"] or signals
+    rated = []
+    for answer, key in zip(record.answers, answers.keys, strict=True):
+        if all(key in entry.votes for entry in main):
+            rated.append((answer, key))
+    if not main or len(rated) < 2:
+        raise Failed("input", "no preference: fewer than two answers are rated")
+    check_directions([key for _, key in rated], signals, main)
+    scores = [entry for entry in main if entry.kind == "score" and entry.name not in LEADS]
+    if main[0].name in LEADS:
+        scores = []  # a lead is no score of one answer, and its scale is another
+    scores.sort(key=lambda entry: entry.name == "votes")  # their own mean or median is better
+    for answer, key in rated:
+        for entry in main:
+            answer.votes += entry.votes[key]
+        answer.score = statistics.fmean(scores[0].votes[key]) if scores else None
+    record.answers = [answer for answer, _ in rated]
+    record.signal = "choice" if main[0].kind == "flag" else main[0].kind
+    record.scale = main[0].scale
+
+
+def useful_signals(answers: AnswerSet, signals: list[Signal]) -> list[Signal]:
+    """The signals that rate two answers of the set at least, choices first."""
+    useful = []
+    for entry in signals:
+        rated = [key for key in answers.keys if key in entry.votes]
+        if len(rated) > 1:
+            useful.append(entry)
+    if any(entry.name == "fine-grained_score" for entry in useful):
+        useful = [entry for entry in useful if entry.name != "overall_score"]
+    return sorted(useful, key=lambda entry: KINDS.index(entry.kind))
+
+
+def check_directions(keys: list[str], signals: list[Signal], main: list[Signal]):
+    """Raise Failed if two signals contradict each other, or if no two answers differ in all."""
+    differ = False
+    for one, other in itertools.combinations(keys, 2):
+        leads = [direction(entry, one, other) for entry in signals]
+        if 1 in leads and -1 in leads and one and other:
+            names = ", ".join(dict.fromkeys(entry.name for entry in signals))
+            raise Failed("input", f"contradictory signals: {names}")
+        differ = differ or 0 not in leads[: len(main)]  # flags come last
+    if not differ:
+        raise Failed("input", "tie")
+
+
+def direction(entry: Signal, one: str, other: str) -> int | None:
+    """1 if the first is better in every vote, -1 if the other is, 0 if all are equal, or None."""
+    if one not in entry.votes or other not in entry.votes:
+        return None
+    signs = set()
+    for a, b in zip(entry.votes[one], entry.votes[other], strict=True):
+        signs.add((a > b) - (a < b))
+    return signs.pop() if len(signs) == 1 else None
+
+
+# Words in the names of fields that often hold a signal.
+TELLING = re.compile(
+    "label|best|better|prefer|choice|chosen|winn|win$|verdict|decision|judg|select|vote|pick"
+    "|annotat|compar|rating|score|rank|grade|quality|reward|胜|优|选|偏好|标注|排名|得分|评分|打分",
+    re.I,
+)
+
+
+def unread_signals(row: dict, sets: list[AnswerSet]) -> str:
+    """The --rename that reads each field that looks like a signal and was not read; "" if none."""
+    count = len(sets[0].texts)
+    known = {*LISTS, *PROMPT_FIELDS, *REFERENCE_FIELDS, *sets[0].fields}
+    grouped_fields, hints = suffix_hints(row, sets[0])
+    for name, value in row.items():
+        if name in known or name in grouped_fields or value in EMPTY or not isinstance(name, str):
+            continue
+        if isinstance(value, list) and len(value) == count and None not in map(quantity, value):
+            hints.append(
+                f"--rename {name}=scores (higher is better) or --rename {name}=ranks (lower is)"
+            )
+        elif names_answer(name, value, sets[0]):
+            hint = f"--rename {name}=winner"
+            if count == 2 and choice_number(value) in (0, 1):
+                hint += (
+                    f" (it is the better one's number) or --rename {name}=first_is_better (1 is)"
+                )
+            hints.append(hint)
+    return "; ".join(hints[:3])
+
+
+def lone_hint(row: dict) -> str:
+    """Advice for a row of one answer with numbers that may be its score, or ""."""
+    names = [name for name, value in row.items() if quantity(value) is not None]
+    if not names or not single_text(row):
+        return ""
+    return f". If rows of one prompt stand together, name the score: --rename {names[0]}=score"
+
+
+def names_answer(name: str, value, answers: AnswerSet) -> bool:
+    """True if a field could name the better answer."""
+    if isinstance(value, str) and choice_number(value) is None:
+        with contextlib.suppress(Failed):
+            text = fold_spaces(value)
+            places = own_places(text.lower(), answers) or word_places(text.lower(), answers)
+            return len(places | text_places(text, answers)) == 1
+        return False
+    place = choice_number(value)
+    return bool(TELLING.search(name)) and place is not None and 0 <= place <= len(answers.texts)
+
+
+def suffix_hints(row: dict, answers: AnswerSet) -> tuple[set[str], list[str]]:
+    """(fields, renames) of numbers in fields with the answers' ends: grade_a, grade_b."""
+    fields, hints = set(), []
+    if not answers.ends or answers.chosen:
+        return fields, hints
+    mark = re.match(r".*?([_ ]?)\w$", answers.fields[0])[1]
+    for name in row:
+        if not isinstance(name, str) or not name.endswith(answers.ends[0]):
+            continue
+        stem = name.removesuffix(answers.ends[0])
+        names = [stem + end for end in answers.ends]
+        if name in answers.fields or None in [
+            quantity(row.get(field_name)) for field_name in names
+        ]:
+            continue
+        fields.update(names)
+        ends = zip(names, answers.ends, strict=True)
+        hints.append(" ".join(f"--rename {old}=score{mark}{end}" for old, end in ends))
+    return fields, hints
+
+
+# Rows of one answer each (KTO, scores of a reward model): those of one prompt are grouped.
+ONE_ANSWER = ("completion", "response", "output", "generation")
+ONE_SIGNALS = {*ANSWER_FIELDS, "label", "kto_tag"} - {"model", "votes"}
+GROUP_SIZE = 1000  # rows of one prompt at most, so that memory stays bounded
+
+
+def group_rows(rows):
+    """Yields (line, row): rows of one answer and one prompt that stand together become one row."""
+    group, start, prompt = [], 0, None
+    for line, row in rows:
+        single = single_answer(row)
+        if group and (not single or single[0] != prompt or len(group) == GROUP_SIZE):
+            yield start, grouped(prompt, group)
+            group = []
+        if not single:
+            yield line, row
+            continue
+        if not group:
+            start, prompt = line, single[0]
+        group.append(single[1])
+    if group:
+        yield start, grouped(prompt, group)
+
+
+def grouped(prompt: list[dict], answers: list[dict]) -> dict | Failed:
+    """The row that holds all answers of one prompt; Failed if there is only one."""
+    if len(answers) > 1:
+        return {"messages": prompt, "responses": answers}
+    why = "one answer alone: rows of one prompt must stand together (sort the file by its prompt)"
+    text = answers[0]["text"]
+    return Failed("input", why, record=Record(prompt, answers=[Answer(text)]))
+
+
+def single_answer(row) -> tuple[list[dict], dict] | None:
+    """(the prompt's messages, the answer with its signals) of a row of one answer, or None."""
+    if not isinstance(row, dict) or ONE_SIGNALS.isdisjoint(row):
+        return None
+    answer = {}
+    for name in ONE_SIGNALS & row.keys():
+        value = row[name]
+        if name in ("label", "kto_tag"):
+            name, value = "desirable", flag(value)
+        if quantity(value) is not None or flag(value) is not None:
+            answer[name] = value
+    if not answer:
+        return None
+    with contextlib.suppress(Failed, *JUNK):
+        row = plain_row(row)
+        text = single_text(row)
+        records = [] if answer_sets(row) or not text else parse_row(row)
+        if len(records) == 1:
+            answer |= {"text": text, "model": row.get("model")}
+            return records[0].messages, answer
+    return None
+
+
+def single_text(row: dict) -> str:
+    """The one answer of a row, a field or the last turn of its messages; "" if there is not one."""
+    texts = [row[name] for name in ONE_ANSWER if row.get(name)] or [row.get("answer")]
+    turns = row.get("messages") or row.get("conversations")
+    if is_turns(turns) and message(turns[-1])["role"] == "assistant":
+        texts = [message(turns[-1])["content"]]
+    if len(texts) != 1:
+        return ""
+    [text] = texts
+    if is_turns(text) and len(text) == 1:
+        text = message(text[0])["content"]
+    return text if isinstance(text, str) else ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6195,7 +7718,7 @@ class Annotations:
     """What people say about pairs: read from files, applied by `decide`, summed up by `numbers`."""
 
     def __init__(self, paths: list):
-        """Raises UserError for a file that cannot be read or holds no verdict."""
+        """Raise UserError for a file that cannot be read or holds no verdict."""
         self.problems = []  # one-line messages: broken lines and double verdicts
         self.said = defaultdict(
             dict
@@ -6962,7 +8485,7 @@ def stopped_lines(files: OutputFiles, models: Models) -> list[str]:
 def records_of(path: str, run: Run) -> Iterator[tuple[int, Record | Failed]]:
     """Yields (line, Record, or Failed): the input; repeated and excluded prompts are Failed."""
     limit = run.args.max_samples if run.args.max_samples >= 0 else None
-    records = read_records(path, dict(run.args.rename), run.reads_answers)
+    records = read_records(path, dict(run.args.rename), run.reads_answers, run.numbers)
     seen: set[int] = set()  # hashes: all that is kept of a record
     for line, record in itertools.islice(records, limit):
         reason = ""
@@ -8234,49 +9757,71 @@ def nearest(path: str) -> str:
     return f"; did you mean {known[near[0]]}?" if near else ""
 
 
-def check_input(path: str, run: Run):
-    """The first 20 records say whether this file can work at all; raises UserError if not."""
-    args, name = run.args, "stdin" if run.args.input_file == "-" else run.args.input_file
-    first = list(itertools.islice(read_records(path, dict(args.rename), run.reads_answers), 20))
-    refuse(not first, f"{name}: holds no record")
-    rows = (row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict))
-    fields = dict.fromkeys(itertools.chain.from_iterable(rows))
-    for old, new in args.rename:
-        refuse(
-            old not in fields,
-            f"--rename {old}={new}: no {old!r} among the fields: {', '.join(fields):.200}",
-        )
+def check_input(path: str, run: Run) -> None:
+    """Raise UserError if the first 20 records show that this file cannot work; note fields not used."""
+    name = "stdin" if run.args.input_file == "-" else run.args.input_file
+    rename = dict(run.args.rename)
+    run.numbers = ChoiceNumbers(row for _, row in renamed_rows(path, rename))
+    records = read_records(path, rename, run.reads_answers, run.numbers)
+    first = list(itertools.islice(records, 20))
+    if not first:
+        raise UserError(f"{name}: holds no record")
+    rows = [row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict)]
+    fields = ", ".join(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    for old, new in run.args.rename:
+        if not any(old in row for row in rows):
+            raise UserError(f"--rename {old}={new}: no {old!r} among the fields: {fields:.200}")
     good = [record for _, record in first if isinstance(record, Record)]
     if not good:
         line, failed = first[0]
-        ranked = (
-            "lists of answers with `scores`, `ranks` or `order`; objects with `score` or `rank`; "
-        )
-        ranked += "`response_a`, `response_b` with `score_a` or `winner`; `chosen` and `rejected`"
-        shapes = "; ".join([*map(first_line, INPUTS.values()), *[ranked] * run.reads_answers])
-        strange = re.match("no known|no answers|not a record|not JSON", failed.reason)
-        hint = f". Accepted: {shapes}. Other fields: --rename OLD=NEW" if strange else ""
-        raise UserError(f"{name}:{line}: {failed.reason}{hint}")
+        raise UserError(f"{name}:{line}: {failed.reason}{shapes_hint(failed.reason, run)}")
     run.writes_decided_by |= any(record.decided_by for record in good)
-    needy = any(model.provider == "offline" and model.name != "heuristic" for model in run.asked())
-    bare = needy and not any(record.reference for record in good)
-    refuse(
-        bare and EXACT_MATCH in run.judges,
-        f"{name}: no record has an answer to compare with: exact_match needs a reference",
+    needs_references = any(
+        model.provider == "offline" and model.name != "heuristic" for model in run.asked()
     )
-    refuse(
-        bare,
-        f"{name}: no record has an answer, which offline models need: name a provider's models",
-    )
-    if args.exclude_prompts:
-        others = read_records(args.exclude_prompts)
-        run.excluded = {
-            key for _, other in others if isinstance(other, Record) for key in prompt_hashes(other)
-        }
-        refuse(
-            not run.excluded,
-            f"--exclude-prompts {args.exclude_prompts}: no record in it is recognised",
+    has_reference = any(record.reference for record in good)
+    if EXACT_MATCH in run.judges and not has_reference:
+        raise UserError(
+            f"{name}: no record has an answer to compare with: exact_match needs a reference"
         )
+    if needs_references and not has_reference:
+        raise UserError(
+            f"{name}: no record has an answer, which offline models need (one that a label or a "
+            "score may call bad does not count): name a provider's models"
+        )
+    unused = unused_fields(rows, rename, run.reads_answers)
+    if unused:
+        more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
+        names = ", ".join(unused[:8]) + more
+        note(f"fields not used: {names}; --rename OLD=NEW says what a field means")
+    if run.args.exclude_prompts:
+        run.excluded = excluded_prompts(run.args.exclude_prompts)
+
+
+def shapes_hint(reason: str, run: Run) -> str:
+    """The shapes of records that this run reads, where `reason` says that a row has another one."""
+    if not re.match("no known|no answers|not a record|not JSON|not a history", reason):
+        return ""
+    shapes = [first_line(adapter) for adapter in INPUTS.values()]
+    if run.reads_answers:
+        shapes += [
+            "lists of answers with `scores`, `ranks` or `order`",
+            "objects with `score` or `rank`",
+            "`response_a`, `response_b` with `score_a` or `winner`",
+            "`chosen` and `rejected`",
+        ]
+    return f". Accepted: {'; '.join(shapes)}. Other fields: --rename OLD=NEW"
+
+
+def excluded_prompts(path: str) -> set[int]:
+    """The hashes of the prompts of a file (see `prompt_hashes`)."""
+    hashes: set[int] = set()
+    for _, record in read_records(path):
+        if isinstance(record, Record):
+            hashes |= prompt_hashes(record)
+    if not hashes:
+        raise UserError(f"--exclude-prompts {path}: no record in it is recognised")
+    return hashes
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """whatever says that one answer is better is read in one direction; what does not say it gives no pair."""
 
+import ast
 import copy
 import json
 import math
@@ -97,8 +98,9 @@ SHAPES = {
     "ranks from 0: the lowest is best": lambda w: {"prompt": Q, "responses": [A, B], "ranks": hi(w, 0, 1)},
     "order: indices, best first": lambda w: {"prompt": Q, "responses": [A, B], "order": hi(w, 0, 1)},
     "summaries beside scores": lambda w: {"prompt": Q, "summaries": [A, B], "scores": hi(w, 3, 1)},
-    "a choice among responses, index from 0": lambda w: {"prompt": Q, "responses": [A, B], "choice": w},
-    "a choice that is a string": lambda w: {"prompt": Q, "responses": [A, B], "choice": str(w)},
+    "a choice among responses by letter": lambda w: {"prompt": Q, "responses": [A, B], "choice": "AB"[w]},
+    "a choice counted from 0, by name": lambda w: {"prompt": Q, "responses": [A, B], "winner_from_0": w},
+    "a choice counted from 1, by name": lambda w: {"prompt": Q, "responses": [A, B], "winner_from_1": str(w + 1)},
     # answers as objects
     "text, score": lambda w: {"prompt": Q, "responses": two("text", score=hi(w, 7, 3))},
     "response, rating": lambda w: {"prompt": Q, "responses": two("response", rating=hi(w, 5, 2))},
@@ -233,6 +235,7 @@ UNSAID, UNRATED = (
     "input: no preference: fewer than two answers are rated",
 )
 CONTRADICTION, NOBODY = "input: contradictory signals", "input: no preference"
+UNCLEAR, FROM = "input: winner not understood", "input: ambiguous winner"
 NO_HISTORY = "input: histories differ"
 
 # fmt: off
@@ -256,23 +259,23 @@ DROPS = {
     "strength N/A": (STRENGTH | {"preference_strength": "N/A"}, NOBODY),
     "strength null": (STRENGTH | {"preference_strength": None}, UNSAID),
     "AlpacaEval NaN": (EVAL | {"preference": math.nan}, NOBODY),
-    "AlpacaEval 0": (EVAL | {"preference": 0}, NOBODY),
+    "AlpacaEval 0": (EVAL | {"preference": 0}, FROM),
     "winner null": (SUFFIXED | {"winner": None}, NOBODY),
     "winner N/A": (SUFFIXED | {"winner": "N/A"}, NOBODY),
     "a blank winner": (SUFFIXED | {"winner": " "}, NOBODY),
     "winner none, and models unknown": (SUFFIXED | {"winner": "none", "model_a": None, "model_b": None}, NOBODY),
-    "winner is nobody's name": (SUFFIXED | {"winner": "model_c", "model_a": "x", "model_b": "y"}, NOBODY),
+    "winner is nobody's name": (SUFFIXED | {"winner": "model_c", "model_a": "x", "model_b": "y"}, UNCLEAR),
     "a winner that both models share": (SUFFIXED | {"winner": "gpt-x", "model_a": "gpt-x", "model_b": "gpt-x"}, "input: ambiguous winner"),
     "an arena battle without a winner": (ARENA, UNSAID),
-    "a choice out of range": (LISTS | {"choice": 2}, NOBODY),
-    "a negative choice": (LISTS | {"choice": -1}, NOBODY),
-    "half a choice": (LISTS | {"choice": 0.5}, NOBODY),
-    "true is no index": (LISTS | {"choice": True}, NOBODY),
-    "SHP labels of neither kind": (SHP | {"labels": 2}, NOBODY),
+    "a choice out of range": (LISTS | {"choice": 3}, UNCLEAR),
+    "a negative choice": (LISTS | {"choice": -1}, UNCLEAR),
+    "half a choice": (LISTS | {"choice": 0.5}, UNCLEAR),
+    "true is no index": (LISTS | {"choice": True}, UNCLEAR),
+    "SHP labels of neither kind": (SHP | {"labels": 2}, UNCLEAR),
     "SHP labels null": (SHP | {"labels": None}, NOBODY),
     "one-hot, none set": (ONE_HOT | {"winner_model_a": 0, "winner_model_b": 0, "winner_tie": 0}, NOBODY),
-    "one-hot, two set": (ONE_HOT | {"winner_model_a": 1, "winner_model_b": 1, "winner_tie": 0}, NOBODY),
-    "one-hot, a winner and a tie": (ONE_HOT | {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 1}, NOBODY),
+    "one-hot, two set": (ONE_HOT | {"winner_model_a": 1, "winner_model_b": 1, "winner_tie": 0}, UNCLEAR),
+    "one-hot, a winner and a tie": (ONE_HOT | {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 1}, UNCLEAR),
     "one score null": (LISTS | {"scores": [None, 3]}, UNRATED),
     "one score N/A": (LISTS | {"scores": ["N/A", 3]}, UNRATED),
     "one score NaN": (LISTS | {"scores": [math.nan, 3]}, UNRATED),
@@ -283,9 +286,9 @@ DROPS = {
     "no signal at all": (LISTS, UNSAID),
     "candidates that no judge saw": ({"prompt": Q, "completions": two("response", score=[None] * 2, votes=[[], []])}, UNSAID),
     # ambiguous: never guessed
-    "a bare ranking": (LISTS | {"ranking": [1, 0]}, "input: ambiguous `ranking`: name it order (indices, best first) or ranks (1 = best)"),
-    "winner 1 of answers 1 and 2": (NUMBERED | {"winner": 1}, "input: ambiguous winner"),
-    "choice '2' of answers 1 and 2": (NUMBERED | {"choice": "2"}, "input: ambiguous winner"),
+    "a bare ranking": (LISTS | {"ranking": [1, 0]}, "input: ambiguous `ranking`: name it order (indices, best first) or ranks (1 = best): --rename"),
+    "winner 0 of answers 1 and 2: the first, or a tie": (NUMBERED | {"winner": 0}, FROM),
+    "winner 2 of answers 0 and 1: a tie, or the second": ({"prompt": Q, "response_0": A, "response_1": B, "winner": 2}, FROM),
     "order inside answer objects": ({"prompt": Q, "responses": two("text", order=[1, 0])}, UNSAID),
     # malformed
     "fewer scores than answers": (LISTS | {"scores": [3]}, "input: lists of unequal length: 2 answers"),
@@ -322,7 +325,9 @@ DROPS = {
     "chosen scored below rejected": (PAIR | {"score_chosen": 2.0, "score_rejected": 8.0}, CONTRADICTION),
     "chosen scored 0, rejected 1": (PAIR | {"score_chosen": 0, "score_rejected": 1}, CONTRADICTION),
     "PKU: better and safer differ": ({"prompt": Q, "response_0": A, "response_1": B, "better_response_id": 0, "safer_response_id": 1}, CONTRADICTION),
-    "one answer with two scores": (LISTS | {"responses": [A, A.upper()], "scores": [9, 2]}, CONTRADICTION),
+    "one answer of three with two scores": (LISTS | {"responses": [A, f"{A} ", B], "scores": [9, 2, 5]}, CONTRADICTION),
+    "two equal answers with two scores": (LISTS | {"responses": [A, f"{A} "], "scores": [9, 2]}, "filter: identical answers"),
+    "two equal answers with a winner": (SUFFIXED | {"response_b": A, "winner": "a"}, "filter: identical answers"),
     "a combined score that its votes deny": ({"prompt": Q, "completions": two("response", score=[5, 5], votes=[[9, 9], [1, 1]])}, "input: tie"),
     "the votes of two orders disagree": ({"prompt": Q, "completions": two("response", score=[6, 5], votes=[[9, 3], [2, 8]])}, "input: orders disagree"),
     "objects' own scores against a list beside them": (LISTS | {"responses": two("text", score=[9, 2]), "scores": [2, 9]}, CONTRADICTION),
@@ -332,7 +337,7 @@ DROPS = {
     "two lists of the same kind": (LISTS | {"scores": [9, 2], "all_scores": [2, 4]}, CONTRADICTION),
     "two kinds of score in objects": (LISTS | {"responses": two("text", score=[9, 2], rating=[2, 4])}, CONTRADICTION),
     "two suffixed kinds of score": (SUFFIXED | {"score_a": 9, "score_b": 2, "rating_a": 2, "rating_b": 4}, CONTRADICTION),
-    "two verdicts": (LISTS | {"choice": 0, "better_response_id": 1}, CONTRADICTION),
+    "two verdicts": (LISTS | {"choice": "a", "better_response_id": "b"}, CONTRADICTION),
     "two verdicts, one of them a data set's": (SHP | {"labels": 1, "winner": "b"}, CONTRADICTION),
     "a strength against a verdict": (NUMBERED | {"preference_strength": -2, "winner": "response_2"}, CONTRADICTION),
     "scores tie where a verdict does not": (SUFFIXED | {"winner": "a", "score_a": 2, "score_b": 2}, "input: tie"),
@@ -340,14 +345,14 @@ DROPS = {
     "a ready pair against the list it came from": (PAIR | {"generations": [B, A], "ratings": [5, 1]}, CONTRADICTION),
     "a ready pair against its list, behind a double space": (PAIR | {"generations": [A.replace(" ", "  "), B], "ratings": [1, 5]}, CONTRADICTION),
     "a ready pair against a verdict": (PAIR | {"response_a": A, "response_b": B, "winner": "b"}, CONTRADICTION),
-    "a ready pair and a verdict on something else": (PAIR | {"winner": "b"}, NOBODY),
+    "a ready pair and a verdict on something else": (PAIR | {"winner": "b"}, UNCLEAR),
     "two ready pairs": (PAIR | {"preferred_output": B, "non_preferred_output": A}, CONTRADICTION),
     "a negative margin": (PAIR | {"margin": -1.5}, CONTRADICTION),
     "a duplicate key": ('{"prompt": "Q", "responses": ["A", "B"], "scores": [9, 2], "scores": [2, 9]}', "input: not JSON: a key stands twice"),
     "a model that is called as the other one's end": (SUFFIXED | {"model_a": "b", "model_b": "a", "winner": "a"}, "input: ambiguous winner"),
     "a model that is called tie": (SUFFIXED | {"model_a": "tie", "model_b": "m", "winner": "tie"}, "input: tie"),
     "scores beyond what can be added": (LISTS | {"scores": [1e308, 1.7e308]}, UNRATED),
-    "identical chosen and rejected": (PAIR | {"rejected": f" {A.lower()} "}, "filter: identical answers"),
+    "identical chosen and rejected": (PAIR | {"rejected": f" {A} "}, "filter: identical answers"),
     "winner null, and a model called none": (SUFFIXED | {"winner": None, "model_a": "none", "model_b": "m"}, NOBODY),
 }
 # fmt: on
@@ -398,8 +403,8 @@ AGREE = {
     "suffixed answers and a list beside them": SUFFIXED | {"scores": [2, 9]},
     "the same answers in two shapes": LISTS | {"scores": [2, 9], "response_a": B, "response_b": A, "winner": "a"},
     "a pair and the list it came from": {"prompt": Q, "chosen": B, "rejected": A, "generations": [A, B], "ratings": [1, 5], "order": ["rejected", "chosen"]},
-    "a verdict of null beside one that speaks": LISTS | {"choice": 1, "winner": None},
-    "a verdict of nothing beside one that speaks": LISTS | {"choice": 1, "winner": ""},
+    "a verdict of null beside one that speaks": LISTS | {"choice": "b", "winner": None},
+    "a verdict of nothing beside one that speaks": LISTS | {"choice": "b", "winner": ""},
     "a flag that a spreadsheet wrote": ONE_HOT | {"winner_model_a": "FALSE", "winner_model_b": "TRUE"},
     "answers without text, rated apart": {"prompt": Q, "responses": [A, "", None, B], "scores": [3, 1, 2, 5]},
     "a list whose answers cannot be read": PAIR | {"chosen": B, "rejected": A, "generations": [[said(B)], [said(A)]], "ratings": [5, 1]},
@@ -427,7 +432,7 @@ OPTIONS = {
 }
 # fmt: off
 OF_WHICH = {
-    "an index": OTHERS | {"response_0": A, "response_1": B, "better_response_id": 1},
+    "an index": OTHERS | {"response_0": A, "response_1": B, "better_response_id": 0},
     "a list beside both": OTHERS | {"response_a": A, "response_b": B, "scores": [9, 2]},
     "a list beside a pair of other texts": OTHERS | {"chosen": A, "rejected": B, "ranks": [2, 1]},
     "a list beside two lists": OTHERS | {"generations": [A, B], "ratings": [5, 1]},
@@ -459,7 +464,13 @@ def test_two_answers_that_only_one_of_two_signals_tells_apart_form_no_pair(proce
 
 def test_no_two_shapes_in_one_row_that_differ_give_a_pair():
     run, rows = SimpleNamespace(seed=0, strategy="all_pairs", length_penalty=0), 0
-    for (one, other), winner in product(product(SHAPES.values(), repeat=2), (0, 1)):
+    shapes = SHAPES | OF_OTHERS
+    del shapes["LLaMA-Factory, former ranking"]  # a mere list, if anything else says who is better
+    del (
+        shapes["OASST: a tree"],
+        shapes["RMB: pairs"],
+    )  # they stand in the prompt; they share a field
+    for (one, other), winner in product(product(shapes.values(), repeat=2), (0, 1)):
         first, second = one(winner), other(1 - winner)
         shared = first.keys() & second.keys() - {"prompt", "instruction", "question"}
         if any(first[name] != second[name] for name in shared):
@@ -469,7 +480,7 @@ def test_no_two_shapes_in_one_row_that_differ_give_a_pair():
             [record] = rc.parse_row(first | second, with_answers=True)
             rc.pair_up(record, record.answers, run)
             pytest.fail(str(first | second))
-    assert rows > 4000
+    assert rows > 12_000
 
 
 @pytest.mark.parametrize("depth", [100, 400, 600, 900, 20_000])
@@ -540,8 +551,10 @@ def says(record, chosen, rejected) -> bool:
             and 0 < abs(strength) <= 3
         )
     if "winner" in record:
-        ends = {"a": "ab", "b": "ba", "0": "ab", "1": "ba"}[str(record["winner"])[-1]]
-        return said == [record[f"response_{end}"].strip() for end in ends]
+        texts = [record[f"response_{end}"].strip() for end in "ab"]
+        names = {"model_a": 0, "model_b": 1, texts[0]: 0, texts[1]: 1}
+        first = names[str(record["winner"]).strip("[]'\"")]
+        return said == [texts[first], texts[1 - first]]
     if "chosen" in record:
         scores = [record.get(f"score_{side}") for side in ("chosen", "rejected")]
         numeric = [re.fullmatch(r"-?\d+(\.\d+)?(e\+?\d+)?", str(score)) for score in scores]
@@ -551,7 +564,11 @@ def says(record, chosen, rejected) -> bool:
             for text in (record["chosen"], record["rejected"])
         ]
         return said == [text.strip() for text in texts] and agrees
-    score = {str(text).strip(): value for text, value in zip(record["responses"], record["scores"])}
+    texts, scores = (
+        ast.literal_eval(cell) if isinstance(cell, str) else cell
+        for cell in (record["responses"], record["scores"])
+    )
+    score = {str(text).strip(): value for text, value in zip(texts, scores)}
     better, worse = (v if isinstance(v, list) else [v] for v in (score[chosen], score[rejected]))
     return all(float(b) > float(w) for b, w in zip(better, worse, strict=True))
 
@@ -760,13 +777,6 @@ def test_a_prompt_may_come_again_with_other_answers_but_not_with_the_same(rlhf):
     )
 
 
-@pytest.mark.parametrize("winner", [1, 2, "1", "2"])
-def test_a_number_as_winner_of_a_and_b_is_not_guessed_at(winner):
-    row = {"prompt": "p", "response_a": "one", "response_b": "two", "winner": winner}
-    with pytest.raises(rc.Failed, match="ambiguous winner"):
-        rc.parse_row(row, with_answers=True)
-
-
 def test_a_field_renamed_onto_another_costs_the_record(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         '{"prompt": "p", "ranking": [1, 2], "ranks": [2, 1]}\n', "utf-8"
@@ -775,3 +785,346 @@ def test_a_field_renamed_onto_another_costs_the_record(tmp_path):
         str(tmp_path / "a.jsonl"), {"ranking": "ranks"}, with_answers=True
     )
     assert isinstance(found, rc.Failed) and "two fields" in found.reason
+
+
+# --- Winners in all their spellings, choices numbered from 0 or from 1, the data sets of others.
+
+
+def winner_of(row, *others):
+    """What the first of a file's rows says is better: A or B, or `stage: reason` of its drop."""
+    rows = [row, *others]
+    run = SimpleNamespace(seed=0, strategy="best_worst", length_penalty=0)
+    try:
+        [record] = rc.parse_row(row, True, rc.ChoiceNumbers(iter(rows)))
+        if not record.signal:
+            return f"no signal: {record.signal_hint}"
+        return rc.pair_up(record, record.answers, run)[0].chosen.text
+    except rc.Failed as failed:
+        return f"{failed.stage}: {failed.reason}"
+
+
+# fmt: off
+SPELLINGS = {
+    "a, b": ("response_a", "response_b", {
+        A: ["a", "A", "model_a", "Model A", "Response A", "response_a", "[[A]]", "A.", "(A)", "assistant A", "A>B", "A>>B", "B<A",
+            "left", "first", "the first"[4:], A, f"  {A} ", "回答A", "模型A", "A > B", "model_a > model_b", "左", "前者"],
+        B: ["b", "model_b", "Response B", "[[B]]", "B.", "B>A", "right", "second", B, "第二个", "右边", "回答 B", "后者", "Answer b"],
+        "input: tie": ["tie", "Tie", "A=B", "a = b", "[[tie]]", "equal", "平局", "一样好", "draw"],
+        "input: both bad": ["both bad", "neither", "tie (bothbad)", "都不好"],
+        "input: winner not understood": ["model_c", "C", "left-ish", "A>C", "maybe a", "gpt-4"],
+        "input: no preference": ["none", "N/A", " ", "null", "unknown"],
+    }),
+    "1, 2": ("output_1", "output_2", {
+        A: ["output_1", "model_1", "1", 1, 1.0, "A", "first", "Output 1", A],
+        B: ["output_2", "2", 2, "[[2]]", "b"[:1], "Assistant 2"],
+        "input: winner not understood": [3, "model_3", 1.5],
+    }),
+    "a list": ("responses", None, {
+        A: ["model_a", "a", "Response A", A, "left", "first"],
+        B: ["B", "model_b", "right", B],
+        "input: winner not understood": ["c", "response_c"],
+    }),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    "first, second, winner, expected",
+    [
+        pytest.param(first, second, winner, expected, id=f"{shape}: {winner}")
+        for shape, (first, second, spellings) in SPELLINGS.items()
+        for expected, winners in spellings.items()
+        for winner in winners
+    ],
+)
+def test_winners_are_understood_in_every_spelling(first, second, winner, expected):
+    answers = {first: A, second: B} if second else {first: [A, B]}
+    assert winner_of({"prompt": Q, "winner": winner} | answers).startswith(expected)
+
+
+def numbered(winner, name="choice", ends="ab"):
+    return {"prompt": Q, f"response_{ends[0]}": A, f"response_{ends[1]}": B, name: winner}
+
+
+# fmt: off
+NUMBERINGS = {  # the fields' ends, the numbers of the whole file, what the first of them means
+    "a, b: 1 alone": ("ab", [1], FROM),
+    "a, b: 0 alone is the first": ("ab", [0], A),
+    "a, b: 1 beside a 0": ("ab", [1, 0], B),
+    "a, b: 1 beside a 2": ("ab", [1, 2], A),
+    "a, b: 2 beside a 1": ("ab", [2, 1], B),
+    "a, b: 0, 1 and 2, one of which is a tie": ("ab", [1, 0, 2], FROM),
+    "a, b: a minus one shows another coding": ("ab", [0, 1, -1], FROM),
+    "a, b: a half shows another coding": ("ab", [0, 1, 0.5], FROM),
+    "1, 2: the names fix 1": ("12", [1], A),
+    "1, 2: the names fix 2": ("12", [2, 1], B),
+    "1, 2: 0 is the first or a tie": ("12", [1, 0], FROM),
+    "1, 2: 0 is a tie (PandaLM) or 2 is (Auto-J)": ("12", [1, 0, 2], FROM),
+    "0, 1: the names fix 1": ("01", [1], B),
+    "0, 1: the names fix 0": ("01", [0, 1], A),
+    "0, 1: 2 is a tie or the second": ("01", [1, 2], FROM),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("ends, values, expected", NUMBERINGS.values(), ids=NUMBERINGS)
+@pytest.mark.parametrize("form", ["{}", "model_{}"])
+@pytest.mark.parametrize("name", ["winner", "choice", "better_response_id"])
+def test_the_whole_file_settles_what_a_number_means(ends, values, expected, form, name):
+    if form != "{}" and not all(value in (0, 1, 2) for value in values):
+        pytest.skip("no model has this number")
+    texts = [value if form == "{}" else form.format(value) for value in values]
+    rows = [numbered(text, name, ends) for text in texts]
+    assert winner_of(*rows).startswith(expected)
+
+
+@pytest.mark.parametrize("method", [str, int])
+def test_numbers_are_settled_by_a_record_far_behind(rlhf, method):
+    rows = [numbered(method(1)) | {"prompt": f"{Q} {i}"} for i in range(40)]
+    last = numbered(method(2)) | {"prompt": "Is it wet?"}
+    assert all(row["chosen"] == A for row in rlhf([*rows, last], *RANK).pairs[:40])
+    last["choice"] = method(0)
+    assert all(row["chosen"] == B for row in rlhf([*rows, last], *RANK).pairs[:40])
+    result = rlhf(rows, *RANK)
+    assert result.status == 2 and "--rename choice=winner_from_0" in result.err
+
+
+def test_preference_of_another_coding_is_refused_in_the_whole_file():
+    row = EVAL | {"preference": 1}
+    assert winner_of(row) == A
+    reason = winner_of(row, EVAL | {"preference": 0})
+    assert reason.startswith("input: ambiguous winner: `preference` is 0 in this file")
+    assert winner_of(EVAL | {"winner_from_0": 1}) == B  # as the message advises
+    assert winner_of(EVAL | {"winner_from_1": 1}) == A
+
+
+TREE = {"role": "prompter", "text": Q, "replies": two("text", role=["assistant"] * 2)}
+
+
+def part(text):
+    """A turn's content as LLaMA-Factory v1 has it."""
+    return [{"type": "text", "value": text}]
+
+
+# fmt: off
+OF_OTHERS = {  # who is to win -> a row
+    "JudgeBench": lambda w: {"question": Q, "response_A": A, "response_B": B, "label": ["A>B", "B>A"][w]},
+    "RewardBench 2: lists": lambda w: {"prompt": Q, "chosen": [hi(w, A, B)[0]], "rejected": [hi(w, A, B)[1], "No."]},
+    "RMB: best of n": lambda w: {"conversation_input": [user(Q)], "bon_best": {"llm_name": "m", "answer": hi(w, A, B)[0]},
+                                 "loser_list": [{"llm_name": "n", "answer": hi(w, A, B)[1]}]},
+    "RMB: pairs": lambda w: {"conversation_input": [user(Q)], "chosen": {"answer": hi(w, A, B)[0]}, "reject": {"answer": hi(w, A, B)[1]}},
+    "OASST: replies with ranks from 0": lambda w: TREE | {"replies": two("text", rank=hi(w, 0, 1))},
+    "OASST: a tree": lambda w: {"message_tree_id": "x", "prompt": TREE | {"replies": two("text", rank=hi(w, 0, 1))}},
+    "ms-swift: messages, rejected_response": lambda w: {"messages": chat(Q, hi(w, A, B)[0]), "rejected_response": hi(w, A, B)[1]},
+    "ms-swift: query, response": lambda w: {"query": Q, "response": hi(w, A, B)[0], "rejected_response": hi(w, A, B)[1]},
+    "ms-swift: rejected_messages": lambda w: {"messages": chat(Q, hi(w, A, B)[0]), "rejected_messages": chat(Q, hi(w, A, B)[1])},
+    "LLaMA-Factory, former ranking": lambda w: {"instruction": Q, "input": "", "output": hi(w, A, B)},
+    "LLaMA-Factory v1": lambda w: {f"{side}_messages": [user(part(Q)), said(part(text))] for side, text in zip(("chosen", "rejected"), hi(w, A, B))},
+    "NeMo": lambda w: {"prompt": Q, "chosen_response": hi(w, A, B)[0], "rejected_response": hi(w, A, B)[1]},
+    "stack-exchange-paired": lambda w: {"question": Q, "response_j": hi(w, A, B)[0], "response_k": hi(w, A, B)[1]},
+    "Label Studio": lambda w: {"prompt": Q, "answer1": A, "answer2": B, "comparison": ["left", "right"][w]},
+    "Label Studio, nested": lambda w: {"prompt": Q, "answer1": A, "answer2": B, "comparison": {"selected": ["left", "right"][w]}},
+    "PandaLM, its tie named": lambda w: {"instruction": Q, "response1": A, "response2": B, "winner_from_1": w + 1},
+    "is_correct in a list": lambda w: {"prompt": Q, "responses": [A, B], "is_correct": hi(w, True, False)},
+    "correct in a list, as a table writes it": lambda w: {"prompt": Q, "responses": [A, B], "correct": hi(w, "True", "False")},
+    "is_correct in objects": lambda w: {"prompt": Q, "responses": two("text", is_correct=hi(w, True, False))},
+    "correct in fields": lambda w: {"prompt": Q, "answer_a": A, "answer_b": B, "correct_a": 1 - w, "correct_b": w},
+    "cells with JSON": lambda w: {"prompt": Q, "responses": json.dumps([A, B]), "scores": json.dumps(hi(w, 9, 2))},
+    "cells with Python's text": lambda w: {"prompt": Q, "responses": str([A, B]), "scores": str(hi(w, 9.5, 2.0))},
+    "message lists as text": lambda w: {"prompt": Q} | ready(w, lambda text: json.dumps([said(text)])),
+    "whole chats as Python's text": lambda w: ready(w, lambda text: str(chat(Q, text))),
+    "decimal commas": lambda w: {"prompt": Q, "response_a": A, "response_b": B, "score_a": hi(w, "7,5", "7,25")[0], "score_b": hi(w, "7,5", "7,25")[1]},
+    "chosen and rejected name fields": lambda w: SUFFIXED | {"chosen": f"response_{'ab'[w]}", "rejected": f"response_{'ba'[w]}"},
+    "chosen is a letter": lambda w: {"question": Q, "answer1": A, "answer2": B, "chosen": "AB"[w]},
+    "chosen and rejected are indices": lambda w: {"prompt": Q, "response_0": A, "response_1": B, "chosen": w, "rejected": 1 - w},
+    "chosen is the text of one of a list": lambda w: {"prompt": Q, "responses": [A, B], "chosen": hi(w, A, B)[0], "rejected": hi(w, A, B)[1]},
+    "winner is the text of one of a list": lambda w: {"prompt": Q, "responses": [A, B], "winner": hi(w, A, B)[0]},
+    "preference names the answer": lambda w: {"prompt": Q, "response_1": A, "response_2": B, "preference": f"response_{w + 1}"},
+    "first_is_better": lambda w: SUFFIXED | {"first_is_better": 1 - w},
+    "Auto-J: fields with a space": lambda w: {"prompt": Q, "response 1": A, "response 2": B, "winner_from_0": w},
+    "fields in Chinese": lambda w: {"prompt": Q, "回答A": A, "回答B": B, "winner": f"回答{'AB'[w]}"},
+    "a model that is called model_1": lambda w: SUFFIXED | {"model_a": "model_2", "model_b": "model_1", "winner": f"model_{2 - w}"},
+    "an empty winner beside a comparison": lambda w: SUFFIXED | {"winner": "", "comparison": ["left", "right"][w]},
+    "correct that is no flag, and chosen that is none": lambda w: {"prompt": Q, "responses": two("text", score=hi(w, 2, 1), correct=[0.7, 0.8]), "chosen": True},
+    "people decided against the scores": lambda w: {"prompt": Q} | ready(w, str) | {"score_chosen": 2.0, "score_rejected": 8.0, "decided_by": "people"},
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("winner", [0, 1])
+@pytest.mark.parametrize("shape", OF_OTHERS.values(), ids=OF_OTHERS)
+def test_the_data_sets_of_others_are_read_in_both_directions(process_record, shape, winner):
+    assert process_record(shape(winner)) == tuple(hi(winner, A, B))
+
+
+# fmt: off
+REFUSED = {
+    "preference against a strength": (NUMBERED | {"preference": "response_1", "preference_strength": 2}, CONTRADICTION),
+    "is_correct against a winner": (SUFFIXED | {"is_correct_a": True, "is_correct_b": False, "winner": "b"}, CONTRADICTION),
+    "all are correct": (LISTS | {"is_correct": [True, True]}, "input: tie"),
+    "a label that is no comparison may name the worse one": (SUFFIXED | {"label": "A"}, "no signal"),
+    "a label that is a number": (SUFFIXED | {"label": 1}, "no signal"),
+    "chosen and rejected name one field": (SUFFIXED | {"chosen": "response_b", "rejected": "response_b"}, CONTRADICTION),
+    "chosen names an answer, rejected does not": (SUFFIXED | {"chosen": "response_b", "rejected": "?"}, CONTRADICTION),
+    "chosen alone names nothing": (SUFFIXED | {"chosen": "perhaps"}, UNCLEAR),
+    "a letter that is also the other answer's text": ({"prompt": Q, "responses": ["B", "A"], "winner": "A"}, FROM),
+    "a number that is also the other answer's text": ({"prompt": Q, "responses": ["1", "0"], "winner_from_0": 0}, FROM),
+    "three texts in the former ranking": ({"instruction": Q, "output": [A, B, Q]}, "no signal"),
+    "two texts in the former ranking beside scores": ({"instruction": Q, "output": [A, B], "scores": [1, 1]}, "input: tie"),
+    "chosen alone is a long text of nobody": (SUFFIXED | {"chosen": A + A}, "no signal"),
+    "a thousand or a decimal": (SUFFIXED | {"score_a": "7,500", "score_b": 8}, UNRATED),
+    "scores of people's pairs against a list": (PAIR | {"decided_by": "people", "generations": [A, B], "ratings": [1, 5]}, CONTRADICTION),
+    "SHP's -1 may stand beside a tie": (SHP | {"labels": -1}, UNCLEAR),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("row, reason", REFUSED.values(), ids=REFUSED)
+def test_what_is_unclear_is_refused(row, reason):
+    assert winner_of(row).startswith(reason)
+
+
+def test_a_chosen_alone_is_the_text_of_an_answer():
+    assert winner_of(SUFFIXED | {"chosen": B}) == B
+
+
+def test_a_list_of_numbers_as_an_answer_stays_text():
+    [record] = rc.parse_row({"instruction": Q, "output": "[1, 2]"})
+    assert record.reference == "[1, 2]"
+
+
+def test_a_lone_flag_does_not_cost_the_scores():
+    row = LISTS | {"responses": two("text", score=[2, 9], is_correct=[True, None])}
+    assert winner_of(row) == B
+
+
+def test_equal_flags_say_nothing_beside_scores():
+    row = LISTS | {"responses": FOUR[:3], "is_correct": [True, True, False], "scores": [2, 9, 1]}
+    assert winner_of(row) == FOUR[1]
+
+
+def test_answers_that_differ_in_case_only_are_a_pair_where_the_signal_differs():
+    row = {"prompt": "Mock it.", "responses": ["a GiAnT sPiDeR", "a giant spider"]}
+    assert winner_of(row | {"scores": [9, 2]}) == "a GiAnT sPiDeR"
+    assert winner_of(PAIR | {"rejected": A.upper()}) == A
+
+
+def test_an_indented_first_line_of_an_answer_keeps_its_indentation():
+    [record] = rc.parse_row(PAIR | {"chosen": "\n    return 1\n", "rejected": " No. "}, True)
+    assert [answer.text for answer in record.answers] == ["    return 1", "No."]
+
+
+# --- Rows of one answer each.
+
+
+def rows_of(*rated, name="score", field="output"):
+    return [{"prompt": Q, field: text, name: value} for text, value in rated]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(rows_of((A, 2), (B, 9), name="reward"), id="OpenRLHF"),
+        pytest.param(rows_of((A, 3), (B, 1), name="rank", field="response"), id="ranks"),
+        pytest.param(rows_of((B, True), (A, False), name="label", field="completion"), id="KTO"),
+        pytest.param(
+            rows_of((B, "good"), (A, "bad"), name="label", field="completion"), id="words"
+        ),
+        pytest.param(rows_of((B, True), (A, False), name="kto_tag"), id="LLaMA-Factory's KTO"),
+        pytest.param(rows_of((B, True), (A, False), name="is_correct"), id="is_correct"),
+        pytest.param(
+            [{"messages": chat(Q, B), "label": True}, {"messages": chat(Q, A), "label": False}],
+            id="messages",
+        ),
+    ],
+)
+def test_rows_of_one_prompt_are_grouped(rlhf, rows):
+    if "rank" in rows[0]:
+        rows.append({"prompt": Q, "response": "Who knows?", "rank": 2})
+    [row] = rlhf([GOOD, *rows], *RANK).pairs[1:]
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (Q, B, A)
+
+
+def test_our_own_kto_output_is_read_back(rlhf, tmp_path):
+    other = {"prompt": "Is it wet?", "chosen": "Yes, it is.", "rejected": "Not at all."}
+    rlhf([PAIR, other], *RANK, "--output-format", "kto", output="kto.jsonl")
+    made = rlhf(tmp_path / "kto.jsonl", *RANK, "--output-format", "basic").pairs
+    assert made == [PAIR, other]
+
+
+def test_one_answer_alone_is_dropped_and_kept_in_the_list(rlhf):
+    alone = rows_of((A, 2)) + [GOOD] + rows_of((B, 9))
+    result = rlhf(alone, *RANK)
+    assert len(result.pairs) == 1 and [row["line"] for row in result.dropped] == [1, 3]
+    assert all(reason.startswith("input: one answer alone") for reason in result.reasons)
+    assert result.dropped[0]["answers"][0]["text"] == A
+
+
+def test_a_score_of_another_name_groups_rows_once_it_is_renamed(rlhf):  # HelpSteer2
+    rows = rows_of((A, 1), (B, 4), name="helpfulness", field="response")
+    result = rlhf(rows, *RANK)
+    assert result.status == 2 and "--rename helpfulness=score" in result.err
+    [row] = rlhf(rows, *RANK, "--rename", "helpfulness=score").pairs
+    assert (row["chosen"], row["score_chosen"]) == (B, 4.0)
+
+
+def test_groups_are_bounded(monkeypatch):
+    monkeypatch.setattr(rc, "GROUP_SIZE", 3)
+    rows = enumerate(rows_of(*((f"Answer {i}", i) for i in range(7))), 1)
+    sizes = [len(row["responses"]) for _, row in rc.group_rows(rows) if isinstance(row, dict)]
+    assert sizes == [3, 3]
+
+
+# --- Signals under other names: the message says which --rename reads them, and it works.
+
+# fmt: off
+UNREAD = {  # who is to win -> a row; the number of renames in the message that is meant
+    "best: an index": (lambda w: SUFFIXED | {"best_answer": w}, 0),
+    "a letter under a strange name": (lambda w: SUFFIXED | {"my_pick": "AB"[w]}, 0),
+    "label as a letter": (lambda w: SUFFIXED | {"label": "AB"[w]}, 0),
+    "label: 1 is the first": (lambda w: SUFFIXED | {"label": 1 - w}, 1),
+    "a list of numbers, higher is better": (lambda w: LISTS | {"quality": hi(w, 3.5, 1)}, 0),
+    "a list of numbers, lower is better": (lambda w: LISTS | {"losses": hi(w, 0, 1)}, 1),
+    "numbers in fields": (lambda w: SUFFIXED | {"grade_a": hi(w, 3, 1)[0], "grade_b": hi(w, 3, 1)[1]}, 0),
+    "numbers in fields without a mark": (lambda w: {"prompt": Q, "answer1": A, "answer2": B, "q1": hi(w, 3, 1)[0], "q2": hi(w, 3, 1)[1]}, 0),
+    "a name in Chinese": (lambda w: SUFFIXED | {"标注": f"回答{'AB'[w]}"}, 0),
+    "a bare ranking of indices": (lambda w: LISTS | {"ranking": hi(w, 0, 1)}, 0),
+    "numbers from 1": (lambda w: SUFFIXED | {"winner": w + 1} , 1),
+    "numbers from 0, and a tie": (lambda w: NUMBERED | {"winner": w}, 0),
+    "PandaLM": (lambda w: {"instruction": Q, "response1": A, "response2": B, "annotator1": w + 1}, 0),
+    "preference from 0": (lambda w: EVAL | {"preference": w}, 0),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("shape, meant", UNREAD.values(), ids=UNREAD)
+def test_the_rename_that_a_message_advises_reads_the_signal(rlhf, shape, meant):
+    rows = [shape(i % 2) | {"prompt": f"{Q} {i}"} for i in range(4)]
+    rows = [{**row, "prompt": f"{Q} {i}"} for i, row in enumerate(rows)]
+    for row in rows:
+        row.pop("instruction", None)
+    if "winner" in rows[0] and "response_a" in rows[0]:
+        rows = [rows[0], rows[2]]  # 1 alone: from 0 or from 1?
+    result = rlhf(rows, *RANK)
+    text = result.reasons[0] if result.dropped else result.err
+    assert not result.pairs
+    advice = [re.findall(r"--rename [^\s;()]+", part) for part in re.split(r" or ", text)]
+    flags = " ".join([found for found in advice if found][meant]).split()
+    wanted = [A, A] if len(rows) == 2 else [A, B, A, B]
+    assert [row["chosen"] for row in rlhf(rows, *RANK, *flags).pairs] == wanted
+
+
+def test_what_is_no_signal_is_not_advised():
+    row = SUFFIXED | {
+        "id": 1,
+        "turn": 1,
+        "language": "English",
+        "is_english": 1,
+        "tags": ["x", "y"],
+    }
+    assert winner_of(row) == "no signal: "
+
+
+def test_every_name_in_the_table_of_signals_is_read():
+    names = [name for names in rc.SIGNAL_NAMES for name in names.split(", ")]
+    assert all(name in {*rc.SIGNALS, *rc.WINNERS, *rc.LEADS} for name in names)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 import rlhf_constructor as rc
-from tests.tiny import ROOT
+from tests.tiny import ROOT, run_of
 
 
 def record(row) -> rc.Record:
@@ -117,8 +117,8 @@ REFUSED = [
     pytest.param({"messages": turns("  ")}, "empty prompt", id="a blank user turn"),
     pytest.param({"messages": turns("Hi", "Ho")[1:]}, "no user turn", id="nobody asked"),
     pytest.param({"messages": SYSTEM}, "no user turn", id="a system turn alone"),
-    pytest.param({"messages": [{"role": "tool", "content": "{}"}]}, "unknown role: 'tool'", id="a tool turn"),
-    pytest.param({"conversations": [{"from": "observation", "value": "x"}]}, "unknown role: 'observation'",
+    pytest.param({"messages": [{"role": "tool", "content": "{}"}]}, "not a text: tools", id="a tool turn"),
+    pytest.param({"conversations": [{"from": "observation", "value": "x"}]}, "not a text: tools",
                  id="a ShareGPT tool turn"),
     pytest.param({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "not a text",
                  id="a turn that only calls a tool"),
@@ -127,7 +127,7 @@ REFUSED = [
     pytest.param({"messages": ["Hi"]}, "unknown role", id="turns that are strings"),
     pytest.param({"instruction": {"text": "Hi"}}, "not a text: `instruction` holds a dict", id="nested junk"),
     pytest.param({"instruction": "Add", "input": 10**400}, "not a text: `input` holds a int", id="a huge integer"),
-    pytest.param({"prompt": float("nan")}, "no known fields", id="NaN"),
+    pytest.param({"prompt": float("nan")}, "empty prompt", id="NaN"),
     pytest.param([1, 2], "not a record: a list", id="a list"),
     pytest.param(None, "not a record: a NoneType", id="null"),
 ]  # fmt: skip
@@ -201,7 +201,7 @@ BROKEN = [
     pytest.param(b'[{"prompt": "x"}]', "not a record", id="an array"),
     pytest.param(
         b'{"instruction": "x", "history": [1, {"a": 2}]}',
-        "malformed record",
+        "not a history",
         id="junk in the history",
     ),
 ]
@@ -225,6 +225,21 @@ def test_deep_nesting_never_ends_the_run(tmp_path, depth, name):
     assert len(rows) == (2 if name == "in.jsonl" else 1)
 
 
+@pytest.mark.parametrize("depth", [300, 900, 970])
+def test_no_deep_value_of_a_field_that_is_read_ends_the_run(tmp_path, depth):
+    lists, objects = "[" * depth + "]" * depth, '{"text": ' * depth + "1" + "}" * depth
+    rows = []
+    for deep in (
+        lists,
+        objects,
+        f'[{{"role": {lists}}}]',
+        f'[{{"role": "user", "content": {lists}}}]',
+    ):
+        rows += [f'{{"prompt": "Q", "{name}": {deep}}}' for name in NAMES if name != "prompt"]
+    found = read(tmp_path, "\n".join(rows))
+    assert len(found) == len(rows)
+
+
 @pytest.mark.parametrize("whole", ["[" + A, '{\n"prompt": "a"', f"[{A}\n{B}]", INDENTED + "x"])
 def test_a_broken_json_array_is_one_failed_record(tmp_path, whole):
     [(line, reason)] = read(tmp_path, whole, "in.json")
@@ -246,7 +261,6 @@ UNREADABLE = [
     pytest.param(
         "in.jsonl.gz", gzip.compress(A.encode() * 999)[:-20], "cannot be read", id="truncated gzip"
     ),
-    pytest.param("in.jsonl.gz", A.encode(), "cannot be read", id="not gzip"),
 ]
 
 
@@ -322,10 +336,11 @@ NAMES = ["prompt", "question", "text", "instruction", "input", "output", "instan
          "history", "system", "label", "answer", "chosen", "rejected", "responses", "completions", "scores", "ranks",
          "score", "rank", "order", "winner", "choice", "response_a", "response_b", "answer_0", "answer_1", "votes",
          "output_1", "output_2", "preference", "summaries", "info", "human_ref_A", "human_ref_B", "labels",
-         "conversation_a", "conversation_b", "role", "content", "from", "value", "model", *rc.DATA_SETS]  # fmt: skip
+         "turns", "context", "conversation", "choices", "options", "A", "B", "reference", "answers", "kto_tag", "rating",
+         "system_prompt", "query", "Prompt", "conversation_a", "conversation_b", "role", "content", "from", "value", "model", *rc.DATA_SETS]  # fmt: skip
 LEAVES = [None, True, False, 0, 1, -1, 2, 10**400, 1e308, float("nan"), float("inf"), "", " ", "a", "b", "tie",
           "model_a", "你好", "[1", '["x"]', "\n\nHuman: a\n\nAssistant: b", "\ud800", "user", "assistant", "system",
-          "gpt"]  # fmt: skip
+          "gpt", "### Human: a", [["a", "b"]], [{"role": "user", "content": "a"}], "<|im_start|>user", "[INST]", "[INST] a [/INST]"]  # fmt: skip
 
 
 def junk(draw: random.Random, depth: int = 3):
@@ -360,3 +375,360 @@ def test_no_row_of_junk_raises(tmp_path, with_answers):
         assert {m["role"] for m in one.messages} <= {"system", "user", "assistant"}
         assert one.messages[-1]["role"] == "user" and one.messages[-1]["content"].strip()
         assert one.prompt.encode() and one.reference.encode() is not None
+
+
+# --- earlier turns, system prompts, what stands beside a prompt
+
+HISTORIES = [
+    pytest.param([["Hi", "Hello"]], id="pairs"),
+    pytest.param([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], id="messages"),
+    pytest.param([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], id="ShareGPT turns"),
+    pytest.param([{"question": "Hi", "answer": "Hello"}], id="questions and answers"),
+    pytest.param([{"user": "Hi", "assistant": "Hello"}], id="user and assistant"),
+    pytest.param([{"instruction": "Hi", "output": "Hello"}], id="instruction and output"),
+    pytest.param(["Hi", "Hello"], id="alternating texts"),
+    pytest.param('[["Hi", "Hello"]]', id="JSON text, as in a CSV cell"),
+    pytest.param("[['Hi', 'Hello']]", id="Python text, as pandas writes it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("field", ["instruction", "prompt", "question", "query", "text"])
+def test_a_history_in_any_shape_stands_before_any_prompt(field, history):
+    assert record({field: "How?", "history": history}).messages == KEPT
+
+
+@pytest.mark.parametrize("empty", [None, [], "", "[]", " [] ", "nan", "None", float("nan")])
+def test_an_empty_history_is_none(empty):
+    assert record({"prompt": "How?", "history": empty}).messages == turns("How?")
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        {"a": 1},
+        7,
+        "User: Hi",
+        [["Hi"]],
+        [["Hi", 1]],
+        ["Hi"],
+        [{"x": "Hi"}],
+        "[[",
+        [["a", "b", "c"]],
+    ],
+)
+def test_a_history_of_another_shape_is_refused_with_what_one_looks_like(junk):
+    with pytest.raises(rc.Failed, match="not a history: .*question"):
+        rc.parse_row({"prompt": "How?", "history": junk})
+
+
+def test_a_greeting_that_nobody_asked_for_is_kept_in_the_history():
+    found = record({"prompt": "How?", "history": [[None, "Hello"]]})
+    assert [turn["content"] for turn in found.messages] == ["Hello", "How?"]
+
+
+def test_a_list_of_turns_named_context_is_the_history_of_a_prompt_and_else_the_prompt():
+    assert record({"prompt": "How?", "context": KEPT[:2]}).messages == KEPT
+    assert record({"context": KEPT}).messages == KEPT
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message", "System_Prompt"])
+@pytest.mark.parametrize("field", ["prompt", "instruction", "question"])
+def test_a_system_prompt_under_its_usual_names_is_the_first_turn(name, field):
+    row = {field: "How?", name: "Be brief."}
+    assert record(row).messages == SYSTEM + KEPT[2:]
+    assert record({"messages": KEPT[2:], name: "Be brief."}).messages == SYSTEM + KEPT[2:]
+
+
+def test_a_system_turn_is_not_doubled_by_a_system_field():
+    assert record({"messages": SYSTEM + KEPT, "system": "Be kind."}).messages == SYSTEM + KEPT
+
+
+SQUAD = {"context": "It rained in Rome.", "question": "Where did it rain?",
+         "answers": {"text": ["Rome"], "answer_start": [13]}}  # fmt: skip
+ARC = {"text": ["the sun", "the moon"], "label": ["A", "B"]}
+WARM = "What is warm?\n\nA. the sun\nB. the moon"
+BESIDE = [
+    pytest.param({"instruction": "Where?", "context": "In Rome.", "response": "Rome", "category": "qa"},
+                 "Where?\n\nIn Rome.", "Rome", id="Dolly"),
+    pytest.param(SQUAD, "Where did it rain?\n\nIt rained in Rome.", "Rome", id="SQuAD"),
+    pytest.param({"prompt": "Translate", "input": "hello"}, "Translate\n\nhello", "", id="input beside prompt"),
+    pytest.param({"input": "Hi", "output": "Hello"}, "Hi", "Hello", id="input alone"),
+    pytest.param({"question": "Q?", "context": ["One.", "Two."]}, "Q?\n\nOne.\n\nTwo.", "", id="passages"),
+    pytest.param({"question": "Q?", "context": {"page": 3}}, "Q?", "", id="a context that is no text"),
+    pytest.param({"question": "What is warm?", "choices": ["the sun", "the moon"], "answer": 0}, WARM, "",
+                 id="choices; an answer's index is no reference"),
+    pytest.param({"question": "What is warm?", "choices": ARC, "answerKey": "A"}, WARM, "A", id="ARC"),
+    pytest.param({"question": "What is warm?", "choices": [{"label": "A", "text": "the sun"}, {"label": "B", "text": "the moon"}]},
+                 WARM, "", id="choices as objects"),
+    pytest.param({"question": "What is warm?", "options": {"A": "the sun", "B": "the moon"}}, WARM, "", id="options by letter"),
+    pytest.param({"Question": "What is warm?", "A": "the sun", "B": "the moon", "Answer": "A"}, WARM, "A", id="C-Eval, CMMLU"),
+    pytest.param({"question": "Sun or moon?", "choices": ["Sun", "moon"]}, "Sun or moon?", "", id="choices that the prompt holds"),
+    pytest.param({"question": "2+2?", "answer": 4}, "2+2?", "4", id="a number as answer"),
+    pytest.param({"question_id": 81, "category": "math", "turns": ["2+2?", "And 3+3?"], "reference": ["4", "6"]},
+                 "2+2?", "4", id="MT-Bench"),
+    pytest.param({"question_id": "x", "turns": [{"content": "2+2?"}]}, "2+2?", "", id="Arena-Hard"),
+    pytest.param({"turns": turns("Hi", "Hello")}, "Hi", "Hello", id="turns with roles"),
+    pytest.param({"id": "t.1", "system_prompt": "", "question": "Q?", "response": "A"}, "Q?", "A", id="OpenOrca"),
+    pytest.param({"problem": "2+2?", "solution": "4"}, "2+2?", "4", id="problem, solution"),
+    pytest.param({"conversation": turns("Hi", "Hello"), "model": "m"}, "Hi", "Hello", id="LMSYS, WildChat"),
+    pytest.param({"Instruction": "Q?", " OUTPUT ": "A"}, "Q?", "A", id="names in other case"),
+    pytest.param(turns("Hi", "Hello"), "Hi", "Hello", id="a line that is a list of turns"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, prompt, reference", BESIDE)
+def test_what_stands_beside_a_prompt_is_joined_to_it(row, prompt, reference):
+    assert (record(row).prompt, record(row).reference) == (prompt, reference)
+
+
+def test_a_name_of_the_row_is_not_written_over_by_its_other_case():
+    assert record({"prompt": "a", "Prompt": "b"}).prompt == "a"
+    assert rc.with_plain_names({"score_A": 1, "responseA": 2, "A": 3, "Text": 4}) == {
+        "score_A": 1, "responseA": 2, "A": 3, "text": 4}  # fmt: skip
+
+
+# --- turns as text: JSON cells and chat templates
+
+TEMPLATES = [
+    pytest.param("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+                 "<|im_start|>user\nHow?<|im_end|>\n<|im_start|>assistant\n", id="ChatML"),
+    pytest.param("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>"
+                 "\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|><|start_header_id|>user<|end_header_id|>"
+                 "\n\nHow?<|eot_id|>", id="Llama 3"),
+    pytest.param("<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hello </s><s>[INST] How? [/INST]", id="Llama 2"),
+    pytest.param("<|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello</s>\n<|user|>\nHow?</s>\n<|assistant|>", id="Zephyr"),
+    pytest.param("<bos><start_of_turn>system\nBe brief.<end_of_turn>\n<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello"
+                 "<end_of_turn>\n<start_of_turn>user\nHow?<end_of_turn>\n<start_of_turn>model\n", id="Gemma"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", TEMPLATES)
+@pytest.mark.parametrize("field", ["prompt", "instruction", "text"])
+def test_a_chat_template_in_a_prompt_becomes_turns(field, prompt):
+    assert record({field: prompt}).messages == SYSTEM + KEPT
+
+
+def test_an_answer_in_a_chat_template_is_the_reference():
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n  code<|im_end|>"
+    assert (record(text).prompt, record(text).reference) == ("Hi", "  code")
+    assert record("### Human: Hi### Assistant: Hello").reference == "Hello"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Say hi <|im_start|>user\nHi<|im_end|>",
+        "Hi<|im_end|>",
+        "[INST] Hi",
+        "<s>[INST] Hi [/INST] Hello </s> more [INST] How? [/INST]",
+        "<|im_start|>user\nHi<|eot_id|>more<|im_end|>",
+    ],
+)
+def test_a_broken_chat_template_is_dropped(prompt):
+    for row in ({"prompt": prompt}, {"messages": turns(prompt)}):
+        with pytest.raises(rc.Failed, match="prompt holds chat-template tokens"):
+            rc.parse_row(row)
+
+
+def test_text_that_is_no_template_stays():
+    for prompt in ("Is a < b | c > d?", "cat <file | wc", "What does </s> mean?", "[1] INST"):
+        assert record(prompt).messages == turns(prompt)
+
+
+@pytest.mark.parametrize("dump", [json.dumps, repr])
+@pytest.mark.parametrize("field", ["messages", "conversations", "prompt", "question"])
+def test_turns_as_json_text_are_turns(field, dump):
+    assert record({field: dump(SYSTEM + KEPT)}).messages == SYSTEM + KEPT
+
+
+def test_chosen_and_rejected_as_json_text_are_answers():
+    chosen, rejected = (json.dumps(turns("Hi", text)) for text in ("Hello", "Go away"))
+    [found] = rc.parse_row({"chosen": chosen, "rejected": rejected}, with_answers=True)
+    assert found.messages == turns("Hi")
+    assert [answer.text for answer in found.answers] == ["Hello", "Go away"]
+
+
+def test_json_that_is_no_turns_stays_a_text():
+    for prompt in ('{"value": "a"} as YAML, please', "[1, 2]", '{"role": "x"}', '["a"]'):
+        assert record({"prompt": prompt}).messages == turns(prompt)
+
+
+def test_turns_that_were_cut_off_or_printed_by_numpy_are_refused():
+    broken = "[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'Ho'}]"
+    with pytest.raises(rc.Failed, match="`prompt` looks like a list of turns but is no JSON"):
+        rc.parse_row({"prompt": broken})
+
+
+# --- texts as they are
+
+INDENTED_CODE = "    if a:\n        return b"
+
+
+def test_only_blank_lines_around_a_text_are_stripped():
+    row = {"messages": turns(f"\n \n{INDENTED_CODE}\n\n", INDENTED_CODE)}
+    assert (record(row).prompt, record(row).reference) == (INDENTED_CODE, INDENTED_CODE)
+    assert record({"prompt": f"\n{INDENTED_CODE} \n"}).prompt == INDENTED_CODE
+    assert record({"prompt": "Q", "output": f"\n{INDENTED_CODE}"}).reference == INDENTED_CODE
+    assert rc.strip_blank_lines(" Blue.\n") == "Blue."
+    assert rc.strip_blank_lines(" \n\t\n") == ""
+
+
+MISSING = ["", " ", "nan", "NaN", "None", "null", "NULL", "<noinput>", None, float("nan"), []]
+
+
+@pytest.mark.parametrize("cell", MISSING)
+def test_nan_and_its_spellings_in_an_optional_field_are_missing(cell):
+    row = {"instruction": "Hi", "input": cell, "system": cell, "context": cell, "history": cell,
+           "output": cell, "label": cell, "images": cell, "tools": cell}  # fmt: skip
+    assert (record(row).messages, record(row).reference) == (turns("Hi"), "")
+
+
+def test_a_prompt_may_be_the_word_none():
+    assert record({"prompt": "None"}).prompt == "None"
+    assert record({"prompt": "nan", "question": "Why?"}).prompt == "Why?"
+
+
+NOT_TEXTS = [
+    pytest.param({"prompt": "What is this?", "images": ["a.png"]}, "images", id="a list of pictures"),
+    pytest.param({"messages": turns("<image>What is this?"), "images": ["a.png"]}, "images", id="LLaMA-Factory"),
+    pytest.param({"prompt": "<image>\nWhat is this?"}, "images", id="a picture's place"),
+    pytest.param({"prompt": "What is this?\n<image>"}, "images", id="a picture's place at the end"),
+    pytest.param({"prompt": "Picture 1: <img>a.png</img>\nWhat is it?"}, "images", id="Qwen-VL"),
+    pytest.param({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "images", id="a picture part"),
+    pytest.param({"prompt": "Hi", "audio": {"bytes": "x"}}, "audio", id="sound"),
+    pytest.param({"prompt": "Weather?", "tools": '[{"name": "get_weather"}]'}, "tools", id="tools as text"),
+    pytest.param({"input": {"messages": turns("Hi"), "tools": [{"a": 1}]}}, "tools", id="tools of OpenAI's input"),
+    pytest.param({"messages": [*turns("Hi"), {"role": "assistant", "content": "", "tool_calls": [1]}]}, "tools", id="a call"),
+    pytest.param({"conversations": [*sharegpt("Hi"), {"from": "function_call", "value": "{}"}]}, "tools", id="function_call"),
+    pytest.param({"prompt": "Weather?", "output": 'Action: get_weather\nAction Input: {"city": "Rome"}'}, "tools",
+                 id="an answer that calls a tool"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, kind", NOT_TEXTS)
+def test_pictures_sound_and_tools_are_refused(row, kind):
+    with pytest.raises(rc.Failed, match=f"not a text: {kind}"):
+        rc.parse_row(row)
+
+
+def test_an_answer_to_rank_that_calls_a_tool_is_refused():
+    row = {"prompt": "Weather?", "chosen": "Action: get\nAction Input: {}", "rejected": "Sun."}
+    with pytest.raises(rc.Failed, match="not a text: tools") as failed:
+        rc.parse_row(row, with_answers=True)
+    assert failed.value.record.prompt == "Weather?"
+
+
+def test_texts_about_pictures_and_actions_are_texts():
+    row = {"images": {"bytes": None, "path": None}, "tools": "[]"}
+    for text in ("What does <image> mean in SVG?", "Action: run!", 'An <img src="a"> tag'):
+        assert record(row | {"prompt": text}).prompt == text
+
+
+# --- a reference only where nothing says that it is bad
+
+BAD_LABELS = [
+    {"label": False}, {"label": 0}, {"label": -1}, {"label": "false"}, {"label": "bad"}, {"label": "undesirable"},
+    {"label": "no"}, {"label": "rejected"}, {"label": "差"}, {"label": "?"}, {"label": 2}, {"kto_tag": False},
+    {"kto_tag": "False"}, {"is_safe": False}, {"is_correct": 0}, {"correct": False}, {"rating": 1},
+    {"rating": "2"}, {"score": 1}, {"score": 0.1}, {"reward": -3.5}, {"helpfulness": 1, "correctness": 4},
+    {"overall_score": 5},
+]  # fmt: skip
+GOOD_LABELS = [
+    {}, {"label": True}, {"label": 1}, {"label": "true"}, {"label": "good"}, {"label": "desirable"}, {"label": "是"},
+    {"kto_tag": True}, {"is_safe": True}, {"label": None}, {"label": float("nan")}, {"rating": 5}, {"rating": "4"},
+    {"helpfulness": 4, "correctness": 4}, {"correct": "see the answer"}, {"score": "N/A"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("label", BAD_LABELS, ids=str)
+def test_an_answer_that_is_or_may_be_bad_is_no_reference(label):
+    assert record({"prompt": "Q", "completion": "x"} | label).reference == ""
+    assert record({"messages": turns("Q", "x")} | label).reference in (
+        "",
+        "x" * ("?" in str(label)),
+    )
+
+
+@pytest.mark.parametrize("label", GOOD_LABELS, ids=str)
+def test_an_answer_that_nothing_calls_bad_is_a_reference(label):
+    assert record({"prompt": "Q", "completion": "x"} | label).reference == "x"
+    assert record({"instruction": "Q", "output": "x"} | label).reference == "x"
+
+
+@pytest.mark.parametrize("label", [0, 1, 2, "0", "negative"])
+def test_a_label_beside_text_is_a_class(label):
+    assert record({"text": "Fine film", "label": label, "answer": "x"}).reference == "x"
+
+
+def test_the_kto_rows_that_we_write_are_read_with_the_right_reference():
+    made = rc.Pair(rc.Record(turns("Q")), rc.Answer("good"), rc.Answer("bad"))
+    rows = list(rc.OUTPUTS["kto"](made, run_of()))
+    assert [record(row).reference for row in rows] == ["good", ""]
+
+
+# --- functions of one's own, and fields that nothing reads
+
+
+def from_typo(row):
+    """`sound`: the test's own format, with a typo"""
+    return [rc.Record([{"role": "user", "content": row["suond"]}])] if "sound" in row else None
+
+
+def test_a_bug_in_an_input_function_stops_with_its_traceback_its_name_and_the_line(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(rc.INPUTS, "typo", from_typo)
+    file = write(tmp_path, f'{A}\n{{"sound": "x"}}\n')
+    with pytest.raises(KeyError, match="suond") as raised:
+        list(rc.read_records(str(file)))
+    notes = raised.value.__notes__
+    assert notes[0] == "in the input function from_typo" and notes[1].endswith("in.jsonl, line 2")
+
+
+def test_an_input_function_that_returns_something_else_is_named(monkeypatch):
+    monkeypatch.setitem(rc.INPUTS, "lone", lambda row: rc.Record(turns("Q")))
+    with pytest.raises(TypeError, match="returned a Record, not a list of Records") as raised:
+        rc.parse_row({"sound": "x"})
+    assert raised.value.__notes__ == ["in the input function from_lone"]
+
+
+def unused(*rows, rename=None, with_answers=False):
+    return rc.unused_fields(list(rows), rename or {}, with_answers)
+
+
+def test_fields_that_change_nothing_are_named_and_ids_and_labels_are_not():
+    row = {
+        "id": 1,
+        "question_id": 2,
+        "prompt": "Q",
+        "source": "web",
+        "label": True,
+        "notes": "",
+        "answer": "A",
+    }
+    assert unused(row) == ["source"]
+    assert unused({"question": "Q", "text": "a passage"}) == ["text"]
+    assert unused({"question": "Q", "context": {"page": 3}}) == ["context"]
+    assert unused({"question": "Q", "x": "a"}, rename={"x": "answer"}) == []
+    assert unused({"prompt": "Q", "query": "Q"}) in (["prompt"], ["query"])
+    assert unused("Q", {"nothing": 1}, [1]) == []
+
+
+def test_a_field_that_one_row_uses_is_used():
+    assert (
+        unused({"prompt": "Q", "output": "x", "answer": "y"}, {"prompt": "Q", "answer": "y"}) == []
+    )
+
+
+def test_signals_are_used_where_answers_are_read():
+    row = {
+        "prompt": "Q",
+        "chosen": "a",
+        "rejected": "b",
+        "score_chosen": 2,
+        "score_rejected": 1,
+        "lang": "en",
+    }
+    assert unused(row, with_answers=True) == ["lang"]
+    assert unused(row) == ["chosen", "rejected", "score_chosen", "score_rejected", "lang"]

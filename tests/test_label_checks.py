@@ -6,7 +6,7 @@ import pytest
 
 import rlhf_constructor as rc
 from tests.server import Api, is_judge, judge_reply
-from tests.tiny import ask, run_of, shown, verdict
+from tests.tiny import run_of, shown, verdict
 
 RANK = ("--method", "rank_responses")
 JUDGED = (*RANK, "--judge-model", "openai:big")

@@ -711,7 +711,10 @@ def test_sigterm_ends_a_run_like_ctrl_c(process, tmp_path):
 
 @pytest.mark.parametrize(
     "number, advice",
-    [(errno.EMFILE, "lower --concurrency"), (errno.ENOSPC, "the disk is full. Nothing is lost: free some space")],
+    [
+        (errno.EMFILE, "lower --concurrency"),
+        (errno.ENOSPC, "the disk is full. Nothing is lost: free some space"),
+    ],
 )
 def test_the_systems_errors_come_with_their_cause(number, advice):
     assert advice in rc.disk_message(OSError(number, os.strerror(number)))
@@ -724,7 +727,9 @@ def test_too_many_open_files_are_named_as_the_cause(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
     try:
-        with pytest.raises(rc.UserError, match="too many open files. Nothing is lost: lower --concurrency"):
+        with pytest.raises(
+            rc.UserError, match="too many open files. Nothing is lost: lower --concurrency"
+        ):
             rc.opened(str(tmp_path / "x.jsonl"))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -86,7 +86,9 @@ def test_a_key_that_was_pasted_badly_is_refused_in_one_line_and_not_printed(
 ):
     result = rlhf(PROMPTS, "--provider", provider, OPENAI_API_KEY=key, DASHSCOPE_API_KEY=key)
     assert (
-        result.status == 2 and "holds a character that no key has" in result.err and result.err.count("\n") == 1
+        result.status == 2
+        and "holds a character that no key has" in result.err
+        and result.err.count("\n") == 1
     )
     assert "hunter2" not in result.err and [path.name for path in tmp_path.iterdir()] == [
         "in.jsonl"
