@@ -487,7 +487,7 @@ def message(turn: object) -> dict:
     if isinstance(content, list):
         content = "\n".join(part_text(part, role) for part in content)
     if not isinstance(content, str):
-        raise Failed("input", f"not a text: a {role} turn holds a {type(content).__name__}")
+        raise Failed("input", f"not a text: the {role} turn holds a {type(content).__name__}")
     return {"role": role, "content": strip_blank_lines(content)}
 
 
@@ -502,7 +502,7 @@ def part_text(part: object, role: str) -> str:
             return text
     if isinstance(kind, str) and "image" in kind:
         raise Failed("input", "not a text: images")
-    raise Failed("input", f"not a text: a {role} turn holds a part that is no text")
+    raise Failed("input", f"not a text: the {role} turn holds a part that is no text")
 
 
 def first_of(values) -> object:
