@@ -456,9 +456,10 @@ def test_nobody_reading_the_summary_is_no_error(process, tmp_path):
     assert run.returncode == 0 and "Traceback" not in err and "stopped" not in err
 
 
-def test_a_spreadsheet_is_refused_by_its_name(rlhf, tmp_path):
-    (tmp_path / "q.xlsx").write_bytes(b"PK")
-    assert ".xlsx is not read" in rlhf(tmp_path / "q.xlsx", "--provider", "offline").err
+def test_a_spreadsheet_is_refused_whatever_its_name(rlhf, tmp_path):
+    (tmp_path / "q.csv").write_bytes(b"PK\x03\x04 rest")
+    result = rlhf(tmp_path / "q.csv", "--provider", "offline")
+    assert result.status == 2 and "save the sheet as CSV UTF-8" in result.err
 
 
 @pytest.mark.parametrize(
