@@ -189,6 +189,19 @@ def ranking(quick: bool, folder: Path):
 
 
 @part
+def texts(quick: bool, folder: Path):
+    """rank_responses with its report on answers as long as real ones, beside `json` alone."""
+    for least, most, number in ((60, 200, 20_000), (300, 600, 5_000)):
+        number = number // 20 if quick else number
+        source = written(folder / f"{least}.jsonl", essays(number, least, most))
+        done = script(source, "--method", "rank_responses", "--judge-model", "none")
+        done.accounted(number)
+        name = f"answers of {least} to {most} words"
+        yield Row(f"{name}: wall / json alone on its input", done.seconds / json_alone(source))
+        yield Row(f"{name}: records a second", number / done.seconds, "{:,.0f}")
+
+
+@part
 def memory(quick: bool, folder: Path):
     """Peak memory at 10,000 and at 200,000 records, offline and in batch mode, both at once."""
     small, large = (1_000, 5_000) if quick else (10_000, 200_000)
@@ -231,6 +244,26 @@ def ranked(number: int):
     for n in range(number):
         texts = [" ".join(draw.choices(words, k=60)) + "." for _ in range(4)]
         yield {"prompt": f"Question {n}?", "responses": texts, "scores": draw.sample(range(10), 4)}
+
+
+def essays(number: int, least: int, most: int):
+    """Prompts with four scored answers of so many words, in sentences of 6 to 16 words."""
+    draw = random.Random(2)
+    words = [
+        "".join(draw.choices("etaoinshrdlucmfwyp", k=draw.randint(2, 9))) for _ in range(5_000)
+    ]
+    for n in range(number):
+        texts = [essay(draw, words, draw.randint(least, most)) for _ in range(4)]
+        yield {"prompt": f"Question {n}?", "responses": texts, "scores": draw.sample(range(10), 4)}
+
+
+def essay(draw: random.Random, words: list[str], length: int) -> str:
+    sentences = []
+    while length > 0:
+        size = min(length, draw.randint(6, 16))
+        length -= size
+        sentences.append(" ".join(draw.choices(words, k=size)).capitalize() + ".")
+    return " ".join(sentences)
 
 
 def written(path: Path, records) -> Path:

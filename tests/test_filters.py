@@ -613,7 +613,7 @@ KINDS = sorted({answer["kind"] for answer in GOOD})
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_good_answers_that_look_bad_stay(kind):
-    """Under 5 % false positives on each kind of REAL text that is repetitive, foreign or hedged by its nature."""
+    """Under 5 % false positives on each kind of text that is repetitive, foreign or hedged by nature."""
     good = [answer for answer in GOOD if answer["kind"] == kind]
     dropped = {}
     for answer in good:
