@@ -2570,8 +2570,10 @@ def read_status_error(error: Exception, status: int) -> ApiError:
 
 
 def is_own_bug(error: Exception) -> bool:
-    """True for an error of our own code: what a typo in a provider raises in this file."""
-    if not isinstance(error, NameError | TypeError | AttributeError):
+    """True for a bug: a name that does not exist, or a TypeError or AttributeError in this file."""
+    if isinstance(error, NameError):
+        return True
+    if not isinstance(error, TypeError | AttributeError):
         return False
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return frames[-1].f_code.co_filename == is_own_bug.__code__.co_filename
@@ -2657,7 +2659,7 @@ REQUEST_FIXES = [
     RequestFix(r"stream_options|include_usage", "no stream_options", drop_stream_usage),
     RequestFix(
         r"only supports? stream|stream(ing)?\W{1,3}(is )?(true|required)|must be stream"
-        r"|stream.{0,20}must be.{0,6}true|non-?streaming.{0,40}not supported",
+        r"|stream.{0,20}must be.{0,12}true|non-?streaming.{0,40}not supported",
         "replies are streamed",
         request_stream,
     ),
@@ -3488,11 +3490,10 @@ def stale_certificates() -> str:
 
 def certificate_advice() -> str:
     """What to do about a certificate that is not trusted."""
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
-        if os.environ.get(name):
-            usual = f"{name} is set to {os.environ[name]}: correct it, or unset it"
-            return stale_certificates() or usual
-    return "the server's certificate is not trusted: name its CA's file in SSL_CERT_FILE"
+    path = os.environ.get("SSL_CERT_FILE")
+    now = f" (now {path})" if path else ""
+    advice = f"the server's certificate is not trusted: name its CA's file in SSL_CERT_FILE{now}"
+    return stale_certificates() or advice
 
 
 def proxy_advice(url: str) -> str:
