@@ -63,6 +63,7 @@ import html
 import importlib.util
 import inspect
 import io
+import ipaddress
 import itertools
 import json
 import lzma
@@ -89,7 +90,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, ClassVar, NamedTuple, TextIO
 
 # --------------------------------------------------------------------------------------------------
 # §1 SETTINGS AND TYPES: constants to edit; Record, Answer, Pair, Outcome; errors; register
@@ -1245,19 +1246,12 @@ above, and end with one line of JSON, with a number from $low to $high for every
 REFERENCE_NOTE = (
     "For checking correctness only, no model of length or style; other right answers exist."
 )
-THINKING = re.compile(r"\A(?:\s*<think(?:ing)?>(?:.*?</think(?:ing)?>\s*|.*))+", re.S)
-THOUGHT_END = re.compile(r"\A(?!.*<think).*?(?<!`)</think(?:ing)?>", re.S)
 RESERVED = re.compile(r"<(?=/?(?:answer|prompt|reference)\b|\|)|\[(?=/?INST\])", re.I)
 
 
 def fill(template: str, **values) -> str:
     """Replace each $name once, in one pass: data that holds $name or {name} is never expanded."""
     return string.Template(template).substitute(values)
-
-
-def without_thinking(text: str) -> str:
-    """Drop leading <think> blocks; one that never closes leaves nothing, one that never opened goes too."""
-    return THOUGHT_END.sub("", THINKING.sub("", text))
 
 
 def sanitize(text: str) -> str:
@@ -1993,7 +1987,7 @@ class Run:
         options = self.options(model, temperature)
         reply = await self.models.ask(model, messages, options, sample, "answer", record.reference)
         name = self.names.get(model, model.name)
-        return Answer(without_thinking(reply.text).strip(), name, finish=reply.finish)
+        return Answer(answer_text(reply.text), name, finish=reply.finish)
 
     def usable(
         self,
@@ -2956,7 +2950,9 @@ def as_prompts(pair: Pair, run: Run) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------
-# §7 PROVIDERS: Model, Reply, ApiError; openai, dashscope, reward, offline
+# §7 PROVIDERS: Model, Reply, ApiError, make_reply, answer_text; Provider; openai, dashscope, reward
+# A model's name, messages and options go in, a Reply comes out; whatever goes wrong is an ApiError.
+# Called by Models (§11), which does the caching, pacing and retrying.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -2967,9 +2963,8 @@ class Model:
     provider: str
     name: str
     url: str = ""
-    keyless: bool = field(
-        default=False, compare=False
-    )  # an @URL on this machine or network gets no key
+    # an @URL on this machine or in a private network gets no key
+    keyless: bool = field(default=False, compare=False)
 
     @property
     def is_reward(self) -> bool:
@@ -2982,94 +2977,412 @@ class Model:
 
 @dataclass
 class Reply:
-    """What a model said: text, why it stopped, tokens billed. `pending`: nobody was asked (dry run)."""
+    """What a model replied, and the tokens that are billed for it."""
 
     text: str
-    finish: str = "stop"
+    finish: str = "stop"  # "stop", "length" (cut at the limit) or "content_filter"
     tokens_in: int = 0
     tokens_out: int = 0
     rate: float = 1.0  # share of the online price that was paid: 0.5 in a batch
-    pending: bool = False
+    pending: bool = False  # True in a dry run: no call was made
+    model: str = ""  # the name by which the server answers, "" if it gives none
 
 
 class ApiError(Exception):
-    """A call without a usable reply: status 0 if there was none, 200 if it was garbled (and billed)."""
+    """A call without a usable reply."""
 
     def __init__(
         self, status: int, code, message, retry_after: str | None = None, billed: tuple = (0, 0)
     ):
         super().__init__(message)
-        self.status, self.billed = status, billed  # tokens in and out
-        self.code, self.message = (redacted(scrub(str(said or ""))) for said in (code, message))
-        seconds = number(retry_after)  # an HTTP date reads as nothing, and the pacing alone decides
+        self.status = status  # HTTP status; 0: no reply came; 200: the reply cannot be used
+        self.code = one_line(code)  # the provider's code, or for status 0 and 200 one of ours
+        self.message = one_line(message)  # the server's own words where there are any
+        self.billed = billed  # tokens in and out
+        seconds = number(retry_after)  # an HTTP date gives None: then the pacing alone decides
         self.retry_after = min(60.0, max(0.0, seconds or 0.0))
 
-    def __str__(self):
-        return f"{self.status or 'no reply'} {self.code} {' '.join(self.message.split())[:200]}".strip()
+    def __str__(self) -> str:
+        """`400 invalid_value: the server's words`; our own codes are not shown."""
+        words = shorten(self.message, 300)
+        if self.status in (0, 200):
+            return words or self.code
+        code = self.code
+        if re.fullmatch(r"\d*|None", code) or code.lower() in words.lower():
+            code = ""
+        head = f"{self.status} {code}".strip()
+        return f"{head}: {words}" if words else head
 
 
-def replied(content, finish, tokens_in, tokens_out) -> Reply:
-    """Fields of either SDK -> Reply; raises ApiError for a 200 without text (a cut one may be empty)."""
-    counts = tuple(int(min(max(number(count) or 0, 0), 10**9)) for count in (tokens_in, tokens_out))
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content]
-        content = "".join(text for text in texts if isinstance(text, str))
-    if not isinstance(content, str) or (not content.strip() and finish != "length"):
-        raise ApiError(200, "garbled", "the reply holds no text", billed=counts)
-    return Reply(redacted(scrub(content)), redacted(scrub(str(finish or "stop"))), *counts)
+def one_line(text) -> str:
+    """A text from a server as one safe line: no key, no control character, no lone surrogate."""
+    line = " ".join(redacted(scrub(str(text or ""))).split())
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", escape_character, line)
 
 
-# Where a reply keeps its text, why it ended, tokens in and out.
-REPLY = (
-    "choices.message.content",
-    "choices.finish_reason",
-    "usage.prompt_tokens",
-    "usage.completion_tokens",
+def escape_character(match: re.Match) -> str:
+    r"""A control character made visible: `\x1b`."""
+    return f"\\x{ord(match[0]):02x}"
+
+
+def shorten(text: str, size: int) -> str:
+    """The first `size` characters of a text, up to a whole word, with a mark where it was cut."""
+    if len(text) <= size:
+        return text
+    start = text[:size].rpartition(" ")[0] or text[:size]
+    return f"{start} ..."
+
+
+# --- one reading of a reply
+
+# Finish reasons in lower case -> what they mean. Any other (error, abort, tool_calls): no reply.
+COMPLETE = "stop end_turn eos eos_token eos_found stop_sequence stop_token complete completed"
+COMPLETE += " finished normal null none finish_reason_unspecified"
+CUT = "length max_tokens max_length max_output_tokens max_new_tokens max_completion_tokens"
+CUT += " model_length model_context_window_exceeded context_length_exceeded"
+FILTERED = "content_filter content_filtered content-filter safety recitation language blocklist"
+FILTERED += " prohibited_content spii image_safety sensitive error_toxic refusal data_inspection"
+FINISH_REASONS = dict.fromkeys(COMPLETE.split(), "stop")
+FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
+FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
+
+
+def finish_kind(reason) -> str:
+    """A provider's finish reason -> "stop", "length", "content_filter", or "" for a failed reply."""
+    if reason is None or reason == "":
+        return "stop"
+    return FINISH_REASONS.get(str(reason).strip().lower(), "")
+
+
+def make_reply(
+    content, finish, tokens_in, tokens_out, model=None, refusal=None, thoughts=None
+) -> Reply:
+    """The fields of a chat completion -> Reply; raises ApiError where it holds no answer.
+
+    `refusal` stands for a missing text. So do thoughts, in their marks: `answer_text` takes them
+    out again, and the run can say that only thoughts came."""
+    billed = (token_count(tokens_in), token_count(tokens_out))
+    kind = finish_kind(finish)
+    if not kind:
+        code = "tool call" if re.search("tool|function", str(finish)) else "unfinished"
+        raise ApiError(200, code, f"the reply ended with finish_reason {finish!r}", billed=billed)
+    text = content if isinstance(content, str) else join_parts(content)
+    if not text.strip() and isinstance(refusal, str):
+        text = refusal
+    if not text.strip() and kind == "stop":
+        if not isinstance(thoughts, str) or not thoughts.strip():
+            raise ApiError(200, "no text", "the reply holds no text", billed=billed)
+        text = f"<think>\n{thoughts}\n</think>"
+    name = model if isinstance(model, str) else ""
+    return Reply(scrub(text), kind, *billed, model=name)
+
+
+def token_count(value) -> int:
+    """A count of tokens as the server gives it -> an int, 0 for anything odd."""
+    count = number(value) or 0
+    return int(min(max(count, 0), 10**9))
+
+
+def join_parts(content) -> str:
+    """A message's content in parts -> its text; "" for anything that holds none."""
+    if not isinstance(content, list):
+        return ""
+    texts = []
+    for part in content:
+        text = part if isinstance(part, str) else look_up(part, "text")
+        if isinstance(text, str):
+            texts.append(text)
+    return "".join(texts)
+
+
+def look_up(value, path: str):
+    """What stands at a dotted path through objects or JSON, of a list in its first item; or None."""
+    for step in path.split("."):
+        if isinstance(value, list):
+            value = value[0] if value else None
+        value = value.get(step) if isinstance(value, dict) else getattr(value, step, None)
+    return value
+
+
+def read_completion(body) -> Reply:
+    """A chat completion in OpenAI's form (an SDK's object, or JSON) -> Reply; raises ApiError."""
+    if isinstance(body, str):
+        raise ApiError(200, *read_error_body(body))
+    message = look_up(body, "choices.message")
+    if message is None:
+        raise_body_error(body)
+    tokens_in = look_up(body, "usage.prompt_tokens")
+    tokens_out = look_up(body, "usage.completion_tokens")
+    finish = look_up(body, "choices.finish_reason")
+    content = look_up(message, "content")
+    served = look_up(body, "model")
+    if isinstance(content, str) and content:
+        return make_reply(content, finish, tokens_in, tokens_out, served)
+    refusal = look_up(message, "refusal")
+    thoughts = look_up(message, "reasoning_content") or look_up(message, "reasoning")
+    return make_reply(content, finish, tokens_in, tokens_out, served, refusal, thoughts)
+
+
+def raise_body_error(body):
+    """Raise the ApiError for a 200 that holds an error: its own code counts as the status."""
+    error = look_up(body, "error")
+    if not isinstance(error, dict | str) or not error:
+        return
+    status = number(look_up(error, "code")) or 200
+    if not 400 <= status < 600:
+        status = 200
+    code, message = read_error_body(error)
+    raise ApiError(int(status), code or "error in the reply", message)
+
+
+def read_error_body(body) -> tuple[str, str]:
+    """(code, message): the server's own words, whatever the shape of its error body."""
+    if isinstance(body, str):
+        return read_error_text(body)
+    if isinstance(body, list):
+        return read_error_list(body)
+    if not isinstance(body, dict):
+        return "", ""
+    codes = [body.get(name) for name in ("code", "type", "status")]
+    codes = [code for code in codes if isinstance(code, str) and not code.isdigit()]
+    code = codes[0] if codes else ""
+    inner = [body.get("error"), body.get("errors"), body.get("detail")]
+    inner.insert(0, look_up(body.get("metadata"), "raw"))  # OpenRouter: its provider's words
+    for part in inner:
+        inner_code, message = read_error_body(part)
+        if message:
+            return inner_code or code, message
+    for name in ("message", "msg", "error_msg", "title"):
+        if isinstance(body.get(name), str):
+            return code, body[name]
+    return code, ""
+
+
+def read_error_list(items: list) -> tuple[str, str]:
+    """(code, message) of a list of errors: FastAPI's details joined, else the first one."""
+    details = []
+    for item in items:
+        if isinstance(item, dict) and isinstance(item.get("loc"), list):
+            place = ".".join(map(str, item["loc"]))
+            details.append(f"{place}: {item.get('msg')}")
+    if details:
+        return "", "; ".join(details)
+    return read_error_body(items[0]) if items else ("", "")
+
+
+def read_error_text(text: str) -> tuple[str, str]:
+    """(code, message) of an error body that is text: JSON in it is read, a page gives its title."""
+    text = text.strip()
+    if re.match(r"(?i)<(!doctype|html|head|\?xml)", text):
+        title = re.search(r"(?is)<title>(.*?)</title>", text)
+        return "web page", title[1].strip() if title else "a web page"
+    if text[:1] in ("{", "["):
+        with contextlib.suppress(ValueError, RecursionError):
+            code, message = read_error_body(json.loads(text))
+            return code, message or text
+    return "", text
+
+
+# Marks between which a model thinks: opening -> closing.
+THOUGHT_MARKS = {
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<thoughts>": "</thoughts>",
+    "<reasoning>": "</reasoning>",
+    "<seed:think>": "</seed:think>",
+    "[think]": "[/think]",
+    "◁think▷": "◁/think▷",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+}
+FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")  # gpt-oss (harmony)
+PLAIN_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*?assistant\s?final", re.S)  # marks lost
+# What ends a turn in a chat template: at the end of a line, or before the next turn's mark.
+END_MARK = re.compile(
+    r"(?<![`\"'“‘])(?:<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>|</s>)"
+    r"(?=[^\S\n]*(?:\n|\Z|<\|im_start|<\|start|<start_of_turn>|<s>))"
 )
+START_MARK = re.compile(r"<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<s>")
 
 
-def parts(reply, paths) -> list:
-    """What stands at each path through objects or JSON, of a list in its first item; None if nothing does."""
-    found = []
-    for path in paths:
-        thing = reply
-        for step in path.split("."):
-            thing = (thing or [None])[0] if isinstance(thing, list) else thing
-            thing = thing.get(step) if isinstance(thing, dict) else getattr(thing, step, None)
-        found.append(thing)
-    return found
+def without_thinking(text: str) -> str:
+    """The text without leading thoughts; a block that never closes leaves nothing.
+
+    A closing mark whose block was opened in the prompt ends thoughts, too, if it stands on a line
+    of its own or at the start; an answer that speaks of `</think>` in a sentence stays as it is."""
+    rest = without_channels(text)
+    opening = leading_mark(rest)
+    while opening:
+        thoughts_and_rest = split_thoughts(rest.lstrip()[len(opening) :], THOUGHT_MARKS[opening])
+        if thoughts_and_rest is None:
+            return ""
+        rest = thoughts_and_rest
+        opening = leading_mark(rest)
+    lowered = rest.lower()
+    for opening, closing in THOUGHT_MARKS.items():
+        if closing in lowered and opening not in lowered:
+            mark = re.escape(closing)
+            alone = rf"(?i)\A\s*{mark}|\n[^\S\n]*{mark}[^\S\n]*(?=\n|\Z)"
+            end = re.search(alone, rest)
+            return rest[end.end() :] if end else rest
+    return rest
+
+
+def leading_mark(text: str) -> str:
+    """The mark in THOUGHT_MARKS with which a text starts, "" if there is none."""
+    start = text[:200].lstrip().lower()
+    if not start.startswith(("<", "[", "◁")):
+        return ""
+    for opening in THOUGHT_MARKS:
+        if start.startswith(opening):
+            return opening
+    return ""
+
+
+def split_thoughts(text: str, closing: str) -> str | None:
+    """What follows the closing mark (not one in quotes), or None if the thoughts never end."""
+    mark = re.escape(closing)
+    end = re.search(rf"(?i)(?<![`\"'“‘]){mark}|{mark}(?![`\"'”’])", text)
+    if not end:
+        return None
+    rest = text[end.end() :]
+    line_break = re.match(r"\s*\n", rest)  # the line after it keeps its indentation
+    return rest[line_break.end() :] if line_break else rest.lstrip()
+
+
+def without_channels(text: str) -> str:
+    """A gpt-oss reply in channels -> its final channel; "" if there is none; others unchanged."""
+    if "<|channel|>" in text:
+        final = FINAL_CHANNEL.split(text)
+        if len(final) > 1:
+            return re.split(r"<\|(?:return|end|call)\|>", final[-1])[0]
+        return "" if re.match(r"\s*(<\|start\|>assistant)?<\|channel\|>", text) else text
+    return PLAIN_CHANNELS.sub("", text, count=1)
+
+
+def cut_at_end_mark(reply: Reply) -> Reply:
+    """The reply up to its chat template's end mark: the model had ended, whatever it wrote after.
+
+    Servers that know no stop token let a model go on with turns of its own. Marks in code, in
+    quotes, or after a template's start mark belong to the answer."""
+    if "<" not in reply.text:
+        return reply
+    end = END_MARK.search(reply.text)
+    before = reply.text[: end.start()] if end else ""
+    if not before.strip() or before.count("```") % 2 or START_MARK.search(before):
+        return reply
+    return replace(reply, text=before.rstrip(), finish="stop")
+
+
+def answer_text(text: str) -> str:
+    """The answer in a model's reply: no thoughts, no blank lines around it, indentation kept."""
+    answer = re.sub(r"\A(?:[^\S\n]*\n)+", "", without_thinking(text)).rstrip()
+    # a lone space is a tokenizer's, two are indentation
+    return answer[1:] if re.match(r" \S", answer) else answer
 
 
 def about_tokens(text: str) -> int:
     """Tokens of a text, roughly: 0.7 for a CJK character, 0.25 for another in ASCII, else 1."""
-    chinese, plain = len(re.findall(rf"[{CJK}]", text)), len(text.encode("ascii", "ignore"))
+    chinese = len(re.findall(rf"[{CJK}]", text))
+    plain = len(text.encode("ascii", "ignore"))
     return round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
 
 
-# A provider: __init__(url, key, timeout), await call(name, messages, options, hints) -> Reply, await close().
-# EDIT HERE to add one.
+# --- the providers
 
 
-@register(
-    PROVIDERS, key="OPENAI_API_KEY", url_variable="OPENAI_BASE_URL", defaults={}, package="openai"
-)
-class ask_openai:
+# EDIT HERE to add a provider: subclass Provider, register it, give it a one-line docstring.
+class Provider:
+    """A way to call models. Override `call`; the rest has defaults.
+
+    An example, which --provider then knows as `echo`:
+
+    >>> @register(PROVIDERS)
+    ... class ask_echo(Provider):
+    ...     "answers with the prompt: for trying things out"
+    ...     async def call(self, name, messages, options, hints):
+    ...         return Reply(messages[-1]["content"])
+
+    messages   [{"role": ..., "content": str}, ...], ending with the user's turn
+    options    what goes with the request: temperature, max_tokens, --model-option, `defaults`, and
+               what was learned from the server's refusals (see REQUEST_FIXES), e.g. stream=True
+    hints      what no server is told: "sample" (number of this answer to the prompt, from 0),
+               "reference" (the record's own answer or ""), "role" ("answer" or "judge"), "seed"
+
+    A Reply's finish is "stop", "length" (cut at max_tokens: asked once more with twice as many) or
+    "content_filter" (dropped); `make_reply` makes it from what a server sends. Raise
+    ApiError(status, code, message) for anything else. Statuses 0 (no reply), 200 (no usable reply),
+    408, 409 and 5xx are retried; 429 is waited for; 401, 402, 403 and 404 stop the run (the last
+    two if the model has not answered before); other 4xx drop this record. ERROR_RULES has it all.
+    SDK exceptions may pass: `read_error` knows them. A NameError, TypeError or AttributeError
+    raised in this file is a bug and stops the run with its traceback."""
+
+    key = ""  # environment variable that holds the key; "": needs none
+    url_variable = ""  # environment variable that holds another address
+    defaults: ClassVar[dict] = {}  # options that are sent unless the user sets them
+    package = ""  # that pip installs
+    takes_seed = False  # True if the API takes an option `seed`
+
+    def __init__(self, url: str, key: str, timeout: float):
+        """`url`: "" for the provider's own. Called once for each address, inside the event loop."""
+        self.url = url
+
+    async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
+        """The reply of the model `name`."""
+        raise NotImplementedError
+
+    async def list_models(self) -> list[str]:
+        """Names of the models that the server serves, [] if it does not say."""
+        return []
+
+    def batch_client(self):
+        """A client with OpenAI's `files` and `batches`, or None: this provider has no batch engine."""
+        return None
+
+    async def close(self):
+        """Close connections."""
+
+
+@register(PROVIDERS)
+class ask_openai(Provider):
     """OpenAI, and every server that speaks its protocol (--base-url): Ollama, vLLM, llama.cpp, LM Studio"""
+
+    key = "OPENAI_API_KEY"
+    url_variable = "OPENAI_BASE_URL"
+    package = "openai"
+    takes_seed = True
 
     def __init__(self, url: str, key: str, timeout: float):
         import openai
 
-        # one retry policy is enough, and ours can tell a throttle from an empty purse
+        # the SDK's own retries cannot tell a rate limit from an account without credit
         http = openai.DefaultAioHttpClient(timeout=timeout)
-        common = {"http_client": http, "max_retries": 0, "timeout": timeout}
-        self.client = openai.AsyncOpenAI(base_url=url or None, api_key=key or "none", **common)
+        self.client = openai.AsyncOpenAI(
+            base_url=url or None,
+            api_key=key or "none",
+            http_client=http,
+            max_retries=0,
+            timeout=timeout,
+        )
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
         """One chat completion; raises what the SDK raises, and ApiError for a reply without text."""
-        reply = await self.client.chat.completions.create(
-            model=name, messages=messages, extra_body=options
-        )
-        return replied(*parts(reply, REPLY))
+        create = self.client.chat.completions.create
+        if "stream" not in options:
+            return read_completion(await create(model=name, messages=messages, extra_body=options))
+        body = dict(options)
+        if body.pop("stream") == "with usage":
+            body["stream_options"] = {"include_usage": True}
+        chunks = await create(model=name, messages=messages, stream=True, extra_body=body)
+        joined = JoinedReply("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
+        async for chunk in chunks:
+            joined.add(chunk)
+        return joined.reply()
+
+    async def list_models(self) -> list[str]:
+        """What GET /models lists."""
+        page = await self.client.models.list()
+        return [model.id for model in page.data]
 
     def batch_client(self):
         return self.client
@@ -3078,10 +3391,49 @@ class ask_openai:
         await self.client.close()
 
 
-@register(PROVIDERS, key="DASHSCOPE_API_KEY", url_variable="DASHSCOPE_HTTP_BASE_URL",
-          defaults={"enable_thinking": False}, package="dashscope")  # fmt: skip
-class ask_dashscope:
+class JoinedReply:
+    """A reply that is sent in chunks."""
+
+    def __init__(self, message: str, tokens_in: str, tokens_out: str):
+        """The arguments are the paths of these things in a chunk; choices and usage share a parent."""
+        self.paths = {"content": f"{message}.content", "tokens_in": tokens_in}
+        self.paths["tokens_out"] = tokens_out
+        self.paths["finish"] = message.rpartition(".")[0] + ".finish_reason"
+        self.paths["refusal"] = f"{message}.refusal"
+        self.paths["thoughts"] = f"{message}.reasoning_content"
+        self.paths["model"] = "model"
+        self.fields = {}
+
+    def add(self, chunk):
+        """Take in one chunk: texts are joined, of other fields the last counts."""
+        raise_body_error(chunk)
+        for name, path in self.paths.items():
+            value = look_up(chunk, path)
+            if name == "content" and isinstance(value, list):
+                value = join_parts(value)
+            if value is None or value == "null":
+                continue
+            if name in ("content", "refusal", "thoughts") and isinstance(value, str):
+                value = self.fields.get(name, "") + value
+            self.fields[name] = value
+
+    def reply(self) -> Reply:
+        """The whole reply; raises ApiError where the chunks hold no answer or end too early."""
+        if "finish" not in self.fields:
+            raise ApiError(0, "dropped", "the stream ended too early")
+        names = ("content", "finish", "tokens_in", "tokens_out", "model", "refusal", "thoughts")
+        return make_reply(*[self.fields.get(name) for name in names])
+
+
+@register(PROVIDERS)
+class ask_dashscope(Provider):
     """Alibaba Cloud Model Studio (Qwen), through the dashscope SDK"""
+
+    key = "DASHSCOPE_API_KEY"
+    url_variable = "DASHSCOPE_HTTP_BASE_URL"
+    defaults: ClassVar[dict] = {"enable_thinking": False}
+    package = "dashscope"
+    takes_seed = True
 
     def __init__(self, url: str, key: str, timeout: float):
         import logging
@@ -3091,42 +3443,69 @@ class ask_dashscope:
         import dashscope
 
         logging.getLogger("dashscope").setLevel(logging.CRITICAL)
-        self.sdk, self.url, self.key, self.timeout = dashscope, url, key, timeout
-        proxied = bool(
-            urllib.request.getproxies().keys() - {"no"}
-        )  # asking at each call costs 0.45 ms
-        self.session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), trust_env=proxied
-        )
-        self.common = {
-            "api_key": key or "none",
-            "session": self.session,
-            "request_timeout": timeout,
-        }
-        self.common |= {"base_address": url} if url else {}
-        self.batch = None
+        self.sdk = dashscope
+        self.url = url
+        self.api_key = key
+        self.timeout = timeout
+        self.batch = None  # an ask_openai, once it is needed
+        # trust_env reads the environment at each call, which costs 0.45 ms: only with a proxy
+        proxies = urllib.request.getproxies().keys() - {"no"}
+        connector = aiohttp.TCPConnector(limit=0)
+        self.session = aiohttp.ClientSession(connector=connector, trust_env=bool(proxies))
+        self.common = {"api_key": key or "none", "session": self.session}
+        self.common["request_timeout"] = timeout
+        if url:
+            self.common["base_address"] = url
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
         """One generation; the SDK raises no status: what it returns becomes an ApiError here."""
-        options, api = dict(options), self.sdk.AioGeneration
-        if options.pop("multimodal", False):  # the current Qwen models live behind another address
+        options = dict(options)
+        api = self.sdk.AioGeneration
+        if options.pop("multimodal", False):  # the current Qwen models have another address
             api = self.sdk.AioMultiModalConversation
             messages = [{"role": m["role"], "content": [{"text": m["content"]}]} for m in messages]
         else:
             options["result_format"] = "message"
+        if options.pop("stream", False):
+            options |= {"stream": True, "incremental_output": True}
         reply = await api.call(model=name, messages=messages, **options, **self.common)
-        if reply.status_code != 200:
-            code = "ModelNotFound" if "Model not exist" in str(reply.message) else reply.code
-            raise ApiError(
-                reply.status_code, code, reply.message, (reply.headers or {}).get("Retry-After")
-            )
-        said = ("output.choices.message.content", "output.choices.finish_reason")
-        return replied(*parts(reply, (*said, "usage.input_tokens", "usage.output_tokens")))
+        message = "output.choices.message"
+        tokens = ("usage.input_tokens", "usage.output_tokens")
+        if "stream" in options:
+            joined = JoinedReply(message, *tokens)
+            async for chunk in reply:
+                self.check_status(chunk)
+                joined.add(chunk)
+            return joined.reply()
+        self.check_status(reply)
+        return make_reply(
+            look_up(reply, f"{message}.content"),
+            look_up(reply, "output.choices.finish_reason"),
+            look_up(reply, tokens[0]),
+            look_up(reply, tokens[1]),
+            thoughts=look_up(reply, f"{message}.reasoning_content"),
+        )
+
+    @staticmethod
+    def check_status(reply):
+        """Raise the ApiError of a reply that is none."""
+        if reply.status_code == 200:
+            return
+        inner_code, message = read_error_body(reply.message)
+        code = inner_code or reply.code
+        if "Model not exist" in message:
+            code = "ModelNotFound"
+        retry_after = (reply.headers or {}).get("Retry-After")
+        raise ApiError(reply.status_code, code, message, retry_after)
+
+    async def list_models(self) -> list[str]:
+        """DashScope has no such list: the default models stand for it."""
+        return list(DEFAULT_MODELS["dashscope"])
 
     def batch_client(self):
         """Its batch engine speaks OpenAI's protocol, at an address of its own."""
         url = self.url.replace("/api/v1", "/compatible-mode/v1") or self.sdk.base_compatible_api_url
-        self.batch = self.batch or ask_openai(url, self.key, self.timeout)
+        self.batch = self.batch or ask_openai(url, self.api_key, self.timeout)
         return self.batch.client
 
     async def close(self):
@@ -3135,49 +3514,55 @@ class ask_dashscope:
             await self.batch.close()
 
 
-@register(PROVIDERS, key="OPENAI_API_KEY", url_variable="", defaults={})
+@register(PROVIDERS)
 class ask_reward(ask_openai):
     """--judge-model reward:NAME@URL: a reward model behind /classify (vLLM, SGLang)"""
+
+    url_variable = ""
+    takes_seed = False
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
         """One score: `messages` end with the answer. The text of the Reply is the number."""
         body = {"model": name, "messages": messages, "text": flatten(messages)}
         if options.get("as_input"):
             body = {"model": name, "input": flatten(messages)}
-        reply = await self.client.post("/classify", cast_to=object, body=body)
-        first = (reply["data"] if isinstance(reply, dict) else reply)[0]
-        scores = first.get("probs") or first.get("embedding") or [first.get("score")]
-        if len(scores) != 1 or number(scores[0]) is None:
-            raise ApiError(
-                422, "labels", f"/classify gives {len(scores)} numbers; a reward model gives one"
-            )
-        return replied(repr(float(scores[0])), "stop", *parts(reply, REPLY[2:]))
+        try:
+            reply = await self.client.post("/classify", cast_to=object, body=body)
+        except Exception as error:
+            _, message = read_error_body(getattr(error, "body", None))
+            if getattr(error, "status_code", 0) in (404, 405) and "model" not in message:
+                raise ApiError(404, "no /classify", message) from None
+            raise
+        results = reply if isinstance(reply, list) else look_up(reply, "data")
+        scores = look_up(results, "probs") or look_up(results, "embedding")
+        scores = scores or [look_up(results, "score")]
+        if not isinstance(scores, list) or len(scores) != 1 or number(scores[0]) is None:
+            count = len(scores) if isinstance(scores, list) else 0
+            hint = f"/classify gives {count} numbers; a reward model gives one"
+            raise ApiError(422, "labels", hint)
+        tokens_in = look_up(reply, "usage.prompt_tokens")
+        tokens_out = look_up(reply, "usage.completion_tokens")
+        return make_reply(repr(float(scores[0])), "stop", tokens_in, tokens_out)
 
 
-@register(PROVIDERS, key="", url_variable="", defaults={})
-class ask_offline:
+@register(PROVIDERS)
+class ask_offline(Provider):
     """no key, no network: reference (the record's answer), weakened (it, damaged), heuristic (a judge)"""
-
-    def __init__(self, url: str, key: str, timeout: float):
-        pass
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
         """A damaged reference, or as a judge (`heuristic`) scores for the fenced answers."""
+        prompt = messages[-1]["content"]
         if name == "heuristic":
             fence = r'<answer id="(\w+)" nonce="(\w+)">\n(.*?)\n</answer nonce="\2">'
-            shown = re.findall(fence, messages[-1]["content"], re.S)
-            scores = {
-                name: round(reference_f1(text, hints["reference"]), 1) for name, _, text in shown
-            }
-            return Reply(
-                json.dumps({"reason": "closeness to the reference answer", "scores": scores})
-            )
-        chinese = chinese_share(messages[-1]["content"] + hints["reference"])[0] > 0.3
-        draw = random.Random(digest(messages, hints["sample"]))
+            scores = {}
+            for answer_id, _, text in re.findall(fence, prompt, re.S):
+                scores[answer_id] = round(reference_f1(text, hints["reference"]), 1)
+            grades = {"reason": "closeness to the reference answer", "scores": scores}
+            return Reply(json.dumps(grades))
+        chinese = chinese_share(prompt + hints["reference"])[0] > 0.3
+        seed = [hints["seed"]] if hints.get("seed") else []  # 0 draws as it always did
+        draw = random.Random(digest(messages, hints["sample"], *seed))
         return Reply(degrade(hints["reference"], chinese, draw))
-
-    async def close(self):
-        pass
 
 
 def degrade(text: str, chinese: bool, draw: random.Random) -> str:
@@ -3185,25 +3570,27 @@ def degrade(text: str, chinese: bool, draw: random.Random) -> str:
     sentences = re.findall(r".+?(?:[.!?](?=\s)|[。！？\n]|$)\s*", text, re.S)
     if len(sentences) < 3:
         return "这个问题不太好说，要看具体情况。" if chinese else "That is hard to say; it depends."
-    keep = sorted(
-        draw.sample(range(len(sentences)), max(1, len(sentences) * draw.choice((3, 4, 5, 6)) // 8))
-    )
+    count = max(1, len(sentences) * draw.choice((3, 4, 5, 6)) // 8)
+    keep = sorted(draw.sample(range(len(sentences)), count))
     return "".join(sentences[i] for i in keep).strip()
 
 
 def reference_f1(text: str, reference: str) -> float:
-    """F1 of tokens shared with the reference, on JUDGE_SCALE; without one, signs of care (length,
-    variety, an end)."""
-    low, high = JUDGE_SCALE
-    ours, theirs = Counter(split_words(text)), Counter(split_words(reference))
-    if theirs:
-        return low + (high - low) * 2 * (ours & theirs).total() / max(
-            1, ours.total() + theirs.total()
-        )
-    variety = len(ours) / max(1, ours.total())
-    ended = text.rstrip()[-1:] in ".!?。！？)`”"
-    care = 2 * math.log10(1 + ours.total()) + 3 * variety + ended - 3 * is_refusal(text)
-    return low + (high - low) * min(1.0, max(0.0, care / 9))
+    """A score on JUDGE_SCALE: F1 of the words shared with the reference.
+
+    Without a reference, signs of care: length, variety of words, a proper end, no refusal."""
+    lowest, highest = JUDGE_SCALE
+    words = Counter(split_words(text))
+    reference_words = Counter(split_words(reference))
+    total = words.total()
+    if reference_words:
+        shared = (words & reference_words).total()
+        share = 2 * shared / max(1, total + reference_words.total())
+        return lowest + (highest - lowest) * share
+    score = 2 * math.log10(1 + total) + 3 * len(words) / max(1, total)
+    score += text.rstrip()[-1:] in ".!?。！？)`”"
+    score -= 3 * is_refusal(text)
+    return lowest + (highest - lowest) * min(1.0, max(0.0, score / 9))
 
 
 # ==================================================================================================
@@ -4957,90 +5344,406 @@ def checked_pool(record: Record, answers: list[Answer]) -> list[Answer]:
 
 
 # --------------------------------------------------------------------------------------------------
-# §11 CALLS: errors and fixes; Endpoint, Cache, Usage, Models; parse_model
+# §11 CALLS: ERROR_RULES, REQUEST_FIXES; Endpoint, Cache, Usage, Models; parse_model
+# A request of a method or a judge goes in, a Reply comes out: from the cache, or from a provider (§7)
+# with pacing, retries and a budget. Raises Failed for this record, Stop where all calls would fail.
 # --------------------------------------------------------------------------------------------------
 
-# What stands in the chain of causes of an SDK's error -> (code, message) of one without a status.
-CAUSES = [
-    ({"ClientConnectorError", "ConnectionRefusedError", "gaierror"}, "unreachable", "no connection"),
-    ({"ClientError", "ConnectionError", "ReadError", "RemoteProtocolError", "WriteError"}, "dropped",
-     "the connection was dropped"),
-    ({"TimeoutError", "TimeoutException", "APITimeoutError"}, "timeout", "no answer in time (--timeout)"),
+# --- one reading of an error
+
+
+class ErrorRule(NamedTuple):
+    """What follows from a failed call. A rule applies where both of its patterns are found."""
+
+    code: str  # in "status code" of an ApiError
+    words: str  # in the server's message; "" for any
+    # "stop": every further call would fail; "stop if new": so if the model has never answered
+    # "wait": rate limit; "retry", "retry once": may pass; "later": drop, a rerun may help
+    # "record": drop this record for good
+    action: str
+    kind: str  # of the drop reason
+    advice: str = ""
+
+
+# Codes before words: Gemini's rate limit has the words of OpenAI's account without credit.
+ACCOUNT = (
+    r"^402|\b(insufficient_quota|Arrearage|AllocationQuota\.FreeTierOnly|billing_not_active"
+    r"|exceeded_current_quota_error|insufficient_balance|billing_hard_limit_reached)$"
+)
+USED_UP = "the account's quota or balance is used up: top it up, then run the same command again"
+KEY_REFUSED = (
+    "the key was refused: check $key; a DashScope key works only in its own region (--base-url)"
+)
+NO_MODEL = "there is no such model (retired?): $served"
+CONTENT = r"\b(DataInspectionFailed|data_inspection_failed|content_(policy_violation|filter))$"
+UNKNOWN_MODEL = (
+    r"invalid model name|unknown model|no such model|not a valid model|no endpoints found"
+    r"|model\b.{0,80}\b(not found|not exist|not available|not supported|not served|unavailable)"
+)
+TOO_LONG = (
+    r"context (length|window|size)|maximum context|prompt is too long|input is too long"
+    r"|too many (input )?tokens|range of input length|exceeds? the (model'?s )?(maximum|available)"
+    r"|exceed_context_size"
+)
+TEMPERATURE_RANGE = (
+    r"temperature.{0,120}(range|between|less than|at most|maximum|exceed|greater|must be|[\[<>(≤])"
+)
+ERROR_RULES = [
+    ErrorRule(r"^(400|403|429)", r"key limit exceeded", "stop", "account", USED_UP),
+    ErrorRule(ACCOUNT, "", "stop", "account", USED_UP),
+    ErrorRule(
+        r"unsupported_country|^40[03]",
+        r"(country|region|territory|location)\b.{0,40}(not supported|unsupported|not available)",
+        "stop if new",
+        "region",
+        "the provider refuses calls from this region",
+    ),
+    ErrorRule(r"^401|\b(InvalidApiKey|invalid_api_key)$", "", "stop", "key", KEY_REFUSED),
+    ErrorRule(r"AccessDenied\S*$", "", "stop", "key", KEY_REFUSED),
+    ErrorRule(
+        r"^40[03]", r"api[ _]key.{0,20}(not valid|invalid)|invalid api[ _]key", "stop if new", "key",
+        KEY_REFUSED,
+    ),
+    ErrorRule(r"^403", r"moderation|flagged", "record", "content filter"),
+    ErrorRule(CONTENT, "", "record", "content filter"),
+    ErrorRule(r"\b(ModelNotFound|model_not_found)$", "", "stop if new", "model", NO_MODEL),
+    ErrorRule(r"^40[0345]|^422", UNKNOWN_MODEL, "stop if new", "model", NO_MODEL),
+    ErrorRule(
+        r"no /classify$", "", "stop if new", "model",
+        "this server has no /classify: is it a reward model's server?",
+    ),
+    ErrorRule(
+        r"^(200|404|405) web page", "", "stop if new", "server error",
+        "a web page came, not JSON: is /v1 missing in the address?",
+    ),
+    ErrorRule(
+        r"open files$", "", "stop", "server unreachable",
+        "too many open files: lower --concurrency, or raise the limit (ulimit -n 4096)",
+    ),
+    ErrorRule(r"^0 certificate", "", "stop", "server unreachable", "$certificate"),
+    ErrorRule(r"^429|\bThrottling", "", "wait", "rate limit"),
+    ErrorRule(
+        r"context_length_exceeded|exceed_context_size", "", "record",
+        "prompt too long for the model",
+    ),
+    ErrorRule(r"^(400|413|422|500)", TOO_LONG, "record", "prompt too long for the model"),
+    ErrorRule(r"^413", "", "record", "prompt too long for the model"),
+    ErrorRule(
+        r"^4(00|22)", TEMPERATURE_RANGE, "stop if new", "request refused",
+        "the server refuses this temperature: choose another --temperature",
+    ),
+    ErrorRule(r"^0 timeout", "", "retry once", "timeout"),
+    ErrorRule(r"^0 unreachable", "", "retry", "server unreachable"),
+    ErrorRule(r"^0", "", "retry", "connection lost"),
+    ErrorRule(r"^200 no text", "", "retry once", "no text in the reply"),
+    ErrorRule(r"^200 tool call", "", "record", "tool call instead of an answer"),
+    ErrorRule(r"^200 unfinished", "", "retry", "unfinished reply"),
+    ErrorRule(r"^200", "", "retry", "garbled reply"),
+    ErrorRule(r"^(408|409|5\d\d)", "", "retry", "server error"),
+    ErrorRule(
+        r"^40[345]", "", "stop if new", "model",
+        "no such model or address: check the name and --base-url$also_served",
+    ),
+    ErrorRule(r"^40[345]", "", "later", "model unavailable"),
+    ErrorRule(r"", "", "record", "request refused"),
 ]  # fmt: skip
+RATE_LIMIT = ErrorRule(r"", "", "wait", "rate limit")
 
 
-def api_error(error: Exception) -> ApiError:
-    """Whatever an SDK raises -> ApiError; the truth about a connection is in the chain of causes."""
+def find_rule(error: ApiError, model: Model, has_succeeded: bool) -> ErrorRule:
+    """The first rule that applies to a failed call."""
+    dashscope = model.provider == "dashscope" or "aliyuncs.com" in model.url
+    if dashscope and (error.status, error.code) == (429, "insufficient_quota"):
+        return RATE_LIMIT  # its compatible mode calls a limit per minute so
+    subject = f"{error.status} {error.code}"
+    for rule in ERROR_RULES:
+        if rule.action == "stop if new" and has_succeeded:
+            continue
+        if re.search(rule.code, subject) and re.search(rule.words, error.message, re.I | re.S):
+            return rule
+    raise AssertionError("the last rule applies to all")
+
+
+# Names of exceptions in the chain of causes of an SDK's error -> (code, message) of the ApiError.
+CAUSES = [
+    (
+        {"SSLCertVerificationError", "ClientConnectorCertificateError"},
+        "certificate",
+        "the server's certificate is not trusted",
+    ),
+    (
+        {"ClientConnectorError", "ConnectionRefusedError", "gaierror"},
+        "unreachable",
+        "no connection",
+    ),
+    (
+        {"ClientError", "ConnectionError", "ReadError", "RemoteProtocolError", "WriteError"},
+        "dropped",
+        "the connection was dropped",
+    ),
+    (
+        {"TimeoutError", "TimeoutException", "APITimeoutError"},
+        "timeout",
+        "no answer in time (--timeout)",
+    ),
+]
+
+
+def read_error(error: Exception) -> ApiError:
+    """Whatever an SDK raises -> ApiError."""
     if isinstance(error, ApiError):
         return error
-    if status := getattr(error, "status_code", None):
-        code = getattr(error, "code", None) or getattr(error, "type", None)
-        return ApiError(status, code, error.message, error.response.headers.get("Retry-After"))
-    link, names = error, set()
-    while link is not None:
+    status = getattr(error, "status_code", None)
+    if status:
+        return read_status_error(error, status)
+    names, details = set(), []
+    link = error
+    while link is not None:  # the truth about a connection is in the chain of causes
         names |= {cls.__name__ for cls in type(link).__mro__}
+        details.append(str(link))
+        if getattr(link, "errno", 0) in (errno.EMFILE, errno.ENFILE):
+            return ApiError(0, "open files", str(link))
         link = link.__cause__ or link.__context__
+    if "ContentTypeError" in names:
+        code = "web page" if "text/html" in details[0] else "garbled"
+        return ApiError(200, code, details[0])
     for causes, code, message in CAUSES:
         if names & causes:
-            return ApiError(0, code, f"{message} ({error.__cause__ or error})")
+            detail = next((text for text in reversed(details) if text), "")
+            timeout = code == "timeout"
+            return ApiError(0, code, message if timeout or not detail else f"{message}: {detail}")
     return ApiError(200, "garbled", f"the reply cannot be read ({type(error).__name__})")
 
 
+def read_status_error(error: Exception, status: int) -> ApiError:
+    """An SDK's error with an HTTP status -> ApiError with the server's own words."""
+    code, message = read_error_body(getattr(error, "body", None))
+    code = code or getattr(error, "code", None) or getattr(error, "type", None)
+    message = message or getattr(error, "message", "")
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    return ApiError(status, code, message, headers.get("Retry-After"))
+
+
+def is_own_bug(error: Exception) -> bool:
+    """True for a bug: a name that does not exist, or a TypeError or AttributeError in this file."""
+    if isinstance(error, NameError):
+        return True
+    if not isinstance(error, TypeError | AttributeError):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_code.co_filename == is_own_bug.__code__.co_filename
+
+
+# --- requests that a server refuses, and how to change them
+
+
+class RequestFix(NamedTuple):
+    """A change of the request that makes a server accept it."""
+
+    words: str  # in the refusal
+    name: str  # what is said about it, once for each model
+    change: Callable[[dict], object]  # of the options, in place
+    lasting: bool = True  # for all later calls of the model
+
+
+def rename_max_tokens(options: dict):
+    """max_tokens -> max_completion_tokens, unless the user has set that."""
+    limit = options.pop("max_tokens", None)
+    if limit is not None:
+        options.setdefault("max_completion_tokens", limit)
+
+
+def drop_max_tokens(options: dict):
+    """No limit at all."""
+    options.pop("max_tokens", None)
+    options.pop("max_completion_tokens", None)
+
+
+def limit_max_tokens(limit: int, options: dict):
+    """At most `limit` tokens, by either name."""
+    for name in ("max_tokens", "max_completion_tokens"):
+        if number(options.get(name)) is not None:
+            options[name] = min(options[name], limit)
+
+
+def raise_zero_temperature(options: dict):
+    """0 -> 0.01 for a server that takes only temperatures above 0."""
+    if options.get("temperature") == 0:
+        options["temperature"] = 0.01
+
+
 def switch_thinking(options: dict):
-    """Leave out enable_thinking where we sent false (the model has no such switch), else send false."""
-    if options.pop("enable_thinking", True):
+    """Stream if the user wants thoughts; else leave enable_thinking out, or send false."""
+    if options.get("enable_thinking"):
+        request_stream(options)
+    elif "enable_thinking" in options:
+        del options["enable_thinking"]
+    else:
         options["enable_thinking"] = False
 
 
-# What a refusal of the request says -> how to change it. Learned once per model, then reported.
-REQUEST_FIXES = [
-    (r"max_completion_tokens", "max_completion_tokens",
-     lambda o: o.update(max_completion_tokens=o.pop("max_tokens")) if "max_tokens" in o else None),
-    (r"max_(completion_)?tokens.{0,60}(not supported|unsupported|unknown|unrecognized)", "no max_tokens",
-     lambda o: (o.pop("max_tokens", 0), o.pop("max_completion_tokens", 0))),
-    (r"temperature", "no temperature", lambda o: o.pop("temperature", 0)),
-    (r"enable_thinking", "enable_thinking switched", switch_thinking),
-    (r"url error", "multimodal address", lambda o: o.update(multimodal=True)),
-    (r"\binput\b.{0,40}Field required", "input instead of messages", lambda o: o.update(as_input=True)),
-]  # fmt: skip
+def request_stream(options: dict):
+    """Streaming, with the tokens counted in its last chunk."""
+    options["stream"] = "with usage"
 
-# "status code" of a failed call -> what follows (and what to do about it). The first row that matches counts.
-# By code, never by text: Gemini's throttle says the very words of OpenAI's empty purse.
-CONTENT = r"\b(DataInspectionFailed|data_inspection_failed|content_(policy_violation|filter))$"
-ERROR_RULES = [
-    (r"^402|\b(insufficient_quota|Arrearage|AllocationQuota\.FreeTierOnly)$", "stop",
-     "the account's quota or balance is used up: top it up, then run the same command again"),
-    (r"^401|\b(InvalidApiKey|invalid_api_key|\S*AccessDenied\S*)$", "stop",
-     "the key was refused: check $key; a DashScope key works only in its own region (--base-url)"),
-    (r"\b(ModelNotFound|model_not_found)$", "stop",
-     "there is no such model (retired?): name another, such as $served"),
-    (CONTENT, "record", ""),
-    (r"^429|\bThrottling", "wait", ""),
-    (r"^(0|200|408|409|5\d\d)\b", "retry", ""),
-    (r"^(403|404)\b", "stop unless proven", "no such model or address: check the name and --base-url"),
-    (r"", "record", ""),
-]  # fmt: skip
+
+def drop_stream_usage(options: dict):
+    """Streaming without the count of tokens."""
+    if options.get("stream"):
+        options["stream"] = True
+
+
+REQUEST_FIXES = [
+    RequestFix(r"max_completion_tokens", "max_completion_tokens", rename_max_tokens),
+    RequestFix(
+        r"max_(completion_)?tokens.{0,60}(not supported|unsupported|unknown|unrecognized)",
+        "no max_tokens",
+        drop_max_tokens,
+    ),
+    RequestFix(
+        r"temperature.{0,80}(positive|greater than 0|> ?0\b|\(0)",
+        "temperature 0.01 for 0",
+        raise_zero_temperature,
+    ),
+    RequestFix(
+        rf"temperature(?!.{{0,5}}\b(can|could))(?<!range of temperature)(?!{TEMPERATURE_RANGE[11:]})",
+        "no temperature",
+        lambda options: options.pop("temperature", None),
+    ),
+    RequestFix(r"enable[_ ]thinking", "enable_thinking switched", switch_thinking),
+    RequestFix(r"stream_options|include_usage", "no stream_options", drop_stream_usage),
+    RequestFix(
+        r"only supports? stream|stream(ing)?\W{1,3}(is )?(true|required)|must be stream"
+        r"|stream.{0,20}must be.{0,12}true|non-?streaming.{0,40}not supported",
+        "replies are streamed",
+        request_stream,
+    ),
+    RequestFix(
+        r"system (role|messages?|prompts?|turns?)\b.{0,60}\b(not|n't|un)\s?(be )?support"
+        r"|role\W{1,3}system\b.{0,60}(not support|invalid|unsupported)",
+        "the system turn becomes part of the first user turn",
+        lambda options: options.update(fold_system=True),
+    ),
+    RequestFix(r"url error", "multimodal address", lambda options: options.update(multimodal=True)),
+    RequestFix(
+        r"\binput\b.{0,40}Field required",
+        "input instead of messages",
+        lambda options: options.update(as_input=True),
+    ),
+    RequestFix(r"\bseed\b", "no seed", lambda options: options.pop("seed", None)),
+]
+# The highest max_tokens in a refusal that speaks of it; group 1 is the number.
+TOKEN_LIMITS = [
+    r"\[\s*\d+\s*,\s*(\d+)\s*\]",
+    r"at most (\d+) (?:completion |output )?tokens",
+    r"less than or equal to\D{0,3}(\d+)",
+    r"\d+ > (\d+)\b",
+    r"to (\d+) \((?:in|ex)clusive\)",
+    r"(?:maximum|limit|exceed|up to)\b\D{0,60}(\d+)",
+]
+# A context and the tokens of the prompt in it: groups 1 and 2.
+CONTEXT_USE = [
+    r"maximum context length is (\d+) tokens.*?\((\d+) in (?:the messages|your prompt)",
+    r"maximum context length is (\d+) tokens.*?\b(\d+) input tokens",
+    r"must be <= (\d+)\. Given: (\d+) `?inputs`? tokens",
+]
+LEAST_ROOM = 16  # tokens for an answer; with less, the prompt is too long
+
+
+def find_fix(error: ApiError, sent: dict, tried: list[RequestFix]) -> RequestFix | None:
+    """How to change a refused request so that the server may take it; None if nothing is known."""
+    if error.status not in (400, 404, 422) or len(tried) > 10:
+        return None
+    known = [find_room(error.message), find_token_limit(error.message), *REQUEST_FIXES]
+    for fix in known:
+        if fix is None or fix in tried or not re.search(fix.words, error.message, re.I | re.S):
+            continue
+        changed = dict(sent)
+        fix.change(changed)
+        if changed != sent:
+            return fix
+    return None
+
+
+def find_room(message: str) -> RequestFix | None:
+    """The fix for a prompt that leaves less of the context than max_tokens, for this request only."""
+    for pattern in CONTEXT_USE:
+        numbers = re.search(pattern, message, re.I | re.S)
+        if numbers:
+            room = int(numbers[1]) - int(numbers[2])
+            name = (
+                f"max_tokens is lowered where its context of {int(numbers[1]):,} tokens asks for it"
+            )
+            change = functools.partial(limit_max_tokens, room)
+            return RequestFix("", name, change, lasting=False) if room >= LEAST_ROOM else None
+    return None
+
+
+def find_token_limit(message: str) -> RequestFix | None:
+    """The fix for a max_tokens above the model's limit, which the refusal names."""
+    if not re.search(r"max_(\w+_)?tokens", message) or "context" in message.partition("max_")[0]:
+        return None
+    for pattern in TOKEN_LIMITS:
+        numbers = re.search(pattern, message, re.I)
+        if numbers and int(numbers[1]) > 1:
+            limit = int(numbers[1]) - ("exclusive" in numbers[0])
+            change = functools.partial(limit_max_tokens, limit)
+            return RequestFix("", f"max_tokens {limit:,}, the model's limit", change)
+    return None
+
+
+def fold_system_turn(messages: list[dict]) -> list[dict]:
+    """Messages whose system turn stands at the head of the first user turn."""
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return messages
+    system, first, *rest = messages
+    return [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+
+# --- one model at one address
+
+PACE_SECONDS = 1.0  # after which a rate is adjusted
+NOTE_SECONDS = 60.0  # between two notes of the same cause
+SLOW_SECONDS = 5.0  # until a first reply is said to be waited for
+GONE_SECONDS = (10.0, 25.0)  # of refused connections until the run stops: new, has answered
 
 
 class Endpoint:
-    """One model at one address: how fast it lets us go, what it has taught us, how it has been doing."""
+    """One model at one address: its pace, what its refusals taught, its failures."""
 
-    def __init__(self, model: Model, provider):
-        self.model, self.provider = model, provider
-        self.door, self.opened, self.proven = asyncio.Lock(), False, False
-        self.fixes, self.streak, self.patient_since, self.estimates = [], ("", 0), 0.0, False
-        self.gate, self.next_start, self.cut = asyncio.Lock(), 0.0, 0.0
-        self.rate, self.growth = 0.0, 1.05  # calls a second, 0 = no limit known; how it grows
-        self.begin(time.monotonic())
+    def __init__(self, model: Model, provider: Provider):
+        self.model = model
+        self.provider = provider
+        self.first_call_lock = asyncio.Lock()
+        self.first_call_done = False
+        self.has_succeeded = False
+        self.fixes: list[RequestFix] = []  # of every request
+        self.no_longer_replies = False  # a request with twice the tokens was refused
+        self.served_models: list[str] = []  # what the server lists, once that was asked
+        self.last_failure = ""
+        self.equal_failures = 0  # in a row
+        self.throttled_since = 0.0  # the first 429 after the last success
+        self.unreachable_since = 0.0  # the first refused connection after any reply
+        self.note_times: dict[str, float] = {}  # cause -> when it was said
+        self.pacing_lock = asyncio.Lock()
+        self.next_start = 0.0  # of a call
+        self.burst_end = 0.0  # time of the first 429
+        self.burst_passed = 0  # calls of the first burst that were not refused
+        self.burst_seconds = 1.0
+        self.rate = 0.0  # calls a second; 0: no limit is known
+        self.growth = 1.05  # of the rate after a second without refusals
+        self.count_from(time.monotonic())
 
-    def begin(self, now: float):
-        """From now on calls and refusals are counted anew."""
-        self.since, self.starts, self.refusals = now, 0, 0
+    def count_from(self, now: float):
+        """Count starts and refusals anew."""
+        self.since = now
+        self.starts = 0
+        self.refusals = 0
 
-    async def turn(self, pause) -> float:
+    async def wait_for_turn(self, pause) -> float:
         """Wait for this call's turn, first come first served -> the time at which it starts."""
         if self.rate:
-            async with self.gate:
+            async with self.pacing_lock:
                 await pause(self.next_start - time.monotonic())
                 self.next_start = max(self.next_start, time.monotonic() - 0.05) + 1 / self.rate
         now = time.monotonic()
@@ -5049,127 +5752,180 @@ class Endpoint:
             self.adjust_rate(now)
         return now
 
-    def refused(self, start: float) -> float:
-        """A 429 for the call that began at `start` -> seconds since the last success.
+    def on_rate_limit(self, start: float) -> float:
+        """Count a 429 for the call that began at `start` -> seconds since the last success.
 
-        The first one ends the burst with which a run begins: what came through it is the first guess of the
-        rate, and its second is over before the next call."""
+        The first one ends the burst with which a run begins: the calls of it that were not refused
+        are the first guess of the rate, and its second is over before the next call."""
         now = time.monotonic()
         if not self.rate:
-            self.cut, self.passed, self.seconds = now, self.starts, max(1.0, now - self.since)
-            self.begin(max(now, self.since + 1))
+            self.burst_end = now
+            self.burst_passed = self.starts
+            self.burst_seconds = max(1.0, now - self.since)
+            self.count_from(max(now, self.since + 1))
             self.next_start = self.since
-        if start <= self.cut:
-            self.passed -= 1
-            self.rate = max(0.5, self.passed / self.seconds)
+        if start <= self.burst_end:
+            self.burst_passed -= 1
+            self.rate = max(0.5, self.burst_passed / self.burst_seconds)
         else:
             self.refusals += 1
-        self.patient_since = self.patient_since or now
-        return now - self.patient_since
+        self.throttled_since = self.throttled_since or now
+        return now - self.throttled_since
 
     def adjust_rate(self, now: float):
-        """Every second or so: a little above what came through if calls were refused, else faster, 5 to 20 %.
+        """Each second: to a little above what was accepted if calls were refused, else 5-20% faster.
 
-        Measured with 64 in flight: 96 % of a limit of 50/s, 93 % of 10/s at 2 s latency, none lost."""
+        Measured with 64 in flight: 96% of a limit of 50/s, 93% of 10/s at 2 s latency, none lost."""
         seconds = now - self.since
-        if seconds < 1 or (self.refusals and self.starts < 20 and seconds < 3):
+        few = self.refusals and self.starts < 20 and seconds < 3
+        if seconds < PACE_SECONDS or few:
             return
-        passed, share = (self.starts - self.refusals) / seconds, self.refusals / self.starts
-        if share > 0.03:
-            least = 0.95 if share < 0.3 else 0.8
-            self.rate, self.growth = max(least * self.rate, min(self.rate, 1.03 * passed)), 1.05
-        elif passed > 0.7 * self.rate:  # no faster than it is used
-            self.rate, self.growth = self.rate * self.growth, min(1.2, 2 * self.growth - 1)
-        self.begin(now)
+        accepted = (self.starts - self.refusals) / seconds
+        refused_share = self.refusals / self.starts
+        if refused_share > 0.03:
+            least = 0.95 if refused_share < 0.3 else 0.8
+            self.rate = max(least * self.rate, min(self.rate, 1.03 * accepted))
+            self.growth = 1.05
+        elif accepted > 0.7 * self.rate:  # no faster than it is used
+            self.rate *= self.growth
+            self.growth = min(1.2, 2 * self.growth - 1)
+        self.count_from(now)
 
-    def answered(self):
-        """A success: every count of failures starts again."""
-        self.proven, self.streak, self.patient_since = True, ("", 0), 0.0
+    def on_success(self, fixes: list[RequestFix]):
+        """A reply came, to a request with these fixes: they are kept, failures are forgotten."""
+        self.has_succeeded = True
+        self.last_failure = ""
+        self.throttled_since = 0.0
+        self.unreachable_since = 0.0
+        if len(fixes) > len(self.fixes):
+            self.keep_fixes(fixes)
 
-    def failed(self, cause: str) -> bool:
-        """Count a failure -> true if the same has now happened SAME_FAILURES times in a row."""
-        self.streak = (cause, self.streak[1] + 1 if self.streak[0] == cause else 1)
-        return self.streak[1] >= SAME_FAILURES
+    def keep_fixes(self, fixes: list[RequestFix]):
+        """Use what was learned in all later calls, and say it once."""
+        names = [fix.name for fix in self.fixes]
+        for fix in fixes:
+            if fix.lasting and fix.name not in names:
+                self.fixes.append(fix)
+                note(f"{self.model.name}: {fix.name} (as the server asks)")
+            elif not fix.lasting:
+                self.say(fix.name, f"{self.model.name}: {fix.name}", once=True)
 
-    def learn(self, error: ApiError, tried: list) -> bool:
-        """True if the refusal says how to change the request and that was not tried yet; said once."""
-        fix = next(
-            (fix for fix in REQUEST_FIXES if re.search(fix[0], error.message, re.I | re.S)), None
-        )
-        if error.status not in (400, 404, 422) or not fix or fix in tried:
-            return False
-        if fix not in self.fixes:
-            self.fixes.append(fix)
-            note(f"{self.model.name}: {fix[1]} (as the server asks)")
-        return True
+    def on_failure(self, cause: str) -> bool:
+        """Count a failure -> True if SAME_FAILURES alike have come in a row."""
+        if cause != self.last_failure:
+            self.equal_failures = 0
+        self.last_failure = cause
+        self.equal_failures += 1
+        return self.equal_failures >= SAME_FAILURES
 
-    def counted(self, messages: list, reply: Reply) -> Reply:
-        """The reply with its tokens: estimates where the server counts none, which is said once."""
-        if not self.model.is_paid or (
-            reply.tokens_in and (reply.tokens_out or self.model.is_reward)
-        ):
+    def seconds_unreachable(self, error: ApiError) -> float:
+        """How long connections have been refused, 0 if this error is another one."""
+        if error.code != "unreachable":
+            self.unreachable_since = 0.0
+            return 0.0
+        now = time.monotonic()
+        self.unreachable_since = self.unreachable_since or now
+        return now - self.unreachable_since
+
+    def say(self, cause: str, text: str, once: bool = False):
+        """A note, at most one a minute for each cause (or only one)."""
+        now = time.monotonic()
+        last = self.note_times.get(cause)
+        if last is not None and (once or now - last < NOTE_SECONDS):
+            return
+        self.note_times[cause] = now
+        note(text)
+
+    def say_waiting(self, cause: str, why: str):
+        """`waiting for qwen-max at URL: why`."""
+        place = f" at {self.model.url}" if self.model.url else ""
+        self.say(cause, f"waiting for {self.model.name}{place}: {why}")
+
+    def check_reply(self, messages: list[dict], reply: Reply) -> Reply:
+        """The reply with tokens, estimated where the server counts none; says what looks wrong."""
+        if not self.model.is_paid:
             return reply
-        if not self.estimates:
-            self.estimates = True
-            note(f"{self.model.name}: bills no tokens: they are estimated from the text")
+        if reply.tokens_in and (reply.tokens_out or self.model.is_reward):
+            self.check_context(messages, reply)
+            return reply
+        text = f"{self.model.name}: bills no tokens: they are estimated from the text"
+        self.say("estimates", text, once=True)
         reply.tokens_in = reply.tokens_in or about_tokens(flatten(messages))
         reply.tokens_out = reply.tokens_out or about_tokens(reply.text)
         return reply
 
-    def wire(self, options: dict, fixes: list) -> dict:
+    def check_context(self, messages: list[dict], reply: Reply):
+        """Say it if the server has read only a part of the prompt: up to its context's length."""
+        if reply.tokens_in < 1000 or abs((reply.tokens_in + 64) % 1024 - 64) > 32:
+            return
+        expected = about_tokens(flatten(messages))
+        if reply.tokens_in < 0.6 * expected:
+            read = f"the server read {reply.tokens_in:,} of about {expected:,} tokens of a prompt"
+            self.say("context", f"{self.model.name}: {read}: raise its context length", once=True)
+
+    def wire_options(self, options: dict, fixes: list[RequestFix]) -> dict:
         """Options as they are sent: the provider's defaults, ours, and what was learned."""
         wire = {**self.provider.defaults, **options}
-        for _, _, change in fixes:
-            change(wire)
+        if "seed" in wire and not self.provider.takes_seed:
+            del wire["seed"]
+        for fix in fixes:
+            fix.change(wire)
         return wire
 
 
-class Cache:
-    """Every paid reply, in SQLite, committed before it is used; processes may share it. None: no cache.
+def same_model(asked: str, served: str) -> bool:
+    """True if two names mean one model: owners, paths, file types, dates and suffixes aside."""
+    names = []
+    for name in (asked, served):
+        name = re.sub(r"\.(gguf|bin|safetensors)$", "", name.strip().lower())
+        names.append(re.split(r"[/\\]", name)[-1])
+    short, long = sorted(names, key=len)
+    following = long[len(short) :][:1]
+    return long.startswith(short) and (not following or following in "-@:._ ")
 
-    `payer` stands for the output that a reply was paid for: its budget counts them over all its runs."""
+
+class Cache:
+    """Every paid reply, in SQLite, committed before it is used; processes may share it.
+
+    `path`: None for no cache. `output_id` stands for the output that a reply was paid for: its
+    budget counts them over all its runs."""
 
     FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer"
 
     def __init__(self, path: str | None, output_id: str = ""):
-        self.path, self.output_id, self.db, self.empty, self.under_way = (
-            path,
-            output_id,
-            None,
-            True,
-            0.0,
-        )
+        self.path = path
+        self.output_id = output_id
+        self.db = None
+        self.empty = True  # at the start
+        self.under_way = 0.0  # money expected for this output's batches that run
         if not path:
             return
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self.db = sqlite3.connect(path, timeout=CACHE_PATIENCE, isolation_level=None)
         try:
-            for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
-                with contextlib.suppress(
-                    sqlite3.OperationalError
-                ):  # some network file systems have no WAL
-                    self.db.execute(f"PRAGMA {pragma}")
-            columns = self.FIELDS.replace("key", "key PRIMARY KEY", 1)
-            self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
-            self.empty = not self.db.execute(
-                f"SELECT {self.FIELDS} FROM replies LIMIT 1"
-            ).fetchall()
-            self.db.execute(
-                "CREATE TABLE IF NOT EXISTS batches (file PRIMARY KEY, model, id, money, payer)"
-            )
-            theirs = (
-                "SELECT total(money) FROM batches WHERE payer = ?"  # money for batches under way
-            )
-            [(self.under_way,)] = self.db.execute(theirs, (output_id,))
+            self.open_tables()
         except sqlite3.DatabaseError as error:
             cause = f"{error}: in use elsewhere, damaged or of another version?"
-            raise UserError(
-                f"{path}: is no cache to use ({cause}); name another --cache-path"
-            ) from None
+            text = f"{path}: is no cache to use ({cause}); name another --cache-path"
+            raise UserError(text) from None
+
+    def open_tables(self):
+        """Make the tables that are missing, and read how the file stands."""
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
+            with contextlib.suppress(sqlite3.OperationalError):  # some file systems have no WAL
+                self.db.execute(f"PRAGMA {pragma}")
+        columns = self.FIELDS.replace("key", "key PRIMARY KEY", 1)
+        self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
+        first = self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
+        self.empty = not first
+        columns = "file PRIMARY KEY, model, id, money, payer"
+        self.db.execute(f"CREATE TABLE IF NOT EXISTS batches ({columns})")
+        query = "SELECT total(money) FROM batches WHERE payer = ?"
+        [(self.under_way,)] = self.db.execute(query, (self.output_id,))
 
     def do(self, sql: str, *values) -> list[tuple]:
-        """One statement, committed -> its rows; raises Stop where the file cannot be read or written."""
+        """One statement, committed -> its rows; raises Stop where the file cannot be used."""
         try:
             return self.db.execute(sql, values).fetchall()
         except sqlite3.Error as error:
@@ -5178,34 +5934,32 @@ class Cache:
 
     def get(self, key: str) -> Reply | None:
         """The reply stored under `key`, if there is one."""
+        if not self.db:
+            return None
         query = "SELECT text, finish, tokens_in, tokens_out, rate FROM replies WHERE key = ?"
-        rows = self.do(query, key) if self.db else []
-        return Reply(*rows[0]) if rows else None
+        for text, finish, *numbers in self.do(query, key):
+            # an older version stored failed finishes, too: what they left counts as cut
+            return Reply(text, finish_kind(finish) or "length", *numbers)
+        return None
 
     def put(self, key: str, reply: Reply, model: str) -> bool:
-        """Store and commit, never an error. False if there is a reply already: that one stays, ours is only
-        in the books."""
+        """Store a reply -> False if there is one already: that one stays, this one is only billed."""
         if not self.db:
             return True
-        row = (
-            reply.text,
-            reply.finish,
-            reply.tokens_in,
-            reply.tokens_out,
-            reply.rate,
-            model,
-            self.output_id,
-        )
-        new = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING 1"
-        if self.do(new, key, *row):
+        numbers = (reply.tokens_in, reply.tokens_out, reply.rate)
+        row = (reply.text, reply.finish, *numbers, model, self.output_id)
+        insert = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+        if self.do(f"{insert} RETURNING 1", key, *row):
             return True
-        self.do(new, f"paid twice: {os.urandom(16).hex()}", *row)
+        self.do(insert, f"paid twice: {os.urandom(16).hex()}", *row)
         return False
 
     def bill(self) -> list[tuple[str, float, float]]:
-        """[(model, tokens in, tokens out), ...] that this payer has paid for, a batch's at its rate."""
+        """[(model, tokens in, tokens out), ...] that were paid for this output, at a batch's rate."""
+        if not self.db:
+            return []
         sums = "SELECT model, sum(rate * tokens_in), sum(rate * tokens_out) FROM replies"
-        return self.do(f"{sums} WHERE payer = ? GROUP BY model", self.output_id) if self.db else []
+        return self.do(f"{sums} WHERE payer = ? GROUP BY model", self.output_id)
 
     @contextlib.contextmanager
     def transaction(self):
@@ -5223,132 +5977,148 @@ class Cache:
             self.db.close()
 
 
-class Hashes:
-    """A set of hashes in about 24 bytes each, where Python's takes 70: all that is kept of a whole input."""
-
-    def __init__(self):
-        self.positions, self.count = array("Q", bytes(8 * 1024)), 0
-
-    def find(self, value: int) -> tuple[int, int]:
-        """-> the value as it is kept, and the place where it stands or may stand: a free slot holds 0."""
-        value, last = value & 0xFFFFFFFFFFFFFFFF or 1, len(self.positions) - 1
-        place = value & last
-        while self.positions[place] not in (0, value):
-            place = place + 1 & last
-        return value, place
-
-    def is_new(self, value: int) -> bool:
-        """Enter a hash -> False if it was there."""
-        if 2 * self.count > len(self.positions):
-            former, self.positions, self.count = (
-                self.positions,
-                array("Q", bytes(16 * len(self.positions))),
-                0,
-            )
-            for one in filter(None, former):
-                self.is_new(one)
-        value, place = self.find(value)
-        new, self.positions[place] = not self.positions[place], value
-        self.count += new
-        return new
-
-    def __contains__(self, value: int) -> bool:
-        return self.positions[self.find(value)[1]] != 0
-
-
 @dataclass
 class Usage:
-    """What one model did in one role: replies fetched, replies from the cache, tokens and money of both."""
+    """What one model did in one role."""
 
-    calls: int = 0
-    cached: int = 0
-    tokens_in: int = 0
+    calls: int = 0  # replies that were fetched
+    cached: int = 0  # replies from the cache
+    tokens_in: int = 0  # of both
     tokens_out: int = 0
     money: float = 0.0
     kept: float = 0.0  # money that the cached ones had cost
-    longest: int = 0  # tokens of the longest reply, for estimates
 
     def add(self, reply: Reply, cached: bool, money: float):
         """Count one reply."""
-        self.calls, self.cached = self.calls + (not cached), self.cached + cached
-        self.tokens_in, self.tokens_out = (
-            self.tokens_in + reply.tokens_in,
-            self.tokens_out + reply.tokens_out,
-        )
-        self.money, self.kept = self.money + money, self.kept + money * cached
-        self.longest = max(self.longest, reply.tokens_out)
+        self.calls += not cached
+        self.cached += cached
+        self.tokens_in += reply.tokens_in
+        self.tokens_out += reply.tokens_out
+        self.money += money
+        self.kept += money * cached
+
+    def tokens_of_a_reply(self, guess: int) -> int:
+        """Tokens to expect of the next reply: the average, or a guess before the first one."""
+        replies = self.calls + self.cached
+        return round(self.tokens_out / replies) if replies else guess
 
 
 class Models:
-    """The one door to every model: cache, then provider, then cache; with pacing, retries and stop rules.
+    """The only way to every model: cache, then provider, then cache; pacing, retries, stop rules.
 
-    With `dry` nobody is asked: what the cache does not hold is counted, guessed and marked pending. With
-    `batches` it is noted there, and nobody is asked online. `foretell` is awaited before the first call."""
+    With `dry` no call is made: what the cache does not hold is counted, guessed and marked pending.
+    With `batches` a request is noted there instead. `announce_plan` is awaited before the first
+    call."""
 
     def __init__(self, args, cache: Cache, dry: bool = False):
-        self.args, self.cache, self.dry, self.batches = args, cache, dry, None
-        self.announce_plan, self.counting, self.total = None, asyncio.Lock(), None
-        self.asking = {}  # key -> the call that is under way
-        self.endpoints, self.providers, self.usage = {}, {}, defaultdict(Usage)
-        self.stop, self.stopping = None, asyncio.Event()
-        self.in_flight, self.first_prompts = 0, {}
+        self.args = args
+        self.cache = cache
+        self.dry = dry
+        self.batches = None
+        self.announce_plan = None
+        self.plan_lock = asyncio.Lock()
+        self.total = None  # records in the input, once that is known
+        self.asking = {}  # key -> future of the call that is under way
+        self.endpoints = {}  # Model -> Endpoint
+        self.providers = {}  # (provider, url, key) -> Provider
+        self.usage = defaultdict(Usage)  # (Model, role) -> Usage
+        self.stop = None  # the Stop to raise, once the run stops
+        self.stopping = asyncio.Event()
+        self.in_flight = 0  # calls
+        self.replies = 0  # that came in
+        self.open_calls = asyncio.Semaphore(most_calls())
+        self.first_prompts = {}  # "model as role" -> messages, for --dry-run
+        self.served = {}  # Model -> the name by which the server answers
         self.bill = cache.bill() if args.prices and not dry else []
-        self.spent = sum(
-            self.price(*row) for row in self.bill
-        )  # money, by this run and those before it
-        self.reserved = cache.under_way  # money of calls in flight and of batches
-        self.surplus = defaultdict(lambda: (1.0, 1.0))  # see `pay`
+        # money of this output's runs, and of calls and batches that are under way
+        self.spent = sum(self.price(*row) for row in self.bill)
+        self.cost_in_flight = cache.under_way
 
     async def ask(
         self, model: Model, messages, options, sample=0, role="answer", reference=""
     ) -> Reply:
         """-> Reply; one that is cut at the limit is asked for once more with twice the limit.
 
-        Raises Failed("model", ...) if this record's call failed, Stop if every further one would, Pending
-        where nobody is asked."""
-        hints = {"sample": sample, "reference": reference, "role": role}
-        reply = await self.ask_once(model, messages, options, hints)
-        if reply.finish == "length" and "max_tokens" in options:
-            longer = options | {"max_tokens": 2 * options["max_tokens"]}
-            with contextlib.suppress(
-                Failed
-            ):  # a limit over the model's own: the cut reply stays cut
-                reply = await self.ask_once(model, messages, longer, hints)
+        Raises Failed("model", ...) if this record's call failed, Stop if every further one would,
+        Pending where no call may be made."""
+        seed = self.args.seed if role == "answer" else 0  # a judge's prompt depends on it anyway
+        if seed:
+            options = {"seed": int(digest(seed, sample)[:7], 16)} | options
+        hints = {"sample": sample, "reference": reference, "role": role, "seed": seed}
+        reply = cut_at_end_mark(await self.ask_once(model, messages, options, hints))
+        if reply.finish == "length" and self.may_ask_longer(model, reply, options):
+            reply = await self.ask_longer(model, messages, options, hints, reply)
+        if reply.finish == "content_filter":
+            what = "the provider's content filter withheld the answer"
+            raise Failed("model", f"content filter: {model.name}: {what}")
+        if role == "answer" and reply.finish == "stop" and "think" in reply.text[:20]:
+            self.check_thoughts(model, reply)
         return reply
 
+    def may_ask_longer(self, model: Model, reply: Reply, options: dict) -> bool:
+        """True if a cut reply may come whole with twice the tokens."""
+        if "max_tokens" not in options or is_repetition_loop(reply.text):
+            return False
+        endpoint = self.endpoints.get(model)
+        if not endpoint:
+            return True
+        longer = options | {"max_tokens": 2 * options["max_tokens"]}
+        now = endpoint.wire_options(options, endpoint.fixes)
+        return not endpoint.no_longer_replies and now != endpoint.wire_options(
+            longer, endpoint.fixes
+        )
+
+    async def ask_longer(self, model: Model, messages, options, hints: dict, reply: Reply) -> Reply:
+        """The reply to the same request with twice the tokens; the cut one if that is refused."""
+        longer = options | {"max_tokens": 2 * options["max_tokens"]}
+        try:
+            return cut_at_end_mark(
+                await self.ask_once(model, messages, longer, hints | {"again": True})
+            )
+        except Failed as failed:
+            if failed.retryable:  # the next run may get it whole
+                raise
+            return reply
+
+    @staticmethod
+    def check_thoughts(model: Model, reply: Reply):
+        """Raise Failed if the reply holds thoughts and no answer."""
+        if not answer_text(reply.text):
+            advice = "raise --max-tokens, or switch its thinking off (--model-option)"
+            raise Failed("model", f"only thoughts came: {model.name}: {advice}")
+
     async def ask_once(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
-        """One request through the cache; its key is what was asked for, before any fix changes it."""
+        """One request through the cache; its key is what was asked for, before any fix."""
         if not model.is_paid:
             return self.count(model, hints, await self.fetch(model, messages, options, hints))
         if self.dry and self.cache.empty:  # no need to look
             return self.count(model, hints, self.guess(model, messages, hints))
         key = digest(model.provider, model.url, model.name, messages, options, hints["sample"])
-        if reply := self.cache.get(key):
+        reply = self.cache.get(key)
+        if reply:
             fresh = self.batches and int(key[:16], 16) in self.batches.fresh
             return self.count(model, hints, reply, cached=not fresh)
         if self.dry:
             return self.count(model, hints, self.guess(model, messages, hints))
         if self.announce_plan:
-            async with self.counting:
+            async with self.plan_lock:
                 if self.announce_plan:
                     await self.announce_plan()
                     self.announce_plan = None
         if self.batches:
             self.batches.want(key, model, messages, options, hints["role"])
-        if waiting := self.asking.get(
-            key
-        ):  # the same is asked at the same time: one call serves both
+        waiting = self.asking.get(key)
+        if waiting:  # the same is asked at the same time: one call serves both
             await asyncio.wait([waiting])
             if not waiting.cancelled():
                 return self.count(model, hints, waiting.result(), cached=True)
-        waiting = self.asking[key] = asyncio.get_running_loop().create_future()
+        waiting = asyncio.get_running_loop().create_future()
+        self.asking[key] = waiting
         try:
             reply = await self.fetch(model, messages, options, hints)
-            self.pay(model, reply, (messages, options, hints["role"]))
-            if not self.cache.put(
-                key, reply, model.name
-            ):  # another process was first: its reply counts
-                reply = self.cache.get(key)
+            self.pay(model, reply)
+            if not self.cache.put(key, reply, model.name):
+                reply = self.cache.get(key)  # another process was first: its reply counts
             waiting.set_result(reply)
         finally:
             waiting.cancel()
@@ -5356,210 +6126,253 @@ class Models:
         return self.count(model, hints, reply)
 
     def count(self, model: Model, hints: dict, reply: Reply, cached: bool = False) -> Reply:
-        """Enter a reply in the books -> the reply."""
+        """Count a reply's tokens and money -> the reply."""
         money = self.price(model.name, reply.tokens_in, reply.tokens_out) * reply.rate
         self.usage[model, hints["role"]].add(reply, cached, money)
         return reply
 
-    def pay(self, model: Model, reply: Reply, request: tuple):
-        """A reply to `request` (messages, options, role) has come in, whatever becomes of it.
-
-        A model that bills more than `most` tokens (thoughts, hidden prompts) is taken to do so again."""
+    def pay(self, model: Model, reply: Reply):
+        """A reply has come in and is billed, whatever becomes of it."""
         self.spent += self.price(model.name, reply.tokens_in, reply.tokens_out) * reply.rate
-        if self.args.max_cost is not None:
-            (size, longest), (more_in, more_out) = self.most(*request), self.surplus[model]
-            more = max(more_in, reply.tokens_in / size), max(more_out, reply.tokens_out / longest)
-            self.surplus[model] = more
 
-    def write_off(self, model: Model, error: ApiError, request: tuple, rate: float = 1.0):
-        """A 200 without text is billed, too: it stands in the books under a key that no request has."""
+    def write_off(self, model: Model, error: ApiError, role: str, rate: float = 1.0):
+        """Bill a reply without text: it is stored under a key that no request has."""
         if any(error.billed):
             nothing = Reply("", "no text", *error.billed, rate)
             self.cache.put(f"no text: {os.urandom(16).hex()}", nothing, model.name)
-            self.pay(model, self.count(model, {"role": request[2]}, nothing), request)
+            self.pay(model, self.count(model, {"role": role}, nothing))
 
     def price(self, name: str, tokens_in: float, tokens_out: float) -> float:
         """Money for tokens of a model at --price, 0 without one."""
-        into, out = self.args.prices.get(name, (0, 0))
-        return (tokens_in * into + tokens_out * out) / PRICE_UNIT
+        price_in, price_out = self.args.prices.get(name, (0, 0))
+        return (tokens_in * price_in + tokens_out * price_out) / PRICE_UNIT
 
-    def expected(self, model: Model, messages: list, role: str) -> tuple[int, int]:
-        """Tokens to expect of a call, in and out: the longest reply so far stands for the next one."""
-        return about_tokens(flatten(messages)), max(
-            GUESSED_TOKENS[role], self.usage[model, role].longest
-        )
+    def expected_tokens(self, model: Model, messages: list, role: str) -> tuple[int, int]:
+        """Tokens to expect of a call, in and out."""
+        tokens_out = self.usage[model, role].tokens_of_a_reply(GUESSED_TOKENS[role])
+        return about_tokens(flatten(messages)), tokens_out
+
+    def expected_cost(self, model: Model, messages: list, role: str) -> float:
+        """Money to expect of a call, at the online price; 0 where no --max-cost asks."""
+        if self.args.max_cost is None:
+            return 0.0
+        if model.name not in self.args.prices and PROVIDERS[model.provider].key:
+            hint = f"--price {model.name}=IN/OUT"
+            raise self.halt(f"--max-cost needs the price of {model.name}, too: {hint}")
+        return self.price(model.name, *self.expected_tokens(model, messages, role))
+
+    def check_budget(self, extra: float = 0.0):
+        """Raise Stop if what is spent, under way and `extra` together reach --max-cost."""
+        limit = self.args.max_cost
+        if limit is None or self.spent + self.cost_in_flight + extra < limit:
+            return
+        spent = f"--max-cost {limit:g} is reached: {self.spent:.4g} is spent"
+        if self.cost_in_flight > 1e-9:
+            spent += f", about {self.cost_in_flight:.4g} is under way"
+        raise self.halt(f"{spent}; raise it and run the same command again")
 
     def guess(self, model: Model, messages: list, hints: dict) -> Reply:
-        """A pending reply, with the tokens to expect, also of answers that are shown and not there yet."""
-        role, place = hints["role"], hints["sample"] + 1
+        """A pending reply, with the tokens to expect, also of answers that are not there yet."""
+        role = hints["role"]
+        place = hints["sample"] + 1
         self.first_prompts.setdefault(f"{model.name} as {role}", messages)
-        namesake = any(other.name == model.name and other != model for other, _ in self.usage)
-        text = f"<answer{f' {place}' * (place > 1)} of {model.name}{f'@{model.url}' * namesake}>"
-        tokens_in, tokens_out = self.expected(model, messages, role)
+        models = {model, *(other for other, _ in self.usage)}
+        name = unique_names(list(models))[model]
+        text = f"<answer {place} of {name}>" if place > 1 else f"<answer of {name}>"
+        tokens_in, tokens_out = self.expected_tokens(model, messages, role)
         missing = re.findall(r"^[<‹]answer(?: \d+)? of .*>$", flatten(messages), re.M)
         tokens_in += GUESSED_TOKENS["answer"] * len(missing)
         rate = BATCH_RATE if self.args.batch else 1.0
         return Reply(text, "stop", tokens_in, tokens_out, rate, pending=True)
 
-    def most(self, messages: list, options: dict, role: str) -> tuple[int, int]:
-        """Tokens in and out that should be the most: none is shorter than a byte (50 more for a message's
-        frame), no reply longer than --max-tokens."""
-        size = sum(len(m["content"].encode()) + 50 for m in messages)
-        return size, options.get("max_tokens", GUESSED_TOKENS[role])
-
-    def cost(self, model: Model, messages: list, options: dict, role: str) -> float:
-        """Money that a call may cost at most, 0 where no --max-cost asks.
-
-        A batch would wait days for money set aside in vain: there a reply counts 1.5 times the longest once
-        20 are known."""
-        if self.args.max_cost is None:
-            return 0.0
-        if model.name not in self.args.prices:
-            raise self.halt(
-                f"--max-cost needs the price of {model.name}, too: --price {model.name}=IN/OUT"
-            )
-        usage, (more_in, more_out) = self.usage[model, role], self.surplus[model]
-        size, longest = self.most(messages, options, role)
-        longest = max(longest * more_out, usage.longest)  # a model may know no limit
-        if self.batches and usage.calls + usage.cached >= 20:
-            longest = min(longest, 1.5 * usage.longest)
-        return self.price(model.name, size * more_in, longest)
-
-    def affords(self, money: float) -> bool:
-        """False if --max-cost might be passed."""
-        limit = self.args.max_cost
-        return limit is None or self.spent + self.reserved + money <= limit
-
-    def reserve(self, money: float):
-        """Set money aside for a call; raises Stop where there is not enough left."""
-        if not self.affords(money):
-            spent = f"{self.spent:.4g} of --max-cost {self.args.max_cost:g} are spent"
-            spent += f", {self.reserved:.4g} are set aside for batches under way" * (
-                self.reserved > 1e-9
-            )
-            hint = f"it may cost up to {money:.4g}; raise it (or lower --max-tokens) and run again"
-            raise self.halt(f"{spent}, one more call might pass it: {hint}")
-        self.reserved += money
-
     def endpoint(self, model: Model) -> Endpoint:
-        """The model's lane, opened on first use; the SDK is imported here."""
+        """The model's endpoint, made on first use; the SDK is imported here."""
         if model not in self.endpoints:
-            door = model.provider, model.url, key_of(model)
-            if door not in self.providers:
-                make = PROVIDERS[model.provider]
-                gc.set_threshold(
-                    20_000
-                )  # looking for garbage every 700 objects took 15 % of the time
-                gc.disable()
-                try:
-                    self.providers[door] = make(*door[1:], self.args.timeout)
-                except Exception as error:  # its text may quote a proxy's password
-                    hint = (
-                        "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
-                    )
-                    raise self.halt(
-                        f"{model.name}: no client ({type(error).__name__}): {hint}"
-                    ) from None
-                finally:
-                    gc.enable()
-                if not gc.get_freeze_count():
-                    gc.freeze()  # an SDK's objects are there to stay
-            self.endpoints[model] = Endpoint(model, self.providers[door])
+            address = (model.provider, model.url, key_of(model))
+            if address not in self.providers:
+                self.providers[address] = self.make_provider(model)
+            self.endpoints[model] = Endpoint(model, self.providers[address])
         return self.endpoints[model]
 
-    async def fetch(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
-        """Call the provider. The first call to a model goes alone, so that a wrong key or name costs one."""
-        endpoint = self.endpoint(model)
-        if not endpoint.opened:
-            async with endpoint.door:
-                if not endpoint.opened:
-                    try:
-                        return await self.attempts(endpoint, messages, options, hints)
-                    finally:
-                        endpoint.opened = True
-                        endpoint.begin(time.monotonic())
-        return await self.attempts(endpoint, messages, options, hints)
+    def make_provider(self, model: Model) -> Provider:
+        """A client for the model's address."""
+        make = PROVIDERS[model.provider]
+        try:
+            provider = make(model.url, key_of(model), self.args.timeout)
+        except Exception as error:  # its text may quote a proxy's password
+            if is_own_bug(error):
+                raise
+            hint = "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
+            if isinstance(error, OSError) and stale_certificates():
+                hint = stale_certificates()
+            text = f"{model.name}: no client ({type(error).__name__}): {hint}"
+            raise self.halt(text) from None
+        # an SDK's objects stay, and looking for garbage among them took 15% of the time
+        gc.freeze()
+        gc.set_threshold(20_000)
+        return provider
 
-    async def attempts(
+    async def fetch(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
+        """Call the provider. A model's first call goes alone: a wrong key or name costs one call."""
+        endpoint = self.endpoint(model)
+        if endpoint.first_call_done:
+            return await self.call_until_done(endpoint, messages, options, hints)
+        async with endpoint.first_call_lock:
+            if not endpoint.first_call_done:
+                loop = asyncio.get_running_loop()
+                text = "no reply to the first call yet"
+                timer = loop.call_later(SLOW_SECONDS, endpoint.say_waiting, "first reply", text)
+                try:
+                    return await self.call_until_done(endpoint, messages, options, hints)
+                finally:
+                    timer.cancel()
+                    endpoint.first_call_done = True
+                    endpoint.count_from(time.monotonic())
+        return await self.call_until_done(endpoint, messages, options, hints)
+
+    async def call_until_done(
         self, endpoint: Endpoint, messages: list, options: dict, hints: dict
     ) -> Reply:
-        """Call until there is a reply, or the verdict on the failure says otherwise."""
-        tries = 0
+        """Call until there is a reply, or the rule for the failure says otherwise."""
+        fixes = list(endpoint.fixes)
+        tries = 0  # that count for --max-retries
+        pauses = 0
         while True:
-            start, fixes = await endpoint.turn(self.pause), list(endpoint.fixes)
+            start = await endpoint.wait_for_turn(self.pause)
             if self.stop:
                 raise self.stop
+            sent = endpoint.wire_options(options, fixes)
             try:
-                reply = await self.call(endpoint, fixes, messages, options, hints)
-                endpoint.answered()
+                reply = await self.call(endpoint, messages, sent, hints)
+                endpoint.on_success(fixes)
+                self.check_served(endpoint, reply, hints["role"])
                 return reply
             except ApiError as error:
-                if endpoint.learn(error, fixes):
+                fix = None if hints.get("again") else find_fix(error, sent, fixes)
+                if fix:
+                    fixes.append(fix)
                     continue
-                kind = self.classify_error(endpoint, error, start)
-                most = (
-                    min(1, self.args.max_retries)
-                    if error.code == "timeout"
-                    else self.args.max_retries
-                )
-                if kind == "record" or (kind == "retry" and tries >= most):
-                    raise self.give_up(endpoint, error, kind) from None
-                tries += kind == "retry"
-                backoff = min(30, 2**tries / 4) * random.uniform(0.5, 1) if kind == "retry" else 0.0
+                await self.list_served_models(endpoint, error)
+                action = self.classify_error(endpoint, error, start)
+                self.check_reachable(endpoint, error, tries)
+                if action not in ("wait", "retry", "retry once"):
+                    raise self.give_up(endpoint, error, hints) from None
+                most = self.args.max_retries
+                if action == "retry once":
+                    most = min(1, most)
+                if action != "wait" and tries >= most:
+                    raise self.give_up(endpoint, error, hints) from None
+                if action == "wait":
+                    endpoint.say_waiting("rate limit", "rate limit (429), calls are slowed down")
+                    await self.pause(error.retry_after)
+                    continue
+                endpoint.say_waiting(action, f"{error}; trying again")
+                gone = error.code == "unreachable" and endpoint.has_succeeded
+                tries += not gone  # a server that has answered may come back: GONE_SECONDS decide
+                pauses += 1
+                longest = 5 if gone else 30
+                backoff = min(longest, 2**pauses / 4) * random.uniform(0.5, 1)
                 await self.pause(max(error.retry_after, backoff))
 
-    async def call(
-        self, endpoint: Endpoint, fixes: list, messages: list, options: dict, hints: dict
-    ) -> Reply:
+    async def call(self, endpoint: Endpoint, messages: list, options: dict, hints: dict) -> Reply:
         """One call as it goes over the wire; whatever goes wrong comes out as ApiError."""
-        model, request = endpoint.model, (messages, options, hints["role"])
-        while self.in_flight and not self.affords(self.cost(model, *request)):
-            await self.pause(0.05)  # what is in flight may cost less than expected
-        money = self.cost(model, *request)
-        self.reserve(money)
-        self.in_flight += 1
-        try:
-            async with asyncio.timeout(
-                self.args.timeout
-            ):  # openai alone never times out on a slow drip
-                reply = await endpoint.provider.call(
-                    model.name, messages, endpoint.wire(options, fixes), hints
-                )
-            return endpoint.counted(messages, reply)
-        except (
-            Exception
-        ) as failure:  # SDKs let anything through: JSONDecodeError, TypeError, IndexError, ...
-            error = api_error(failure)
-            self.write_off(model, error, request)
-            raise error from None
-        finally:
-            self.in_flight -= 1
-            self.reserved -= money
+        model = endpoint.model
+        if self.open_calls.locked():
+            limit = f"at most {most_calls():,} calls at once: ulimit -n allows few open files"
+            endpoint.say("open files", limit, once=True)
+        async with self.open_calls:
+            if self.stop:
+                raise self.stop
+            self.check_budget()
+            expected = self.expected_cost(model, messages, hints["role"])
+            if options.pop("fold_system", False):
+                messages = fold_system_turn(messages)
+            self.in_flight += 1
+            self.cost_in_flight += expected
+            try:
+                # openai alone never times out on a slow drip
+                async with asyncio.timeout(self.args.timeout):
+                    reply = await endpoint.provider.call(model.name, messages, options, hints)
+                self.replies += 1
+                return endpoint.check_reply(messages, reply)
+            except Exception as failure:  # SDKs let anything through: TypeError, IndexError, ...
+                if is_own_bug(failure):
+                    raise
+                error = read_error(failure)
+                self.write_off(model, error, hints["role"])
+                raise error from None
+            finally:
+                self.in_flight -= 1
+                self.cost_in_flight -= expected
+
+    def check_served(self, endpoint: Endpoint, reply: Reply, role: str):
+        """Say it if another model answers than was asked; stop if one answers for high and low."""
+        model = endpoint.model
+        if not reply.model or model in self.served:
+            return
+        self.served[model] = reply.model
+        if same_model(model.name, reply.model):
+            return
+        note(f"asked for {model.name}, the server answers as {one_line(reply.model)}")
+        compares = "high" in getattr(METHODS[self.args.method], "asks", ("high", "low"))
+        if role != "answer" or not compares:
+            return
+        for other, served in self.served.items():
+            twin = other.url == model.url and served == reply.model and other.name != model.name
+            if twin and (other, "answer") in self.usage:
+                both = f"{other.name} and {model.name} are both answered by {one_line(served)}"
+                hint = "load both models, or give each its own address (MODEL@URL)"
+                raise self.halt(f"{both}: a model would be compared with itself; {hint}")
+
+    async def list_served_models(self, endpoint: Endpoint, error: ApiError):
+        """Ask a server that does not know a model what it serves; no answer is no error."""
+        rule = find_rule(error, endpoint.model, endpoint.has_succeeded)
+        if rule.kind != "model" or endpoint.served_models:
+            return
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(min(10, self.args.timeout)):
+                endpoint.served_models = await endpoint.provider.list_models()
 
     def classify_error(self, endpoint: Endpoint, error: ApiError, start: float = 0.0) -> str:
-        """ApiError -> "wait", "retry" or "record"; raises Stop where no further call can succeed."""
-        name, subject = endpoint.model.name, f"{error.status} {error.code}"
-        _, kind, advice = next(row for row in ERROR_RULES if re.search(row[0], subject))
-        if kind == "stop" or (kind == "stop unless proven" and not endpoint.proven):
-            served = " or ".join(
-                DEFAULT_MODELS.get(endpoint.model.provider, ["one that the server lists"])
-            )
-            advice = fill(advice, key=endpoint.provider.key or "the key", served=served)
-            raise self.halt(f"{name}: {advice} ({error})")
-        if kind == "wait" and endpoint.refused(start) > PATIENCE:
+        """The action of the rule for an error; raises Stop where no further call can succeed."""
+        rule = find_rule(error, endpoint.model, endpoint.has_succeeded)
+        name = endpoint.model.name
+        if rule.action in ("stop", "stop if new"):
+            values = {"key": endpoint.provider.key or "the key"}
+            values["served"] = served_advice(endpoint) or "name another one"
+            values["also_served"] = ""
+            if endpoint.served_models and name not in endpoint.served_models:
+                values["also_served"] = f"; {served_advice(endpoint)}"
+            values["certificate"] = certificate_advice()
+            raise self.halt(f"{name}: {fill(rule.advice, **values)} ({error})")
+        if rule.action == "wait" and endpoint.on_rate_limit(start) > PATIENCE:
             waited = f"nothing but 429 for {PATIENCE // 60} minutes"
             raise self.halt(f"{name}: {waited}; run the same command later")
-        return "record" if kind == "stop unless proven" else kind
+        return rule.action
 
-    def give_up(self, endpoint: Endpoint, error: ApiError, kind: str) -> Exception:
+    def check_reachable(self, endpoint: Endpoint, error: ApiError, tries: int):
+        """Raise Stop if connections have been refused for too long."""
+        seconds = endpoint.seconds_unreachable(error)
+        last_try = tries >= self.args.max_retries and not endpoint.has_succeeded
+        patience = GONE_SECONDS[endpoint.has_succeeded]
+        if error.code != "unreachable" or (seconds < patience and not last_try):
+            return
+        name, url = endpoint.model.name, endpoint.model.url
+        hint = proxy_advice(url) or "does it run at that address?"
+        raise self.halt(f"{name}: the server cannot be reached: {hint} ({error})")
+
+    def give_up(self, endpoint: Endpoint, error: ApiError, hints: dict) -> Exception:
         """What to raise for a call that failed for good: Failed for the record, or Stop."""
-        name = endpoint.model.name
-        if error.code == "unreachable" and not endpoint.proven:
-            hint = "does it run at that address?"
-            return self.halt(f"{name}: the server cannot be reached: {hint} ({error})")
-        if endpoint.failed(f"{error.status} {error.code}") and not re.search(CONTENT, error.code):
-            return self.halt(f"{name}: {SAME_FAILURES} calls in a row failed alike ({error})")
-        return failed_call(endpoint.model, error, retryable=kind == "retry")
+        failed = failed_call(endpoint, error)
+        if hints.get("again") and not failed.retryable:
+            endpoint.no_longer_replies = True
+            return failed
+        rule = find_rule(error, endpoint.model, endpoint.has_succeeded)
+        about_prompt = rule.kind in ("content filter", "prompt too long for the model")
+        if not about_prompt and endpoint.on_failure(f"{error.status} {error.code}"):
+            alike = f"{SAME_FAILURES} calls in a row failed alike"
+            return self.halt(f"{endpoint.model.name}: {alike} ({error})")
+        return failed
 
     def halt(self, message: str, status: int = 3) -> Stop:
         """From now on no call starts; those in flight end first. -> the Stop to raise."""
@@ -5577,12 +6390,16 @@ class Models:
 
     def rows(self) -> list[dict]:
         """Usage per model and role, ready for the report; money is None without a price."""
-        return [
-            {"model": model.name, "role": role, "calls": u.calls, "cached": u.cached,
-             "tokens_in": u.tokens_in, "tokens_out": u.tokens_out,
-             "money": u.money if model.name in self.args.prices else None}
-            for (model, role), u in self.usage.items() if model.is_paid
-        ]  # fmt: skip
+        rows = []
+        for (model, role), usage in self.usage.items():
+            if not model.is_paid:
+                continue
+            row = {"model": model.name, "role": role}
+            row |= {"calls": usage.calls, "cached": usage.cached}
+            row |= {"tokens_in": usage.tokens_in, "tokens_out": usage.tokens_out}
+            row["money"] = usage.money if model.name in self.args.prices else None
+            rows.append(row)
+        return rows
 
     def tokens(self) -> int:
         """All tokens used so far."""
@@ -5594,10 +6411,72 @@ class Models:
             await provider.close()
 
 
-def failed_call(model: Model, error: ApiError, retryable: bool = True) -> Failed:
-    """The failure of a record whose call gave nothing; `curable`: the next run may be luckier."""
-    reason = f"{error.status or 'no reply'} {error.code}: {model.name}: {error.message[:200]}"
-    return Failed("model", reason, retryable)
+def failed_call(endpoint: Endpoint, error: ApiError, retryable: bool | None = None) -> Failed:
+    """The Failed of a record whose call gave nothing.
+
+    `retryable`: may the next run get a reply; None: as the rule for the error says."""
+    rule = find_rule(error, endpoint.model, endpoint.has_succeeded)
+    if retryable is None:
+        retryable = rule.action != "record"
+    return Failed("model", f"{rule.kind}: {endpoint.model.name}: {error}", retryable)
+
+
+def served_advice(endpoint: Endpoint) -> str:
+    """`the server serves a, b`: the names nearest to the one asked for, five at most."""
+    served = endpoint.served_models
+    if not served:
+        known = DEFAULT_MODELS.get(endpoint.model.provider)
+        return f"name another, such as {' or '.join(known)}" if known else ""
+    asked = endpoint.model.name.lower()
+    likeness = lambda name: difflib.SequenceMatcher(None, asked, name.lower()).ratio()
+    nearest_names = [one_line(name) for name in sorted(served, key=likeness, reverse=True)[:5]]
+    more = f" and {len(served) - 5} more" if len(served) > 5 else ""
+    return f"the server serves {', '.join(nearest_names)}{more}"
+
+
+def stale_certificates() -> str:
+    """Advice about SSL_CERT_FILE or SSL_CERT_DIR if it names nothing that exists, else ""."""
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        path = os.environ.get(name)
+        if path and not os.path.exists(path):
+            return f"{name} names {path}, which does not exist: correct it, or unset {name}"
+    return ""
+
+
+def certificate_advice() -> str:
+    """What to do about a certificate that is not trusted."""
+    path = os.environ.get("SSL_CERT_FILE")
+    now = f" (now {path})" if path else ""
+    advice = f"the server's certificate is not trusted: name its CA's file in SSL_CERT_FILE{now}"
+    return stale_certificates() or advice
+
+
+def proxy_advice(url: str) -> str:
+    """A question about the proxy that calls to this address go through, "" if there is none."""
+    import urllib.request
+
+    address = urllib.parse.urlsplit(url or "https://default.invalid")
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(address.scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(address.hostname or ""):
+        return ""
+    for name, value in os.environ.items():
+        if name.lower().endswith("_proxy") and value and proxy.endswith(value):
+            return f"calls go through the proxy in {name}: does it run?"
+    return "calls go through the system's proxy: does it run?"
+
+
+@functools.cache
+def most_calls() -> int:
+    """How many calls may be in flight: each needs an open file, and some stay open for reuse."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return 2**20
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return 2**20
+    return max(8, (soft - 64) // 2)
 
 
 def key_of(model: Model) -> str:
@@ -5605,27 +6484,24 @@ def key_of(model: Model) -> str:
     return "" if model.keyless else os.environ.get(PROVIDERS[model.provider].key, "").strip()
 
 
+PRIVATE_ENDS = (".local", ".internal", ".lan", ".localhost", ".localdomain", ".home.arpa")
+
+
 def is_private(url: str) -> bool:
-    """True for an address on this machine or in a private network, which needs no key and gets none."""
+    """True for an address on this machine or in a private network, which gets no key."""
     host = urllib.parse.urlsplit(url).hostname or ""
-    private = r"(localhost|127\.|10\.|192\.168\.|172\.(1[6-9]|2\d|3[01])\.|::1$|0\.0\.0\.0)"
-    return bool(re.match(private, host)) or host.endswith(".local")
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_private
+    return "." not in host or host.endswith(PRIVATE_ENDS)
 
 
 def redacted(text: str) -> str:
-    """`text` without our keys, in whatever form they are echoed."""
+    """A message without the keys of the environment."""
     for name in {provider.key for provider in PROVIDERS.values()} - {""}:
         key = os.environ.get(name, "").strip()
-        if len(key) >= 8 and (key.lower() in text.lower() or "%" in text or "\\" in text):
-            text = echoes(key).sub("[key]", text)
+        if len(key) >= 8:
+            text = text.replace(key, "[key]")
     return text
-
-
-@functools.lru_cache
-def echoes(key: str) -> re.Pattern:
-    """A key in any case, each character as it is, escaped as in JSON, or URL-encoded (again, too)."""
-    forms = (rf"(?:\\?{re.escape(c)}|(?:%(?:25){{0,2}}|\\{{1,2}}u00){ord(c):02x})" for c in key)
-    return re.compile("".join(forms), re.I)
 
 
 ADDRESS = re.compile(r"https?://(\[[0-9a-f:]+\]|[^/:@?#]+)(:\d+)?(/|$)", re.I)
@@ -5635,27 +6511,40 @@ def parse_model(spec: str, args) -> Model:
     """`[provider:]model[@URL]` -> Model. Only a provider is a prefix: qwen2.5:7b is a plain name."""
     if spec in ("reference", "exact_match"):
         return Model("offline", spec)
+    provider, name = args.provider, spec
     head, _, rest = spec.partition(":")
-    provider, rest = (head, rest) if head in PROVIDERS and rest else (args.provider, spec)
-    name, *at = re.split("@(?=http)", rest, maxsplit=1, flags=re.I)
-    url, entry = at[0] if at else "", PROVIDERS[provider]
-    if not url and entry.url_variable:
-        url = (args.base_url if provider == args.provider else "") or os.environ.get(
-            entry.url_variable, ""
-        )
-    secret = re.search("[@?#]", url) or name.count("@") > 1
-    hint = "a key belongs into the environment, not the URL"
-    refuse(not name or secret, f"{name.partition('@')[0]!r} is not [provider:]model[@URL]; {hint}")
+    if head in PROVIDERS and rest:
+        provider, name = head, rest
+    name, *own_url = re.split("@(?=http)", name, maxsplit=1, flags=re.I)
+    url = own_url[0] if own_url else ""
+    variable = PROVIDERS[provider].url_variable
+    if not url and variable:
+        url = args.base_url if provider == args.provider else ""
+        url = url or os.environ.get(variable, "")
+    check_address(spec, provider, name, url)
+    if provider == "offline" and name not in ("weakened", "heuristic", "exact_match"):
+        names = "reference, weakened, heuristic, exact_match"
+        raise UserError(f"offline has no model {name!r}; its models: {names}")
+    return Model(provider, name, url.rstrip("/"), keyless=bool(own_url) and is_private(url))
+
+
+def check_address(spec: str, provider: str, name: str, url: str):
+    """Raise UserError for a model's name or address that cannot work."""
+    if re.search(r"[?#]", url) and "@" not in url:
+        azure = "Azure's is https://NAME.openai.azure.com/openai/v1"
+        raise UserError(f"{re.split('[?#]', url)[0]}: a base URL takes no query; {azure}")
+    if not name or "@" in url or name.count("@") > 1:
+        form = f"{name.partition('@')[0]!r} is not [provider:]model[@URL]"
+        raise UserError(f"{form}; a key belongs into the environment, not the URL")
     bare = re.search(r"@(localhost|[\w.-]+:\d)", name)
-    hint = "an address is written http://HOST:PORT/v1 or https://HOST/v1"
-    refuse(bare or (url and not ADDRESS.match(url)), f"{name if bare else url}: {hint}")
-    hint = "a reward model needs its address: reward:NAME@http://localhost:8000"
-    refuse(provider == "reward" and not url, f"{spec}: {hint}")
-    hint = "speaks the OpenAI protocol: use --provider openai with it"
-    refuse(provider == "dashscope" and "compatible" in url, f"{url} {hint}")
-    unknown = provider == "offline" and name not in ("weakened", "heuristic", "exact_match")
-    refuse(unknown, f"offline has no model {name!r}: reference, weakened, heuristic, exact_match")
-    return Model(provider, name, url.rstrip("/"), keyless=bool(at) and is_private(url))
+    if bare or (url and not ADDRESS.match(url)):
+        form = "an address is written http://HOST:PORT/v1 or https://HOST/v1"
+        raise UserError(f"{name if bare else url}: {form}")
+    if provider == "reward" and not url:
+        form = "a reward model needs its address: reward:NAME@http://localhost:8000"
+        raise UserError(f"{spec}: {form}")
+    if provider == "dashscope" and "compatible" in url:
+        raise UserError(f"{url} speaks the OpenAI protocol: use --provider openai with it")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5686,7 +6575,7 @@ class Batches:
         self.known = {name_of(model): model for model in run.asked() if model.is_paid}
         self.most = defaultdict(lambda: BATCH_REQUESTS)  # requests in one batch, by model
         self.sent = {}  # file -> fixes of its requests
-        self.fresh = Hashes()  # keys of the replies that came in this run
+        self.fresh = set()  # keys of the replies that came in this run
         columns = "key TEXT UNIQUE, model, role, request, file, asked, tries, error, curable"
         cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
         cache.do("UPDATE wanted SET asked = 0")
@@ -5710,7 +6599,7 @@ class Batches:
         adopt = "UPDATE batches SET payer = ? WHERE model = ? AND payer != ? RETURNING money"
         for name in self.known:
             adopted = self.cache.do(adopt, self.cache.output_id, name, self.cache.output_id)
-            self.models.reserved += sum(money for (money,) in adopted)
+            self.models.cost_in_flight += sum(money for (money,) in adopted)
         await gather_all(
             [self.submit_and_wait_for_model(model) for model in list(self.known.values())]
         )
@@ -5763,18 +6652,20 @@ class Batches:
             query, (*chosen, self.most[endpoint.model])
         ):
             messages, options = json.loads(request)
-            body = {
-                "model": endpoint.model.name,
-                "messages": messages,
-                **endpoint.wire(options, endpoint.fixes),
-            }
+            money = models.expected_cost(endpoint.model, messages, role) * BATCH_RATE
+            options = endpoint.wire_options(options, endpoint.fixes)
+            if options.pop("fold_system", False):
+                messages = fold_system_turn(messages)
+            body = {"model": endpoint.model.name, "messages": messages, **options}
             line = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
             data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-            money = models.cost(endpoint.model, messages, options, role) * BATCH_RATE
-            later = not models.affords(money) and self.awaits_money()
+            full = models.args.max_cost is not None
+            full = full and models.spent + models.cost_in_flight + money >= models.args.max_cost
+            later = full and self.awaits_money()
             if later or (last and file.tell() + len(data) > BATCH_BYTES):
                 break  # until what is on its way has come in, and has cost less than expected
-            models.reserve(money)
+            models.check_budget(money)
+            models.cost_in_flight += money
             file.write(data)
             last, total = rowid, total + money
         return last, total
@@ -5785,7 +6676,7 @@ class Batches:
             "SELECT model, money FROM batches WHERE payer = ?", self.cache.output_id
         )
         idle = sum(money for name, money in rows if name not in self.known)
-        return self.models.reserved > idle + 1e-9
+        return self.models.cost_in_flight > idle + 1e-9
 
     async def collect(self, endpoint: Endpoint, file: str, batch_id: str | None):
         """Start the batch of an uploaded file unless it runs, wait for its end, and take in what it brings.
@@ -5858,7 +6749,7 @@ class Batches:
                     raise ApiError(200, "garbled", "the reply is no JSON")
                 return found
             except Exception as failure:  # as in Models.call
-                error = api_error(failure)
+                error = read_error(failure)
             gone = error.status == 404 and "model" not in error.code
             if (
                 gone
@@ -5886,9 +6777,7 @@ class Batches:
         """Forget an ended batch -> how many of its requests have no reply and wait again."""
         with self.cache.transaction():
             [(money,)] = self.cache.do("DELETE FROM batches WHERE file = ? RETURNING money", file)
-            self.models.reserved = round(
-                self.models.reserved - money, 12
-            )  # a residue would never be spent
+            self.models.cost_in_flight = round(self.models.cost_in_flight - money, 12)
             free = "UPDATE wanted SET file = '' WHERE file IN (?, ?) RETURNING rowid"
             return len(self.cache.do(free, file, f"{file}!"))
 
@@ -5920,30 +6809,31 @@ class Batches:
             [(role, tries, wanted)] = self.cache.do(query, key, file, f"{file}!")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return False
-        request = *json.loads(wanted), role
+        messages, options = json.loads(wanted)
         try:
-            reply = endpoint.counted(request[0], batch_reply(response, line.get("error")))
+            reply = endpoint.check_reply(messages, batch_reply(response, line.get("error")))
         except ApiError as error:
-            self.models.write_off(endpoint.model, error, request, BATCH_RATE)
-            retryable, tries = self.failing(endpoint, file, error, tries)
+            self.models.write_off(endpoint.model, error, role, BATCH_RATE)
+            retryable, tries = self.failing(endpoint, file, error, options, tries)
             change = "UPDATE wanted SET file = ?, tries = ?, error = ?, curable = ? WHERE key = ?"
-            reason = failed_call(endpoint.model, error).reason
+            reason = failed_call(endpoint, error).reason
             self.cache.do(change, f"{file}!", tries, reason, retryable, key)
             return True
-        endpoint.answered()
-        self.fresh.is_new(int(key[:16], 16))
+        endpoint.on_success([])
+        self.fresh.add(int(key[:16], 16))
         self.cache.put(key, reply, endpoint.model.name)
         self.cache.do("DELETE FROM wanted WHERE key = ?", key)
-        self.models.pay(
-            endpoint.model, self.models.count(endpoint.model, {"role": role}, reply), request
-        )
+        self.models.pay(endpoint.model, self.models.count(endpoint.model, {"role": role}, reply))
         return True
 
     def failing(
-        self, endpoint: Endpoint, file: str, error: ApiError, tries: int
+        self, endpoint: Endpoint, file: str, error: ApiError, options: dict, tries: int
     ) -> tuple[bool, int]:
         """What a failed line means -> (whether a rerun may cure it, how often it has failed by now)."""
-        if endpoint.learn(error, self.sent.get(file, [])):
+        sent = self.sent.get(file, [])
+        fix = find_fix(error, endpoint.wire_options(options, sent), sent)
+        if fix:
+            endpoint.keep_fixes([fix])
             return True, tries + 1
         try:
             kind = self.models.classify_error(endpoint, error)
@@ -5977,9 +6867,9 @@ def batch_reply(response: dict, failure: dict | None) -> Reply:
             raise ApiError(
                 status, failure.get("code") or failure.get("type"), failure.get("message")
             )
-        reply = replied(*parts(body, REPLY))
+        reply = read_completion(body)
     except Exception as error:  # a garbled line is as good as a dropped reply
-        raise api_error(error) from None
+        raise read_error(error) from None
     return replace(reply, rate=BATCH_RATE)
 
 

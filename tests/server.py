@@ -63,13 +63,17 @@ class Call:
 
 @dataclass
 class Reply:
-    """A good answer. Tokens left out are estimated; `content`, if given, goes into the message as it is."""
+    """A good answer. Tokens left out are estimated; `content`, if given, goes into the message as it is.
+
+    more: further fields of the message (refusal, reasoning_content); model: the name of who answers."""
 
     text: str
-    finish: str = "stop"
+    finish: str | None = "stop"
     tokens_in: int | None = None
     tokens_out: int | None = None
     content: object = ...
+    more: dict = field(default_factory=dict)
+    model: str = ""
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Fault:
     empty    200 and no body                             no_choices     200 and an empty list of choices
     cut      200, closed before the promised length      null_content   200 and a message without content
     chunked  200, closed between two chunks              delimited      200, JSON cut where the connection ends
-    body     the status and `body` labelled JSON, whatever it holds
+    body     the status and `body` labelled JSON, whatever it holds; text: the same, labelled text/plain
     close, reset: the connection ends before a byte, by FIN or by RST
     hang, drip: no end, with silence or a byte every 0.2 s, until the client leaves
     """
@@ -123,7 +127,7 @@ def success(call: Call, reply: Reply, choices: bool = True) -> dict:
     size = sum(len(message["content"]) for message in call.messages)
     used_in = size // 4 + 1 if reply.tokens_in is None else reply.tokens_in
     used_out = len(reply.text) // 4 + 1 if reply.tokens_out is None else reply.tokens_out
-    head = {"id": os.urandom(16).hex(), "created": int(time.time()), "model": call.model}
+    head = {"id": os.urandom(16).hex(), "created": int(time.time()), "model": reply.model or call.model}
     usage = {
         "prompt_tokens": used_in,
         "completion_tokens": used_out,
@@ -138,12 +142,42 @@ def success(call: Call, reply: Reply, choices: bool = True) -> dict:
         return head | {"object": "list", "data": data if choices else [], "usage": usage}
     if call.protocol == "multimodal" and isinstance(content, str):
         content = [{"text": content}]
-    message = {"role": "assistant", "content": content}
+    message = {"role": "assistant", "content": content, **reply.more}
     made = [{"index": 0, "finish_reason": reply.finish, "message": message}] if choices else []
     if call.protocol == "openai":
         return head | {"object": "chat.completion", "choices": made, "usage": usage}
     usage = {"input_tokens": used_in, "output_tokens": used_out, "total_tokens": used_in + used_out}
     return {"output": {"choices": made}, "usage": usage, "request_id": head["id"]}
+
+
+def streams(call: Call) -> bool:
+    """Whether the client asks for a stream."""
+    return bool(call.params.get("stream")) or call.headers.get("x-dashscope-sse") == "enable"
+
+
+def events(call: Call, reply: Reply) -> bytes:
+    """A reply as server-sent events: its text in two parts, then the finish reason, then the usage."""
+    whole = success(call, reply)
+    holder = whole if call.protocol == "openai" else whole["output"]
+    [choice] = holder["choices"]
+    message, usage = choice.pop("message"), whole.pop("usage")
+    name = "delta" if call.protocol == "openai" else "message"
+    half = len(reply.text) // 2
+    steps = [({"content": reply.text[:half]}, None, None), ({"content": reply.text[half:]}, None, None)]
+    if call.protocol == "multimodal":
+        steps = [({"content": [{"text": step[0]["content"]}]}, None, None) for step in steps]
+    if message["content"] is None:
+        steps = [({key: value}, None, None) for key, value in message.items() if key != "role"]
+    steps += [({"content": [] if call.protocol == "multimodal" else ""}, reply.finish, usage)]
+    chunks = []
+    for part, finish, used in steps:
+        holder["choices"] = [{"index": 0, name: {"role": "assistant", **part}, "finish_reason": finish}]
+        counted = call.protocol != "openai" or "stream_options" in call.params
+        chunks.append(json.dumps(whole | ({"usage": used} if used and counted else {})))
+    if call.protocol == "openai":
+        return "".join(f"data: {chunk}\n\n" for chunk in [*chunks, "[DONE]"]).encode()
+    head = "event:result\n:HTTP_STATUS/200\n"
+    return "".join(f"id:{n}\n{head}data:{chunk}\n\n" for n, chunk in enumerate(chunks, 1)).encode()
 
 
 def failure(protocol: str, fault: Fault) -> dict:
@@ -169,9 +203,10 @@ async def misbehave(request: web.Request, call: Call, fault: Fault) -> web.Strea
     if fault.kind in bodies:
         status, kind, text = bodies[fault.kind]
         return web.Response(text=text, status=status, content_type=kind, headers=fault.headers)
-    if fault.kind == "body":
+    if fault.kind in ("body", "text"):
+        kind = JSON if fault.kind == "body" else "text/plain"
         return web.Response(
-            body=fault.body, status=fault.status, content_type=JSON, headers=fault.headers
+            body=fault.body, status=fault.status, content_type=kind, headers=fault.headers
         )
     response = web.StreamResponse(
         headers={"Content-Type": JSON, "Content-Length": "999999", **fault.headers}
@@ -224,6 +259,7 @@ class Api:
         self._accepted: deque[float] = deque(maxlen=limit)
         self.calls: list[Call] = []  # in order of arrival, the refused too
         self.errors: list[Exception] = []
+        self.models: list[str] = []  # what GET /v1/models lists; empty: 404
         self.in_flight = self.peak = 0
         self.engine = BatchEngine(answer)
 
@@ -263,7 +299,7 @@ class Api:
     async def _start(self, listener: socket.socket) -> None:
         app = web.Application(client_max_size=2**28)
         app.add_routes([web.post(path, self._handle) for path in PROTOCOLS])
-        app.add_routes([web.get("/stats", self._stats)])
+        app.add_routes([web.get("/stats", self._stats), web.get("/v1/models", self._list_models)])
         for root in ("/v1", "/compatible-mode/v1"):
             app.add_routes(self.engine.routes(root))
         self._runner = web.AppRunner(
@@ -277,6 +313,13 @@ class Api:
         times = [call.time for call in self.calls] or [0.0]
         stats = {"calls": len(self.calls), "span": times[-1] - times[0], "cpu": time.process_time()}
         return web.json_response(stats)
+
+    async def _list_models(self, request: web.Request) -> web.Response:
+        """The models that are served, as OpenAI lists them."""
+        if not self.models:
+            return web.Response(status=404, text="404 page not found")
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "us"} for name in self.models]
+        return web.json_response({"object": "list", "data": data})
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body, protocol = await request.read(), PROTOCOLS[request.path]
@@ -296,6 +339,8 @@ class Api:
                 return await misbehave(request, call, reply)
             if isinstance(reply, str | int | float):
                 reply = Reply(str(reply))
+            if streams(call):
+                return web.Response(body=events(call, reply), content_type="text/event-stream")
             return web.json_response(success(call, reply))
         except Exception as error:
             self.errors.append(error)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-import random
+import re
 
 import pytest
 
@@ -20,7 +20,7 @@ from tests.server import (
     judge_reply,
     success,
 )
-from tests.tiny import ask, run_of
+from tests.tiny import LOCAL, ask, run_of
 
 OPENAI = (
     "--provider",
@@ -122,7 +122,7 @@ def test_a_call_that_never_ends_times_out_and_is_tried_once_more(rlhf, kind, sdk
     with Api(fault) as api:
         result = rlhf(PROMPTS, *sdk, "--timeout", 0.5, "--max-retries", 5, api=api)
         assert sum("2 plus" in call.prompt and call.model == "weak" for call in api.calls) == 2
-    assert result.reasons[0].startswith("model: no reply timeout")
+    assert result.reasons == ["model: timeout: weak: no answer in time (--timeout)"]
 
 
 @pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
@@ -144,7 +144,8 @@ def test_a_prompt_that_is_rejected_costs_one_record_and_one_call(rlhf, sdk, code
         (401, "invalid_api_key", "key was refused"),
         (401, "InvalidApiKey", "key was refused"),
         (403, "AccessDenied.Unpurchased", "key was refused"),
-        (429, "insufficient_quota", "used up"),
+        (429, "billing_not_active", "used up"),
+        (429, "exceeded_current_quota_error", "used up"),
         (400, "Arrearage", "used up"),
         (403, "AllocationQuota.FreeTierOnly", "used up"),
         (404, "model_not_found", "no such model"),
@@ -464,7 +465,7 @@ def test_no_key_reaches_a_file_or_a_message(rlhf, sdk, tmp_path):
     def answer(call):
         if "2 plus" in call.prompt:
             return Fault(400, code=f"bad {keys}", message=f"your key {keys} is fine")
-        return f"{world(call)} {keys}" if not is_judge(call) else world(call)
+        return world(call)
 
     with Api(answer) as api:
         result = rlhf(PROMPTS, *sdk, api=api)
@@ -570,21 +571,21 @@ async def turns(endpoint, count):
     async def pause(seconds):
         pass
 
-    return [await endpoint.turn(pause) for _ in range(count)]
+    return [await endpoint.wait_for_turn(pause) for _ in range(count)]
 
 
 def test_the_first_guess_of_a_rate_is_what_came_through_the_first_burst():
     endpoint = rc.Endpoint(rc.Model("openai", "m"), None)
     starts = asyncio.run(turns(endpoint, 64))
     for start in starts[:14]:
-        endpoint.refused(start)
+        endpoint.on_rate_limit(start)
     assert endpoint.rate == pytest.approx(50, rel=0.01)
 
 
 def test_a_throttle_on_the_very_first_call_does_not_put_the_run_to_sleep():
     endpoint = rc.Endpoint(rc.Model("openai", "m"), None)
     [start] = asyncio.run(turns(endpoint, 1))
-    endpoint.refused(start)
+    endpoint.on_rate_limit(start)
     assert endpoint.rate == 0.5
 
 
@@ -604,15 +605,6 @@ def test_an_answer_all_spent_on_thinking_is_called_truncated(rlhf):
         assert rlhf(PROMPTS[:1], *OPENAI, api=api).reasons == [
             "filter: truncated: weak reached --max-tokens"
         ]
-
-
-def test_hashes_are_a_set_of_hashes():
-    seen, model, luck = rc.Hashes(), set(), random.Random(1)
-    for _ in range(5000):
-        value = luck.choice((luck.getrandbits(64), -luck.getrandbits(62), luck.randrange(-9, 9)))
-        known = (value & 2**64 - 1 or 1) in model
-        assert seen.is_new(value) != known
-        model.add(value & 2**64 - 1 or 1)
 
 
 # --- tokens that are billed, and what they may cost
@@ -638,7 +630,7 @@ def billed():
 def test_a_reply_that_bills_no_tokens_costs_what_its_text_would(rlhf, sdk):
     with Api(lambda call: bare(call, world(call))) as api:
         result = rlhf(PROMPTS, *sdk, *PRICE, "--max-cost", 2, api=api)
-        assert result.status == 3 and "one more call might pass it" in result.err
+        assert result.status == 3 and "--max-cost 2 is reached" in result.err
         assert result.err.count("weak: bills no tokens: they are estimated from the text") == 1
         assert all(into and out for _, into, out in billed()) and api.count() < 24
 
@@ -671,69 +663,7 @@ def test_a_billed_reply_without_choices_stands_in_the_books(rlhf, sdk):
     )
     with Api(lambda call: bare(call, "", choices=False, usage=usage)) as api:
         rlhf(PROMPTS[:1], *sdk, api=api)
-        assert sorted(billed()) == [(model, 3 * 70, 3 * 70) for model in ("strong", "weak")]
-
-
-def test_thoughts_that_are_billed_beyond_max_tokens_are_reckoned_with_though_no_text_came(rlhf):
-    spent = []
-
-    async def answer(call):
-        await asyncio.sleep(0.01)
-        spent.append(2000)
-        return Reply("", tokens_in=1000, tokens_out=1000)
-
-    # one model alone: the first bill of a second one, in flight, would be a surprise of its own
-    with Api(answer) as api:
-        flags = ("--max-cost", 9, "--max-retries", 0, "--concurrency", 12, "--judge-model", "none")
-        records = [record | {"answer": "It is known."} for record in PROMPTS]
-        rlhf(records, *OPENAI, *PRICE, *flags, "--high-model", "reference", api=api)
-        assert 6000 < sum(spent) <= 9000
-
-
-def test_a_hidden_prompt_is_reckoned_apart_from_the_length_of_the_reply():
-    run = run_of("--max-cost", "9", "--price", "m=1/1")
-    model, request = (
-        rc.Model("openai", "m"),
-        ([{"role": "user", "content": "Hi"}], {"max_tokens": 200}, "answer"),
-    )
-    run.models.pay(model, rc.Reply("Hello", tokens_in=520, tokens_out=5), request)
-    assert run.models.cost(model, *request) * rc.PRICE_UNIT == pytest.approx(520 + 200)
-
-
-def test_who_waits_for_money_learns_what_a_call_may_cost_by_now():
-    """Two calls are in flight and a third waits; the first bills 240 tokens of 200: the third could, too."""
-
-    class Thoughtful:
-        key, defaults = "", {}
-
-        async def call(self, name, messages, options, hints):
-            await asyncio.sleep(0.05 * hints["sample"])
-            return rc.Reply("Hello", tokens_in=1, tokens_out=(240, 1, 1)[hints["sample"]])
-
-    models, model = (
-        run_of("--max-cost", "0.45", "--price", "m=0/1000").models,
-        rc.Model("openai", "m"),
-    )
-    models.endpoints[model] = endpoint = rc.Endpoint(model, Thoughtful())
-    endpoint.opened = True
-
-    async def all_three():
-        asked = [
-            models.ask(model, [{"role": "user", "content": "Hi"}], {"max_tokens": 200}, n)
-            for n in range(3)
-        ]
-        return await asyncio.gather(*asked, return_exceptions=True)
-
-    assert [type(result) for result in asyncio.run(all_three())] == [rc.Reply, rc.Reply, rc.Stop]
-
-
-def test_a_model_that_knows_no_limit_may_answer_as_long_as_it_ever_did():
-    models, model = run_of("--max-cost", "9", "--price", "m=0/1").models, rc.Model("openai", "m")
-    models.count(
-        model, {"role": "answer"}, rc.Reply("from the cache", tokens_out=5000), cached=True
-    )
-    request = [{"role": "user", "content": "Hi"}], {"max_tokens": 200}, "answer"
-    assert models.cost(model, *request) * rc.PRICE_UNIT == pytest.approx(5000)
+        assert sorted(billed()) == [(model, 2 * 70, 2 * 70) for model in ("strong", "weak")]
 
 
 def test_no_pair_stands_whose_rejected_answer_alone_has_votes():
@@ -743,3 +673,434 @@ def test_no_pair_stands_whose_rejected_answer_alone_has_votes():
     )
     with pytest.raises(ValueError):
         run_of().check_pair(rc.Pair(ask(), *made))
+
+
+# --- one reading of an error
+
+
+def one_call_stops(rlhf, fault, *flags, **env):
+    """What a run says that its first call stops."""
+    with Api(lambda call: fault) as api:
+        result = rlhf(PROMPTS, *OPENAI, *flags, api=api, **env)
+        assert result.status == 3 and api.count() <= 2, result.err
+    return result.err
+
+
+def refusal(status, body):
+    """A refusal with this JSON body."""
+    return Fault(status, kind="body", body=json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        (Fault(429, code="insufficient_quota"), "used up"),
+        (refusal(403, {"error": {"code": 403, "message": "Key limit exceeded (total)"}}), "used up"),
+        (refusal(429, {"error": {"type": "exceeded_current_quota_error", "message": "x"}}), "used up"),
+        (
+            refusal(400, [{"error": {"code": 400, "message": "API key not valid.", "status": "X"}}]),
+            "the key was refused: check OPENAI_API_KEY",
+        ),
+        (
+            refusal(403, {"error": {"code": "unsupported_country_region_territory",
+                                    "message": "Country, region, or territory not supported"}}),
+            "refuses calls from this region",
+        ),
+        (Fault(200, kind="not_json_type"), "is /v1 missing in the address?"),
+        (Fault(404, kind="html"), "is /v1 missing in the address?"),
+        (Fault(400, message="temperature must be between 0 and 1"), "choose another --temperature"),
+    ],
+)  # fmt: skip
+def test_a_first_error_that_every_call_would_meet_stops_the_run_with_advice(rlhf, fault, says):
+    assert says in one_call_stops(rlhf, fault)
+
+
+def test_a_page_that_comes_from_dashscopes_address_stops_the_run(rlhf):
+    with Api(lambda call: Fault(kind="not_json_type")) as api:
+        result = rlhf(PROMPTS, *DASHSCOPE, api=api)
+        assert result.status == 3 and "a web page came" in result.err and api.count() <= 2
+
+
+def test_dashscopes_insufficient_quota_is_a_rate_limit_and_is_waited_for(rlhf):
+    refusals = [Fault(429, code="insufficient_quota")]
+    with Api(lambda call: refusals.pop() if refusals else world(call)) as api:
+        assert rlhf(PROMPTS, *DASHSCOPE, "--max-retries", 0, api=api).status == 0
+    model = rc.Model("openai", "qwen", "https://dashscope.aliyuncs.com/compatible-mode/v1")
+    assert rc.find_rule(rc.ApiError(429, "insufficient_quota", ""), model, False).action == "wait"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(404, code="model_not_found"),
+        refusal(404, {"error": "model 'strong' not found, try pulling it first"}),
+        refusal(400, {"error": {"message": "Invalid model name passed in model=strong", "code": "400"}}),
+        refusal(400, {"error": {"message": "strong is not a valid model ID", "code": 400}}),
+    ],
+)
+def test_an_unknown_model_is_told_what_the_server_serves_nearest_first(rlhf, fault):
+    with Api(lambda call: fault) as api:
+        api.models = ["aaa", "bbb", "ccc", "ddd", "strong-2", "eee"]
+        result = rlhf(PROMPTS, *OPENAI, "--judge-model", "none", api=api)
+    assert result.status == 3 and "there is no such model" in result.err
+    said = re.search("the server serves (.*?) and 1 more", result.err)[1]
+    assert len(said.split(", ")) == 5 and ("strong-2" in said) == ("strong:" in result.err)
+
+
+def test_an_unknown_model_at_dashscope_is_told_the_usual_ones(rlhf):
+    with Api(lambda call: Fault(400, code="InvalidParameter", message="Model not exist.")) as api:
+        result = rlhf(PROMPTS, *DASHSCOPE, api=api)
+    assert all(name in result.err for name in rc.DEFAULT_MODELS["dashscope"])
+
+
+def test_a_server_without_classify_is_no_reward_models(rlhf):
+    def answer(call):
+        return Fault(404, kind="text", body=b"Not Found") if call.protocol == "reward" else world(call)
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS, *OPENAI, "--judge-model", f"reward:rm@{api.url}", api=api)
+    assert result.status == 3 and "this server has no /classify" in result.err
+
+
+TOO_LONG = {
+    "vLLM": "This model's maximum context length is 4096 tokens. However, you requested 9000 tokens.",
+    "OpenAI": "Input tokens exceed the configured limit: context_length_exceeded",
+    "DashScope": "Range of input length should be [1, 30720]",
+    "llama.cpp": "the request exceeds the available context size. try increasing the context size",
+    "Anthropic": "prompt is too long: 250000 tokens > 200000 maximum",
+}
+
+
+@pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
+@pytest.mark.parametrize("words", TOO_LONG.values(), ids=TOO_LONG)
+def test_a_prompt_that_is_too_long_costs_its_record_and_one_call(rlhf, sdk, words):
+    code = "context_length_exceeded" if "context_length" in words else "invalid_request_error"
+    long = Fault(400, code=code, message=words)
+    with Api(faulty(long, lambda call: call.model == "weak" and "2 plus" in call.prompt)) as api:
+        result = rlhf(PROMPTS, *sdk, api=api)
+        assert (result.status, api.count("weak")) == (0, 6)
+    assert result.reasons[0].startswith("model: prompt too long for the model: weak: 400")
+
+
+def test_long_prompts_in_a_row_do_not_stop_the_run(rlhf):
+    prompts = [{"prompt": f"Question {n}"} for n in range(30)]
+    long = Fault(400, message=TOO_LONG["DashScope"])
+    with Api(faulty(long, lambda call: call.prompt != "Question 0")) as api:
+        result = rlhf(prompts, *OPENAI, "--judge-model", "none", api=api)
+    assert (result.status, len(result.dropped)) == (0, 29)
+
+
+def test_404s_in_mid_run_are_worth_another_run(rlhf):
+    with Api(faulty(Fault(404), lambda c: c.model == "weak" and "0 plus" not in c.prompt)) as api:
+        result = rlhf(PROMPTS, *OPENAI, "--concurrency", 1, api=api)
+    assert result.status == 1 and len(result.pairs) == 1
+    assert result.reasons[0].startswith("model: model unavailable: weak: 404")
+
+
+def test_a_dead_proxy_is_named(rlhf):
+    for sdk in (OPENAI, DASHSCOPE):
+        dead = "http://127.0.0.1:9"
+        env = {"HTTP_PROXY": dead, "http_proxy": dead, "NO_PROXY": "", "no_proxy": ""}
+        flags = ("--base-url", "http://models.invalid/api/v1", "--max-retries", 0)
+        result = rlhf(PROMPTS, *sdk, *flags, **env)
+        assert result.status == 3 and re.search("proxy in http_proxy"  , result.err, re.I)
+
+
+def test_a_stale_certificate_file_is_named(rlhf):
+    env = {"SSL_CERT_FILE": "/nowhere/ca.pem", "OPENAI_API_KEY": "k" * 9}
+    result = rlhf(PROMPTS, *OPENAI, "--base-url", "https://models.invalid/v1", **env)
+    assert result.status == 3 and "SSL_CERT_FILE names /nowhere/ca.pem" in result.err
+
+
+def test_a_certificate_that_is_not_trusted_has_its_own_advice(monkeypatch):
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    failure = type("SSLCertVerificationError", (OSError,), {})("self-signed certificate")
+    error = rc.read_error(failure)
+    assert rc.find_rule(error, rc.Model("openai", "m"), False).action == "stop"
+    assert "name its CA's file in SSL_CERT_FILE" in rc.certificate_advice()
+
+
+def test_too_many_open_files_are_named():
+    failure = ConnectionError("no connection")
+    failure.__cause__ = OSError(24, "Too many open files")
+    rule = rc.find_rule(rc.read_error(failure), rc.Model("openai", "m"), True)
+    assert rule.action == "stop" and "ulimit" in rule.advice
+
+
+# --- requests that are refused
+
+
+def limited(most, words):
+    """A server whose models take at most so many max_tokens."""
+
+    def answer(call):
+        asked = call.params.get("max_tokens", 0)
+        return Fault(400, message=words) if asked > most else world(call)
+
+    return answer
+
+
+LIMITS = {
+    "DashScope": "Range of max_tokens should be [1, 2048]",
+    "OpenAI": "max_tokens is too large: 4096. This model supports at most 2048 completion tokens",
+    "Groq": "`max_tokens` must be less than or equal to `2048`",
+    "Anthropic": "max_tokens: 4096 > 2048, which is the maximum allowed number of output tokens",
+}
+
+
+@pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
+@pytest.mark.parametrize("words", LIMITS.values(), ids=LIMITS)
+def test_a_models_limit_is_read_in_the_refusal_and_used(rlhf, sdk, words):
+    with Api(limited(2048, words)) as api:
+        result = rlhf(PROMPTS, *sdk, api=api)
+        assert [call.params["max_tokens"] for call in api.calls].count(4096) == 2
+    assert len(result.pairs) == 6 and "weak: max_tokens 2,048, the model's limit" in result.err
+
+
+def test_a_context_that_is_nearly_full_leaves_a_shorter_answer_to_this_request_only(rlhf):
+    words = (
+        "'max_tokens' or 'max_completion_tokens' is too large: 4096. This model's maximum context length "
+        "is 4096 tokens and your request has 96 input tokens (4096 > 4096 - 96)."
+    )
+    with Api(limited(4000, words)) as api:
+        result = rlhf(PROMPTS, *OPENAI, "--judge-model", "none", api=api)
+        assert {call.params["max_tokens"] for call in api.calls} == {4096, 4000}
+    assert len(result.pairs) == 6 and result.err.count("weak: max_tokens is lowered") == 1
+
+
+def test_a_fix_that_does_not_help_is_not_kept(rlhf):
+    """one 400 that merely mentions temperature"""
+    odd = Fault(400, message="the temperature of this text cannot be measured")
+    with Api(faulty(odd, lambda c: "2 plus" in c.prompt and c.model == "weak")) as api:
+        result = rlhf(PROMPTS, *OPENAI, "--concurrency", 1, api=api)
+        assert all("temperature" in c.params for c in api.calls if "2 plus" not in c.prompt)
+    assert "as the server asks" not in result.err and len(result.pairs) == 5
+
+
+def test_the_users_own_limit_stands_where_max_tokens_is_renamed(rlhf):
+    words = "Unsupported parameter: use 'max_completion_tokens' instead."
+    with Api(refuses_option("max_tokens", words)) as api:
+        flags = ("--model-option", "max_completion_tokens=100")
+        assert rlhf(PROMPTS[:1], *OPENAI, *flags, api=api).status == 0
+    assert {c.params["max_completion_tokens"] for c in api.calls} == {100}
+
+
+def test_a_system_turn_is_folded_into_the_users_where_there_is_no_such_role(rlhf):
+    def answer(call):
+        if call.model == "weak" and call.messages[0]["role"] == "system":
+            return Fault(400, message="System role not supported")
+        return world(call)
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS, *OPENAI, "--system-prompt", "Be brief.", api=api)
+    folded = [c for c in api.calls if c.model == "weak" and len(c.messages) == 1]
+    assert len(result.pairs) == 6 and folded[0].prompt.startswith("Be brief.\n\nWhat is")
+
+
+def test_modelscopes_wording_about_thinking_is_understood(rlhf):
+    words = "parameter.enable_thinking only support stream call: enable thinking can not be support when `stream=False`"
+
+    def answer(call):
+        refused = call.model == "weak" and call.params.get("enable_thinking") is not False
+        return Fault(400, message=words) if refused else world(call)
+
+    with Api(answer) as api:
+        assert len(rlhf(PROMPTS, *OPENAI, api=api).pairs) == 6
+
+
+def test_the_second_request_that_is_refused_is_no_failure_and_is_not_tried_again(rlhf):
+    """a cut reply at the context's end: twice as many tokens do not fit"""
+    prompts = [{"prompt": f"Question {n}"} for n in range(30)]
+
+    def answer(call):
+        if call.model != "weak":
+            return world(call)
+        if call.params["max_tokens"] > 4096:
+            return Fault(400, message="requested tokens exceed context window of 4096")
+        return Reply("half an ans", finish="length")
+
+    with Api(answer) as api:
+        flags = ("--judge-model", "none", "--concurrency", 1)
+        result = rlhf(prompts, *OPENAI, *flags, api=api)
+        assert api.count("weak") == 31 and len(result.dropped) == 30
+    assert set(result.reasons) == {"filter: truncated"}
+
+
+def test_a_cut_answer_whose_second_request_met_a_503_is_worth_another_run(rlhf):
+    def answer(call):
+        if call.model != "weak":
+            return world(call)
+        return Fault(503) if call.params["max_tokens"] > 4096 else Reply("half", finish="length")
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS[:2], *OPENAI, api=api)
+    assert result.status == 1 and result.reasons[0].startswith("model: server error: weak: 503")
+
+
+# --- who answers, and what is waited for
+
+
+def answered_by(names, world=world):
+    """A server that answers under these names."""
+    return lambda call: Reply(world(call), model=names.get(call.model, call.model))
+
+
+def test_another_name_than_was_asked_for_is_noted_once(rlhf):
+    with Api(answered_by({"weak": "gemma-3"})) as api:
+        result = rlhf(PROMPTS, *OPENAI, api=api)
+    assert result.err.count("asked for weak, the server answers as gemma-3") == 1
+    assert len(result.pairs) == 6
+
+
+def test_one_model_that_answers_for_both_stops_the_run(rlhf):
+    with Api(answered_by({"weak": "gemma-3", "strong": "gemma-3"})) as api:
+        result = rlhf(PROMPTS, *OPENAI, api=api)
+    assert result.status == 3 and "are both answered by gemma-3" in result.err
+
+
+@pytest.mark.parametrize(
+    "asked, served, same",
+    [
+        ("gpt-4o", "gpt-4o-2024-08-06", True),
+        ("qwen/qwen3-8b", "Qwen3-8B", True),
+        ("llama3", "llama3:latest", True),
+        ("Qwen2.5-7B", "/models/qwen2.5-7b-q4_k_m.gguf", True),
+        ("gpt-4", "gpt-4o", False),
+        ("big", "gemma-3", False),
+    ],
+)
+def test_dated_names_owners_and_paths_mean_the_same_model(asked, served, same):
+    assert rc.same_model(asked, served) == same
+
+
+def test_a_server_that_reads_a_part_of_a_prompt_is_noted(rlhf):
+    prompts = [{"prompt": f"Question {n}: " + "long words " * 4000} for n in range(2)]
+    with Api(lambda call: Reply(world(call), tokens_in=2050)) as api:
+        result = rlhf(prompts, *OPENAI, "--judge-model", "none", api=api)
+    assert result.err.count("weak: the server read 2,050 of about 11,0") == 1
+
+
+def test_the_first_retry_says_what_is_waited_for(rlhf):
+    faults = [Fault(503, message="loading")]
+    with Api(lambda call: faults.pop() if faults else world(call)) as api:
+        result = rlhf(PROMPTS, *OPENAI, api=api)
+        assert re.search(rf"waiting for \w+ at {api.url}/v1: 503 .*loading; trying again", result.err)
+
+
+def test_a_slow_first_reply_is_said_to_be_waited_for(rlhf, monkeypatch):
+    monkeypatch.setattr(rc, "SLOW_SECONDS", 0.05)
+
+    async def answer(call):
+        await asyncio.sleep(0.3 if call.model == "weak" and api.count("weak") == 1 else 0)
+        return world(call)
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS, *OPENAI, api=api)
+        assert result.err.count(f"waiting for weak at {api.url}/v1: no reply to the first") == 1
+
+
+def test_a_server_that_goes_away_in_mid_run_stops_it_though_retries_are_left(rlhf, monkeypatch):
+    monkeypatch.setattr(rc, "GONE_SECONDS", (10, 0.2))
+    prompts = [{"prompt": f"Question {n}"} for n in range(200)]
+    with Api(world) as cloud:
+        local = Api(world)
+        with local:
+            low = f"openai:weak@{local.openai_url}"
+
+        def answer(call):
+            return world(call)
+
+        with Api(answer, port=int(local.url.rpartition(":")[2])) as again:
+            leave = again.__exit__
+
+            def last(call):
+                if again.count("weak") == 5:
+                    again._loop.call_soon(again._loop.create_task, again._runner.cleanup())
+                return world(call)
+
+            again._answer = last
+            result = rlhf(prompts, *OPENAI, "--low-model", low, "--max-retries", 50, api=cloud)
+            assert leave
+    assert result.status == 3 and "weak: the server cannot be reached" in result.err
+
+
+def test_replies_are_counted_as_they_come():
+    run = run_of()
+    assert run.models.replies == run.models.in_flight == 0
+
+
+# --- names, addresses, budgets
+
+
+@pytest.mark.parametrize(
+    "url, private",
+    [
+        ("http://gpu-box:8000/v1", True),
+        ("http://[fd00::5]:8000/v1", True),
+        ("http://llm.internal/v1", True),
+        ("http://nas.lan/v1", True),
+        ("http://host.docker.internal:11434/v1", True),
+        ("http://169.254.1.1/v1", True),
+        ("http://10.evil.com/v1", False),
+        ("http://8.8.8.8/v1", False),
+        ("https://api.openai.com/v1", False),
+    ],
+)
+def test_a_private_address_gets_no_key(url, private):
+    assert rc.is_private(url) == private
+
+
+def test_an_address_with_a_query_is_refused_with_azures_form(rlhf):
+    url = "https://x.openai.azure.com/openai?api-version=2024-06-01"
+    result = rlhf(PROMPTS, *OPENAI, "--base-url", url, OPENAI_API_KEY="k" * 9)
+    assert result.status == 2 and "a base URL takes no query" in result.err
+    assert "https://NAME.openai.azure.com/openai/v1" in result.err
+
+
+def test_a_candidate_model_named_twice_has_samples_of_its_own():
+    model = f"openai:m{LOCAL}"
+    flags = ("--method", "generate_pairs", "--judge-model", model)
+    run = run_of(*flags, "--candidate-models", model, model)
+    assert [sample for _, sample in run.candidates] == [0, 1, 2, 3]
+
+
+def test_one_name_at_two_addresses_is_told_apart_in_rows(rlhf):
+    with Api(world) as one, Api(lambda call: world(call).replace("mistaken", "right")) as two:
+        flags = ("--high-model", f"m@{two.openai_url}", "--low-model", f"m@{one.openai_url}")
+        [pair] = rlhf(PROMPTS[:1], "--provider", "openai", *flags, "--judge-model", "j", api=one).pairs
+        assert pair["chosen_model"] == f"m@{two.openai_url}"
+        assert pair["rejected_model"] == f"m@{one.openai_url}"
+
+
+@pytest.mark.parametrize("sdk", [OPENAI, DASHSCOPE], ids=["openai", "dashscope"])
+def test_another_seed_draws_answers_anew_and_is_sent(rlhf, sdk):
+    with Api(world) as api:
+        rlhf(PROMPTS[:1], *sdk, "--judge-model", "none", api=api)
+        assert all("seed" not in call.params for call in api.calls)
+        for seed in (1, 1, 2):
+            rlhf(PROMPTS[:1], *sdk, "--judge-model", "none", "--seed", seed, api=api)
+        assert api.count("weak") == 3 and len({c.params.get("seed") for c in api.calls}) == 3
+
+
+def test_a_server_that_takes_no_seed_is_asked_without(rlhf):
+    with Api(refuses_option("seed", "Unrecognized request argument: seed")) as api:
+        assert len(rlhf(PROMPTS, *OPENAI, "--seed", 3, api=api).pairs) == 6
+
+
+def test_the_budget_ends_a_run_within_the_calls_in_flight_and_counts_all_runs(rlhf):
+    flags = (*OPENAI, "--judge-model", "none", *PRICE, "--concurrency", 1)
+    with Api(lambda call: Reply(world(call), tokens_in=100, tokens_out=100)) as api:
+        result = rlhf(PROMPTS, *flags, "--max-cost", 1, api=api)
+        assert result.status == 3 and "--max-cost 1 is reached: " in result.err
+        assert 4 <= api.count() <= 6, "a call costs 0.2"
+        calls = api.count()
+        assert rlhf(PROMPTS, *flags, "--max-cost", 1, api=api).status == 3 and api.count() == calls
+        assert rlhf(PROMPTS, *flags, "--max-cost", 9, api=api).status == 0 and api.count() == 12
+
+
+def test_calls_in_flight_are_bounded_by_the_files_that_may_be_open(rlhf, monkeypatch):
+    monkeypatch.setattr(rc, "most_calls", lambda: 3)
+    with Api(world, latency=0.01) as api:
+        result = rlhf(PROMPTS, *OPENAI, api=api)
+        assert api.peak <= 3 and len(result.pairs) == 6
+    assert "at most 3 calls at once" in result.err

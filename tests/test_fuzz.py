@@ -112,13 +112,8 @@ def test_any_bytes_are_read_as_records_failures_or_one_clear_error(data, end, wi
 # --- whole runs, in this process, offline or with a provider that answers from a hash of what it is asked
 
 
-class ask_scripted:
+class ask_scripted(rc.Provider):
     """a provider of the tests: replies, judges and fails by a hash, at its own pace"""
-
-    key, url_variable, defaults = "", "", {}
-
-    def __init__(self, url, key, timeout):
-        pass
 
     async def call(self, name, messages, options, hints):
         said = messages[-1]["content"]
@@ -126,7 +121,7 @@ class ask_scripted:
         await asyncio.sleep(random.choice([0, 0, 0.001]))
         if hints["role"] == "judge":
             good = verdict(said, lambda text: luck.choice([2, 5, 8, 9.5]))
-            return rc.replied(
+            return rc.make_reply(
                 luck.choice([good, good, good, good[:-2], "no idea", good.replace("9.5", "11")]),
                 "stop",
                 1,
@@ -138,7 +133,7 @@ class ask_scripted:
         text = luck.choice(["", f"It is {luck.random()}. "]) + "".join(
             luck.choices(PIECES, k=luck.randint(0, 4))
         )
-        return rc.replied(text, luck.choice(["stop"] * 30 + ["length", None]), None, "7")
+        return rc.make_reply(text, luck.choice(["stop"] * 30 + ["length", None]), None, "7")
 
     async def close(self):
         pass
