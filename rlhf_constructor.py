@@ -488,7 +488,7 @@ def message(turn: object) -> dict:
     if isinstance(content, list):
         content = "\n".join(part_text(part, role) for part in content)
     if not isinstance(content, str):
-        raise Failed("input", f"not a text: a {role} turn holds a {type(content).__name__}")
+        raise Failed("input", f"not a text: the {role} turn holds a {type(content).__name__}")
     return {"role": role, "content": strip_blank_lines(content)}
 
 
@@ -503,7 +503,7 @@ def part_text(part: object, role: str) -> str:
             return text
     if isinstance(kind, str) and "image" in kind:
         raise Failed("input", "not a text: images")
-    raise Failed("input", f"not a text: a {role} turn holds a part that is no text")
+    raise Failed("input", f"not a text: the {role} turn holds a part that is no text")
 
 
 def first_of(values) -> object:
@@ -1085,7 +1085,7 @@ ID_NAME = re.compile(r"(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
 def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
     """Names of the filled fields that change nothing in any of these rows when they are left out.
 
-    Ids are not named, nor are labels, which may all be good."""
+    Ids are not named, nor are labels and scores of an answer, which may all be good."""
     used: set[str] = set()
     filled: dict[str, None] = {}  # in the order of the file
     for row in rows:
@@ -1103,8 +1103,12 @@ def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
                 row = rest
             else:
                 used.add(name)
-    known = {name for name in filled if plain_name(rename.get(name, name)) in THUMB_FIELDS}
-    return [name for name in filled if name not in used | known and not ID_NAME.fullmatch(name)]
+    unused = []
+    for name in filled:
+        is_label = plain_name(rename.get(name, name)) in {*THUMB_FIELDS, *GRADE_FIELDS}
+        if name not in used and not is_label and not ID_NAME.fullmatch(name):
+            unused.append(name)
+    return unused
 
 
 def reading_of(row: dict, rename: dict, with_answers: bool) -> list | None:
@@ -6415,7 +6419,7 @@ def nearest(path: str) -> str:
 
 
 def check_input(path: str, run: Run) -> None:
-    """Raise UserError if the first 20 records show that this file cannot work; note fields not used."""
+    """Raise UserError if the first 20 records cannot be used; print a note of fields not used."""
     name = "stdin" if run.args.input_file == "-" else run.args.input_file
     rename = dict(run.args.rename)
     run.numbers = ChoiceNumbers(row for _, row in renamed_rows(path, rename))

@@ -882,9 +882,10 @@ def test_a_bug_in_a_method_of_ones_own_is_shown_once(rlhf, monkeypatch):
     )
 
 
-def test_a_spreadsheet_is_refused_by_its_name(rlhf, tmp_path):
-    (tmp_path / "q.xlsx").write_bytes(b"PK")
-    assert ".xlsx is not read" in rlhf(tmp_path / "q.xlsx", "--provider", "offline").err
+def test_a_spreadsheet_is_refused_whatever_its_name(rlhf, tmp_path):
+    (tmp_path / "q.csv").write_bytes(b"PK\x03\x04 rest")
+    result = rlhf(tmp_path / "q.csv", "--provider", "offline")
+    assert result.status == 2 and "save the sheet as CSV UTF-8" in result.err
 
 
 @pytest.mark.parametrize(
