@@ -1020,7 +1020,7 @@ def with_parsed_turns(row: dict) -> dict:
         if is_turns(turns):
             row = row | {name: turns}
         elif turns is None and BROKEN_TURNS.fullmatch(value):
-            raise Failed("input", f"`{name}` looks like a list of turns but is no JSON")
+            raise Failed("input", f"malformed record: `{name}` looks like turns but is no JSON")
     return row
 
 
