@@ -322,7 +322,7 @@ DROPS = {
     "chosen scored below rejected": (PAIR | {"score_chosen": 2.0, "score_rejected": 8.0}, CONTRADICTION),
     "chosen scored 0, rejected 1": (PAIR | {"score_chosen": 0, "score_rejected": 1}, CONTRADICTION),
     "PKU: better and safer differ": ({"prompt": Q, "response_0": A, "response_1": B, "better_response_id": 0, "safer_response_id": 1}, CONTRADICTION),
-    "one answer with two scores": (LISTS | {"responses": [A, A.upper()], "scores": [9, 2]}, CONTRADICTION),
+    "one answer with two scores": (LISTS | {"responses": [A, A.upper()], "scores": [9, 2]}, "filter: identical answers"),
     "a combined score that its votes deny": ({"prompt": Q, "completions": two("response", score=[5, 5], votes=[[9, 9], [1, 1]])}, "input: tie"),
     "the votes of two orders disagree": ({"prompt": Q, "completions": two("response", score=[6, 5], votes=[[9, 3], [2, 8]])}, "input: orders disagree"),
     "objects' own scores against a list beside them": (LISTS | {"responses": two("text", score=[9, 2]), "scores": [2, 9]}, CONTRADICTION),
@@ -754,10 +754,9 @@ def test_a_prompt_may_come_again_with_other_answers_but_not_with_the_same(rlhf):
     other = LISTS | {"responses": [A, "Because of clouds, that is all I know."], "scores": [9, 2]}
     first, rescored = LISTS | {"scores": [9, 2]}, LISTS | {"scores": [9, 3]}
     result = rlhf([first, other, rescored, first, LISTS | {"ranks": [1, 2]}], *RANK)
-    assert len(result.pairs) == 4 and len({row["prompt_id"] for row in result.pairs}) == 1
-    assert (
-        result.reasons == ["input: repeated prompt and answers"] and result.dropped[0]["line"] == 4
-    )
+    assert len(result.pairs) == 2 and len({row["prompt_id"] for row in result.pairs}) == 1
+    assert result.reasons == ["input: repeated label"] * 3
+    assert [drop["line"] for drop in result.dropped] == [3, 4, 5]
 
 
 @pytest.mark.parametrize("winner", [1, 2, "1", "2"])
