@@ -322,7 +322,7 @@ DROPS = {
     "chosen scored below rejected": (PAIR | {"score_chosen": 2.0, "score_rejected": 8.0}, CONTRADICTION),
     "chosen scored 0, rejected 1": (PAIR | {"score_chosen": 0, "score_rejected": 1}, CONTRADICTION),
     "PKU: better and safer differ": ({"prompt": Q, "response_0": A, "response_1": B, "better_response_id": 0, "safer_response_id": 1}, CONTRADICTION),
-    "one answer with two scores": (LISTS | {"responses": [A, A.upper()], "scores": [9, 2]}, CONTRADICTION),
+    "one answer with two scores": (LISTS | {"responses": [A, f" {A} "], "scores": [9, 2]}, CONTRADICTION),
     "a combined score that its votes deny": ({"prompt": Q, "completions": two("response", score=[5, 5], votes=[[9, 9], [1, 1]])}, "input: tie"),
     "the votes of two orders disagree": ({"prompt": Q, "completions": two("response", score=[6, 5], votes=[[9, 3], [2, 8]])}, "input: orders disagree"),
     "objects' own scores against a list beside them": (LISTS | {"responses": two("text", score=[9, 2]), "scores": [2, 9]}, CONTRADICTION),
@@ -347,7 +347,7 @@ DROPS = {
     "a model that is called as the other one's end": (SUFFIXED | {"model_a": "b", "model_b": "a", "winner": "a"}, "input: ambiguous winner"),
     "a model that is called tie": (SUFFIXED | {"model_a": "tie", "model_b": "m", "winner": "tie"}, "input: tie"),
     "scores beyond what can be added": (LISTS | {"scores": [1e308, 1.7e308]}, UNRATED),
-    "identical chosen and rejected": (PAIR | {"rejected": f" {A.lower()} "}, "filter: identical answers"),
+    "identical chosen and rejected": (PAIR | {"rejected": f" {A} "}, "filter: identical answers"),
     "winner null, and a model called none": (SUFFIXED | {"winner": None, "model_a": "none", "model_b": "m"}, NOBODY),
 }
 # fmt: on
