@@ -2682,7 +2682,9 @@ CODE_SIGN = re.compile(r"[(){}\[\]<>=+/\\^&|%$@~_]|(?<=\w)\*(?=\w)")
 
 
 def differ_in_what_counts(a: str, b: str) -> bool:
-    """Whether two texts differ in a number, a negation or a token of code."""
+    """Whether two texts differ in a number, a negation, a token of code, or in nothing but case."""
+    if fold_text(a) == fold_text(b):
+        return True
     for pattern in (NUMBER, NEGATION, CODE_SIGN, CODE):
         if Counter(pattern.findall(a)) != Counter(pattern.findall(b)):
             return True
