@@ -1068,13 +1068,23 @@ def adapt(row: dict) -> list[Record] | None:
         except Failed:
             raise
         except Exception as error:
-            raise broken(part, error) from error
+            if is_bug_of(adapter, error):
+                raise broken(part, error) from error
+            raise Failed("input", f"malformed record: {error}") from None
         if records is None or records == []:
             continue
         if isinstance(records, list) and all(isinstance(record, Record) for record in records):
             return records
         raise PartError(f"{part} returned {records!r:.80}, not a list of records or None")
     return None
+
+
+def is_bug_of(adapter: Callable, error: Exception) -> bool:
+    """Whether an adapter's own lines raised the error; else junk in the row did, further down."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = [frame.f_code.co_name for frame, _ in frames][1:]  # the first is `adapt`
+    own_lines = all(name == adapter.__name__ or name.startswith("<") for name in names)
+    return own_lines or isinstance(error, NameError)
 
 
 def why_unknown(row: dict) -> str:
@@ -1190,7 +1200,7 @@ def reading_of(row: dict, rename: dict, with_answers: bool) -> list | None:
     """What a row is read as, to compare; None if it cannot be read."""
     try:
         return parse_row(renamed_row(row, rename), with_answers)
-    except Failed:
+    except (Failed, PartError):
         return None
 
 
@@ -1332,8 +1342,8 @@ class UnreadableReply(Exception):
 # How a judge may write its scores. Full-width characters are made ASCII before.
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0xFFE5: "¥"}
 QUOTES = "\"'“”‘’「」`*"
-NUMBER = r"[-+]?\d+(?:,\d{1,2}(?!\d)|\.\d*)?(?:e[-+]?\d+)?"
-SCORE = re.compile(rf"({NUMBER})(?:\s*(?:/|out of)\s*(\d+)|\s*(?:points?|分))?", re.I)
+SCORE_NUMBER = r"[-+]?\d+(?:,\d{1,2}(?!\d)|\.\d*)?(?:e[-+]?\d+)?"
+SCORE = re.compile(rf"({SCORE_NUMBER})(?:\s*(?:/|out of)\s*(\d+)|\s*(?:points?|分))?", re.I)
 KEY = rf"[\s{QUOTES}]*(?:answer\s+)?(\w+)[\s{QUOTES}]*[:=]"
 ENTRY = re.compile(rf"{KEY}(.*?)(?:,(?={KEY})|,?\s*\Z)", re.I | re.S)
 SCORE_LINE = re.compile(

@@ -85,7 +85,10 @@ def test_what_keeps_failing_costs_its_record_only_and_the_next_run_tries_it_agai
     with Api(broken) as api:
         result = rlhf(PROMPTS, *OPENAI, "--batch", "--max-retries", 1, api=api)
         assert (result.status, len(result.pairs), len(result.dropped)) == (1, 11, 1)
-        assert result.reasons[0].startswith("model: server error: weak: 500") and result.dropped[0]["line"] == 4
+        assert (
+            result.reasons[0].startswith("model: server error: weak: 500")
+            and result.dropped[0]["line"] == 4
+        )
         api.engine.answer = world
         assert rlhf(PROMPTS, *OPENAI, "--batch", api=api).status == 0 and api.count() == 0
 
