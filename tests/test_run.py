@@ -443,7 +443,7 @@ def test_annotations_of_another_file_are_refused(rlhf, tmp_path):
         DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "a.jsonl"
     )
     assert (
-        result.status == 2 and "none of the verdicts" in result.err and not result.output.exists()
+        result.status == 2 and "none of the choices" in result.err and not result.output.exists()
     )
 
 
