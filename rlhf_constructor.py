@@ -8721,8 +8721,8 @@ class Annotations:
         except OSError as error:
             raise UserError(f"--annotations {path}: {error.strerror}") from None
         used = 0
-        for number, line in enumerate(lines, 1):
-            if line.strip() and self.add(line, f"{path}:{number}"):
+        for line_number, line in enumerate(lines, 1):
+            if line.strip() and self.add(line, f"{path}:{line_number}"):
                 used += 1
         if not used:
             raise UserError(f"--annotations {path}: no line of it is a choice from a review page")
@@ -8745,8 +8745,8 @@ class Annotations:
         else:
             first.choice = ""
             result = "the choices differ, so none of them counts"
-        message = f"{annotator!r} judged this pair before, in {first.where}: {result}"
-        self.problems.append(f"{where}: {message}")
+        before = f"{annotator!r} judged this pair before, in {first.where}"
+        self.problems.append(f"{where}: {before}: {result}")
         return True
 
     def choices(self, name: str) -> list[str]:
@@ -8759,16 +8759,16 @@ class Annotations:
 
         Scores stay with their answers. Raises Failed("human", ...) if most annotators see no
         difference or find both bad, or if no choice is made by more than half of them."""
-        gap = pair.gap - pair.penalty if has_known_gap(pair) else None
+        score_gap = pair.gap - pair.penalty if has_known_gap(pair) else None
         self.pairs += 1
-        if gap is not None:
-            self.gaps.append(gap)
+        if score_gap is not None:
+            self.gaps.append(score_gap)
         name = pair_id_of(pair)
         choices = self.choices(name)
         if not choices:
             return None
         choice = majority(choices)
-        self.reviewed[name] = ReviewedPair(choice, gap)
+        self.reviewed[name] = ReviewedPair(choice, score_gap)
         if choice == "chosen":
             return replace(pair, human=True)
         if choice == "rejected":
@@ -8869,17 +8869,17 @@ def gap_advice(sample: list[ReviewedPair], gaps: array) -> tuple[list[dict], str
     correct = correct_by_gap(sample)
     step = max(1, math.ceil(len(correct) / 4))  # four rows at most
     rows = []
-    for gap in list(correct)[::step]:
-        rows.append(correct_row(gap, correct[gap]))
-    safe = [gap for gap, measured in correct.items() if is_safe(measured)]
-    if safe:
-        gap = safe[0]
+    for smallest in list(correct)[::step]:
+        rows.append(correct_row(smallest, correct[smallest]))
+    safe_gaps = [smallest for smallest, measured in correct.items() if is_safe(measured)]
+    if safe_gaps:
+        safe = safe_gaps[0]
         metric = Metric("safe_gap", "people", "smallest safe score gap")
-        rows.append(metric_row(metric, Measured(gap, None, correct[gap].n)))
-        kept = sum(1 for value in gaps if value >= gap) / len(gaps)
-        measured = with_interval(correct_row(gap, correct[gap]))
+        rows.append(metric_row(metric, Measured(safe, None, correct[safe].n)))
+        kept = sum(1 for value in gaps if value >= safe) / len(gaps)
+        measured = with_interval(correct_row(safe, correct[safe]))
         return rows, (
-            f"--min-score-gap {gap:g} is the smallest score gap with at least {SAFE_SHARE:.0%} "
+            f"--min-score-gap {safe:g} is the smallest score gap with at least {SAFE_SHARE:.0%} "
             f"correct labels ({measured}); it keeps {kept:.0%} of the pairs."
         )
     cases = sum(1 for pair in sample if pair.gap is not None)
@@ -8894,9 +8894,9 @@ def gap_advice(sample: list[ReviewedPair], gaps: array) -> tuple[list[dict], str
     )
 
 
-def correct_row(gap: float, measured: Measured) -> dict:
+def correct_row(smallest: float, measured: Measured) -> dict:
     """The report's row of the share of correct labels from a score gap on."""
-    label = f"correct labels, score gap {gap:g} or more"
+    label = f"correct labels, score gap {smallest:g} or more"
     return metric_row(Metric("correct_by_gap", "people", label, "%"), measured)
 
 
@@ -8904,11 +8904,11 @@ def correct_by_gap(sample: list[ReviewedPair]) -> dict[float, Measured]:
     """Score gap -> share of correct labels among reviewed pairs with this gap or a larger one."""
     known = [pair for pair in sample if pair.gap is not None]
     result = {}
-    for gap in sorted({float(f"{pair.gap:.3g}") for pair in known}):  # short enough to type
-        above = [pair for pair in known if pair.gap >= gap]
+    for smallest in sorted({float(f"{pair.gap:.3g}") for pair in known}):  # short enough to type
+        above = [pair for pair in known if pair.gap >= smallest]
         correct = sum(1 for pair in above if pair.choice == "chosen")
         if above:  # nothing, if rounding up has passed the largest gap
-            result[gap] = share(correct, len(above))
+            result[smallest] = share(correct, len(above))
     return result
 
 

@@ -738,8 +738,9 @@ def test_answers_stand_side_by_side_and_on_a_phone_stacked(driver, tmp_path, wid
     assert (a.rect["y"] < b.rect["y"]) == stacked and (a.rect["x"] < b.rect["x"]) == (not stacked)
     scrolls = "return arguments[0].scrollHeight > arguments[0].clientHeight"
     assert driver.execute_script(scrolls, a) and driver.execute_script(scrolls, b)
-    outside = """return [...document.querySelectorAll("[data-do], #number, #note, section")]
-        .filter(e => e.getBoundingClientRect().right > innerWidth || e.scrollWidth > e.clientWidth + 1)
+    outside = """const right = document.documentElement.clientWidth;
+        return [...document.querySelectorAll("[data-do], #number, #note, section")]
+        .filter(e => e.getBoundingClientRect().right > right || e.scrollWidth > e.clientWidth + 1)
         .map(e => e.outerHTML.slice(0, 60))"""
     assert driver.execute_script(outside) == []
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
