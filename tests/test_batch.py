@@ -85,7 +85,10 @@ def test_what_keeps_failing_costs_its_record_only_and_the_next_run_tries_it_agai
     with Api(broken) as api:
         result = rlhf(PROMPTS, *OPENAI, "--batch", "--max-retries", 1, api=api)
         assert (result.status, len(result.pairs), len(result.dropped)) == (1, 11, 1)
-        assert result.reasons[0].startswith("model: server error: weak: 500") and result.dropped[0]["line"] == 4
+        assert (
+            result.reasons[0].startswith("model: server error: weak: 500")
+            and result.dropped[0]["line"] == 4
+        )
         api.engine.answer = world
         assert rlhf(PROMPTS, *OPENAI, "--batch", api=api).status == 0 and api.count() == 0
 
@@ -478,7 +481,7 @@ def test_money_of_batches_under_way_counts_in_every_run_of_the_output(rlhf, tmp_
     with Api(world) as api:
         aside = killed_with_batches_under_way(tmp_path, api, (*PRICE, 1))
         result = rlhf(PROMPTS, *OPENAI, *more, *PRICE, aside, api=api)
-        assert result.status == 3 and "is under way; raise it" in result.err
+        assert result.status == 3 and "is under way: one more call" in result.err
         assert (api.count(), len(api.engine.batches)) == (0, 2)
         assert rlhf(PROMPTS, *OPENAI, *PRICE, aside, "--dry-run", api=api).status == 0
 
