@@ -8803,7 +8803,8 @@ class Annotations:
         counts = Counter(pair.choice for pair in self.reviewed.values())
         results = [f"{counts[name]} {CHOICES[name]}" for name in CHOICES if counts[name]]
         results = ", ".join(results) or "none yet"
-        lines = [f"People reviewed {len(self.reviewed):,} of {self.pairs:,} pairs: {results}."]
+        reviewed = f"{len(self.reviewed):,} of {plural(self.pairs, 'pair')}"
+        lines = [f"People reviewed {reviewed}: {results}."]
         rows = [metric_row(metric, metric.formula(self)) for metric in HUMAN_METRICS]
         if self.gaps:
             gap_rows, advice = gap_advice(self.random_sample(), self.gaps)
