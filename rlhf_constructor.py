@@ -7264,7 +7264,7 @@ class Metric:
     needs: int = 30  # cases; with fewer the metric raises no warning
     too_low: Problem | None = None
     too_high: Problem | None = None
-    formula: object = None  # Report -> Measured; None where another section measures
+    formula: object = None  # Report (HUMAN_METRICS: Annotations) -> Measured
 
 
 def format_share(report: Report, name: str) -> Measured:
@@ -7513,7 +7513,7 @@ class Report:
     def numbers(self, settings: dict, usage: list[dict], human: dict | None = None) -> dict:
         """All numbers of the report, ready for JSON; terminal and page show these and no others.
 
-        `usage`: a row per model and role; `human`: {"metrics", "lines"} of the review (§14)."""
+        `usage`: a row per model and role; `human`: what `Annotations.numbers` returns (§14)."""
         self.random.shuffle(self.rows)
         self.differences = find_differences(self.rows, features)
         prompts = {row["prompt_id"]: row for row in self.rows}
@@ -8080,7 +8080,8 @@ def people_section(numbers: dict) -> tuple[str, str] | None:
     rows = rows_of(numbers, section)
     if not rows and not numbers["people"]:
         return None
-    figures = [share_bars("What people say", "Share of reviewed pairs", shares_of(rows))]
+    shares = [row for row in rows if row["unit"] == "%"]
+    figures = [share_bars("What people say", "Share of reviewed pairs", shares)]
     sentences = [mark_flags(sentence) for sentence in numbers["people"]]
     return SECTIONS[section], section_body(numbers, section, sentences, figures)
 
@@ -8510,45 +8511,74 @@ def filled_page(page: str, pieces: dict[str, str]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# §14 REVIEW: ReviewQueue, pair_id, Annotations
+# §14 REVIEW: FLAGS, smallest_lead, pair_id, ReviewQueue, Annotations, gap_advice
+# In: kept pairs; then the choices that people saved. Out: the page for blind choices, which §16
+# writes; the pairs that people confirm or swap, for §4; what people say about the labels, for §13.
 # --------------------------------------------------------------------------------------------------
 
-REVIEW_SAMPLE = 200  # pairs in a page, half of them random
-ENOUGH, TRUSTED = (
-    30,
-    0.95,
-)  # reviewed pairs and their share of right labels for which a gap is advised
-# People's choice, in the label's words -> what becomes of the pair; then the fields of a verdict, in JSON.
-FATES = {"chosen": "confirmed", "rejected": "flipped", "tie": "tie", "bad": "both bad",
-         "": "annotators disagree"}  # fmt: skip
-VERDICT = (r'pair_id "[0-9a-f]{16}", choice "(chosen|rejected|tie|bad)", queue "(in doubt|random)", '
-           r'annotator ".*[^ ].*"')  # fmt: skip
+REVIEW_SAMPLE = 200  # pairs on a page, half of them random
+SAFE_SHARE = 0.95  # of correct labels, from which a score gap counts as safe
+SAFE_CASES = 30  # reviewed pairs that are needed to call a score gap safe
 
-BAIT = r"(?i)ignore (?:all|previous)|as the judge|score (?:this|me)|10/10|best (?:answer|response)"
-BAIT += r"|评委|打分|给(?:我|出)?(?:满分|10 ?分)|忽略(?:以上|之前)"
-IDENTITY = r"(?i)\b(?:I am|I['’]m|my name is) (?:ChatGPT|GPT|Claude|Qwen|Gemini|Llama|DeepSeek|Mistral|Kimi)"
-IDENTITY += (
-    r"|\b(?:trained|developed|made|created) by (?:OpenAI|Anthropic|Alibaba|Google|Meta|DeepSeek)\b"
+# What people choose, in the words of the label -> what becomes of the pair.
+CHOICES = {
+    "chosen": "confirmed",
+    "rejected": "flipped",
+    "tie": "tie",
+    "bad": "both bad",
+    "": "annotators disagree",  # no choice has more than half of the annotators
+}
+# Field of a line in an annotations file -> pattern of its value.
+ANNOTATION_FIELDS = {
+    "pair_id": "[0-9a-f]{16}",
+    "choice": "chosen|rejected|tie|bad",
+    "queue": "in doubt|random",
+    "annotator": r".*\S.*",
+}
+
+INJECTION = re.compile(
+    r"(?i)ignore (?:all|previous)|as the judge|score (?:this|me)|10/10|best (?:answer|response)"
+    r"|评委|打分|给(?:我|出)?(?:满分|10 ?分)|忽略(?:以上|之前)"
 )
-IDENTITY += r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱|Kimi|Qwen|DeepSeek|ChatGPT|Claude)"
-# Why a kept pair deserves a second look, though all its votes agree.
+IDENTITY = re.compile(
+    r"(?i)\b(?:I am|I['’]m|my name is) "
+    r"(?:ChatGPT|GPT|Claude|Qwen|Gemini|Llama|DeepSeek|Mistral|Kimi)"
+    r"|\b(?:trained|developed|made|created) by "
+    r"(?:OpenAI|Anthropic|Alibaba|Google|Meta|DeepSeek)\b"
+    r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱|Kimi|Qwen|DeepSeek|ChatGPT|Claude)"
+)
+# Why a kept pair deserves a second look, although the judge is sure: name -> test of both texts.
 FLAGS = {
-    "judge bait": lambda chosen, rejected: re.search(BAIT, chosen) or re.search(BAIT, rejected),
-    "identity leak": lambda chosen, _: re.search(IDENTITY, chosen),
-    "chosen refuses": lambda chosen, _: is_refusal(chosen),
+    "prompt injection": lambda chosen, rejected: (
+        INJECTION.search(chosen) or INJECTION.search(rejected)
+    ),
+    "identity leak": lambda chosen, rejected: IDENTITY.search(chosen),
+    "chosen refuses": lambda chosen, rejected: is_refusal(chosen),
     "more than twice as long": lambda chosen, rejected: len(chosen) > 2 * len(rejected),
-    "repeats itself": lambda chosen, _: repeated_share(chosen) > REPEATS_ITSELF,
+    "repeats itself": lambda chosen, rejected: repeated_share(chosen) > REPEATS_ITSELF,
 }
 
 
-def smallest_lead(pair: Pair) -> float:
-    """Points by which the least convinced vote prefers chosen; infinite if only a choice is known.
+def count_flags(chosen: str, rejected: str) -> int:
+    """The number of FLAGS that the texts of a pair raise."""
+    return sum(1 for is_raised in FLAGS.values() if is_raised(chosen, rejected))
 
-    Every vote of a kept pair prefers chosen, so an order that nearly flipped it shows as a small margin."""
-    if pair.gap is None or pair.record.signal == "choice":
+
+def has_known_gap(pair: Pair) -> bool:
+    """Whether the gap of a pair is known in points, not only which answer is better."""
+    return pair.gap is not None and pair.record.signal != "choice"
+
+
+def smallest_lead(pair: Pair) -> float:
+    """Points by which the closest vote prefers chosen; infinite if the gap is not known in points.
+
+    Every vote of a kept pair prefers chosen, so an order that almost flipped has a small lead."""
+    if not has_known_gap(pair):
         return math.inf
-    votes = zip(pair.chosen.votes, pair.rejected.votes, strict=False)
-    return min((better - worse for better, worse in votes), default=pair.gap)
+    leads = []
+    for chosen, rejected in zip(pair.chosen.votes, pair.rejected.votes, strict=False):
+        leads.append(chosen - rejected)
+    return min(leads, default=pair.gap)
 
 
 def pair_id(prompt: str, chosen: str, rejected: str) -> str:
@@ -8556,245 +8586,347 @@ def pair_id(prompt: str, chosen: str, rejected: str) -> str:
     return digest(prompt, chosen, rejected)[:16]
 
 
-class ReviewQueue:
-    """Chooses kept pairs to review, in one pass and bounded memory: half of a page at random, the only half
-    that rates are estimated from; the other half in doubt, for narrow votes or flags."""
+def pair_id_of(pair: Pair) -> str:
+    """The pair_id of a pair as it stands now: a swapped pair has another one."""
+    return pair_id(pair.record.prompt, pair.chosen.text, pair.rejected.text)
 
-    def __init__(self, seed: int):
+
+class ReviewQueue:
+    """Selects the kept pairs to review, in one pass and bounded memory.
+
+    One half of the page is a random sample, from which error rates are estimated. The other half
+    are pairs in doubt: those with flags or with the smallest leads."""
+
+    def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.drawn, self.doubtful = {}, {}  # pair_id -> (key, pair); the smallest keys are shown
+        # Candidates of each half: pair_id -> (sort key, pair). The smallest keys are shown.
+        self.drawn = {}
+        self.doubtful = {}
 
     def add(self, outcome: Outcome) -> None:
-        """Consider the kept pairs of one record; a flag weighs like a margin four times as narrow."""
+        """Consider the kept pairs of one record; each flag divides the lead of a pair by four."""
         for pair in outcome.pairs:
-            texts = (pair.chosen.text, pair.rejected.text)
-            name, flags = (
-                pair_id(pair.record.prompt, *texts),
-                sum(bool(f(*texts)) for f in FLAGS.values()),
-            )
+            name = pair_id_of(pair)
+            flags = count_flags(pair.chosen.text, pair.rejected.text)
             draw = digest(self.seed, name)
-            self.drawn[name] = draw, pair
-            self.doubtful[name] = (smallest_lead(pair) / 4**flags, -flags, draw), pair
-        if len(self.drawn) > 2 * REVIEW_SAMPLE:  # twice what is shown, to sort rarely
-            self.drawn, self.doubtful = smallest(self.drawn), smallest(self.doubtful)
+            doubt = (smallest_lead(pair) / 4**flags, -flags, draw)
+            self.drawn[name] = (draw, pair)
+            self.doubtful[name] = (doubt, pair)
+        if len(self.drawn) > 2 * REVIEW_SAMPLE:  # twice what is shown, so that sorting is rare
+            self.drawn = with_smallest_keys(self.drawn)
+            self.doubtful = with_smallest_keys(self.doubtful)
 
     def selected(self) -> list[tuple[str, str, Pair]]:
-        """[(pair_id, queue, pair), ...] in page order: those in doubt, narrowest first; then the random ones.
+        """[(pair_id, queue, pair), ...] in page order: in doubt, most doubtful first; then random.
 
-        A doubtful pair that was drawn counts as random, or the sample would look better than the data."""
-        drawn, doubtful = smallest(self.drawn), smallest(self.doubtful)
-        sample = dict.fromkeys(list(drawn)[: (len(drawn) + 1) // 2], "random")
-        doubts = [name for name in doubtful if name not in sample][: len(drawn) // 2]
-        queues, pairs = dict.fromkeys(doubts, "in doubt") | sample, drawn | doubtful
-        return [(name, queue, pairs[name][1]) for name, queue in queues.items()]
+        A doubtful pair that was drawn stays in the random half, which would otherwise look better
+        than the data."""
+        drawn = with_smallest_keys(self.drawn)
+        doubtful = with_smallest_keys(self.doubtful)
+        random_half = list(drawn)[: (len(drawn) + 1) // 2]
+        doubtful_half = [name for name in doubtful if name not in random_half]
+        doubtful_half = doubtful_half[: len(drawn) // 2]
+        rows = []
+        for name in doubtful_half:
+            rows.append((name, "in doubt", doubtful[name][1]))
+        for name in random_half:
+            rows.append((name, "random", drawn[name][1]))
+        return rows
 
     def page(self) -> str:
-        """The HTML page: texts stand on their sides already; no model, score or reason is in it."""
-        rows, pairs = self.selected(), []
-        salt = digest("review", self.seed, [name for name, _, _ in rows])[:16]
+        """The HTML page: answers A and B in a shuffled order, without model, score or reason."""
+        rows = self.selected()
+        names = [name for name, _, _ in rows]
+        salt = digest("review", self.seed, names)[:16]
+        pairs = []
         for name, queue, pair in rows:
-            texts = [pair.chosen.text, pair.rejected.text]
-            a, b = texts if chosen_is_left(salt, name) else texts[::-1]
-            row = {"pair_id": name, "prompt_id": pair.record.prompt_id, "queue": queue}
-            pairs.append(row | {"messages": pair.record.messages, "a": a, "b": b})
-        data = json.dumps({"salt": salt, "pairs": pairs}, ensure_ascii=False)
-        unsafe = (
-            "[<>&\u2028\u2029\ud800-\udfff]"  # could end the block, become markup, or be no UTF-8
-        )
-        data = re.sub(unsafe, lambda found: f"\\u{ord(found[0]):04x}", data)
-        return filled_page(REVIEW_PAGE, {"DATA": data})
+            a = pair.chosen.text
+            b = pair.rejected.text
+            if not chosen_is_left(salt, name):
+                a, b = b, a
+            row = {
+                "pair_id": name,
+                "prompt_id": pair.record.prompt_id,
+                "queue": queue,
+                "messages": pair.record.messages,
+                "a": a,
+                "b": b,
+            }
+            pairs.append(row)
+        return filled_page(REVIEW_PAGE, {"DATA": script_data({"salt": salt, "pairs": pairs})})
 
 
-def smallest(pairs: dict) -> dict:
+def with_smallest_keys(candidates: dict) -> dict:
     """Of {pair_id: (key, pair)} the REVIEW_SAMPLE smallest keys, smallest first."""
-    return dict(sorted(pairs.items(), key=lambda item: item[1][0])[:REVIEW_SAMPLE])
+    ordered = sorted(candidates.items(), key=lambda item: item[1][0])
+    return dict(ordered[:REVIEW_SAMPLE])
 
 
 def chosen_is_left(salt: str, name: str) -> bool:
-    """Whether answer A is chosen: FNV-1a (32 bit) of the page's salt and the pair_id, folded (its lowest bit
-    alone is the parity of the letters), is odd. The page has the same in JavaScript."""
-    h = 0x811C9DC5
+    """Whether answer A is the chosen one; `chosenIsLeft` on the page computes the same.
+
+    True if FNV-1a (32 bit) of the page's salt and the pair_id is odd after folding its halves: the
+    lowest bit alone would be the parity of the letters."""
+    code = 0x811C9DC5
     for byte in (salt + name).encode():
-        h = (h ^ byte) * 0x01000193 & 0xFFFFFFFF
-    return (h ^ h >> 16) & 1 == 1
+        code = (code ^ byte) * 0x01000193 & 0xFFFFFFFF
+    return (code ^ code >> 16) & 1 == 1
+
+
+def script_data(value: object) -> str:
+    """A value as JSON that can stand in a <script> block, whatever its texts contain."""
+    data = json.dumps(value, ensure_ascii=False)
+    # Escaped: what could end the block, becomes markup, ends a line of a script, or is no UTF-8.
+    unsafe = "[<>&\u2028\u2029\ud800-\udfff]"
+    return re.sub(unsafe, lambda match: f"\\u{ord(match[0]):04x}", data)
+
+
+@dataclass
+class Choice:
+    """What one annotator chose for one pair: a line of an annotations file."""
+
+    choice: str  # chosen, rejected, tie or bad; "" if the annotator contradicts themselves
+    queue: str  # half of the page that showed the pair: "in doubt" or "random"
+    where: str  # "file:line"
+
+
+class ReviewedPair(NamedTuple):
+    """A pair of the input that people reviewed."""
+
+    choice: str  # of the majority, see CHOICES
+    gap: float | None  # as --min-score-gap compares it; None if it is not known in points
+
+
+def read_choice(line: bytes) -> dict:
+    """The fields of a line in an annotations file; ValueError says why it cannot be used."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError("no JSON object")
+    for name, pattern in ANNOTATION_FIELDS.items():
+        value = row.get(name)
+        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.DOTALL):
+            raise ValueError(f"invalid {name} {json.dumps(value)[:80]}")
+    return row
 
 
 class Annotations:
-    """What people say about pairs: read from files, applied by `decide`, summed up by `numbers`."""
+    """The choices of people: read from files, applied by `decide`, summed up by `numbers`."""
 
-    def __init__(self, paths: list):
-        """Raise UserError for a file that cannot be read or holds no verdict."""
-        self.problems = []  # one-line messages: broken lines and double verdicts
-        self.said = defaultdict(
-            dict
-        )  # pair_id -> {annotator: row of the file, its "where": "file:line"}
-        self.met = {}  # pair_id -> (choice of the majority, gap) of the reviewed pairs that came by
-        self.gaps = array("d")  # of all pairs that came by; infinite where only a choice is known
+    def __init__(self, paths: list) -> None:
+        """Read the files; UserError for a file that cannot be read or holds no choice."""
+        self.problems = []  # messages about lines that are broken or repeat a choice
+        self.by_pair = defaultdict(dict)  # pair_id -> {annotator: Choice}
+        self.pairs = 0  # pairs of the input that `decide` has seen
+        self.gaps = array("d")  # the known gaps of those pairs
+        self.reviewed = {}  # pair_id -> ReviewedPair: those that people reviewed
         for path in paths:
-            try:
-                lines = Path(path).read_bytes().split(b"\n")
-            except OSError as error:
-                raise UserError(f"--annotations {path}: {error.strerror}") from None
-            if not sum(
-                [self.add(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
-            ):
-                raise UserError(
-                    f"--annotations {path}: no line of it is a verdict from a review page"
-                )
+            self.read_file(path)
+
+    def read_file(self, path: str) -> None:
+        """Take in the choices of a file."""
+        try:
+            lines = Path(path).read_bytes().split(b"\n")
+        except OSError as error:
+            raise UserError(f"--annotations {path}: {error.strerror}") from None
+        used = 0
+        for line_number, line in enumerate(lines, 1):
+            if line.strip() and self.add(line, f"{path}:{line_number}"):
+                used += 1
+        if not used:
+            raise UserError(f"--annotations {path}: no line of it is a choice from a review page")
 
     def add(self, line: bytes, where: str) -> bool:
-        """Take in a line of a file; False, and a message, if it cannot be used."""
+        """Take in a line of a file; False, and a message in `problems`, if it cannot be used."""
         try:
-            row = json.loads(line.decode("utf-8-sig"))
-            fields = ("pair_id", "choice", "queue", "annotator")
-            said = ", ".join(f"{field} {json.dumps(row.get(field))}" for field in fields)
-        except (ValueError, RecursionError, AttributeError):
-            said = "no JSON object"
-        if not re.fullmatch(VERDICT, said):
-            self.problems.append(f"{where}: not used, no verdict: {said[:120]}")
+            row = read_choice(line)
+        except (ValueError, RecursionError) as error:
+            self.problems.append(f"{where}: not used: {error}")
             return False
-        name = row["annotator"].strip()
-        first = self.said[row["pair_id"]].setdefault(name, row | {"where": where})
-        if first["where"] != where:
-            twice = f"{name!r} judged this pair before, in {first['where']}"
-            self.problems.append(
-                f"{where}: {twice}: counted once, or not at all if the verdicts differ"
-            )
-            first["choice"] = first["choice"] if first["choice"] == row["choice"] else ""
+        annotator = row["annotator"].strip()
+        choices = self.by_pair[row["pair_id"]]
+        if annotator not in choices:
+            choices[annotator] = Choice(row["choice"], row["queue"], where)
+            return True
+        first = choices[annotator]
+        if first.choice == row["choice"]:
+            result = "the choice counts once"
+        else:
+            first.choice = ""
+            result = "the choices differ, so none of them counts"
+        before = f"{annotator!r} judged this pair before, in {first.where}"
+        self.problems.append(f"{where}: {before}: {result}")
         return True
 
     def choices(self, name: str) -> list[str]:
-        """What was said about one pair_id: a choice per annotator who does not contradict themselves."""
-        return [row["choice"] for row in self.said.get(name, {}).values() if row["choice"]]
+        """One choice of each annotator of a pair_id, without those who contradict themselves."""
+        given = self.by_pair.get(name, {}).values()
+        return [annotation.choice for annotation in given if annotation.choice]
 
     def decide(self, pair: Pair) -> Pair | None:
-        """What people make of a pair: None (not reviewed: it stays), the pair, or the pair turned round.
+        """The pair confirmed or swapped, as most annotators choose; None if nobody reviewed it.
 
-        Scores stay with their answers. Raises Failed("human", ...) if most annotators see no difference or
-        find both bad, and if no choice is made by more than half of them."""
-        name = pair_id(pair.record.prompt, pair.chosen.text, pair.rejected.text)
-        gap = (
-            math.inf if smallest_lead(pair) == math.inf else pair.gap - pair.penalty
-        )  # as --min-score-gap sees it
+        Scores stay with their answers. Raises Failed("human", ...) if most annotators see no
+        difference or find both bad, or if no choice is made by more than half of them."""
+        score_gap = pair.gap - pair.penalty if has_known_gap(pair) else None
+        self.pairs += 1
+        if score_gap is not None:
+            self.gaps.append(score_gap)
+        name = pair_id_of(pair)
         choices = self.choices(name)
-        self.gaps.append(gap)
         if not choices:
             return None
-        choice, count = Counter(choices).most_common(1)[0]
-        choice = choice if 2 * count > len(choices) else ""
-        self.met[name] = choice, gap
+        choice = majority(choices)
+        self.reviewed[name] = ReviewedPair(choice, score_gap)
         if choice == "chosen":
             return replace(pair, human=True)
         if choice == "rejected":
-            return replace(
-                pair, chosen=pair.rejected, rejected=pair.chosen, penalty=0.0, human=True
-            )
-        raise Failed("human", FATES[choice])
+            swapped = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+            return replace(swapped, penalty=0.0, human=True)
+        raise Failed("human", CHOICES[choice])
 
     def unused(self) -> list[str]:
-        """One message for each verdict whose pair never came by: another file's, or flipped before."""
-        rows = [
-            row for name, said in self.said.items() if name not in self.met for row in said.values()
-        ]
-        return [
-            f"{row['where']}: not used: its pair is not in the input"
-            for row in rows
-            if row["choice"]
-        ]
+        """A message for each choice whose pair is not in the input."""
+        messages = []
+        for name, choices in self.by_pair.items():
+            if name in self.reviewed:
+                continue
+            for annotation in choices.values():
+                if annotation.choice:
+                    messages.append(f"{annotation.where}: not used: its pair is not in the input")
+        return messages
 
     def numbers(self) -> dict:
-        """For the report: {"metrics": [see HUMAN], "lines": [sentence, ...]}.
+        """For the report: {"metrics": [rows of metrics], "lines": [sentences]}."""
+        counts = Counter(pair.choice for pair in self.reviewed.values())
+        results = [f"{counts[name]} {CHOICES[name]}" for name in CHOICES if counts[name]]
+        results = ", ".join(results) or "none yet"
+        reviewed = f"{len(self.reviewed):,} of {plural(self.pairs, 'pair')}"
+        lines = [f"People reviewed {reviewed}: {results}."]
+        rows = [metric_row(metric, metric.formula(self)) for metric in HUMAN_METRICS]
+        if self.gaps:
+            gap_rows, advice = gap_advice(self.random_sample(), self.gaps)
+            rows += gap_rows
+            lines.append(advice)
+        return {"metrics": rows, "lines": lines}
 
-        A label is wrong where people prefer rejected; a tie is neither. Error, precision and gap come from
-        the random half of a page, which stands for the file."""
-        random = [
-            name
-            for name in self.met
-            if any(r["queue"] == "random" for r in self.said[name].values())
-        ]
-        drawn = [self.met[name] for name in random if self.met[name][0] in ("chosen", "rejected")]
-        several = [choices for choices in map(self.choices, self.met) if len(choices) > 1]
-        same = [
-            one == two for choices in several for one, two in itertools.combinations(choices, 2)
-        ]
-        count = Counter(choice for choice, _ in self.met.values())
-        measured = [
-            share(count["chosen"], count["chosen"] + count["rejected"]),
-            kappa(count),
-            share(len(several) * sum(same) / (len(same) or 1), len(several)),
-            share(sum(choice == "rejected" for choice, _ in drawn), len(drawn)),
-        ]
-        rows, advice = gap_advice([(gap, choice == "chosen") for choice, gap in drawn], self.gaps)
-        fates = ", ".join(
-            f"{count[choice]} {fate}" for choice, fate in FATES.items() if count[choice]
-        )
-        summary = (
-            f"People reviewed {len(self.met)} of {len(self.gaps)} pairs: {fates or 'none yet'}."
-        )
-        return {
-            "metrics": list(map(metric_row, HUMAN, measured)) + rows,
-            "lines": [summary, advice],
-        }
+    def agreement(self) -> Measured:
+        """How often people prefer the chosen answer; ties do not count."""
+        choices = Counter(pair.choice for pair in self.reviewed.values())
+        return share(choices["chosen"], choices["chosen"] + choices["rejected"])
+
+    def label_error(self) -> Measured:
+        """How often people prefer the rejected answer, in the sample that represents the file."""
+        sample = self.random_sample()
+        wrong = sum(1 for pair in sample if pair.choice == "rejected")
+        return share(wrong, len(sample))
+
+    def random_sample(self) -> list[ReviewedPair]:
+        """The reviewed pairs from the random half of a page in which people prefer an answer."""
+        sample = []
+        for name, pair in self.reviewed.items():
+            queues = {annotation.queue for annotation in self.by_pair[name].values()}
+            if "random" in queues and pair.choice in ("chosen", "rejected"):
+                sample.append(pair)
+        return sample
+
+    def annotator_agreement(self) -> Measured:
+        """How often two annotators of one pair choose the same; the cases are pairs."""
+        pairs = 0
+        comparisons = 0
+        equal = 0
+        for name in self.reviewed:
+            choices = self.choices(name)
+            if len(choices) > 1:
+                pairs += 1
+            for first, second in itertools.combinations(choices, 2):
+                comparisons += 1
+                equal += int(first == second)
+        if not pairs:
+            return Measured()
+        return share(pairs * equal / comparisons, pairs)
 
 
-# Metrics as in §13, here without a formula. People agree with each other in 66 % (AlpacaEval) to 81 %
-# (MT-bench) of cases, with a good judge in up to 85 % (MT-bench).
+def majority(choices: list[str]) -> str:
+    """The choice of more than half of the annotators, or ""."""
+    choice, count = Counter(choices).most_common(1)[0]
+    return choice if 2 * count > len(choices) else ""
+
+
+# People agree with each other in 66% (AlpacaEval) to 81% (MT-bench) of cases, and with a good judge
+# in up to 85% (MT-bench).
 # fmt: off
-HUMAN = [
+HUMAN_METRICS = [
     Metric("human_agreement", "people", "people agree with the label", "%", at_least(0.80, 0.65),
-           too_low=Problem("People often disagree with the labels", "labels")),
-    Metric("human_kappa", "people", "people and labels, Cohen's kappa", "", at_least(0.60, 0.40),
-           too_low=Problem("People agree with the labels little more than by chance", "labels")),
-    Metric("annotator_agreement", "people", "annotators agree", "%", at_least(0.65, 0.50),
-           too_low=Problem("The annotators often disagree with each other", "people")),
-    Metric("label_error", "people", "wrong labels", "%", at_most(0.05, 0.20),
-           too_high=Problem("People find many labels wrong", "labels")),
+           too_low=Problem("People often disagree with the labels", "labels"),
+           formula=Annotations.agreement),
+    Metric("annotator_agreement", "people", "annotators agree with each other", "%",
+           at_least(0.65, 0.50),
+           too_low=Problem("The annotators often disagree with each other", "people"),
+           formula=Annotations.annotator_agreement),
+    Metric("label_error", "people", "wrong labels, random half", "%", at_most(0.05, 0.20),
+           too_high=Problem("People find many labels wrong", "labels"),
+           formula=Annotations.label_error),
 ]
-RIGHT = Metric("precision_by_gap", "people", "right labels from gap", "%", at_least(0.80, 0.65),
-               too_low=Problem("People find many labels wrong", "labels"))
-TO_TRUST = Metric("gap_to_trust", "people", "smallest gap to trust")
 # fmt: on
 
 
-def kappa(count: Counter) -> Measured:
-    """Cohen's kappa of labels and people's choices, (agreement - chance) / (1 - chance).
+def gap_advice(sample: list[ReviewedPair], gaps: array) -> tuple[list[dict], str]:
+    """Rows and a sentence for the report: from which score gap on the labels are safe.
 
-    Both choose among A, B, tie and bad. A fair coin put the label on A or B, so chance agrees with it in half
-    of the cases where people prefer a side. The interval is Wilson's of agreement, chance taken as it is."""
-    n, sides = count.total() - count[""], count["chosen"] + count["rejected"]
-    above = lambda agreed: (agreed - sides / 2 / n) / (1 - sides / 2 / n)
-    value, interval, _ = share(count["chosen"], n)
-    return Measured(above(value), tuple(map(above, interval)), n) if n else Measured()
-
-
-def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]:
-    """(gap, right or wrong) of reviewed pairs, gaps of all pairs -> rows and a sentence for the report.
-
-    To trust is the first gap from which ENOUGH pairs or more are right in TRUSTED of cases; the true one is
-    between the first from which Wilson's interval reaches TRUSTED and the first from which it lies above."""
-    precision = {}  # from a gap up
-    for least in sorted({float(f"{gap:.3g}") for gap, _ in sample if gap < math.inf}):
-        rights = [right for gap, right in sample if least <= gap < math.inf]
-        precision |= {least: share(sum(rights), len(rights))} if rights else {}
-    steps = list(precision)[:: math.ceil(len(precision) / 4) or 1]  # four at most
-    rows = [
-        metric_row(RIGHT, precision[gap]) | {"label": f"{RIGHT.label} {gap:g} up"} for gap in steps
-    ]
-    first = lambda good: next((gap for gap, found in precision.items() if good(found)), None)
-    best = first(lambda found: found.value >= TRUSTED and found.n >= ENOUGH)
-    if best is None:
-        good = f"{TRUSTED:.0%} right labels in {ENOUGH} or more random pairs with a preferred side"
-        return rows, f"There is no gap with {good}; there are {len(sample)} such pairs so far."
-    low = first(lambda found: found.interval[1] >= TRUSTED)
-    high = first(lambda found: found.interval[0] >= TRUSTED)
-    known, n = [gap for gap in gaps if gap < math.inf], precision[best].n
-    kept = sum(gap >= best for gap in known) / len(known)
-    row = metric_row(TO_TRUST, Measured(best, None, n)) | {"interval": (low, high), "yield": kept}
-    until = "beyond this sample" if high is None else f"{high:g}"
-    return [*rows, row], (
-        f"--min-score-gap {best:g} is the smallest with {TRUSTED:.0%} right labels ({n} reviewed from there "
-        f"up; 95 % interval: {low:g} to {until}); it keeps {kept:.0%} of the pairs."
+    `sample`: reviewed random pairs; `gaps`: of all pairs of the input. Safe is the smallest gap
+    from which SAFE_CASES or more reviewed pairs are correct in SAFE_SHARE of cases."""
+    correct = correct_by_gap(sample)
+    step = max(1, math.ceil(len(correct) / 4))  # four rows at most
+    rows = []
+    for smallest in list(correct)[::step]:
+        rows.append(correct_row(smallest, correct[smallest]))
+    safe_gaps = [smallest for smallest, measured in correct.items() if is_safe(measured)]
+    if safe_gaps:
+        safe = safe_gaps[0]
+        metric = Metric("safe_gap", "people", "smallest safe score gap")
+        rows.append(metric_row(metric, Measured(safe, None, correct[safe].n)))
+        kept = sum(1 for value in gaps if value >= safe) / len(gaps)
+        measured = with_interval(correct_row(safe, correct[safe]))
+        return rows, (
+            f"--min-score-gap {safe:g} is the smallest score gap with at least {SAFE_SHARE:.0%} "
+            f"correct labels ({measured}); it keeps {kept:.0%} of the pairs."
+        )
+    cases = sum(1 for pair in sample if pair.gap is not None)
+    if cases < SAFE_CASES:
+        return rows, (
+            f"A recommendation for --min-score-gap needs {SAFE_CASES} or more pairs of the random "
+            f"half in which people prefer an answer; there are {cases}."
+        )
+    return rows, (
+        f"No --min-score-gap has {SAFE_SHARE:.0%} correct labels among {SAFE_CASES} or more "
+        f"reviewed pairs (n={cases})."
     )
+
+
+def correct_row(smallest: float, measured: Measured) -> dict:
+    """The report's row of the share of correct labels from a score gap on."""
+    label = f"correct labels, score gap {smallest:g} or more"
+    return metric_row(Metric("correct_by_gap", "people", label, "%"), measured)
+
+
+def correct_by_gap(sample: list[ReviewedPair]) -> dict[float, Measured]:
+    """Score gap -> share of correct labels among reviewed pairs with this gap or a larger one."""
+    known = [pair for pair in sample if pair.gap is not None]
+    result = {}
+    for smallest in sorted({float(f"{pair.gap:.3g}") for pair in known}):  # short enough to type
+        above = [pair for pair in known if pair.gap >= smallest]
+        correct = sum(1 for pair in above if pair.choice == "chosen")
+        if above:  # nothing, if rounding up has passed the largest gap
+            result[smallest] = share(correct, len(above))
+    return result
+
+
+def is_safe(measured: Measured) -> bool:
+    """Whether enough labels were checked, and enough of them are correct."""
+    return measured.n >= SAFE_CASES and measured.value >= SAFE_SHARE
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10022,8 +10154,8 @@ def note_annotations(annotations: Annotations, models: Models) -> None:
         note(problem)
     if len(problems) > 20:
         note(f"... and {len(problems) - 20} more")
-    if not annotations.met:
-        message = "none of the verdicts is about a pair of this input"
+    if not annotations.reviewed:
+        message = "none of the choices is about a pair of this input"
         models.halt(f"{message}: give the page's own input", 2)
 
 
@@ -10911,29 +11043,55 @@ REVIEW_PAGE = r"""<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title data-zh="哪个回答更好？">Which answer is better?</title>
 <style>
-:root { color-scheme: light dark; --back: light-dark(#f3f4f6, #13161b); --card: light-dark(#ffffff, #1c2129);
-  --ink: light-dark(#1b212b, #e6e9ee); --soft: light-dark(#545d6b, #a6afbd);
-  --edge: light-dark(#767f8d, #7f8998); --mark: light-dark(#1a56c4, #8ab4f8);
-  --on: light-dark(#ffffff, #101419); --alarm: light-dark(#8f1d14, #ffb4a9); }
+:root {
+  color-scheme: light dark;
+  --back: light-dark(#f3f4f6, #13161b);
+  --card: light-dark(#ffffff, #1c2129);
+  --ink: light-dark(#1b212b, #e6e9ee);
+  --soft: light-dark(#545d6b, #a6afbd);
+  --edge: light-dark(#767f8d, #7f8998);
+  --mark: light-dark(#1a56c4, #8ab4f8);
+  --on: light-dark(#ffffff, #101419);
+  --alarm: light-dark(#8f1d14, #ffb4a9);
+}
 * { box-sizing: border-box; margin: 0; }
-body { height: 100dvh; display: flex; flex-direction: column; background: var(--back); color: var(--ink);
-  font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif; }
+body {
+  height: 100dvh;
+  display: flex;
+  flex-direction: column;
+  background: var(--back);
+  color: var(--ink);
+  font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif;
+}
 header, footer, footer div, label { display: flex; align-items: center; gap: 8px; }
 header, footer { padding: 8px 16px; gap: 16px; }
 header, h3 { color: var(--soft); font-size: 0.875rem; }
 h1, h2 { flex: 1; font-size: 1rem; }
 #problem { color: var(--alarm); font-weight: 600; padding: 0 16px; }
-main { flex: 1; min-height: 0; padding: 0 16px; display: grid; gap: 12px;
-  grid-template: minmax(4rem, auto) minmax(0, 1fr) / 1fr 1fr; }
-section, dialog, button, input { font: inherit; color: inherit; background: var(--card); padding: 8px 16px;
-  border: 1px solid var(--edge); border-radius: 6px; }
+main {
+  flex: 1;
+  min-height: 0;
+  padding: 0 16px;
+  display: grid;
+  gap: 12px;
+  grid-template: minmax(4rem, auto) minmax(0, 1fr) / 1fr 1fr;
+}
+section, dialog, button, input {
+  padding: 8px 16px;
+  border: 1px solid var(--edge);
+  border-radius: 6px;
+  background: var(--card);
+  color: inherit;
+  font: inherit;
+}
 section { overflow: auto; }
 section p { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
 #turns { grid-column: 1 / 3; max-height: 30dvh; }
 [aria-pressed=true], form button { background: var(--mark); color: var(--on); }
 footer div, footer button, footer label, #note { flex: 1 1 auto; white-space: nowrap; }
 #number, #note { width: 5rem; }
-dialog { margin: auto; max-width: 36rem; }
+#status { min-width: 0; overflow-wrap: anywhere; }
+dialog { margin: auto; max-width: min(36rem, 100% - 16px); }
 dialog form { display: grid; gap: 12px; }
 @media (max-width: 900px) {
   main { display: block; overflow: auto; padding: 0 8px; }
@@ -10941,14 +11099,15 @@ dialog form { display: grid; gap: 12px; }
   header, footer { padding: 6px 8px; gap: 6px; justify-content: space-between; }
   footer { flex-wrap: wrap; }
   footer div { flex-basis: 100%; }
-  header h1, progress, kbd { display: none; }
+  header h1, progress, kbd, #keys { display: none; }
   button, input { padding: 8px 6px; }
 }
 </style>
 <header>
   <h1 data-zh="哪个回答更好？">Which answer is better?</h1>
-  <label data-zh="第 ">Pair <input id="number" type="number" data-key="j"> / <b id="total"></b></label>
-  <progress id="bar" value="0" aria-label="Pairs judged" data-zh="进度"></progress>
+  <label data-zh="序号 ">Pair
+    <input id="number" type="number" data-key="j"> / <b id="total"></b></label>
+  <progress id="bar" value="0" aria-label="Pairs judged" data-zh="已评数量"></progress>
   <span id="status" role="status"></span>
   <button data-do="download" data-key="d" data-zh="下载 ">Download <kbd>D</kbd></button>
   <button data-do="help" data-key="?" data-zh="帮助 ">Help <kbd>?</kbd></button>
@@ -10956,160 +11115,317 @@ dialog form { display: grid; gap: 12px; }
 <p id="problem" role="alert"></p>
 <main>
   <section id="turns" tabindex="0" aria-label="Conversation" data-zh="对话"></section>
-  <section tabindex="0" aria-label="A"><h3 data-zh="回答 A">Answer A</h3><p id="a" dir="auto"></p></section>
-  <section tabindex="0" aria-label="B"><h3 data-zh="回答 B">Answer B</h3><p id="b" dir="auto"></p></section>
+  <section tabindex="0" aria-label="A">
+    <h3 data-zh="回答 A">Answer A</h3><p id="a" dir="auto"></p></section>
+  <section tabindex="0" aria-label="B">
+    <h3 data-zh="回答 B">Answer B</h3><p id="b" dir="auto"></p></section>
 </main>
 <footer>
   <div>
-    <button data-do="a" data-key="a arrowleft" data-zh="A 更好 ">A is better <kbd>← A</kbd></button>
+    <button data-do="a" data-key="a arrowleft" data-zh="A 更好 ">A is better
+      <kbd>← A</kbd></button>
     <button data-do="tie" data-key="t" data-zh="平局 ">Tie <kbd>T</kbd></button>
     <button data-do="bad" data-key="x" data-zh="都不好 ">Both bad <kbd>X</kbd></button>
-    <button data-do="b" data-key="b arrowright" data-zh="B 更好 ">B is better <kbd>→ B</kbd></button>
+    <button data-do="b" data-key="b arrowright" data-zh="B 更好 ">B is better
+      <kbd>→ B</kbd></button>
   </div>
   <button data-do="skip" data-key="s" data-zh="跳过 ">Skip <kbd>S</kbd></button>
   <button data-do="undo" data-key="u" data-zh="撤销 ">Undo <kbd>U</kbd></button>
-  <label data-zh="备注 ">Note <kbd>N</kbd> <input id="note" autocomplete="off" data-key="n"></label>
+  <label data-zh="备注 ">Note <kbd>N</kbd>
+    <input id="note" autocomplete="off" data-key="n"></label>
 </footer>
 <dialog id="start" aria-labelledby="hello">
   <form method="dialog" id="who">
     <h2 id="hello" data-zh="哪个回答更好？">Which answer is better?</h2>
-    <p data-zh="选出更有帮助的回答：首先要正确，其次完整、清楚；长短和格式不加分。看不出差别选平局。">Prefer
-      the answer that helps more: it is right before all else, then complete and clear. Length and decoration
-      earn nothing. Tie: you see no difference. Both bad: no one should learn from either.</p>
-    <p data-zh="按钮上标有按键；J 跳转，↑ ↓ 滚动两个回答，回车离开输入框。">Each button names its key. J: jump
-      to a pair; ↑ ↓: scroll both answers; Enter: leave a field.</p>
-    <p data-zh="判断即时保存在本浏览器中，不会上传；评完后（或随时）请下载文件。">Every verdict is saved in
-      this browser at once; nothing is sent. Download the file when you are done, or at any time before.</p>
-    <label data-zh="您的名字 ">Your name <input id="name" required pattern=".*\S.*" maxlength="60"></label>
+    <p data-zh="请选择更有帮助的回答：首先看是否正确，其次看是否完整、清楚。篇幅和排版不计入评价。">
+      Choose the more helpful answer. Correctness comes first, then completeness and clarity.
+      Length and formatting do not count.</p>
+    <p data-zh="看不出优劣时选“平局”；两个回答都不值得模型学习时选“都不好”。">
+      Tie: you see no difference. Both bad: a model should learn from neither answer.</p>
+    <p id="keys"
+      data-zh="按钮上标有快捷键。J：跳转到指定序号；↑ ↓：同时滚动两个回答；回车：退出输入框。">
+      Each button shows its key. J: go to a pair. ↑ ↓: scroll both answers.
+      Enter: leave a field.</p>
+    <p data-zh="每次选择都会立即保存在此浏览器中，不会上传。评完后请下载结果，中途也可随时下载。">
+      Each choice is saved in this browser at once; nothing is sent. Download the file when you
+      are done, or at any time before.</p>
+    <label data-zh="您的名字 ">Your name
+      <input id="name" required pattern=".*\S.*" maxlength="60"></label>
     <button data-zh="开始">Start</button>
   </form>
 </dialog>
 <script type="application/json" id="data">{{DATA}}</script>
 <script>
 "use strict";
-const $ = id => document.getElementById(id), all = css => document.querySelectorAll(css);
-const {salt, pairs} = JSON.parse($("data").textContent), chinese = navigator.language.startsWith("zh");
-const entries = new Map();  // annotator + pair_id -> {seen: a, b, tie, bad or "", note, seconds, when, ...}
-let database, me = "", at = 0, since = 0;
+const $ = id => document.getElementById(id);
+const all = css => document.querySelectorAll(css);
+const {salt, pairs} = JSON.parse($("data").textContent);
+const chinese = navigator.language.startsWith("zh");
+const STORE = "verdicts";  // where browsers have saved choices since the first version
+const entries = new Map();  // annotator + pair_id -> entry, see entryOf
 
-const say = (place, english, zh) => { $(place).textContent = chinese ? zh : english; };
-const unsaved = () => say("problem",
-  "This browser saves nothing: download your verdicts before you close it.", "无法保存：关闭之前请下载。");
-const entryOf = pair => entries.get(me + pair.pair_id)
-  ?? {salt, annotator: me, pair_id: pair.pair_id, seen: "", note: "", seconds: 0, when: 0};
-const judged = pair => entryOf(pair).seen !== "";
-const byTime = (one, two) => one.when - two.when;
-const visible = text => text.replace(/[\0-\x08\x0b-\x1f\x7f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g,
-  sign => sign === "\r" ? "" : `⟦U+${sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟧`);
-const result = request => new Promise((done, onerror) =>
-  Object.assign(request, {onsuccess: () => done(request.result), onerror}));
+let database;
+let me = "";  // name of the annotator
+let at = 0;  // index of the pair that is shown
+let since = 0;  // when it was shown
 
-// In IndexedDB: Chromium may give a local file that is loaded again in its tab an empty, lost localStorage.
-async function load() {  // -> what every annotator of this page said, last judged last
-  const request = indexedDB.open("rlhf-review"), keyPath = ["salt", "annotator", "pair_id"];
-  request.onupgradeneeded = () => request.result.createObjectStore("verdicts", {keyPath});
-  database = await result(request);
-  const store = database.transaction("verdicts").objectStore("verdicts");
-  return (await result(store.getAll(IDBKeyRange.bound([salt], [salt, []])))).sort(byTime);
+
+// Texts
+
+function say(id, english, zh) {
+  $(id).textContent = chinese ? zh : english;
 }
 
-function keep(pair, change) {
+function warnUnsaved() {
+  say("problem", "This browser cannot save your choices: download them before you close the page.",
+    "此浏览器无法保存您的选择：关闭页面前请先下载。");
+}
+
+function visible(text) {  // control characters as ⟦U+202E⟧
+  const controls = /[\0-\x08\x0b-\x1f\x7f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g;
+  return text.replace(controls, sign => {
+    if (sign === "\r") return "";
+    const code = sign.charCodeAt(0).toString(16).toUpperCase();
+    return `⟦U+${code.padStart(4, "0")}⟧`;
+  });
+}
+
+function create(tag, fields) {
+  return Object.assign(document.createElement(tag), fields);
+}
+
+
+// Choices, and where they are saved
+
+function entryOf(pair) {  // what this annotator chose
+  const saved = entries.get(me + pair.pair_id);
+  if (saved) return saved;
+  return {
+    salt,  // of this page
+    annotator: me,
+    pair_id: pair.pair_id,
+    seen: "",  // a, b, tie or bad
+    note: "",
+    seconds: 0,
+    when: 0,
+  };
+}
+
+function isJudged(pair) {
+  return entryOf(pair).seen !== "";
+}
+
+function byTime(first, second) {
+  return first.when - second.when;
+}
+
+function resultOf(request) {
+  return new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = reject;
+  });
+}
+
+// IndexedDB, because Chromium may lose the localStorage of a local file that is reloaded.
+async function load() {  // the entries of every annotator of this page, latest last
+  const request = indexedDB.open("rlhf-review");
+  request.onupgradeneeded = () => {
+    request.result.createObjectStore(STORE, {keyPath: ["salt", "annotator", "pair_id"]});
+  };
+  database = await resultOf(request);
+  const store = database.transaction(STORE).objectStore(STORE);
+  const ofThisPage = IDBKeyRange.bound([salt], [salt, []]);
+  const saved = await resultOf(store.getAll(ofThisPage));
+  return saved.sort(byTime);
+}
+
+function save(pair, change) {
   const entry = {...entryOf(pair), ...change};
   entries.set(me + pair.pair_id, entry);
   try {
-    const saving = database.transaction("verdicts", "readwrite");
-    saving.onabort = unsaved;
-    saving.objectStore("verdicts").put(entry);
+    const saving = database.transaction(STORE, "readwrite");
+    saving.onabort = warnUnsaved;
+    saving.objectStore(STORE).put(entry);
     saving.commit();  // at once: closing the tab aborts what is not committed
-  } catch { unsaved(); }
+  } catch {
+    warnUnsaved();
+  }
 }
 
-function chosenIsLeft(text) {  // FNV-1a, folded
-  let h = 0x811c9dc5;
-  for (const letter of text) h = Math.imul(h ^ letter.charCodeAt(0), 0x01000193) >>> 0;
-  return (h ^ h >>> 16) & 1;
-}
 
-function following(index) {  // the next pair that waits for a verdict; if none does, the next one
-  const order = pairs.map((_, step) => (index + 1 + step) % pairs.length);
-  return order.find(i => !judged(pairs[i])) ?? order[0];
+// Showing and judging pairs
+
+function nextIndex(index) {  // of the next pair without a choice; if all have one, of the next
+  const order = pairs.map((pair, step) => (index + 1 + step) % pairs.length);
+  return order.find(i => !isJudged(pairs[i])) ?? order[0];
 }
 
 function show(index) {
-  at = index; since = performance.now();
-  const pair = pairs[at], entry = entryOf(pair), done = pairs.filter(judged).length;
-  $("turns").replaceChildren(...pair.messages.flatMap(({role, content}) => [
-    Object.assign(document.createElement("h3"), {textContent: role}),
-    Object.assign(document.createElement("p"), {textContent: visible(content), dir: "auto"})]));
-  for (const side of ["a", "b"]) $(side).textContent = visible(pair[side]);
-  for (const part of all("section")) part.scrollTop = 0;
-  for (const button of all("footer div button")) button.ariaPressed = button.dataset.do === entry.seen;
-  $("number").value = at + 1; $("note").value = entry.note; $("bar").value = done;
-  if (done < pairs.length) say("status", `${done} judged by ${me}`, `${me} 已评 ${done} 对`);
-  else say("status", "All judged: download them", "已全部评完，请下载");
+  at = index;
+  since = performance.now();
+  const pair = pairs[at];
+  const entry = entryOf(pair);
+  const turns = [];
+  for (const {role, content} of pair.messages) {
+    turns.push(create("h3", {textContent: role}));
+    turns.push(create("p", {textContent: visible(content), dir: "auto"}));
+  }
+  $("turns").replaceChildren(...turns);
+  $("a").textContent = visible(pair.a);
+  $("b").textContent = visible(pair.b);
+  for (const section of all("section")) section.scrollTop = 0;
+  for (const button of all("footer div button")) {
+    button.ariaPressed = button.dataset.do === entry.seen;
+  }
+  $("number").value = at + 1;
+  $("note").value = entry.note;
+  showProgress();
+}
+
+function showProgress() {
+  const done = pairs.filter(isJudged).length;
+  $("bar").value = done;
+  if (done < pairs.length) {
+    say("status", `${done} judged by ${me}`, `${me} 已评 ${done} 对`);
+  } else {
+    say("status", "All judged: download the file", "已全部评完，请下载结果");
+  }
 }
 
 function judge(seen) {
   const seconds = entryOf(pairs[at]).seconds + (performance.now() - since) / 1000;
-  keep(pairs[at], {seen, seconds, when: Date.now()});
-  show(following(at));
+  save(pairs[at], {seen, seconds, when: Date.now()});
+  show(nextIndex(at));
 }
 
+function undo() {
+  const judged = pairs.filter(isJudged);
+  judged.sort((first, second) => byTime(entryOf(first), entryOf(second)));
+  const last = judged.at(-1);
+  if (last) {
+    save(last, {seen: ""});
+    show(pairs.indexOf(last));
+  }
+}
+
+
+// The file of choices: only here the page computes which side the label prefers
+
+function chosenIsLeft(text) {  // FNV-1a, folded
+  let code = 0x811c9dc5;
+  for (const letter of text) {
+    code = Math.imul(code ^ letter.charCodeAt(0), 0x01000193) >>> 0;
+  }
+  return (code ^ code >>> 16) & 1;
+}
+
+function lineOf(pair) {
+  const {pair_id, prompt_id, queue} = pair;
+  const entry = entryOf(pair);
+  const left = chosenIsLeft(salt + pair_id);
+  const labels = {
+    a: left ? "chosen" : "rejected",
+    b: left ? "rejected" : "chosen",
+    tie: "tie",
+    bad: "bad",
+  };
+  const line = {
+    pair_id,
+    prompt_id,
+    choice: labels[entry.seen],
+    queue,
+    note: entry.note,
+    annotator: me,
+    seconds: Number(entry.seconds.toFixed(1)),
+  };
+  return JSON.stringify(line) + "\n";
+}
+
+function download() {
+  const lines = pairs.filter(isJudged).map(lineOf);
+  const href = URL.createObjectURL(new Blob(lines));
+  const name = me.replace(/[^\p{L}\p{N}]+/gu, "-");
+  create("a", {href, download: `annotations-${name}.jsonl`}).click();
+}
+
+
+// Keys and buttons
+
 const actions = {
-  a: () => judge("a"), b: () => judge("b"), tie: () => judge("tie"), bad: () => judge("bad"),
-  skip: () => show(following(at)), help: () => $("start").showModal(),
-  undo() {
-    const last = pairs.filter(judged).sort((one, two) => byTime(entryOf(one), entryOf(two))).at(-1);
-    if (last) { keep(last, {seen: ""}); show(pairs.indexOf(last)); }
-  },
-  download() {  // only here is it worked out which side the label prefers
-    const lines = pairs.filter(judged).map(pair => {
-      const {pair_id, prompt_id, queue} = pair, {seen, note, seconds} = entryOf(pair);
-      const [a, b] = chosenIsLeft(salt + pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
-      const said = {pair_id, prompt_id, choice: {a, b}[seen] ?? seen, queue, note, annotator: me};
-      return JSON.stringify({...said, seconds: Number(seconds.toFixed(1))}) + "\n";
-    });
-    const href = URL.createObjectURL(new Blob(lines)), name = me.replace(/[^\p{L}\p{N}]+/gu, "-");
-    Object.assign(document.createElement("a"), {href, download: `annotations-${name}.jsonl`}).click();
-  },
+  a: () => judge("a"),
+  b: () => judge("b"),
+  tie: () => judge("tie"),
+  bad: () => judge("bad"),
+  skip: () => show(nextIndex(at)),
+  undo,
+  download,
+  help: () => $("start").showModal(),
 };
 
 document.onkeydown = event => {
-  const {target} = event, key = event.key.toLowerCase(), by = {arrowup: -80, arrowdown: 80}[key];
-  if (!me || $("start").open || event.ctrlKey || event.metaKey || event.altKey) return;
+  const typing = event.target.matches("input");
+  const key = event.key.toLowerCase();
+  const distance = {arrowup: -80, arrowdown: 80}[key];
   const control = document.querySelector(`[data-key~="${CSS.escape(key)}"]`);
-  if (target.matches("input")) {
-    if (key === "escape" || key === "enter") target.blur();
-  } else if (by && !target.matches("section")) {  // a focused text scrolls by itself
-    for (const part of all("section + section")) part.scrollBy(0, by);
-  } else if (control && !event.repeat) {  // a key held down judges once
+  if (!me || $("start").open || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (typing) {
+    if (key === "escape" || key === "enter") event.target.blur();
+  } else if (distance && !event.target.matches("section")) {  // a focused text scrolls by itself
+    for (const section of all("section + section")) section.scrollBy(0, distance);
+  } else if (control && !event.repeat) {  // a key that is held down judges once
     event.preventDefault();
-    if (control.matches("input")) control.focus(); else control.click();
+    if (control.matches("input")) control.focus();
+    else control.click();
   }
 };
-$("number").onfocus = () => $("number").select();
+
+function goToNumber() {
+  const number = Math.round($("number").value);
+  show(Math.max(1, Math.min(pairs.length, number)) - 1);
+}
+
 $("who").onsubmit = () => {
   const name = $("name").value.trim();
-  if (name !== me) { me = name; show(following(-1)); }  // who only asked for help stays where they are
+  if (name === me) return;  // after reading the help the same pair stays
+  me = name;
+  show(nextIndex(-1));
 };
+
 $("start").onclose = () => {
   $("name").value = me;
   if (!me) $("start").showModal();
 };
 
-async function begin() {  // nothing can be judged before what was saved is here and a name is given
-  if (chinese) document.documentElement.lang = "zh";
-  for (const part of chinese ? all("[data-zh]") : [])
-    if (part.ariaLabel) part.ariaLabel = part.dataset.zh; else part.firstChild.data = part.dataset.zh;
-  $("total").textContent = $("number").max = $("bar").max = pairs.length;
-  const saved = await load().catch(() => { unsaved(); return []; });
+function translate() {
+  document.documentElement.lang = "zh";
+  for (const part of all("[data-zh]")) {
+    if (part.ariaLabel) part.ariaLabel = part.dataset.zh;
+    else part.firstChild.data = part.dataset.zh;
+  }
+}
+
+async function begin() {  // nothing can be judged before saved choices are loaded and a name given
+  if (chinese) translate();
+  $("total").textContent = pairs.length;
+  $("number").max = pairs.length;
+  $("bar").max = pairs.length;
+  if (!pairs.length) {
+    say("problem", "There are no pairs to review.", "没有需要评审的数据。");
+    return;
+  }
+  let saved = [];
+  try {
+    saved = await load();
+  } catch {
+    warnUnsaved();
+  }
   for (const entry of saved) entries.set(entry.annotator + entry.pair_id, entry);
   for (const button of all("[data-do]")) button.onclick = actions[button.dataset.do];
-  $("note").oninput = () => keep(pairs[at], {note: $("note").value});
-  $("number").onchange = () => show(Math.max(1, Math.min(pairs.length, Math.round($("number").value))) - 1);
+  $("number").onfocus = () => $("number").select();
+  $("number").onchange = goToNumber;
+  $("note").oninput = () => save(pairs[at], {note: $("note").value});
   $("name").value = saved.at(-1)?.annotator ?? "";
-  if (pairs.length) $("start").showModal();
-  else say("problem", "There is no pair to review.", "没有可评的数据。");
+  $("start").showModal();
 }
 
 begin();
