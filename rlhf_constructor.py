@@ -8524,7 +8524,7 @@ SAFE_CASES = 30  # reviewed pairs that are needed to call a score gap safe
 CHOICES = {
     "chosen": "confirmed",
     "rejected": "flipped",
-    "tie": "tie",
+    "tie": "people see no difference",
     "bad": "both bad",
     "": "annotators disagree",  # no choice has more than half of the annotators
 }
@@ -9144,6 +9144,7 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
     "histories differ": ("chosen and rejected answer different conversations", ""),
     "not one answer on each side": ("chosen or rejected holds several answers", ""),
     # people (--annotations) and a method of one's own
+    "people see no difference": ("people called the two answers equally good", ""),
     "both bad": ("people called both answers bad", ""),
     "annotators disagree": ("people preferred different answers", "one more annotator"),
     "the method made no pair": ("the method returned an empty list", ""),

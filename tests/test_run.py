@@ -393,7 +393,7 @@ def test_what_people_say_confirms_flips_and_drops(rlhf, tmp_path):
         first[1]["score_rejected"],
         first[1]["score_chosen"],
     )
-    assert result.reasons == ["human: tie", "human: both bad"]
+    assert result.reasons == ["human: people see no difference", "human: both bad"]
     assert "v.jsonl:5: not used" in result.err
     metrics = json.loads((tmp_path / "out.report.json").read_text("utf-8"))["metrics"]
     assert [m["n"] for m in metrics if m["metric"] == "human_agreement"] == [2]
