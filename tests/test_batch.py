@@ -227,7 +227,7 @@ def test_the_budget_holds_for_what_is_submitted(rlhf):
     price = ("--price", "strong=10/10", "--price", "weak=10/10")
     with Api(world) as api:
         planned = rlhf(PROMPTS, *OPENAI, "--batch", "--dry-run", *price, api=api).out
-        assert "in 1 or more batches" in planned
+        assert "in at least 1 batch" in planned
         result = rlhf(PROMPTS, *OPENAI, "--batch", *price, "--max-cost", 0.03, api=api)
         assert result.status == 3 and "--max-cost" in result.err and 0 < len(api.engine.keys) < 48
         first = len(api.engine.keys)
