@@ -6985,7 +6985,7 @@ def progress_line(model: Model, batch: Any) -> str:
 
 
 def lacks_engine(error: ApiError) -> bool:
-    """True if the server does not know what the request is about: it has no engine, or no such file."""
+    """True if the server has no such address: it has no batch engine, or no such file."""
     return error.status in (404, 405, 501) and "model" not in error.code
 
 
