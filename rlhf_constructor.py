@@ -1068,13 +1068,23 @@ def adapt(row: dict) -> list[Record] | None:
         except Failed:
             raise
         except Exception as error:
-            raise broken(part, error) from error
+            if is_bug_of(adapter, error):
+                raise broken(part, error) from error
+            raise Failed("input", f"malformed record: {error}") from None
         if records is None or records == []:
             continue
         if isinstance(records, list) and all(isinstance(record, Record) for record in records):
             return records
         raise PartError(f"{part} returned {records!r:.80}, not a list of records or None")
     return None
+
+
+def is_bug_of(adapter: Callable, error: Exception) -> bool:
+    """Whether an adapter's own lines raised the error; else junk in the row did, further down."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = [frame.f_code.co_name for frame, _ in frames][1:]  # the first is `adapt`
+    own_lines = all(name == adapter.__name__ or name.startswith("<") for name in names)
+    return own_lines or isinstance(error, NameError)
 
 
 def why_unknown(row: dict) -> str:
@@ -1190,7 +1200,7 @@ def reading_of(row: dict, rename: dict, with_answers: bool) -> list | None:
     """What a row is read as, to compare; None if it cannot be read."""
     try:
         return parse_row(renamed_row(row, rename), with_answers)
-    except Failed:
+    except (Failed, PartError):
         return None
 
 
@@ -1332,8 +1342,8 @@ class UnreadableReply(Exception):
 # How a judge may write its scores. Full-width characters are made ASCII before.
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0xFFE5: "¥"}
 QUOTES = "\"'“”‘’「」`*"
-NUMBER = r"[-+]?\d+(?:,\d{1,2}(?!\d)|\.\d*)?(?:e[-+]?\d+)?"
-SCORE = re.compile(rf"({NUMBER})(?:\s*(?:/|out of)\s*(\d+)|\s*(?:points?|分))?", re.I)
+SCORE_NUMBER = r"[-+]?\d+(?:,\d{1,2}(?!\d)|\.\d*)?(?:e[-+]?\d+)?"
+SCORE = re.compile(rf"({SCORE_NUMBER})(?:\s*(?:/|out of)\s*(\d+)|\s*(?:points?|分))?", re.I)
 KEY = rf"[\s{QUOTES}]*(?:answer\s+)?(\w+)[\s{QUOTES}]*[:=]"
 ENTRY = re.compile(rf"{KEY}(.*?)(?:,(?={KEY})|,?\s*\Z)", re.I | re.S)
 SCORE_LINE = re.compile(
@@ -2682,7 +2692,9 @@ CODE_SIGN = re.compile(r"[(){}\[\]<>=+/\\^&|%$@~_]|(?<=\w)\*(?=\w)")
 
 
 def differ_in_what_counts(a: str, b: str) -> bool:
-    """Whether two texts differ in a number, a negation or a token of code."""
+    """Whether two texts differ in a number, a negation, a token of code, or in nothing but case."""
+    if fold_text(a) == fold_text(b):
+        return True
     for pattern in (NUMBER, NEGATION, CODE_SIGN, CODE):
         if Counter(pattern.findall(a)) != Counter(pattern.findall(b)):
             return True
@@ -3048,7 +3060,7 @@ FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
 
 
 def finish_kind(reason) -> str:
-    """A provider's finish reason -> "stop", "length", "content_filter", or "" for a failed reply."""
+    """A finish reason -> "stop", "length", "content_filter", or "" for a failed reply."""
     if reason is None or reason == "":
         return "stop"
     return FINISH_REASONS.get(str(reason).strip().lower(), "")
@@ -3096,7 +3108,7 @@ def join_parts(content) -> str:
 
 
 def look_up(value, path: str):
-    """What stands at a dotted path through objects or JSON, of a list in its first item; or None."""
+    """What stands at a dotted path through objects and JSON (a list: its first item), or None."""
     for step in path.split("."):
         if isinstance(value, list):
             value = value[0] if value else None
@@ -3336,7 +3348,7 @@ class Provider:
         return []
 
     def batch_client(self):
-        """A client with OpenAI's `files` and `batches`, or None: this provider has no batch engine."""
+        """A client with OpenAI's `files` and `batches`; None: there is no batch engine."""
         return None
 
     async def close(self):
@@ -3345,7 +3357,7 @@ class Provider:
 
 @register(PROVIDERS)
 class ask_openai(Provider):
-    """OpenAI, and every server that speaks its protocol (--base-url): Ollama, vLLM, llama.cpp, LM Studio"""
+    """OpenAI and servers of its protocol (--base-url): Ollama, vLLM, llama.cpp, LM Studio"""
 
     key = "OPENAI_API_KEY"
     url_variable = "OPENAI_BASE_URL"
@@ -3366,7 +3378,7 @@ class ask_openai(Provider):
         )
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
-        """One chat completion; raises what the SDK raises, and ApiError for a reply without text."""
+        """One chat completion; raises what the SDK raises, ApiError for a reply without text."""
         create = self.client.chat.completions.create
         if "stream" not in options:
             return read_completion(await create(model=name, messages=messages, extra_body=options))
@@ -3395,7 +3407,7 @@ class JoinedReply:
     """A reply that is sent in chunks."""
 
     def __init__(self, message: str, tokens_in: str, tokens_out: str):
-        """The arguments are the paths of these things in a chunk; choices and usage share a parent."""
+        """The arguments are the paths of these things in a chunk."""
         self.paths = {"content": f"{message}.content", "tokens_in": tokens_in}
         self.paths["tokens_out"] = tokens_out
         self.paths["finish"] = message.rpartition(".")[0] + ".finish_reason"
@@ -3547,7 +3559,7 @@ class ask_reward(ask_openai):
 
 @register(PROVIDERS)
 class ask_offline(Provider):
-    """no key, no network: reference (the record's answer), weakened (it, damaged), heuristic (a judge)"""
+    """no key, no network: reference (the record's answer), weakened (damaged); heuristic judges"""
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
         """A damaged reference, or as a judge (`heuristic`) scores for the fenced answers."""
@@ -5345,8 +5357,8 @@ def checked_pool(record: Record, answers: list[Answer]) -> list[Answer]:
 
 # --------------------------------------------------------------------------------------------------
 # §11 CALLS: ERROR_RULES, REQUEST_FIXES; Endpoint, Cache, Usage, Models; parse_model
-# A request of a method or a judge goes in, a Reply comes out: from the cache, or from a provider (§7)
-# with pacing, retries and a budget. Raises Failed for this record, Stop where all calls would fail.
+# A request of a method or a judge goes in, a Reply comes out: from the cache, or from a provider
+# with pacing, retries and a budget. Raises Failed for one record, Stop where all calls would fail.
 # --------------------------------------------------------------------------------------------------
 
 # --- one reading of an error
@@ -5385,9 +5397,7 @@ TOO_LONG = (
     r"|too many (input )?tokens|range of input length|exceeds? the (model'?s )?(maximum|available)"
     r"|exceed_context_size"
 )
-TEMPERATURE_RANGE = (
-    r"temperature.{0,120}(range|between|less than|at most|maximum|exceed|greater|must be|[\[<>(≤])"
-)
+RANGE_WORDS = r".{0,120}(range|between|less than|at most|maximum|exceed|greater|must be|[\[<>(≤])"
 ERROR_RULES = [
     ErrorRule(r"^(400|403|429)", r"key limit exceeded", "stop", "account", USED_UP),
     ErrorRule(ACCOUNT, "", "stop", "account", USED_UP),
@@ -5401,8 +5411,8 @@ ERROR_RULES = [
     ErrorRule(r"^401|\b(InvalidApiKey|invalid_api_key)$", "", "stop", "key", KEY_REFUSED),
     ErrorRule(r"AccessDenied\S*$", "", "stop", "key", KEY_REFUSED),
     ErrorRule(
-        r"^40[03]", r"api[ _]key.{0,20}(not valid|invalid)|invalid api[ _]key", "stop if new", "key",
-        KEY_REFUSED,
+        r"^40[03]", r"api[ _]key.{0,20}(not valid|invalid)|invalid api[ _]key", "stop if new",
+        "key", KEY_REFUSED,
     ),
     ErrorRule(r"^403", r"moderation|flagged", "record", "content filter"),
     ErrorRule(CONTENT, "", "record", "content filter"),
@@ -5429,7 +5439,7 @@ ERROR_RULES = [
     ErrorRule(r"^(400|413|422|500)", TOO_LONG, "record", "prompt too long for the model"),
     ErrorRule(r"^413", "", "record", "prompt too long for the model"),
     ErrorRule(
-        r"^4(00|22)", TEMPERATURE_RANGE, "stop if new", "request refused",
+        r"^4(00|22)", "temperature" + RANGE_WORDS, "stop if new", "request refused",
         "the server refuses this temperature: choose another --temperature",
     ),
     ErrorRule(r"^0 timeout", "", "retry once", "timeout"),
@@ -5606,7 +5616,7 @@ REQUEST_FIXES = [
         raise_zero_temperature,
     ),
     RequestFix(
-        rf"temperature(?!.{{0,5}}\b(can|could))(?<!range of temperature)(?!{TEMPERATURE_RANGE[11:]})",
+        rf"temperature(?!{RANGE_WORDS})",
         "no temperature",
         lambda options: options.pop("temperature", None),
     ),
@@ -5666,7 +5676,7 @@ def find_fix(error: ApiError, sent: dict, tried: list[RequestFix]) -> RequestFix
 
 
 def find_room(message: str) -> RequestFix | None:
-    """The fix for a prompt that leaves less of the context than max_tokens, for this request only."""
+    """The fix of one request whose prompt leaves less of the context than max_tokens."""
     for pattern in CONTEXT_USE:
         numbers = re.search(pattern, message, re.I | re.S)
         if numbers:
@@ -5773,9 +5783,9 @@ class Endpoint:
         return now - self.throttled_since
 
     def adjust_rate(self, now: float):
-        """Each second: to a little above what was accepted if calls were refused, else 5-20% faster.
+        """Each second: a little above what was accepted if calls were refused, else 5-20% faster.
 
-        Measured with 64 in flight: 96% of a limit of 50/s, 93% of 10/s at 2 s latency, none lost."""
+        Measured with 64 in flight: 96% of a limit of 50/s, 93% of 10/s at 2 s latency."""
         seconds = now - self.since
         few = self.refusals and self.starts < 20 and seconds < 3
         if seconds < PACE_SECONDS or few:
@@ -5943,7 +5953,7 @@ class Cache:
         return None
 
     def put(self, key: str, reply: Reply, model: str) -> bool:
-        """Store a reply -> False if there is one already: that one stays, this one is only billed."""
+        """Store a reply -> False if there is one: that one stays, this one is only billed."""
         if not self.db:
             return True
         numbers = (reply.tokens_in, reply.tokens_out, reply.rate)
@@ -5955,7 +5965,7 @@ class Cache:
         return False
 
     def bill(self) -> list[tuple[str, float, float]]:
-        """[(model, tokens in, tokens out), ...] that were paid for this output, at a batch's rate."""
+        """[(model, tokens in, tokens out), ...] paid for this output, a batch's at its rate."""
         if not self.db:
             return []
         sums = "SELECT model, sum(rate * tokens_in), sum(rate * tokens_out) FROM replies"
@@ -6173,7 +6183,8 @@ class Models:
         spent = f"--max-cost {self.args.max_cost:g} is reached: {self.spent:.4g} is spent"
         if self.cost_in_flight > 1e-9:
             spent += f", about {self.cost_in_flight:.4g} is under way"
-        raise self.halt(f"{spent}; raise it and run the same command again")
+        hint = "one more call might pass it; raise it and run the same command again"
+        raise self.halt(f"{spent}: {hint}")
 
     def guess(self, model: Model, messages: list, hints: dict) -> Reply:
         """A pending reply, with the tokens to expect, also of answers that are not there yet."""
@@ -6217,7 +6228,7 @@ class Models:
         return provider
 
     async def fetch(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
-        """Call the provider. A model's first call goes alone: a wrong key or name costs one call."""
+        """Call the provider; a model's first call goes alone: a wrong key costs one call."""
         endpoint = self.endpoint(model)
         if endpoint.first_call_done:
             return await self.call_until_done(endpoint, messages, options, hints)
@@ -6484,7 +6495,7 @@ def most_calls() -> int:
 
 
 def key_of(model: Model) -> str:
-    """The key from the environment, "" if there is none or the model's own @URL is a private one."""
+    """The key from the environment, "" if there is none or the model has a private @URL."""
     return "" if model.keyless else os.environ.get(PROVIDERS[model.provider].key, "").strip()
 
 
@@ -6512,7 +6523,7 @@ ADDRESS = re.compile(r"https?://(\[[0-9a-f:]+\]|[^/:@?#]+)(:\d+)?(/|$)", re.I)
 
 
 def parse_model(spec: str, args) -> Model:
-    """`[provider:]model[@URL]` -> Model. Only a provider is a prefix: qwen2.5:7b is a plain name."""
+    """`[provider:]model[@URL]` -> Model. Only a provider is a prefix: qwen2.5:7b is a name."""
     if spec in ("reference", "exact_match"):
         return Model("offline", spec)
     provider, name = args.provider, spec

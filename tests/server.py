@@ -127,7 +127,11 @@ def success(call: Call, reply: Reply, choices: bool = True) -> dict:
     size = sum(len(message["content"]) for message in call.messages)
     used_in = size // 4 + 1 if reply.tokens_in is None else reply.tokens_in
     used_out = len(reply.text) // 4 + 1 if reply.tokens_out is None else reply.tokens_out
-    head = {"id": os.urandom(16).hex(), "created": int(time.time()), "model": reply.model or call.model}
+    head = {
+        "id": os.urandom(16).hex(),
+        "created": int(time.time()),
+        "model": reply.model or call.model,
+    }
     usage = {
         "prompt_tokens": used_in,
         "completion_tokens": used_out,
@@ -163,7 +167,10 @@ def events(call: Call, reply: Reply) -> bytes:
     message, usage = choice.pop("message"), whole.pop("usage")
     name = "delta" if call.protocol == "openai" else "message"
     half = len(reply.text) // 2
-    steps = [({"content": reply.text[:half]}, None, None), ({"content": reply.text[half:]}, None, None)]
+    steps = [
+        ({"content": reply.text[:half]}, None, None),
+        ({"content": reply.text[half:]}, None, None),
+    ]
     if call.protocol == "multimodal":
         steps = [({"content": [{"text": step[0]["content"]}]}, None, None) for step in steps]
     if message["content"] is None:
@@ -171,7 +178,9 @@ def events(call: Call, reply: Reply) -> bytes:
     steps += [({"content": [] if call.protocol == "multimodal" else ""}, reply.finish, usage)]
     chunks = []
     for part, finish, used in steps:
-        holder["choices"] = [{"index": 0, name: {"role": "assistant", **part}, "finish_reason": finish}]
+        holder["choices"] = [
+            {"index": 0, name: {"role": "assistant", **part}, "finish_reason": finish}
+        ]
         counted = call.protocol != "openai" or "stream_options" in call.params
         chunks.append(json.dumps(whole | ({"usage": used} if used and counted else {})))
     if call.protocol == "openai":
@@ -318,7 +327,9 @@ class Api:
         """The models that are served, as OpenAI lists them."""
         if not self.models:
             return web.Response(status=404, text="404 page not found")
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "us"} for name in self.models]
+        data = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "us"} for name in self.models
+        ]
         return web.json_response({"object": "list", "data": data})
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:

@@ -734,7 +734,9 @@ def test_dashscopes_insufficient_quota_is_a_rate_limit_and_is_waited_for(rlhf):
     [
         Fault(404, code="model_not_found"),
         refusal(404, {"error": "model 'strong' not found, try pulling it first"}),
-        refusal(400, {"error": {"message": "Invalid model name passed in model=strong", "code": "400"}}),
+        refusal(
+            400, {"error": {"message": "Invalid model name passed in model=strong", "code": "400"}}
+        ),
         refusal(400, {"error": {"message": "strong is not a valid model ID", "code": 400}}),
     ],
 )
@@ -755,7 +757,9 @@ def test_an_unknown_model_at_dashscope_is_told_the_usual_ones(rlhf):
 
 def test_a_server_without_classify_is_no_reward_models(rlhf):
     def answer(call):
-        return Fault(404, kind="text", body=b"Not Found") if call.protocol == "reward" else world(call)
+        return (
+            Fault(404, kind="text", body=b"Not Found") if call.protocol == "reward" else world(call)
+        )
 
     with Api(answer) as api:
         result = rlhf(PROMPTS, *OPENAI, "--judge-model", f"reward:rm@{api.url}", api=api)
@@ -803,7 +807,7 @@ def test_a_dead_proxy_is_named(rlhf):
         env = {"HTTP_PROXY": dead, "http_proxy": dead, "NO_PROXY": "", "no_proxy": ""}
         flags = ("--base-url", "http://models.invalid/api/v1", "--max-retries", 0)
         result = rlhf(PROMPTS, *sdk, *flags, **env)
-        assert result.status == 3 and re.search("proxy in http_proxy"  , result.err, re.I)
+        assert result.status == 3 and re.search("proxy in http_proxy", result.err, re.I)
 
 
 def test_a_stale_certificate_file_is_named(rlhf):
@@ -984,7 +988,9 @@ def test_the_first_retry_says_what_is_waited_for(rlhf):
     faults = [Fault(503, message="loading")]
     with Api(lambda call: faults.pop() if faults else world(call)) as api:
         result = rlhf(PROMPTS, *OPENAI, api=api)
-        assert re.search(rf"waiting for \w+ at {api.url}/v1: 503 .*loading; trying again", result.err)
+        assert re.search(
+            rf"waiting for \w+ at {api.url}/v1: 503 .*loading; trying again", result.err
+        )
 
 
 def test_a_slow_first_reply_is_said_to_be_waited_for(rlhf, monkeypatch):
@@ -1067,7 +1073,9 @@ def test_a_candidate_model_named_twice_has_samples_of_its_own():
 def test_one_name_at_two_addresses_is_told_apart_in_rows(rlhf):
     with Api(world) as one, Api(lambda call: world(call).replace("mistaken", "right")) as two:
         flags = ("--high-model", f"m@{two.openai_url}", "--low-model", f"m@{one.openai_url}")
-        [pair] = rlhf(PROMPTS[:1], "--provider", "openai", *flags, "--judge-model", "j", api=one).pairs
+        [pair] = rlhf(
+            PROMPTS[:1], "--provider", "openai", *flags, "--judge-model", "j", api=one
+        ).pairs
         assert pair["chosen_model"] == f"m@{two.openai_url}"
         assert pair["rejected_model"] == f"m@{one.openai_url}"
 

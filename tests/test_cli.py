@@ -312,7 +312,7 @@ def test_a_budget_stops_the_run_and_a_larger_one_goes_on(rlhf):
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 2, api=api)
         assert (
-            result.status == 3 and "--max-cost 2 are spent" in result.err and 4 <= api.count() < 40
+            result.status == 3 and "--max-cost 2 is reached" in result.err and 4 <= api.count() < 40
         )
         assert (
             rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 1000, api=api).status == 0
@@ -326,7 +326,7 @@ FORTY = [{"prompt": f"Question {n}"} for n in range(40)]
 
 @pytest.mark.parametrize("text", [None, ""], ids=["", "some without text"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_budget_is_never_passed_however_long_replies_grow(rlhf, seed, text):
+def test_a_budget_is_passed_by_the_two_calls_in_flight_at_most(rlhf, seed, text):
     luck, spent = random.Random(seed), []
 
     async def answer(call):
@@ -337,29 +337,31 @@ def test_a_budget_is_never_passed_however_long_replies_grow(rlhf, seed, text):
 
     with Api(answer) as api:
         for limit in (7000, 25000):
-            assert rlhf(FORTY, *MODELS, *BUDGET, "--max-cost", limit, api=api).status == 3
-            assert 0.5 * limit < sum(spent) <= limit
+            flags = ("--max-cost", limit, "--concurrency", 1)
+            assert rlhf(FORTY, *MODELS, *BUDGET, *flags, api=api).status == 3
+            assert 0.5 * limit < sum(spent) <= limit + 2 * 3000
 
 
-def test_a_model_that_bills_thoughts_beyond_max_tokens_is_known_by_its_first_reply(rlhf):
+def test_no_call_is_made_once_the_budget_is_reached(rlhf):
     with Api(lambda call: Reply(demo_world(call), tokens_in=0, tokens_out=9000)) as api:
         rlhf(FORTY, *MODELS, *BUDGET, "--max-cost", 50000, "--concurrency", 1, api=api)
-        assert api.count() == 5  # 45,000 spent; a reply of 3,000 would still have fitted
+        assert api.count() == 6  # 54,000
+
+
+LIMIT = ("--max-cost", 20000, "--concurrency", 1)
 
 
 def test_a_budget_is_of_one_output_whatever_the_method_asks_by_now(rlhf):
     with Api(lambda call: Reply(demo_world(call), tokens_in=0, tokens_out=1000)) as api:
-        rlhf(FORTY, *MODELS, *BUDGET, "--max-cost", 20000, api=api)
+        rlhf(FORTY, *MODELS, *BUDGET, *LIMIT, api=api)
         first = api.count()
-        again = rlhf(
-            FORTY, *MODELS, *BUDGET, "--max-cost", 20000, "--judge-model", "gpt-4o-mini", api=api
-        )
+        again = rlhf(FORTY, *MODELS, *BUDGET, *LIMIT, "--judge-model", "gpt-4o-mini", api=api)
         assert (
-            again.status == 3 and api.count() <= 20 and first > 10
+            again.status == 3 and api.count() <= 22 and first > 10
         )  # the other judge's verdicts count on
         other = ("--output-path", "other.jsonl")
-        rlhf(FORTY, *MODELS, *BUDGET, "--max-cost", 20000, *other, api=api)
-        assert 20 < api.count() <= 40
+        rlhf(FORTY, *MODELS, *BUDGET, *LIMIT, *other, api=api)
+        assert 22 < api.count() <= 44
 
 
 def test_a_budget_of_nothing_still_takes_what_the_cache_holds(rlhf):
@@ -383,12 +385,12 @@ def test_a_budget_needs_the_price_of_what_was_paid_before(rlhf):
         assert more.status == 0 and "--price former" not in more.err and api.count() == calls
 
 
-def test_a_price_for_nobody_is_noted_and_the_stop_says_what_a_call_may_cost(rlhf):
+def test_a_price_for_nobody_is_noted(rlhf):
     prices = ("--price", "gpt-4o=0/1000", "--price", "gpt-4o-mini=0/1000", "--price", "gpt5=1/1")
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 0.01, "--max-tokens", 41, api=api)
     assert "--price gpt5: this run uses no model of that name" in result.err
-    assert "one more call might pass it: it may cost up to 0.041; raise it (or lower" in result.err
+    assert "--max-cost 0.01 is reached" in result.err
 
 
 def test_a_reply_that_another_process_had_first_is_still_in_the_books(tmp_path):

@@ -771,10 +771,9 @@ def test_a_prompt_may_come_again_with_other_answers_but_not_with_the_same(rlhf):
     other = LISTS | {"responses": [A, "Because of clouds, that is all I know."], "scores": [9, 2]}
     first, rescored = LISTS | {"scores": [9, 2]}, LISTS | {"scores": [9, 3]}
     result = rlhf([first, other, rescored, first, LISTS | {"ranks": [1, 2]}], *RANK)
-    assert len(result.pairs) == 4 and len({row["prompt_id"] for row in result.pairs}) == 1
-    assert (
-        result.reasons == ["input: repeated prompt and answers"] and result.dropped[0]["line"] == 4
-    )
+    assert len(result.pairs) == 2 and len({row["prompt_id"] for row in result.pairs}) == 1
+    assert result.reasons == ["input: repeated label"] * 3
+    assert [drop["line"] for drop in result.dropped] == [3, 4, 5]
 
 
 def test_a_field_renamed_onto_another_costs_the_record(tmp_path):

@@ -304,6 +304,7 @@ KEPT = {
         case("a label and a negation", chosen=LONG + "It is not so.", rejected=LONG + "It is so.", signal="rank"),
         case("a label and a negation in Chinese", prompt="天为什么是蓝的？", chosen=ZH_LONG + "这不对。",
              rejected=ZH_LONG + "这对。", signal="choice"),
+        case("a label and one capital", chosen=LONG, rejected=LONG.replace("Sunlight", "sunlight"), signal="choice"),
         case("a label and a regex", chosen=LONG + r"Use \d+ here.", rejected=LONG + r"Use \d* here.", signal="score"),
         case("checked by exact match", chosen=LONG + "It is blue.", rejected=LONG + "It is true.", votes=CLOSE,
              facts=["checked by exact match"]),

@@ -708,7 +708,9 @@ def test_fields_that_change_nothing_are_named_and_ids_and_labels_are_not():
         "answer": "A",
     }
     assert unused(row) == ["source"]
-    assert unused({"prompt": "Q", "response": "A", "helpfulness": 4, "verbosity": 2}) == ["verbosity"]
+    assert unused({"prompt": "Q", "response": "A", "helpfulness": 4, "verbosity": 2}) == [
+        "verbosity"
+    ]
     assert unused({"question": "Q", "text": "a passage"}) == ["text"]
     assert unused({"question": "Q", "context": {"page": 3}}) == ["context"]
     assert unused({"question": "Q", "x": "a"}, rename={"x": "answer"}) == []

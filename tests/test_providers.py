@@ -44,11 +44,15 @@ def test_a_finish_reason_has_one_of_four_meanings(kind, reason):
 
 @BOTH
 @pytest.mark.parametrize("reason", ["error", "insufficient_system_resource", "abort"])
-def test_a_reply_that_failed_half_way_is_asked_for_again_and_never_taken_as_whole(rlhf, sdk, reason):
+def test_a_reply_that_failed_half_way_is_asked_for_again_and_never_taken_as_whole(
+    rlhf, sdk, reason
+):
     halves = [Reply("A mistaken ans", finish=reason)]
     with Api(lambda call: halves.pop() if call.model == "weak" and halves else world(call)) as api:
         result = rlhf(PROMPTS[:1], *sdk, api=api)
-    assert [pair["rejected"] for pair in result.pairs] == ["A mistaken answer to: What is 0 plus 0?"]
+    assert [pair["rejected"] for pair in result.pairs] == [
+        "A mistaken answer to: What is 0 plus 0?"
+    ]
 
 
 @BOTH
@@ -175,7 +179,9 @@ def test_a_cut_reply_that_loops_is_not_paid_for_twice(rlhf):
 
 
 def test_a_word_that_is_a_local_servers_key_stays_in_answers(rlhf):
-    with Api(lambda call: world(call) + " Set your password." if not is_judge(call) else world(call)) as api:
+    with Api(
+        lambda call: world(call) + " Set your password." if not is_judge(call) else world(call)
+    ) as api:
         [pair] = rlhf(PROMPTS[:1], *OPENAI, api=api, OPENAI_API_KEY="password").pairs
     assert pair["chosen"].endswith("Set your password.")
 
@@ -288,7 +294,9 @@ def example():
 def test_the_example_in_the_docstring_is_a_provider_like_the_others(registry, rlhf):
     example()
     flags = ("--high-model", "reference", "--low-model", "echo:any", "--judge-model", "none")
-    [pair] = rlhf([{"prompt": "Say it again: hello!", "output": "hello!"}], "--provider", "offline", *flags).pairs
+    [pair] = rlhf(
+        [{"prompt": "Say it again: hello!", "output": "hello!"}], "--provider", "offline", *flags
+    ).pairs
     assert (pair["chosen"], pair["rejected"]) == ("hello!", "Say it again: hello!")
 
 
@@ -333,7 +341,12 @@ def test_the_offline_judge_keeps_to_the_scale(monkeypatch):
     monkeypatch.setattr(rc, "JUDGE_SCALE", (0, 5))
     assert rc.reference_f1("It is 42.", "It is 42.") == 5
     assert rc.reference_f1("Rome", "It is 42.") == 0
-    assert 0 <= rc.reference_f1("I cannot help.", "") <= rc.reference_f1("It is 42, since 6 x 7.", "") <= 5
+    assert (
+        0
+        <= rc.reference_f1("I cannot help.", "")
+        <= rc.reference_f1("It is 42, since 6 x 7.", "")
+        <= 5
+    )
 
 
 def test_another_seed_draws_other_offline_answers(rlhf):

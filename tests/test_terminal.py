@@ -70,13 +70,12 @@ def test_a_reason_is_explained_by_its_kind_and_a_reason_of_ones_own_by_nothing()
     assert rc.explain_reason("the draft won") == ("", "")
 
 
-def test_the_readme_lists_every_drop_reason():
+def test_the_readme_explains_reasons_in_the_words_of_the_table():
     section = re.search(r"^#+ Why records are dropped\n(.*?)(?=^#|\Z)", README, re.M | re.S)
-    if not section:
-        pytest.skip("the README has no section of that name yet")
-    rows = [f"| `{kind}` | {mean} | {tip} |" for kind, (mean, tip) in rc.DROP_REASONS.items()]
-    missing = [row for row in rows if row not in section[1]]
-    assert not missing, "rows for the README:\n" + "\n".join(missing)
+    shown = re.findall(r"^\| `(.*?)` \| (.*?) \| (.*?) \|$", section[1], re.M)
+    assert len(shown) >= 20
+    for kind, meaning, advice in shown:
+        assert rc.DROP_REASONS[kind] == (meaning, advice), kind
 
 
 # --- the summary
