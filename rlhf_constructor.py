@@ -90,7 +90,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TextIO
+from typing import Any, BinaryIO, ClassVar, NamedTuple, TextIO
 
 # --------------------------------------------------------------------------------------------------
 # §1 SETTINGS AND TYPES: constants to edit; Record, Answer, Pair, Outcome; errors; register
@@ -6116,7 +6116,7 @@ class Models:
                     await self.announce_plan()
                     self.announce_plan = None
         if self.batches:
-            self.batches.want(key, model, messages, options, hints["role"])
+            self.batches.want(key, model, messages, options, hints)
         waiting = self.asking.get(key)
         if waiting:  # the same is asked at the same time: one call serves both
             await asyncio.wait([waiting])
@@ -6171,12 +6171,16 @@ class Models:
             raise self.halt(f"--max-cost needs the price of {model.name}, too: {hint}")
         return self.price(model.name, *self.expected_tokens(model, messages, role))
 
+    def is_over_budget(self, extra: float = 0.0) -> bool:
+        """True if what is spent, under way and `extra` together reach --max-cost."""
+        limit = self.args.max_cost
+        return limit is not None and self.spent + self.cost_in_flight + extra >= limit
+
     def check_budget(self, extra: float = 0.0):
         """Raise Stop if what is spent, under way and `extra` together reach --max-cost."""
-        limit = self.args.max_cost
-        if limit is None or self.spent + self.cost_in_flight + extra < limit:
+        if not self.is_over_budget(extra):
             return
-        spent = f"--max-cost {limit:g} is reached: {self.spent:.4g} is spent"
+        spent = f"--max-cost {self.args.max_cost:g} is reached: {self.spent:.4g} is spent"
         if self.cost_in_flight > 1e-9:
             spent += f", about {self.cost_in_flight:.4g} is under way"
         hint = "one more call might pass it; raise it and run the same command again"
@@ -6560,308 +6564,395 @@ def check_address(spec: str, provider: str, name: str, url: str):
 
 # --------------------------------------------------------------------------------------------------
 # §12 BATCH: Batches, which fill the cache through the providers' own batch engines
+# In: the requests that a pass over the input misses in the cache. Out: their replies, in the cache.
+# Called by fill_cache (§16) and Models.ask_once (§11); methods know nothing of it.
 # --------------------------------------------------------------------------------------------------
 
-# Methods know nothing of it. A pass over the input (§11) raises Pending for what the cache does not hold and
-# leaves the request in the table `wanted`; batches fetch what is wanted; passes go on until nothing is. That
-# table and `batches` are in the cache's file: a run that was killed goes on with the batches it had started.
+# A pass over the input notes what the cache lacks in the table `wanted` and raises Pending there.
+# Batches fetch it; the next pass asks again for what is still missing, failed requests included.
+# `wanted` and `batches` are tables of the cache's file: a killed run goes on with its batches.
 
-BATCH_RATE = 0.5  # of the online price: OpenAI's and Model Studio's
-BATCH_REQUESTS, BATCH_BYTES = 50_000, 100_000_000  # in one file, at most
-BATCH_PASSES = (
-    50  # over the input, at most: a method that draws at random would never come to an end
-)
+BATCH_RATE = 0.5  # share of the online price, at OpenAI and at Model Studio
+BATCH_REQUESTS = 50_000  # in one file, at most
+BATCH_BYTES = 100_000_000  # of one file, at most
+BATCH_PASSES = 50  # over the input, at most: a method that draws at random would never end
 BATCH_POLL = (1.0, 60.0)  # seconds between two looks at a batch: at first, and at last
-TOO_BIG = "token_limit_exceeded"  # more than the account may have in its queue
-FOR_GOOD = 1_000  # tries of a request that is not sent again
-WAITING = "model = ? AND file = '' AND asked = 1 AND tries <= ?"
+TOO_BIG = "token_limit_exceeded"  # code: the batch does not fit into the account's queue
+NO_ENGINE = "this server has no batch engine: leave out --batch"
+LINE_URL = "/v1/chat/completions"  # of every request in a batch
+
+
+@dataclass
+class FailedRequest:
+    """A request whose result was an error or is missing."""
+
+    tries: int = 0
+    reason: str = ""  # of the drop, if it stays so
+    retryable: bool = True  # may a rerun cure it
+    is_final: bool = False  # True: not sent again in this run
+    fixes: list[RequestFix] = field(default_factory=list)  # of the next try
 
 
 class Batches:
-    """What a run still wants, and the batches that fetch it: nothing is submitted twice, whoever kills us."""
+    """The requests that a run wants, and the batches that fetch them; none is submitted twice."""
 
-    def __init__(self, run: Run, models: Models):
-        cache, self.models, self.retries = models.cache, models, run.args.max_retries
-        self.cache = cache
-        self.known = {name_of(model): model for model in run.asked() if model.is_paid}
-        self.most = defaultdict(lambda: BATCH_REQUESTS)  # requests in one batch, by model
-        self.sent = {}  # file -> fixes of its requests
-        self.fresh = set()  # keys of the replies that came in this run
-        columns = "key TEXT UNIQUE, model, role, request, file, asked, tries, error, curable"
-        cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
-        cache.do("UPDATE wanted SET asked = 0")
-        cache.do("UPDATE wanted SET tries = 0 WHERE file = ''")  # a new run, a new chance
+    def __init__(self, models: Models):
+        self.models = models
+        self.cache = models.cache
+        self.retries = models.args.max_retries
+        self.asked_models: dict[str, Model] = {}  # by name_of
+        self.failed: dict[str, FailedRequest] = {}  # by key
+        self.fresh: set[int] = set()  # replies of this run, by the first 16 digits of the key
+        self.longer: set[str] = set()  # keys of requests with twice the tokens
+        self.sent_fixes: dict[str, list[RequestFix]] = {}  # of the requests in an uploaded file
+        self.largest: dict[Model, int] = {}  # requests in a batch, where the queue is too small
+        self.cost_too_high = 0.0  # of the first request that --max-cost has no room for
+        columns = "key TEXT UNIQUE, model, role, request, file"
+        self.cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
+        self.cache.do("DELETE FROM wanted WHERE file NOT IN (SELECT file FROM batches)")
 
-    def want(self, key: str, model: Model, messages: list, options: dict, role: str):
-        """Note a request; raises Pending, or Failed if it has failed too often."""
-        query = "SELECT error, curable FROM wanted WHERE key = ? AND tries > ?"
-        for error, retryable in self.cache.do(query, key, self.retries):
-            raise Failed("model", error, retryable=bool(retryable))
-        self.known[name_of(model)] = model
-        row = key, name_of(model), role, json.dumps([messages, options], ensure_ascii=False)
-        new = "INSERT INTO wanted VALUES (?, ?, ?, ?, '', 1, 0, '', 1)"
-        self.cache.do(f"{new} ON CONFLICT (key) DO UPDATE SET asked = 1", *row)
+    def want(self, key: str, model: Model, messages: list[dict], options: dict, hints: dict):
+        """Note a request; raises Pending, or Failed if it is not sent again in this run."""
+        failed = self.failed.get(key)
+        if failed and failed.is_final:
+            raise Failed("model", failed.reason, failed.retryable)
+        if hints.get("again"):
+            self.longer.add(key)
+        name = name_of(model)
+        self.asked_models[name] = model
+        request = json.dumps([messages, options], ensure_ascii=False)
+        insert = "INSERT OR IGNORE INTO wanted (key, model, role, request, file)"
+        self.cache.do(f"{insert} VALUES (?, ?, ?, ?, '')", key, name, hints["role"], request)
         raise Pending
 
     async def submit_and_wait(self):
-        """Submit what is wanted, and wait until every batch, old ones too, has ended and is in the cache.
-
-        A batch is paid by whom it is taken in, whichever output it was started for."""
-        adopt = "UPDATE batches SET payer = ? WHERE model = ? AND payer != ? RETURNING money"
-        for name in self.known:
-            adopted = self.cache.do(adopt, self.cache.output_id, name, self.cache.output_id)
-            self.models.cost_in_flight += sum(money for (money,) in adopted)
-        await gather_all(
-            [self.submit_and_wait_for_model(model) for model in list(self.known.values())]
-        )
-
-    async def submit_and_wait_for_model(self, model: Model):
-        """One model's batches: all at once, or in turn where the server has refused one for its size."""
-        endpoint = self.models.endpoint(model)
+        """Submit what is wanted, and wait until every batch has ended and is in the cache."""
+        endpoints = {name: self.models.endpoint(m) for name, m in self.asked_models.items()}
         while True:
-            running = self.cache.do("SELECT file, id FROM batches WHERE model = ?", name_of(model))
-            while not running or self.most[model] == BATCH_REQUESTS:
-                file = await self.upload(endpoint)
-                if not file:
-                    break
-                running.append((file, None))
-            if not running:
-                return
-            await gather_all([self.collect(endpoint, file, batch_id) for file, batch_id in running])
+            self.cost_too_high = 0.0
+            await gather_all([self.upload_waiting(endpoint) for endpoint in endpoints.values()])
+            batches = self.cache.do("SELECT model, file, id FROM batches")
+            tasks = []
+            for name, file, batch_id in batches:
+                if name in endpoints:
+                    tasks.append(self.collect(endpoints[name], file, batch_id))
+            if not tasks:
+                break
+            await gather_all(tasks)
+        if self.cost_too_high:
+            self.models.check_budget(self.cost_too_high)
 
-    async def upload(self, endpoint: Endpoint) -> str:
-        """Upload the next requests as one file -> its id, stored before a batch is made of it; "" if none."""
+    # --- from the table to the provider
+
+    async def upload_waiting(self, endpoint: Endpoint):
+        """Upload all waiting requests of a model; only one file where batches go in turn."""
+        model = endpoint.model
+        query = "SELECT count(*) FROM batches WHERE model = ?"
+        [(under_way,)] = self.cache.do(query, name_of(model))
+        while not under_way or model not in self.largest:
+            if not await self.upload_file(endpoint):
+                return
+            under_way += 1
+
+    async def upload_file(self, endpoint: Endpoint) -> bool:
+        """Upload the next requests as one file; False if none waits or the budget has no room."""
         if self.models.stop:
             raise self.models.stop
-        chosen = name_of(endpoint.model), self.retries
-        with tempfile.TemporaryFile() as file:
-            last, money = self.write(endpoint, file, chosen)
-            if not last:
-                return ""
+        client = endpoint.provider.batch_client()
+        if client is None:
+            raise self.models.halt(f"{endpoint.model.name}: {NO_ENGINE}")
+        with tempfile.TemporaryFile() as requests:
+            last_row, money = self.write_requests(endpoint, requests)
+            if not last_row:
+                return False
 
-            async def send(again):
-                file.seek(0)
-                files = endpoint.provider.batch_client().files
-                return await files.create(file=("batch.jsonl", file), purpose="batch")
+            async def send(tries: int):
+                requests.seek(0)
+                upload = ("batch.jsonl", requests)
+                stored = await client.files.create(file=upload, purpose="batch")
+                if isinstance(stored, str):
+                    raise ApiError(404, "web page", "a web page came, not JSON")
+                return stored
 
-            uploaded = (await self.with_retries(endpoint, send)).id
+            try:
+                file = (await self.with_retries(endpoint, send)).id
+            except ApiError as error:
+                cause = NO_ENGINE if lacks_engine(error) else "the batch engine refused the file"
+                raise self.models.halt(f"{endpoint.model.name}: {cause} ({error})") from None
+        # A batch is made of the file only after this: a killed run can then look for it.
+        name = name_of(endpoint.model)
         with self.cache.transaction():
-            row = uploaded, chosen[0], money, self.cache.output_id
-            self.cache.do("INSERT INTO batches VALUES (?, ?, '', ?, ?)", *row)
-            move = f"UPDATE wanted SET file = ? WHERE {WAITING} AND rowid <= ?"
-            self.cache.do(move, uploaded, *chosen, last)
-        self.sent[uploaded] = list(endpoint.fixes)
-        return uploaded
+            insert = "INSERT INTO batches (file, model, id, money, payer) VALUES (?, ?, '', ?, ?)"
+            self.cache.do(insert, file, name, money, self.cache.output_id)
+            update = "UPDATE wanted SET file = ? WHERE model = ? AND file = '' AND rowid <= ?"
+            self.cache.do(update, file, name, last_row)
+        self.sent_fixes[file] = list(endpoint.fixes)
+        return True
 
-    def write(self, endpoint: Endpoint, file, chosen: tuple) -> tuple[int, float]:
-        """Write requests, up to the file's limits and the budget -> (rowid of the last, money set aside)."""
-        query = (
-            f"SELECT rowid, key, role, request FROM wanted WHERE {WAITING} ORDER BY rowid LIMIT ?"
-        )
-        last, total, models = 0, 0.0, self.models
-        for rowid, key, role, request in self.cache.db.execute(
-            query, (*chosen, self.most[endpoint.model])
-        ):
+    def write_requests(self, endpoint: Endpoint, requests: BinaryIO) -> tuple[int, float]:
+        """Write waiting requests up to the limits -> (rowid of the last, 0 if none; their cost)."""
+        models = self.models
+        last_row = 0
+        total = 0.0
+        query = "SELECT rowid, key, role, request FROM wanted WHERE model = ? AND file = ''"
+        limit = self.largest.get(endpoint.model, BATCH_REQUESTS)
+        values = (name_of(endpoint.model), limit)
+        waiting = self.cache.db.execute(f"{query} ORDER BY rowid LIMIT ?", values)
+        for row, key, role, request in waiting:
             messages, options = json.loads(request)
             money = models.expected_cost(endpoint.model, messages, role) * BATCH_RATE
-            options = endpoint.wire_options(options, endpoint.fixes)
-            if options.pop("fold_system", False):
-                messages = fold_system_turn(messages)
-            body = {"model": endpoint.model.name, "messages": messages, **options}
-            line = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
-            data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-            full = models.args.max_cost is not None
-            full = full and models.spent + models.cost_in_flight + money >= models.args.max_cost
-            later = full and self.awaits_money()
-            if later or (last and file.tell() + len(data) > BATCH_BYTES):
-                break  # until what is on its way has come in, and has cost less than expected
-            models.check_budget(money)
+            if models.is_over_budget(money):
+                self.cost_too_high = money
+                break  # until the batches under way have come in, and may have cost less
+            options = endpoint.wire_options(options, self.fixes_of(key, endpoint.fixes))
+            data = request_line(key, endpoint.model, messages, options)
+            if last_row and requests.tell() + len(data) > BATCH_BYTES:
+                break
+            requests.write(data)
             models.cost_in_flight += money
-            file.write(data)
-            last, total = rowid, total + money
-        return last, total
+            total += money
+            last_row = row
+        return last_row, total
 
-    def awaits_money(self) -> bool:
-        """True if money is set aside for more than batches of models that this run does not ask."""
-        rows = self.cache.do(
-            "SELECT model, money FROM batches WHERE payer = ?", self.cache.output_id
-        )
-        idle = sum(money for name, money in rows if name not in self.known)
-        return self.models.cost_in_flight > idle + 1e-9
+    def fixes_of(self, key: str, usual: list[RequestFix]) -> list[RequestFix]:
+        """The fixes to try with a request that was refused, else the usual ones."""
+        failed = self.failed.get(key)
+        return failed.fixes if failed and failed.fixes else usual
 
-    async def collect(self, endpoint: Endpoint, file: str, batch_id: str | None):
-        """Start the batch of an uploaded file unless it runs, wait for its end, and take in what it brings.
+    # --- from the provider to the cache
 
-        `batch_id`: None for a file of this run; "" if a former run was killed before it could note the id."""
+    async def collect(self, endpoint: Endpoint, file: str, batch_id: str):
+        """Start the batch of a file unless it runs, wait for its end, and store what it brings.
+
+        `batch_id`: "" if none is known: the file is new, or a run was killed in between."""
         try:
-            batch = await self.ended(endpoint, file, batch_id)
-            found = [batch.output_file_id, batch.error_file_id]
-            entered = sum(
-                [
-                    await self.download_results(endpoint, file, results)
-                    for results in found
-                    if results
-                ]
-            )
+            batch_id = batch_id or await self.start(endpoint, file)
         except ApiError as error:
-            if error.status != 404:
-                return self.refused(endpoint, file, error.code, error.message)
-            note(
-                f"{endpoint.model.name}: a batch is gone at the provider; its requests are submitted again"
-            )
-            return self.release(file)
-        if batch.status == "failed":
-            error = next(iter((batch.errors and batch.errors.data) or ()), None)
-            return self.refused(
-                endpoint, file, getattr(error, "code", ""), getattr(error, "message", "")
-            )
-        if not entered and batch.request_counts and batch.request_counts.completed:
-            hint = "its results cannot be read yet; run the same command later"
-            raise self.models.halt(f"batch {batch.id}: {hint}")
-        change = "UPDATE wanted SET tries = tries + 1, error = ? WHERE file = ?"
-        self.cache.do(change, f"batch {batch.status}", file)  # of those without any result
-        self.release(file)
-        if batch.status == "cancelled":  # whoever cancelled it meant it
-            raise self.models.halt(
-                f"batch {batch.id} was cancelled; the same command submits its rest again"
-            )
+            await self.on_refusal(endpoint, file, error)
+            return
+        try:
+            batch = await self.wait_for_end(endpoint, batch_id)
+            if batch.status != "failed":
+                await self.store_results(endpoint, file, batch)
+                return
+        except ApiError as error:
+            name = endpoint.model.name
+            if error.status != 404 or error.code == "web page":  # kept, for its replies are paid
+                hint = "run the same command later"
+                raise self.models.halt(f"{name}: batch {batch_id}: {error}; {hint}") from None
+            note(f"{name}: a batch is gone at the provider; its requests are submitted again")
+            self.put_back(file)
+            return
+        await self.on_refusal(endpoint, file, read_batch_error(batch))
 
-    async def ended(self, endpoint: Endpoint, file: str, batch_id: str | None):
-        """The batch of a file, once it has ended; raises ApiError if it is refused."""
-        batches, wait, said = endpoint.provider.batch_client().batches, BATCH_POLL[0], ""
-        look = lambda again: batches.retrieve(batch_id)
-        start = functools.partial(self.start, batches, file, batch_id is None)
-        batch = await self.with_retries(endpoint, look if batch_id else start)
-        batch_id = batch.id
-        self.cache.do("UPDATE batches SET id = ? WHERE file = ?", batch_id, file)
-        while batch.status not in ("completed", "failed", "expired", "cancelled"):
-            said = self.tell(endpoint, batch, said)
-            await self.models.pause(wait)
-            wait, batch = min(BATCH_POLL[1], 1.5 * wait), await self.with_retries(endpoint, look)
-        self.tell(endpoint, batch, said)
-        return batch
+    async def start(self, endpoint: Endpoint, file: str) -> str:
+        """The id of a file's batch; where one may exist already, it is looked for first."""
+        batches = endpoint.provider.batch_client().batches
+        is_new = file in self.sent_fixes
 
-    @staticmethod
-    async def start(batches, file: str, fresh: bool, again: bool):
-        """The batch of a file: where one may have been made of it already, it is looked for by its file."""
-        if again or not fresh:
-            async for batch in batches.list(limit=100):
-                if batch.input_file_id == file:
-                    return batch
-        how = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
-        return await batches.create(input_file_id=file, **how)
+        async def find_or_create(tries: int):
+            if tries or not is_new:
+                async for batch in batches.list(limit=100):
+                    if batch.input_file_id == file:
+                        return batch
+            details = {"endpoint": LINE_URL, "completion_window": "24h"}
+            return await batches.create(input_file_id=file, **details)
 
-    async def with_retries(self, endpoint: Endpoint, call):
-        """Await call(again) until it works -> its result; raises ApiError for a refusal, Stop for silence."""
-        for tries in range(1 + self.retries):
-            try:
-                found = await call(tries > 0)
-                if isinstance(found, str):  # a gateway's page
-                    raise ApiError(200, "garbled", "the reply is no JSON")
-                return found
-            except Exception as failure:  # as in Models.call
-                error = read_error(failure)
-            gone = error.status == 404 and "model" not in error.code
-            if (
-                gone
-                or error.code == TOO_BIG
-                or self.models.classify_error(endpoint, error) == "record"
-            ):
-                raise error
-            await self.models.pause(max(error.retry_after, min(30, 2**tries / 4)))
-        where = f"{endpoint.model.name}: the batch engine is out of reach"
-        raise self.models.halt(f"{where} ({error}); run it again later")
+        batch = await self.with_retries(endpoint, find_or_create)
+        self.cache.do("UPDATE batches SET id = ? WHERE file = ?", batch.id, file)
+        return batch.id
 
-    def refused(self, endpoint: Endpoint, file: str, code: str, message: str):
-        """A batch that was not taken: its requests wait again, in smaller parts if it was too big."""
-        count = self.release(file)
-        if code == TOO_BIG and count > 1:
-            self.most[endpoint.model] = min(self.most[endpoint.model] - 1, (count + 1) // 2)
-            return note(
-                f"{endpoint.model.name}: too big a batch for this account; going on in parts"
-            )
-        error = ApiError(400, code, message)
-        self.models.classify_error(endpoint, error)  # may know what to do about it
-        raise self.models.halt(f"{endpoint.model.name}: the batch was refused ({error})")
+    async def wait_for_end(self, endpoint: Endpoint, batch_id: str) -> Any:
+        """The batch, once it has ended; raises ApiError if it cannot be looked at."""
+        batches = endpoint.provider.batch_client().batches
 
-    def release(self, file: str) -> int:
-        """Forget an ended batch -> how many of its requests have no reply and wait again."""
+        async def look(tries: int):
+            return await batches.retrieve(batch_id)
+
+        last_line = ""
+        seconds = BATCH_POLL[0]
+        while True:
+            batch = await self.with_retries(endpoint, look)
+            line = progress_line(endpoint.model, batch)
+            if line != last_line:
+                note(line)
+            last_line = line
+            if batch.status in ("completed", "failed", "expired", "cancelled"):
+                return batch
+            await self.models.pause(seconds)
+            seconds = min(BATCH_POLL[1], 1.5 * seconds)
+
+    async def on_refusal(self, endpoint: Endpoint, file: str, error: ApiError):
+        """Put the requests of a refused batch back, in smaller parts if it was too big; or stop."""
+        name = endpoint.model.name
+        count = self.put_back(file)
+        if error.code == TOO_BIG and count > 1:
+            largest = self.largest.get(endpoint.model, BATCH_REQUESTS)
+            self.largest[endpoint.model] = min(largest, (count + 1) // 2)
+            note(f"{name}: too big a batch for this account; going on in parts")
+            return
+        if lacks_engine(error) and file in self.sent_fixes:  # else the file may be gone
+            raise self.models.halt(f"{name}: {NO_ENGINE} ({error})")
+        if lacks_engine(error):
+            return
+        await self.models.list_served_models(endpoint, error)
+        if self.models.classify_error(endpoint, error) != "wait":
+            raise self.models.halt(f"{name}: the batch was refused ({error})")
+        endpoint.say_waiting("rate limit", f"the batch was refused ({error}); trying again")
+        await self.models.pause(BATCH_POLL[1])
+
+    def put_back(self, file: str) -> int:
+        """Let the requests of a batch wait again and forget the batch -> how many they are."""
         with self.cache.transaction():
-            [(money,)] = self.cache.do("DELETE FROM batches WHERE file = ? RETURNING money", file)
-            self.models.cost_in_flight = round(self.models.cost_in_flight - money, 12)
-            free = "UPDATE wanted SET file = '' WHERE file IN (?, ?) RETURNING rowid"
-            return len(self.cache.do(free, file, f"{file}!"))
+            update = "UPDATE wanted SET file = '' WHERE file = ? RETURNING key"
+            count = len(self.cache.do(update, file))
+            self.forget_batch(file)
+        return count
 
-    async def download_results(self, endpoint: Endpoint, file: str, results: str) -> int:
-        """Stream a file of results to disk and enter its lines -> how many; \\n ends a line, nothing else."""
+    async def with_retries(self, endpoint: Endpoint, call: Callable[[int], Awaitable]) -> Any:
+        """What `await call(tries)` returns in the end; raises ApiError if the engine refuses."""
+        tries = 0
+        while True:
+            try:
+                result = await call(tries)
+                if isinstance(result, str):  # the SDK hands over a page as it is
+                    raise ApiError(200, "garbled", "a web page came, not JSON")
+                endpoint.throttled_since = 0.0
+                return result
+            except Exception as failure:  # as in Models.call
+                if is_own_bug(failure):
+                    raise
+                error = read_error(failure)
+            if error.code == TOO_BIG or lacks_engine(error):
+                raise error
+            await self.models.list_served_models(endpoint, error)
+            action = self.models.classify_error(endpoint, error)
+            if action in ("record", "later"):
+                raise error
+            tries += 1
+            if tries > self.retries and action != "wait":
+                cause = f"the batch engine is out of reach ({error}); run it again later"
+                raise self.models.halt(f"{endpoint.model.name}: {cause}")
+            endpoint.say_waiting(action, f"the batch engine: {error}; trying again")
+            await self.models.pause(max(error.retry_after, min(30, 2**tries / 4)))
 
-        async def download(again):
+    async def download(self, endpoint: Endpoint, results_id: str | None, copy: BinaryIO):
+        """Stream a file of results to disk; leave the copy empty if there is none."""
+        if not results_id:
+            return
+        files = endpoint.provider.batch_client().files
+
+        async def stream(tries: int):
             copy.seek(0)
             copy.truncate()
-            files = endpoint.provider.batch_client().files
-            async with files.with_streaming_response.content(results) as response:
+            async with files.with_streaming_response.content(results_id) as response:
                 async for chunk in response.iter_bytes():
                     copy.write(chunk)
 
-        with tempfile.TemporaryFile() as copy:
-            await self.with_retries(endpoint, download)
-            copy.seek(0)
+        await self.with_retries(endpoint, stream)
+        copy.seek(0)
+
+    async def store_results(self, endpoint: Endpoint, file: str, batch: Any):
+        """Put the replies of an ended batch into the cache and forget the batch, in one step."""
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            await self.download(endpoint, batch.output_file_id, output)
+            await self.download(endpoint, batch.error_file_id, errors)
+            results = BatchResults(self, endpoint, file)
             with self.cache.transaction():
-                return sum([self.enter(endpoint, file, raw) for raw in copy])
+                known = [results.store(line) for line in output]
+                completed = batch.request_counts.completed if batch.request_counts else 0
+                if completed and not any(known):  # kept, for its replies are paid
+                    hint = "its results cannot be read yet; run the same command later"
+                    raise self.models.halt(f"batch {batch.id}: {hint}")
+                for line in errors:
+                    results.store(line)
+                delete = "DELETE FROM wanted WHERE file = ? RETURNING key, request"
+                left = self.cache.do(delete, file)
+                self.forget_batch(file)
+        if batch.status == "cancelled":  # by a person, who meant it
+            hint = "the same command submits its rest again"
+            raise self.models.halt(f"batch {batch.id} was cancelled; {hint}")
+        for role, reply in results.first_replies.items():
+            self.models.check_served(endpoint, reply, role)
+        missing = ApiError(200, "unfinished", f"batch {batch.id} {batch.status} without a result")
+        for key, request in left:
+            error = results.errors.get(key, missing)
+            await self.count_failure(endpoint, file, key, error, json.loads(request)[1])
 
-    def enter(self, endpoint: Endpoint, file: str, raw: bytes) -> bool:
-        """One result, joined by its custom_id and never by its place: into the cache, or a failed try.
+    def forget_batch(self, file: str):
+        """Delete a batch from the table; its money is no longer under way."""
+        delete = "DELETE FROM batches WHERE file = ? RETURNING money, payer"
+        for money, payer in self.cache.do(delete, file):
+            if payer == self.cache.output_id:
+                self.models.cost_in_flight = round(self.models.cost_in_flight - money, 12)
 
-        False: the line is no result of this batch. A failed one waits as `file!`: a success may follow."""
+    async def count_failure(
+        self, endpoint: Endpoint, file: str, key: str, error: ApiError, options: dict
+    ):
+        """Note a failed request: whether the next pass sends it again, and with which fix."""
+        failed = self.failed.setdefault(key, FailedRequest())
+        fixes = self.fixes_of(key, self.sent_fixes.get(file, []))
+        sent = endpoint.wire_options(options, fixes)
+        fix = None if key in self.longer else find_fix(error, sent, fixes)
+        if fix and not needs_stream(fix, sent):
+            failed.fixes = [*fixes, fix]
+            return
+        if fix and not endpoint.has_succeeded:
+            cause = "the model only streams its replies, which a batch cannot: leave out --batch"
+            raise self.models.halt(f"{endpoint.model.name}: {cause} ({error})")
+        await self.models.list_served_models(endpoint, error)
+        action = self.models.classify_error(endpoint, error)
+        most = {"wait": self.retries, "retry": self.retries, "retry once": min(1, self.retries)}
+        failed.tries += 1
+        failed.is_final = failed.tries > most.get(action, 0)
+        failure = failed_call(endpoint, error)
+        failed.reason = failure.reason
+        failed.retryable = failure.retryable
+
+
+class BatchResults:
+    """The results of one batch, line by line: replies go into the cache, errors are kept here."""
+
+    def __init__(self, batches: Batches, endpoint: Endpoint, file: str):
+        self.batches = batches
+        self.endpoint = endpoint
+        self.file = file
+        self.errors: dict[str, ApiError] = {}  # by key
+        self.first_replies: dict[str, Reply] = {}  # by role
+
+    def store(self, line: bytes) -> bool:
+        """Store one line by its custom_id, never by its place -> False: no result of this batch.
+
+        A reply counts once; it may follow an error for the same request."""
+        cache, models, model = self.batches.cache, self.batches.models, self.endpoint.model
         try:
-            line = json.loads(raw)
-            key, response = str(line["custom_id"]), line.get("response") or {}
-            query = "SELECT role, tries, request FROM wanted WHERE key = ? AND file IN (?, ?)"
-            [(role, tries, wanted)] = self.cache.do(query, key, file, f"{file}!")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            result = json.loads(line)
+        except (ValueError, RecursionError):
             return False
-        messages, options = json.loads(wanted)
+        key = look_up(result, "custom_id")
+        if not isinstance(key, str):
+            return False
+        query = "SELECT role, request FROM wanted WHERE key = ? AND file = ?"
+        rows = cache.do(query, key, self.file)
+        if not rows:
+            return False
+        [(role, request)] = rows
         try:
-            reply = endpoint.check_reply(messages, batch_reply(response, line.get("error")))
+            reply = read_result(result)
         except ApiError as error:
-            self.models.write_off(endpoint.model, error, role, BATCH_RATE)
-            retryable, tries = self.failing(endpoint, file, error, options, tries)
-            change = "UPDATE wanted SET file = ?, tries = ?, error = ?, curable = ? WHERE key = ?"
-            reason = failed_call(endpoint, error).reason
-            self.cache.do(change, f"{file}!", tries, reason, retryable, key)
+            models.write_off(model, error, role, BATCH_RATE)
+            self.errors[key] = error
             return True
-        endpoint.on_success([])
-        self.fresh.add(int(key[:16], 16))
-        self.cache.put(key, reply, endpoint.model.name)
-        self.cache.do("DELETE FROM wanted WHERE key = ?", key)
-        self.models.pay(endpoint.model, self.models.count(endpoint.model, {"role": role}, reply))
+        reply = self.endpoint.check_reply(json.loads(request)[0], reply)
+        cache.put(key, reply, model.name)
+        cache.do("DELETE FROM wanted WHERE key = ?", key)
+        models.pay(model, models.count(model, {"role": role}, reply))
+        usual = self.batches.sent_fixes.get(self.file, [])
+        self.endpoint.on_success(self.batches.fixes_of(key, usual))
+        self.batches.failed.pop(key, None)
+        self.batches.fresh.add(int(key[:16], 16))
+        self.first_replies.setdefault(role, reply)
         return True
-
-    def failing(
-        self, endpoint: Endpoint, file: str, error: ApiError, options: dict, tries: int
-    ) -> tuple[bool, int]:
-        """What a failed line means -> (whether a rerun may cure it, how often it has failed by now)."""
-        sent = self.sent.get(file, [])
-        fix = find_fix(error, endpoint.wire_options(options, sent), sent)
-        if fix:
-            endpoint.keep_fixes([fix])
-            return True, tries + 1
-        try:
-            kind = self.models.classify_error(endpoint, error)
-        except Stop:  # halts once the other lines, which are paid, are in
-            return True, tries
-        return kind != "record", FOR_GOOD if kind == "record" else tries + 1
-
-    def tell(self, endpoint: Endpoint, batch, said: str) -> str:
-        """A line on stderr where the batch has got on -> the line."""
-        counts = batch.request_counts
-        done = (
-            f", {counts.completed} of {counts.total} done, {counts.failed} failed" if counts else ""
-        )
-        line = f"batch {batch.id} ({endpoint.model.name}): {batch.status}{done}"
-        if line != said:
-            note(line)
-        return line
 
 
 def name_of(model: Model) -> str:
@@ -6869,19 +6960,60 @@ def name_of(model: Model) -> str:
     return f"{model.provider}:{model.name}@{model.url}"
 
 
-def batch_reply(response: dict, failure: dict | None) -> Reply:
-    """A result's `response` and `error` -> Reply; raises ApiError."""
-    try:
-        status, body = response.get("status_code") or 0, response.get("body") or {}
-        if status != 200:
-            failure = body.get("error") or failure or {}
-            raise ApiError(
-                status, failure.get("code") or failure.get("type"), failure.get("message")
-            )
-        reply = read_completion(body)
-    except Exception as error:  # a garbled line is as good as a dropped reply
-        raise read_error(error) from None
-    return replace(reply, rate=BATCH_RATE)
+def request_line(key: str, model: Model, messages: list[dict], options: dict) -> bytes:
+    """One line of a batch's file."""
+    if options.get("fold_system"):
+        messages = fold_system_turn(messages)
+    body = {"model": model.name, "messages": messages}
+    for name, value in options.items():
+        if name not in ("fold_system", "multimodal", "stream"):  # no batch can stream
+            body[name] = value
+    line = {"custom_id": key, "method": "POST", "url": LINE_URL, "body": body}
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def read_result(result: dict) -> Reply:
+    """One result of a batch -> Reply; raises ApiError."""
+    status = number(look_up(result, "response.status_code"))
+    body = look_up(result, "response.body")
+    if status == 200:
+        return replace(read_completion(body), rate=BATCH_RATE)
+    code, message = read_error_body(body)
+    if not message:
+        code, message = read_error_body(look_up(result, "error"))
+    if not status:
+        raise ApiError(200, "unfinished", message or code or "a result without a response")
+    raise ApiError(int(status), code, message)
+
+
+def progress_line(model: Model, batch: Any) -> str:
+    """`batch ID (MODEL): in progress, 0 of 24 done, 0 failed`."""
+    line = f"batch {one_line(batch.id)} ({model.name}): {one_line(batch.status).replace('_', ' ')}"
+    counts = batch.request_counts
+    if counts:
+        line += f", {counts.completed:,} of {counts.total:,} done, {counts.failed:,} failed"
+    return line
+
+
+def lacks_engine(error: ApiError) -> bool:
+    """True if the server has no such address: it has no batch engine, or no such file."""
+    return error.status in (404, 405, 501) and "model" not in error.code
+
+
+def read_batch_error(batch: Any) -> ApiError:
+    """Why a batch has failed; a limit of the account counts as 429."""
+    errors = batch.errors.data if batch.errors else None
+    code = errors[0].code if errors else ""
+    message = errors[0].message if errors else ""
+    is_limit = re.search(r"quota|throttling|rate_limit", code or "", re.I)
+    return ApiError(429 if is_limit else 400, code, message)
+
+
+def needs_stream(fix: RequestFix, sent: dict) -> bool:
+    """True if a fix makes the reply a stream."""
+    changed = dict(sent)
+    fix.change(changed)
+    return "stream" in changed and "stream" not in sent
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10041,7 +10173,7 @@ async def fill_cache(path: str, run: Run) -> None:
     models = run.models
     copied = run.counting_copy(models)
     with opened(f"{models.cache.path}.batch"):
-        models.batches = Batches(copied, models)
+        models.batches = Batches(models)
         for _ in range(BATCH_PASSES):
             models.usage.clear()  # a pass counts all that is known, and so does the run itself
             pending = 0
@@ -10054,11 +10186,7 @@ async def fill_cache(path: str, run: Run) -> None:
                 models.usage.clear()
                 return
             note(f"{pending} records wait for replies")
-            try:
-                await models.batches.submit_and_wait()
-            except ApiError as error:
-                hint = "the same command goes on from here"
-                raise models.halt(f"the batch engine refused ({error}); {hint}") from None
+            await models.batches.submit_and_wait()
 
 
 class Job:

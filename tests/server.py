@@ -365,7 +365,7 @@ class BatchEngine:
 
     A Fault goes to the error file. Results come shuffled. A test may set: `looks`, how often a batch is seen
     in progress; `ends(batch, requests)`, its last status, of which expired and cancelled answer half of the
-    requests, and "failed:CODE" none; `uploading()` and `creating(requests)`, a Fault for these or None; `lost`, whether
+    requests, and "failed:CODE" none; `uploading()`, `creating(requests)` and `looking()`, a Fault for these or None; `lost`, whether
     the answer to a creation gets lost; `spoil(lines)`, what becomes of a file of results.
     """
 
@@ -379,6 +379,7 @@ class BatchEngine:
         self.creating = lambda requests: None
         self.spoil = lambda lines: lines
         self.uploading = lambda: None
+        self.looking = lambda: None
         self.lost = False
 
     def routes(self, root: str) -> list:
@@ -394,9 +395,16 @@ class BatchEngine:
         self.files[name := f"file-{len(self.files) + 1}"] = data
         return name
 
+    @staticmethod
+    def _refuse(fault: Fault) -> web.Response:
+        """An error in JSON; a web page for the fault kind html."""
+        if fault.kind == "html":
+            return web.Response(text=PAGE, content_type=HTML, status=fault.status)
+        return web.json_response(failure("openai", fault), status=fault.status)
+
     async def _upload(self, request: web.Request) -> web.Response:
         if fault := self.uploading():
-            return web.json_response(failure("openai", fault), status=fault.status)
+            return self._refuse(fault)
         form = await request.post()
         assert form["purpose"] == "batch"
         data = form["file"].file.read()
@@ -415,7 +423,7 @@ class BatchEngine:
         requests = [json.loads(line) for line in self.files[body["input_file_id"]].splitlines()]
         assert len({one["body"]["model"] for one in requests}) == 1, "one model a batch"
         if fault := self.creating(requests):
-            return web.json_response(failure("openai", fault), status=fault.status)
+            return self._refuse(fault)
         name = f"batch-{len(self.batches) + 1}"
         batch = {
             "id": name,
@@ -443,6 +451,8 @@ class BatchEngine:
         return web.json_response({"object": "list", "data": page, "has_more": more, **ends})
 
     async def _look(self, request: web.Request) -> web.Response:
+        if fault := self.looking():
+            return self._refuse(fault)
         if request.match_info["id"] not in self.batches:
             return web.json_response(failure("openai", Fault(404, code="not_found")), status=404)
         batch = self.batches[request.match_info["id"]]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -219,18 +220,21 @@ def test_a_wrong_key_stops_at_the_upload_and_a_busy_engine_is_waited_for(rlhf):
 
 def test_without_a_cache_or_with_a_reward_model_it_is_refused(rlhf):
     assert (
-        "name a --cache-path"
+        "leave out --cache-path none"
         in rlhf(PROMPTS, *OPENAI, "--batch", "--cache-path", "none", OPENAI_API_KEY="k" * 9).err
     )
     judge = ("--judge-model", "reward:rm@http://localhost:9")
-    assert "reward models" in rlhf(PROMPTS, *OPENAI, "--batch", *judge, OPENAI_API_KEY="k" * 9).err
+    assert (
+        "a reward model: leave out"
+        in rlhf(PROMPTS, *OPENAI, "--batch", *judge, OPENAI_API_KEY="k" * 9).err
+    )
 
 
 def test_the_budget_holds_for_what_is_submitted(rlhf):
     price = ("--price", "strong=10/10", "--price", "weak=10/10")
     with Api(world) as api:
         planned = rlhf(PROMPTS, *OPENAI, "--batch", "--dry-run", *price, api=api).out
-        assert "in 1 or more batches" in planned
+        assert "in at least 1 batch" in planned
         result = rlhf(PROMPTS, *OPENAI, "--batch", *price, "--max-cost", 0.03, api=api)
         assert result.status == 3 and "--max-cost" in result.err and 0 < len(api.engine.keys) < 48
         first = len(api.engine.keys)
@@ -505,3 +509,266 @@ def test_what_a_round_brings_is_reckoned_with_in_that_round(rlhf):
     with Api(lambda call: Reply(world(call), tokens_out=40)) as api:
         assert rlhf(prompts, *OPENAI, "--batch", *price, api=api).status == 0
         assert len(api.engine.keys) == 480 and len(api.engine.batches) <= 8
+
+
+# --- real servers and real models (one reading of a reply and of an error, online and in a batch)
+
+FEW = PROMPTS[:3]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(404, code="not_found"),
+        Fault(405, code="x"),
+        Fault(200, kind="html"),
+        Fault(404, kind="html"),
+    ],
+    ids=["404", "405", "web page", "404 web page"],
+)
+@pytest.mark.parametrize("where", ["uploading", "creating"])
+def test_a_server_without_a_batch_engine_is_named(rlhf, where, fault):
+    if where == "creating" and fault.status == 200:
+        pytest.skip("a page there may be a gateway's: it is tried again")
+    with Api(world) as api:
+        setattr(api.engine, where, lambda *_: fault)
+        result = rlhf(FEW, *OPENAI, "--batch", api=api)
+    assert result.status == 3 and api.count() == 0
+    assert "this server has no batch engine: leave out --batch" in result.err
+
+
+def test_a_provider_without_a_batch_client_is_named(rlhf, monkeypatch):
+    monkeypatch.setattr(rc.ask_openai, "batch_client", rc.Provider.batch_client)
+    with Api(world) as api:
+        result = rlhf(FEW, *OPENAI, "--batch", api=api)
+    assert result.status == 3 and "this server has no batch engine: leave out --batch" in result.err
+
+
+def test_a_bug_of_a_providers_own_batch_client_is_shown_as_one(rlhf, monkeypatch):
+    monkeypatch.setattr(rc.ask_openai, "batch_client", lambda self: SimpleNamespace(files=None))
+    with Api(world) as api:
+        with pytest.raises(AttributeError, match="create"):
+            rlhf(FEW, *OPENAI, "--batch", api=api)
+
+
+def test_a_page_of_a_gateway_while_a_batch_runs_does_not_make_it_again(rlhf, monkeypatch):
+    """The look is answered by a web page with 404: the batch may well be there."""
+    with Api(world) as api:
+        api.engine.looking = lambda: Fault(404, kind="html")
+        result = rlhf(FEW, *OPENAI, "--batch", "--max-retries", 0, api=api)
+        assert result.status == 3
+        api.engine.looking = lambda: None
+        assert rlhf(FEW, *OPENAI, "--batch", api=api).status == 0
+        assert len(api.engine.batches) == 3 and len(api.engine.keys) == 12
+
+
+@pytest.mark.parametrize("where", ["uploading", "creating", "line", "failed"])
+def test_dashscopes_limit_per_minute_is_waited_for(rlhf, where):
+    """Its compatible mode calls a limit per minute insufficient_quota, which is no empty account."""
+    faults = [Fault(429, code="insufficient_quota")]
+    once = lambda *_: faults.pop() if faults else None
+    with Api(world) as api:
+        if where == "line":
+            api.engine.answer = lambda call: once() or world(call)
+        elif where == "failed":
+            api.engine.ends = lambda *_: "failed:insufficient_quota" if once() else "completed"
+        else:
+            setattr(api.engine, where, once)
+        result = rlhf(FEW, *DASHSCOPE, "--batch", api=api)
+        assert (result.status, len(result.pairs)) == (0, 3) and not faults
+
+
+READINGS = {
+    "unknown finish": (Reply("cut off", finish="error"), 2, "unfinished reply"),
+    "filtered": (Reply("", finish="content_filter"), 1, "content filter"),
+    "filtered, null": (Reply("", "content_filter", content=None), 1, "content filter"),
+    "SAFETY": (Reply("half", finish="SAFETY"), 1, "content filter"),
+    "no text": (Reply("", content=None), 2, "no text in the reply"),
+    "only thoughts": (
+        Reply("", content=None, more={"reasoning_content": "hm"}),
+        1,
+        "only thoughts came",
+    ),
+    "tool call": (Reply("", finish="tool_calls", content=None), 1, "tool call"),
+}
+
+
+@pytest.mark.parametrize("kind", READINGS)
+def test_a_result_is_read_like_a_reply_online(rlhf, kind):
+    reply, sent, reason = READINGS[kind]
+    odd = lambda call: call.model == "weak" and "1 plus" in call.prompt
+    with Api(lambda call: reply if odd(call) else world(call)) as api:
+        result = rlhf(FEW, *OPENAI, "--batch", "--max-retries", 1, api=api)
+        assert len(result.pairs) == 2 and result.dropped[0]["reason"].startswith(reason)
+        assert sum(map(odd, api.engine.calls)) == sent
+        if reason == "content filter":  # it is remembered
+            rlhf(FEW, *OPENAI, "--batch", api=api)
+            assert sum(map(odd, api.engine.calls)) == 1
+
+
+def test_the_text_of_a_refusal_field_is_the_answer(rlhf):
+    refusal = Reply("", content=None, more={"refusal": "I cannot help with that."})
+    with Api(lambda call: refusal if call.model == "weak" else world(call)) as api:
+        result = rlhf(FEW, *OPENAI, "--batch", api=api)
+    assert [pair["rejected"] for pair in result.pairs] == ["I cannot help with that."] * 3
+
+
+@pytest.mark.parametrize(
+    "text, sent",
+    [("half", [4096, 8192]), (None, [4096, 8192]), ("over and over again " * 90, [4096])],
+    ids=["cut", "null", "loop"],
+)
+def test_a_cut_reply_is_asked_for_once_more_unless_it_loops(rlhf, text, sent):
+    cut = Reply(text or "", finish="length", content=text)
+    with Api(lambda call: cut if call.model == "weak" else world(call)) as api:
+        for _ in range(2):
+            result = rlhf(FEW[:1], *OPENAI, "--batch", api=api)
+            assert result.dropped[0]["reason"].startswith("truncated: weak")
+    limits = [call.params["max_tokens"] for call in api.engine.calls if call.model == "weak"]
+    assert limits == sent
+
+
+def test_a_longer_request_that_is_refused_is_not_sent_again(rlhf):
+    def answer(call):
+        if call.model == "weak" and call.params["max_tokens"] > 4096:
+            return Fault(400, message="This model's maximum context length is 6000 tokens.")
+        return Reply("half", finish="length") if call.model == "weak" else world(call)
+
+    with Api(answer) as api:
+        result = rlhf(FEW[:1], *OPENAI, "--batch", api=api)
+    assert result.dropped[0]["reason"].startswith("truncated")
+    assert sum(call.model == "weak" for call in api.engine.calls) == 2
+
+
+BODIES = {
+    "text": {"error": "the model is overloaded"},
+    "detail": {"detail": "the model is overloaded"},
+    "list": [{"error": {"code": 503, "message": "the model is overloaded"}}],
+}
+
+
+@pytest.mark.parametrize("shape", BODIES)
+def test_the_servers_own_words_are_read_from_a_failed_line(rlhf, shape):
+    def spoil(lines):
+        results = [json.loads(line) for line in lines]
+        for result in results:
+            if result["response"]["status_code"] == 503:
+                result["response"]["body"] = BODIES[shape]
+        return list(map(json.dumps, results))
+
+    odd = lambda call: call.model == "weak" and "1 plus" in call.prompt
+    with Api(lambda call: Fault(503) if odd(call) else world(call)) as api:
+        api.engine.spoil = spoil
+        result = rlhf(FEW, *OPENAI, "--batch", "--max-retries", 0, api=api)
+    reason = "server error: weak: 503: the model is overloaded"
+    assert [row["reason"] for row in result.dropped] == [reason] and result.status == 1
+
+
+def test_a_line_without_a_response_is_sent_again(rlhf):
+    expired = {"code": "batch_expired", "message": "the window was over"}
+    spoilt = []
+
+    def spoil(lines):
+        if not spoilt:
+            spoilt.append(json.loads(lines[0]) | {"response": None, "error": expired})
+            return [json.dumps(spoilt[0]), *lines[1:]]
+        return lines
+
+    with Api(world) as api:
+        api.engine.spoil = spoil
+        assert len(rlhf(FEW, *OPENAI, "--batch", api=api).pairs) == 3
+        assert api.engine.keys.count(spoilt[0]["custom_id"]) == 2
+
+
+def test_an_unknown_model_lists_what_the_server_serves(rlhf):
+    with Api(lambda call: Fault(404) if call.model == "weak" else world(call)) as api:
+        api.models = ["weak-2", "strong"]
+        result = rlhf(FEW, *OPENAI, "--batch", api=api)
+    assert result.status == 3 and "the server serves weak-2, strong" in result.err
+
+
+def test_a_fix_is_kept_only_if_the_changed_request_succeeds(rlhf):
+    """One odd 400 that speaks of the temperature takes it from no other request."""
+    odd = lambda call: call.model == "weak" and "1 plus" in call.prompt
+    fault = Fault(400, message="temperature: a strange thing happened")
+    with Api(lambda call: fault if odd(call) else world(call)) as api:
+        result = rlhf(FEW, *OPENAI, "--batch", api=api)
+        assert len(result.pairs) == 2 and "no temperature" not in result.err
+        rest = [call for call in api.engine.calls if not odd(call)]
+    assert all("temperature" in call.params for call in rest)
+
+
+def test_a_system_turn_that_is_refused_is_folded_into_the_first_user_turn(rlhf):
+    def answer(call):
+        if call.messages[0]["role"] == "system":
+            return Fault(400, message="System role not supported")
+        return world(call)
+
+    with Api(answer) as api:
+        result = rlhf(FEW, *OPENAI, "--batch", "--system-prompt", "Be kind.", api=api)
+        folded = [
+            c for c in api.engine.calls if c.messages[0]["role"] != "system" and not is_judge(c)
+        ]
+    assert len(result.pairs) == 3 and result.err.count("the system turn becomes part") == 2
+    assert all(call.prompt.startswith("Be kind.\n\nWhat") for call in folded)
+    assert all("fold_system" not in call.params for call in api.engine.calls)
+
+
+def test_a_model_that_only_streams_stops_a_batch(rlhf):
+    fault = Fault(400, message="This model only support stream mode")
+    with Api(lambda call: fault if call.model == "weak" else world(call)) as api:
+        result = rlhf(FEW, *OPENAI, "--batch", api=api)
+    assert result.status == 3 and "weak: the model only streams its replies" in result.err
+    assert sum(call.model == "weak" for call in api.engine.calls) == 3
+
+
+def test_another_served_model_is_said_once(rlhf):
+    with Api(lambda call: Reply(world(call), model=f"{call.model[0]}-7b")) as api:
+        result = rlhf(FEW, *OPENAI, "--batch", api=api)
+    assert result.status == 0
+    assert result.err.count("asked for weak, the server answers as w-7b") == 1
+
+
+def test_one_model_behind_both_names_stops_the_run(rlhf):
+    with Api(lambda call: Reply(world(call), model="gemma")) as api:
+        result = rlhf(FEW, *OPENAI, "--batch", api=api)
+        assert result.status == 3 and "are both answered by gemma" in result.err
+        assert len(api.engine.batches) == 2
+
+
+def test_another_seed_asks_for_other_answers(rlhf):
+    with Api(world) as api:
+        rlhf(FEW, *OPENAI, "--batch", "--seed", 1, api=api)
+        rlhf(FEW, *OPENAI, "--batch", "--seed", 2, api=api)
+        seeds = {call.params["seed"] for call in api.engine.calls if not is_judge(call)}
+        assert len(seeds) == 2
+        assert len(rlhf(FEW, *OPENAI, "--seed", 2, api=api).pairs) == 3 and api.count() == 0
+
+
+def test_the_progress_is_told_in_plain_words(rlhf):
+    with Api(world) as api:
+        err = rlhf(FEW, *OPENAI, "--batch", api=api).err
+    assert "batch batch-1 (strong): in progress, 0 of 3 done, 0 failed" in err
+    assert "batch batch-1 (strong): completed, 3 of 3 done, 0 failed" in err
+
+
+@pytest.mark.parametrize(
+    "moment", ["INSERT INTO batches", "UPDATE batches SET id", "DELETE FROM wanted WHERE file ="]
+)
+def test_killed_at_each_step_of_the_bookkeeping_nothing_is_submitted_twice(
+    rlhf, monkeypatch, moment
+):
+    """As SIGKILL between two statements: what is not committed is gone, what was submitted stays."""
+    do = rc.Cache.do
+
+    def killed(cache, sql, *values):
+        if sql.startswith(moment):
+            raise KeyboardInterrupt
+        return do(cache, sql, *values)
+
+    with Api(world) as api:
+        with monkeypatch.context() as patched:
+            patched.setattr(rc.Cache, "do", killed)
+            assert rlhf(FEW, *OPENAI, "--batch", api=api).status == 130
+        assert rlhf(FEW, *OPENAI, "--batch", api=api).status == 0
+        assert len(api.engine.batches) == 3 and len(api.engine.keys) == 12
