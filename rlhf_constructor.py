@@ -26,17 +26,22 @@ The one flow: read_records -> method(record, run) -> pairs -> filters -> output 
     §6  OUTPUTS              what a pair looks like to a trainer
     §7  PROVIDERS            how each SDK or server is called
     --  machinery: not needed to add anything --
-    §8  READING FILES        lines, JSON, tables -> rows
-    §9  EXISTING ANSWERS     answers that a row brings, and the signals that rank them
-    §10 FINAL ANSWERS        what an answer comes to, for exact_match
-    §11 CALLS                pacing, retries, cache, budget
-    §12 BATCH                the providers' own batch engines: half the price
-    §13 REPORT               the numbers about the data, and their page
-    §14 REVIEW               blind review by people, and what they say
-    §15 TERMINAL             the plan, the progress, the summary
-    §16 RUN                  records in, files out
-    §17 CLI                  flags and checks
-    §18 PAGES                the two HTML templates
+    §8  ROWS                 history, templates, missing values, references
+    §9  READING FILES        lines, JSON, tables -> rows
+    §10 EXISTING ANSWERS     answers that a row brings, and the signals that rank them
+    §11 TEXTS                words, similarity, loops, refusals, languages
+    §12 JUDGE REPLIES        a judge's reply -> scores
+    §13 FINAL ANSWERS        what an answer comes to, for exact_match
+    §14 REPLIES              one reading of every server's reply
+    §15 CALLS                pacing, retries, cache, budget
+    §16 BATCH                the providers' own batch engines: half the price
+    §17 REPORT               the numbers about the data, and their page
+    §18 REVIEW               blind review by people, and what they say
+    §19 TERMINAL             the plan, the progress, the summary
+    §20 PIPELINE             small parts of Run
+    §21 RUN                  records in, files out
+    §22 CLI                  flags and checks
+    §23 PAGES                the two HTML templates
 """
 
 from __future__ import annotations
@@ -568,472 +573,16 @@ def message(turn: object) -> dict:
     return {"role": role, "content": strip_blank_lines(content)}
 
 
-def part_text(part: object, role: str) -> str:
-    """The text of one part of a turn's content: `{"type": "text", "text": ...}` or a string."""
-    if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("text", "input_text", "output_text"):
-        text = first_value(part, ("text", "value"))
-        if isinstance(text, str):
-            return text
-    if isinstance(kind, str) and "image" in kind:
-        raise Failed("input", "not a text: images")
-    raise Failed("input", f"not a text: the {role} turn holds a part that is no text")
-
-
-def first_of(values) -> object:
-    """The first value that is not empty; None if there is none."""
-    return next(filter(None, values), None)
-
-
-def first_value(row: dict, names: tuple) -> object:
-    """The first value of these fields that is not null; None if there is none."""
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    return None
-
-
-def is_filled_list(value: object) -> bool:
-    """Whether the value is a list that holds something."""
-    return isinstance(value, list) and len(value) > 0
-
-
-def is_turns(value: object) -> bool:
-    """Whether the value is a list of objects with `role` or `from`, the turns of a conversation."""
-    if not is_filled_list(value):
-        return False
-    return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
-
-
-def strip_blank_lines(text: str) -> str:
-    """The text without blank lines around it and space at its end; its first line stays indented.
-
-    A single space before the first word, which completions have, is removed."""
-    text = text.rstrip()
-    if not text[:1].isspace():
-        return text
-    text = BLANK_START.sub("", text)
-    return text[1:] if text[:1] == " " and not text[1:2].isspace() else text
-
-
-BLANK_START = re.compile(r"\A(?:\s*\n)?")
-
-
-def is_missing(value: object) -> bool:
-    """Whether a field holds nothing: null, NaN or a spelling of it in a cell, an empty list."""
-    if value is None:
-        return True
-    if isinstance(value, str):
-        return len(value) < 12 and value.strip() in MISSING
-    if isinstance(value, float):
-        return math.isnan(value)
-    if isinstance(value, dict):  # {"bytes": null, "path": null}: an empty picture of a Parquet file
-        return all(part is None for part in value.values())
-    return value == []
-
-
-def text_of(row: dict, name: str) -> str:
-    """The field as text, "" if it is missing or blank; raises Failed if it holds anything else."""
-    value = row.get(name)
-    if isinstance(value, str):
-        return value if value and not value.isspace() else ""
-    if is_missing(value):
-        return ""
-    raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
-
-
-def optional_text(row: dict, name: str) -> str:
-    """The text of an optional field, "" where it is missing (see `is_missing`)."""
-    return "" if is_missing(row.get(name)) else strip_blank_lines(text_of(row, name))
-
-
-def first_text(row: dict, names: tuple) -> str:
-    """The text of the first of these optional fields that is filled, "" if none is."""
-    for name in names:
-        if name in row and optional_text(row, name):
-            return optional_text(row, name)
-    return ""
-
-
-def context_texts(row: dict, prompt: str) -> list[str]:
-    """The texts beside a prompt, in the order of CONTEXT_FIELDS; a list of passages is joined."""
-    texts = []
-    for name in CONTEXT_FIELDS:
-        value = row.get(name)
-        if value is None or value == prompt or is_missing(value):
-            continue
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
-            value = "\n\n".join(value)
-        if name == "input" or isinstance(value, str):
-            texts.append(text_of({name: value}, name))
-    return texts
-
-
-def choice_lines(row: dict, prompt: str) -> list[str]:
-    """A question's choices as one text of lines "A. text"; [] if none or if the prompt has them."""
-    choices = first_value(row, CHOICE_FIELDS)
-    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
-        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
-    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
-        return []
-    labels, texts = labels_and_texts(choices)
-    if not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
-        return []
-    if all(str(text) in prompt for text in texts):
-        return []
-    lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=False)]
-    return ["\n".join(lines)]
-
-
-def labels_and_texts(choices: dict | list) -> tuple[list, list]:
-    """The labels and the texts of choices: a list, {"A": text}, or lists of both (ARC)."""
-    letters = list(string.ascii_uppercase)
-    if isinstance(choices, dict):
-        texts = choices.get("text")
-        if not isinstance(texts, list):
-            is_lettered = all(len(str(label)) == 1 for label in choices)
-            return list(choices), list(choices.values()) if is_lettered else [None]
-        labels = choices.get("label")
-        fits = isinstance(labels, list) and len(labels) == len(texts)
-        return (labels if fits else letters), texts
-    if all(isinstance(choice, dict) for choice in choices):
-        labels = [choice.get("label") for choice in choices]
-        return (letters if None in labels else labels), [choice.get("text") for choice in choices]
-    return letters, choices
-
-
 # --- earlier turns: history, chat templates, Human/Assistant texts
-
-HISTORY_SHAPE = 'write [["question", "answer"], ...] or [{"role": "user", "content": "..."}, ...]'
-USER_NAMES = ("user", "human", "question", "query", "prompt", "instruction", "input", "q")
-ASSISTANT_NAMES = ("assistant", "gpt", "bot", "answer", "response", "output", "completion", "a")
-
-
-def read_history(row: dict) -> list[dict]:
-    """The turns before the prompt: pairs, objects or alternating texts, also as JSON text.
-
-    `context` is a history, too, where it is a list of turns; raises Failed for other shapes."""
-    history = row.get("history")
-    if isinstance(history, str) and history == row.get("prompt"):  # SHP's name of its prompt
-        history = None
-    if history is None and is_turns(row.get("context")) and row["context"] is not row.get("prompt"):
-        history = row["context"]
-    if is_missing(history):
-        return []
-    if isinstance(history, str):
-        history = parsed_text(history)
-    if not isinstance(history, list):
-        raise Failed("input", f"not a history: a {type(history).__name__}; {HISTORY_SHAPE}")
-    if all(isinstance(item, str) for item in history):
-        if len(history) % 2:
-            raise Failed("input", f"not a history: a question without answer; {HISTORY_SHAPE}")
-        history = list(zip(history[::2], history[1::2], strict=True))
-    turns = []
-    for item in history:
-        turns += [item] if is_turns([item]) else exchange_turns(item)
-    return turns
-
-
-def exchange_turns(item: object) -> list[dict]:
-    """Two turns of a history: `["question", "answer"]` or `{"question": ..., "answer": ...}`."""
-    texts = item
-    if isinstance(item, dict):
-        texts = [first_value(item, USER_NAMES), first_value(item, ASSISTANT_NAMES)]
-    if not isinstance(texts, list | tuple) or len(texts) != 2:
-        raise Failed(
-            "input", f"not a history: an item is no question with its answer; {HISTORY_SHAPE}"
-        )
-    question, answer = texts
-    if not isinstance(answer, str) or not isinstance(question, str | None):
-        raise Failed("input", f"not a history: an item holds no text; {HISTORY_SHAPE}")
-    turns = chat([(question, answer)])
-    return turns if question else turns[1:]  # a greeting that nobody asked for
-
-
-def chat(exchanges) -> list[dict]:
-    """[(question, answer), ...] -> turns."""
-    turns = []
-    for question, answer in exchanges:
-        turns.append({"role": "user", "content": question})
-        turns.append({"role": "assistant", "content": answer})
-    return turns
-
-
-def human_turns(text: str) -> list[dict]:
-    """The turns of a text that begins with `\\n\\nHuman:` (HH-RLHF) or `### Human:` (Guanaco)."""
-    if text.startswith("\n\nHuman:"):
-        parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
-    elif text.startswith("### Human:"):
-        parts = re.split(r"### (Human|Assistant): ?", text)[1:]
-    else:
-        return []
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    return [{"from": speaker, "value": content} for speaker, content in pairs]
-
-
-# What opens a turn in ChatML (Qwen), Llama 3, Gemma, Zephyr and Phi, DeepSeek; group: the role.
-TEMPLATE_HEADS = (
-    r"<\|im_start\|> ?(\w+)(?=\s|\Z)",
-    r"<\|start_header_id\|>(\w+)<\|end_header_id\|>",
-    r"<start_of_turn>(\w+)(?=\s|\Z)",
-    r"<\|(system|user|assistant)\|>",
-    r"<｜(User|Assistant)｜>",
-)
-TEMPLATE_HEAD = re.compile("|".join(TEMPLATE_HEADS))
-TEMPLATE_STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>")
-TEMPLATE_ENDS = (
-    "</s>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<end_of_turn>",
-    "<|end|>",
-    "<|endoftext|>",
-    "<｜end▁of▁sentence｜>",
-)
-# A prompt with one of these is no plain text: a server would take them for turns.
-TEMPLATE_MARK = re.compile(rf"{TEMPLATE_HEAD.pattern}|<\|im_end\|>|<\|eot_id\|>|\[/?INST\]")
-TEMPLATE_SIGNS = ("<|", "<｜", "<start_of_turn>", "INST]")
-
-
-def has_template_mark(text: str) -> bool:
-    """Whether a server could take something in the text for a mark of its chat template."""
-    if not any(sign in text for sign in TEMPLATE_SIGNS):  # faster than the search
-        return False
-    return TEMPLATE_MARK.search(text) is not None
-
-
-def template_turns(text: str) -> list[dict]:
-    """The turns of a prompt with a chat template; [] if it has none; Failed if it is broken."""
-    if not has_template_mark(text):
-        return []
-    if "[INST]" in text:
-        return inst_turns(text)
-    heads = list(TEMPLATE_HEAD.finditer(text))
-    start = text[: heads[0].start()].strip() if heads else text
-    if start and start not in TEMPLATE_STARTS:
-        raise Failed("input", "prompt holds chat-template tokens")
-    ends = [head.start() for head in heads[1:]] + [len(text)]
-    turns = []
-    for head, end in zip(heads, ends, strict=True):
-        content = without_end_marks(text[head.end() : end])
-        turns.append({"role": first_of(head.groups()), "content": content})
-    return without_open_turn(turns)
-
-
-def inst_turns(text: str) -> list[dict]:
-    """The turns of Llama 2's and Mistral's template: `[INST] question [/INST] answer </s>`."""
-    start, *exchanges = text.split("[INST]")
-    turns = []
-    if start.lstrip().removeprefix("<s>").strip():
-        raise Failed("input", "prompt holds chat-template tokens")
-    for exchange in exchanges:
-        question, _, answer = exchange.partition("[/INST]")
-        if not turns and question.lstrip().startswith("<<SYS>>"):
-            system, _, question = question.lstrip().removeprefix("<<SYS>>").partition("<</SYS>>")
-            turns.append({"role": "system", "content": system})
-        answer = without_end_marks(answer.rstrip().removesuffix("<s>"))
-        if "</s>" in answer or "[/INST]" not in exchange:
-            raise Failed("input", "prompt holds chat-template tokens")
-        turns += chat([(question, answer)])
-    return without_open_turn(turns)
-
-
-def without_end_marks(text: str) -> str:
-    """The text of a turn without the marks that end it."""
-    text = text.rstrip()
-    while text.endswith(TEMPLATE_ENDS):
-        for mark in TEMPLATE_ENDS:
-            text = text.removesuffix(mark)
-        text = text.rstrip()
-    return text
-
-
-def without_open_turn(turns: list[dict]) -> list[dict]:
-    """The turns without an empty last one, which a template leaves for the answer."""
-    is_open = bool(turns) and turns[-1]["role"].lower() in ASSISTANTS
-    return turns[:-1] if is_open and not turns[-1]["content"].strip() else turns
 
 
 # --- text or not
 
 
-IMAGE_PLACE = "<(?:image|video|audio)>"
-IMAGE_MARK = re.compile(
-    rf"(?:\A|\n)[ \t]*{IMAGE_PLACE}|{IMAGE_PLACE}[ \t]*(?:\n|\Z)|<img>[^<\n]+</img>"
-)
-TOOL_MARK = re.compile(r"^Action: ?[\w.-]+ *\n+Action Input:", re.M)
-
-
-def check_text_only(text: str) -> None:
-    """Raise Failed for a text with a picture's place (`<image>`) or a tool's call (`Action:`)."""
-    if "<i" in text or "<v" in text or "<a" in text:
-        if IMAGE_MARK.search(text):
-            raise Failed("input", "not a text: images")
-    if "Action Input:" in text and TOOL_MARK.search(text):
-        raise Failed("input", "not a text: tools")
-
-
-def check_fields_only_text(row: dict) -> None:
-    """Raise Failed for a row with pictures, sound or tools beside its texts."""
-    for name in row:
-        if name in NOT_TEXT_FIELDS and not is_missing(row[name]):
-            raise Failed("input", f"not a text: {NOT_TEXT_FIELDS[name]}")
-    if isinstance(row.get("input"), dict) and row["input"].get("tools"):
-        raise Failed("input", "not a text: tools")
-
-
 # --- the reference: a record's own answer, where nothing says that it is bad
-
-THUMB_FIELDS = ("label", "kto_tag", "is_safe", "is_correct", "correct", "desirable", "accepted")
-GOOD_LABELS = """
-    true yes 1 1.0 +1 good desirable chosen accepted positive safe correct like up thumbs_up
-    好 是 正确
-""".split()
-BAD_LABELS = """
-    false no 0 0.0 -1 -1.0 bad undesirable rejected negative unsafe incorrect wrong dislike down
-    thumbs_down 坏 差 否 错误
-""".split()
-# A score of a single answer -> the lowest and highest of a good one; None: the scale is unknown.
-GRADE_FIELDS: dict[str, tuple | None] = {
-    "rating": (4, 5),
-    "helpfulness": (3, 4),
-    "correctness": (3, 4),
-    "fine-grained_score": (4, 5),
-    "overall_score": (8, 10),
-    "score": None,
-    "reward": None,
-    "rm_score": None,
-}
-
-
-def reference_of(row: dict, answer: str) -> str:
-    """The last turn's answer, else the first of REFERENCE_FIELDS; "" if it may be a bad one."""
-    reference = answer
-    for name in REFERENCE_FIELDS:
-        if not reference and name in row:
-            reference = reference_text(row, name)
-    if not reference and isinstance(row.get("answers"), dict):  # SQuAD
-        texts = row["answers"].get("text")
-        reference = texts[0] if is_filled_list(texts) and isinstance(texts[0], str) else ""
-    if not reference or may_be_bad(row):
-        return ""
-    return reference
-
-
-def reference_text(row: dict, name: str) -> str:
-    """The text of a reference field, "" for what is none; a number counts as an `answer`."""
-    value = row.get(name)
-    if name == "reference" and is_filled_list(value):  # MT-Bench: one for each turn
-        value = value[0]
-    if isinstance(value, dict):  # TriviaQA
-        value = value.get("value")
-    if is_missing(value):
-        return ""
-    if isinstance(value, str):
-        return strip_blank_lines(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    has_choices = any(row.get(field) for field in CHOICE_FIELDS)  # then it is an index, from 0 or 1
-    if name != "answer" or not is_number or has_choices or number(value) is None:
-        return ""
-    return str(int(value)) if value == int(value) else str(value)
-
-
-def may_be_bad(row: dict) -> bool:
-    """Whether a label or a score of the row calls its answer bad, or cannot be read."""
-    labels_are_good = not any(label_may_be_bad(row, name) for name in THUMB_FIELDS)
-    scores_are_good = not any(score_may_be_bad(row, name) for name in GRADE_FIELDS)
-    return not (labels_are_good and scores_are_good)
-
-
-def label_may_be_bad(row: dict, name: str) -> bool:
-    """Whether a label calls the row's answer bad; a `label` or `kto_tag` that is unknown may."""
-    value = row.get(name)
-    if value is None or is_missing(value) or (name == "label" and is_class(row)):
-        return False
-    word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
-    if word in GOOD_LABELS or word in BAD_LABELS:
-        return word in BAD_LABELS
-    is_topic = not row.get("completion") and number(value) is None  # {"label": "geography"}
-    return name in ("label", "kto_tag") and not is_topic
-
-
-def score_may_be_bad(row: dict, name: str) -> bool:
-    """Whether a score of the row's answer is low, or of an unknown scale."""
-    score = number(row.get(name)) if name in row else None
-    if score is None:
-        return False
-    good_scores = GRADE_FIELDS[name]
-    return good_scores is None or not good_scores[0] <= score <= good_scores[1]
-
-
-def is_class(row: dict) -> bool:
-    """Whether the row's number `label` is a class of its `text` (sentiment) and no thumb."""
-    label = row["label"]
-    return "text" in row and not row.get("completion") and not isinstance(label, bool)
 
 
 # --- rows
-
-
-@functools.lru_cache(maxsize=10_000)
-def plain_name(name: str) -> str:
-    """A field's name as the functions above know it: `Instruction` -> `instruction`.
-
-    A last letter that tells answers apart stays: `score_A`, `responseA`, `A`."""
-    name = name.strip()
-    keeps_last = re.search(r"(?:\A|_|[a-z])[A-Z]\Z", name)
-    return name[:-1].lower() + name[-1] if keeps_last else name.lower()
-
-
-def with_plain_names(row: dict) -> dict:
-    """The row with plain names; a name that the row has already stays as it is."""
-    if list(map(plain_name, row)) == list(row):
-        return row
-    renamed: dict = {}
-    for name, value in row.items():
-        plain = plain_name(name)
-        renamed[name if plain in row or plain in renamed else plain] = value
-    return renamed
-
-
-# Fields that may hold a list of turns as text, in a CSV cell or a dump. (`history` reads its own.)
-JSON_FIELDS = {"context", "chosen", "rejected", "conversation_a", "conversation_b"}
-JSON_FIELDS |= {*TURN_FIELDS, *PROMPT_FIELDS}
-LOOKS_LIKE_TURNS = re.compile(
-    r"""\s*(?:\[\s*)?\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]"""
-)
-BROKEN_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from)['"].*\]\s*""", re.S)
-
-
-def with_parsed_turns(row: dict) -> dict:
-    """The row with lists of turns in place of their JSON (or Python) text."""
-    for name, value in row.items():
-        if name not in JSON_FIELDS or not isinstance(value, str):
-            continue
-        if not LOOKS_LIKE_TURNS.match(value):
-            continue
-        turns = parsed_text(value)
-        if isinstance(turns, dict) and len(turns) > 1:
-            turns = [turns]
-        if is_turns(turns):
-            row = row | {name: turns}
-        elif turns is None and BROKEN_TURNS.fullmatch(value):
-            raise Failed("input", f"malformed record: `{name}` looks like turns but is no JSON")
-    return row
-
-
-def parsed_text(text: str) -> object:
-    """The value of JSON text or of a Python literal (pandas writes it in CSV cells), else None."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
 
 
 def parse_row(row: object, with_answers: bool = False, numbers=None) -> list[Record]:
@@ -1079,68 +628,6 @@ def adapt(row: dict) -> list[Record] | None:
     return None
 
 
-def is_bug_of(adapter: Callable, error: Exception) -> bool:
-    """Whether an adapter's own lines raised the error; else junk in the row did, further down."""
-    frames = traceback.walk_tb(error.__traceback__)
-    names = [frame.f_code.co_name for frame, _ in frames][1:]  # the first is `adapt`
-    own_lines = all(name == adapter.__name__ or name.startswith("<") for name in names)
-    return own_lines or isinstance(error, NameError)
-
-
-def why_unknown(row: dict) -> str:
-    """Why no function of INPUTS knows the row."""
-    for name in ("instruction", *PROMPT_FIELDS):
-        if name in row and is_missing(row[name]):
-            return "empty prompt"
-        if isinstance(row.get(name), dict | int | float):
-            return f"not a text: `{name}` holds a {type(row[name]).__name__}"
-    return f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
-
-
-# What reading raises where junk is nested in place of a text or a number.
-JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
-
-
-def known_data_set(row: dict) -> dict:
-    """The row with the plain names of §9's DATA_SETS added."""
-    try:
-        return plain_names(row)
-    except JUNK as error:
-        raise Failed("input", f"malformed record: {error}") from None
-
-
-def add_row_answers(record: Record, row: dict, numbers=None) -> None:
-    """Give the record the row's own answers; a Failed that this raises knows the record."""
-    try:
-        add_answers(record, row, numbers)
-        for answer in record.answers:
-            check_text_only(answer.text)
-    except Failed as error:
-        error.record = record
-        raise
-    except JUNK as error:
-        raise Failed("input", f"malformed record: {error}", record=record) from None
-
-
-def renamed_row(row: object, rename: dict) -> object:
-    """The row with --rename applied; raises Failed if two of its fields then have one name."""
-    if not rename or not isinstance(row, dict):
-        return row
-    renamed = {rename.get(name, name): value for name, value in row.items()}
-    if len(renamed) < len(row):
-        raise Failed("input", "--rename: two fields of one name")
-    return renamed
-
-
-def renamed_rows(path: str, rename: dict):
-    """Yield (line, row or Failed) for each row of a file, with --rename applied."""
-    for line, row in read_rows(path):
-        try:
-            yield line, row if isinstance(row, Failed) else renamed_row(row, rename)
-        except Failed as error:
-            yield line, error
-
-
 def read_records(path: str, rename: dict | None = None, with_answers: bool = False, numbers=None):
     """Yield (line, Record or Failed) for each record of a file, in order, one at a time.
 
@@ -1163,45 +650,6 @@ def read_records(path: str, rename: dict | None = None, with_answers: bool = Fal
 
 
 # --- fields that no rule reads
-
-ID_NAME = re.compile(r"(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
-
-
-def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
-    """Names of the filled fields that change nothing in any of these rows when they are left out.
-
-    Ids are not named, nor are labels and scores of an answer, which may all be good."""
-    used: set[str] = set()
-    filled: dict[str, None] = {}  # in the order of the file
-    for row in rows:
-        if not isinstance(row, dict):
-            continue
-        result = reading_of(row, rename, with_answers)
-        if result is None:
-            continue
-        for name, value in row.items():
-            if is_missing(value):
-                continue
-            filled[name] = None
-            rest = {key: row[key] for key in row if key != name}
-            if reading_of(rest, rename, with_answers) == result:
-                row = rest
-            else:
-                used.add(name)
-    unused = []
-    for name in filled:
-        is_label = plain_name(rename.get(name, name)) in {*THUMB_FIELDS, *GRADE_FIELDS}
-        if name not in used and not is_label and not ID_NAME.fullmatch(name):
-            unused.append(name)
-    return unused
-
-
-def reading_of(row: dict, rename: dict, with_answers: bool) -> list | None:
-    """What a row is read as, to compare; None if it cannot be read."""
-    try:
-        return parse_row(renamed_row(row, rename), with_answers)
-    except (Failed, PartError):
-        return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1335,224 +783,6 @@ def fence(tag: str, text: str, nonce: str, attributes: str = "") -> str:
     return f"<{tag}{attributes} {mark}>\n{sanitize(text)}\n</{tag} {mark}>"
 
 
-class UnreadableReply(Exception):
-    """A judge's reply does not give one clear score for each answer; the text says why."""
-
-
-# How a judge may write its scores. Full-width characters are made ASCII before.
-FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0xFFE5: "¥"}
-QUOTES = "\"'“”‘’「」`*"
-SCORE_NUMBER = r"[-+]?\d+(?:,\d{1,2}(?!\d)|\.\d*)?(?:e[-+]?\d+)?"
-SCORE = re.compile(rf"({SCORE_NUMBER})(?:\s*(?:/|out of)\s*(\d+)|\s*(?:points?|分))?", re.I)
-KEY = rf"[\s{QUOTES}]*(?:answer\s+)?(\w+)[\s{QUOTES}]*[:=]"
-ENTRY = re.compile(rf"{KEY}(.*?)(?:,(?={KEY})|,?\s*\Z)", re.I | re.S)
-SCORE_LINE = re.compile(
-    rf"\W*(?:answer\s+)?([a-z]\d)[\s{QUOTES}]*[:=][\s{QUOTES}]*({SCORE.pattern})\W*", re.I
-)
-OBJECT = re.compile(r"\{([^{}]*)\}")
-OBJECT_LIST = re.compile(r"\[\s*(?:\{[^{}]*\}[\s,]*)+\]")
-STRING = re.compile(r""":\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'"\\]|\\.)*)')(?=\s*[,}])""", re.S)
-ID_OR_SCORE = re.compile(rf"\W*(?:(?:answer\s+)?[a-z]\d|{SCORE.pattern})\W*", re.I)
-SCORE_KEYS = ("SCORE", "RATING", "GRADE", "评分", "分数", "得分")
-THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratchpad"
-THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
-THOUGHT_MARK = re.compile(rf"<(/?)(?:{THOUGHTS})>", re.I)
-# Words after the scores that may take them back or give others.
-REVISION = re.compile(
-    r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|oops|apolog"
-    r"|invert|reflection|second thought|re-?(?:do|evaluat|consider)|instead|should|rather"
-    r"|exchang|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal|other way"
-    r"|scor|grad(?:e|ing)|rating"
-    r"|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
-    r"|\b(?:an?|gets?|to|is|be|of)\s+(?:one|two|three|four|five|six|seven|eight|nine|ten|zero)\b"
-    r"|更正|修正|纠正|改|其实|应|不对|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分"
-    r"|得分|打分|[零一二两三四五六七八九十]\s*分",
-    re.I,
-)
-
-
-def parse_scores(reply: str, ids: list[str]) -> list[float]:
-    """A judge's reply -> one score for each id; raises UnreadableReply, for there are no defaults.
-
-    The last innermost {...} that names an id counts: it must give each id one score, and no number
-    to anything else. What stands around it is free, unless it may mean other scores: another
-    grading in the same object, thoughts that do not end, numbers or words of correction after it.
-
-    >>> parse_scores('Q7 errs. {"reason": "5", "scores": {"K3": 8, "Q7": "3.5"}}', ["Q7", "K3"])
-    [3.5, 8.0]
-    """
-    text = plain_reply(reply, ids)
-    name = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(ids)})(?![a-z0-9])", re.I)
-    gradings = [match for match in OBJECT.finditer(text) if name.search(match[1])]
-    if not gradings:
-        return scores_in_lines(text, ids, name)
-    start, end = gradings[-1].span()
-    scores = read_entries(split_entries(gradings[-1][1]), ids)
-    levels = check_before(text[:start], gradings[:-1], name)
-    if text.count("}", end) + text.count("]", end) < levels:
-        raise UnreadableReply("it ends inside the JSON")  # this may have been a draft
-    check_after(name.sub("", text[end:]))
-    return scores
-
-
-def scores_in_lines(text: str, ids: list[str], name: re.Pattern) -> list[float]:
-    """`parse_scores` for a reply without JSON, from lines that hold an id and its score alone.
-
-    >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
-    [8.0, 3.0]
-    """
-    entries = []
-    before = text
-    after = ""
-    position = 0
-    for line in text.splitlines(keepends=True):
-        position += len(line)
-        if match := SCORE_LINE.fullmatch(line):
-            entries.append((match[1].upper(), match[2]))
-            before = text[:position]
-            after = text[position:]
-        elif name.search(line) and re.search(r"\d", name.sub("", line)):
-            raise UnreadableReply("a number beside an id on a line of another form")
-    if "{" in text or not entries:
-        raise UnreadableReply("no scores in it")
-    check_before(before, [], name)
-    check_after(name.sub("", after))
-    return read_entries(entries, ids)
-
-
-def plain_reply(reply: str, ids: list[str]) -> str:
-    """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`."""
-    text = THOUGHT_BLOCK.sub("", without_thinking(reply)).translate(FULL_WIDTH)
-    text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
-    text = STRING.sub(empty_text, text)
-
-    def flat_object(match: re.Match) -> str:
-        """`K3: {score: 8, reason: ...}` -> `K3: 8`"""
-        score = score_entry(match[2])
-        return f"{match[1]} {score}" if score else match[0]
-
-    def flat_list(match: re.Match) -> str:
-        """`[{id: K3, score: 8}, {id: Q7, score: 3}]` -> `{K3: 8, Q7: 3}`"""
-        entries = []
-        for item in OBJECT.findall(match[0]):
-            named = [value for _, value in split_entries(item) if short_id(value) in ids]
-            score = score_entry(item)
-            if len(named) != 1 or not score:
-                return match[0]
-            entries.append(f"{short_id(named[0])}: {score}")
-        return "{" + ", ".join(entries) + "}"
-
-    nested = rf"((?:{'|'.join(ids)})[\s{QUOTES}]*[:=])\s*{OBJECT.pattern}"
-    return OBJECT_LIST.sub(flat_list, re.sub(nested, flat_object, text, flags=re.I))
-
-
-def empty_text(match: re.Match) -> str:
-    """`: "any text"` -> `: ""`; an id or a score stays."""
-    text = match[1] if match[1] is not None else match[2]
-    return match[0] if ID_OR_SCORE.fullmatch(text) else ': ""'
-
-
-def short_id(value: str) -> str:
-    """`answer k3` -> `K3`."""
-    return re.sub(r"(?i)^answer\s+", "", value).upper()
-
-
-def score_entry(inner: str) -> str:
-    """The value of an object's only score, "" if it has none or several."""
-    scores = [value for key, value in split_entries(inner) if key in SCORE_KEYS]
-    return scores[0] if len(scores) == 1 else ""
-
-
-def split_entries(inner: str) -> list[tuple[str, str]]:
-    """What stands between two braces -> its (KEY, value) entries, [] if it is anything else.
-
-    >>> split_entries('"K3": 8, q7 = "3,5",')
-    [('K3', '8'), ('Q7', '3,5')]
-    """
-    inner = re.sub(r"//[^\n]*", "", inner)
-    entries = []
-    position = 0
-    while position < len(inner.rstrip()):
-        entry = ENTRY.match(inner, position)
-        if not entry:
-            return []
-        entries.append((entry[1].upper(), entry[2].strip(QUOTES + " \t\r\n")))
-        position = entry.end()
-    return entries
-
-
-def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> list[float]:
-    """(id, score) entries -> the scores in the order of `ids`; raises UnreadableReply."""
-    scores = {}
-    for key, value in entries:
-        if key in scores:
-            raise UnreadableReply(f"two scores for {key}")
-        if key in ids:
-            scores[key] = read_score(key, value)
-        elif SCORE.match(value) or re.fullmatch("[A-Z][0-9]?", key):
-            raise UnreadableReply(f"a score for {key[:20]}, which no answer is called")
-    for name in ids:
-        if name not in scores:
-            raise UnreadableReply(f"no score for {name}")
-    return [scores[name] for name in ids]
-
-
-def read_score(name: str, value: str) -> float:
-    """`8`, `3,5`, `8/10` -> a score within JUDGE_SCALE; raises UnreadableReply."""
-    match = SCORE.fullmatch(value)
-    score = number(match[1].replace(",", ".")) if match else None
-    if score is None:
-        raise UnreadableReply(f"the score for {name} is no number")
-    low, high = JUDGE_SCALE
-    if not low <= score <= high or (match[2] and int(match[2]) != high):
-        raise UnreadableReply(f"score {value[:20]} is outside {low}-{high}")
-    return score
-
-
-def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
-    """How many brackets that lead to the scores must be closed after them, where `text` ends.
-
-    One that only holds a reason and "scores" need not be. Raises UnreadableReply if one of them
-    holds another grading, or if thoughts have not ended."""
-    marks = THOUGHT_MARK.findall(text)
-    if marks and not marks[-1]:
-        raise UnreadableReply("the scores stand in thoughts that do not end")
-    opened = []  # where each bracket that is still open stands
-    for bracket in re.finditer(r"[{}\[\]]", text):
-        if bracket[0] in "{[":
-            opened.append(bracket.start())
-        elif opened and text[opened[-1]] + bracket[0] in ("{}", "[]"):
-            opened.pop()
-    if opened and any(draft.start() > opened[0] for draft in drafts):
-        raise UnreadableReply("two gradings in one object")
-    levels = 0
-    end = len(text)
-    whole = False  # the innermost key is "scores": what follows may be missing
-    for start in reversed(opened):
-        between = text[start + 1 : end]
-        leads_on = rf"(?:.*,)?{KEY}\s*" if text[start] == "{" else r"(?:.*,)?\s*"
-        leads = re.fullmatch(leads_on, between, re.S | re.I)
-        if not leads:
-            break
-        graded = rf"(?:{name.pattern}|scores)[\s{QUOTES}]*[:=][\s{QUOTES}]*\d"
-        if re.search(graded, between, re.I):
-            raise UnreadableReply("two gradings in one object")
-        whole = whole or (levels == 0 and text[start] == "{" and leads[1].lower() == "scores")
-        levels += 1
-        end = start
-    return 0 if levels == 1 and whole else levels
-
-
-def check_after(text: str) -> None:
-    """Raises UnreadableReply if what follows the scores, ids left out, may change them."""
-    if "{" in text or re.search(r"\d", text):
-        raise UnreadableReply("more numbers after the scores")
-    if REVISION.search(text):
-        raise UnreadableReply("a correction after the scores")
-    if THOUGHT_MARK.search(text):
-        raise UnreadableReply("the scores stand in thoughts")
-
-
 def combine_scores(votes: tuple[float, ...], judges: int) -> float:
     """Votes, judge by judge -> score: the mean of each judge's orders, then of two judges.
 
@@ -1672,22 +902,6 @@ def check_label(pair: Pair, better: Answer, worse: Answer) -> LabelCheck:
     shown_first = [b < w for b, w in zip(better.positions, worse.positions, strict=True)]
     votes = tuple(zip(leads, shown_first, strict=False))  # none if the judge sees no order
     return LabelCheck(result, None if is_choice else pair.gap, better.score - worse.score, votes)
-
-
-async def gather_all(tasks: list) -> list:
-    """Results in order. Every call ends before anything is raised: no paid reply is thrown away.
-
-    A Failed that a task returns is a result like any other: only what was raised is raised here."""
-    tasks = [asyncio.ensure_future(task) for task in tasks]
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    raised = [
-        e for task, e in zip(tasks, results, strict=True) if task.cancelled() or task.exception()
-    ]
-    if raised:
-        raise max(
-            raised, key=lambda error: [isinstance(error, kind) for kind in (Stop, Pending, Failed)]
-        )
-    return results
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2175,72 +1389,6 @@ class Run:
         return other
 
 
-def unique_names(models: list[Model | None]) -> dict[Model, str]:
-    """{model: its name in rows}: `name`, or `name@URL` where two models share the name."""
-    known = [model for model in models if model is not None]
-    counts = Counter(model.name for model in known)
-    names = {}
-    for model in known:
-        address = model.url or model.provider
-        names[model] = f"{model.name}@{address}" if counts[model.name] > 1 else model.name
-    return names
-
-
-def with_system_prompt(messages: list[dict], text: str) -> list[dict]:
-    """The messages after a system turn of this text; a system turn of their own is joined to it."""
-    if messages[0]["role"] == "system":
-        text = f"{text}\n\n{messages[0]['content']}"
-        messages = messages[1:]
-    return [{"role": "system", "content": text}, *messages]
-
-
-def remember_judged(record: Record, answers: list[Answer], judged: list[Answer]) -> None:
-    """Put the judged answers in the place of the unjudged in record.answers; new ones come last.
-
-    So an answer that a method made by hand reaches the files, too."""
-    places = {id(answer): place for place, answer in enumerate(record.answers)}
-    known = list(record.answers)
-    for answer, with_votes in zip(answers, judged, strict=True):
-        place = places.get(id(answer))
-        if place is None:
-            known.append(with_votes)
-        else:
-            known[place] = with_votes
-    record.answers = known
-
-
-def dropped_outcome(record: Record, failed: Failed) -> Outcome:
-    """The Outcome of a record without a pair."""
-    return Outcome(record, [], failed.stage, failed.reason, failed.retryable)
-
-
-def wrong_pairs(pairs: object) -> str:
-    """What is wrong with a method's return value, "" if it is a list of pairs of answers."""
-    if not isinstance(pairs, list):
-        return f"{pairs!r:.80}, not a list of pairs"
-    for pair in pairs:
-        if not isinstance(pair, Pair):
-            return f"a list with {pair!r:.80}, which is not a Pair"
-        for answer in (pair.chosen, pair.rejected):
-            if not isinstance(answer, Answer) or not isinstance(answer.text, str):
-                return f"a pair with {answer!r:.80}, which is not an Answer with a text"
-            if not isinstance(answer.score, int | float | None):
-                return f"an answer with the score {answer.score!r:.80}, which is not a number"
-    return ""
-
-
-def call_plain(method: Callable, record: Record, run: Run) -> list[Pair]:
-    """Call a plain `def` method in a thread, which cannot hand over a StopIteration."""
-    try:
-        return method(record, run)
-    except StopIteration as error:
-        raise RuntimeError(repr(error)) from error
-
-
-# What a method of one's own may raise.
-BUGS = (Exception, asyncio.CancelledError, GeneratorExit, SystemExit)
-
-
 async def process_record(line: int, record: Record | Failed, run: Run) -> Outcome:
     """What becomes of the record on this line; a broken part stops the run and names the line."""
     try:
@@ -2253,15 +1401,6 @@ async def process_record(line: int, record: Record | Failed, run: Run) -> Outcom
         raise halt_at(f"{run.args.input_file}:{line}", error, run.models) from None
     outcome.record.line = line
     return outcome
-
-
-def halt_at(place: str, error: BaseException, models: Models) -> Stop:
-    """Stop the run because of a bug -> the Stop to raise; its traceback is shown, once."""
-    cause = error.__cause__ if isinstance(error, PartError) else error
-    if cause and not models.stop:  # records in work may all meet the same bug
-        note("".join(traceback.format_exception(cause)).rstrip())
-    message = str(error) if isinstance(error, PartError) else f"a bug: {error!r}"
-    return models.halt(f"{place}: {message}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2288,82 +1427,8 @@ def halt_at(place: str, error: BaseException, models: Models) -> Stop:
 #         --min-score-gap 2   or another flag of the command line
 # Texts are Python strings: in a docstring with a backslash, write r in front of the quotes.
 
-CODE_BLOCK = re.compile(r"```.*?```", re.S)
-CODE = re.compile(  # blocks, `inline` code, URLs and formulas
-    CODE_BLOCK.pattern + r"|`[^`\n]+`|https?://\S+|\$\$.*?\$\$|\$[^$\n]+\$"
-    r"|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\)",  # up to the next opening: linear time
-    re.S,
-)
-MARKUP_TAG = re.compile(r"<[^<>\n]+>")
-
 
 # -------------------------------------------------------------------------------- measures of text
-
-
-def word_runs(words: list[str], size: int) -> list[tuple[str, ...]]:
-    """All runs of `size` words: `(["a", "b", "c"], 2)` -> `[("a", "b"), ("b", "c")]`."""
-    shifted = [words[start:] for start in range(size)]
-    return list(zip(*shifted, strict=False))
-
-
-def character_runs(text: str, size: int, step: int = 1) -> list[str]:
-    """The runs of `size` characters, one every `step`: `("abcd", 3)` -> `["abc", "bcd"]`."""
-    return [text[start : start + size] for start in range(0, len(text) - size + 1, step)]
-
-
-def is_chinese(words: list[str]) -> bool:
-    """Whether over 30 % of the words of `split_words` are Chinese, Japanese, Korean characters."""
-    characters = sum(word >= "\u3040" for word in words)
-    return characters > 0.3 * len(words)
-
-
-def without_code(text: str) -> str:
-    """The text without code blocks and markup tags: in those, repetition is right."""
-    if "```" in text:
-        text = CODE_BLOCK.sub(" ", text)
-    return MARKUP_TAG.sub(" ", text) if "<" in text else text
-
-
-@functools.lru_cache(maxsize=64)
-def fold_text(text: str, keep_case: bool = False) -> str:
-    """For comparing: without case, white space and a final full stop; 42 and -42 stay different."""
-    text = unicodedata.normalize("NFC", text)
-    if not keep_case:
-        text = text.casefold()
-    return " ".join(text.split()).rstrip(".。 ")
-
-
-def similarity(a: str, b: str, floor: float) -> float:
-    """Jaccard similarity (0..1) of character 5-grams without white space; 0 if below `floor`."""
-    shorter, longer = sorted(("".join(a.split()), "".join(b.split())), key=len)
-    if len(shorter) < 5 or len(shorter) < floor * len(longer):
-        return 0.0
-    # At a similarity of .8 it happens once in 1,000 that half of 16 samples are missing.
-    samples = character_runs(shorter, 5, max(1, len(shorter) // 16))
-    if sum(sample in longer for sample in samples) < len(samples) / 2:
-        return 0.0
-    # The sets of a book take 40 MB each: those are not kept.
-    five_grams = grams if len(longer) <= SAMPLE_TEXT else grams.__wrapped__
-    grams_a, grams_b = five_grams(shorter), five_grams(longer)
-    return len(grams_a & grams_b) / len(grams_a | grams_b)
-
-
-@functools.lru_cache(maxsize=64)
-def grams(text: str) -> set[str]:
-    """The character 5-grams of a text, kept for a while: the report compares one with several."""
-    return set(character_runs(text, 5))
-
-
-def chinese_share(text: str) -> tuple[float, int]:
-    """The share of Chinese among Chinese characters and Latin words, and the number of both."""
-    chinese = 0 if text.isascii() else len(CHINESE_CHARACTER.findall(text))
-    units = chinese + len(LATIN_WORD.findall(text))
-    return chinese / max(1, units), units
-
-
-CHINESE_CHARACTER = re.compile(rf"[{CJK}]")
-# A word that begins with a capital may be a name, which no language translates.
-LATIN_WORD = re.compile(r"(?<![A-Za-z\u00c0-\u024f])[a-z\u00df-\u00ff][A-Za-z\u00c0-\u024f]+")
 
 
 # -------------------------------------------------------------------------------- rules on answers
@@ -2397,12 +1462,6 @@ def empty(record: Record, answer: Answer) -> str | None:
     return None if answer.text.strip() else "empty answer"
 
 
-ERROR_TEXT = re.compile(
-    r"\s*(?:\*\*(?:API REQUEST|NETWORK) ERROR|NETWORK ERROR DUE TO|\$(?:ERROR|MODERATION)\$"
-    r"|生成失败\s*(?:$|[:：!！。]|[,，]\s*请))"
-)
-
-
 @register(FILTERS, on="answer")
 def error_text(record: Record, answer: Answer) -> str | None:
     """an API error that some tool saved as an answer (FastChat, and the ancestor of this script)
@@ -2412,19 +1471,6 @@ def error_text(record: Record, answer: Answer) -> str | None:
     Keep: "生成失败的原因通常有两个：显存不足、文件损坏。" for "提示生成失败，怎么办？"
     """
     return "error text" if ERROR_TEXT.match(answer.text) else None
-
-
-CONTROL = re.compile(
-    r"(?m)(<\|)\w[^|\n<>]*\|>|\[/?(INST\])|</?(think>)|<</?(SYS>)>|^(Human|Assistant): "
-)
-CONTROL_STARTS = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
-# A mark that a sentence speaks of: in quotes, or with words of the same sentence on both sides.
-MARK = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
-SPOKEN_OF = re.compile(
-    rf"[\"'“‘「『(（]{MARK}[\"'”’」』)）]"
-    rf"|(?<=[\w,，、]) {MARK}(?=[,，、;；:：)）]| ?[a-z(（]| ?[{CJK}])"
-    rf"|(?<=[{CJK}，、：]){MARK}(?= ?(?:和|与|或|之|的|来|标|符|等|结尾|开头))"
-)
 
 
 @register(FILTERS, on="answer")
@@ -2448,16 +1494,6 @@ def control_tokens(record: Record, answer: Answer) -> str | None:
     return None
 
 
-ZH_COUNT = "二三四五六七八九十百千两几"
-# "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not.
-REPEAT_ASKED = re.compile(
-    r"(?i)\brepeat|again and again|lines of|\b(?:\d+|three|four|five|six|seven|eight|nine|t[ew]\w+"
-    r"|\w+ty|\w+teen|hundred) times\b(?! *\d)"
-    r"|\b(?:songs?|lyrics|poems?|refrain|chorus|chant|rhymes?)\b"
-    rf"|重复|反复|(?<!谷)歌|诗|(?<![第\d{ZH_COUNT}])(?:\d+|[{ZH_COUNT}]+) *[遍次行]"
-)
-
-
 @register(FILTERS, on="answer")
 def loop(record: Record, answer: Answer) -> str | None:
     """the answer repeats one text over and over, and the prompt does not ask for that
@@ -2472,145 +1508,6 @@ def loop(record: Record, answer: Answer) -> str | None:
     if not is_repetition_loop(answer.text) or REPEAT_ASKED.search(record.prompt):
         return None
     return "repetition loop"
-
-
-LOOP_LENGTH = 100  # characters that a repeated end takes at least
-LOOP_UNIT = 1000  # characters of the longest unit that is looked for at the end
-LOOP_SHARE = 0.75  # of the words in consecutive repeats, from which a text is a loop
-REPEATS_ITSELF = 0.30  # of the words in repeated runs, from which a kept text is worth a review
-RULED_LINE = re.compile(r"[-_=*~#|:+\\\[\]—–─━═\s]*")  # also the empty cells of a table
-NUMBER = re.compile(r"\d+")
-
-
-def is_repetition_loop(text: str) -> bool:
-    """Whether the text ends in a repeated unit, or is mostly one unit that is repeated in a row.
-
-    Passages that return after other text (a refrain, the weeks of a plan) are no loop."""
-    if len(text) < LOOP_LENGTH:
-        return False
-    return ends_in_repeats(text) or consecutive_share(text) >= LOOP_SHARE
-
-
-def ends_in_repeats(text: str) -> bool:
-    """Whether the text ends in a unit repeated 4 times (from 200 characters: 3 times) or more.
-
-    If one number counts on ("1. Wait. 2. Wait. 3. Wait."), that is no difference: over 10 times."""
-    end = text[-5 * LOOP_UNIT :].rstrip()
-    unit, times = repeated_end(end)
-    if times:
-        return not RULED_LINE.fullmatch(unit)
-    if not NUMBER.search(end[-200:]):
-        return False
-    end = end[-2 * LOOP_UNIT :]
-    unit, times = repeated_end(NUMBER.sub("0", end))
-    words = split_words(unit.replace("0", " "))
-    if times <= 10 or len(words) < 2:  # a program that counts to 10 prints such lines rightly
-        return False
-    return counts_on(NUMBER.findall(end), times, unit.count("0"))
-
-
-def repeated_end(text: str) -> tuple[str, int]:
-    """The shortest unit that the text ends with several times, and how often; ("", 0) if none."""
-    last_characters = text[-8:]
-    last_place = len(text) - len(last_characters)
-    place = last_place
-    while place > max(0, last_place - LOOP_UNIT):
-        place = text.rfind(last_characters, 0, place + len(last_characters) - 1)
-        if place < 0:
-            break
-        unit = text[place - last_place :]
-        least = max(4 if len(unit) < 200 else 3, math.ceil(LOOP_LENGTH / len(unit)))
-        if text.endswith(unit * least):
-            times = least
-            while text.endswith(unit * (times + 1)):
-                times += 1
-            return unit, times
-    return "", 0
-
-
-def counts_on(numbers: list[str], times: int, columns: int) -> bool:
-    """Whether in the last `times` units one number at most counts on, and the others stay."""
-    numbers = numbers[len(numbers) - times * columns :]
-    counting = 0
-    for column in range(columns):
-        values = [int(number[-9:]) for number in numbers[column::columns]]
-        steps = {after - before for before, after in itertools.pairwise(values)}
-        # At both ends a number may be cut: its steps are left out.
-        inner_steps = {after - before for before, after in itertools.pairwise(values[1:-1])}
-        if inner_steps == {1}:
-            counting += 1
-        elif steps != {0}:
-            return False
-    return counting <= 1
-
-
-def consecutive_share(text: str) -> float:
-    """Share (0..1) of the words in a unit that stands three times in a row or more; numbers aside.
-
-    Words that stood `distance` words before are part of a repeat; if that goes on for two units at
-    the same distance, the unit stands there three times."""
-    prose = without_code(text)
-    if not has_repeats(prose, LOOP_SHARE):
-        return 0.0
-    words = split_words(prose)
-    size = run_size(words)
-    last_place = {}
-    spans = [[0, 0, 0]]  # first word, word after the last, distance
-    for place, run in enumerate(word_runs(words, size)):
-        distance = place - last_place.get(run, place)
-        last_place[run] = place
-        if distance == spans[-1][2]:
-            spans[-1][1] = place + size
-        else:
-            spans.append([place, place + size, distance])
-    inside = set()
-    for start, end, distance in spans:
-        if distance and end - start >= 2 * distance:
-            inside.update(range(start - distance, end))
-    counted = [place for place in inside if not words[place].isdigit()]
-    return len(counted) / max(1, len(words))
-
-
-def repeated_share(text: str) -> float:
-    """Share (0..1) of the words in runs of 10 words (20 Chinese characters) that occur again."""
-    prose = without_code(text)
-    if not has_repeats(prose, REPEATS_ITSELF):
-        return 0.0
-    words = split_words(prose)
-    size = run_size(words)
-    runs = word_runs(words, size)
-    counts = Counter(runs)
-    inside = set()
-    for start, run in enumerate(runs):
-        if counts[run] > 1:
-            inside.update(range(start, start + size))
-    return len(inside) / max(1, len(words))
-
-
-def run_size(words: list[str]) -> int:
-    """Words in a row that two passages do not share by chance: 10, or 20 Chinese characters."""
-    return 20 if is_chinese(words) else 10
-
-
-def has_repeats(text: str, share: float) -> bool:
-    """False if surely less than `share` of the text is repeated: few of 8 samples occur twice."""
-    samples = character_runs(text, 12, max(12, len(text) // 8))
-    allowed_misses = len(samples) * (1 - share / 2)
-    misses = 0
-    for sample in samples:
-        if text.count(sample) < 2:
-            misses += 1
-            if misses > allowed_misses:
-                return False
-    return True
-
-
-ECHO_ASKED = re.compile(  # work on the prompt's own text
-    r"(?i)\b(?:repeat|rewrit|re-?phras|paraphras|correct|proof-?read|edit|translat|fix|improv|summar"
-    r"|extract|copy|quot|punctuat|complet|continu|fill|echo|recit|convert|format)|_{2,}"
-    r"|重复|复述|改写|改正|修改|修正|翻译|译成|译为|润色|纠正|校对|补全|补充|续写|填空|提取"
-    r"|摘录|总结|概括|朗读|抄写|转换|标点"
-)
 
 
 @register(FILTERS, on="answer")
@@ -2685,56 +1582,6 @@ def near_duplicate(pair: Pair, run: Run) -> str | None:
     return "near-duplicate answers"
 
 
-NEGATION = re.compile(
-    r"(?i)\b(?:not|no|never|none|nor|neither|without|cannot)\b|n['’]t\b|[不没无非未别莫勿否]"
-)
-CODE_SIGN = re.compile(r"[(){}\[\]<>=+/\\^&|%$@~_]|(?<=\w)\*(?=\w)")
-
-
-def differ_in_what_counts(a: str, b: str) -> bool:
-    """Whether two texts differ in a number, a negation, a token of code, or in nothing but case."""
-    if fold_text(a) == fold_text(b):
-        return True
-    for pattern in (NUMBER, NEGATION, CODE_SIGN, CODE):
-        if Counter(pattern.findall(a)) != Counter(pattern.findall(b)):
-            return True
-    return False
-
-
-CANNOT = r"(?:can(?:no|['’])t|cannot|am (?:unable|not able) to|won['’]t|will not)"
-ZH_CANNOT = "(?:无法|不能|没有办法|没法|不便|拒绝)"
-REFUSAL_OPENS = re.compile(
-    r"(?i)\W*(?:(?:i['’]?m|i am)\s+(?:really |very |so |truly |deeply )?"
-    r"(?:sorry|afraid|unable|not able)"
-    rf"|sorry,?\s+(?:but|i\b)|i\s+(?:apologi[sz]e|{CANNOT}"
-    r"|do(?:n['’]t| not) (?:feel able|have access))"
-    r"|as an (?:ai|artificial)|unfortunately,?\s+(?:i\b|as an)|my apologies"
-    r"|it(?:['’]s| is) not (?:appropriate|possible)"
-    r"|(?:很|非常|十分)?(?:抱歉|遗憾|对不起)|不好意思"
-    r"|作为(?:一个|一名)?(?:AI|人工智能|大?语言模型)"
-    rf"|我(?:是一个?(?:AI|人工智能|语言模型)[^。]{{0,30}})?{ZH_CANNOT})"
-)
-REFUSAL_SAYS = re.compile(
-    rf"(?i)\b(?:i {CANNOT} (?:help|assist|provide|fulfil|complete|comply|create|write|generate"
-    r"|do that|answer|engage|support|offer|give|share|discuss|recommend)"
-    r"|unable to (?:help|assist|provide|comply)"
-    r"|(?:i['’]?m|i am) (?:just an|an) ai\b[^.]{0,80}\b(?:can(?:no|['’])t|cannot|unable|not able))"
-    rf"|{ZH_CANNOT}(?:[为给][您你])?"
-    r"(?:确切|准确|直接)?地?"
-    r"(?:提供|回答|帮助|协助|满足|完成|讨论|生成|执行|访问|查看|获取|给出|直接)"
-)
-# After "I cannot ...": the turn to an answer that follows all the same.
-ANSWER_FOLLOWS = re.compile(
-    r"(?i)\b(?:however|but|that said|instead|nevertheless|still|nonetheless)\b[^.:。]{0,60}?"
-    r"\b(?:here|i can|i could|i['’]ll|let me|you can|some|several|there (?:is|are)|generally"
-    r"|in general|general|typically|usually)\b"
-    r"|\b(?:generally|in general|in most cases|typically|usually|here (?:is|are)|here['’]s an?)\b"
-    r"|一般(?:来说|而言|情况)|通常(?:来说|情况|，)|总的来说|以下是|下面是|根据"
-    r"|(?:但|不过|然而)[^。]{0,20}(?:可以|以下|一般|通常)"
-)
-ANSWER_WORDS = 60  # words or Chinese characters after such a turn that make an answer
-
-
 @register(FILTERS, on="pair")
 def refusal(pair: Pair, run: Run) -> str | None:
     """both answers refuse; or the chosen one does, and neither a judge nor the input preferred it
@@ -2751,42 +1598,6 @@ def refusal(pair: Pair, run: Run) -> str | None:
         return "both refuse"
     weighed = pair.human or pair.chosen.votes
     return None if weighed else "refusal"
-
-
-def is_refusal(text: str) -> bool:
-    """Whether the first 240 characters open like a refusal and say it, and no answer follows.
-
-    Either alone misfires ("I'm sorry to hear that"). "I can't say exactly, but in general ..." with
-    a whole answer behind it is no refusal."""
-    text = text.strip()
-    head = text[:240]
-    if not REFUSAL_OPENS.match(head):
-        return False
-    statement = REFUSAL_SAYS.search(head)
-    if not statement:
-        return False
-    turn = ANSWER_FOLLOWS.search(text, statement.end(), statement.end() + 800)
-    return turn is None or len(split_words(text[turn.start() :])) < ANSWER_WORDS
-
-
-LANGUAGE_ASKED = re.compile(
-    r"(?i)translat|english|chinese|french|japanese|korean|german|spanish|russian|italian|language"
-    r"|\b(?:mandarin|cantonese|hanzi|pinyin|kanji|kana|hiragana|katakana|romaji|hangul|portuguese"
-    r"|dutch|arabic|hindi|latin|greek|turkish|polish|thai|vietnamese)\b"
-    r"|python|java|sql|code|\b(?:html|css|regex|latex|json|yaml|bash|shell|linux)\b"
-    r"|翻译|译成|译为|[英法德日韩俄汉中葡]文|[英法德日韩俄汉葡外双国粤牙]语|意大利语|阿拉伯语"
-    r"|拉丁|普通话|拼音|假名|罗马字|单词|词汇|短语|例句|造句|语法|时态|字母|缩写|拼写"
-    r"|代码|函数|程序|编写|算法|排序|脚本|命令|公式|正则|网页|网站|域名|变量|查询语句|数据库|服务器"
-)
-QUOTED_LATIN = re.compile(r"[“\"'‘「][A-Za-z][^”\"'’」]*[”\"'’」]")  # a Chinese prompt about a word
-QUOTED = re.compile(r"“[^”]*”|\"[^\"\n]*\"|「[^」]*」|『[^』]*』")
-CODE_LINE = re.compile(
-    r"(?m)^[ \t]*(?:<.*|.*[;{}\]]|.*\)\s*[:{]|.*\w\(.*\)|\w+ = .*"
-    r"|(?i:SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE|ALTER|DROP|FROM|(?:LEFT |INNER )?JOIN|WHERE"
-    r"|GROUP BY|ORDER BY|VALUES|HAVING|LIMIT)\b.*"
-    r"|(?:#|//|(?:import|from|def|class|return|const|let|var|print|echo|sudo|pip|npm|git)\b).*"
-    r")[ \t]*$"
-)
 
 
 @register(FILTERS, on="pair")
@@ -2817,14 +1628,6 @@ def wrong_language(pair: Pair, run: Run) -> str | None:
     if mostly_prose and answered_in_other(in_chinese, prose):
         return "wrong language"
     return None
-
-
-def answered_in_other(asked_in_chinese: bool, text: str) -> bool:
-    """Whether a text of 8 words or characters at least is not in the language asked in."""
-    share, units = chinese_share(text)
-    if units < 8:
-        return False
-    return share < 0.20 if asked_in_chinese else share > 0.50
 
 
 @register(FILTERS, on="pair")
@@ -3026,278 +1829,7 @@ class ApiError(Exception):
         return f"{head}: {words}" if words else head
 
 
-def one_line(text) -> str:
-    """A text from a server as one safe line: no key, no control character, no lone surrogate."""
-    line = " ".join(redacted(scrub(str(text or ""))).split())
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", escape_character, line)
-
-
-def escape_character(match: re.Match) -> str:
-    r"""A control character made visible: `\x1b`."""
-    return f"\\x{ord(match[0]):02x}"
-
-
-def shorten(text: str, size: int) -> str:
-    """The first `size` characters of a text, up to a whole word, with a mark where it was cut."""
-    if len(text) <= size:
-        return text
-    start = text[:size].rpartition(" ")[0] or text[:size]
-    return f"{start} ..."
-
-
 # --- one reading of a reply
-
-# Finish reasons in lower case -> what they mean. Any other (error, abort, tool_calls): no reply.
-COMPLETE = "stop end_turn eos eos_token eos_found stop_sequence stop_token complete completed"
-COMPLETE += " finished normal null none finish_reason_unspecified"
-CUT = "length max_tokens max_length max_output_tokens max_new_tokens max_completion_tokens"
-CUT += " model_length model_context_window_exceeded context_length_exceeded"
-FILTERED = "content_filter content_filtered content-filter safety recitation language blocklist"
-FILTERED += " prohibited_content spii image_safety sensitive error_toxic refusal data_inspection"
-FINISH_REASONS = dict.fromkeys(COMPLETE.split(), "stop")
-FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
-FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
-
-
-def finish_kind(reason) -> str:
-    """A finish reason -> "stop", "length", "content_filter", or "" for a failed reply."""
-    if reason is None or reason == "":
-        return "stop"
-    return FINISH_REASONS.get(str(reason).strip().lower(), "")
-
-
-def make_reply(
-    content, finish, tokens_in, tokens_out, model=None, refusal=None, thoughts=None
-) -> Reply:
-    """The fields of a chat completion -> Reply; raises ApiError where it holds no answer.
-
-    `refusal` stands for a missing text. So do thoughts, in their marks: `answer_text` takes them
-    out again, and the run can say that only thoughts came."""
-    billed = (token_count(tokens_in), token_count(tokens_out))
-    kind = finish_kind(finish)
-    if not kind:
-        code = "tool call" if re.search("tool|function", str(finish)) else "unfinished"
-        raise ApiError(200, code, f"the reply ended with finish_reason {finish!r}", billed=billed)
-    text = content if isinstance(content, str) else join_parts(content)
-    if not text.strip() and isinstance(refusal, str):
-        text = refusal
-    if not text.strip() and kind == "stop":
-        if not isinstance(thoughts, str) or not thoughts.strip():
-            raise ApiError(200, "no text", "the reply holds no text", billed=billed)
-        text = f"<think>\n{thoughts}\n</think>"
-    name = model if isinstance(model, str) else ""
-    return Reply(scrub(text), kind, *billed, model=name)
-
-
-def token_count(value) -> int:
-    """A count of tokens as the server gives it -> an int, 0 for anything odd."""
-    count = number(value) or 0
-    return int(min(max(count, 0), 10**9))
-
-
-def join_parts(content) -> str:
-    """A message's content in parts -> its text; "" for anything that holds none."""
-    if not isinstance(content, list):
-        return ""
-    texts = []
-    for part in content:
-        text = part if isinstance(part, str) else look_up(part, "text")
-        if isinstance(text, str):
-            texts.append(text)
-    return "".join(texts)
-
-
-def look_up(value, path: str):
-    """What stands at a dotted path through objects and JSON (a list: its first item), or None."""
-    for step in path.split("."):
-        if isinstance(value, list):
-            value = value[0] if value else None
-        value = value.get(step) if isinstance(value, dict) else getattr(value, step, None)
-    return value
-
-
-def read_completion(body) -> Reply:
-    """A chat completion in OpenAI's form (an SDK's object, or JSON) -> Reply; raises ApiError."""
-    if isinstance(body, str):
-        raise ApiError(200, *read_error_body(body))
-    message = look_up(body, "choices.message")
-    if message is None:
-        raise_body_error(body)
-    tokens_in = look_up(body, "usage.prompt_tokens")
-    tokens_out = look_up(body, "usage.completion_tokens")
-    finish = look_up(body, "choices.finish_reason")
-    content = look_up(message, "content")
-    served = look_up(body, "model")
-    if isinstance(content, str) and content:
-        return make_reply(content, finish, tokens_in, tokens_out, served)
-    refusal = look_up(message, "refusal")
-    thoughts = look_up(message, "reasoning_content") or look_up(message, "reasoning")
-    return make_reply(content, finish, tokens_in, tokens_out, served, refusal, thoughts)
-
-
-def raise_body_error(body):
-    """Raise the ApiError for a 200 that holds an error: its own code counts as the status."""
-    error = look_up(body, "error")
-    if not isinstance(error, dict | str) or not error:
-        return
-    status = number(look_up(error, "code")) or 200
-    if not 400 <= status < 600:
-        status = 200
-    code, message = read_error_body(error)
-    raise ApiError(int(status), code or "error in the reply", message)
-
-
-def read_error_body(body) -> tuple[str, str]:
-    """(code, message): the server's own words, whatever the shape of its error body."""
-    if isinstance(body, str):
-        return read_error_text(body)
-    if isinstance(body, list):
-        return read_error_list(body)
-    if not isinstance(body, dict):
-        return "", ""
-    codes = [body.get(name) for name in ("code", "type", "status")]
-    codes = [code for code in codes if isinstance(code, str) and not code.isdigit()]
-    code = codes[0] if codes else ""
-    inner = [body.get("error"), body.get("errors"), body.get("detail")]
-    inner.insert(0, look_up(body.get("metadata"), "raw"))  # OpenRouter: its provider's words
-    for part in inner:
-        inner_code, message = read_error_body(part)
-        if message:
-            return inner_code or code, message
-    for name in ("message", "msg", "error_msg", "title"):
-        if isinstance(body.get(name), str):
-            return code, body[name]
-    return code, ""
-
-
-def read_error_list(items: list) -> tuple[str, str]:
-    """(code, message) of a list of errors: FastAPI's details joined, else the first one."""
-    details = []
-    for item in items:
-        if isinstance(item, dict) and isinstance(item.get("loc"), list):
-            place = ".".join(map(str, item["loc"]))
-            details.append(f"{place}: {item.get('msg')}")
-    if details:
-        return "", "; ".join(details)
-    return read_error_body(items[0]) if items else ("", "")
-
-
-def read_error_text(text: str) -> tuple[str, str]:
-    """(code, message) of an error body that is text: JSON in it is read, a page gives its title."""
-    text = text.strip()
-    if re.match(r"(?i)<(!doctype|html|head|\?xml)", text):
-        title = re.search(r"(?is)<title>(.*?)</title>", text)
-        return "web page", title[1].strip() if title else "a web page"
-    if text[:1] in ("{", "["):
-        with contextlib.suppress(ValueError, RecursionError):
-            code, message = read_error_body(json.loads(text))
-            return code, message or text
-    return "", text
-
-
-# Marks between which a model thinks: opening -> closing.
-THOUGHT_MARKS = {
-    "<think>": "</think>",
-    "<thinking>": "</thinking>",
-    "<thought>": "</thought>",
-    "<thoughts>": "</thoughts>",
-    "<reasoning>": "</reasoning>",
-    "<seed:think>": "</seed:think>",
-    "[think]": "[/think]",
-    "◁think▷": "◁/think▷",
-    "<|begin_of_thought|>": "<|end_of_thought|>",
-}
-FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")  # gpt-oss (harmony)
-PLAIN_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*?assistant\s?final", re.S)  # marks lost
-# What ends a turn in a chat template: at the end of a line, or before the next turn's mark.
-END_MARK = re.compile(
-    r"(?<![`\"'“‘])(?:<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>|</s>)"
-    r"(?=[^\S\n]*(?:\n|\Z|<\|im_start|<\|start|<start_of_turn>|<s>))"
-)
-START_MARK = re.compile(r"<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<s>")
-
-
-def without_thinking(text: str) -> str:
-    """The text without leading thoughts; a block that never closes leaves nothing.
-
-    A closing mark whose block was opened in the prompt ends thoughts, too, if it stands on a line
-    of its own or at the start; an answer that speaks of `</think>` in a sentence stays as it is."""
-    rest = without_channels(text)
-    opening = leading_mark(rest)
-    while opening:
-        thoughts_and_rest = split_thoughts(rest.lstrip()[len(opening) :], THOUGHT_MARKS[opening])
-        if thoughts_and_rest is None:
-            return ""
-        rest = thoughts_and_rest
-        opening = leading_mark(rest)
-    lowered = rest.lower()
-    for opening, closing in THOUGHT_MARKS.items():
-        if closing in lowered and opening not in lowered:
-            mark = re.escape(closing)
-            alone = rf"(?i)\A\s*{mark}|\n[^\S\n]*{mark}[^\S\n]*(?=\n|\Z)"
-            end = re.search(alone, rest)
-            return rest[end.end() :] if end else rest
-    return rest
-
-
-def leading_mark(text: str) -> str:
-    """The mark in THOUGHT_MARKS with which a text starts, "" if there is none."""
-    start = text[:200].lstrip().lower()
-    if not start.startswith(("<", "[", "◁")):
-        return ""
-    for opening in THOUGHT_MARKS:
-        if start.startswith(opening):
-            return opening
-    return ""
-
-
-def split_thoughts(text: str, closing: str) -> str | None:
-    """What follows the closing mark (not one in quotes), or None if the thoughts never end."""
-    mark = re.escape(closing)
-    end = re.search(rf"(?i)(?<![`\"'“‘]){mark}|{mark}(?![`\"'”’])", text)
-    if not end:
-        return None
-    rest = text[end.end() :]
-    line_break = re.match(r"\s*\n", rest)  # the line after it keeps its indentation
-    return rest[line_break.end() :] if line_break else rest.lstrip()
-
-
-def without_channels(text: str) -> str:
-    """A gpt-oss reply in channels -> its final channel; "" if there is none; others unchanged."""
-    if "<|channel|>" in text:
-        final = FINAL_CHANNEL.split(text)
-        if len(final) > 1:
-            return re.split(r"<\|(?:return|end|call)\|>", final[-1])[0]
-        return "" if re.match(r"\s*(<\|start\|>assistant)?<\|channel\|>", text) else text
-    return PLAIN_CHANNELS.sub("", text, count=1)
-
-
-def cut_at_end_mark(reply: Reply) -> Reply:
-    """The reply up to its chat template's end mark: the model had ended, whatever it wrote after.
-
-    Servers that know no stop token let a model go on with turns of its own. Marks in code, in
-    quotes, or after a template's start mark belong to the answer."""
-    if "<" not in reply.text:
-        return reply
-    end = END_MARK.search(reply.text)
-    before = reply.text[: end.start()] if end else ""
-    if not before.strip() or before.count("```") % 2 or START_MARK.search(before):
-        return reply
-    return replace(reply, text=before.rstrip(), finish="stop")
-
-
-def answer_text(text: str) -> str:
-    """The answer in a model's reply: no thoughts, no blank lines around it, indentation kept."""
-    answer = re.sub(r"\A(?:[^\S\n]*\n)+", "", without_thinking(text)).rstrip()
-    # a lone space is a tokenizer's, two are indentation
-    return answer[1:] if re.match(r" \S", answer) else answer
-
-
-def about_tokens(text: str) -> int:
-    """Tokens of a text, roughly: 0.7 for a CJK character, 0.25 for another in ASCII, else 1."""
-    chinese = len(re.findall(rf"[{CJK}]", text))
-    plain = len(text.encode("ascii", "ignore"))
-    return round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
 
 
 # --- the providers
@@ -3401,40 +1933,6 @@ class ask_openai(Provider):
 
     async def close(self):
         await self.client.close()
-
-
-class JoinedReply:
-    """A reply that is sent in chunks."""
-
-    def __init__(self, message: str, tokens_in: str, tokens_out: str):
-        """The arguments are the paths of these things in a chunk."""
-        self.paths = {"content": f"{message}.content", "tokens_in": tokens_in}
-        self.paths["tokens_out"] = tokens_out
-        self.paths["finish"] = message.rpartition(".")[0] + ".finish_reason"
-        self.paths["refusal"] = f"{message}.refusal"
-        self.paths["thoughts"] = f"{message}.reasoning_content"
-        self.paths["model"] = "model"
-        self.fields = {}
-
-    def add(self, chunk):
-        """Take in one chunk: texts are joined, of other fields the last counts."""
-        raise_body_error(chunk)
-        for name, path in self.paths.items():
-            value = look_up(chunk, path)
-            if name == "content" and isinstance(value, list):
-                value = join_parts(value)
-            if value is None or value == "null":
-                continue
-            if name in ("content", "refusal", "thoughts") and isinstance(value, str):
-                value = self.fields.get(name, "") + value
-            self.fields[name] = value
-
-    def reply(self) -> Reply:
-        """The whole reply; raises ApiError where the chunks hold no answer or end too early."""
-        if "finish" not in self.fields:
-            raise ApiError(0, "dropped", "the stream ended too early")
-        names = ("content", "finish", "tokens_in", "tokens_out", "model", "refusal", "thoughts")
-        return make_reply(*[self.fields.get(name) for name in names])
 
 
 @register(PROVIDERS)
@@ -3577,41 +2075,582 @@ class ask_offline(Provider):
         return Reply(degrade(hints["reference"], chinese, draw))
 
 
-def degrade(text: str, chinese: bool, draw: random.Random) -> str:
-    """A worse version of a good answer: some of its sentences; an evasion for a short one."""
-    sentences = re.findall(r".+?(?:[.!?](?=\s)|[。！？\n]|$)\s*", text, re.S)
-    if len(sentences) < 3:
-        return "这个问题不太好说，要看具体情况。" if chinese else "That is hard to say; it depends."
-    count = max(1, len(sentences) * draw.choice((3, 4, 5, 6)) // 8)
-    keep = sorted(draw.sample(range(len(sentences)), count))
-    return "".join(sentences[i] for i in keep).strip()
-
-
-def reference_f1(text: str, reference: str) -> float:
-    """A score on JUDGE_SCALE: F1 of the words shared with the reference.
-
-    Without a reference, signs of care: length, variety of words, a proper end, no refusal."""
-    lowest, highest = JUDGE_SCALE
-    words = Counter(split_words(text))
-    reference_words = Counter(split_words(reference))
-    total = words.total()
-    if reference_words:
-        shared = (words & reference_words).total()
-        share = 2 * shared / max(1, total + reference_words.total())
-        return lowest + (highest - lowest) * share
-    score = 2 * math.log10(1 + total) + 3 * len(words) / max(1, total)
-    score += text.rstrip()[-1:] in ".!?。！？)`”"
-    score -= 3 * is_refusal(text)
-    return lowest + (highest - lowest) * min(1.0, max(0.0, score / 9))
-
-
 # ==================================================================================================
 # Machinery below: not needed to add a method, filter, format or provider.
 # ==================================================================================================
 
 
 # --------------------------------------------------------------------------------------------------
-# §8 READING FILES: read_rows: lines, JSON, tables, Parquet -> rows; broken lines cost one record
+# §8 ROWS: history, templates, missing values, references: what INPUTS is made of
+# In: fields of a row. Out: texts and turns, or Failed. Called by §2 INPUTS.
+# --------------------------------------------------------------------------------------------------
+
+
+def part_text(part: object, role: str) -> str:
+    """The text of one part of a turn's content: `{"type": "text", "text": ...}` or a string."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("text", "input_text", "output_text"):
+        text = first_value(part, ("text", "value"))
+        if isinstance(text, str):
+            return text
+    if isinstance(kind, str) and "image" in kind:
+        raise Failed("input", "not a text: images")
+    raise Failed("input", f"not a text: the {role} turn holds a part that is no text")
+
+
+def first_of(values) -> object:
+    """The first value that is not empty; None if there is none."""
+    return next(filter(None, values), None)
+
+
+def first_value(row: dict, names: tuple) -> object:
+    """The first value of these fields that is not null; None if there is none."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    return None
+
+
+def is_filled_list(value: object) -> bool:
+    """Whether the value is a list that holds something."""
+    return isinstance(value, list) and len(value) > 0
+
+
+def is_turns(value: object) -> bool:
+    """Whether the value is a list of objects with `role` or `from`, the turns of a conversation."""
+    if not is_filled_list(value):
+        return False
+    return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def strip_blank_lines(text: str) -> str:
+    """The text without blank lines around it and space at its end; its first line stays indented.
+
+    A single space before the first word, which completions have, is removed."""
+    text = text.rstrip()
+    if not text[:1].isspace():
+        return text
+    text = BLANK_START.sub("", text)
+    return text[1:] if text[:1] == " " and not text[1:2].isspace() else text
+
+
+BLANK_START = re.compile(r"\A(?:\s*\n)?")
+
+
+def is_missing(value: object) -> bool:
+    """Whether a field holds nothing: null, NaN or a spelling of it in a cell, an empty list."""
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return len(value) < 12 and value.strip() in MISSING
+    if isinstance(value, float):
+        return math.isnan(value)
+    if isinstance(value, dict):  # {"bytes": null, "path": null}: an empty picture of a Parquet file
+        return all(part is None for part in value.values())
+    return value == []
+
+
+def text_of(row: dict, name: str) -> str:
+    """The field as text, "" if it is missing or blank; raises Failed if it holds anything else."""
+    value = row.get(name)
+    if isinstance(value, str):
+        return value if value and not value.isspace() else ""
+    if is_missing(value):
+        return ""
+    raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
+
+
+def optional_text(row: dict, name: str) -> str:
+    """The text of an optional field, "" where it is missing (see `is_missing`)."""
+    return "" if is_missing(row.get(name)) else strip_blank_lines(text_of(row, name))
+
+
+def first_text(row: dict, names: tuple) -> str:
+    """The text of the first of these optional fields that is filled, "" if none is."""
+    for name in names:
+        if name in row and optional_text(row, name):
+            return optional_text(row, name)
+    return ""
+
+
+def context_texts(row: dict, prompt: str) -> list[str]:
+    """The texts beside a prompt, in the order of CONTEXT_FIELDS; a list of passages is joined."""
+    texts = []
+    for name in CONTEXT_FIELDS:
+        value = row.get(name)
+        if value is None or value == prompt or is_missing(value):
+            continue
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            value = "\n\n".join(value)
+        if name == "input" or isinstance(value, str):
+            texts.append(text_of({name: value}, name))
+    return texts
+
+
+def choice_lines(row: dict, prompt: str) -> list[str]:
+    """A question's choices as one text of lines "A. text"; [] if none or if the prompt has them."""
+    choices = first_value(row, CHOICE_FIELDS)
+    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
+        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
+    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
+        return []
+    labels, texts = labels_and_texts(choices)
+    if not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
+        return []
+    if all(str(text) in prompt for text in texts):
+        return []
+    lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=False)]
+    return ["\n".join(lines)]
+
+
+def labels_and_texts(choices: dict | list) -> tuple[list, list]:
+    """The labels and the texts of choices: a list, {"A": text}, or lists of both (ARC)."""
+    letters = list(string.ascii_uppercase)
+    if isinstance(choices, dict):
+        texts = choices.get("text")
+        if not isinstance(texts, list):
+            is_lettered = all(len(str(label)) == 1 for label in choices)
+            return list(choices), list(choices.values()) if is_lettered else [None]
+        labels = choices.get("label")
+        fits = isinstance(labels, list) and len(labels) == len(texts)
+        return (labels if fits else letters), texts
+    if all(isinstance(choice, dict) for choice in choices):
+        labels = [choice.get("label") for choice in choices]
+        return (letters if None in labels else labels), [choice.get("text") for choice in choices]
+    return letters, choices
+
+
+HISTORY_SHAPE = 'write [["question", "answer"], ...] or [{"role": "user", "content": "..."}, ...]'
+USER_NAMES = ("user", "human", "question", "query", "prompt", "instruction", "input", "q")
+ASSISTANT_NAMES = ("assistant", "gpt", "bot", "answer", "response", "output", "completion", "a")
+
+
+def read_history(row: dict) -> list[dict]:
+    """The turns before the prompt: pairs, objects or alternating texts, also as JSON text.
+
+    `context` is a history, too, where it is a list of turns; raises Failed for other shapes."""
+    history = row.get("history")
+    if isinstance(history, str) and history == row.get("prompt"):  # SHP's name of its prompt
+        history = None
+    if history is None and is_turns(row.get("context")) and row["context"] is not row.get("prompt"):
+        history = row["context"]
+    if is_missing(history):
+        return []
+    if isinstance(history, str):
+        history = parsed_text(history)
+    if not isinstance(history, list):
+        raise Failed("input", f"not a history: a {type(history).__name__}; {HISTORY_SHAPE}")
+    if all(isinstance(item, str) for item in history):
+        if len(history) % 2:
+            raise Failed("input", f"not a history: a question without answer; {HISTORY_SHAPE}")
+        history = list(zip(history[::2], history[1::2], strict=True))
+    turns = []
+    for item in history:
+        turns += [item] if is_turns([item]) else exchange_turns(item)
+    return turns
+
+
+def exchange_turns(item: object) -> list[dict]:
+    """Two turns of a history: `["question", "answer"]` or `{"question": ..., "answer": ...}`."""
+    texts = item
+    if isinstance(item, dict):
+        texts = [first_value(item, USER_NAMES), first_value(item, ASSISTANT_NAMES)]
+    if not isinstance(texts, list | tuple) or len(texts) != 2:
+        raise Failed(
+            "input", f"not a history: an item is no question with its answer; {HISTORY_SHAPE}"
+        )
+    question, answer = texts
+    if not isinstance(answer, str) or not isinstance(question, str | None):
+        raise Failed("input", f"not a history: an item holds no text; {HISTORY_SHAPE}")
+    turns = chat([(question, answer)])
+    return turns if question else turns[1:]  # a greeting that nobody asked for
+
+
+def chat(exchanges) -> list[dict]:
+    """[(question, answer), ...] -> turns."""
+    turns = []
+    for question, answer in exchanges:
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
+    return turns
+
+
+def human_turns(text: str) -> list[dict]:
+    """The turns of a text that begins with `\\n\\nHuman:` (HH-RLHF) or `### Human:` (Guanaco)."""
+    if text.startswith("\n\nHuman:"):
+        parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
+    elif text.startswith("### Human:"):
+        parts = re.split(r"### (Human|Assistant): ?", text)[1:]
+    else:
+        return []
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [{"from": speaker, "value": content} for speaker, content in pairs]
+
+
+# What opens a turn in ChatML (Qwen), Llama 3, Gemma, Zephyr and Phi, DeepSeek; group: the role.
+TEMPLATE_HEADS = (
+    r"<\|im_start\|> ?(\w+)(?=\s|\Z)",
+    r"<\|start_header_id\|>(\w+)<\|end_header_id\|>",
+    r"<start_of_turn>(\w+)(?=\s|\Z)",
+    r"<\|(system|user|assistant)\|>",
+    r"<｜(User|Assistant)｜>",
+)
+TEMPLATE_HEAD = re.compile("|".join(TEMPLATE_HEADS))
+TEMPLATE_STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>")
+TEMPLATE_ENDS = (
+    "</s>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
+)
+# A prompt with one of these is no plain text: a server would take them for turns.
+TEMPLATE_MARK = re.compile(rf"{TEMPLATE_HEAD.pattern}|<\|im_end\|>|<\|eot_id\|>|\[/?INST\]")
+TEMPLATE_SIGNS = ("<|", "<｜", "<start_of_turn>", "INST]")
+
+
+def has_template_mark(text: str) -> bool:
+    """Whether a server could take something in the text for a mark of its chat template."""
+    if not any(sign in text for sign in TEMPLATE_SIGNS):  # faster than the search
+        return False
+    return TEMPLATE_MARK.search(text) is not None
+
+
+def template_turns(text: str) -> list[dict]:
+    """The turns of a prompt with a chat template; [] if it has none; Failed if it is broken."""
+    if not has_template_mark(text):
+        return []
+    if "[INST]" in text:
+        return inst_turns(text)
+    heads = list(TEMPLATE_HEAD.finditer(text))
+    start = text[: heads[0].start()].strip() if heads else text
+    if start and start not in TEMPLATE_STARTS:
+        raise Failed("input", "prompt holds chat-template tokens")
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    turns = []
+    for head, end in zip(heads, ends, strict=True):
+        content = without_end_marks(text[head.end() : end])
+        turns.append({"role": first_of(head.groups()), "content": content})
+    return without_open_turn(turns)
+
+
+def inst_turns(text: str) -> list[dict]:
+    """The turns of Llama 2's and Mistral's template: `[INST] question [/INST] answer </s>`."""
+    start, *exchanges = text.split("[INST]")
+    turns = []
+    if start.lstrip().removeprefix("<s>").strip():
+        raise Failed("input", "prompt holds chat-template tokens")
+    for exchange in exchanges:
+        question, _, answer = exchange.partition("[/INST]")
+        if not turns and question.lstrip().startswith("<<SYS>>"):
+            system, _, question = question.lstrip().removeprefix("<<SYS>>").partition("<</SYS>>")
+            turns.append({"role": "system", "content": system})
+        answer = without_end_marks(answer.rstrip().removesuffix("<s>"))
+        if "</s>" in answer or "[/INST]" not in exchange:
+            raise Failed("input", "prompt holds chat-template tokens")
+        turns += chat([(question, answer)])
+    return without_open_turn(turns)
+
+
+def without_end_marks(text: str) -> str:
+    """The text of a turn without the marks that end it."""
+    text = text.rstrip()
+    while text.endswith(TEMPLATE_ENDS):
+        for mark in TEMPLATE_ENDS:
+            text = text.removesuffix(mark)
+        text = text.rstrip()
+    return text
+
+
+def without_open_turn(turns: list[dict]) -> list[dict]:
+    """The turns without an empty last one, which a template leaves for the answer."""
+    is_open = bool(turns) and turns[-1]["role"].lower() in ASSISTANTS
+    return turns[:-1] if is_open and not turns[-1]["content"].strip() else turns
+
+
+IMAGE_PLACE = "<(?:image|video|audio)>"
+IMAGE_MARK = re.compile(
+    rf"(?:\A|\n)[ \t]*{IMAGE_PLACE}|{IMAGE_PLACE}[ \t]*(?:\n|\Z)|<img>[^<\n]+</img>"
+)
+TOOL_MARK = re.compile(r"^Action: ?[\w.-]+ *\n+Action Input:", re.M)
+
+
+def check_text_only(text: str) -> None:
+    """Raise Failed for a text with a picture's place (`<image>`) or a tool's call (`Action:`)."""
+    if "<i" in text or "<v" in text or "<a" in text:
+        if IMAGE_MARK.search(text):
+            raise Failed("input", "not a text: images")
+    if "Action Input:" in text and TOOL_MARK.search(text):
+        raise Failed("input", "not a text: tools")
+
+
+def check_fields_only_text(row: dict) -> None:
+    """Raise Failed for a row with pictures, sound or tools beside its texts."""
+    for name in row:
+        if name in NOT_TEXT_FIELDS and not is_missing(row[name]):
+            raise Failed("input", f"not a text: {NOT_TEXT_FIELDS[name]}")
+    if isinstance(row.get("input"), dict) and row["input"].get("tools"):
+        raise Failed("input", "not a text: tools")
+
+
+THUMB_FIELDS = ("label", "kto_tag", "is_safe", "is_correct", "correct", "desirable", "accepted")
+GOOD_LABELS = """
+    true yes 1 1.0 +1 good desirable chosen accepted positive safe correct like up thumbs_up
+    好 是 正确
+""".split()
+BAD_LABELS = """
+    false no 0 0.0 -1 -1.0 bad undesirable rejected negative unsafe incorrect wrong dislike down
+    thumbs_down 坏 差 否 错误
+""".split()
+# A score of a single answer -> the lowest and highest of a good one; None: the scale is unknown.
+GRADE_FIELDS: dict[str, tuple | None] = {
+    "rating": (4, 5),
+    "helpfulness": (3, 4),
+    "correctness": (3, 4),
+    "fine-grained_score": (4, 5),
+    "overall_score": (8, 10),
+    "score": None,
+    "reward": None,
+    "rm_score": None,
+}
+
+
+def reference_of(row: dict, answer: str) -> str:
+    """The last turn's answer, else the first of REFERENCE_FIELDS; "" if it may be a bad one."""
+    reference = answer
+    for name in REFERENCE_FIELDS:
+        if not reference and name in row:
+            reference = reference_text(row, name)
+    if not reference and isinstance(row.get("answers"), dict):  # SQuAD
+        texts = row["answers"].get("text")
+        reference = texts[0] if is_filled_list(texts) and isinstance(texts[0], str) else ""
+    if not reference or may_be_bad(row):
+        return ""
+    return reference
+
+
+def reference_text(row: dict, name: str) -> str:
+    """The text of a reference field, "" for what is none; a number counts as an `answer`."""
+    value = row.get(name)
+    if name == "reference" and is_filled_list(value):  # MT-Bench: one for each turn
+        value = value[0]
+    if isinstance(value, dict):  # TriviaQA
+        value = value.get("value")
+    if is_missing(value):
+        return ""
+    if isinstance(value, str):
+        return strip_blank_lines(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    has_choices = any(row.get(field) for field in CHOICE_FIELDS)  # then it is an index, from 0 or 1
+    if name != "answer" or not is_number or has_choices or number(value) is None:
+        return ""
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def may_be_bad(row: dict) -> bool:
+    """Whether a label or a score of the row calls its answer bad, or cannot be read."""
+    labels_are_good = not any(label_may_be_bad(row, name) for name in THUMB_FIELDS)
+    scores_are_good = not any(score_may_be_bad(row, name) for name in GRADE_FIELDS)
+    return not (labels_are_good and scores_are_good)
+
+
+def label_may_be_bad(row: dict, name: str) -> bool:
+    """Whether a label calls the row's answer bad; a `label` or `kto_tag` that is unknown may."""
+    value = row.get(name)
+    if value is None or is_missing(value) or (name == "label" and is_class(row)):
+        return False
+    word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    if word in GOOD_LABELS or word in BAD_LABELS:
+        return word in BAD_LABELS
+    is_topic = not row.get("completion") and number(value) is None  # {"label": "geography"}
+    return name in ("label", "kto_tag") and not is_topic
+
+
+def score_may_be_bad(row: dict, name: str) -> bool:
+    """Whether a score of the row's answer is low, or of an unknown scale."""
+    score = number(row.get(name)) if name in row else None
+    if score is None:
+        return False
+    good_scores = GRADE_FIELDS[name]
+    return good_scores is None or not good_scores[0] <= score <= good_scores[1]
+
+
+def is_class(row: dict) -> bool:
+    """Whether the row's number `label` is a class of its `text` (sentiment) and no thumb."""
+    label = row["label"]
+    return "text" in row and not row.get("completion") and not isinstance(label, bool)
+
+
+@functools.lru_cache(maxsize=10_000)
+def plain_name(name: str) -> str:
+    """A field's name as the functions above know it: `Instruction` -> `instruction`.
+
+    A last letter that tells answers apart stays: `score_A`, `responseA`, `A`."""
+    name = name.strip()
+    keeps_last = re.search(r"(?:\A|_|[a-z])[A-Z]\Z", name)
+    return name[:-1].lower() + name[-1] if keeps_last else name.lower()
+
+
+def with_plain_names(row: dict) -> dict:
+    """The row with plain names; a name that the row has already stays as it is."""
+    if list(map(plain_name, row)) == list(row):
+        return row
+    renamed: dict = {}
+    for name, value in row.items():
+        plain = plain_name(name)
+        renamed[name if plain in row or plain in renamed else plain] = value
+    return renamed
+
+
+# Fields that may hold a list of turns as text, in a CSV cell or a dump. (`history` reads its own.)
+JSON_FIELDS = {"context", "chosen", "rejected", "conversation_a", "conversation_b"}
+# Fields that may hold a list of turns as text, in a CSV cell or a dump. (`history` reads its own.)
+JSON_FIELDS = {"context", "chosen", "rejected", "conversation_a", "conversation_b"}
+JSON_FIELDS |= {*TURN_FIELDS, *PROMPT_FIELDS}
+JSON_FIELDS |= {*TURN_FIELDS, *PROMPT_FIELDS}
+LOOKS_LIKE_TURNS = re.compile(
+    r"""\s*(?:\[\s*)?\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]"""
+)
+BROKEN_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from)['"].*\]\s*""", re.S)
+
+
+def with_parsed_turns(row: dict) -> dict:
+    """The row with lists of turns in place of their JSON (or Python) text."""
+    for name, value in row.items():
+        if name not in JSON_FIELDS or not isinstance(value, str):
+            continue
+        if not LOOKS_LIKE_TURNS.match(value):
+            continue
+        turns = parsed_text(value)
+        if isinstance(turns, dict) and len(turns) > 1:
+            turns = [turns]
+        if is_turns(turns):
+            row = row | {name: turns}
+        elif turns is None and BROKEN_TURNS.fullmatch(value):
+            raise Failed("input", f"malformed record: `{name}` looks like turns but is no JSON")
+    return row
+
+
+def parsed_text(text: str) -> object:
+    """The value of JSON text or of a Python literal (pandas writes it in CSV cells), else None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def is_bug_of(adapter: Callable, error: Exception) -> bool:
+    """Whether an adapter's own lines raised the error; else junk in the row did, further down."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = [frame.f_code.co_name for frame, _ in frames][1:]  # the first is `adapt`
+    own_lines = all(name == adapter.__name__ or name.startswith("<") for name in names)
+    return own_lines or isinstance(error, NameError)
+
+
+def why_unknown(row: dict) -> str:
+    """Why no function of INPUTS knows the row."""
+    for name in ("instruction", *PROMPT_FIELDS):
+        if name in row and is_missing(row[name]):
+            return "empty prompt"
+        if isinstance(row.get(name), dict | int | float):
+            return f"not a text: `{name}` holds a {type(row[name]).__name__}"
+    return f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
+
+
+# What reading raises where junk is nested in place of a text or a number.
+JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
+
+
+def known_data_set(row: dict) -> dict:
+    """The row with the plain names of §9's DATA_SETS added."""
+    try:
+        return plain_names(row)
+    except JUNK as error:
+        raise Failed("input", f"malformed record: {error}") from None
+
+
+def add_row_answers(record: Record, row: dict, numbers=None) -> None:
+    """Give the record the row's own answers; a Failed that this raises knows the record."""
+    try:
+        add_answers(record, row, numbers)
+        for answer in record.answers:
+            check_text_only(answer.text)
+    except Failed as error:
+        error.record = record
+        raise
+    except JUNK as error:
+        raise Failed("input", f"malformed record: {error}", record=record) from None
+
+
+def renamed_row(row: object, rename: dict) -> object:
+    """The row with --rename applied; raises Failed if two of its fields then have one name."""
+    if not rename or not isinstance(row, dict):
+        return row
+    renamed = {rename.get(name, name): value for name, value in row.items()}
+    if len(renamed) < len(row):
+        raise Failed("input", "--rename: two fields of one name")
+    return renamed
+
+
+def renamed_rows(path: str, rename: dict):
+    """Yield (line, row or Failed) for each row of a file, with --rename applied."""
+    for line, row in read_rows(path):
+        try:
+            yield line, row if isinstance(row, Failed) else renamed_row(row, rename)
+        except Failed as error:
+            yield line, error
+
+
+ID_NAME = re.compile(r"(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
+
+
+def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
+    """Names of the filled fields that change nothing in any of these rows when they are left out.
+
+    Ids are not named, nor are labels and scores of an answer, which may all be good."""
+    used: set[str] = set()
+    filled: dict[str, None] = {}  # in the order of the file
+    for row in rows:
+        if not isinstance(row, dict):
+            continue
+        result = reading_of(row, rename, with_answers)
+        if result is None:
+            continue
+        for name, value in row.items():
+            if is_missing(value):
+                continue
+            filled[name] = None
+            rest = {key: row[key] for key in row if key != name}
+            if reading_of(rest, rename, with_answers) == result:
+                row = rest
+            else:
+                used.add(name)
+    unused = []
+    for name in filled:
+        is_label = plain_name(rename.get(name, name)) in {*THUMB_FIELDS, *GRADE_FIELDS}
+        if name not in used and not is_label and not ID_NAME.fullmatch(name):
+            unused.append(name)
+    return unused
+
+
+def reading_of(row: dict, rename: dict, with_answers: bool) -> list | None:
+    """What a row is read as, to compare; None if it cannot be read."""
+    try:
+        return parse_row(renamed_row(row, rename), with_answers)
+    except (Failed, PartError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------------
+# §9 READING FILES: read_rows: lines, JSON, tables, Parquet -> rows; broken lines cost one record
 # In: a path. Out: (line, row or Failed), one at a time; UserError if the file cannot be read.
 # Called by read_records (§2) and check_input (§17). A file's kind is told by its first bytes.
 # --------------------------------------------------------------------------------------------------
@@ -3900,7 +2939,7 @@ def plain_value(value: object) -> object:
 
 
 # --------------------------------------------------------------------------------------------------
-# §9 EXISTING ANSWERS: answers that a row brings, and the signals that rank them
+# §10 EXISTING ANSWERS: answers that a row brings, and the signals that rank them
 # In: one row (a dict) and the Record that §2 made of it. Out: record.answers with votes, or Failed.
 # parse_row calls add_answers, read_records calls group_rows; only rank_responses needs either.
 # --------------------------------------------------------------------------------------------------
@@ -4913,7 +3952,563 @@ def single_text(row: dict) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# §10 FINAL ANSWERS: --judge-model exact_match: final_answer, same_answer, exact_scores
+# §11 TEXTS: words, similarity, loops, refusals, languages: what FILTERS is made of
+# In: texts. Out: what the filters and the report ask of them. Called by §5 FILTERS and REPORT.
+# --------------------------------------------------------------------------------------------------
+
+CODE_BLOCK = re.compile(r"```.*?```", re.S)
+CODE = re.compile(  # blocks, `inline` code, URLs and formulas
+    CODE_BLOCK.pattern + r"|`[^`\n]+`|https?://\S+|\$\$.*?\$\$|\$[^$\n]+\$"
+    r"|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\)",  # up to the next opening: linear time
+    re.S,
+)
+MARKUP_TAG = re.compile(r"<[^<>\n]+>")
+
+
+def word_runs(words: list[str], size: int) -> list[tuple[str, ...]]:
+    """All runs of `size` words: `(["a", "b", "c"], 2)` -> `[("a", "b"), ("b", "c")]`."""
+    shifted = [words[start:] for start in range(size)]
+    return list(zip(*shifted, strict=False))
+
+
+def character_runs(text: str, size: int, step: int = 1) -> list[str]:
+    """The runs of `size` characters, one every `step`: `("abcd", 3)` -> `["abc", "bcd"]`."""
+    return [text[start : start + size] for start in range(0, len(text) - size + 1, step)]
+
+
+def is_chinese(words: list[str]) -> bool:
+    """Whether over 30 % of the words of `split_words` are Chinese, Japanese, Korean characters."""
+    characters = sum(word >= "\u3040" for word in words)
+    return characters > 0.3 * len(words)
+
+
+def without_code(text: str) -> str:
+    """The text without code blocks and markup tags: in those, repetition is right."""
+    if "```" in text:
+        text = CODE_BLOCK.sub(" ", text)
+    return MARKUP_TAG.sub(" ", text) if "<" in text else text
+
+
+@functools.lru_cache(maxsize=64)
+def fold_text(text: str, keep_case: bool = False) -> str:
+    """For comparing: without case, white space and a final full stop; 42 and -42 stay different."""
+    text = unicodedata.normalize("NFC", text)
+    if not keep_case:
+        text = text.casefold()
+    return " ".join(text.split()).rstrip(".。 ")
+
+
+def similarity(a: str, b: str, floor: float) -> float:
+    """Jaccard similarity (0..1) of character 5-grams without white space; 0 if below `floor`."""
+    shorter, longer = sorted(("".join(a.split()), "".join(b.split())), key=len)
+    if len(shorter) < 5 or len(shorter) < floor * len(longer):
+        return 0.0
+    # At a similarity of .8 it happens once in 1,000 that half of 16 samples are missing.
+    samples = character_runs(shorter, 5, max(1, len(shorter) // 16))
+    if sum(sample in longer for sample in samples) < len(samples) / 2:
+        return 0.0
+    # The sets of a book take 40 MB each: those are not kept.
+    five_grams = grams if len(longer) <= SAMPLE_TEXT else grams.__wrapped__
+    grams_a, grams_b = five_grams(shorter), five_grams(longer)
+    return len(grams_a & grams_b) / len(grams_a | grams_b)
+
+
+@functools.lru_cache(maxsize=64)
+def grams(text: str) -> set[str]:
+    """The character 5-grams of a text, kept for a while: the report compares one with several."""
+    return set(character_runs(text, 5))
+
+
+def chinese_share(text: str) -> tuple[float, int]:
+    """The share of Chinese among Chinese characters and Latin words, and the number of both."""
+    chinese = 0 if text.isascii() else len(CHINESE_CHARACTER.findall(text))
+    units = chinese + len(LATIN_WORD.findall(text))
+    return chinese / max(1, units), units
+
+
+CHINESE_CHARACTER = re.compile(rf"[{CJK}]")
+# A word that begins with a capital may be a name, which no language translates.
+LATIN_WORD = re.compile(r"(?<![A-Za-z\u00c0-\u024f])[a-z\u00df-\u00ff][A-Za-z\u00c0-\u024f]+")
+ERROR_TEXT = re.compile(
+    r"\s*(?:\*\*(?:API REQUEST|NETWORK) ERROR|NETWORK ERROR DUE TO|\$(?:ERROR|MODERATION)\$"
+    r"|生成失败\s*(?:$|[:：!！。]|[,，]\s*请))"
+)
+CONTROL = re.compile(
+    r"(?m)(<\|)\w[^|\n<>]*\|>|\[/?(INST\])|</?(think>)|<</?(SYS>)>|^(Human|Assistant): "
+)
+CONTROL_STARTS = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
+# A mark that a sentence speaks of: in quotes, or with words of the same sentence on both sides.
+MARK = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
+SPOKEN_OF = re.compile(
+    rf"[\"'“‘「『(（]{MARK}[\"'”’」』)）]"
+    rf"|(?<=[\w,，、]) {MARK}(?=[,，、;；:：)）]| ?[a-z(（]| ?[{CJK}])"
+    rf"|(?<=[{CJK}，、：]){MARK}(?= ?(?:和|与|或|之|的|来|标|符|等|结尾|开头))"
+)
+ZH_COUNT = "二三四五六七八九十百千两几"
+# "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not.
+REPEAT_ASKED = re.compile(
+    r"(?i)\brepeat|again and again|lines of|\b(?:\d+|three|four|five|six|seven|eight|nine|t[ew]\w+"
+    r"|\w+ty|\w+teen|hundred) times\b(?! *\d)"
+    r"|\b(?:songs?|lyrics|poems?|refrain|chorus|chant|rhymes?)\b"
+    rf"|重复|反复|(?<!谷)歌|诗|(?<![第\d{ZH_COUNT}])(?:\d+|[{ZH_COUNT}]+) *[遍次行]"
+)
+LOOP_LENGTH = 100  # characters that a repeated end takes at least
+LOOP_UNIT = 1000  # characters of the longest unit that is looked for at the end
+LOOP_SHARE = 0.75  # of the words in consecutive repeats, from which a text is a loop
+REPEATS_ITSELF = 0.30  # of the words in repeated runs, from which a kept text is worth a review
+RULED_LINE = re.compile(r"[-_=*~#|:+\\\[\]—–─━═\s]*")  # also the empty cells of a table
+NUMBER = re.compile(r"\d+")
+
+
+def is_repetition_loop(text: str) -> bool:
+    """Whether the text ends in a repeated unit, or is mostly one unit that is repeated in a row.
+
+    Passages that return after other text (a refrain, the weeks of a plan) are no loop."""
+    if len(text) < LOOP_LENGTH:
+        return False
+    return ends_in_repeats(text) or consecutive_share(text) >= LOOP_SHARE
+
+
+def ends_in_repeats(text: str) -> bool:
+    """Whether the text ends in a unit repeated 4 times (from 200 characters: 3 times) or more.
+
+    If one number counts on ("1. Wait. 2. Wait. 3. Wait."), that is no difference: over 10 times."""
+    end = text[-5 * LOOP_UNIT :].rstrip()
+    unit, times = repeated_end(end)
+    if times:
+        return not RULED_LINE.fullmatch(unit)
+    if not NUMBER.search(end[-200:]):
+        return False
+    end = end[-2 * LOOP_UNIT :]
+    unit, times = repeated_end(NUMBER.sub("0", end))
+    words = split_words(unit.replace("0", " "))
+    if times <= 10 or len(words) < 2:  # a program that counts to 10 prints such lines rightly
+        return False
+    return counts_on(NUMBER.findall(end), times, unit.count("0"))
+
+
+def repeated_end(text: str) -> tuple[str, int]:
+    """The shortest unit that the text ends with several times, and how often; ("", 0) if none."""
+    last_characters = text[-8:]
+    last_place = len(text) - len(last_characters)
+    place = last_place
+    while place > max(0, last_place - LOOP_UNIT):
+        place = text.rfind(last_characters, 0, place + len(last_characters) - 1)
+        if place < 0:
+            break
+        unit = text[place - last_place :]
+        least = max(4 if len(unit) < 200 else 3, math.ceil(LOOP_LENGTH / len(unit)))
+        if text.endswith(unit * least):
+            times = least
+            while text.endswith(unit * (times + 1)):
+                times += 1
+            return unit, times
+    return "", 0
+
+
+def counts_on(numbers: list[str], times: int, columns: int) -> bool:
+    """Whether in the last `times` units one number at most counts on, and the others stay."""
+    numbers = numbers[len(numbers) - times * columns :]
+    counting = 0
+    for column in range(columns):
+        values = [int(number[-9:]) for number in numbers[column::columns]]
+        steps = {after - before for before, after in itertools.pairwise(values)}
+        # At both ends a number may be cut: its steps are left out.
+        inner_steps = {after - before for before, after in itertools.pairwise(values[1:-1])}
+        if inner_steps == {1}:
+            counting += 1
+        elif steps != {0}:
+            return False
+    return counting <= 1
+
+
+def consecutive_share(text: str) -> float:
+    """Share (0..1) of the words in a unit that stands three times in a row or more; numbers aside.
+
+    Words that stood `distance` words before are part of a repeat; if that goes on for two units at
+    the same distance, the unit stands there three times."""
+    prose = without_code(text)
+    if not has_repeats(prose, LOOP_SHARE):
+        return 0.0
+    words = split_words(prose)
+    size = run_size(words)
+    last_place = {}
+    spans = [[0, 0, 0]]  # first word, word after the last, distance
+    for place, run in enumerate(word_runs(words, size)):
+        distance = place - last_place.get(run, place)
+        last_place[run] = place
+        if distance == spans[-1][2]:
+            spans[-1][1] = place + size
+        else:
+            spans.append([place, place + size, distance])
+    inside = set()
+    for start, end, distance in spans:
+        if distance and end - start >= 2 * distance:
+            inside.update(range(start - distance, end))
+    counted = [place for place in inside if not words[place].isdigit()]
+    return len(counted) / max(1, len(words))
+
+
+def repeated_share(text: str) -> float:
+    """Share (0..1) of the words in runs of 10 words (20 Chinese characters) that occur again."""
+    prose = without_code(text)
+    if not has_repeats(prose, REPEATS_ITSELF):
+        return 0.0
+    words = split_words(prose)
+    size = run_size(words)
+    runs = word_runs(words, size)
+    counts = Counter(runs)
+    inside = set()
+    for start, run in enumerate(runs):
+        if counts[run] > 1:
+            inside.update(range(start, start + size))
+    return len(inside) / max(1, len(words))
+
+
+def run_size(words: list[str]) -> int:
+    """Words in a row that two passages do not share by chance: 10, or 20 Chinese characters."""
+    return 20 if is_chinese(words) else 10
+
+
+def has_repeats(text: str, share: float) -> bool:
+    """False if surely less than `share` of the text is repeated: few of 8 samples occur twice."""
+    samples = character_runs(text, 12, max(12, len(text) // 8))
+    allowed_misses = len(samples) * (1 - share / 2)
+    misses = 0
+    for sample in samples:
+        if text.count(sample) < 2:
+            misses += 1
+            if misses > allowed_misses:
+                return False
+    return True
+
+
+ECHO_ASKED = re.compile(  # work on the prompt's own text
+    r"(?i)\b(?:repeat|rewrit|re-?phras|paraphras|correct|proof-?read|edit|translat|fix|improv|summar"
+    r"|extract|copy|quot|punctuat|complet|continu|fill|echo|recit|convert|format)|_{2,}"
+    r"|重复|复述|改写|改正|修改|修正|翻译|译成|译为|润色|纠正|校对|补全|补充|续写|填空|提取"
+    r"|摘录|总结|概括|朗读|抄写|转换|标点"
+)
+NEGATION = re.compile(
+    r"(?i)\b(?:not|no|never|none|nor|neither|without|cannot)\b|n['’]t\b|[不没无非未别莫勿否]"
+)
+CODE_SIGN = re.compile(r"[(){}\[\]<>=+/\\^&|%$@~_]|(?<=\w)\*(?=\w)")
+
+
+def differ_in_what_counts(a: str, b: str) -> bool:
+    """Whether two texts differ in a number, a negation, a token of code, or in nothing but case."""
+    if fold_text(a) == fold_text(b):
+        return True
+    for pattern in (NUMBER, NEGATION, CODE_SIGN, CODE):
+        if Counter(pattern.findall(a)) != Counter(pattern.findall(b)):
+            return True
+    return False
+
+
+CANNOT = r"(?:can(?:no|['’])t|cannot|am (?:unable|not able) to|won['’]t|will not)"
+ZH_CANNOT = "(?:无法|不能|没有办法|没法|不便|拒绝)"
+REFUSAL_OPENS = re.compile(
+    r"(?i)\W*(?:(?:i['’]?m|i am)\s+(?:really |very |so |truly |deeply )?"
+    r"(?:sorry|afraid|unable|not able)"
+    rf"|sorry,?\s+(?:but|i\b)|i\s+(?:apologi[sz]e|{CANNOT}"
+    r"|do(?:n['’]t| not) (?:feel able|have access))"
+    r"|as an (?:ai|artificial)|unfortunately,?\s+(?:i\b|as an)|my apologies"
+    r"|it(?:['’]s| is) not (?:appropriate|possible)"
+    r"|(?:很|非常|十分)?(?:抱歉|遗憾|对不起)|不好意思"
+    r"|作为(?:一个|一名)?(?:AI|人工智能|大?语言模型)"
+    rf"|我(?:是一个?(?:AI|人工智能|语言模型)[^。]{{0,30}})?{ZH_CANNOT})"
+)
+REFUSAL_SAYS = re.compile(
+    rf"(?i)\b(?:i {CANNOT} (?:help|assist|provide|fulfil|complete|comply|create|write|generate"
+    r"|do that|answer|engage|support|offer|give|share|discuss|recommend)"
+    r"|unable to (?:help|assist|provide|comply)"
+    r"|(?:i['’]?m|i am) (?:just an|an) ai\b[^.]{0,80}\b(?:can(?:no|['’])t|cannot|unable|not able))"
+    rf"|{ZH_CANNOT}(?:[为给][您你])?"
+    r"(?:确切|准确|直接)?地?"
+    r"(?:提供|回答|帮助|协助|满足|完成|讨论|生成|执行|访问|查看|获取|给出|直接)"
+)
+# After "I cannot ...": the turn to an answer that follows all the same.
+ANSWER_FOLLOWS = re.compile(
+    r"(?i)\b(?:however|but|that said|instead|nevertheless|still|nonetheless)\b[^.:。]{0,60}?"
+    r"\b(?:here|i can|i could|i['’]ll|let me|you can|some|several|there (?:is|are)|generally"
+    r"|in general|general|typically|usually)\b"
+    r"|\b(?:generally|in general|in most cases|typically|usually|here (?:is|are)|here['’]s an?)\b"
+    r"|一般(?:来说|而言|情况)|通常(?:来说|情况|，)|总的来说|以下是|下面是|根据"
+    r"|(?:但|不过|然而)[^。]{0,20}(?:可以|以下|一般|通常)"
+)
+ANSWER_WORDS = 60  # words or Chinese characters after such a turn that make an answer
+
+
+def is_refusal(text: str) -> bool:
+    """Whether the first 240 characters open like a refusal and say it, and no answer follows.
+
+    Either alone misfires ("I'm sorry to hear that"). "I can't say exactly, but in general ..." with
+    a whole answer behind it is no refusal."""
+    text = text.strip()
+    head = text[:240]
+    if not REFUSAL_OPENS.match(head):
+        return False
+    statement = REFUSAL_SAYS.search(head)
+    if not statement:
+        return False
+    turn = ANSWER_FOLLOWS.search(text, statement.end(), statement.end() + 800)
+    return turn is None or len(split_words(text[turn.start() :])) < ANSWER_WORDS
+
+
+LANGUAGE_ASKED = re.compile(
+    r"(?i)translat|english|chinese|french|japanese|korean|german|spanish|russian|italian|language"
+    r"|\b(?:mandarin|cantonese|hanzi|pinyin|kanji|kana|hiragana|katakana|romaji|hangul|portuguese"
+    r"|dutch|arabic|hindi|latin|greek|turkish|polish|thai|vietnamese)\b"
+    r"|python|java|sql|code|\b(?:html|css|regex|latex|json|yaml|bash|shell|linux)\b"
+    r"|翻译|译成|译为|[英法德日韩俄汉中葡]文|[英法德日韩俄汉葡外双国粤牙]语|意大利语|阿拉伯语"
+    r"|拉丁|普通话|拼音|假名|罗马字|单词|词汇|短语|例句|造句|语法|时态|字母|缩写|拼写"
+    r"|代码|函数|程序|编写|算法|排序|脚本|命令|公式|正则|网页|网站|域名|变量|查询语句|数据库|服务器"
+)
+QUOTED_LATIN = re.compile(r"[“\"'‘「][A-Za-z][^”\"'’」]*[”\"'’」]")  # a Chinese prompt about a word
+QUOTED = re.compile(r"“[^”]*”|\"[^\"\n]*\"|「[^」]*」|『[^』]*』")
+CODE_LINE = re.compile(
+    r"(?m)^[ \t]*(?:<.*|.*[;{}\]]|.*\)\s*[:{]|.*\w\(.*\)|\w+ = .*"
+    r"|(?i:SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE|ALTER|DROP|FROM|(?:LEFT |INNER )?JOIN|WHERE"
+    r"|GROUP BY|ORDER BY|VALUES|HAVING|LIMIT)\b.*"
+    r"|(?:#|//|(?:import|from|def|class|return|const|let|var|print|echo|sudo|pip|npm|git)\b).*"
+    r")[ \t]*$"
+)
+
+
+def answered_in_other(asked_in_chinese: bool, text: str) -> bool:
+    """Whether a text of 8 words or characters at least is not in the language asked in."""
+    share, units = chinese_share(text)
+    if units < 8:
+        return False
+    return share < 0.20 if asked_in_chinese else share > 0.50
+
+
+# --------------------------------------------------------------------------------------------------
+# §12 JUDGE REPLIES: parse_scores: a judge's reply -> one score for each id, or a refusal
+# In: the reply and the ids. Out: scores in the order of the ids. Called by §3 JUDGE.
+# --------------------------------------------------------------------------------------------------
+
+
+class UnreadableReply(Exception):
+    """A judge's reply does not give one clear score for each answer; the text says why."""
+
+
+# How a judge may write its scores. Full-width characters are made ASCII before.
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0xFFE5: "¥"}
+QUOTES = "\"'“”‘’「」`*"
+SCORE_NUMBER = r"[-+]?\d+(?:,\d{1,2}(?!\d)|\.\d*)?(?:e[-+]?\d+)?"
+SCORE = re.compile(rf"({SCORE_NUMBER})(?:\s*(?:/|out of)\s*(\d+)|\s*(?:points?|分))?", re.I)
+KEY = rf"[\s{QUOTES}]*(?:answer\s+)?(\w+)[\s{QUOTES}]*[:=]"
+ENTRY = re.compile(rf"{KEY}(.*?)(?:,(?={KEY})|,?\s*\Z)", re.I | re.S)
+SCORE_LINE = re.compile(
+    rf"\W*(?:answer\s+)?([a-z]\d)[\s{QUOTES}]*[:=][\s{QUOTES}]*({SCORE.pattern})\W*", re.I
+)
+OBJECT = re.compile(r"\{([^{}]*)\}")
+OBJECT_LIST = re.compile(r"\[\s*(?:\{[^{}]*\}[\s,]*)+\]")
+STRING = re.compile(r""":\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'"\\]|\\.)*)')(?=\s*[,}])""", re.S)
+ID_OR_SCORE = re.compile(rf"\W*(?:(?:answer\s+)?[a-z]\d|{SCORE.pattern})\W*", re.I)
+SCORE_KEYS = ("SCORE", "RATING", "GRADE", "评分", "分数", "得分")
+THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratchpad"
+THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
+THOUGHT_MARK = re.compile(rf"<(/?)(?:{THOUGHTS})>", re.I)
+# Words after the scores that may take them back or give others.
+REVISION = re.compile(
+    r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|oops|apolog"
+    r"|invert|reflection|second thought|re-?(?:do|evaluat|consider)|instead|should|rather"
+    r"|exchang|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal|other way"
+    r"|scor|grad(?:e|ing)|rating"
+    r"|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
+    r"|\b(?:an?|gets?|to|is|be|of)\s+(?:one|two|three|four|five|six|seven|eight|nine|ten|zero)\b"
+    r"|更正|修正|纠正|改|其实|应|不对|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分"
+    r"|得分|打分|[零一二两三四五六七八九十]\s*分",
+    re.I,
+)
+
+
+def parse_scores(reply: str, ids: list[str]) -> list[float]:
+    """A judge's reply -> one score for each id; raises UnreadableReply, for there are no defaults.
+
+    The last innermost {...} that names an id counts: it must give each id one score, and no number
+    to anything else. What stands around it is free, unless it may mean other scores: another
+    grading in the same object, thoughts that do not end, numbers or words of correction after it.
+
+    >>> parse_scores('Q7 errs. {"reason": "5", "scores": {"K3": 8, "Q7": "3.5"}}', ["Q7", "K3"])
+    [3.5, 8.0]
+    """
+    text = plain_reply(reply, ids)
+    name = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(ids)})(?![a-z0-9])", re.I)
+    gradings = [match for match in OBJECT.finditer(text) if name.search(match[1])]
+    if not gradings:
+        return scores_in_lines(text, ids, name)
+    start, end = gradings[-1].span()
+    scores = read_entries(split_entries(gradings[-1][1]), ids)
+    levels = check_before(text[:start], gradings[:-1], name)
+    if text.count("}", end) + text.count("]", end) < levels:
+        raise UnreadableReply("it ends inside the JSON")  # this may have been a draft
+    check_after(name.sub("", text[end:]))
+    return scores
+
+
+def scores_in_lines(text: str, ids: list[str], name: re.Pattern) -> list[float]:
+    """`parse_scores` for a reply without JSON, from lines that hold an id and its score alone.
+
+    >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
+    [8.0, 3.0]
+    """
+    entries = []
+    before = text
+    after = ""
+    position = 0
+    for line in text.splitlines(keepends=True):
+        position += len(line)
+        if match := SCORE_LINE.fullmatch(line):
+            entries.append((match[1].upper(), match[2]))
+            before = text[:position]
+            after = text[position:]
+        elif name.search(line) and re.search(r"\d", name.sub("", line)):
+            raise UnreadableReply("a number beside an id on a line of another form")
+    if "{" in text or not entries:
+        raise UnreadableReply("no scores in it")
+    check_before(before, [], name)
+    check_after(name.sub("", after))
+    return read_entries(entries, ids)
+
+
+def plain_reply(reply: str, ids: list[str]) -> str:
+    """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`."""
+    text = THOUGHT_BLOCK.sub("", without_thinking(reply)).translate(FULL_WIDTH)
+    text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
+    text = STRING.sub(empty_text, text)
+
+    def flat_object(match: re.Match) -> str:
+        """`K3: {score: 8, reason: ...}` -> `K3: 8`"""
+        score = score_entry(match[2])
+        return f"{match[1]} {score}" if score else match[0]
+
+    def flat_list(match: re.Match) -> str:
+        """`[{id: K3, score: 8}, {id: Q7, score: 3}]` -> `{K3: 8, Q7: 3}`"""
+        entries = []
+        for item in OBJECT.findall(match[0]):
+            named = [value for _, value in split_entries(item) if short_id(value) in ids]
+            score = score_entry(item)
+            if len(named) != 1 or not score:
+                return match[0]
+            entries.append(f"{short_id(named[0])}: {score}")
+        return "{" + ", ".join(entries) + "}"
+
+    nested = rf"((?:{'|'.join(ids)})[\s{QUOTES}]*[:=])\s*{OBJECT.pattern}"
+    return OBJECT_LIST.sub(flat_list, re.sub(nested, flat_object, text, flags=re.I))
+
+
+def empty_text(match: re.Match) -> str:
+    """`: "any text"` -> `: ""`; an id or a score stays."""
+    text = match[1] if match[1] is not None else match[2]
+    return match[0] if ID_OR_SCORE.fullmatch(text) else ': ""'
+
+
+def short_id(value: str) -> str:
+    """`answer k3` -> `K3`."""
+    return re.sub(r"(?i)^answer\s+", "", value).upper()
+
+
+def score_entry(inner: str) -> str:
+    """The value of an object's only score, "" if it has none or several."""
+    scores = [value for key, value in split_entries(inner) if key in SCORE_KEYS]
+    return scores[0] if len(scores) == 1 else ""
+
+
+def split_entries(inner: str) -> list[tuple[str, str]]:
+    """What stands between two braces -> its (KEY, value) entries, [] if it is anything else.
+
+    >>> split_entries('"K3": 8, q7 = "3,5",')
+    [('K3', '8'), ('Q7', '3,5')]
+    """
+    inner = re.sub(r"//[^\n]*", "", inner)
+    entries = []
+    position = 0
+    while position < len(inner.rstrip()):
+        entry = ENTRY.match(inner, position)
+        if not entry:
+            return []
+        entries.append((entry[1].upper(), entry[2].strip(QUOTES + " \t\r\n")))
+        position = entry.end()
+    return entries
+
+
+def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> list[float]:
+    """(id, score) entries -> the scores in the order of `ids`; raises UnreadableReply."""
+    scores = {}
+    for key, value in entries:
+        if key in scores:
+            raise UnreadableReply(f"two scores for {key}")
+        if key in ids:
+            scores[key] = read_score(key, value)
+        elif SCORE.match(value) or re.fullmatch("[A-Z][0-9]?", key):
+            raise UnreadableReply(f"a score for {key[:20]}, which no answer is called")
+    for name in ids:
+        if name not in scores:
+            raise UnreadableReply(f"no score for {name}")
+    return [scores[name] for name in ids]
+
+
+def read_score(name: str, value: str) -> float:
+    """`8`, `3,5`, `8/10` -> a score within JUDGE_SCALE; raises UnreadableReply."""
+    match = SCORE.fullmatch(value)
+    score = number(match[1].replace(",", ".")) if match else None
+    if score is None:
+        raise UnreadableReply(f"the score for {name} is no number")
+    low, high = JUDGE_SCALE
+    if not low <= score <= high or (match[2] and int(match[2]) != high):
+        raise UnreadableReply(f"score {value[:20]} is outside {low}-{high}")
+    return score
+
+
+def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
+    """How many brackets that lead to the scores must be closed after them, where `text` ends.
+
+    One that only holds a reason and "scores" need not be. Raises UnreadableReply if one of them
+    holds another grading, or if thoughts have not ended."""
+    marks = THOUGHT_MARK.findall(text)
+    if marks and not marks[-1]:
+        raise UnreadableReply("the scores stand in thoughts that do not end")
+    opened = []  # where each bracket that is still open stands
+    for bracket in re.finditer(r"[{}\[\]]", text):
+        if bracket[0] in "{[":
+            opened.append(bracket.start())
+        elif opened and text[opened[-1]] + bracket[0] in ("{}", "[]"):
+            opened.pop()
+    if opened and any(draft.start() > opened[0] for draft in drafts):
+        raise UnreadableReply("two gradings in one object")
+    levels = 0
+    end = len(text)
+    whole = False  # the innermost key is "scores": what follows may be missing
+    for start in reversed(opened):
+        between = text[start + 1 : end]
+        leads_on = rf"(?:.*,)?{KEY}\s*" if text[start] == "{" else r"(?:.*,)?\s*"
+        leads = re.fullmatch(leads_on, between, re.S | re.I)
+        if not leads:
+            break
+        graded = rf"(?:{name.pattern}|scores)[\s{QUOTES}]*[:=][\s{QUOTES}]*\d"
+        if re.search(graded, between, re.I):
+            raise UnreadableReply("two gradings in one object")
+        whole = whole or (levels == 0 and text[start] == "{" and leads[1].lower() == "scores")
+        levels += 1
+        end = start
+    return 0 if levels == 1 and whole else levels
+
+
+def check_after(text: str) -> None:
+    """Raises UnreadableReply if what follows the scores, ids left out, may change them."""
+    if "{" in text or re.search(r"\d", text):
+        raise UnreadableReply("more numbers after the scores")
+    if REVISION.search(text):
+        raise UnreadableReply("a correction after the scores")
+    if THOUGHT_MARK.search(text):
+        raise UnreadableReply("the scores stand in thoughts")
+
+
+# --------------------------------------------------------------------------------------------------
+# §13 FINAL ANSWERS: --judge-model exact_match: final_answer, same_answer, exact_scores
 # In: a reference, answers, the prompt. Out: right, wrong or None, that is not checkable, as scores.
 # Called by score_answers and Run.judge. What may be read in two ways is not checkable.
 # --------------------------------------------------------------------------------------------------
@@ -5356,7 +4951,360 @@ def checked_pool(record: Record, answers: list[Answer]) -> list[Answer]:
 
 
 # --------------------------------------------------------------------------------------------------
-# §11 CALLS: ERROR_RULES, REQUEST_FIXES; Endpoint, Cache, Usage, Models; parse_model
+# §14 REPLIES: one reading of every server's reply: text, thoughts, finish reason, errors
+# In: what an SDK returns. Out: Reply or ApiError. Called by §7 PROVIDERS, CALLS and BATCH.
+# --------------------------------------------------------------------------------------------------
+
+
+def one_line(text) -> str:
+    """A text from a server as one safe line: no key, no control character, no lone surrogate."""
+    line = " ".join(redacted(scrub(str(text or ""))).split())
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", escape_character, line)
+
+
+def escape_character(match: re.Match) -> str:
+    r"""A control character made visible: `\x1b`."""
+    return f"\\x{ord(match[0]):02x}"
+
+
+def shorten(text: str, size: int) -> str:
+    """The first `size` characters of a text, up to a whole word, with a mark where it was cut."""
+    if len(text) <= size:
+        return text
+    start = text[:size].rpartition(" ")[0] or text[:size]
+    return f"{start} ..."
+
+
+# Finish reasons in lower case -> what they mean. Any other (error, abort, tool_calls): no reply.
+COMPLETE = "stop end_turn eos eos_token eos_found stop_sequence stop_token complete completed"
+# Finish reasons in lower case -> what they mean. Any other (error, abort, tool_calls): no reply.
+COMPLETE = "stop end_turn eos eos_token eos_found stop_sequence stop_token complete completed"
+COMPLETE += " finished normal null none finish_reason_unspecified"
+COMPLETE += " finished normal null none finish_reason_unspecified"
+CUT = "length max_tokens max_length max_output_tokens max_new_tokens max_completion_tokens"
+CUT = "length max_tokens max_length max_output_tokens max_new_tokens max_completion_tokens"
+CUT += " model_length model_context_window_exceeded context_length_exceeded"
+CUT += " model_length model_context_window_exceeded context_length_exceeded"
+FILTERED = "content_filter content_filtered content-filter safety recitation language blocklist"
+FILTERED = "content_filter content_filtered content-filter safety recitation language blocklist"
+FILTERED += " prohibited_content spii image_safety sensitive error_toxic refusal data_inspection"
+FILTERED += " prohibited_content spii image_safety sensitive error_toxic refusal data_inspection"
+FINISH_REASONS = dict.fromkeys(COMPLETE.split(), "stop")
+FINISH_REASONS = dict.fromkeys(COMPLETE.split(), "stop")
+FINISH_REASONS = dict.fromkeys(COMPLETE.split(), "stop")
+FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
+FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
+FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
+FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
+FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
+FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
+
+
+def finish_kind(reason) -> str:
+    """A finish reason -> "stop", "length", "content_filter", or "" for a failed reply."""
+    if reason is None or reason == "":
+        return "stop"
+    return FINISH_REASONS.get(str(reason).strip().lower(), "")
+
+
+def make_reply(
+    content, finish, tokens_in, tokens_out, model=None, refusal=None, thoughts=None
+) -> Reply:
+    """The fields of a chat completion -> Reply; raises ApiError where it holds no answer.
+
+    `refusal` stands for a missing text. So do thoughts, in their marks: `answer_text` takes them
+    out again, and the run can say that only thoughts came."""
+    billed = (token_count(tokens_in), token_count(tokens_out))
+    kind = finish_kind(finish)
+    if not kind:
+        code = "tool call" if re.search("tool|function", str(finish)) else "unfinished"
+        raise ApiError(200, code, f"the reply ended with finish_reason {finish!r}", billed=billed)
+    text = content if isinstance(content, str) else join_parts(content)
+    if not text.strip() and isinstance(refusal, str):
+        text = refusal
+    if not text.strip() and kind == "stop":
+        if not isinstance(thoughts, str) or not thoughts.strip():
+            raise ApiError(200, "no text", "the reply holds no text", billed=billed)
+        text = f"<think>\n{thoughts}\n</think>"
+    name = model if isinstance(model, str) else ""
+    return Reply(scrub(text), kind, *billed, model=name)
+
+
+def token_count(value) -> int:
+    """A count of tokens as the server gives it -> an int, 0 for anything odd."""
+    count = number(value) or 0
+    return int(min(max(count, 0), 10**9))
+
+
+def join_parts(content) -> str:
+    """A message's content in parts -> its text; "" for anything that holds none."""
+    if not isinstance(content, list):
+        return ""
+    texts = []
+    for part in content:
+        text = part if isinstance(part, str) else look_up(part, "text")
+        if isinstance(text, str):
+            texts.append(text)
+    return "".join(texts)
+
+
+def look_up(value, path: str):
+    """What stands at a dotted path through objects and JSON (a list: its first item), or None."""
+    for step in path.split("."):
+        if isinstance(value, list):
+            value = value[0] if value else None
+        value = value.get(step) if isinstance(value, dict) else getattr(value, step, None)
+    return value
+
+
+def read_completion(body) -> Reply:
+    """A chat completion in OpenAI's form (an SDK's object, or JSON) -> Reply; raises ApiError."""
+    if isinstance(body, str):
+        raise ApiError(200, *read_error_body(body))
+    message = look_up(body, "choices.message")
+    if message is None:
+        raise_body_error(body)
+    tokens_in = look_up(body, "usage.prompt_tokens")
+    tokens_out = look_up(body, "usage.completion_tokens")
+    finish = look_up(body, "choices.finish_reason")
+    content = look_up(message, "content")
+    served = look_up(body, "model")
+    if isinstance(content, str) and content:
+        return make_reply(content, finish, tokens_in, tokens_out, served)
+    refusal = look_up(message, "refusal")
+    thoughts = look_up(message, "reasoning_content") or look_up(message, "reasoning")
+    return make_reply(content, finish, tokens_in, tokens_out, served, refusal, thoughts)
+
+
+def raise_body_error(body):
+    """Raise the ApiError for a 200 that holds an error: its own code counts as the status."""
+    error = look_up(body, "error")
+    if not isinstance(error, dict | str) or not error:
+        return
+    status = number(look_up(error, "code")) or 200
+    if not 400 <= status < 600:
+        status = 200
+    code, message = read_error_body(error)
+    raise ApiError(int(status), code or "error in the reply", message)
+
+
+def read_error_body(body) -> tuple[str, str]:
+    """(code, message): the server's own words, whatever the shape of its error body."""
+    if isinstance(body, str):
+        return read_error_text(body)
+    if isinstance(body, list):
+        return read_error_list(body)
+    if not isinstance(body, dict):
+        return "", ""
+    codes = [body.get(name) for name in ("code", "type", "status")]
+    codes = [code for code in codes if isinstance(code, str) and not code.isdigit()]
+    code = codes[0] if codes else ""
+    inner = [body.get("error"), body.get("errors"), body.get("detail")]
+    inner.insert(0, look_up(body.get("metadata"), "raw"))  # OpenRouter: its provider's words
+    for part in inner:
+        inner_code, message = read_error_body(part)
+        if message:
+            return inner_code or code, message
+    for name in ("message", "msg", "error_msg", "title"):
+        if isinstance(body.get(name), str):
+            return code, body[name]
+    return code, ""
+
+
+def read_error_list(items: list) -> tuple[str, str]:
+    """(code, message) of a list of errors: FastAPI's details joined, else the first one."""
+    details = []
+    for item in items:
+        if isinstance(item, dict) and isinstance(item.get("loc"), list):
+            place = ".".join(map(str, item["loc"]))
+            details.append(f"{place}: {item.get('msg')}")
+    if details:
+        return "", "; ".join(details)
+    return read_error_body(items[0]) if items else ("", "")
+
+
+def read_error_text(text: str) -> tuple[str, str]:
+    """(code, message) of an error body that is text: JSON in it is read, a page gives its title."""
+    text = text.strip()
+    if re.match(r"(?i)<(!doctype|html|head|\?xml)", text):
+        title = re.search(r"(?is)<title>(.*?)</title>", text)
+        return "web page", title[1].strip() if title else "a web page"
+    if text[:1] in ("{", "["):
+        with contextlib.suppress(ValueError, RecursionError):
+            code, message = read_error_body(json.loads(text))
+            return code, message or text
+    return "", text
+
+
+# Marks between which a model thinks: opening -> closing.
+THOUGHT_MARKS = {
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<thoughts>": "</thoughts>",
+    "<reasoning>": "</reasoning>",
+    "<seed:think>": "</seed:think>",
+    "[think]": "[/think]",
+    "◁think▷": "◁/think▷",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+}
+FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")  # gpt-oss (harmony)
+PLAIN_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*?assistant\s?final", re.S)  # marks lost
+# What ends a turn in a chat template: at the end of a line, or before the next turn's mark.
+END_MARK = re.compile(
+    r"(?<![`\"'“‘])(?:<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>|</s>)"
+    r"(?=[^\S\n]*(?:\n|\Z|<\|im_start|<\|start|<start_of_turn>|<s>))"
+)
+START_MARK = re.compile(r"<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<s>")
+
+
+def without_thinking(text: str) -> str:
+    """The text without leading thoughts; a block that never closes leaves nothing.
+
+    A closing mark whose block was opened in the prompt ends thoughts, too, if it stands on a line
+    of its own or at the start; an answer that speaks of `</think>` in a sentence stays as it is."""
+    rest = without_channels(text)
+    opening = leading_mark(rest)
+    while opening:
+        thoughts_and_rest = split_thoughts(rest.lstrip()[len(opening) :], THOUGHT_MARKS[opening])
+        if thoughts_and_rest is None:
+            return ""
+        rest = thoughts_and_rest
+        opening = leading_mark(rest)
+    lowered = rest.lower()
+    for opening, closing in THOUGHT_MARKS.items():
+        if closing in lowered and opening not in lowered:
+            mark = re.escape(closing)
+            alone = rf"(?i)\A\s*{mark}|\n[^\S\n]*{mark}[^\S\n]*(?=\n|\Z)"
+            end = re.search(alone, rest)
+            return rest[end.end() :] if end else rest
+    return rest
+
+
+def leading_mark(text: str) -> str:
+    """The mark in THOUGHT_MARKS with which a text starts, "" if there is none."""
+    start = text[:200].lstrip().lower()
+    if not start.startswith(("<", "[", "◁")):
+        return ""
+    for opening in THOUGHT_MARKS:
+        if start.startswith(opening):
+            return opening
+    return ""
+
+
+def split_thoughts(text: str, closing: str) -> str | None:
+    """What follows the closing mark (not one in quotes), or None if the thoughts never end."""
+    mark = re.escape(closing)
+    end = re.search(rf"(?i)(?<![`\"'“‘]){mark}|{mark}(?![`\"'”’])", text)
+    if not end:
+        return None
+    rest = text[end.end() :]
+    line_break = re.match(r"\s*\n", rest)  # the line after it keeps its indentation
+    return rest[line_break.end() :] if line_break else rest.lstrip()
+
+
+def without_channels(text: str) -> str:
+    """A gpt-oss reply in channels -> its final channel; "" if there is none; others unchanged."""
+    if "<|channel|>" in text:
+        final = FINAL_CHANNEL.split(text)
+        if len(final) > 1:
+            return re.split(r"<\|(?:return|end|call)\|>", final[-1])[0]
+        return "" if re.match(r"\s*(<\|start\|>assistant)?<\|channel\|>", text) else text
+    return PLAIN_CHANNELS.sub("", text, count=1)
+
+
+def cut_at_end_mark(reply: Reply) -> Reply:
+    """The reply up to its chat template's end mark: the model had ended, whatever it wrote after.
+
+    Servers that know no stop token let a model go on with turns of its own. Marks in code, in
+    quotes, or after a template's start mark belong to the answer."""
+    if "<" not in reply.text:
+        return reply
+    end = END_MARK.search(reply.text)
+    before = reply.text[: end.start()] if end else ""
+    if not before.strip() or before.count("```") % 2 or START_MARK.search(before):
+        return reply
+    return replace(reply, text=before.rstrip(), finish="stop")
+
+
+def answer_text(text: str) -> str:
+    """The answer in a model's reply: no thoughts, no blank lines around it, indentation kept."""
+    answer = re.sub(r"\A(?:[^\S\n]*\n)+", "", without_thinking(text)).rstrip()
+    # a lone space is a tokenizer's, two are indentation
+    return answer[1:] if re.match(r" \S", answer) else answer
+
+
+def about_tokens(text: str) -> int:
+    """Tokens of a text, roughly: 0.7 for a CJK character, 0.25 for another in ASCII, else 1."""
+    chinese = len(re.findall(rf"[{CJK}]", text))
+    plain = len(text.encode("ascii", "ignore"))
+    return round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
+
+
+class JoinedReply:
+    """A reply that is sent in chunks."""
+
+    def __init__(self, message: str, tokens_in: str, tokens_out: str):
+        """The arguments are the paths of these things in a chunk."""
+        self.paths = {"content": f"{message}.content", "tokens_in": tokens_in}
+        self.paths["tokens_out"] = tokens_out
+        self.paths["finish"] = message.rpartition(".")[0] + ".finish_reason"
+        self.paths["refusal"] = f"{message}.refusal"
+        self.paths["thoughts"] = f"{message}.reasoning_content"
+        self.paths["model"] = "model"
+        self.fields = {}
+
+    def add(self, chunk):
+        """Take in one chunk: texts are joined, of other fields the last counts."""
+        raise_body_error(chunk)
+        for name, path in self.paths.items():
+            value = look_up(chunk, path)
+            if name == "content" and isinstance(value, list):
+                value = join_parts(value)
+            if value is None or value == "null":
+                continue
+            if name in ("content", "refusal", "thoughts") and isinstance(value, str):
+                value = self.fields.get(name, "") + value
+            self.fields[name] = value
+
+    def reply(self) -> Reply:
+        """The whole reply; raises ApiError where the chunks hold no answer or end too early."""
+        if "finish" not in self.fields:
+            raise ApiError(0, "dropped", "the stream ended too early")
+        names = ("content", "finish", "tokens_in", "tokens_out", "model", "refusal", "thoughts")
+        return make_reply(*[self.fields.get(name) for name in names])
+
+
+def degrade(text: str, chinese: bool, draw: random.Random) -> str:
+    """A worse version of a good answer: some of its sentences; an evasion for a short one."""
+    sentences = re.findall(r".+?(?:[.!?](?=\s)|[。！？\n]|$)\s*", text, re.S)
+    if len(sentences) < 3:
+        return "这个问题不太好说，要看具体情况。" if chinese else "That is hard to say; it depends."
+    count = max(1, len(sentences) * draw.choice((3, 4, 5, 6)) // 8)
+    keep = sorted(draw.sample(range(len(sentences)), count))
+    return "".join(sentences[i] for i in keep).strip()
+
+
+def reference_f1(text: str, reference: str) -> float:
+    """A score on JUDGE_SCALE: F1 of the words shared with the reference.
+
+    Without a reference, signs of care: length, variety of words, a proper end, no refusal."""
+    lowest, highest = JUDGE_SCALE
+    words = Counter(split_words(text))
+    reference_words = Counter(split_words(reference))
+    total = words.total()
+    if reference_words:
+        shared = (words & reference_words).total()
+        share = 2 * shared / max(1, total + reference_words.total())
+        return lowest + (highest - lowest) * share
+    score = 2 * math.log10(1 + total) + 3 * len(words) / max(1, total)
+    score += text.rstrip()[-1:] in ".!?。！？)`”"
+    score -= 3 * is_refusal(text)
+    return lowest + (highest - lowest) * min(1.0, max(0.0, score / 9))
+
+
+# --------------------------------------------------------------------------------------------------
+# §15 CALLS: ERROR_RULES, REQUEST_FIXES; Endpoint, Cache, Usage, Models; parse_model
 # A request of a method or a judge goes in, a Reply comes out: from the cache, or from a provider
 # with pacing, retries and a budget. Raises Failed for one record, Stop where all calls would fail.
 # --------------------------------------------------------------------------------------------------
@@ -6563,7 +6511,7 @@ def check_address(spec: str, provider: str, name: str, url: str):
 
 
 # --------------------------------------------------------------------------------------------------
-# §12 BATCH: Batches, which fill the cache through the providers' own batch engines
+# §16 BATCH: Batches, which fill the cache through the providers' own batch engines
 # In: the requests that a pass over the input misses in the cache. Out: their replies, in the cache.
 # Called by fill_cache (§16) and Models.ask_once (§11); methods know nothing of it.
 # --------------------------------------------------------------------------------------------------
@@ -7017,7 +6965,7 @@ def needs_stream(fix: RequestFix, sent: dict) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# §13 REPORT: Report, METRICS, ADVICE, report_html: what the pairs teach besides quality
+# §17 REPORT: Report, METRICS, ADVICE, report_html: what the pairs teach besides quality
 # In: every Outcome. Out: the numbers of <stem>.report.json, and the page made from them alone.
 # Called by §16 RUN. §14 REVIEW adds what people say; §15 TERMINAL prints the warnings.
 # --------------------------------------------------------------------------------------------------
@@ -8643,7 +8591,7 @@ def filled_page(page: str, pieces: dict[str, str]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# §14 REVIEW: FLAGS, smallest_lead, pair_id, ReviewQueue, Annotations, gap_advice
+# §18 REVIEW: FLAGS, smallest_lead, pair_id, ReviewQueue, Annotations, gap_advice
 # In: kept pairs; then the choices that people saved. Out: the page for blind choices, which §16
 # writes; the pairs that people confirm or swap, for §4; what people say about the labels, for §13.
 # --------------------------------------------------------------------------------------------------
@@ -9062,7 +9010,7 @@ def is_safe(measured: Measured) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# §15 TERMINAL: note, show, plan_line, show_plan, ProgressBar, summary, report_lines, DROP_REASONS
+# §19 TERMINAL: note, show, plan_line, show_plan, ProgressBar, summary, report_lines, DROP_REASONS
 # In: the counts of a run (OutputFiles, Models) and the numbers of its report. Out: lines of text,
 # at most 100 columns wide. Called by §16 RUN (plan, progress, summary) and §17 CLI (messages).
 # --------------------------------------------------------------------------------------------------
@@ -9644,7 +9592,104 @@ def stopped_lines(files: OutputFiles, models: Models) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# §16 RUN: records_of, plan, Labels, OutputFiles, in_order, construct, run_job
+# §20 PIPELINE: small parts of Run and process_record
+# Called by §4 METHODS.
+# --------------------------------------------------------------------------------------------------
+
+
+async def gather_all(tasks: list) -> list:
+    """Results in order. Every call ends before anything is raised: no paid reply is thrown away.
+
+    A Failed that a task returns is a result like any other: only what was raised is raised here."""
+    tasks = [asyncio.ensure_future(task) for task in tasks]
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    raised = [
+        e for task, e in zip(tasks, results, strict=True) if task.cancelled() or task.exception()
+    ]
+    if raised:
+        raise max(
+            raised, key=lambda error: [isinstance(error, kind) for kind in (Stop, Pending, Failed)]
+        )
+    return results
+
+
+def unique_names(models: list[Model | None]) -> dict[Model, str]:
+    """{model: its name in rows}: `name`, or `name@URL` where two models share the name."""
+    known = [model for model in models if model is not None]
+    counts = Counter(model.name for model in known)
+    names = {}
+    for model in known:
+        address = model.url or model.provider
+        names[model] = f"{model.name}@{address}" if counts[model.name] > 1 else model.name
+    return names
+
+
+def with_system_prompt(messages: list[dict], text: str) -> list[dict]:
+    """The messages after a system turn of this text; a system turn of their own is joined to it."""
+    if messages[0]["role"] == "system":
+        text = f"{text}\n\n{messages[0]['content']}"
+        messages = messages[1:]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def remember_judged(record: Record, answers: list[Answer], judged: list[Answer]) -> None:
+    """Put the judged answers in the place of the unjudged in record.answers; new ones come last.
+
+    So an answer that a method made by hand reaches the files, too."""
+    places = {id(answer): place for place, answer in enumerate(record.answers)}
+    known = list(record.answers)
+    for answer, with_votes in zip(answers, judged, strict=True):
+        place = places.get(id(answer))
+        if place is None:
+            known.append(with_votes)
+        else:
+            known[place] = with_votes
+    record.answers = known
+
+
+def dropped_outcome(record: Record, failed: Failed) -> Outcome:
+    """The Outcome of a record without a pair."""
+    return Outcome(record, [], failed.stage, failed.reason, failed.retryable)
+
+
+def wrong_pairs(pairs: object) -> str:
+    """What is wrong with a method's return value, "" if it is a list of pairs of answers."""
+    if not isinstance(pairs, list):
+        return f"{pairs!r:.80}, not a list of pairs"
+    for pair in pairs:
+        if not isinstance(pair, Pair):
+            return f"a list with {pair!r:.80}, which is not a Pair"
+        for answer in (pair.chosen, pair.rejected):
+            if not isinstance(answer, Answer) or not isinstance(answer.text, str):
+                return f"a pair with {answer!r:.80}, which is not an Answer with a text"
+            if not isinstance(answer.score, int | float | None):
+                return f"an answer with the score {answer.score!r:.80}, which is not a number"
+    return ""
+
+
+def call_plain(method: Callable, record: Record, run: Run) -> list[Pair]:
+    """Call a plain `def` method in a thread, which cannot hand over a StopIteration."""
+    try:
+        return method(record, run)
+    except StopIteration as error:
+        raise RuntimeError(repr(error)) from error
+
+
+# What a method of one's own may raise.
+BUGS = (Exception, asyncio.CancelledError, GeneratorExit, SystemExit)
+
+
+def halt_at(place: str, error: BaseException, models: Models) -> Stop:
+    """Stop the run because of a bug -> the Stop to raise; its traceback is shown, once."""
+    cause = error.__cause__ if isinstance(error, PartError) else error
+    if cause and not models.stop:  # records in work may all meet the same bug
+        note("".join(traceback.format_exception(cause)).rstrip())
+    message = str(error) if isinstance(error, PartError) else f"a bug: {error!r}"
+    return models.halt(f"{place}: {message}")
+
+
+# --------------------------------------------------------------------------------------------------
+# §21 RUN: records_of, plan, Labels, OutputFiles, in_order, construct, run_job
 # In: checked flags. Out: the files, and an exit status. `main` (§17) calls `construct`.
 # --------------------------------------------------------------------------------------------------
 
@@ -10375,7 +10420,7 @@ def spooled(args: argparse.Namespace) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# §17 CLI: build_parser, check, main
+# §22 CLI: build_parser, check, main
 # In: the command line. Out: checked flags as a Run, or one line that says what to correct.
 # `main` is the program: it calls construct (§16) and turns every error into an exit status.
 # --------------------------------------------------------------------------------------------------
@@ -11044,7 +11089,7 @@ def disk_message(error: OSError | sqlite3.Error) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# §18 PAGES: REPORT_PAGE, REVIEW_PAGE
+# §23 PAGES: REPORT_PAGE, REVIEW_PAGE
 # --------------------------------------------------------------------------------------------------
 
 REPORT_PAGE = """<!doctype html>
