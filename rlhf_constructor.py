@@ -95,7 +95,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple, TextIO
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Never, TextIO
 
 # --------------------------------------------------------------------------------------------------
 # §1 SETTINGS AND TYPES: constants to edit; Record, Answer, Pair, Outcome; errors; register
@@ -397,8 +397,8 @@ def number(value: object) -> float | None:
 
 # --------------------------------------------------------------------------------------------------
 # §2 INPUTS: from_conversation, from_turns, from_instruction, from_prompt; parse_row, read_records
-# In: rows (dicts) of §8. Out: Records, or Failed("input", reason) for a row that cannot be used.
-# Called by records_of (§16) and check_input (§17).
+# In: rows (dicts) of READING FILES. Out: Records, or Failed("input", reason) for unusable rows.
+# Called by records_of (RUN) and check_input (CLI).
 # --------------------------------------------------------------------------------------------------
 
 # EDIT HERE to read another format: a function row (a dict) -> records, or None for other shapes.
@@ -907,7 +907,7 @@ def check_label(pair: Pair, better: Answer, worse: Answer) -> LabelCheck:
 # --------------------------------------------------------------------------------------------------
 # §4 METHODS: model_comparison, generate_pairs, rank_responses; strategies; Run, process_record
 # In: a Record, and the Run that the flags make. Out: an Outcome: pairs, or the reason of the drop.
-# OutputFiles and the rest of §16 take the outcomes.
+# OutputFiles and the rest of RUN take the outcomes.
 # --------------------------------------------------------------------------------------------------
 
 # EDIT HERE to add a method: copy one, rename it, give it a one-line docstring: --method knows it.
@@ -957,7 +957,7 @@ async def generate_pairs(record: Record, run: Run) -> list[Pair]:
 
 @register(METHODS, asks=(), reads_answers=True)
 async def rank_responses(record: Record, run: Run) -> list[Pair]:
-    """Existing answers are ranked by scores, ranks or choices; a --judge-model checks or ranks them."""
+    """Existing answers are ranked by scores, ranks or choices; a judge checks or ranks them."""
     answers = run.usable(record, record.answers)
     if not record.signal:
         return pair_up(record, await run.judge(record, answers), run)
@@ -1014,7 +1014,7 @@ AnswerPairs = list[tuple[Answer, Answer]]
 
 
 def best_worst(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
-    """best against worst (by --seed among equals); with a length penalty, the largest gap less it"""
+    """best against worst (equals by --seed); with a length penalty, the largest gap less penalty"""
     if not run.length_penalty:
         return [(ranked[0], ranked[-1])]
 
@@ -1604,7 +1604,7 @@ def refusal(pair: Pair, run: Run) -> str | None:
 def wrong_language(pair: Pair, run: Run) -> str | None:
     """a chosen answer that is not Chinese to a Chinese prompt, or Chinese to an English prompt
 
-    Drop: "Small molecules of the air scatter the blue light." over "散射。" for "天空为什么是蓝色的？"
+    Drop: "Small molecules of the air scatter the blue light." over "散射。" for "天空为何是蓝的？"
     Drop: "空气中的微小分子对蓝光的散射最强。" over "Air." for "Why is the sky blue at noon?"
     Keep: "The hall was opulent, with trimmed walls." over "无" for "用“opulent”造一句话。"
     Keep: "Der Himmel ist heute wieder sehr schön blau." over "不" for "用德文写一句话。"
@@ -1662,7 +1662,7 @@ def floor(pair: Pair, run: Run) -> str | None:
 # --------------------------------------------------------------------------------------------------
 # §6 OUTPUTS: pair -> rows
 # In: a pair that passed everything. Out: the rows that --output-format writes for it.
-# OutputFiles (§16) calls the format and refuses wrong rows.
+# OutputFiles (RUN) calls the format and refuses wrong rows.
 # --------------------------------------------------------------------------------------------------
 
 # EDIT HERE to add a format: `as_name(pair, run)` -> a list of rows (dicts), each with the same keys
@@ -1765,9 +1765,9 @@ def as_prompts(pair: Pair, run: Run) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------
-# §7 PROVIDERS: Model, Reply, ApiError, make_reply, answer_text; Provider; openai, dashscope, reward
+# §7 PROVIDERS: Model, Reply, ApiError; Provider; openai, dashscope, reward, offline
 # A model's name, messages and options go in, a Reply comes out; whatever goes wrong is an ApiError.
-# Called by Models (§11), which does the caching, pacing and retrying.
+# Called by Models (CALLS), which does the caching, pacing and retrying.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1808,7 +1808,7 @@ class ApiError(Exception):
 
     def __init__(
         self, status: int, code, message, retry_after: str | None = None, billed: tuple = (0, 0)
-    ):
+    ) -> None:
         super().__init__(message)
         self.status = status  # HTTP status; 0: no reply came; 200: the reply cannot be used
         self.code = one_line(code)  # the provider's code, or for status 0 and 200 one of ours
@@ -1867,7 +1867,7 @@ class Provider:
     package = ""  # that pip installs
     takes_seed = False  # True if the API takes an option `seed`
 
-    def __init__(self, url: str, key: str, timeout: float):
+    def __init__(self, url: str, key: str, timeout: float) -> None:
         """`url`: "" for the provider's own. Called once for each address, inside the event loop."""
         self.url = url
 
@@ -1879,11 +1879,11 @@ class Provider:
         """Names of the models that the server serves, [] if it does not say."""
         return []
 
-    def batch_client(self):
+    def batch_client(self) -> None:
         """A client with OpenAI's `files` and `batches`; None: there is no batch engine."""
         return None
 
-    async def close(self):
+    async def close(self) -> None:
         """Close connections."""
 
 
@@ -1896,7 +1896,7 @@ class ask_openai(Provider):
     package = "openai"
     takes_seed = True
 
-    def __init__(self, url: str, key: str, timeout: float):
+    def __init__(self, url: str, key: str, timeout: float) -> None:
         import openai
 
         # the SDK's own retries cannot tell a rate limit from an account without credit
@@ -1931,7 +1931,7 @@ class ask_openai(Provider):
     def batch_client(self):
         return self.client
 
-    async def close(self):
+    async def close(self) -> None:
         await self.client.close()
 
 
@@ -1945,7 +1945,7 @@ class ask_dashscope(Provider):
     package = "dashscope"
     takes_seed = True
 
-    def __init__(self, url: str, key: str, timeout: float):
+    def __init__(self, url: str, key: str, timeout: float) -> None:
         import logging
         import urllib.request
 
@@ -1997,7 +1997,7 @@ class ask_dashscope(Provider):
         )
 
     @staticmethod
-    def check_status(reply):
+    def check_status(reply) -> None:
         """Raise the ApiError of a reply that is none."""
         if reply.status_code == 200:
             return
@@ -2018,7 +2018,7 @@ class ask_dashscope(Provider):
         self.batch = self.batch or ask_openai(url, self.api_key, self.timeout)
         return self.batch.client
 
-    async def close(self):
+    async def close(self) -> None:
         await self.session.close()
         if self.batch:
             await self.batch.close()
@@ -2381,9 +2381,9 @@ TOOL_MARK = re.compile(r"^Action: ?[\w.-]+ *\n+Action Input:", re.M)
 
 def check_text_only(text: str) -> None:
     """Raise Failed for a text with a picture's place (`<image>`) or a tool's call (`Action:`)."""
-    if "<i" in text or "<v" in text or "<a" in text:
-        if IMAGE_MARK.search(text):
-            raise Failed("input", "not a text: images")
+    may_hold_mark = "<i" in text or "<v" in text or "<a" in text
+    if may_hold_mark and IMAGE_MARK.search(text):
+        raise Failed("input", "not a text: images")
     if "Action Input:" in text and TOOL_MARK.search(text):
         raise Failed("input", "not a text: tools")
 
@@ -2508,9 +2508,6 @@ def with_plain_names(row: dict) -> dict:
 
 # Fields that may hold a list of turns as text, in a CSV cell or a dump. (`history` reads its own.)
 JSON_FIELDS = {"context", "chosen", "rejected", "conversation_a", "conversation_b"}
-# Fields that may hold a list of turns as text, in a CSV cell or a dump. (`history` reads its own.)
-JSON_FIELDS = {"context", "chosen", "rejected", "conversation_a", "conversation_b"}
-JSON_FIELDS |= {*TURN_FIELDS, *PROMPT_FIELDS}
 JSON_FIELDS |= {*TURN_FIELDS, *PROMPT_FIELDS}
 LOOKS_LIKE_TURNS = re.compile(
     r"""\s*(?:\[\s*)?\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]"""
@@ -2570,7 +2567,7 @@ JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, Arit
 
 
 def known_data_set(row: dict) -> dict:
-    """The row with the plain names of §9's DATA_SETS added."""
+    """The row with the plain names of EXISTING ANSWERS's DATA_SETS added."""
     try:
         return plain_names(row)
     except JUNK as error:
@@ -2652,7 +2649,7 @@ def reading_of(row: dict, rename: dict, with_answers: bool) -> list | None:
 # --------------------------------------------------------------------------------------------------
 # §9 READING FILES: read_rows: lines, JSON, tables, Parquet -> rows; broken lines cost one record
 # In: a path. Out: (line, row or Failed), one at a time; UserError if the file cannot be read.
-# Called by read_records (§2) and check_input (§17). A file's kind is told by its first bytes.
+# Called by read_records (§2) and check_input (CLI). A file's kind is told by its first bytes.
 # --------------------------------------------------------------------------------------------------
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # no part of a line: a byte order mark (three bytes), white space
@@ -3064,7 +3061,7 @@ def ready_texts(row: dict, names: tuple) -> dict:
         return sides if None not in sides.values() else {}
     if not all(map(is_turns, sides.values())):
         return {}
-    turns = [message(turn) for side in sides.values() for turn in side]
+    turns = [message(turn) for turn in itertools.chain.from_iterable(sides.values())]
     if turns[0]["role"] != "assistant":
         return turns_of_two(sides, *names, names)
     if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
@@ -3210,14 +3207,14 @@ class ChoiceNumbers:
 
     The file is read when the first such number is met; most files need no pass of their own."""
 
-    def __init__(self, rows):
+    def __init__(self, rows) -> None:
         self.rows = rows  # the rows of the file, read once
         self.is_read = False
         self.starts = defaultdict(lambda: {0, 1})  # (field, first end) -> what it may count from
         self.values = defaultdict(set)  # (field, first end) -> some values that occur
         self.preferences: set[float] = set()  # values of `preference` outside 1..2
 
-    def read(self):
+    def read(self) -> None:
         """Collect the numbers of every row."""
         self.is_read = True
         for row in self.rows:
@@ -3225,7 +3222,7 @@ class ChoiceNumbers:
                 with contextlib.suppress(Failed, *JUNK):
                     self.add(plain_row(row))
 
-    def add(self, row: dict):
+    def add(self, row: dict) -> None:
         """Note the numbers of one row."""
         value = quantity(row.get("preference"))
         if value is not None and not 1 <= value <= 2:
@@ -3239,7 +3236,7 @@ class ChoiceNumbers:
                 for answers in answer_sets(row):
                     self.add_place(name, place, answers)
 
-    def add_place(self, name: str, place: float, answers: AnswerSet):
+    def add_place(self, name: str, place: float, answers: AnswerSet) -> None:
         """Narrow down what a field counts from, by one of its values."""
         kind = (name, answers.ends[:1])
         starts, count = self.starts[kind], len(answers.texts)
@@ -3267,7 +3264,7 @@ class ChoiceNumbers:
             f"--rename {name}=winner_from_0 or --rename {name}=winner_from_1",
         )
 
-    def check_preference(self, value: float):
+    def check_preference(self, value: float) -> None:
         """Raise Failed if `preference` leaves AlpacaEval's range anywhere in the file."""
         if not self.is_read:
             self.read()
@@ -3324,7 +3321,7 @@ def item_text(item):
     return next((item[name] for name in TEXTS if item.get(name)), "")
 
 
-def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None):
+def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None) -> None:
     """Give the record the row's own answers, their votes, the kind of signal and its scale.
 
     Raises Failed for a tie, for no preference and for signals that contradict each other."""
@@ -3413,7 +3410,7 @@ def winners_of(row: dict) -> dict:
     return filled or winners
 
 
-def check_winners(winners: dict, sets: list[AnswerSet]):
+def check_winners(winners: dict, sets: list[AnswerSet]) -> Never:
     """Raise Failed for a winner that names no answer of any set."""
     for name, value in winners.items():
         if name in LOOSE_WINNERS or any(name in answers.winners for answers in sets):
@@ -3519,7 +3516,7 @@ def field_set(row: dict, fields: tuple, ends: tuple, forms: tuple, beside: list)
     return answers
 
 
-def check_places(one: AnswerSet, other: AnswerSet, row: dict):
+def check_places(one: AnswerSet, other: AnswerSet, row: dict) -> None:
     """Raise Failed if a field speaks by places and could mean two sets of different answers."""
     keys, other_keys = set(one.keys) - {""}, set(other.keys) - {""}
     same = keys <= other_keys if one.chosen else keys == other_keys  # a pair may be two of a list
@@ -3535,9 +3532,9 @@ def placed_fields(answers: AnswerSet, row: dict) -> set[str]:
     fields = {*answers.column_fields, *answers.winners}
     for name in LIST_FIELDS:
         values = row.get(name)
-        if isinstance(values, list) and len(values) == len(answers.texts):
-            if any(value not in EMPTY for value in values):
-                fields.add(name)
+        is_column = isinstance(values, list) and len(values) == len(answers.texts)
+        if is_column and any(value not in EMPTY for value in values):
+            fields.add(name)
     return fields
 
 
@@ -3546,7 +3543,7 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
     count = len(answers.texts)
     signals = []
 
-    def add_choice(name: str, best):
+    def add_choice(name: str, best) -> None:
         values = [float(index in best) for index in range(count)]
         signals.append(make_signal(answers, name, "choice", 0.0, values))
 
@@ -3581,7 +3578,7 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
     return signals
 
 
-def read_winner(name: str, value, sets: list[AnswerSet], numbers: ChoiceNumbers):
+def read_winner(name: str, value, sets: list[AnswerSet], numbers: ChoiceNumbers) -> None:
     """Enter the answer that a field names in each set it speaks of; raises Failed for a tie.
 
     A name that belongs to one set (its field, its model, its text) says nothing of the others."""
@@ -3748,7 +3745,7 @@ def ranks_of_order(order: list) -> list:
     return [places.index(index) for index in range(len(places))]
 
 
-def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]):
+def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]) -> None:
     """Give the record the answers that every signal rates, the kind of signal and its scale.
 
     Each answer gets its votes in all signals, and the first score among them as its score. Flags
@@ -3787,7 +3784,7 @@ def useful_signals(answers: AnswerSet, signals: list[Signal]) -> list[Signal]:
     return sorted(useful, key=lambda entry: KINDS.index(entry.kind))
 
 
-def check_directions(keys: list[str], signals: list[Signal], main: list[Signal]):
+def check_directions(keys: list[str], signals: list[Signal], main: list[Signal]) -> None:
     """Raise Failed if two signals contradict each other, or if no two answers differ in all."""
     differ = False
     for one, other in itertools.combinations(keys, 2):
@@ -4184,7 +4181,8 @@ def has_repeats(text: str, share: float) -> bool:
 
 
 ECHO_ASKED = re.compile(  # work on the prompt's own text
-    r"(?i)\b(?:repeat|rewrit|re-?phras|paraphras|correct|proof-?read|edit|translat|fix|improv|summar"
+    r"(?i)\b(?:repeat|rewrit|re-?phras|paraphras|correct|proof-?read|edit|translat|fix|improv"
+    r"|summar"
     r"|extract|copy|quot|punctuat|complet|continu|fill|echo|recit|convert|format)|_{2,}"
     r"|重复|复述|改写|改正|修改|修正|翻译|译成|译为|润色|纠正|校对|补全|补充|续写|填空|提取"
     r"|摘录|总结|概括|朗读|抄写|转换|标点"
@@ -4581,18 +4579,21 @@ LABEL_SETS = (  # labels that exclude each other, though the prompt may not list
 # they are variables.
 # fmt: off
 UNITS = {
-    "money": ("$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分", "¥ yuan rmb cny 元 块 块钱 元钱 人民币",
-              "角 毛", "€ euro euros eur 欧元", "£ gbp 英镑", "yen jpy 日元"),
-    "length": ("km kilometer kilometers kilometre kilometres 千米 公里", "meter meters metre metres 米",
+    "money": ("$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分",
+              "¥ yuan rmb cny 元 块 块钱 元钱 人民币", "角 毛",
+              "€ euro euros eur 欧元", "£ gbp 英镑", "yen jpy 日元"),
+    "length": ("km kilometer kilometers kilometre kilometres 千米 公里",
+               "meter meters metre metres 米",
                "cm centimeter centimeters centimetre centimetres 厘米",
                "mm millimeter millimeters 毫米",
                "mile miles 英里", "foot feet ft 英尺", "inch inches 英寸", "yard yards 码"),
-    "weight": ("kg kilogram kilograms 千克 公斤", "gram grams 克", "ton tons 吨", "pound pounds lb lbs 磅",
-               "ounce ounces oz 盎司"),
-    "volume": ("liter liters litre litres 升", "ml milliliter milliliters 毫升", "gallon gallons 加仑",
-               "quart quarts", "pint pints", "cup cups 杯"),
-    "time": ("second seconds sec 秒 秒钟", "minute minutes min mins 分钟", "hour hours hr hrs 小时 个小时",
-             "day days 天", "week weeks 周 星期", "month months 个月", "year years 年 岁"),
+    "weight": ("kg kilogram kilograms 千克 公斤", "gram grams 克", "ton tons 吨",
+               "pound pounds lb lbs 磅", "ounce ounces oz 盎司"),
+    "volume": ("liter liters litre litres 升", "ml milliliter milliliters 毫升",
+               "gallon gallons 加仑", "quart quarts", "pint pints", "cup cups 杯"),
+    "time": ("second seconds sec 秒 秒钟", "minute minutes min mins 分钟",
+             "hour hours hr hrs 小时 个小时", "day days 天", "week weeks 周 星期",
+             "month months 个月", "year years 年 岁"),
     "angle or heat": ("° degree degrees 度", "radian radians 弧度"),
     "part": ("% percent percents",),
     "speed": ("mph",),
@@ -4977,26 +4978,13 @@ def shorten(text: str, size: int) -> str:
 
 # Finish reasons in lower case -> what they mean. Any other (error, abort, tool_calls): no reply.
 COMPLETE = "stop end_turn eos eos_token eos_found stop_sequence stop_token complete completed"
-# Finish reasons in lower case -> what they mean. Any other (error, abort, tool_calls): no reply.
-COMPLETE = "stop end_turn eos eos_token eos_found stop_sequence stop_token complete completed"
-COMPLETE += " finished normal null none finish_reason_unspecified"
 COMPLETE += " finished normal null none finish_reason_unspecified"
 CUT = "length max_tokens max_length max_output_tokens max_new_tokens max_completion_tokens"
-CUT = "length max_tokens max_length max_output_tokens max_new_tokens max_completion_tokens"
-CUT += " model_length model_context_window_exceeded context_length_exceeded"
 CUT += " model_length model_context_window_exceeded context_length_exceeded"
 FILTERED = "content_filter content_filtered content-filter safety recitation language blocklist"
-FILTERED = "content_filter content_filtered content-filter safety recitation language blocklist"
-FILTERED += " prohibited_content spii image_safety sensitive error_toxic refusal data_inspection"
 FILTERED += " prohibited_content spii image_safety sensitive error_toxic refusal data_inspection"
 FINISH_REASONS = dict.fromkeys(COMPLETE.split(), "stop")
-FINISH_REASONS = dict.fromkeys(COMPLETE.split(), "stop")
-FINISH_REASONS = dict.fromkeys(COMPLETE.split(), "stop")
 FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
-FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
-FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
-FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
-FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
 FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
 
 
@@ -5076,7 +5064,7 @@ def read_completion(body) -> Reply:
     return make_reply(content, finish, tokens_in, tokens_out, served, refusal, thoughts)
 
 
-def raise_body_error(body):
+def raise_body_error(body) -> None:
     """Raise the ApiError for a 200 that holds an error: its own code counts as the status."""
     error = look_up(body, "error")
     if not isinstance(error, dict | str) or not error:
@@ -5244,7 +5232,7 @@ def about_tokens(text: str) -> int:
 class JoinedReply:
     """A reply that is sent in chunks."""
 
-    def __init__(self, message: str, tokens_in: str, tokens_out: str):
+    def __init__(self, message: str, tokens_in: str, tokens_out: str) -> None:
         """The arguments are the paths of these things in a chunk."""
         self.paths = {"content": f"{message}.content", "tokens_in": tokens_in}
         self.paths["tokens_out"] = tokens_out
@@ -5254,7 +5242,7 @@ class JoinedReply:
         self.paths["model"] = "model"
         self.fields = {}
 
-    def add(self, chunk):
+    def add(self, chunk) -> None:
         """Take in one chunk: texts are joined, of other fields the last counts."""
         raise_body_error(chunk)
         for name, path in self.paths.items():
@@ -5504,33 +5492,33 @@ class RequestFix(NamedTuple):
     lasting: bool = True  # for all later calls of the model
 
 
-def rename_max_tokens(options: dict):
+def rename_max_tokens(options: dict) -> None:
     """max_tokens -> max_completion_tokens, unless the user has set that."""
     limit = options.pop("max_tokens", None)
     if limit is not None:
         options.setdefault("max_completion_tokens", limit)
 
 
-def drop_max_tokens(options: dict):
+def drop_max_tokens(options: dict) -> None:
     """No limit at all."""
     options.pop("max_tokens", None)
     options.pop("max_completion_tokens", None)
 
 
-def limit_max_tokens(limit: int, options: dict):
+def limit_max_tokens(limit: int, options: dict) -> None:
     """At most `limit` tokens, by either name."""
     for name in ("max_tokens", "max_completion_tokens"):
         if number(options.get(name)) is not None:
             options[name] = min(options[name], limit)
 
 
-def raise_zero_temperature(options: dict):
+def raise_zero_temperature(options: dict) -> None:
     """0 -> 0.01 for a server that takes only temperatures above 0."""
     if options.get("temperature") == 0:
         options["temperature"] = 0.01
 
 
-def switch_thinking(options: dict):
+def switch_thinking(options: dict) -> None:
     """Stream if the user wants thoughts; else leave enable_thinking out, or send false."""
     if options.get("enable_thinking"):
         request_stream(options)
@@ -5540,12 +5528,12 @@ def switch_thinking(options: dict):
         options["enable_thinking"] = False
 
 
-def request_stream(options: dict):
+def request_stream(options: dict) -> None:
     """Streaming, with the tokens counted in its last chunk."""
     options["stream"] = "with usage"
 
 
-def drop_stream_usage(options: dict):
+def drop_stream_usage(options: dict) -> None:
     """Streaming without the count of tokens."""
     if options.get("stream"):
         options["stream"] = True
@@ -5669,7 +5657,7 @@ GONE_SECONDS = (10.0, 25.0)  # of refused connections until the run stops: new, 
 class Endpoint:
     """One model at one address: its pace, what its refusals taught, its failures."""
 
-    def __init__(self, model: Model, provider: Provider):
+    def __init__(self, model: Model, provider: Provider) -> None:
         self.model = model
         self.provider = provider
         self.first_call_lock = asyncio.Lock()
@@ -5692,7 +5680,7 @@ class Endpoint:
         self.growth = 1.05  # of the rate after a second without refusals
         self.count_from(time.monotonic())
 
-    def count_from(self, now: float):
+    def count_from(self, now: float) -> None:
         """Count starts and refusals anew."""
         self.since = now
         self.starts = 0
@@ -5730,7 +5718,7 @@ class Endpoint:
         self.throttled_since = self.throttled_since or now
         return now - self.throttled_since
 
-    def adjust_rate(self, now: float):
+    def adjust_rate(self, now: float) -> None:
         """Each second: a little above what was accepted if calls were refused, else 5-20% faster.
 
         Measured with 64 in flight: 96% of a limit of 50/s, 93% of 10/s at 2 s latency."""
@@ -5749,7 +5737,7 @@ class Endpoint:
             self.growth = min(1.2, 2 * self.growth - 1)
         self.count_from(now)
 
-    def on_success(self, fixes: list[RequestFix]):
+    def on_success(self, fixes: list[RequestFix]) -> None:
         """A reply came, to a request with these fixes: they are kept, failures are forgotten."""
         self.has_succeeded = True
         self.last_failure = ""
@@ -5758,7 +5746,7 @@ class Endpoint:
         if len(fixes) > len(self.fixes):
             self.keep_fixes(fixes)
 
-    def keep_fixes(self, fixes: list[RequestFix]):
+    def keep_fixes(self, fixes: list[RequestFix]) -> None:
         """Use what was learned in all later calls, and say it once."""
         names = [fix.name for fix in self.fixes]
         for fix in fixes:
@@ -5785,7 +5773,7 @@ class Endpoint:
         self.unreachable_since = self.unreachable_since or now
         return now - self.unreachable_since
 
-    def say(self, cause: str, text: str, once: bool = False):
+    def say(self, cause: str, text: str, once: bool = False) -> None:
         """A note, at most one a minute for each cause (or only one)."""
         now = time.monotonic()
         last = self.note_times.get(cause)
@@ -5794,7 +5782,7 @@ class Endpoint:
         self.note_times[cause] = now
         note(text)
 
-    def say_waiting(self, cause: str, why: str):
+    def say_waiting(self, cause: str, why: str) -> None:
         """`waiting for qwen-max at URL: why`."""
         place = f" at {self.model.url}" if self.model.url else ""
         self.say(cause, f"waiting for {self.model.name}{place}: {why}")
@@ -5812,7 +5800,7 @@ class Endpoint:
         reply.tokens_out = reply.tokens_out or about_tokens(reply.text)
         return reply
 
-    def check_context(self, messages: list[dict], reply: Reply):
+    def check_context(self, messages: list[dict], reply: Reply) -> None:
         """Say it if the server has read only a part of the prompt: up to its context's length."""
         if reply.tokens_in < 1000 or abs((reply.tokens_in + 64) % 1024 - 64) > 32:
             return
@@ -5850,7 +5838,7 @@ class Cache:
 
     FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer"
 
-    def __init__(self, path: str | None, output_id: str = ""):
+    def __init__(self, path: str | None, output_id: str = "") -> None:
         self.path = path
         self.output_id = output_id
         self.db = None
@@ -5868,7 +5856,7 @@ class Cache:
             text = f"{path}: is no cache to use ({cause}); name another --cache-path"
             raise UserError(text) from None
 
-    def open_tables(self):
+    def open_tables(self) -> None:
         """Make the tables that are missing, and read how the file stands."""
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
             with contextlib.suppress(sqlite3.OperationalError):  # some file systems have no WAL
@@ -5930,7 +5918,7 @@ class Cache:
             raise
         self.do("COMMIT")
 
-    def close(self):
+    def close(self) -> None:
         if self.db:
             self.db.close()
 
@@ -5946,7 +5934,7 @@ class Usage:
     money: float = 0.0
     kept: float = 0.0  # money that the cached ones had cost
 
-    def add(self, reply: Reply, cached: bool, money: float):
+    def add(self, reply: Reply, cached: bool, money: float) -> None:
         """Count one reply."""
         self.calls += not cached
         self.cached += cached
@@ -5968,7 +5956,7 @@ class Models:
     With `batches` a request is noted there instead. `announce_plan` is awaited before the first
     call."""
 
-    def __init__(self, args, cache: Cache, dry: bool = False):
+    def __init__(self, args, cache: Cache, dry: bool = False) -> None:
         self.args = args
         self.cache = cache
         self.dry = dry
@@ -6039,7 +6027,7 @@ class Models:
             return reply
 
     @staticmethod
-    def check_thoughts(model: Model, reply: Reply):
+    def check_thoughts(model: Model, reply: Reply) -> None:
         """Raise Failed if the reply holds thoughts and no answer."""
         if not answer_text(reply.text):
             advice = "raise --max-tokens, or switch its thinking off (--model-option)"
@@ -6089,11 +6077,11 @@ class Models:
         self.usage[model, hints["role"]].add(reply, cached, money)
         return reply
 
-    def pay(self, model: Model, reply: Reply):
+    def pay(self, model: Model, reply: Reply) -> None:
         """A reply has come in and is billed, whatever becomes of it."""
         self.spent += self.price(model.name, reply.tokens_in, reply.tokens_out) * reply.rate
 
-    def write_off(self, model: Model, error: ApiError, role: str, rate: float = 1.0):
+    def write_off(self, model: Model, error: ApiError, role: str, rate: float = 1.0) -> None:
         """Bill a reply without text: it is stored under a key that no request has."""
         if any(error.billed):
             nothing = Reply("", "no text", *error.billed, rate)
@@ -6124,7 +6112,7 @@ class Models:
         limit = self.args.max_cost
         return limit is not None and self.spent + self.cost_in_flight + extra >= limit
 
-    def check_budget(self, extra: float = 0.0):
+    def check_budget(self, extra: float = 0.0) -> None:
         """Raise Stop if what is spent, under way and `extra` together reach --max-cost."""
         if not self.is_over_budget(extra):
             return
@@ -6268,7 +6256,7 @@ class Models:
                 self.in_flight -= 1
                 self.cost_in_flight -= expected
 
-    def check_served(self, endpoint: Endpoint, reply: Reply, role: str):
+    def check_served(self, endpoint: Endpoint, reply: Reply, role: str) -> None:
         """Say it if another model answers than was asked; stop if one answers for high and low."""
         model = endpoint.model
         if not reply.model or model in self.served:
@@ -6287,7 +6275,7 @@ class Models:
                 hint = "load both models, or give each its own address (MODEL@URL)"
                 raise self.halt(f"{both}: a model would be compared with itself; {hint}")
 
-    async def list_served_models(self, endpoint: Endpoint, error: ApiError):
+    async def list_served_models(self, endpoint: Endpoint, error: ApiError) -> None:
         """Ask a server that does not know a model what it serves; no answer is no error."""
         rule = find_rule(error, endpoint.model, endpoint.has_succeeded)
         if rule.kind != "model" or endpoint.served_models:
@@ -6313,7 +6301,7 @@ class Models:
             raise self.halt(f"{name}: {waited}; run the same command later")
         return rule.action
 
-    def check_reachable(self, endpoint: Endpoint, error: ApiError, tries: int):
+    def check_reachable(self, endpoint: Endpoint, error: ApiError, tries: int) -> None:
         """Raise Stop if connections have been refused for too long."""
         seconds = endpoint.seconds_unreachable(error)
         last_try = tries >= self.args.max_retries and not endpoint.has_succeeded
@@ -6343,7 +6331,7 @@ class Models:
         self.stopping.set()
         return self.stop
 
-    async def pause(self, seconds: float):
+    async def pause(self, seconds: float) -> None:
         """Sleep, unless the run stops; then raise Stop."""
         if seconds > 0 and not self.stop:
             with contextlib.suppress(TimeoutError):
@@ -6368,7 +6356,7 @@ class Models:
         """All tokens used so far."""
         return sum(usage.tokens_in + usage.tokens_out for usage in self.usage.values())
 
-    async def close(self):
+    async def close(self) -> None:
         """Close every client once."""
         for provider in self.providers.values():
             await provider.close()
@@ -6391,7 +6379,10 @@ def served_advice(endpoint: Endpoint) -> str:
         known = DEFAULT_MODELS.get(endpoint.model.provider)
         return f"name another, such as {' or '.join(known)}" if known else ""
     asked = endpoint.model.name.lower()
-    likeness = lambda name: difflib.SequenceMatcher(None, asked, name.lower()).ratio()
+
+    def likeness(name: str) -> float:
+        return difflib.SequenceMatcher(None, asked, name.lower()).ratio()
+
     nearest_names = [one_line(name) for name in sorted(served, key=likeness, reverse=True)[:5]]
     more = f" and {len(served) - 5} more" if len(served) > 5 else ""
     return f"the server serves {', '.join(nearest_names)}{more}"
@@ -6491,7 +6482,7 @@ def parse_model(spec: str, args) -> Model:
     return Model(provider, name, url.rstrip("/"), keyless=bool(own_url) and is_private(url))
 
 
-def check_address(spec: str, provider: str, name: str, url: str):
+def check_address(spec: str, provider: str, name: str, url: str) -> None:
     """Raise UserError for a model's name or address that cannot work."""
     if re.search(r"[?#]", url) and "@" not in url:
         azure = "Azure's is https://NAME.openai.azure.com/openai/v1"
@@ -6513,7 +6504,7 @@ def check_address(spec: str, provider: str, name: str, url: str):
 # --------------------------------------------------------------------------------------------------
 # §16 BATCH: Batches, which fill the cache through the providers' own batch engines
 # In: the requests that a pass over the input misses in the cache. Out: their replies, in the cache.
-# Called by fill_cache (§16) and Models.ask_once (§11); methods know nothing of it.
+# Called by fill_cache (RUN) and Models.ask_once (CALLS); methods know nothing of it.
 # --------------------------------------------------------------------------------------------------
 
 # A pass over the input notes what the cache lacks in the table `wanted` and raises Pending there.
@@ -6544,7 +6535,7 @@ class FailedRequest:
 class Batches:
     """The requests that a run wants, and the batches that fetch them; none is submitted twice."""
 
-    def __init__(self, models: Models):
+    def __init__(self, models: Models) -> None:
         self.models = models
         self.cache = models.cache
         self.retries = models.args.max_retries
@@ -6559,7 +6550,9 @@ class Batches:
         self.cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
         self.cache.do("DELETE FROM wanted WHERE file NOT IN (SELECT file FROM batches)")
 
-    def want(self, key: str, model: Model, messages: list[dict], options: dict, hints: dict):
+    def want(
+        self, key: str, model: Model, messages: list[dict], options: dict, hints: dict
+    ) -> Never:
         """Note a request; raises Pending, or Failed if it is not sent again in this run."""
         failed = self.failed.get(key)
         if failed and failed.is_final:
@@ -6573,7 +6566,7 @@ class Batches:
         self.cache.do(f"{insert} VALUES (?, ?, ?, ?, '')", key, name, hints["role"], request)
         raise Pending
 
-    async def submit_and_wait(self):
+    async def submit_and_wait(self) -> None:
         """Submit what is wanted, and wait until every batch has ended and is in the cache."""
         endpoints = {name: self.models.endpoint(m) for name, m in self.asked_models.items()}
         while True:
@@ -6592,7 +6585,7 @@ class Batches:
 
     # --- from the table to the provider
 
-    async def upload_waiting(self, endpoint: Endpoint):
+    async def upload_waiting(self, endpoint: Endpoint) -> None:
         """Upload all waiting requests of a model; only one file where batches go in turn."""
         model = endpoint.model
         query = "SELECT count(*) FROM batches WHERE model = ?"
@@ -6669,7 +6662,7 @@ class Batches:
 
     # --- from the provider to the cache
 
-    async def collect(self, endpoint: Endpoint, file: str, batch_id: str):
+    async def collect(self, endpoint: Endpoint, file: str, batch_id: str) -> None:
         """Start the batch of a file unless it runs, wait for its end, and store what it brings.
 
         `batch_id`: "" if none is known: the file is new, or a run was killed in between."""
@@ -6730,7 +6723,7 @@ class Batches:
             await self.models.pause(seconds)
             seconds = min(BATCH_POLL[1], 1.5 * seconds)
 
-    async def on_refusal(self, endpoint: Endpoint, file: str, error: ApiError):
+    async def on_refusal(self, endpoint: Endpoint, file: str, error: ApiError) -> None:
         """Put the requests of a refused batch back, in smaller parts if it was too big; or stop."""
         name = endpoint.model.name
         count = self.put_back(file)
@@ -6784,13 +6777,13 @@ class Batches:
             endpoint.say_waiting(action, f"the batch engine: {error}; trying again")
             await self.models.pause(max(error.retry_after, min(30, 2**tries / 4)))
 
-    async def download(self, endpoint: Endpoint, results_id: str | None, copy: BinaryIO):
+    async def download(self, endpoint: Endpoint, results_id: str | None, copy: BinaryIO) -> None:
         """Stream a file of results to disk; leave the copy empty if there is none."""
         if not results_id:
             return
         files = endpoint.provider.batch_client().files
 
-        async def stream(tries: int):
+        async def stream(tries: int) -> None:
             copy.seek(0)
             copy.truncate()
             async with files.with_streaming_response.content(results_id) as response:
@@ -6800,7 +6793,7 @@ class Batches:
         await self.with_retries(endpoint, stream)
         copy.seek(0)
 
-    async def store_results(self, endpoint: Endpoint, file: str, batch: Any):
+    async def store_results(self, endpoint: Endpoint, file: str, batch: Any) -> None:
         """Put the replies of an ended batch into the cache and forget the batch, in one step."""
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
             await self.download(endpoint, batch.output_file_id, output)
@@ -6827,7 +6820,7 @@ class Batches:
             error = results.errors.get(key, missing)
             await self.count_failure(endpoint, file, key, error, json.loads(request)[1])
 
-    def forget_batch(self, file: str):
+    def forget_batch(self, file: str) -> None:
         """Delete a batch from the table; its money is no longer under way."""
         delete = "DELETE FROM batches WHERE file = ? RETURNING money, payer"
         for money, payer in self.cache.do(delete, file):
@@ -6836,7 +6829,7 @@ class Batches:
 
     async def count_failure(
         self, endpoint: Endpoint, file: str, key: str, error: ApiError, options: dict
-    ):
+    ) -> None:
         """Note a failed request: whether the next pass sends it again, and with which fix."""
         failed = self.failed.setdefault(key, FailedRequest())
         fixes = self.fixes_of(key, self.sent_fixes.get(file, []))
@@ -6861,7 +6854,7 @@ class Batches:
 class BatchResults:
     """The results of one batch, line by line: replies go into the cache, errors are kept here."""
 
-    def __init__(self, batches: Batches, endpoint: Endpoint, file: str):
+    def __init__(self, batches: Batches, endpoint: Endpoint, file: str) -> None:
         self.batches = batches
         self.endpoint = endpoint
         self.file = file
@@ -6967,7 +6960,7 @@ def needs_stream(fix: RequestFix, sent: dict) -> bool:
 # --------------------------------------------------------------------------------------------------
 # §17 REPORT: Report, METRICS, ADVICE, report_html: what the pairs teach besides quality
 # In: every Outcome. Out: the numbers of <stem>.report.json, and the page made from them alone.
-# Called by §16 RUN. §14 REVIEW adds what people say; §15 TERMINAL prints the warnings.
+# Called by RUN. REVIEW adds what people say; TERMINAL prints the warnings.
 # --------------------------------------------------------------------------------------------------
 
 REPORT_SAMPLE = 2_000  # pairs whose texts are kept for the text metrics
@@ -7474,7 +7467,7 @@ def metric_row(metric: Metric, measured: Measured, answers_given: bool = False) 
 class Report:
     """Counts every outcome; keeps the texts of a seeded sample of pairs only."""
 
-    def __init__(self, seed: int, orders: int = 2):
+    def __init__(self, seed: int, orders: int = 2) -> None:
         self.random = random.Random(seed)
         self.orders = orders  # in which each judge sees the answers
         self.pairs = 0
@@ -7593,7 +7586,7 @@ class Report:
     def numbers(self, settings: dict, usage: list[dict], human: dict | None = None) -> dict:
         """All numbers of the report, ready for JSON; terminal and page show these and no others.
 
-        `usage`: a row per model and role; `human`: what `Annotations.numbers` returns (§14)."""
+        `usage`: a row per model and role; `human`: what `Annotations.numbers` returns (REVIEW)."""
         self.random.shuffle(self.rows)
         self.differences = find_differences(self.rows, features)
         prompts = {row["prompt_id"]: row for row in self.rows}
@@ -7738,7 +7731,9 @@ def chart_data(report: Report) -> dict:
     of_gaps = histogram({"pairs": gaps})
     if of_gaps:
         edges = of_gaps["edges"][:-1]
-        of_gaps["at_least"] = [sum(x >= edge for x in gaps) / len(gaps) for edge in edges]
+        of_gaps["at_least"] = []
+        for edge in edges:
+            of_gaps["at_least"].append(sum(x >= edge for x in gaps) / len(gaps))
     steps = [f"{low:g}-{high:g}×" for low, high in itertools.pairwise((1.0, *RATIOS))]
     steps.append(f"over {RATIOS[-1]:g}×")
     models = {readable(name): share_true(counts) for name, counts in report.models.items()}
@@ -8578,7 +8573,7 @@ def pair_article(row: dict) -> str:
 
 
 def filled_page(page: str, pieces: dict[str, str]) -> str:
-    """A template of §18 with each piece at its `{{NAME}}`.
+    """A template of PAGES with each piece at its `{{NAME}}`.
 
     Its policy lets only the template's own script and style run, and requests nothing."""
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
@@ -8592,8 +8587,8 @@ def filled_page(page: str, pieces: dict[str, str]) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # §18 REVIEW: FLAGS, smallest_lead, pair_id, ReviewQueue, Annotations, gap_advice
-# In: kept pairs; then the choices that people saved. Out: the page for blind choices, which §16
-# writes; the pairs that people confirm or swap, for §4; what people say about the labels, for §13.
+# In: kept pairs; then the choices that people saved. Out: the page for blind choices, which RUN
+# writes; the pairs that people confirm or swap, for §4; what people say of the labels, for REPORT.
 # --------------------------------------------------------------------------------------------------
 
 REVIEW_SAMPLE = 200  # pairs on a page, half of them random
@@ -9012,7 +9007,7 @@ def is_safe(measured: Measured) -> bool:
 # --------------------------------------------------------------------------------------------------
 # §19 TERMINAL: note, show, plan_line, show_plan, ProgressBar, summary, report_lines, DROP_REASONS
 # In: the counts of a run (OutputFiles, Models) and the numbers of its report. Out: lines of text,
-# at most 100 columns wide. Called by §16 RUN (plan, progress, summary) and §17 CLI (messages).
+# at most 100 columns wide. Called by RUN (plan, progress, summary) and CLI (messages).
 # --------------------------------------------------------------------------------------------------
 
 WIDTH = 100  # columns of every output, --help included
@@ -9377,7 +9372,7 @@ class ProgressBar:
     # The bar whose text stands on the terminal's last line.
     on_screen: ProgressBar | None = None
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.total: int | None = None  # records to finish, once the plan knows
         self.bar = None
         with contextlib.suppress(ImportError):
@@ -9445,7 +9440,7 @@ def summary(files: OutputFiles, models: Models, numbers: dict | None = None) -> 
     else:
         blocks += [file_lines(files), advice_lines(files)]
     blocks = [block for block in blocks if block]
-    if numbers and "checks" in numbers:  # goes when §13 keeps the contract
+    if numbers:
         taken = sum(len(block) + 1 for block in blocks)
         blocks.insert(1, report_lines(numbers, room=SUMMARY_LINES - taken))
     lines = []
@@ -9690,7 +9685,7 @@ def halt_at(place: str, error: BaseException, models: Models) -> Stop:
 
 # --------------------------------------------------------------------------------------------------
 # §21 RUN: records_of, plan, Labels, OutputFiles, in_order, construct, run_job
-# In: checked flags. Out: the files, and an exit status. `main` (§17) calls `construct`.
+# In: checked flags. Out: the files, and an exit status. `main` (CLI) calls `construct`.
 # --------------------------------------------------------------------------------------------------
 
 # Limit: two runs at the same time may share a cache, but a request that both need before either has
@@ -10422,16 +10417,16 @@ def spooled(args: argparse.Namespace) -> str:
 # --------------------------------------------------------------------------------------------------
 # §22 CLI: build_parser, check, main
 # In: the command line. Out: checked flags as a Run, or one line that says what to correct.
-# `main` is the program: it calls construct (§16) and turns every error into an exit status.
+# `main` is the program: it calls construct (RUN) and turns every error into an exit status.
 # --------------------------------------------------------------------------------------------------
 
 PROGRAM = "rlhf_constructor.py"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and whose @FILE holds a flag and its value on each line."""
+    """argparse whose errors are one line; an @FILE holds a flag and its value on each line."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> Never:
         """Raise UserError with argparse's message in plain words."""
         message = message.removeprefix("argument ")
         unknown = re.match(r"unrecognized arguments: ([^\s=]*)", message)
@@ -10542,7 +10537,7 @@ def add_data_flags(add) -> None:
         help="number of records to read, from the first on (default -1 = all)")
     add("--exclude-prompts", metavar="FILE",
         help="file of prompts to leave out, e.g. a benchmark; a prompt that shares "
-             f"{CONTAMINATION_RUN} words in a row with one of them is left out, too (default: none)")
+             f"{CONTAMINATION_RUN} words in a row with one of them is left out too (default: none)")
     add("--test-fraction", type=number_between(0.0, 0.99), default=0.0, metavar="X",
         help="share of prompts written to <output>.test.jsonl instead, 0 to 0.99 (default 0)")
 
@@ -10849,7 +10844,7 @@ def check_judges(run: Run) -> None:
 
 
 def check_model(model: Model, args) -> None:
-    """Raise UserError if the package, the key or the price that calls to `model` need is missing."""
+    """Raise UserError if a package, key or price that calls to `model` need is missing."""
     provider = PROVIDERS[model.provider]
     key = key_of(model)
     if provider.key and args.max_cost is not None and model.name not in args.prices:
@@ -10944,7 +10939,7 @@ def check_writable(written: list[str], inputs: list[str]) -> None:
 
 
 def written_paths(args) -> list[str]:
-    """[output, drops, test split, candidates, report, its numbers, review]; "" for unwanted ones."""
+    """[output, drops, test split, candidates, report, its numbers, review]; "" if unwanted."""
     stem = re.sub(r"\.jsonl?$", "", args.output_path)
     test = f"{stem}.test.jsonl" if args.test_fraction else ""
     paths = [args.output_path, f"{stem}.dropped.jsonl", test, args.candidates_path or ""]
@@ -11041,7 +11036,8 @@ def main(argv: list[str] | None = None) -> int:
     0 done, 1 a rerun may help or no pair came out, 2 a mistake of the user, 3 stopped early,
     130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # it was closed: 2>&-
+    if not sys.stderr:  # it was closed: 2>&-
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
