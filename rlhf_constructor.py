@@ -6596,7 +6596,7 @@ class FailedRequest:
 class Batches:
     """The requests that a run wants, and the batches that fetch them; none is submitted twice."""
 
-    def __init__(self, models: Models):
+    def __init__(self, models: Models) -> None:
         self.models = models
         self.cache = models.cache
         self.retries = models.args.max_retries
@@ -6611,7 +6611,9 @@ class Batches:
         self.cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
         self.cache.do("DELETE FROM wanted WHERE file NOT IN (SELECT file FROM batches)")
 
-    def want(self, key: str, model: Model, messages: list[dict], options: dict, hints: dict):
+    def want(
+        self, key: str, model: Model, messages: list[dict], options: dict, hints: dict
+    ) -> None:
         """Note a request; raises Pending, or Failed if it is not sent again in this run."""
         failed = self.failed.get(key)
         if failed and failed.is_final:
@@ -6625,15 +6627,16 @@ class Batches:
         self.cache.do(f"{insert} VALUES (?, ?, ?, ?, '')", key, name, hints["role"], request)
         raise Pending
 
-    async def submit_and_wait(self):
+    async def submit_and_wait(self) -> None:
         """Submit what is wanted, and wait until every batch has ended and is in the cache."""
-        endpoints = {name: self.models.endpoint(m) for name, m in self.asked_models.items()}
+        endpoints = {}
+        for name, model in self.asked_models.items():
+            endpoints[name] = self.models.endpoint(model)
         while True:
             self.cost_too_high = 0.0
             await gather_all([self.upload_waiting(endpoint) for endpoint in endpoints.values()])
-            batches = self.cache.do("SELECT model, file, id FROM batches")
             tasks = []
-            for name, file, batch_id in batches:
+            for name, file, batch_id in self.cache.do("SELECT model, file, id FROM batches"):
                 if name in endpoints:
                     tasks.append(self.collect(endpoints[name], file, batch_id))
             if not tasks:
@@ -6644,7 +6647,7 @@ class Batches:
 
     # --- from the table to the provider
 
-    async def upload_waiting(self, endpoint: Endpoint):
+    async def upload_waiting(self, endpoint: Endpoint) -> None:
         """Upload all waiting requests of a model; only one file where batches go in turn."""
         model = endpoint.model
         query = "SELECT count(*) FROM batches WHERE model = ?"
@@ -6666,7 +6669,7 @@ class Batches:
             if not last_row:
                 return False
 
-            async def send(tries: int):
+            async def send(tries: int) -> Any:
                 requests.seek(0)
                 upload = ("batch.jsonl", requests)
                 stored = await client.files.create(file=upload, purpose="batch")
@@ -6721,7 +6724,7 @@ class Batches:
 
     # --- from the provider to the cache
 
-    async def collect(self, endpoint: Endpoint, file: str, batch_id: str):
+    async def collect(self, endpoint: Endpoint, file: str, batch_id: str) -> None:
         """Start the batch of a file unless it runs, wait for its end, and store what it brings.
 
         `batch_id`: "" if none is known: the file is new, or a run was killed in between."""
@@ -6750,7 +6753,7 @@ class Batches:
         batches = endpoint.provider.batch_client().batches
         is_new = file in self.sent_fixes
 
-        async def find_or_create(tries: int):
+        async def find_or_create(tries: int) -> Any:
             if tries or not is_new:
                 async for batch in batches.list(limit=100):
                     if batch.input_file_id == file:
@@ -6766,7 +6769,7 @@ class Batches:
         """The batch, once it has ended; raises ApiError if it cannot be looked at."""
         batches = endpoint.provider.batch_client().batches
 
-        async def look(tries: int):
+        async def look(tries: int) -> Any:
             return await batches.retrieve(batch_id)
 
         last_line = ""
@@ -6782,7 +6785,7 @@ class Batches:
             await self.models.pause(seconds)
             seconds = min(BATCH_POLL[1], 1.5 * seconds)
 
-    async def on_refusal(self, endpoint: Endpoint, file: str, error: ApiError):
+    async def on_refusal(self, endpoint: Endpoint, file: str, error: ApiError) -> None:
         """Put the requests of a refused batch back, in smaller parts if it was too big; or stop."""
         name = endpoint.model.name
         count = self.put_back(file)
@@ -6836,13 +6839,13 @@ class Batches:
             endpoint.say_waiting(action, f"the batch engine: {error}; trying again")
             await self.models.pause(max(error.retry_after, min(30, 2**tries / 4)))
 
-    async def download(self, endpoint: Endpoint, results_id: str | None, copy: BinaryIO):
+    async def download(self, endpoint: Endpoint, results_id: str | None, copy: BinaryIO) -> None:
         """Stream a file of results to disk; leave the copy empty if there is none."""
         if not results_id:
             return
         files = endpoint.provider.batch_client().files
 
-        async def stream(tries: int):
+        async def stream(tries: int) -> None:
             copy.seek(0)
             copy.truncate()
             async with files.with_streaming_response.content(results_id) as response:
@@ -6852,7 +6855,7 @@ class Batches:
         await self.with_retries(endpoint, stream)
         copy.seek(0)
 
-    async def store_results(self, endpoint: Endpoint, file: str, batch: Any):
+    async def store_results(self, endpoint: Endpoint, file: str, batch: Any) -> None:
         """Put the replies of an ended batch into the cache and forget the batch, in one step."""
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
             await self.download(endpoint, batch.output_file_id, output)
@@ -6879,7 +6882,7 @@ class Batches:
             error = results.errors.get(key, missing)
             await self.count_failure(endpoint, file, key, error, json.loads(request)[1])
 
-    def forget_batch(self, file: str):
+    def forget_batch(self, file: str) -> None:
         """Delete a batch from the table; its money is no longer under way."""
         delete = "DELETE FROM batches WHERE file = ? RETURNING money, payer"
         for money, payer in self.cache.do(delete, file):
@@ -6888,7 +6891,7 @@ class Batches:
 
     async def count_failure(
         self, endpoint: Endpoint, file: str, key: str, error: ApiError, options: dict
-    ):
+    ) -> None:
         """Note a failed request: whether the next pass sends it again, and with which fix."""
         failed = self.failed.setdefault(key, FailedRequest())
         fixes = self.fixes_of(key, self.sent_fixes.get(file, []))
@@ -6902,18 +6905,23 @@ class Batches:
             raise self.models.halt(f"{endpoint.model.name}: {cause} ({error})")
         await self.models.list_served_models(endpoint, error)
         action = self.models.classify_error(endpoint, error)
-        most = {"wait": self.retries, "retry": self.retries, "retry once": min(1, self.retries)}
         failed.tries += 1
-        failed.is_final = failed.tries > most.get(action, 0)
+        failed.is_final = failed.tries > self.retries_after(action)
         failure = failed_call(endpoint, error)
         failed.reason = failure.reason
         failed.retryable = failure.retryable
+
+    def retries_after(self, action: str) -> int:
+        """How often a request is sent again after an error with this action."""
+        if action in ("wait", "retry"):
+            return self.retries
+        return min(1, self.retries) if action == "retry once" else 0
 
 
 class BatchResults:
     """The results of one batch, line by line: replies go into the cache, errors are kept here."""
 
-    def __init__(self, batches: Batches, endpoint: Endpoint, file: str):
+    def __init__(self, batches: Batches, endpoint: Endpoint, file: str) -> None:
         self.batches = batches
         self.endpoint = endpoint
         self.file = file
@@ -6924,7 +6932,9 @@ class BatchResults:
         """Store one line by its custom_id, never by its place -> False: no result of this batch.
 
         A reply counts once; it may follow an error for the same request."""
-        cache, models, model = self.batches.cache, self.batches.models, self.endpoint.model
+        cache = self.batches.cache
+        models = self.batches.models
+        model = self.endpoint.model
         try:
             result = json.loads(line)
         except (ValueError, RecursionError):
