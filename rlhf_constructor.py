@@ -26,17 +26,22 @@ The one flow: read_records -> method(record, run) -> pairs -> filters -> output 
     §6  OUTPUTS              what a pair looks like to a trainer
     §7  PROVIDERS            how each SDK or server is called
     --  machinery: not needed to add anything --
-    §8  READING FILES        lines, JSON, tables -> rows
-    §9  EXISTING ANSWERS     answers that a row brings, and the signals that rank them
-    §10 FINAL ANSWERS        what an answer comes to, for exact_match
-    §11 CALLS                pacing, retries, cache, budget
-    §12 BATCH                the providers' own batch engines: half the price
-    §13 REPORT               the numbers about the data, and their page
-    §14 REVIEW               blind review by people, and what they say
-    §15 TERMINAL             the plan, the progress, the summary
-    §16 RUN                  records in, files out
-    §17 CLI                  flags and checks
-    §18 PAGES                the two HTML templates
+    §8  ROWS                 history, templates, missing values, references
+    §9  READING FILES        lines, JSON, tables -> rows
+    §10 EXISTING ANSWERS     answers that a row brings, and the signals that rank them
+    §11 TEXTS                words, similarity, loops, refusals, languages
+    §12 JUDGE REPLIES        a judge's reply -> scores
+    §13 FINAL ANSWERS        what an answer comes to, for exact_match
+    §14 REPLIES              one reading of every server's reply
+    §15 CALLS                pacing, retries, cache, budget
+    §16 BATCH                the providers' own batch engines: half the price
+    §17 REPORT               the numbers about the data, and their page
+    §18 REVIEW               blind review by people, and what they say
+    §19 TERMINAL             the plan, the progress, the summary
+    §20 PIPELINE             small parts of Run
+    §21 RUN                  records in, files out
+    §22 CLI                  flags and checks
+    §23 PAGES                the two HTML templates
 """
 
 from __future__ import annotations
@@ -90,7 +95,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple, TextIO
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Never, TextIO
 
 # --------------------------------------------------------------------------------------------------
 # §1 SETTINGS AND TYPES: constants to edit; Record, Answer, Pair, Outcome; errors; register
@@ -392,8 +397,8 @@ def number(value: object) -> float | None:
 
 # --------------------------------------------------------------------------------------------------
 # §2 INPUTS: from_conversation, from_turns, from_instruction, from_prompt; parse_row, read_records
-# In: rows (dicts) of §8. Out: Records, or Failed("input", reason) for a row that cannot be used.
-# Called by records_of (§16) and check_input (§17).
+# In: rows (dicts) of READING FILES. Out: Records, or Failed("input", reason) for unusable rows.
+# Called by records_of (RUN) and check_input (CLI).
 # --------------------------------------------------------------------------------------------------
 
 # EDIT HERE to read another format: a function row (a dict) -> records, or None for other shapes.
@@ -568,472 +573,16 @@ def message(turn: object) -> dict:
     return {"role": role, "content": strip_blank_lines(content)}
 
 
-def part_text(part: object, role: str) -> str:
-    """The text of one part of a turn's content: `{"type": "text", "text": ...}` or a string."""
-    if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("text", "input_text", "output_text"):
-        text = first_value(part, ("text", "value"))
-        if isinstance(text, str):
-            return text
-    if isinstance(kind, str) and "image" in kind:
-        raise Failed("input", "not a text: images")
-    raise Failed("input", f"not a text: the {role} turn holds a part that is no text")
-
-
-def first_of(values) -> object:
-    """The first value that is not empty; None if there is none."""
-    return next(filter(None, values), None)
-
-
-def first_value(row: dict, names: tuple) -> object:
-    """The first value of these fields that is not null; None if there is none."""
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    return None
-
-
-def is_filled_list(value: object) -> bool:
-    """Whether the value is a list that holds something."""
-    return isinstance(value, list) and len(value) > 0
-
-
-def is_turns(value: object) -> bool:
-    """Whether the value is a list of objects with `role` or `from`, the turns of a conversation."""
-    if not is_filled_list(value):
-        return False
-    return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
-
-
-def strip_blank_lines(text: str) -> str:
-    """The text without blank lines around it and space at its end; its first line stays indented.
-
-    A single space before the first word, which completions have, is removed."""
-    text = text.rstrip()
-    if not text[:1].isspace():
-        return text
-    text = BLANK_START.sub("", text)
-    return text[1:] if text[:1] == " " and not text[1:2].isspace() else text
-
-
-BLANK_START = re.compile(r"\A(?:\s*\n)?")
-
-
-def is_missing(value: object) -> bool:
-    """Whether a field holds nothing: null, NaN or a spelling of it in a cell, an empty list."""
-    if value is None:
-        return True
-    if isinstance(value, str):
-        return len(value) < 12 and value.strip() in MISSING
-    if isinstance(value, float):
-        return math.isnan(value)
-    if isinstance(value, dict):  # {"bytes": null, "path": null}: an empty picture of a Parquet file
-        return all(part is None for part in value.values())
-    return value == []
-
-
-def text_of(row: dict, name: str) -> str:
-    """The field as text, "" if it is missing or blank; raises Failed if it holds anything else."""
-    value = row.get(name)
-    if isinstance(value, str):
-        return value if value and not value.isspace() else ""
-    if is_missing(value):
-        return ""
-    raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
-
-
-def optional_text(row: dict, name: str) -> str:
-    """The text of an optional field, "" where it is missing (see `is_missing`)."""
-    return "" if is_missing(row.get(name)) else strip_blank_lines(text_of(row, name))
-
-
-def first_text(row: dict, names: tuple) -> str:
-    """The text of the first of these optional fields that is filled, "" if none is."""
-    for name in names:
-        if name in row and optional_text(row, name):
-            return optional_text(row, name)
-    return ""
-
-
-def context_texts(row: dict, prompt: str) -> list[str]:
-    """The texts beside a prompt, in the order of CONTEXT_FIELDS; a list of passages is joined."""
-    texts = []
-    for name in CONTEXT_FIELDS:
-        value = row.get(name)
-        if value is None or value == prompt or is_missing(value):
-            continue
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
-            value = "\n\n".join(value)
-        if name == "input" or isinstance(value, str):
-            texts.append(text_of({name: value}, name))
-    return texts
-
-
-def choice_lines(row: dict, prompt: str) -> list[str]:
-    """A question's choices as one text of lines "A. text"; [] if none or if the prompt has them."""
-    choices = first_value(row, CHOICE_FIELDS)
-    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
-        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
-    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
-        return []
-    labels, texts = labels_and_texts(choices)
-    if not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
-        return []
-    if all(str(text) in prompt for text in texts):
-        return []
-    lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=False)]
-    return ["\n".join(lines)]
-
-
-def labels_and_texts(choices: dict | list) -> tuple[list, list]:
-    """The labels and the texts of choices: a list, {"A": text}, or lists of both (ARC)."""
-    letters = list(string.ascii_uppercase)
-    if isinstance(choices, dict):
-        texts = choices.get("text")
-        if not isinstance(texts, list):
-            is_lettered = all(len(str(label)) == 1 for label in choices)
-            return list(choices), list(choices.values()) if is_lettered else [None]
-        labels = choices.get("label")
-        fits = isinstance(labels, list) and len(labels) == len(texts)
-        return (labels if fits else letters), texts
-    if all(isinstance(choice, dict) for choice in choices):
-        labels = [choice.get("label") for choice in choices]
-        return (letters if None in labels else labels), [choice.get("text") for choice in choices]
-    return letters, choices
-
-
 # --- earlier turns: history, chat templates, Human/Assistant texts
-
-HISTORY_SHAPE = 'write [["question", "answer"], ...] or [{"role": "user", "content": "..."}, ...]'
-USER_NAMES = ("user", "human", "question", "query", "prompt", "instruction", "input", "q")
-ASSISTANT_NAMES = ("assistant", "gpt", "bot", "answer", "response", "output", "completion", "a")
-
-
-def read_history(row: dict) -> list[dict]:
-    """The turns before the prompt: pairs, objects or alternating texts, also as JSON text.
-
-    `context` is a history, too, where it is a list of turns; raises Failed for other shapes."""
-    history = row.get("history")
-    if isinstance(history, str) and history == row.get("prompt"):  # SHP's name of its prompt
-        history = None
-    if history is None and is_turns(row.get("context")) and row["context"] is not row.get("prompt"):
-        history = row["context"]
-    if is_missing(history):
-        return []
-    if isinstance(history, str):
-        history = parsed_text(history)
-    if not isinstance(history, list):
-        raise Failed("input", f"not a history: a {type(history).__name__}; {HISTORY_SHAPE}")
-    if all(isinstance(item, str) for item in history):
-        if len(history) % 2:
-            raise Failed("input", f"not a history: a question without answer; {HISTORY_SHAPE}")
-        history = list(zip(history[::2], history[1::2], strict=True))
-    turns = []
-    for item in history:
-        turns += [item] if is_turns([item]) else exchange_turns(item)
-    return turns
-
-
-def exchange_turns(item: object) -> list[dict]:
-    """Two turns of a history: `["question", "answer"]` or `{"question": ..., "answer": ...}`."""
-    texts = item
-    if isinstance(item, dict):
-        texts = [first_value(item, USER_NAMES), first_value(item, ASSISTANT_NAMES)]
-    if not isinstance(texts, list | tuple) or len(texts) != 2:
-        raise Failed(
-            "input", f"not a history: an item is no question with its answer; {HISTORY_SHAPE}"
-        )
-    question, answer = texts
-    if not isinstance(answer, str) or not isinstance(question, str | None):
-        raise Failed("input", f"not a history: an item holds no text; {HISTORY_SHAPE}")
-    turns = chat([(question, answer)])
-    return turns if question else turns[1:]  # a greeting that nobody asked for
-
-
-def chat(exchanges) -> list[dict]:
-    """[(question, answer), ...] -> turns."""
-    turns = []
-    for question, answer in exchanges:
-        turns.append({"role": "user", "content": question})
-        turns.append({"role": "assistant", "content": answer})
-    return turns
-
-
-def human_turns(text: str) -> list[dict]:
-    """The turns of a text that begins with `\\n\\nHuman:` (HH-RLHF) or `### Human:` (Guanaco)."""
-    if text.startswith("\n\nHuman:"):
-        parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
-    elif text.startswith("### Human:"):
-        parts = re.split(r"### (Human|Assistant): ?", text)[1:]
-    else:
-        return []
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    return [{"from": speaker, "value": content} for speaker, content in pairs]
-
-
-# What opens a turn in ChatML (Qwen), Llama 3, Gemma, Zephyr and Phi, DeepSeek; group: the role.
-TEMPLATE_HEADS = (
-    r"<\|im_start\|> ?(\w+)(?=\s|\Z)",
-    r"<\|start_header_id\|>(\w+)<\|end_header_id\|>",
-    r"<start_of_turn>(\w+)(?=\s|\Z)",
-    r"<\|(system|user|assistant)\|>",
-    r"<｜(User|Assistant)｜>",
-)
-TEMPLATE_HEAD = re.compile("|".join(TEMPLATE_HEADS))
-TEMPLATE_STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>")
-TEMPLATE_ENDS = (
-    "</s>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<end_of_turn>",
-    "<|end|>",
-    "<|endoftext|>",
-    "<｜end▁of▁sentence｜>",
-)
-# A prompt with one of these is no plain text: a server would take them for turns.
-TEMPLATE_MARK = re.compile(rf"{TEMPLATE_HEAD.pattern}|<\|im_end\|>|<\|eot_id\|>|\[/?INST\]")
-TEMPLATE_SIGNS = ("<|", "<｜", "<start_of_turn>", "INST]")
-
-
-def has_template_mark(text: str) -> bool:
-    """Whether a server could take something in the text for a mark of its chat template."""
-    if not any(sign in text for sign in TEMPLATE_SIGNS):  # faster than the search
-        return False
-    return TEMPLATE_MARK.search(text) is not None
-
-
-def template_turns(text: str) -> list[dict]:
-    """The turns of a prompt with a chat template; [] if it has none; Failed if it is broken."""
-    if not has_template_mark(text):
-        return []
-    if "[INST]" in text:
-        return inst_turns(text)
-    heads = list(TEMPLATE_HEAD.finditer(text))
-    start = text[: heads[0].start()].strip() if heads else text
-    if start and start not in TEMPLATE_STARTS:
-        raise Failed("input", "prompt holds chat-template tokens")
-    ends = [head.start() for head in heads[1:]] + [len(text)]
-    turns = []
-    for head, end in zip(heads, ends, strict=True):
-        content = without_end_marks(text[head.end() : end])
-        turns.append({"role": first_of(head.groups()), "content": content})
-    return without_open_turn(turns)
-
-
-def inst_turns(text: str) -> list[dict]:
-    """The turns of Llama 2's and Mistral's template: `[INST] question [/INST] answer </s>`."""
-    start, *exchanges = text.split("[INST]")
-    turns = []
-    if start.lstrip().removeprefix("<s>").strip():
-        raise Failed("input", "prompt holds chat-template tokens")
-    for exchange in exchanges:
-        question, _, answer = exchange.partition("[/INST]")
-        if not turns and question.lstrip().startswith("<<SYS>>"):
-            system, _, question = question.lstrip().removeprefix("<<SYS>>").partition("<</SYS>>")
-            turns.append({"role": "system", "content": system})
-        answer = without_end_marks(answer.rstrip().removesuffix("<s>"))
-        if "</s>" in answer or "[/INST]" not in exchange:
-            raise Failed("input", "prompt holds chat-template tokens")
-        turns += chat([(question, answer)])
-    return without_open_turn(turns)
-
-
-def without_end_marks(text: str) -> str:
-    """The text of a turn without the marks that end it."""
-    text = text.rstrip()
-    while text.endswith(TEMPLATE_ENDS):
-        for mark in TEMPLATE_ENDS:
-            text = text.removesuffix(mark)
-        text = text.rstrip()
-    return text
-
-
-def without_open_turn(turns: list[dict]) -> list[dict]:
-    """The turns without an empty last one, which a template leaves for the answer."""
-    is_open = bool(turns) and turns[-1]["role"].lower() in ASSISTANTS
-    return turns[:-1] if is_open and not turns[-1]["content"].strip() else turns
 
 
 # --- text or not
 
 
-IMAGE_PLACE = "<(?:image|video|audio)>"
-IMAGE_MARK = re.compile(
-    rf"(?:\A|\n)[ \t]*{IMAGE_PLACE}|{IMAGE_PLACE}[ \t]*(?:\n|\Z)|<img>[^<\n]+</img>"
-)
-TOOL_MARK = re.compile(r"^Action: ?[\w.-]+ *\n+Action Input:", re.M)
-
-
-def check_text_only(text: str) -> None:
-    """Raise Failed for a text with a picture's place (`<image>`) or a tool's call (`Action:`)."""
-    if "<i" in text or "<v" in text or "<a" in text:
-        if IMAGE_MARK.search(text):
-            raise Failed("input", "not a text: images")
-    if "Action Input:" in text and TOOL_MARK.search(text):
-        raise Failed("input", "not a text: tools")
-
-
-def check_fields_only_text(row: dict) -> None:
-    """Raise Failed for a row with pictures, sound or tools beside its texts."""
-    for name in row:
-        if name in NOT_TEXT_FIELDS and not is_missing(row[name]):
-            raise Failed("input", f"not a text: {NOT_TEXT_FIELDS[name]}")
-    if isinstance(row.get("input"), dict) and row["input"].get("tools"):
-        raise Failed("input", "not a text: tools")
-
-
 # --- the reference: a record's own answer, where nothing says that it is bad
-
-THUMB_FIELDS = ("label", "kto_tag", "is_safe", "is_correct", "correct", "desirable", "accepted")
-GOOD_LABELS = """
-    true yes 1 1.0 +1 good desirable chosen accepted positive safe correct like up thumbs_up
-    好 是 正确
-""".split()
-BAD_LABELS = """
-    false no 0 0.0 -1 -1.0 bad undesirable rejected negative unsafe incorrect wrong dislike down
-    thumbs_down 坏 差 否 错误
-""".split()
-# A score of a single answer -> the lowest and highest of a good one; None: the scale is unknown.
-GRADE_FIELDS: dict[str, tuple | None] = {
-    "rating": (4, 5),
-    "helpfulness": (3, 4),
-    "correctness": (3, 4),
-    "fine-grained_score": (4, 5),
-    "overall_score": (8, 10),
-    "score": None,
-    "reward": None,
-    "rm_score": None,
-}
-
-
-def reference_of(row: dict, answer: str) -> str:
-    """The last turn's answer, else the first of REFERENCE_FIELDS; "" if it may be a bad one."""
-    reference = answer
-    for name in REFERENCE_FIELDS:
-        if not reference and name in row:
-            reference = reference_text(row, name)
-    if not reference and isinstance(row.get("answers"), dict):  # SQuAD
-        texts = row["answers"].get("text")
-        reference = texts[0] if is_filled_list(texts) and isinstance(texts[0], str) else ""
-    if not reference or may_be_bad(row):
-        return ""
-    return reference
-
-
-def reference_text(row: dict, name: str) -> str:
-    """The text of a reference field, "" for what is none; a number counts as an `answer`."""
-    value = row.get(name)
-    if name == "reference" and is_filled_list(value):  # MT-Bench: one for each turn
-        value = value[0]
-    if isinstance(value, dict):  # TriviaQA
-        value = value.get("value")
-    if is_missing(value):
-        return ""
-    if isinstance(value, str):
-        return strip_blank_lines(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    has_choices = any(row.get(field) for field in CHOICE_FIELDS)  # then it is an index, from 0 or 1
-    if name != "answer" or not is_number or has_choices or number(value) is None:
-        return ""
-    return str(int(value)) if value == int(value) else str(value)
-
-
-def may_be_bad(row: dict) -> bool:
-    """Whether a label or a score of the row calls its answer bad, or cannot be read."""
-    labels_are_good = not any(label_may_be_bad(row, name) for name in THUMB_FIELDS)
-    scores_are_good = not any(score_may_be_bad(row, name) for name in GRADE_FIELDS)
-    return not (labels_are_good and scores_are_good)
-
-
-def label_may_be_bad(row: dict, name: str) -> bool:
-    """Whether a label calls the row's answer bad; a `label` or `kto_tag` that is unknown may."""
-    value = row.get(name)
-    if value is None or is_missing(value) or (name == "label" and is_class(row)):
-        return False
-    word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
-    if word in GOOD_LABELS or word in BAD_LABELS:
-        return word in BAD_LABELS
-    is_topic = not row.get("completion") and number(value) is None  # {"label": "geography"}
-    return name in ("label", "kto_tag") and not is_topic
-
-
-def score_may_be_bad(row: dict, name: str) -> bool:
-    """Whether a score of the row's answer is low, or of an unknown scale."""
-    score = number(row.get(name)) if name in row else None
-    if score is None:
-        return False
-    good_scores = GRADE_FIELDS[name]
-    return good_scores is None or not good_scores[0] <= score <= good_scores[1]
-
-
-def is_class(row: dict) -> bool:
-    """Whether the row's number `label` is a class of its `text` (sentiment) and no thumb."""
-    label = row["label"]
-    return "text" in row and not row.get("completion") and not isinstance(label, bool)
 
 
 # --- rows
-
-
-@functools.lru_cache(maxsize=10_000)
-def plain_name(name: str) -> str:
-    """A field's name as the functions above know it: `Instruction` -> `instruction`.
-
-    A last letter that tells answers apart stays: `score_A`, `responseA`, `A`."""
-    name = name.strip()
-    keeps_last = re.search(r"(?:\A|_|[a-z])[A-Z]\Z", name)
-    return name[:-1].lower() + name[-1] if keeps_last else name.lower()
-
-
-def with_plain_names(row: dict) -> dict:
-    """The row with plain names; a name that the row has already stays as it is."""
-    if list(map(plain_name, row)) == list(row):
-        return row
-    renamed: dict = {}
-    for name, value in row.items():
-        plain = plain_name(name)
-        renamed[name if plain in row or plain in renamed else plain] = value
-    return renamed
-
-
-# Fields that may hold a list of turns as text, in a CSV cell or a dump. (`history` reads its own.)
-JSON_FIELDS = {"context", "chosen", "rejected", "conversation_a", "conversation_b"}
-JSON_FIELDS |= {*TURN_FIELDS, *PROMPT_FIELDS}
-LOOKS_LIKE_TURNS = re.compile(
-    r"""\s*(?:\[\s*)?\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]"""
-)
-BROKEN_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from)['"].*\]\s*""", re.S)
-
-
-def with_parsed_turns(row: dict) -> dict:
-    """The row with lists of turns in place of their JSON (or Python) text."""
-    for name, value in row.items():
-        if name not in JSON_FIELDS or not isinstance(value, str):
-            continue
-        if not LOOKS_LIKE_TURNS.match(value):
-            continue
-        turns = parsed_text(value)
-        if isinstance(turns, dict) and len(turns) > 1:
-            turns = [turns]
-        if is_turns(turns):
-            row = row | {name: turns}
-        elif turns is None and BROKEN_TURNS.fullmatch(value):
-            raise Failed("input", f"malformed record: `{name}` looks like turns but is no JSON")
-    return row
-
-
-def parsed_text(text: str) -> object:
-    """The value of JSON text or of a Python literal (pandas writes it in CSV cells), else None."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
 
 
 def parse_row(row: object, with_answers: bool = False, numbers=None) -> list[Record]:
@@ -1079,68 +628,6 @@ def adapt(row: dict) -> list[Record] | None:
     return None
 
 
-def is_bug_of(adapter: Callable, error: Exception) -> bool:
-    """Whether an adapter's own lines raised the error; else junk in the row did, further down."""
-    frames = traceback.walk_tb(error.__traceback__)
-    names = [frame.f_code.co_name for frame, _ in frames][1:]  # the first is `adapt`
-    own_lines = all(name == adapter.__name__ or name.startswith("<") for name in names)
-    return own_lines or isinstance(error, NameError)
-
-
-def why_unknown(row: dict) -> str:
-    """Why no function of INPUTS knows the row."""
-    for name in ("instruction", *PROMPT_FIELDS):
-        if name in row and is_missing(row[name]):
-            return "empty prompt"
-        if isinstance(row.get(name), dict | int | float):
-            return f"not a text: `{name}` holds a {type(row[name]).__name__}"
-    return f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
-
-
-# What reading raises where junk is nested in place of a text or a number.
-JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
-
-
-def known_data_set(row: dict) -> dict:
-    """The row with the plain names of §9's DATA_SETS added."""
-    try:
-        return plain_names(row)
-    except JUNK as error:
-        raise Failed("input", f"malformed record: {error}") from None
-
-
-def add_row_answers(record: Record, row: dict, numbers=None) -> None:
-    """Give the record the row's own answers; a Failed that this raises knows the record."""
-    try:
-        add_answers(record, row, numbers)
-        for answer in record.answers:
-            check_text_only(answer.text)
-    except Failed as error:
-        error.record = record
-        raise
-    except JUNK as error:
-        raise Failed("input", f"malformed record: {error}", record=record) from None
-
-
-def renamed_row(row: object, rename: dict) -> object:
-    """The row with --rename applied; raises Failed if two of its fields then have one name."""
-    if not rename or not isinstance(row, dict):
-        return row
-    renamed = {rename.get(name, name): value for name, value in row.items()}
-    if len(renamed) < len(row):
-        raise Failed("input", "--rename: two fields of one name")
-    return renamed
-
-
-def renamed_rows(path: str, rename: dict):
-    """Yield (line, row or Failed) for each row of a file, with --rename applied."""
-    for line, row in read_rows(path):
-        try:
-            yield line, row if isinstance(row, Failed) else renamed_row(row, rename)
-        except Failed as error:
-            yield line, error
-
-
 def read_records(path: str, rename: dict | None = None, with_answers: bool = False, numbers=None):
     """Yield (line, Record or Failed) for each record of a file, in order, one at a time.
 
@@ -1163,45 +650,6 @@ def read_records(path: str, rename: dict | None = None, with_answers: bool = Fal
 
 
 # --- fields that no rule reads
-
-ID_NAME = re.compile(r"(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
-
-
-def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
-    """Names of the filled fields that change nothing in any of these rows when they are left out.
-
-    Ids are not named, nor are labels and scores of an answer, which may all be good."""
-    used: set[str] = set()
-    filled: dict[str, None] = {}  # in the order of the file
-    for row in rows:
-        if not isinstance(row, dict):
-            continue
-        result = reading_of(row, rename, with_answers)
-        if result is None:
-            continue
-        for name, value in row.items():
-            if is_missing(value):
-                continue
-            filled[name] = None
-            rest = {key: row[key] for key in row if key != name}
-            if reading_of(rest, rename, with_answers) == result:
-                row = rest
-            else:
-                used.add(name)
-    unused = []
-    for name in filled:
-        is_label = plain_name(rename.get(name, name)) in {*THUMB_FIELDS, *GRADE_FIELDS}
-        if name not in used and not is_label and not ID_NAME.fullmatch(name):
-            unused.append(name)
-    return unused
-
-
-def reading_of(row: dict, rename: dict, with_answers: bool) -> list | None:
-    """What a row is read as, to compare; None if it cannot be read."""
-    try:
-        return parse_row(renamed_row(row, rename), with_answers)
-    except (Failed, PartError):
-        return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1335,224 +783,6 @@ def fence(tag: str, text: str, nonce: str, attributes: str = "") -> str:
     return f"<{tag}{attributes} {mark}>\n{sanitize(text)}\n</{tag} {mark}>"
 
 
-class UnreadableReply(Exception):
-    """A judge's reply does not give one clear score for each answer; the text says why."""
-
-
-# How a judge may write its scores. Full-width characters are made ASCII before.
-FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0xFFE5: "¥"}
-QUOTES = "\"'“”‘’「」`*"
-SCORE_NUMBER = r"[-+]?\d+(?:,\d{1,2}(?!\d)|\.\d*)?(?:e[-+]?\d+)?"
-SCORE = re.compile(rf"({SCORE_NUMBER})(?:\s*(?:/|out of)\s*(\d+)|\s*(?:points?|分))?", re.I)
-KEY = rf"[\s{QUOTES}]*(?:answer\s+)?(\w+)[\s{QUOTES}]*[:=]"
-ENTRY = re.compile(rf"{KEY}(.*?)(?:,(?={KEY})|,?\s*\Z)", re.I | re.S)
-SCORE_LINE = re.compile(
-    rf"\W*(?:answer\s+)?([a-z]\d)[\s{QUOTES}]*[:=][\s{QUOTES}]*({SCORE.pattern})\W*", re.I
-)
-OBJECT = re.compile(r"\{([^{}]*)\}")
-OBJECT_LIST = re.compile(r"\[\s*(?:\{[^{}]*\}[\s,]*)+\]")
-STRING = re.compile(r""":\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'"\\]|\\.)*)')(?=\s*[,}])""", re.S)
-ID_OR_SCORE = re.compile(rf"\W*(?:(?:answer\s+)?[a-z]\d|{SCORE.pattern})\W*", re.I)
-SCORE_KEYS = ("SCORE", "RATING", "GRADE", "评分", "分数", "得分")
-THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratchpad"
-THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
-THOUGHT_MARK = re.compile(rf"<(/?)(?:{THOUGHTS})>", re.I)
-# Words after the scores that may take them back or give others.
-REVISION = re.compile(
-    r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|oops|apolog"
-    r"|invert|reflection|second thought|re-?(?:do|evaluat|consider)|instead|should|rather"
-    r"|exchang|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal|other way"
-    r"|scor|grad(?:e|ing)|rating"
-    r"|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
-    r"|\b(?:an?|gets?|to|is|be|of)\s+(?:one|two|three|four|five|six|seven|eight|nine|ten|zero)\b"
-    r"|更正|修正|纠正|改|其实|应|不对|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分"
-    r"|得分|打分|[零一二两三四五六七八九十]\s*分",
-    re.I,
-)
-
-
-def parse_scores(reply: str, ids: list[str]) -> list[float]:
-    """A judge's reply -> one score for each id; raises UnreadableReply, for there are no defaults.
-
-    The last innermost {...} that names an id counts: it must give each id one score, and no number
-    to anything else. What stands around it is free, unless it may mean other scores: another
-    grading in the same object, thoughts that do not end, numbers or words of correction after it.
-
-    >>> parse_scores('Q7 errs. {"reason": "5", "scores": {"K3": 8, "Q7": "3.5"}}', ["Q7", "K3"])
-    [3.5, 8.0]
-    """
-    text = plain_reply(reply, ids)
-    name = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(ids)})(?![a-z0-9])", re.I)
-    gradings = [match for match in OBJECT.finditer(text) if name.search(match[1])]
-    if not gradings:
-        return scores_in_lines(text, ids, name)
-    start, end = gradings[-1].span()
-    scores = read_entries(split_entries(gradings[-1][1]), ids)
-    levels = check_before(text[:start], gradings[:-1], name)
-    if text.count("}", end) + text.count("]", end) < levels:
-        raise UnreadableReply("it ends inside the JSON")  # this may have been a draft
-    check_after(name.sub("", text[end:]))
-    return scores
-
-
-def scores_in_lines(text: str, ids: list[str], name: re.Pattern) -> list[float]:
-    """`parse_scores` for a reply without JSON, from lines that hold an id and its score alone.
-
-    >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
-    [8.0, 3.0]
-    """
-    entries = []
-    before = text
-    after = ""
-    position = 0
-    for line in text.splitlines(keepends=True):
-        position += len(line)
-        if match := SCORE_LINE.fullmatch(line):
-            entries.append((match[1].upper(), match[2]))
-            before = text[:position]
-            after = text[position:]
-        elif name.search(line) and re.search(r"\d", name.sub("", line)):
-            raise UnreadableReply("a number beside an id on a line of another form")
-    if "{" in text or not entries:
-        raise UnreadableReply("no scores in it")
-    check_before(before, [], name)
-    check_after(name.sub("", after))
-    return read_entries(entries, ids)
-
-
-def plain_reply(reply: str, ids: list[str]) -> str:
-    """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`."""
-    text = THOUGHT_BLOCK.sub("", without_thinking(reply)).translate(FULL_WIDTH)
-    text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
-    text = STRING.sub(empty_text, text)
-
-    def flat_object(match: re.Match) -> str:
-        """`K3: {score: 8, reason: ...}` -> `K3: 8`"""
-        score = score_entry(match[2])
-        return f"{match[1]} {score}" if score else match[0]
-
-    def flat_list(match: re.Match) -> str:
-        """`[{id: K3, score: 8}, {id: Q7, score: 3}]` -> `{K3: 8, Q7: 3}`"""
-        entries = []
-        for item in OBJECT.findall(match[0]):
-            named = [value for _, value in split_entries(item) if short_id(value) in ids]
-            score = score_entry(item)
-            if len(named) != 1 or not score:
-                return match[0]
-            entries.append(f"{short_id(named[0])}: {score}")
-        return "{" + ", ".join(entries) + "}"
-
-    nested = rf"((?:{'|'.join(ids)})[\s{QUOTES}]*[:=])\s*{OBJECT.pattern}"
-    return OBJECT_LIST.sub(flat_list, re.sub(nested, flat_object, text, flags=re.I))
-
-
-def empty_text(match: re.Match) -> str:
-    """`: "any text"` -> `: ""`; an id or a score stays."""
-    text = match[1] if match[1] is not None else match[2]
-    return match[0] if ID_OR_SCORE.fullmatch(text) else ': ""'
-
-
-def short_id(value: str) -> str:
-    """`answer k3` -> `K3`."""
-    return re.sub(r"(?i)^answer\s+", "", value).upper()
-
-
-def score_entry(inner: str) -> str:
-    """The value of an object's only score, "" if it has none or several."""
-    scores = [value for key, value in split_entries(inner) if key in SCORE_KEYS]
-    return scores[0] if len(scores) == 1 else ""
-
-
-def split_entries(inner: str) -> list[tuple[str, str]]:
-    """What stands between two braces -> its (KEY, value) entries, [] if it is anything else.
-
-    >>> split_entries('"K3": 8, q7 = "3,5",')
-    [('K3', '8'), ('Q7', '3,5')]
-    """
-    inner = re.sub(r"//[^\n]*", "", inner)
-    entries = []
-    position = 0
-    while position < len(inner.rstrip()):
-        entry = ENTRY.match(inner, position)
-        if not entry:
-            return []
-        entries.append((entry[1].upper(), entry[2].strip(QUOTES + " \t\r\n")))
-        position = entry.end()
-    return entries
-
-
-def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> list[float]:
-    """(id, score) entries -> the scores in the order of `ids`; raises UnreadableReply."""
-    scores = {}
-    for key, value in entries:
-        if key in scores:
-            raise UnreadableReply(f"two scores for {key}")
-        if key in ids:
-            scores[key] = read_score(key, value)
-        elif SCORE.match(value) or re.fullmatch("[A-Z][0-9]?", key):
-            raise UnreadableReply(f"a score for {key[:20]}, which no answer is called")
-    for name in ids:
-        if name not in scores:
-            raise UnreadableReply(f"no score for {name}")
-    return [scores[name] for name in ids]
-
-
-def read_score(name: str, value: str) -> float:
-    """`8`, `3,5`, `8/10` -> a score within JUDGE_SCALE; raises UnreadableReply."""
-    match = SCORE.fullmatch(value)
-    score = number(match[1].replace(",", ".")) if match else None
-    if score is None:
-        raise UnreadableReply(f"the score for {name} is no number")
-    low, high = JUDGE_SCALE
-    if not low <= score <= high or (match[2] and int(match[2]) != high):
-        raise UnreadableReply(f"score {value[:20]} is outside {low}-{high}")
-    return score
-
-
-def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
-    """How many brackets that lead to the scores must be closed after them, where `text` ends.
-
-    One that only holds a reason and "scores" need not be. Raises UnreadableReply if one of them
-    holds another grading, or if thoughts have not ended."""
-    marks = THOUGHT_MARK.findall(text)
-    if marks and not marks[-1]:
-        raise UnreadableReply("the scores stand in thoughts that do not end")
-    opened = []  # where each bracket that is still open stands
-    for bracket in re.finditer(r"[{}\[\]]", text):
-        if bracket[0] in "{[":
-            opened.append(bracket.start())
-        elif opened and text[opened[-1]] + bracket[0] in ("{}", "[]"):
-            opened.pop()
-    if opened and any(draft.start() > opened[0] for draft in drafts):
-        raise UnreadableReply("two gradings in one object")
-    levels = 0
-    end = len(text)
-    whole = False  # the innermost key is "scores": what follows may be missing
-    for start in reversed(opened):
-        between = text[start + 1 : end]
-        leads_on = rf"(?:.*,)?{KEY}\s*" if text[start] == "{" else r"(?:.*,)?\s*"
-        leads = re.fullmatch(leads_on, between, re.S | re.I)
-        if not leads:
-            break
-        graded = rf"(?:{name.pattern}|scores)[\s{QUOTES}]*[:=][\s{QUOTES}]*\d"
-        if re.search(graded, between, re.I):
-            raise UnreadableReply("two gradings in one object")
-        whole = whole or (levels == 0 and text[start] == "{" and leads[1].lower() == "scores")
-        levels += 1
-        end = start
-    return 0 if levels == 1 and whole else levels
-
-
-def check_after(text: str) -> None:
-    """Raises UnreadableReply if what follows the scores, ids left out, may change them."""
-    if "{" in text or re.search(r"\d", text):
-        raise UnreadableReply("more numbers after the scores")
-    if REVISION.search(text):
-        raise UnreadableReply("a correction after the scores")
-    if THOUGHT_MARK.search(text):
-        raise UnreadableReply("the scores stand in thoughts")
-
-
 def combine_scores(votes: tuple[float, ...], judges: int) -> float:
     """Votes, judge by judge -> score: the mean of each judge's orders, then of two judges.
 
@@ -1674,26 +904,10 @@ def check_label(pair: Pair, better: Answer, worse: Answer) -> LabelCheck:
     return LabelCheck(result, None if is_choice else pair.gap, better.score - worse.score, votes)
 
 
-async def gather_all(tasks: list) -> list:
-    """Results in order. Every call ends before anything is raised: no paid reply is thrown away.
-
-    A Failed that a task returns is a result like any other: only what was raised is raised here."""
-    tasks = [asyncio.ensure_future(task) for task in tasks]
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    raised = [
-        e for task, e in zip(tasks, results, strict=True) if task.cancelled() or task.exception()
-    ]
-    if raised:
-        raise max(
-            raised, key=lambda error: [isinstance(error, kind) for kind in (Stop, Pending, Failed)]
-        )
-    return results
-
-
 # --------------------------------------------------------------------------------------------------
 # §4 METHODS: model_comparison, generate_pairs, rank_responses; strategies; Run, process_record
 # In: a Record, and the Run that the flags make. Out: an Outcome: pairs, or the reason of the drop.
-# OutputFiles and the rest of §16 take the outcomes.
+# OutputFiles and the rest of RUN take the outcomes.
 # --------------------------------------------------------------------------------------------------
 
 # EDIT HERE to add a method: copy one, rename it, give it a one-line docstring: --method knows it.
@@ -1743,7 +957,7 @@ async def generate_pairs(record: Record, run: Run) -> list[Pair]:
 
 @register(METHODS, asks=(), reads_answers=True)
 async def rank_responses(record: Record, run: Run) -> list[Pair]:
-    """Existing answers are ranked by scores, ranks or choices; a --judge-model checks or ranks them."""
+    """Existing answers are ranked by scores, ranks or choices; a judge checks or ranks them."""
     answers = run.usable(record, record.answers)
     if not record.signal:
         return pair_up(record, await run.judge(record, answers), run)
@@ -1800,7 +1014,7 @@ AnswerPairs = list[tuple[Answer, Answer]]
 
 
 def best_worst(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
-    """best against worst (by --seed among equals); with a length penalty, the largest gap less it"""
+    """best against worst (equals by --seed); with a length penalty, the largest gap less penalty"""
     if not run.length_penalty:
         return [(ranked[0], ranked[-1])]
 
@@ -2175,72 +1389,6 @@ class Run:
         return other
 
 
-def unique_names(models: list[Model | None]) -> dict[Model, str]:
-    """{model: its name in rows}: `name`, or `name@URL` where two models share the name."""
-    known = [model for model in models if model is not None]
-    counts = Counter(model.name for model in known)
-    names = {}
-    for model in known:
-        address = model.url or model.provider
-        names[model] = f"{model.name}@{address}" if counts[model.name] > 1 else model.name
-    return names
-
-
-def with_system_prompt(messages: list[dict], text: str) -> list[dict]:
-    """The messages after a system turn of this text; a system turn of their own is joined to it."""
-    if messages[0]["role"] == "system":
-        text = f"{text}\n\n{messages[0]['content']}"
-        messages = messages[1:]
-    return [{"role": "system", "content": text}, *messages]
-
-
-def remember_judged(record: Record, answers: list[Answer], judged: list[Answer]) -> None:
-    """Put the judged answers in the place of the unjudged in record.answers; new ones come last.
-
-    So an answer that a method made by hand reaches the files, too."""
-    places = {id(answer): place for place, answer in enumerate(record.answers)}
-    known = list(record.answers)
-    for answer, with_votes in zip(answers, judged, strict=True):
-        place = places.get(id(answer))
-        if place is None:
-            known.append(with_votes)
-        else:
-            known[place] = with_votes
-    record.answers = known
-
-
-def dropped_outcome(record: Record, failed: Failed) -> Outcome:
-    """The Outcome of a record without a pair."""
-    return Outcome(record, [], failed.stage, failed.reason, failed.retryable)
-
-
-def wrong_pairs(pairs: object) -> str:
-    """What is wrong with a method's return value, "" if it is a list of pairs of answers."""
-    if not isinstance(pairs, list):
-        return f"{pairs!r:.80}, not a list of pairs"
-    for pair in pairs:
-        if not isinstance(pair, Pair):
-            return f"a list with {pair!r:.80}, which is not a Pair"
-        for answer in (pair.chosen, pair.rejected):
-            if not isinstance(answer, Answer) or not isinstance(answer.text, str):
-                return f"a pair with {answer!r:.80}, which is not an Answer with a text"
-            if not isinstance(answer.score, int | float | None):
-                return f"an answer with the score {answer.score!r:.80}, which is not a number"
-    return ""
-
-
-def call_plain(method: Callable, record: Record, run: Run) -> list[Pair]:
-    """Call a plain `def` method in a thread, which cannot hand over a StopIteration."""
-    try:
-        return method(record, run)
-    except StopIteration as error:
-        raise RuntimeError(repr(error)) from error
-
-
-# What a method of one's own may raise.
-BUGS = (Exception, asyncio.CancelledError, GeneratorExit, SystemExit)
-
-
 async def process_record(line: int, record: Record | Failed, run: Run) -> Outcome:
     """What becomes of the record on this line; a broken part stops the run and names the line."""
     try:
@@ -2253,15 +1401,6 @@ async def process_record(line: int, record: Record | Failed, run: Run) -> Outcom
         raise halt_at(f"{run.args.input_file}:{line}", error, run.models) from None
     outcome.record.line = line
     return outcome
-
-
-def halt_at(place: str, error: BaseException, models: Models) -> Stop:
-    """Stop the run because of a bug -> the Stop to raise; its traceback is shown, once."""
-    cause = error.__cause__ if isinstance(error, PartError) else error
-    if cause and not models.stop:  # records in work may all meet the same bug
-        note("".join(traceback.format_exception(cause)).rstrip())
-    message = str(error) if isinstance(error, PartError) else f"a bug: {error!r}"
-    return models.halt(f"{place}: {message}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2288,82 +1427,8 @@ def halt_at(place: str, error: BaseException, models: Models) -> Stop:
 #         --min-score-gap 2   or another flag of the command line
 # Texts are Python strings: in a docstring with a backslash, write r in front of the quotes.
 
-CODE_BLOCK = re.compile(r"```.*?```", re.S)
-CODE = re.compile(  # blocks, `inline` code, URLs and formulas
-    CODE_BLOCK.pattern + r"|`[^`\n]+`|https?://\S+|\$\$.*?\$\$|\$[^$\n]+\$"
-    r"|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\)",  # up to the next opening: linear time
-    re.S,
-)
-MARKUP_TAG = re.compile(r"<[^<>\n]+>")
-
 
 # -------------------------------------------------------------------------------- measures of text
-
-
-def word_runs(words: list[str], size: int) -> list[tuple[str, ...]]:
-    """All runs of `size` words: `(["a", "b", "c"], 2)` -> `[("a", "b"), ("b", "c")]`."""
-    shifted = [words[start:] for start in range(size)]
-    return list(zip(*shifted, strict=False))
-
-
-def character_runs(text: str, size: int, step: int = 1) -> list[str]:
-    """The runs of `size` characters, one every `step`: `("abcd", 3)` -> `["abc", "bcd"]`."""
-    return [text[start : start + size] for start in range(0, len(text) - size + 1, step)]
-
-
-def is_chinese(words: list[str]) -> bool:
-    """Whether over 30 % of the words of `split_words` are Chinese, Japanese, Korean characters."""
-    characters = sum(word >= "\u3040" for word in words)
-    return characters > 0.3 * len(words)
-
-
-def without_code(text: str) -> str:
-    """The text without code blocks and markup tags: in those, repetition is right."""
-    if "```" in text:
-        text = CODE_BLOCK.sub(" ", text)
-    return MARKUP_TAG.sub(" ", text) if "<" in text else text
-
-
-@functools.lru_cache(maxsize=64)
-def fold_text(text: str, keep_case: bool = False) -> str:
-    """For comparing: without case, white space and a final full stop; 42 and -42 stay different."""
-    text = unicodedata.normalize("NFC", text)
-    if not keep_case:
-        text = text.casefold()
-    return " ".join(text.split()).rstrip(".。 ")
-
-
-def similarity(a: str, b: str, floor: float) -> float:
-    """Jaccard similarity (0..1) of character 5-grams without white space; 0 if below `floor`."""
-    shorter, longer = sorted(("".join(a.split()), "".join(b.split())), key=len)
-    if len(shorter) < 5 or len(shorter) < floor * len(longer):
-        return 0.0
-    # At a similarity of .8 it happens once in 1,000 that half of 16 samples are missing.
-    samples = character_runs(shorter, 5, max(1, len(shorter) // 16))
-    if sum(sample in longer for sample in samples) < len(samples) / 2:
-        return 0.0
-    # The sets of a book take 40 MB each: those are not kept.
-    five_grams = grams if len(longer) <= SAMPLE_TEXT else grams.__wrapped__
-    grams_a, grams_b = five_grams(shorter), five_grams(longer)
-    return len(grams_a & grams_b) / len(grams_a | grams_b)
-
-
-@functools.lru_cache(maxsize=64)
-def grams(text: str) -> set[str]:
-    """The character 5-grams of a text, kept for a while: the report compares one with several."""
-    return set(character_runs(text, 5))
-
-
-def chinese_share(text: str) -> tuple[float, int]:
-    """The share of Chinese among Chinese characters and Latin words, and the number of both."""
-    chinese = 0 if text.isascii() else len(CHINESE_CHARACTER.findall(text))
-    units = chinese + len(LATIN_WORD.findall(text))
-    return chinese / max(1, units), units
-
-
-CHINESE_CHARACTER = re.compile(rf"[{CJK}]")
-# A word that begins with a capital may be a name, which no language translates.
-LATIN_WORD = re.compile(r"(?<![A-Za-z\u00c0-\u024f])[a-z\u00df-\u00ff][A-Za-z\u00c0-\u024f]+")
 
 
 # -------------------------------------------------------------------------------- rules on answers
@@ -2397,12 +1462,6 @@ def empty(record: Record, answer: Answer) -> str | None:
     return None if answer.text.strip() else "empty answer"
 
 
-ERROR_TEXT = re.compile(
-    r"\s*(?:\*\*(?:API REQUEST|NETWORK) ERROR|NETWORK ERROR DUE TO|\$(?:ERROR|MODERATION)\$"
-    r"|生成失败\s*(?:$|[:：!！。]|[,，]\s*请))"
-)
-
-
 @register(FILTERS, on="answer")
 def error_text(record: Record, answer: Answer) -> str | None:
     """an API error that some tool saved as an answer (FastChat, and the ancestor of this script)
@@ -2412,19 +1471,6 @@ def error_text(record: Record, answer: Answer) -> str | None:
     Keep: "生成失败的原因通常有两个：显存不足、文件损坏。" for "提示生成失败，怎么办？"
     """
     return "error text" if ERROR_TEXT.match(answer.text) else None
-
-
-CONTROL = re.compile(
-    r"(?m)(<\|)\w[^|\n<>]*\|>|\[/?(INST\])|</?(think>)|<</?(SYS>)>|^(Human|Assistant): "
-)
-CONTROL_STARTS = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
-# A mark that a sentence speaks of: in quotes, or with words of the same sentence on both sides.
-MARK = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
-SPOKEN_OF = re.compile(
-    rf"[\"'“‘「『(（]{MARK}[\"'”’」』)）]"
-    rf"|(?<=[\w,，、]) {MARK}(?=[,，、;；:：)）]| ?[a-z(（]| ?[{CJK}])"
-    rf"|(?<=[{CJK}，、：]){MARK}(?= ?(?:和|与|或|之|的|来|标|符|等|结尾|开头))"
-)
 
 
 @register(FILTERS, on="answer")
@@ -2448,16 +1494,6 @@ def control_tokens(record: Record, answer: Answer) -> str | None:
     return None
 
 
-ZH_COUNT = "二三四五六七八九十百千两几"
-# "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not.
-REPEAT_ASKED = re.compile(
-    r"(?i)\brepeat|again and again|lines of|\b(?:\d+|three|four|five|six|seven|eight|nine|t[ew]\w+"
-    r"|\w+ty|\w+teen|hundred) times\b(?! *\d)"
-    r"|\b(?:songs?|lyrics|poems?|refrain|chorus|chant|rhymes?)\b"
-    rf"|重复|反复|(?<!谷)歌|诗|(?<![第\d{ZH_COUNT}])(?:\d+|[{ZH_COUNT}]+) *[遍次行]"
-)
-
-
 @register(FILTERS, on="answer")
 def loop(record: Record, answer: Answer) -> str | None:
     """the answer repeats one text over and over, and the prompt does not ask for that
@@ -2472,145 +1508,6 @@ def loop(record: Record, answer: Answer) -> str | None:
     if not is_repetition_loop(answer.text) or REPEAT_ASKED.search(record.prompt):
         return None
     return "repetition loop"
-
-
-LOOP_LENGTH = 100  # characters that a repeated end takes at least
-LOOP_UNIT = 1000  # characters of the longest unit that is looked for at the end
-LOOP_SHARE = 0.75  # of the words in consecutive repeats, from which a text is a loop
-REPEATS_ITSELF = 0.30  # of the words in repeated runs, from which a kept text is worth a review
-RULED_LINE = re.compile(r"[-_=*~#|:+\\\[\]—–─━═\s]*")  # also the empty cells of a table
-NUMBER = re.compile(r"\d+")
-
-
-def is_repetition_loop(text: str) -> bool:
-    """Whether the text ends in a repeated unit, or is mostly one unit that is repeated in a row.
-
-    Passages that return after other text (a refrain, the weeks of a plan) are no loop."""
-    if len(text) < LOOP_LENGTH:
-        return False
-    return ends_in_repeats(text) or consecutive_share(text) >= LOOP_SHARE
-
-
-def ends_in_repeats(text: str) -> bool:
-    """Whether the text ends in a unit repeated 4 times (from 200 characters: 3 times) or more.
-
-    If one number counts on ("1. Wait. 2. Wait. 3. Wait."), that is no difference: over 10 times."""
-    end = text[-5 * LOOP_UNIT :].rstrip()
-    unit, times = repeated_end(end)
-    if times:
-        return not RULED_LINE.fullmatch(unit)
-    if not NUMBER.search(end[-200:]):
-        return False
-    end = end[-2 * LOOP_UNIT :]
-    unit, times = repeated_end(NUMBER.sub("0", end))
-    words = split_words(unit.replace("0", " "))
-    if times <= 10 or len(words) < 2:  # a program that counts to 10 prints such lines rightly
-        return False
-    return counts_on(NUMBER.findall(end), times, unit.count("0"))
-
-
-def repeated_end(text: str) -> tuple[str, int]:
-    """The shortest unit that the text ends with several times, and how often; ("", 0) if none."""
-    last_characters = text[-8:]
-    last_place = len(text) - len(last_characters)
-    place = last_place
-    while place > max(0, last_place - LOOP_UNIT):
-        place = text.rfind(last_characters, 0, place + len(last_characters) - 1)
-        if place < 0:
-            break
-        unit = text[place - last_place :]
-        least = max(4 if len(unit) < 200 else 3, math.ceil(LOOP_LENGTH / len(unit)))
-        if text.endswith(unit * least):
-            times = least
-            while text.endswith(unit * (times + 1)):
-                times += 1
-            return unit, times
-    return "", 0
-
-
-def counts_on(numbers: list[str], times: int, columns: int) -> bool:
-    """Whether in the last `times` units one number at most counts on, and the others stay."""
-    numbers = numbers[len(numbers) - times * columns :]
-    counting = 0
-    for column in range(columns):
-        values = [int(number[-9:]) for number in numbers[column::columns]]
-        steps = {after - before for before, after in itertools.pairwise(values)}
-        # At both ends a number may be cut: its steps are left out.
-        inner_steps = {after - before for before, after in itertools.pairwise(values[1:-1])}
-        if inner_steps == {1}:
-            counting += 1
-        elif steps != {0}:
-            return False
-    return counting <= 1
-
-
-def consecutive_share(text: str) -> float:
-    """Share (0..1) of the words in a unit that stands three times in a row or more; numbers aside.
-
-    Words that stood `distance` words before are part of a repeat; if that goes on for two units at
-    the same distance, the unit stands there three times."""
-    prose = without_code(text)
-    if not has_repeats(prose, LOOP_SHARE):
-        return 0.0
-    words = split_words(prose)
-    size = run_size(words)
-    last_place = {}
-    spans = [[0, 0, 0]]  # first word, word after the last, distance
-    for place, run in enumerate(word_runs(words, size)):
-        distance = place - last_place.get(run, place)
-        last_place[run] = place
-        if distance == spans[-1][2]:
-            spans[-1][1] = place + size
-        else:
-            spans.append([place, place + size, distance])
-    inside = set()
-    for start, end, distance in spans:
-        if distance and end - start >= 2 * distance:
-            inside.update(range(start - distance, end))
-    counted = [place for place in inside if not words[place].isdigit()]
-    return len(counted) / max(1, len(words))
-
-
-def repeated_share(text: str) -> float:
-    """Share (0..1) of the words in runs of 10 words (20 Chinese characters) that occur again."""
-    prose = without_code(text)
-    if not has_repeats(prose, REPEATS_ITSELF):
-        return 0.0
-    words = split_words(prose)
-    size = run_size(words)
-    runs = word_runs(words, size)
-    counts = Counter(runs)
-    inside = set()
-    for start, run in enumerate(runs):
-        if counts[run] > 1:
-            inside.update(range(start, start + size))
-    return len(inside) / max(1, len(words))
-
-
-def run_size(words: list[str]) -> int:
-    """Words in a row that two passages do not share by chance: 10, or 20 Chinese characters."""
-    return 20 if is_chinese(words) else 10
-
-
-def has_repeats(text: str, share: float) -> bool:
-    """False if surely less than `share` of the text is repeated: few of 8 samples occur twice."""
-    samples = character_runs(text, 12, max(12, len(text) // 8))
-    allowed_misses = len(samples) * (1 - share / 2)
-    misses = 0
-    for sample in samples:
-        if text.count(sample) < 2:
-            misses += 1
-            if misses > allowed_misses:
-                return False
-    return True
-
-
-ECHO_ASKED = re.compile(  # work on the prompt's own text
-    r"(?i)\b(?:repeat|rewrit|re-?phras|paraphras|correct|proof-?read|edit|translat|fix|improv|summar"
-    r"|extract|copy|quot|punctuat|complet|continu|fill|echo|recit|convert|format)|_{2,}"
-    r"|重复|复述|改写|改正|修改|修正|翻译|译成|译为|润色|纠正|校对|补全|补充|续写|填空|提取"
-    r"|摘录|总结|概括|朗读|抄写|转换|标点"
-)
 
 
 @register(FILTERS, on="answer")
@@ -2685,56 +1582,6 @@ def near_duplicate(pair: Pair, run: Run) -> str | None:
     return "near-duplicate answers"
 
 
-NEGATION = re.compile(
-    r"(?i)\b(?:not|no|never|none|nor|neither|without|cannot)\b|n['’]t\b|[不没无非未别莫勿否]"
-)
-CODE_SIGN = re.compile(r"[(){}\[\]<>=+/\\^&|%$@~_]|(?<=\w)\*(?=\w)")
-
-
-def differ_in_what_counts(a: str, b: str) -> bool:
-    """Whether two texts differ in a number, a negation, a token of code, or in nothing but case."""
-    if fold_text(a) == fold_text(b):
-        return True
-    for pattern in (NUMBER, NEGATION, CODE_SIGN, CODE):
-        if Counter(pattern.findall(a)) != Counter(pattern.findall(b)):
-            return True
-    return False
-
-
-CANNOT = r"(?:can(?:no|['’])t|cannot|am (?:unable|not able) to|won['’]t|will not)"
-ZH_CANNOT = "(?:无法|不能|没有办法|没法|不便|拒绝)"
-REFUSAL_OPENS = re.compile(
-    r"(?i)\W*(?:(?:i['’]?m|i am)\s+(?:really |very |so |truly |deeply )?"
-    r"(?:sorry|afraid|unable|not able)"
-    rf"|sorry,?\s+(?:but|i\b)|i\s+(?:apologi[sz]e|{CANNOT}"
-    r"|do(?:n['’]t| not) (?:feel able|have access))"
-    r"|as an (?:ai|artificial)|unfortunately,?\s+(?:i\b|as an)|my apologies"
-    r"|it(?:['’]s| is) not (?:appropriate|possible)"
-    r"|(?:很|非常|十分)?(?:抱歉|遗憾|对不起)|不好意思"
-    r"|作为(?:一个|一名)?(?:AI|人工智能|大?语言模型)"
-    rf"|我(?:是一个?(?:AI|人工智能|语言模型)[^。]{{0,30}})?{ZH_CANNOT})"
-)
-REFUSAL_SAYS = re.compile(
-    rf"(?i)\b(?:i {CANNOT} (?:help|assist|provide|fulfil|complete|comply|create|write|generate"
-    r"|do that|answer|engage|support|offer|give|share|discuss|recommend)"
-    r"|unable to (?:help|assist|provide|comply)"
-    r"|(?:i['’]?m|i am) (?:just an|an) ai\b[^.]{0,80}\b(?:can(?:no|['’])t|cannot|unable|not able))"
-    rf"|{ZH_CANNOT}(?:[为给][您你])?"
-    r"(?:确切|准确|直接)?地?"
-    r"(?:提供|回答|帮助|协助|满足|完成|讨论|生成|执行|访问|查看|获取|给出|直接)"
-)
-# After "I cannot ...": the turn to an answer that follows all the same.
-ANSWER_FOLLOWS = re.compile(
-    r"(?i)\b(?:however|but|that said|instead|nevertheless|still|nonetheless)\b[^.:。]{0,60}?"
-    r"\b(?:here|i can|i could|i['’]ll|let me|you can|some|several|there (?:is|are)|generally"
-    r"|in general|general|typically|usually)\b"
-    r"|\b(?:generally|in general|in most cases|typically|usually|here (?:is|are)|here['’]s an?)\b"
-    r"|一般(?:来说|而言|情况)|通常(?:来说|情况|，)|总的来说|以下是|下面是|根据"
-    r"|(?:但|不过|然而)[^。]{0,20}(?:可以|以下|一般|通常)"
-)
-ANSWER_WORDS = 60  # words or Chinese characters after such a turn that make an answer
-
-
 @register(FILTERS, on="pair")
 def refusal(pair: Pair, run: Run) -> str | None:
     """both answers refuse; or the chosen one does, and neither a judge nor the input preferred it
@@ -2753,47 +1600,11 @@ def refusal(pair: Pair, run: Run) -> str | None:
     return None if weighed else "refusal"
 
 
-def is_refusal(text: str) -> bool:
-    """Whether the first 240 characters open like a refusal and say it, and no answer follows.
-
-    Either alone misfires ("I'm sorry to hear that"). "I can't say exactly, but in general ..." with
-    a whole answer behind it is no refusal."""
-    text = text.strip()
-    head = text[:240]
-    if not REFUSAL_OPENS.match(head):
-        return False
-    statement = REFUSAL_SAYS.search(head)
-    if not statement:
-        return False
-    turn = ANSWER_FOLLOWS.search(text, statement.end(), statement.end() + 800)
-    return turn is None or len(split_words(text[turn.start() :])) < ANSWER_WORDS
-
-
-LANGUAGE_ASKED = re.compile(
-    r"(?i)translat|english|chinese|french|japanese|korean|german|spanish|russian|italian|language"
-    r"|\b(?:mandarin|cantonese|hanzi|pinyin|kanji|kana|hiragana|katakana|romaji|hangul|portuguese"
-    r"|dutch|arabic|hindi|latin|greek|turkish|polish|thai|vietnamese)\b"
-    r"|python|java|sql|code|\b(?:html|css|regex|latex|json|yaml|bash|shell|linux)\b"
-    r"|翻译|译成|译为|[英法德日韩俄汉中葡]文|[英法德日韩俄汉葡外双国粤牙]语|意大利语|阿拉伯语"
-    r"|拉丁|普通话|拼音|假名|罗马字|单词|词汇|短语|例句|造句|语法|时态|字母|缩写|拼写"
-    r"|代码|函数|程序|编写|算法|排序|脚本|命令|公式|正则|网页|网站|域名|变量|查询语句|数据库|服务器"
-)
-QUOTED_LATIN = re.compile(r"[“\"'‘「][A-Za-z][^”\"'’」]*[”\"'’」]")  # a Chinese prompt about a word
-QUOTED = re.compile(r"“[^”]*”|\"[^\"\n]*\"|「[^」]*」|『[^』]*』")
-CODE_LINE = re.compile(
-    r"(?m)^[ \t]*(?:<.*|.*[;{}\]]|.*\)\s*[:{]|.*\w\(.*\)|\w+ = .*"
-    r"|(?i:SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE|ALTER|DROP|FROM|(?:LEFT |INNER )?JOIN|WHERE"
-    r"|GROUP BY|ORDER BY|VALUES|HAVING|LIMIT)\b.*"
-    r"|(?:#|//|(?:import|from|def|class|return|const|let|var|print|echo|sudo|pip|npm|git)\b).*"
-    r")[ \t]*$"
-)
-
-
 @register(FILTERS, on="pair")
 def wrong_language(pair: Pair, run: Run) -> str | None:
     """a chosen answer that is not Chinese to a Chinese prompt, or Chinese to an English prompt
 
-    Drop: "Small molecules of the air scatter the blue light." over "散射。" for "天空为什么是蓝色的？"
+    Drop: "Small molecules of the air scatter the blue light." over "散射。" for "天空为何是蓝的？"
     Drop: "空气中的微小分子对蓝光的散射最强。" over "Air." for "Why is the sky blue at noon?"
     Keep: "The hall was opulent, with trimmed walls." over "无" for "用“opulent”造一句话。"
     Keep: "Der Himmel ist heute wieder sehr schön blau." over "不" for "用德文写一句话。"
@@ -2817,14 +1628,6 @@ def wrong_language(pair: Pair, run: Run) -> str | None:
     if mostly_prose and answered_in_other(in_chinese, prose):
         return "wrong language"
     return None
-
-
-def answered_in_other(asked_in_chinese: bool, text: str) -> bool:
-    """Whether a text of 8 words or characters at least is not in the language asked in."""
-    share, units = chinese_share(text)
-    if units < 8:
-        return False
-    return share < 0.20 if asked_in_chinese else share > 0.50
 
 
 @register(FILTERS, on="pair")
@@ -2859,7 +1662,7 @@ def floor(pair: Pair, run: Run) -> str | None:
 # --------------------------------------------------------------------------------------------------
 # §6 OUTPUTS: pair -> rows
 # In: a pair that passed everything. Out: the rows that --output-format writes for it.
-# OutputFiles (§16) calls the format and refuses wrong rows.
+# OutputFiles (RUN) calls the format and refuses wrong rows.
 # --------------------------------------------------------------------------------------------------
 
 # EDIT HERE to add a format: `as_name(pair, run)` -> a list of rows (dicts), each with the same keys
@@ -2962,9 +1765,9 @@ def as_prompts(pair: Pair, run: Run) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------
-# §7 PROVIDERS: Model, Reply, ApiError, make_reply, answer_text; Provider; openai, dashscope, reward
+# §7 PROVIDERS: Model, Reply, ApiError; Provider; openai, dashscope, reward, offline
 # A model's name, messages and options go in, a Reply comes out; whatever goes wrong is an ApiError.
-# Called by Models (§11), which does the caching, pacing and retrying.
+# Called by Models (CALLS), which does the caching, pacing and retrying.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -3005,7 +1808,7 @@ class ApiError(Exception):
 
     def __init__(
         self, status: int, code, message, retry_after: str | None = None, billed: tuple = (0, 0)
-    ):
+    ) -> None:
         super().__init__(message)
         self.status = status  # HTTP status; 0: no reply came; 200: the reply cannot be used
         self.code = one_line(code)  # the provider's code, or for status 0 and 200 one of ours
@@ -3026,278 +1829,7 @@ class ApiError(Exception):
         return f"{head}: {words}" if words else head
 
 
-def one_line(text) -> str:
-    """A text from a server as one safe line: no key, no control character, no lone surrogate."""
-    line = " ".join(redacted(scrub(str(text or ""))).split())
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", escape_character, line)
-
-
-def escape_character(match: re.Match) -> str:
-    r"""A control character made visible: `\x1b`."""
-    return f"\\x{ord(match[0]):02x}"
-
-
-def shorten(text: str, size: int) -> str:
-    """The first `size` characters of a text, up to a whole word, with a mark where it was cut."""
-    if len(text) <= size:
-        return text
-    start = text[:size].rpartition(" ")[0] or text[:size]
-    return f"{start} ..."
-
-
 # --- one reading of a reply
-
-# Finish reasons in lower case -> what they mean. Any other (error, abort, tool_calls): no reply.
-COMPLETE = "stop end_turn eos eos_token eos_found stop_sequence stop_token complete completed"
-COMPLETE += " finished normal null none finish_reason_unspecified"
-CUT = "length max_tokens max_length max_output_tokens max_new_tokens max_completion_tokens"
-CUT += " model_length model_context_window_exceeded context_length_exceeded"
-FILTERED = "content_filter content_filtered content-filter safety recitation language blocklist"
-FILTERED += " prohibited_content spii image_safety sensitive error_toxic refusal data_inspection"
-FINISH_REASONS = dict.fromkeys(COMPLETE.split(), "stop")
-FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
-FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
-
-
-def finish_kind(reason) -> str:
-    """A finish reason -> "stop", "length", "content_filter", or "" for a failed reply."""
-    if reason is None or reason == "":
-        return "stop"
-    return FINISH_REASONS.get(str(reason).strip().lower(), "")
-
-
-def make_reply(
-    content, finish, tokens_in, tokens_out, model=None, refusal=None, thoughts=None
-) -> Reply:
-    """The fields of a chat completion -> Reply; raises ApiError where it holds no answer.
-
-    `refusal` stands for a missing text. So do thoughts, in their marks: `answer_text` takes them
-    out again, and the run can say that only thoughts came."""
-    billed = (token_count(tokens_in), token_count(tokens_out))
-    kind = finish_kind(finish)
-    if not kind:
-        code = "tool call" if re.search("tool|function", str(finish)) else "unfinished"
-        raise ApiError(200, code, f"the reply ended with finish_reason {finish!r}", billed=billed)
-    text = content if isinstance(content, str) else join_parts(content)
-    if not text.strip() and isinstance(refusal, str):
-        text = refusal
-    if not text.strip() and kind == "stop":
-        if not isinstance(thoughts, str) or not thoughts.strip():
-            raise ApiError(200, "no text", "the reply holds no text", billed=billed)
-        text = f"<think>\n{thoughts}\n</think>"
-    name = model if isinstance(model, str) else ""
-    return Reply(scrub(text), kind, *billed, model=name)
-
-
-def token_count(value) -> int:
-    """A count of tokens as the server gives it -> an int, 0 for anything odd."""
-    count = number(value) or 0
-    return int(min(max(count, 0), 10**9))
-
-
-def join_parts(content) -> str:
-    """A message's content in parts -> its text; "" for anything that holds none."""
-    if not isinstance(content, list):
-        return ""
-    texts = []
-    for part in content:
-        text = part if isinstance(part, str) else look_up(part, "text")
-        if isinstance(text, str):
-            texts.append(text)
-    return "".join(texts)
-
-
-def look_up(value, path: str):
-    """What stands at a dotted path through objects and JSON (a list: its first item), or None."""
-    for step in path.split("."):
-        if isinstance(value, list):
-            value = value[0] if value else None
-        value = value.get(step) if isinstance(value, dict) else getattr(value, step, None)
-    return value
-
-
-def read_completion(body) -> Reply:
-    """A chat completion in OpenAI's form (an SDK's object, or JSON) -> Reply; raises ApiError."""
-    if isinstance(body, str):
-        raise ApiError(200, *read_error_body(body))
-    message = look_up(body, "choices.message")
-    if message is None:
-        raise_body_error(body)
-    tokens_in = look_up(body, "usage.prompt_tokens")
-    tokens_out = look_up(body, "usage.completion_tokens")
-    finish = look_up(body, "choices.finish_reason")
-    content = look_up(message, "content")
-    served = look_up(body, "model")
-    if isinstance(content, str) and content:
-        return make_reply(content, finish, tokens_in, tokens_out, served)
-    refusal = look_up(message, "refusal")
-    thoughts = look_up(message, "reasoning_content") or look_up(message, "reasoning")
-    return make_reply(content, finish, tokens_in, tokens_out, served, refusal, thoughts)
-
-
-def raise_body_error(body):
-    """Raise the ApiError for a 200 that holds an error: its own code counts as the status."""
-    error = look_up(body, "error")
-    if not isinstance(error, dict | str) or not error:
-        return
-    status = number(look_up(error, "code")) or 200
-    if not 400 <= status < 600:
-        status = 200
-    code, message = read_error_body(error)
-    raise ApiError(int(status), code or "error in the reply", message)
-
-
-def read_error_body(body) -> tuple[str, str]:
-    """(code, message): the server's own words, whatever the shape of its error body."""
-    if isinstance(body, str):
-        return read_error_text(body)
-    if isinstance(body, list):
-        return read_error_list(body)
-    if not isinstance(body, dict):
-        return "", ""
-    codes = [body.get(name) for name in ("code", "type", "status")]
-    codes = [code for code in codes if isinstance(code, str) and not code.isdigit()]
-    code = codes[0] if codes else ""
-    inner = [body.get("error"), body.get("errors"), body.get("detail")]
-    inner.insert(0, look_up(body.get("metadata"), "raw"))  # OpenRouter: its provider's words
-    for part in inner:
-        inner_code, message = read_error_body(part)
-        if message:
-            return inner_code or code, message
-    for name in ("message", "msg", "error_msg", "title"):
-        if isinstance(body.get(name), str):
-            return code, body[name]
-    return code, ""
-
-
-def read_error_list(items: list) -> tuple[str, str]:
-    """(code, message) of a list of errors: FastAPI's details joined, else the first one."""
-    details = []
-    for item in items:
-        if isinstance(item, dict) and isinstance(item.get("loc"), list):
-            place = ".".join(map(str, item["loc"]))
-            details.append(f"{place}: {item.get('msg')}")
-    if details:
-        return "", "; ".join(details)
-    return read_error_body(items[0]) if items else ("", "")
-
-
-def read_error_text(text: str) -> tuple[str, str]:
-    """(code, message) of an error body that is text: JSON in it is read, a page gives its title."""
-    text = text.strip()
-    if re.match(r"(?i)<(!doctype|html|head|\?xml)", text):
-        title = re.search(r"(?is)<title>(.*?)</title>", text)
-        return "web page", title[1].strip() if title else "a web page"
-    if text[:1] in ("{", "["):
-        with contextlib.suppress(ValueError, RecursionError):
-            code, message = read_error_body(json.loads(text))
-            return code, message or text
-    return "", text
-
-
-# Marks between which a model thinks: opening -> closing.
-THOUGHT_MARKS = {
-    "<think>": "</think>",
-    "<thinking>": "</thinking>",
-    "<thought>": "</thought>",
-    "<thoughts>": "</thoughts>",
-    "<reasoning>": "</reasoning>",
-    "<seed:think>": "</seed:think>",
-    "[think]": "[/think]",
-    "◁think▷": "◁/think▷",
-    "<|begin_of_thought|>": "<|end_of_thought|>",
-}
-FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")  # gpt-oss (harmony)
-PLAIN_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*?assistant\s?final", re.S)  # marks lost
-# What ends a turn in a chat template: at the end of a line, or before the next turn's mark.
-END_MARK = re.compile(
-    r"(?<![`\"'“‘])(?:<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>|</s>)"
-    r"(?=[^\S\n]*(?:\n|\Z|<\|im_start|<\|start|<start_of_turn>|<s>))"
-)
-START_MARK = re.compile(r"<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<s>")
-
-
-def without_thinking(text: str) -> str:
-    """The text without leading thoughts; a block that never closes leaves nothing.
-
-    A closing mark whose block was opened in the prompt ends thoughts, too, if it stands on a line
-    of its own or at the start; an answer that speaks of `</think>` in a sentence stays as it is."""
-    rest = without_channels(text)
-    opening = leading_mark(rest)
-    while opening:
-        thoughts_and_rest = split_thoughts(rest.lstrip()[len(opening) :], THOUGHT_MARKS[opening])
-        if thoughts_and_rest is None:
-            return ""
-        rest = thoughts_and_rest
-        opening = leading_mark(rest)
-    lowered = rest.lower()
-    for opening, closing in THOUGHT_MARKS.items():
-        if closing in lowered and opening not in lowered:
-            mark = re.escape(closing)
-            alone = rf"(?i)\A\s*{mark}|\n[^\S\n]*{mark}[^\S\n]*(?=\n|\Z)"
-            end = re.search(alone, rest)
-            return rest[end.end() :] if end else rest
-    return rest
-
-
-def leading_mark(text: str) -> str:
-    """The mark in THOUGHT_MARKS with which a text starts, "" if there is none."""
-    start = text[:200].lstrip().lower()
-    if not start.startswith(("<", "[", "◁")):
-        return ""
-    for opening in THOUGHT_MARKS:
-        if start.startswith(opening):
-            return opening
-    return ""
-
-
-def split_thoughts(text: str, closing: str) -> str | None:
-    """What follows the closing mark (not one in quotes), or None if the thoughts never end."""
-    mark = re.escape(closing)
-    end = re.search(rf"(?i)(?<![`\"'“‘]){mark}|{mark}(?![`\"'”’])", text)
-    if not end:
-        return None
-    rest = text[end.end() :]
-    line_break = re.match(r"\s*\n", rest)  # the line after it keeps its indentation
-    return rest[line_break.end() :] if line_break else rest.lstrip()
-
-
-def without_channels(text: str) -> str:
-    """A gpt-oss reply in channels -> its final channel; "" if there is none; others unchanged."""
-    if "<|channel|>" in text:
-        final = FINAL_CHANNEL.split(text)
-        if len(final) > 1:
-            return re.split(r"<\|(?:return|end|call)\|>", final[-1])[0]
-        return "" if re.match(r"\s*(<\|start\|>assistant)?<\|channel\|>", text) else text
-    return PLAIN_CHANNELS.sub("", text, count=1)
-
-
-def cut_at_end_mark(reply: Reply) -> Reply:
-    """The reply up to its chat template's end mark: the model had ended, whatever it wrote after.
-
-    Servers that know no stop token let a model go on with turns of its own. Marks in code, in
-    quotes, or after a template's start mark belong to the answer."""
-    if "<" not in reply.text:
-        return reply
-    end = END_MARK.search(reply.text)
-    before = reply.text[: end.start()] if end else ""
-    if not before.strip() or before.count("```") % 2 or START_MARK.search(before):
-        return reply
-    return replace(reply, text=before.rstrip(), finish="stop")
-
-
-def answer_text(text: str) -> str:
-    """The answer in a model's reply: no thoughts, no blank lines around it, indentation kept."""
-    answer = re.sub(r"\A(?:[^\S\n]*\n)+", "", without_thinking(text)).rstrip()
-    # a lone space is a tokenizer's, two are indentation
-    return answer[1:] if re.match(r" \S", answer) else answer
-
-
-def about_tokens(text: str) -> int:
-    """Tokens of a text, roughly: 0.7 for a CJK character, 0.25 for another in ASCII, else 1."""
-    chinese = len(re.findall(rf"[{CJK}]", text))
-    plain = len(text.encode("ascii", "ignore"))
-    return round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
 
 
 # --- the providers
@@ -3335,7 +1867,7 @@ class Provider:
     package = ""  # that pip installs
     takes_seed = False  # True if the API takes an option `seed`
 
-    def __init__(self, url: str, key: str, timeout: float):
+    def __init__(self, url: str, key: str, timeout: float) -> None:
         """`url`: "" for the provider's own. Called once for each address, inside the event loop."""
         self.url = url
 
@@ -3347,11 +1879,11 @@ class Provider:
         """Names of the models that the server serves, [] if it does not say."""
         return []
 
-    def batch_client(self):
+    def batch_client(self) -> None:
         """A client with OpenAI's `files` and `batches`; None: there is no batch engine."""
         return None
 
-    async def close(self):
+    async def close(self) -> None:
         """Close connections."""
 
 
@@ -3364,7 +1896,7 @@ class ask_openai(Provider):
     package = "openai"
     takes_seed = True
 
-    def __init__(self, url: str, key: str, timeout: float):
+    def __init__(self, url: str, key: str, timeout: float) -> None:
         import openai
 
         # the SDK's own retries cannot tell a rate limit from an account without credit
@@ -3399,42 +1931,8 @@ class ask_openai(Provider):
     def batch_client(self):
         return self.client
 
-    async def close(self):
+    async def close(self) -> None:
         await self.client.close()
-
-
-class JoinedReply:
-    """A reply that is sent in chunks."""
-
-    def __init__(self, message: str, tokens_in: str, tokens_out: str):
-        """The arguments are the paths of these things in a chunk."""
-        self.paths = {"content": f"{message}.content", "tokens_in": tokens_in}
-        self.paths["tokens_out"] = tokens_out
-        self.paths["finish"] = message.rpartition(".")[0] + ".finish_reason"
-        self.paths["refusal"] = f"{message}.refusal"
-        self.paths["thoughts"] = f"{message}.reasoning_content"
-        self.paths["model"] = "model"
-        self.fields = {}
-
-    def add(self, chunk):
-        """Take in one chunk: texts are joined, of other fields the last counts."""
-        raise_body_error(chunk)
-        for name, path in self.paths.items():
-            value = look_up(chunk, path)
-            if name == "content" and isinstance(value, list):
-                value = join_parts(value)
-            if value is None or value == "null":
-                continue
-            if name in ("content", "refusal", "thoughts") and isinstance(value, str):
-                value = self.fields.get(name, "") + value
-            self.fields[name] = value
-
-    def reply(self) -> Reply:
-        """The whole reply; raises ApiError where the chunks hold no answer or end too early."""
-        if "finish" not in self.fields:
-            raise ApiError(0, "dropped", "the stream ended too early")
-        names = ("content", "finish", "tokens_in", "tokens_out", "model", "refusal", "thoughts")
-        return make_reply(*[self.fields.get(name) for name in names])
 
 
 @register(PROVIDERS)
@@ -3447,7 +1945,7 @@ class ask_dashscope(Provider):
     package = "dashscope"
     takes_seed = True
 
-    def __init__(self, url: str, key: str, timeout: float):
+    def __init__(self, url: str, key: str, timeout: float) -> None:
         import logging
         import urllib.request
 
@@ -3499,7 +1997,7 @@ class ask_dashscope(Provider):
         )
 
     @staticmethod
-    def check_status(reply):
+    def check_status(reply) -> None:
         """Raise the ApiError of a reply that is none."""
         if reply.status_code == 200:
             return
@@ -3520,7 +2018,7 @@ class ask_dashscope(Provider):
         self.batch = self.batch or ask_openai(url, self.api_key, self.timeout)
         return self.batch.client
 
-    async def close(self):
+    async def close(self) -> None:
         await self.session.close()
         if self.batch:
             await self.batch.close()
@@ -3577,43 +2075,581 @@ class ask_offline(Provider):
         return Reply(degrade(hints["reference"], chinese, draw))
 
 
-def degrade(text: str, chinese: bool, draw: random.Random) -> str:
-    """A worse version of a good answer: some of its sentences; an evasion for a short one."""
-    sentences = re.findall(r".+?(?:[.!?](?=\s)|[。！？\n]|$)\s*", text, re.S)
-    if len(sentences) < 3:
-        return "这个问题不太好说，要看具体情况。" if chinese else "That is hard to say; it depends."
-    count = max(1, len(sentences) * draw.choice((3, 4, 5, 6)) // 8)
-    keep = sorted(draw.sample(range(len(sentences)), count))
-    return "".join(sentences[i] for i in keep).strip()
-
-
-def reference_f1(text: str, reference: str) -> float:
-    """A score on JUDGE_SCALE: F1 of the words shared with the reference.
-
-    Without a reference, signs of care: length, variety of words, a proper end, no refusal."""
-    lowest, highest = JUDGE_SCALE
-    words = Counter(split_words(text))
-    reference_words = Counter(split_words(reference))
-    total = words.total()
-    if reference_words:
-        shared = (words & reference_words).total()
-        share = 2 * shared / max(1, total + reference_words.total())
-        return lowest + (highest - lowest) * share
-    score = 2 * math.log10(1 + total) + 3 * len(words) / max(1, total)
-    score += text.rstrip()[-1:] in ".!?。！？)`”"
-    score -= 3 * is_refusal(text)
-    return lowest + (highest - lowest) * min(1.0, max(0.0, score / 9))
-
-
 # ==================================================================================================
 # Machinery below: not needed to add a method, filter, format or provider.
 # ==================================================================================================
 
 
 # --------------------------------------------------------------------------------------------------
-# §8 READING FILES: read_rows: lines, JSON, tables, Parquet -> rows; broken lines cost one record
+# §8 ROWS: history, templates, missing values, references: what INPUTS is made of
+# In: fields of a row. Out: texts and turns, or Failed. Called by §2 INPUTS.
+# --------------------------------------------------------------------------------------------------
+
+
+def part_text(part: object, role: str) -> str:
+    """The text of one part of a turn's content: `{"type": "text", "text": ...}` or a string."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("text", "input_text", "output_text"):
+        text = first_value(part, ("text", "value"))
+        if isinstance(text, str):
+            return text
+    if isinstance(kind, str) and "image" in kind:
+        raise Failed("input", "not a text: images")
+    raise Failed("input", f"not a text: the {role} turn holds a part that is no text")
+
+
+def first_of(values) -> object:
+    """The first value that is not empty; None if there is none."""
+    return next(filter(None, values), None)
+
+
+def first_value(row: dict, names: tuple) -> object:
+    """The first value of these fields that is not null; None if there is none."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    return None
+
+
+def is_filled_list(value: object) -> bool:
+    """Whether the value is a list that holds something."""
+    return isinstance(value, list) and len(value) > 0
+
+
+def is_turns(value: object) -> bool:
+    """Whether the value is a list of objects with `role` or `from`, the turns of a conversation."""
+    if not is_filled_list(value):
+        return False
+    return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def strip_blank_lines(text: str) -> str:
+    """The text without blank lines around it and space at its end; its first line stays indented.
+
+    A single space before the first word, which completions have, is removed."""
+    text = text.rstrip()
+    if not text[:1].isspace():
+        return text
+    text = BLANK_START.sub("", text)
+    return text[1:] if text[:1] == " " and not text[1:2].isspace() else text
+
+
+BLANK_START = re.compile(r"\A(?:\s*\n)?")
+
+
+def is_missing(value: object) -> bool:
+    """Whether a field holds nothing: null, NaN or a spelling of it in a cell, an empty list."""
+    if value is None:
+        return True
+    if isinstance(value, str):
+        return len(value) < 12 and value.strip() in MISSING
+    if isinstance(value, float):
+        return math.isnan(value)
+    if isinstance(value, dict):  # {"bytes": null, "path": null}: an empty picture of a Parquet file
+        return all(part is None for part in value.values())
+    return value == []
+
+
+def text_of(row: dict, name: str) -> str:
+    """The field as text, "" if it is missing or blank; raises Failed if it holds anything else."""
+    value = row.get(name)
+    if isinstance(value, str):
+        return value if value and not value.isspace() else ""
+    if is_missing(value):
+        return ""
+    raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
+
+
+def optional_text(row: dict, name: str) -> str:
+    """The text of an optional field, "" where it is missing (see `is_missing`)."""
+    return "" if is_missing(row.get(name)) else strip_blank_lines(text_of(row, name))
+
+
+def first_text(row: dict, names: tuple) -> str:
+    """The text of the first of these optional fields that is filled, "" if none is."""
+    for name in names:
+        if name in row and optional_text(row, name):
+            return optional_text(row, name)
+    return ""
+
+
+def context_texts(row: dict, prompt: str) -> list[str]:
+    """The texts beside a prompt, in the order of CONTEXT_FIELDS; a list of passages is joined."""
+    texts = []
+    for name in CONTEXT_FIELDS:
+        value = row.get(name)
+        if value is None or value == prompt or is_missing(value):
+            continue
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            value = "\n\n".join(value)
+        if name == "input" or isinstance(value, str):
+            texts.append(text_of({name: value}, name))
+    return texts
+
+
+def choice_lines(row: dict, prompt: str) -> list[str]:
+    """A question's choices as one text of lines "A. text"; [] if none or if the prompt has them."""
+    choices = first_value(row, CHOICE_FIELDS)
+    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
+        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
+    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
+        return []
+    labels, texts = labels_and_texts(choices)
+    if not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
+        return []
+    if all(str(text) in prompt for text in texts):
+        return []
+    lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=False)]
+    return ["\n".join(lines)]
+
+
+def labels_and_texts(choices: dict | list) -> tuple[list, list]:
+    """The labels and the texts of choices: a list, {"A": text}, or lists of both (ARC)."""
+    letters = list(string.ascii_uppercase)
+    if isinstance(choices, dict):
+        texts = choices.get("text")
+        if not isinstance(texts, list):
+            is_lettered = all(len(str(label)) == 1 for label in choices)
+            return list(choices), list(choices.values()) if is_lettered else [None]
+        labels = choices.get("label")
+        fits = isinstance(labels, list) and len(labels) == len(texts)
+        return (labels if fits else letters), texts
+    if all(isinstance(choice, dict) for choice in choices):
+        labels = [choice.get("label") for choice in choices]
+        return (letters if None in labels else labels), [choice.get("text") for choice in choices]
+    return letters, choices
+
+
+HISTORY_SHAPE = 'write [["question", "answer"], ...] or [{"role": "user", "content": "..."}, ...]'
+USER_NAMES = ("user", "human", "question", "query", "prompt", "instruction", "input", "q")
+ASSISTANT_NAMES = ("assistant", "gpt", "bot", "answer", "response", "output", "completion", "a")
+
+
+def read_history(row: dict) -> list[dict]:
+    """The turns before the prompt: pairs, objects or alternating texts, also as JSON text.
+
+    `context` is a history, too, where it is a list of turns; raises Failed for other shapes."""
+    history = row.get("history")
+    if isinstance(history, str) and history == row.get("prompt"):  # SHP's name of its prompt
+        history = None
+    if history is None and is_turns(row.get("context")) and row["context"] is not row.get("prompt"):
+        history = row["context"]
+    if is_missing(history):
+        return []
+    if isinstance(history, str):
+        history = parsed_text(history)
+    if not isinstance(history, list):
+        raise Failed("input", f"not a history: a {type(history).__name__}; {HISTORY_SHAPE}")
+    if all(isinstance(item, str) for item in history):
+        if len(history) % 2:
+            raise Failed("input", f"not a history: a question without answer; {HISTORY_SHAPE}")
+        history = list(zip(history[::2], history[1::2], strict=True))
+    turns = []
+    for item in history:
+        turns += [item] if is_turns([item]) else exchange_turns(item)
+    return turns
+
+
+def exchange_turns(item: object) -> list[dict]:
+    """Two turns of a history: `["question", "answer"]` or `{"question": ..., "answer": ...}`."""
+    texts = item
+    if isinstance(item, dict):
+        texts = [first_value(item, USER_NAMES), first_value(item, ASSISTANT_NAMES)]
+    if not isinstance(texts, list | tuple) or len(texts) != 2:
+        raise Failed(
+            "input", f"not a history: an item is no question with its answer; {HISTORY_SHAPE}"
+        )
+    question, answer = texts
+    if not isinstance(answer, str) or not isinstance(question, str | None):
+        raise Failed("input", f"not a history: an item holds no text; {HISTORY_SHAPE}")
+    turns = chat([(question, answer)])
+    return turns if question else turns[1:]  # a greeting that nobody asked for
+
+
+def chat(exchanges) -> list[dict]:
+    """[(question, answer), ...] -> turns."""
+    turns = []
+    for question, answer in exchanges:
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
+    return turns
+
+
+def human_turns(text: str) -> list[dict]:
+    """The turns of a text that begins with `\\n\\nHuman:` (HH-RLHF) or `### Human:` (Guanaco)."""
+    if text.startswith("\n\nHuman:"):
+        parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
+    elif text.startswith("### Human:"):
+        parts = re.split(r"### (Human|Assistant): ?", text)[1:]
+    else:
+        return []
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [{"from": speaker, "value": content} for speaker, content in pairs]
+
+
+# What opens a turn in ChatML (Qwen), Llama 3, Gemma, Zephyr and Phi, DeepSeek; group: the role.
+TEMPLATE_HEADS = (
+    r"<\|im_start\|> ?(\w+)(?=\s|\Z)",
+    r"<\|start_header_id\|>(\w+)<\|end_header_id\|>",
+    r"<start_of_turn>(\w+)(?=\s|\Z)",
+    r"<\|(system|user|assistant)\|>",
+    r"<｜(User|Assistant)｜>",
+)
+TEMPLATE_HEAD = re.compile("|".join(TEMPLATE_HEADS))
+TEMPLATE_STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>")
+TEMPLATE_ENDS = (
+    "</s>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
+)
+# A prompt with one of these is no plain text: a server would take them for turns.
+TEMPLATE_MARK = re.compile(rf"{TEMPLATE_HEAD.pattern}|<\|im_end\|>|<\|eot_id\|>|\[/?INST\]")
+TEMPLATE_SIGNS = ("<|", "<｜", "<start_of_turn>", "INST]")
+
+
+def has_template_mark(text: str) -> bool:
+    """Whether a server could take something in the text for a mark of its chat template."""
+    if not any(sign in text for sign in TEMPLATE_SIGNS):  # faster than the search
+        return False
+    return TEMPLATE_MARK.search(text) is not None
+
+
+def template_turns(text: str) -> list[dict]:
+    """The turns of a prompt with a chat template; [] if it has none; Failed if it is broken."""
+    if not has_template_mark(text):
+        return []
+    if "[INST]" in text:
+        return inst_turns(text)
+    heads = list(TEMPLATE_HEAD.finditer(text))
+    start = text[: heads[0].start()].strip() if heads else text
+    if start and start not in TEMPLATE_STARTS:
+        raise Failed("input", "prompt holds chat-template tokens")
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    turns = []
+    for head, end in zip(heads, ends, strict=True):
+        content = without_end_marks(text[head.end() : end])
+        turns.append({"role": first_of(head.groups()), "content": content})
+    return without_open_turn(turns)
+
+
+def inst_turns(text: str) -> list[dict]:
+    """The turns of Llama 2's and Mistral's template: `[INST] question [/INST] answer </s>`."""
+    start, *exchanges = text.split("[INST]")
+    turns = []
+    if start.lstrip().removeprefix("<s>").strip():
+        raise Failed("input", "prompt holds chat-template tokens")
+    for exchange in exchanges:
+        question, _, answer = exchange.partition("[/INST]")
+        if not turns and question.lstrip().startswith("<<SYS>>"):
+            system, _, question = question.lstrip().removeprefix("<<SYS>>").partition("<</SYS>>")
+            turns.append({"role": "system", "content": system})
+        answer = without_end_marks(answer.rstrip().removesuffix("<s>"))
+        if "</s>" in answer or "[/INST]" not in exchange:
+            raise Failed("input", "prompt holds chat-template tokens")
+        turns += chat([(question, answer)])
+    return without_open_turn(turns)
+
+
+def without_end_marks(text: str) -> str:
+    """The text of a turn without the marks that end it."""
+    text = text.rstrip()
+    while text.endswith(TEMPLATE_ENDS):
+        for mark in TEMPLATE_ENDS:
+            text = text.removesuffix(mark)
+        text = text.rstrip()
+    return text
+
+
+def without_open_turn(turns: list[dict]) -> list[dict]:
+    """The turns without an empty last one, which a template leaves for the answer."""
+    is_open = bool(turns) and turns[-1]["role"].lower() in ASSISTANTS
+    return turns[:-1] if is_open and not turns[-1]["content"].strip() else turns
+
+
+IMAGE_PLACE = "<(?:image|video|audio)>"
+IMAGE_MARK = re.compile(
+    rf"(?:\A|\n)[ \t]*{IMAGE_PLACE}|{IMAGE_PLACE}[ \t]*(?:\n|\Z)|<img>[^<\n]+</img>"
+)
+TOOL_MARK = re.compile(r"^Action: ?[\w.-]+ *\n+Action Input:", re.M)
+
+
+def check_text_only(text: str) -> None:
+    """Raise Failed for a text with a picture's place (`<image>`) or a tool's call (`Action:`)."""
+    may_hold_mark = "<i" in text or "<v" in text or "<a" in text
+    if may_hold_mark and IMAGE_MARK.search(text):
+        raise Failed("input", "not a text: images")
+    if "Action Input:" in text and TOOL_MARK.search(text):
+        raise Failed("input", "not a text: tools")
+
+
+def check_fields_only_text(row: dict) -> None:
+    """Raise Failed for a row with pictures, sound or tools beside its texts."""
+    for name in row:
+        if name in NOT_TEXT_FIELDS and not is_missing(row[name]):
+            raise Failed("input", f"not a text: {NOT_TEXT_FIELDS[name]}")
+    if isinstance(row.get("input"), dict) and row["input"].get("tools"):
+        raise Failed("input", "not a text: tools")
+
+
+THUMB_FIELDS = ("label", "kto_tag", "is_safe", "is_correct", "correct", "desirable", "accepted")
+GOOD_LABELS = """
+    true yes 1 1.0 +1 good desirable chosen accepted positive safe correct like up thumbs_up
+    好 是 正确
+""".split()
+BAD_LABELS = """
+    false no 0 0.0 -1 -1.0 bad undesirable rejected negative unsafe incorrect wrong dislike down
+    thumbs_down 坏 差 否 错误
+""".split()
+# A score of a single answer -> the lowest and highest of a good one; None: the scale is unknown.
+GRADE_FIELDS: dict[str, tuple | None] = {
+    "rating": (4, 5),
+    "helpfulness": (3, 4),
+    "correctness": (3, 4),
+    "fine-grained_score": (4, 5),
+    "overall_score": (8, 10),
+    "score": None,
+    "reward": None,
+    "rm_score": None,
+}
+
+
+def reference_of(row: dict, answer: str) -> str:
+    """The last turn's answer, else the first of REFERENCE_FIELDS; "" if it may be a bad one."""
+    reference = answer
+    for name in REFERENCE_FIELDS:
+        if not reference and name in row:
+            reference = reference_text(row, name)
+    if not reference and isinstance(row.get("answers"), dict):  # SQuAD
+        texts = row["answers"].get("text")
+        reference = texts[0] if is_filled_list(texts) and isinstance(texts[0], str) else ""
+    if not reference or may_be_bad(row):
+        return ""
+    return reference
+
+
+def reference_text(row: dict, name: str) -> str:
+    """The text of a reference field, "" for what is none; a number counts as an `answer`."""
+    value = row.get(name)
+    if name == "reference" and is_filled_list(value):  # MT-Bench: one for each turn
+        value = value[0]
+    if isinstance(value, dict):  # TriviaQA
+        value = value.get("value")
+    if is_missing(value):
+        return ""
+    if isinstance(value, str):
+        return strip_blank_lines(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    has_choices = any(row.get(field) for field in CHOICE_FIELDS)  # then it is an index, from 0 or 1
+    if name != "answer" or not is_number or has_choices or number(value) is None:
+        return ""
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def may_be_bad(row: dict) -> bool:
+    """Whether a label or a score of the row calls its answer bad, or cannot be read."""
+    labels_are_good = not any(label_may_be_bad(row, name) for name in THUMB_FIELDS)
+    scores_are_good = not any(score_may_be_bad(row, name) for name in GRADE_FIELDS)
+    return not (labels_are_good and scores_are_good)
+
+
+def label_may_be_bad(row: dict, name: str) -> bool:
+    """Whether a label calls the row's answer bad; a `label` or `kto_tag` that is unknown may."""
+    value = row.get(name)
+    if value is None or is_missing(value) or (name == "label" and is_class(row)):
+        return False
+    word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    if word in GOOD_LABELS or word in BAD_LABELS:
+        return word in BAD_LABELS
+    is_topic = not row.get("completion") and number(value) is None  # {"label": "geography"}
+    return name in ("label", "kto_tag") and not is_topic
+
+
+def score_may_be_bad(row: dict, name: str) -> bool:
+    """Whether a score of the row's answer is low, or of an unknown scale."""
+    score = number(row.get(name)) if name in row else None
+    if score is None:
+        return False
+    good_scores = GRADE_FIELDS[name]
+    return good_scores is None or not good_scores[0] <= score <= good_scores[1]
+
+
+def is_class(row: dict) -> bool:
+    """Whether the row's number `label` is a class of its `text` (sentiment) and no thumb."""
+    label = row["label"]
+    return "text" in row and not row.get("completion") and not isinstance(label, bool)
+
+
+@functools.lru_cache(maxsize=10_000)
+def plain_name(name: str) -> str:
+    """A field's name as the functions above know it: `Instruction` -> `instruction`.
+
+    A last letter that tells answers apart stays: `score_A`, `responseA`, `A`."""
+    name = name.strip()
+    keeps_last = re.search(r"(?:\A|_|[a-z])[A-Z]\Z", name)
+    return name[:-1].lower() + name[-1] if keeps_last else name.lower()
+
+
+def with_plain_names(row: dict) -> dict:
+    """The row with plain names; a name that the row has already stays as it is."""
+    if list(map(plain_name, row)) == list(row):
+        return row
+    renamed: dict = {}
+    for name, value in row.items():
+        plain = plain_name(name)
+        renamed[name if plain in row or plain in renamed else plain] = value
+    return renamed
+
+
+# Fields that may hold a list of turns as text, in a CSV cell or a dump. (`history` reads its own.)
+JSON_FIELDS = {"context", "chosen", "rejected", "conversation_a", "conversation_b"}
+JSON_FIELDS |= {*TURN_FIELDS, *PROMPT_FIELDS}
+LOOKS_LIKE_TURNS = re.compile(
+    r"""\s*(?:\[\s*)?\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]"""
+)
+BROKEN_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from)['"].*\]\s*""", re.S)
+
+
+def with_parsed_turns(row: dict) -> dict:
+    """The row with lists of turns in place of their JSON (or Python) text."""
+    for name, value in row.items():
+        if name not in JSON_FIELDS or not isinstance(value, str):
+            continue
+        if not LOOKS_LIKE_TURNS.match(value):
+            continue
+        turns = parsed_text(value)
+        if isinstance(turns, dict) and len(turns) > 1:
+            turns = [turns]
+        if is_turns(turns):
+            row = row | {name: turns}
+        elif turns is None and BROKEN_TURNS.fullmatch(value):
+            raise Failed("input", f"malformed record: `{name}` looks like turns but is no JSON")
+    return row
+
+
+def parsed_text(text: str) -> object:
+    """The value of JSON text or of a Python literal (pandas writes it in CSV cells), else None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def is_bug_of(adapter: Callable, error: Exception) -> bool:
+    """Whether an adapter's own lines raised the error; else junk in the row did, further down."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = [frame.f_code.co_name for frame, _ in frames][1:]  # the first is `adapt`
+    own_lines = all(name == adapter.__name__ or name.startswith("<") for name in names)
+    return own_lines or isinstance(error, NameError)
+
+
+def why_unknown(row: dict) -> str:
+    """Why no function of INPUTS knows the row."""
+    for name in ("instruction", *PROMPT_FIELDS):
+        if name in row and is_missing(row[name]):
+            return "empty prompt"
+        if isinstance(row.get(name), dict | int | float):
+            return f"not a text: `{name}` holds a {type(row[name]).__name__}"
+    return f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
+
+
+# What reading raises where junk is nested in place of a text or a number.
+JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
+
+
+def known_data_set(row: dict) -> dict:
+    """The row with the plain names of EXISTING ANSWERS's DATA_SETS added."""
+    try:
+        return plain_names(row)
+    except JUNK as error:
+        raise Failed("input", f"malformed record: {error}") from None
+
+
+def add_row_answers(record: Record, row: dict, numbers=None) -> None:
+    """Give the record the row's own answers; a Failed that this raises knows the record."""
+    try:
+        add_answers(record, row, numbers)
+        for answer in record.answers:
+            check_text_only(answer.text)
+    except Failed as error:
+        error.record = record
+        raise
+    except JUNK as error:
+        raise Failed("input", f"malformed record: {error}", record=record) from None
+
+
+def renamed_row(row: object, rename: dict) -> object:
+    """The row with --rename applied; raises Failed if two of its fields then have one name."""
+    if not rename or not isinstance(row, dict):
+        return row
+    renamed = {rename.get(name, name): value for name, value in row.items()}
+    if len(renamed) < len(row):
+        raise Failed("input", "--rename: two fields of one name")
+    return renamed
+
+
+def renamed_rows(path: str, rename: dict):
+    """Yield (line, row or Failed) for each row of a file, with --rename applied."""
+    for line, row in read_rows(path):
+        try:
+            yield line, row if isinstance(row, Failed) else renamed_row(row, rename)
+        except Failed as error:
+            yield line, error
+
+
+ID_NAME = re.compile(r"(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
+
+
+def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
+    """Names of the filled fields that change nothing in any of these rows when they are left out.
+
+    Ids are not named, nor are labels and scores of an answer, which may all be good."""
+    used: set[str] = set()
+    filled: dict[str, None] = {}  # in the order of the file
+    for row in rows:
+        if not isinstance(row, dict):
+            continue
+        result = reading_of(row, rename, with_answers)
+        if result is None:
+            continue
+        for name, value in row.items():
+            if is_missing(value):
+                continue
+            filled[name] = None
+            rest = {key: row[key] for key in row if key != name}
+            if reading_of(rest, rename, with_answers) == result:
+                row = rest
+            else:
+                used.add(name)
+    unused = []
+    for name in filled:
+        is_label = plain_name(rename.get(name, name)) in {*THUMB_FIELDS, *GRADE_FIELDS}
+        if name not in used and not is_label and not ID_NAME.fullmatch(name):
+            unused.append(name)
+    return unused
+
+
+def reading_of(row: dict, rename: dict, with_answers: bool) -> list | None:
+    """What a row is read as, to compare; None if it cannot be read."""
+    try:
+        return parse_row(renamed_row(row, rename), with_answers)
+    except (Failed, PartError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------------
+# §9 READING FILES: read_rows: lines, JSON, tables, Parquet -> rows; broken lines cost one record
 # In: a path. Out: (line, row or Failed), one at a time; UserError if the file cannot be read.
-# Called by read_records (§2) and check_input (§17). A file's kind is told by its first bytes.
+# Called by read_records (§2) and check_input (CLI). A file's kind is told by its first bytes.
 # --------------------------------------------------------------------------------------------------
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # no part of a line: a byte order mark (three bytes), white space
@@ -3900,7 +2936,7 @@ def plain_value(value: object) -> object:
 
 
 # --------------------------------------------------------------------------------------------------
-# §9 EXISTING ANSWERS: answers that a row brings, and the signals that rank them
+# §10 EXISTING ANSWERS: answers that a row brings, and the signals that rank them
 # In: one row (a dict) and the Record that §2 made of it. Out: record.answers with votes, or Failed.
 # parse_row calls add_answers, read_records calls group_rows; only rank_responses needs either.
 # --------------------------------------------------------------------------------------------------
@@ -4025,7 +3061,7 @@ def ready_texts(row: dict, names: tuple) -> dict:
         return sides if None not in sides.values() else {}
     if not all(map(is_turns, sides.values())):
         return {}
-    turns = [message(turn) for side in sides.values() for turn in side]
+    turns = [message(turn) for turn in itertools.chain.from_iterable(sides.values())]
     if turns[0]["role"] != "assistant":
         return turns_of_two(sides, *names, names)
     if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
@@ -4171,14 +3207,14 @@ class ChoiceNumbers:
 
     The file is read when the first such number is met; most files need no pass of their own."""
 
-    def __init__(self, rows):
+    def __init__(self, rows) -> None:
         self.rows = rows  # the rows of the file, read once
         self.is_read = False
         self.starts = defaultdict(lambda: {0, 1})  # (field, first end) -> what it may count from
         self.values = defaultdict(set)  # (field, first end) -> some values that occur
         self.preferences: set[float] = set()  # values of `preference` outside 1..2
 
-    def read(self):
+    def read(self) -> None:
         """Collect the numbers of every row."""
         self.is_read = True
         for row in self.rows:
@@ -4186,7 +3222,7 @@ class ChoiceNumbers:
                 with contextlib.suppress(Failed, *JUNK):
                     self.add(plain_row(row))
 
-    def add(self, row: dict):
+    def add(self, row: dict) -> None:
         """Note the numbers of one row."""
         value = quantity(row.get("preference"))
         if value is not None and not 1 <= value <= 2:
@@ -4200,7 +3236,7 @@ class ChoiceNumbers:
                 for answers in answer_sets(row):
                     self.add_place(name, place, answers)
 
-    def add_place(self, name: str, place: float, answers: AnswerSet):
+    def add_place(self, name: str, place: float, answers: AnswerSet) -> None:
         """Narrow down what a field counts from, by one of its values."""
         kind = (name, answers.ends[:1])
         starts, count = self.starts[kind], len(answers.texts)
@@ -4228,7 +3264,7 @@ class ChoiceNumbers:
             f"--rename {name}=winner_from_0 or --rename {name}=winner_from_1",
         )
 
-    def check_preference(self, value: float):
+    def check_preference(self, value: float) -> None:
         """Raise Failed if `preference` leaves AlpacaEval's range anywhere in the file."""
         if not self.is_read:
             self.read()
@@ -4285,7 +3321,7 @@ def item_text(item):
     return next((item[name] for name in TEXTS if item.get(name)), "")
 
 
-def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None):
+def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None) -> None:
     """Give the record the row's own answers, their votes, the kind of signal and its scale.
 
     Raises Failed for a tie, for no preference and for signals that contradict each other."""
@@ -4374,7 +3410,7 @@ def winners_of(row: dict) -> dict:
     return filled or winners
 
 
-def check_winners(winners: dict, sets: list[AnswerSet]):
+def check_winners(winners: dict, sets: list[AnswerSet]) -> Never:
     """Raise Failed for a winner that names no answer of any set."""
     for name, value in winners.items():
         if name in LOOSE_WINNERS or any(name in answers.winners for answers in sets):
@@ -4480,7 +3516,7 @@ def field_set(row: dict, fields: tuple, ends: tuple, forms: tuple, beside: list)
     return answers
 
 
-def check_places(one: AnswerSet, other: AnswerSet, row: dict):
+def check_places(one: AnswerSet, other: AnswerSet, row: dict) -> None:
     """Raise Failed if a field speaks by places and could mean two sets of different answers."""
     keys, other_keys = set(one.keys) - {""}, set(other.keys) - {""}
     same = keys <= other_keys if one.chosen else keys == other_keys  # a pair may be two of a list
@@ -4496,9 +3532,9 @@ def placed_fields(answers: AnswerSet, row: dict) -> set[str]:
     fields = {*answers.column_fields, *answers.winners}
     for name in LIST_FIELDS:
         values = row.get(name)
-        if isinstance(values, list) and len(values) == len(answers.texts):
-            if any(value not in EMPTY for value in values):
-                fields.add(name)
+        is_column = isinstance(values, list) and len(values) == len(answers.texts)
+        if is_column and any(value not in EMPTY for value in values):
+            fields.add(name)
     return fields
 
 
@@ -4507,7 +3543,7 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
     count = len(answers.texts)
     signals = []
 
-    def add_choice(name: str, best):
+    def add_choice(name: str, best) -> None:
         values = [float(index in best) for index in range(count)]
         signals.append(make_signal(answers, name, "choice", 0.0, values))
 
@@ -4542,7 +3578,7 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
     return signals
 
 
-def read_winner(name: str, value, sets: list[AnswerSet], numbers: ChoiceNumbers):
+def read_winner(name: str, value, sets: list[AnswerSet], numbers: ChoiceNumbers) -> None:
     """Enter the answer that a field names in each set it speaks of; raises Failed for a tie.
 
     A name that belongs to one set (its field, its model, its text) says nothing of the others."""
@@ -4709,7 +3745,7 @@ def ranks_of_order(order: list) -> list:
     return [places.index(index) for index in range(len(places))]
 
 
-def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]):
+def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]) -> None:
     """Give the record the answers that every signal rates, the kind of signal and its scale.
 
     Each answer gets its votes in all signals, and the first score among them as its score. Flags
@@ -4748,7 +3784,7 @@ def useful_signals(answers: AnswerSet, signals: list[Signal]) -> list[Signal]:
     return sorted(useful, key=lambda entry: KINDS.index(entry.kind))
 
 
-def check_directions(keys: list[str], signals: list[Signal], main: list[Signal]):
+def check_directions(keys: list[str], signals: list[Signal], main: list[Signal]) -> None:
     """Raise Failed if two signals contradict each other, or if no two answers differ in all."""
     differ = False
     for one, other in itertools.combinations(keys, 2):
@@ -4913,7 +3949,564 @@ def single_text(row: dict) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# §10 FINAL ANSWERS: --judge-model exact_match: final_answer, same_answer, exact_scores
+# §11 TEXTS: words, similarity, loops, refusals, languages: what FILTERS is made of
+# In: texts. Out: what the filters and the report ask of them. Called by §5 FILTERS and REPORT.
+# --------------------------------------------------------------------------------------------------
+
+CODE_BLOCK = re.compile(r"```.*?```", re.S)
+CODE = re.compile(  # blocks, `inline` code, URLs and formulas
+    CODE_BLOCK.pattern + r"|`[^`\n]+`|https?://\S+|\$\$.*?\$\$|\$[^$\n]+\$"
+    r"|\\\[(?:(?!\\\[).)*?\\\]|\\\((?:(?!\\\().)*?\\\)",  # up to the next opening: linear time
+    re.S,
+)
+MARKUP_TAG = re.compile(r"<[^<>\n]+>")
+
+
+def word_runs(words: list[str], size: int) -> list[tuple[str, ...]]:
+    """All runs of `size` words: `(["a", "b", "c"], 2)` -> `[("a", "b"), ("b", "c")]`."""
+    shifted = [words[start:] for start in range(size)]
+    return list(zip(*shifted, strict=False))
+
+
+def character_runs(text: str, size: int, step: int = 1) -> list[str]:
+    """The runs of `size` characters, one every `step`: `("abcd", 3)` -> `["abc", "bcd"]`."""
+    return [text[start : start + size] for start in range(0, len(text) - size + 1, step)]
+
+
+def is_chinese(words: list[str]) -> bool:
+    """Whether over 30 % of the words of `split_words` are Chinese, Japanese, Korean characters."""
+    characters = sum(word >= "\u3040" for word in words)
+    return characters > 0.3 * len(words)
+
+
+def without_code(text: str) -> str:
+    """The text without code blocks and markup tags: in those, repetition is right."""
+    if "```" in text:
+        text = CODE_BLOCK.sub(" ", text)
+    return MARKUP_TAG.sub(" ", text) if "<" in text else text
+
+
+@functools.lru_cache(maxsize=64)
+def fold_text(text: str, keep_case: bool = False) -> str:
+    """For comparing: without case, white space and a final full stop; 42 and -42 stay different."""
+    text = unicodedata.normalize("NFC", text)
+    if not keep_case:
+        text = text.casefold()
+    return " ".join(text.split()).rstrip(".。 ")
+
+
+def similarity(a: str, b: str, floor: float) -> float:
+    """Jaccard similarity (0..1) of character 5-grams without white space; 0 if below `floor`."""
+    shorter, longer = sorted(("".join(a.split()), "".join(b.split())), key=len)
+    if len(shorter) < 5 or len(shorter) < floor * len(longer):
+        return 0.0
+    # At a similarity of .8 it happens once in 1,000 that half of 16 samples are missing.
+    samples = character_runs(shorter, 5, max(1, len(shorter) // 16))
+    if sum(sample in longer for sample in samples) < len(samples) / 2:
+        return 0.0
+    # The sets of a book take 40 MB each: those are not kept.
+    five_grams = grams if len(longer) <= SAMPLE_TEXT else grams.__wrapped__
+    grams_a, grams_b = five_grams(shorter), five_grams(longer)
+    return len(grams_a & grams_b) / len(grams_a | grams_b)
+
+
+@functools.lru_cache(maxsize=64)
+def grams(text: str) -> set[str]:
+    """The character 5-grams of a text, kept for a while: the report compares one with several."""
+    return set(character_runs(text, 5))
+
+
+def chinese_share(text: str) -> tuple[float, int]:
+    """The share of Chinese among Chinese characters and Latin words, and the number of both."""
+    chinese = 0 if text.isascii() else len(CHINESE_CHARACTER.findall(text))
+    units = chinese + len(LATIN_WORD.findall(text))
+    return chinese / max(1, units), units
+
+
+CHINESE_CHARACTER = re.compile(rf"[{CJK}]")
+# A word that begins with a capital may be a name, which no language translates.
+LATIN_WORD = re.compile(r"(?<![A-Za-z\u00c0-\u024f])[a-z\u00df-\u00ff][A-Za-z\u00c0-\u024f]+")
+ERROR_TEXT = re.compile(
+    r"\s*(?:\*\*(?:API REQUEST|NETWORK) ERROR|NETWORK ERROR DUE TO|\$(?:ERROR|MODERATION)\$"
+    r"|生成失败\s*(?:$|[:：!！。]|[,，]\s*请))"
+)
+CONTROL = re.compile(
+    r"(?m)(<\|)\w[^|\n<>]*\|>|\[/?(INST\])|</?(think>)|<</?(SYS>)>|^(Human|Assistant): "
+)
+CONTROL_STARTS = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
+# A mark that a sentence speaks of: in quotes, or with words of the same sentence on both sides.
+MARK = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
+SPOKEN_OF = re.compile(
+    rf"[\"'“‘「『(（]{MARK}[\"'”’」』)）]"
+    rf"|(?<=[\w,，、]) {MARK}(?=[,，、;；:：)）]| ?[a-z(（]| ?[{CJK}])"
+    rf"|(?<=[{CJK}，、：]){MARK}(?= ?(?:和|与|或|之|的|来|标|符|等|结尾|开头))"
+)
+ZH_COUNT = "二三四五六七八九十百千两几"
+# "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not.
+REPEAT_ASKED = re.compile(
+    r"(?i)\brepeat|again and again|lines of|\b(?:\d+|three|four|five|six|seven|eight|nine|t[ew]\w+"
+    r"|\w+ty|\w+teen|hundred) times\b(?! *\d)"
+    r"|\b(?:songs?|lyrics|poems?|refrain|chorus|chant|rhymes?)\b"
+    rf"|重复|反复|(?<!谷)歌|诗|(?<![第\d{ZH_COUNT}])(?:\d+|[{ZH_COUNT}]+) *[遍次行]"
+)
+LOOP_LENGTH = 100  # characters that a repeated end takes at least
+LOOP_UNIT = 1000  # characters of the longest unit that is looked for at the end
+LOOP_SHARE = 0.75  # of the words in consecutive repeats, from which a text is a loop
+REPEATS_ITSELF = 0.30  # of the words in repeated runs, from which a kept text is worth a review
+RULED_LINE = re.compile(r"[-_=*~#|:+\\\[\]—–─━═\s]*")  # also the empty cells of a table
+NUMBER = re.compile(r"\d+")
+
+
+def is_repetition_loop(text: str) -> bool:
+    """Whether the text ends in a repeated unit, or is mostly one unit that is repeated in a row.
+
+    Passages that return after other text (a refrain, the weeks of a plan) are no loop."""
+    if len(text) < LOOP_LENGTH:
+        return False
+    return ends_in_repeats(text) or consecutive_share(text) >= LOOP_SHARE
+
+
+def ends_in_repeats(text: str) -> bool:
+    """Whether the text ends in a unit repeated 4 times (from 200 characters: 3 times) or more.
+
+    If one number counts on ("1. Wait. 2. Wait. 3. Wait."), that is no difference: over 10 times."""
+    end = text[-5 * LOOP_UNIT :].rstrip()
+    unit, times = repeated_end(end)
+    if times:
+        return not RULED_LINE.fullmatch(unit)
+    if not NUMBER.search(end[-200:]):
+        return False
+    end = end[-2 * LOOP_UNIT :]
+    unit, times = repeated_end(NUMBER.sub("0", end))
+    words = split_words(unit.replace("0", " "))
+    if times <= 10 or len(words) < 2:  # a program that counts to 10 prints such lines rightly
+        return False
+    return counts_on(NUMBER.findall(end), times, unit.count("0"))
+
+
+def repeated_end(text: str) -> tuple[str, int]:
+    """The shortest unit that the text ends with several times, and how often; ("", 0) if none."""
+    last_characters = text[-8:]
+    last_place = len(text) - len(last_characters)
+    place = last_place
+    while place > max(0, last_place - LOOP_UNIT):
+        place = text.rfind(last_characters, 0, place + len(last_characters) - 1)
+        if place < 0:
+            break
+        unit = text[place - last_place :]
+        least = max(4 if len(unit) < 200 else 3, math.ceil(LOOP_LENGTH / len(unit)))
+        if text.endswith(unit * least):
+            times = least
+            while text.endswith(unit * (times + 1)):
+                times += 1
+            return unit, times
+    return "", 0
+
+
+def counts_on(numbers: list[str], times: int, columns: int) -> bool:
+    """Whether in the last `times` units one number at most counts on, and the others stay."""
+    numbers = numbers[len(numbers) - times * columns :]
+    counting = 0
+    for column in range(columns):
+        values = [int(number[-9:]) for number in numbers[column::columns]]
+        steps = {after - before for before, after in itertools.pairwise(values)}
+        # At both ends a number may be cut: its steps are left out.
+        inner_steps = {after - before for before, after in itertools.pairwise(values[1:-1])}
+        if inner_steps == {1}:
+            counting += 1
+        elif steps != {0}:
+            return False
+    return counting <= 1
+
+
+def consecutive_share(text: str) -> float:
+    """Share (0..1) of the words in a unit that stands three times in a row or more; numbers aside.
+
+    Words that stood `distance` words before are part of a repeat; if that goes on for two units at
+    the same distance, the unit stands there three times."""
+    prose = without_code(text)
+    if not has_repeats(prose, LOOP_SHARE):
+        return 0.0
+    words = split_words(prose)
+    size = run_size(words)
+    last_place = {}
+    spans = [[0, 0, 0]]  # first word, word after the last, distance
+    for place, run in enumerate(word_runs(words, size)):
+        distance = place - last_place.get(run, place)
+        last_place[run] = place
+        if distance == spans[-1][2]:
+            spans[-1][1] = place + size
+        else:
+            spans.append([place, place + size, distance])
+    inside = set()
+    for start, end, distance in spans:
+        if distance and end - start >= 2 * distance:
+            inside.update(range(start - distance, end))
+    counted = [place for place in inside if not words[place].isdigit()]
+    return len(counted) / max(1, len(words))
+
+
+def repeated_share(text: str) -> float:
+    """Share (0..1) of the words in runs of 10 words (20 Chinese characters) that occur again."""
+    prose = without_code(text)
+    if not has_repeats(prose, REPEATS_ITSELF):
+        return 0.0
+    words = split_words(prose)
+    size = run_size(words)
+    runs = word_runs(words, size)
+    counts = Counter(runs)
+    inside = set()
+    for start, run in enumerate(runs):
+        if counts[run] > 1:
+            inside.update(range(start, start + size))
+    return len(inside) / max(1, len(words))
+
+
+def run_size(words: list[str]) -> int:
+    """Words in a row that two passages do not share by chance: 10, or 20 Chinese characters."""
+    return 20 if is_chinese(words) else 10
+
+
+def has_repeats(text: str, share: float) -> bool:
+    """False if surely less than `share` of the text is repeated: few of 8 samples occur twice."""
+    samples = character_runs(text, 12, max(12, len(text) // 8))
+    allowed_misses = len(samples) * (1 - share / 2)
+    misses = 0
+    for sample in samples:
+        if text.count(sample) < 2:
+            misses += 1
+            if misses > allowed_misses:
+                return False
+    return True
+
+
+ECHO_ASKED = re.compile(  # work on the prompt's own text
+    r"(?i)\b(?:repeat|rewrit|re-?phras|paraphras|correct|proof-?read|edit|translat|fix|improv"
+    r"|summar"
+    r"|extract|copy|quot|punctuat|complet|continu|fill|echo|recit|convert|format)|_{2,}"
+    r"|重复|复述|改写|改正|修改|修正|翻译|译成|译为|润色|纠正|校对|补全|补充|续写|填空|提取"
+    r"|摘录|总结|概括|朗读|抄写|转换|标点"
+)
+NEGATION = re.compile(
+    r"(?i)\b(?:not|no|never|none|nor|neither|without|cannot)\b|n['’]t\b|[不没无非未别莫勿否]"
+)
+CODE_SIGN = re.compile(r"[(){}\[\]<>=+/\\^&|%$@~_]|(?<=\w)\*(?=\w)")
+
+
+def differ_in_what_counts(a: str, b: str) -> bool:
+    """Whether two texts differ in a number, a negation, a token of code, or in nothing but case."""
+    if fold_text(a) == fold_text(b):
+        return True
+    for pattern in (NUMBER, NEGATION, CODE_SIGN, CODE):
+        if Counter(pattern.findall(a)) != Counter(pattern.findall(b)):
+            return True
+    return False
+
+
+CANNOT = r"(?:can(?:no|['’])t|cannot|am (?:unable|not able) to|won['’]t|will not)"
+ZH_CANNOT = "(?:无法|不能|没有办法|没法|不便|拒绝)"
+REFUSAL_OPENS = re.compile(
+    r"(?i)\W*(?:(?:i['’]?m|i am)\s+(?:really |very |so |truly |deeply )?"
+    r"(?:sorry|afraid|unable|not able)"
+    rf"|sorry,?\s+(?:but|i\b)|i\s+(?:apologi[sz]e|{CANNOT}"
+    r"|do(?:n['’]t| not) (?:feel able|have access))"
+    r"|as an (?:ai|artificial)|unfortunately,?\s+(?:i\b|as an)|my apologies"
+    r"|it(?:['’]s| is) not (?:appropriate|possible)"
+    r"|(?:很|非常|十分)?(?:抱歉|遗憾|对不起)|不好意思"
+    r"|作为(?:一个|一名)?(?:AI|人工智能|大?语言模型)"
+    rf"|我(?:是一个?(?:AI|人工智能|语言模型)[^。]{{0,30}})?{ZH_CANNOT})"
+)
+REFUSAL_SAYS = re.compile(
+    rf"(?i)\b(?:i {CANNOT} (?:help|assist|provide|fulfil|complete|comply|create|write|generate"
+    r"|do that|answer|engage|support|offer|give|share|discuss|recommend)"
+    r"|unable to (?:help|assist|provide|comply)"
+    r"|(?:i['’]?m|i am) (?:just an|an) ai\b[^.]{0,80}\b(?:can(?:no|['’])t|cannot|unable|not able))"
+    rf"|{ZH_CANNOT}(?:[为给][您你])?"
+    r"(?:确切|准确|直接)?地?"
+    r"(?:提供|回答|帮助|协助|满足|完成|讨论|生成|执行|访问|查看|获取|给出|直接)"
+)
+# After "I cannot ...": the turn to an answer that follows all the same.
+ANSWER_FOLLOWS = re.compile(
+    r"(?i)\b(?:however|but|that said|instead|nevertheless|still|nonetheless)\b[^.:。]{0,60}?"
+    r"\b(?:here|i can|i could|i['’]ll|let me|you can|some|several|there (?:is|are)|generally"
+    r"|in general|general|typically|usually)\b"
+    r"|\b(?:generally|in general|in most cases|typically|usually|here (?:is|are)|here['’]s an?)\b"
+    r"|一般(?:来说|而言|情况)|通常(?:来说|情况|，)|总的来说|以下是|下面是|根据"
+    r"|(?:但|不过|然而)[^。]{0,20}(?:可以|以下|一般|通常)"
+)
+ANSWER_WORDS = 60  # words or Chinese characters after such a turn that make an answer
+
+
+def is_refusal(text: str) -> bool:
+    """Whether the first 240 characters open like a refusal and say it, and no answer follows.
+
+    Either alone misfires ("I'm sorry to hear that"). "I can't say exactly, but in general ..." with
+    a whole answer behind it is no refusal."""
+    text = text.strip()
+    head = text[:240]
+    if not REFUSAL_OPENS.match(head):
+        return False
+    statement = REFUSAL_SAYS.search(head)
+    if not statement:
+        return False
+    turn = ANSWER_FOLLOWS.search(text, statement.end(), statement.end() + 800)
+    return turn is None or len(split_words(text[turn.start() :])) < ANSWER_WORDS
+
+
+LANGUAGE_ASKED = re.compile(
+    r"(?i)translat|english|chinese|french|japanese|korean|german|spanish|russian|italian|language"
+    r"|\b(?:mandarin|cantonese|hanzi|pinyin|kanji|kana|hiragana|katakana|romaji|hangul|portuguese"
+    r"|dutch|arabic|hindi|latin|greek|turkish|polish|thai|vietnamese)\b"
+    r"|python|java|sql|code|\b(?:html|css|regex|latex|json|yaml|bash|shell|linux)\b"
+    r"|翻译|译成|译为|[英法德日韩俄汉中葡]文|[英法德日韩俄汉葡外双国粤牙]语|意大利语|阿拉伯语"
+    r"|拉丁|普通话|拼音|假名|罗马字|单词|词汇|短语|例句|造句|语法|时态|字母|缩写|拼写"
+    r"|代码|函数|程序|编写|算法|排序|脚本|命令|公式|正则|网页|网站|域名|变量|查询语句|数据库|服务器"
+)
+QUOTED_LATIN = re.compile(r"[“\"'‘「][A-Za-z][^”\"'’」]*[”\"'’」]")  # a Chinese prompt about a word
+QUOTED = re.compile(r"“[^”]*”|\"[^\"\n]*\"|「[^」]*」|『[^』]*』")
+CODE_LINE = re.compile(
+    r"(?m)^[ \t]*(?:<.*|.*[;{}\]]|.*\)\s*[:{]|.*\w\(.*\)|\w+ = .*"
+    r"|(?i:SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE|ALTER|DROP|FROM|(?:LEFT |INNER )?JOIN|WHERE"
+    r"|GROUP BY|ORDER BY|VALUES|HAVING|LIMIT)\b.*"
+    r"|(?:#|//|(?:import|from|def|class|return|const|let|var|print|echo|sudo|pip|npm|git)\b).*"
+    r")[ \t]*$"
+)
+
+
+def answered_in_other(asked_in_chinese: bool, text: str) -> bool:
+    """Whether a text of 8 words or characters at least is not in the language asked in."""
+    share, units = chinese_share(text)
+    if units < 8:
+        return False
+    return share < 0.20 if asked_in_chinese else share > 0.50
+
+
+# --------------------------------------------------------------------------------------------------
+# §12 JUDGE REPLIES: parse_scores: a judge's reply -> one score for each id, or a refusal
+# In: the reply and the ids. Out: scores in the order of the ids. Called by §3 JUDGE.
+# --------------------------------------------------------------------------------------------------
+
+
+class UnreadableReply(Exception):
+    """A judge's reply does not give one clear score for each answer; the text says why."""
+
+
+# How a judge may write its scores. Full-width characters are made ASCII before.
+FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0xFFE5: "¥"}
+QUOTES = "\"'“”‘’「」`*"
+SCORE_NUMBER = r"[-+]?\d+(?:,\d{1,2}(?!\d)|\.\d*)?(?:e[-+]?\d+)?"
+SCORE = re.compile(rf"({SCORE_NUMBER})(?:\s*(?:/|out of)\s*(\d+)|\s*(?:points?|分))?", re.I)
+KEY = rf"[\s{QUOTES}]*(?:answer\s+)?(\w+)[\s{QUOTES}]*[:=]"
+ENTRY = re.compile(rf"{KEY}(.*?)(?:,(?={KEY})|,?\s*\Z)", re.I | re.S)
+SCORE_LINE = re.compile(
+    rf"\W*(?:answer\s+)?([a-z]\d)[\s{QUOTES}]*[:=][\s{QUOTES}]*({SCORE.pattern})\W*", re.I
+)
+OBJECT = re.compile(r"\{([^{}]*)\}")
+OBJECT_LIST = re.compile(r"\[\s*(?:\{[^{}]*\}[\s,]*)+\]")
+STRING = re.compile(r""":\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'"\\]|\\.)*)')(?=\s*[,}])""", re.S)
+ID_OR_SCORE = re.compile(rf"\W*(?:(?:answer\s+)?[a-z]\d|{SCORE.pattern})\W*", re.I)
+SCORE_KEYS = ("SCORE", "RATING", "GRADE", "评分", "分数", "得分")
+THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratchpad"
+THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
+THOUGHT_MARK = re.compile(rf"<(/?)(?:{THOUGHTS})>", re.I)
+# Words after the scores that may take them back or give others.
+REVISION = re.compile(
+    r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|oops|apolog"
+    r"|invert|reflection|second thought|re-?(?:do|evaluat|consider)|instead|should|rather"
+    r"|exchang|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal|other way"
+    r"|scor|grad(?:e|ing)|rating"
+    r"|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
+    r"|\b(?:an?|gets?|to|is|be|of)\s+(?:one|two|three|four|five|six|seven|eight|nine|ten|zero)\b"
+    r"|更正|修正|纠正|改|其实|应|不对|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分"
+    r"|得分|打分|[零一二两三四五六七八九十]\s*分",
+    re.I,
+)
+
+
+def parse_scores(reply: str, ids: list[str]) -> list[float]:
+    """A judge's reply -> one score for each id; raises UnreadableReply, for there are no defaults.
+
+    The last innermost {...} that names an id counts: it must give each id one score, and no number
+    to anything else. What stands around it is free, unless it may mean other scores: another
+    grading in the same object, thoughts that do not end, numbers or words of correction after it.
+
+    >>> parse_scores('Q7 errs. {"reason": "5", "scores": {"K3": 8, "Q7": "3.5"}}', ["Q7", "K3"])
+    [3.5, 8.0]
+    """
+    text = plain_reply(reply, ids)
+    name = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(ids)})(?![a-z0-9])", re.I)
+    gradings = [match for match in OBJECT.finditer(text) if name.search(match[1])]
+    if not gradings:
+        return scores_in_lines(text, ids, name)
+    start, end = gradings[-1].span()
+    scores = read_entries(split_entries(gradings[-1][1]), ids)
+    levels = check_before(text[:start], gradings[:-1], name)
+    if text.count("}", end) + text.count("]", end) < levels:
+        raise UnreadableReply("it ends inside the JSON")  # this may have been a draft
+    check_after(name.sub("", text[end:]))
+    return scores
+
+
+def scores_in_lines(text: str, ids: list[str], name: re.Pattern) -> list[float]:
+    """`parse_scores` for a reply without JSON, from lines that hold an id and its score alone.
+
+    >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
+    [8.0, 3.0]
+    """
+    entries = []
+    before = text
+    after = ""
+    position = 0
+    for line in text.splitlines(keepends=True):
+        position += len(line)
+        if match := SCORE_LINE.fullmatch(line):
+            entries.append((match[1].upper(), match[2]))
+            before = text[:position]
+            after = text[position:]
+        elif name.search(line) and re.search(r"\d", name.sub("", line)):
+            raise UnreadableReply("a number beside an id on a line of another form")
+    if "{" in text or not entries:
+        raise UnreadableReply("no scores in it")
+    check_before(before, [], name)
+    check_after(name.sub("", after))
+    return read_entries(entries, ids)
+
+
+def plain_reply(reply: str, ids: list[str]) -> str:
+    """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`."""
+    text = THOUGHT_BLOCK.sub("", without_thinking(reply)).translate(FULL_WIDTH)
+    text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
+    text = STRING.sub(empty_text, text)
+
+    def flat_object(match: re.Match) -> str:
+        """`K3: {score: 8, reason: ...}` -> `K3: 8`"""
+        score = score_entry(match[2])
+        return f"{match[1]} {score}" if score else match[0]
+
+    def flat_list(match: re.Match) -> str:
+        """`[{id: K3, score: 8}, {id: Q7, score: 3}]` -> `{K3: 8, Q7: 3}`"""
+        entries = []
+        for item in OBJECT.findall(match[0]):
+            named = [value for _, value in split_entries(item) if short_id(value) in ids]
+            score = score_entry(item)
+            if len(named) != 1 or not score:
+                return match[0]
+            entries.append(f"{short_id(named[0])}: {score}")
+        return "{" + ", ".join(entries) + "}"
+
+    nested = rf"((?:{'|'.join(ids)})[\s{QUOTES}]*[:=])\s*{OBJECT.pattern}"
+    return OBJECT_LIST.sub(flat_list, re.sub(nested, flat_object, text, flags=re.I))
+
+
+def empty_text(match: re.Match) -> str:
+    """`: "any text"` -> `: ""`; an id or a score stays."""
+    text = match[1] if match[1] is not None else match[2]
+    return match[0] if ID_OR_SCORE.fullmatch(text) else ': ""'
+
+
+def short_id(value: str) -> str:
+    """`answer k3` -> `K3`."""
+    return re.sub(r"(?i)^answer\s+", "", value).upper()
+
+
+def score_entry(inner: str) -> str:
+    """The value of an object's only score, "" if it has none or several."""
+    scores = [value for key, value in split_entries(inner) if key in SCORE_KEYS]
+    return scores[0] if len(scores) == 1 else ""
+
+
+def split_entries(inner: str) -> list[tuple[str, str]]:
+    """What stands between two braces -> its (KEY, value) entries, [] if it is anything else.
+
+    >>> split_entries('"K3": 8, q7 = "3,5",')
+    [('K3', '8'), ('Q7', '3,5')]
+    """
+    inner = re.sub(r"//[^\n]*", "", inner)
+    entries = []
+    position = 0
+    while position < len(inner.rstrip()):
+        entry = ENTRY.match(inner, position)
+        if not entry:
+            return []
+        entries.append((entry[1].upper(), entry[2].strip(QUOTES + " \t\r\n")))
+        position = entry.end()
+    return entries
+
+
+def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> list[float]:
+    """(id, score) entries -> the scores in the order of `ids`; raises UnreadableReply."""
+    scores = {}
+    for key, value in entries:
+        if key in scores:
+            raise UnreadableReply(f"two scores for {key}")
+        if key in ids:
+            scores[key] = read_score(key, value)
+        elif SCORE.match(value) or re.fullmatch("[A-Z][0-9]?", key):
+            raise UnreadableReply(f"a score for {key[:20]}, which no answer is called")
+    for name in ids:
+        if name not in scores:
+            raise UnreadableReply(f"no score for {name}")
+    return [scores[name] for name in ids]
+
+
+def read_score(name: str, value: str) -> float:
+    """`8`, `3,5`, `8/10` -> a score within JUDGE_SCALE; raises UnreadableReply."""
+    match = SCORE.fullmatch(value)
+    score = number(match[1].replace(",", ".")) if match else None
+    if score is None:
+        raise UnreadableReply(f"the score for {name} is no number")
+    low, high = JUDGE_SCALE
+    if not low <= score <= high or (match[2] and int(match[2]) != high):
+        raise UnreadableReply(f"score {value[:20]} is outside {low}-{high}")
+    return score
+
+
+def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
+    """How many brackets that lead to the scores must be closed after them, where `text` ends.
+
+    One that only holds a reason and "scores" need not be. Raises UnreadableReply if one of them
+    holds another grading, or if thoughts have not ended."""
+    marks = THOUGHT_MARK.findall(text)
+    if marks and not marks[-1]:
+        raise UnreadableReply("the scores stand in thoughts that do not end")
+    opened = []  # where each bracket that is still open stands
+    for bracket in re.finditer(r"[{}\[\]]", text):
+        if bracket[0] in "{[":
+            opened.append(bracket.start())
+        elif opened and text[opened[-1]] + bracket[0] in ("{}", "[]"):
+            opened.pop()
+    if opened and any(draft.start() > opened[0] for draft in drafts):
+        raise UnreadableReply("two gradings in one object")
+    levels = 0
+    end = len(text)
+    whole = False  # the innermost key is "scores": what follows may be missing
+    for start in reversed(opened):
+        between = text[start + 1 : end]
+        leads_on = rf"(?:.*,)?{KEY}\s*" if text[start] == "{" else r"(?:.*,)?\s*"
+        leads = re.fullmatch(leads_on, between, re.S | re.I)
+        if not leads:
+            break
+        graded = rf"(?:{name.pattern}|scores)[\s{QUOTES}]*[:=][\s{QUOTES}]*\d"
+        if re.search(graded, between, re.I):
+            raise UnreadableReply("two gradings in one object")
+        whole = whole or (levels == 0 and text[start] == "{" and leads[1].lower() == "scores")
+        levels += 1
+        end = start
+    return 0 if levels == 1 and whole else levels
+
+
+def check_after(text: str) -> None:
+    """Raises UnreadableReply if what follows the scores, ids left out, may change them."""
+    if "{" in text or re.search(r"\d", text):
+        raise UnreadableReply("more numbers after the scores")
+    if REVISION.search(text):
+        raise UnreadableReply("a correction after the scores")
+    if THOUGHT_MARK.search(text):
+        raise UnreadableReply("the scores stand in thoughts")
+
+
+# --------------------------------------------------------------------------------------------------
+# §13 FINAL ANSWERS: --judge-model exact_match: final_answer, same_answer, exact_scores
 # In: a reference, answers, the prompt. Out: right, wrong or None, that is not checkable, as scores.
 # Called by score_answers and Run.judge. What may be read in two ways is not checkable.
 # --------------------------------------------------------------------------------------------------
@@ -4986,18 +4579,21 @@ LABEL_SETS = (  # labels that exclude each other, though the prompt may not list
 # they are variables.
 # fmt: off
 UNITS = {
-    "money": ("$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分", "¥ yuan rmb cny 元 块 块钱 元钱 人民币",
-              "角 毛", "€ euro euros eur 欧元", "£ gbp 英镑", "yen jpy 日元"),
-    "length": ("km kilometer kilometers kilometre kilometres 千米 公里", "meter meters metre metres 米",
+    "money": ("$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分",
+              "¥ yuan rmb cny 元 块 块钱 元钱 人民币", "角 毛",
+              "€ euro euros eur 欧元", "£ gbp 英镑", "yen jpy 日元"),
+    "length": ("km kilometer kilometers kilometre kilometres 千米 公里",
+               "meter meters metre metres 米",
                "cm centimeter centimeters centimetre centimetres 厘米",
                "mm millimeter millimeters 毫米",
                "mile miles 英里", "foot feet ft 英尺", "inch inches 英寸", "yard yards 码"),
-    "weight": ("kg kilogram kilograms 千克 公斤", "gram grams 克", "ton tons 吨", "pound pounds lb lbs 磅",
-               "ounce ounces oz 盎司"),
-    "volume": ("liter liters litre litres 升", "ml milliliter milliliters 毫升", "gallon gallons 加仑",
-               "quart quarts", "pint pints", "cup cups 杯"),
-    "time": ("second seconds sec 秒 秒钟", "minute minutes min mins 分钟", "hour hours hr hrs 小时 个小时",
-             "day days 天", "week weeks 周 星期", "month months 个月", "year years 年 岁"),
+    "weight": ("kg kilogram kilograms 千克 公斤", "gram grams 克", "ton tons 吨",
+               "pound pounds lb lbs 磅", "ounce ounces oz 盎司"),
+    "volume": ("liter liters litre litres 升", "ml milliliter milliliters 毫升",
+               "gallon gallons 加仑", "quart quarts", "pint pints", "cup cups 杯"),
+    "time": ("second seconds sec 秒 秒钟", "minute minutes min mins 分钟",
+             "hour hours hr hrs 小时 个小时", "day days 天", "week weeks 周 星期",
+             "month months 个月", "year years 年 岁"),
     "angle or heat": ("° degree degrees 度", "radian radians 弧度"),
     "part": ("% percent percents",),
     "speed": ("mph",),
@@ -5356,7 +4952,347 @@ def checked_pool(record: Record, answers: list[Answer]) -> list[Answer]:
 
 
 # --------------------------------------------------------------------------------------------------
-# §11 CALLS: ERROR_RULES, REQUEST_FIXES; Endpoint, Cache, Usage, Models; parse_model
+# §14 REPLIES: one reading of every server's reply: text, thoughts, finish reason, errors
+# In: what an SDK returns. Out: Reply or ApiError. Called by §7 PROVIDERS, CALLS and BATCH.
+# --------------------------------------------------------------------------------------------------
+
+
+def one_line(text) -> str:
+    """A text from a server as one safe line: no key, no control character, no lone surrogate."""
+    line = " ".join(redacted(scrub(str(text or ""))).split())
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", escape_character, line)
+
+
+def escape_character(match: re.Match) -> str:
+    r"""A control character made visible: `\x1b`."""
+    return f"\\x{ord(match[0]):02x}"
+
+
+def shorten(text: str, size: int) -> str:
+    """The first `size` characters of a text, up to a whole word, with a mark where it was cut."""
+    if len(text) <= size:
+        return text
+    start = text[:size].rpartition(" ")[0] or text[:size]
+    return f"{start} ..."
+
+
+# Finish reasons in lower case -> what they mean. Any other (error, abort, tool_calls): no reply.
+COMPLETE = "stop end_turn eos eos_token eos_found stop_sequence stop_token complete completed"
+COMPLETE += " finished normal null none finish_reason_unspecified"
+CUT = "length max_tokens max_length max_output_tokens max_new_tokens max_completion_tokens"
+CUT += " model_length model_context_window_exceeded context_length_exceeded"
+FILTERED = "content_filter content_filtered content-filter safety recitation language blocklist"
+FILTERED += " prohibited_content spii image_safety sensitive error_toxic refusal data_inspection"
+FINISH_REASONS = dict.fromkeys(COMPLETE.split(), "stop")
+FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
+FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
+
+
+def finish_kind(reason) -> str:
+    """A finish reason -> "stop", "length", "content_filter", or "" for a failed reply."""
+    if reason is None or reason == "":
+        return "stop"
+    return FINISH_REASONS.get(str(reason).strip().lower(), "")
+
+
+def make_reply(
+    content, finish, tokens_in, tokens_out, model=None, refusal=None, thoughts=None
+) -> Reply:
+    """The fields of a chat completion -> Reply; raises ApiError where it holds no answer.
+
+    `refusal` stands for a missing text. So do thoughts, in their marks: `answer_text` takes them
+    out again, and the run can say that only thoughts came."""
+    billed = (token_count(tokens_in), token_count(tokens_out))
+    kind = finish_kind(finish)
+    if not kind:
+        code = "tool call" if re.search("tool|function", str(finish)) else "unfinished"
+        raise ApiError(200, code, f"the reply ended with finish_reason {finish!r}", billed=billed)
+    text = content if isinstance(content, str) else join_parts(content)
+    if not text.strip() and isinstance(refusal, str):
+        text = refusal
+    if not text.strip() and kind == "stop":
+        if not isinstance(thoughts, str) or not thoughts.strip():
+            raise ApiError(200, "no text", "the reply holds no text", billed=billed)
+        text = f"<think>\n{thoughts}\n</think>"
+    name = model if isinstance(model, str) else ""
+    return Reply(scrub(text), kind, *billed, model=name)
+
+
+def token_count(value) -> int:
+    """A count of tokens as the server gives it -> an int, 0 for anything odd."""
+    count = number(value) or 0
+    return int(min(max(count, 0), 10**9))
+
+
+def join_parts(content) -> str:
+    """A message's content in parts -> its text; "" for anything that holds none."""
+    if not isinstance(content, list):
+        return ""
+    texts = []
+    for part in content:
+        text = part if isinstance(part, str) else look_up(part, "text")
+        if isinstance(text, str):
+            texts.append(text)
+    return "".join(texts)
+
+
+def look_up(value, path: str):
+    """What stands at a dotted path through objects and JSON (a list: its first item), or None."""
+    for step in path.split("."):
+        if isinstance(value, list):
+            value = value[0] if value else None
+        value = value.get(step) if isinstance(value, dict) else getattr(value, step, None)
+    return value
+
+
+def read_completion(body) -> Reply:
+    """A chat completion in OpenAI's form (an SDK's object, or JSON) -> Reply; raises ApiError."""
+    if isinstance(body, str):
+        raise ApiError(200, *read_error_body(body))
+    message = look_up(body, "choices.message")
+    if message is None:
+        raise_body_error(body)
+    tokens_in = look_up(body, "usage.prompt_tokens")
+    tokens_out = look_up(body, "usage.completion_tokens")
+    finish = look_up(body, "choices.finish_reason")
+    content = look_up(message, "content")
+    served = look_up(body, "model")
+    if isinstance(content, str) and content:
+        return make_reply(content, finish, tokens_in, tokens_out, served)
+    refusal = look_up(message, "refusal")
+    thoughts = look_up(message, "reasoning_content") or look_up(message, "reasoning")
+    return make_reply(content, finish, tokens_in, tokens_out, served, refusal, thoughts)
+
+
+def raise_body_error(body) -> None:
+    """Raise the ApiError for a 200 that holds an error: its own code counts as the status."""
+    error = look_up(body, "error")
+    if not isinstance(error, dict | str) or not error:
+        return
+    status = number(look_up(error, "code")) or 200
+    if not 400 <= status < 600:
+        status = 200
+    code, message = read_error_body(error)
+    raise ApiError(int(status), code or "error in the reply", message)
+
+
+def read_error_body(body) -> tuple[str, str]:
+    """(code, message): the server's own words, whatever the shape of its error body."""
+    if isinstance(body, str):
+        return read_error_text(body)
+    if isinstance(body, list):
+        return read_error_list(body)
+    if not isinstance(body, dict):
+        return "", ""
+    codes = [body.get(name) for name in ("code", "type", "status")]
+    codes = [code for code in codes if isinstance(code, str) and not code.isdigit()]
+    code = codes[0] if codes else ""
+    inner = [body.get("error"), body.get("errors"), body.get("detail")]
+    inner.insert(0, look_up(body.get("metadata"), "raw"))  # OpenRouter: its provider's words
+    for part in inner:
+        inner_code, message = read_error_body(part)
+        if message:
+            return inner_code or code, message
+    for name in ("message", "msg", "error_msg", "title"):
+        if isinstance(body.get(name), str):
+            return code, body[name]
+    return code, ""
+
+
+def read_error_list(items: list) -> tuple[str, str]:
+    """(code, message) of a list of errors: FastAPI's details joined, else the first one."""
+    details = []
+    for item in items:
+        if isinstance(item, dict) and isinstance(item.get("loc"), list):
+            place = ".".join(map(str, item["loc"]))
+            details.append(f"{place}: {item.get('msg')}")
+    if details:
+        return "", "; ".join(details)
+    return read_error_body(items[0]) if items else ("", "")
+
+
+def read_error_text(text: str) -> tuple[str, str]:
+    """(code, message) of an error body that is text: JSON in it is read, a page gives its title."""
+    text = text.strip()
+    if re.match(r"(?i)<(!doctype|html|head|\?xml)", text):
+        title = re.search(r"(?is)<title>(.*?)</title>", text)
+        return "web page", title[1].strip() if title else "a web page"
+    if text[:1] in ("{", "["):
+        with contextlib.suppress(ValueError, RecursionError):
+            code, message = read_error_body(json.loads(text))
+            return code, message or text
+    return "", text
+
+
+# Marks between which a model thinks: opening -> closing.
+THOUGHT_MARKS = {
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<thoughts>": "</thoughts>",
+    "<reasoning>": "</reasoning>",
+    "<seed:think>": "</seed:think>",
+    "[think]": "[/think]",
+    "◁think▷": "◁/think▷",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+}
+FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")  # gpt-oss (harmony)
+PLAIN_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*?assistant\s?final", re.S)  # marks lost
+# What ends a turn in a chat template: at the end of a line, or before the next turn's mark.
+END_MARK = re.compile(
+    r"(?<![`\"'“‘])(?:<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>|</s>)"
+    r"(?=[^\S\n]*(?:\n|\Z|<\|im_start|<\|start|<start_of_turn>|<s>))"
+)
+START_MARK = re.compile(r"<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<s>")
+
+
+def without_thinking(text: str) -> str:
+    """The text without leading thoughts; a block that never closes leaves nothing.
+
+    A closing mark whose block was opened in the prompt ends thoughts, too, if it stands on a line
+    of its own or at the start; an answer that speaks of `</think>` in a sentence stays as it is."""
+    rest = without_channels(text)
+    opening = leading_mark(rest)
+    while opening:
+        thoughts_and_rest = split_thoughts(rest.lstrip()[len(opening) :], THOUGHT_MARKS[opening])
+        if thoughts_and_rest is None:
+            return ""
+        rest = thoughts_and_rest
+        opening = leading_mark(rest)
+    lowered = rest.lower()
+    for opening, closing in THOUGHT_MARKS.items():
+        if closing in lowered and opening not in lowered:
+            mark = re.escape(closing)
+            alone = rf"(?i)\A\s*{mark}|\n[^\S\n]*{mark}[^\S\n]*(?=\n|\Z)"
+            end = re.search(alone, rest)
+            return rest[end.end() :] if end else rest
+    return rest
+
+
+def leading_mark(text: str) -> str:
+    """The mark in THOUGHT_MARKS with which a text starts, "" if there is none."""
+    start = text[:200].lstrip().lower()
+    if not start.startswith(("<", "[", "◁")):
+        return ""
+    for opening in THOUGHT_MARKS:
+        if start.startswith(opening):
+            return opening
+    return ""
+
+
+def split_thoughts(text: str, closing: str) -> str | None:
+    """What follows the closing mark (not one in quotes), or None if the thoughts never end."""
+    mark = re.escape(closing)
+    end = re.search(rf"(?i)(?<![`\"'“‘]){mark}|{mark}(?![`\"'”’])", text)
+    if not end:
+        return None
+    rest = text[end.end() :]
+    line_break = re.match(r"\s*\n", rest)  # the line after it keeps its indentation
+    return rest[line_break.end() :] if line_break else rest.lstrip()
+
+
+def without_channels(text: str) -> str:
+    """A gpt-oss reply in channels -> its final channel; "" if there is none; others unchanged."""
+    if "<|channel|>" in text:
+        final = FINAL_CHANNEL.split(text)
+        if len(final) > 1:
+            return re.split(r"<\|(?:return|end|call)\|>", final[-1])[0]
+        return "" if re.match(r"\s*(<\|start\|>assistant)?<\|channel\|>", text) else text
+    return PLAIN_CHANNELS.sub("", text, count=1)
+
+
+def cut_at_end_mark(reply: Reply) -> Reply:
+    """The reply up to its chat template's end mark: the model had ended, whatever it wrote after.
+
+    Servers that know no stop token let a model go on with turns of its own. Marks in code, in
+    quotes, or after a template's start mark belong to the answer."""
+    if "<" not in reply.text:
+        return reply
+    end = END_MARK.search(reply.text)
+    before = reply.text[: end.start()] if end else ""
+    if not before.strip() or before.count("```") % 2 or START_MARK.search(before):
+        return reply
+    return replace(reply, text=before.rstrip(), finish="stop")
+
+
+def answer_text(text: str) -> str:
+    """The answer in a model's reply: no thoughts, no blank lines around it, indentation kept."""
+    answer = re.sub(r"\A(?:[^\S\n]*\n)+", "", without_thinking(text)).rstrip()
+    # a lone space is a tokenizer's, two are indentation
+    return answer[1:] if re.match(r" \S", answer) else answer
+
+
+def about_tokens(text: str) -> int:
+    """Tokens of a text, roughly: 0.7 for a CJK character, 0.25 for another in ASCII, else 1."""
+    chinese = len(re.findall(rf"[{CJK}]", text))
+    plain = len(text.encode("ascii", "ignore"))
+    return round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
+
+
+class JoinedReply:
+    """A reply that is sent in chunks."""
+
+    def __init__(self, message: str, tokens_in: str, tokens_out: str) -> None:
+        """The arguments are the paths of these things in a chunk."""
+        self.paths = {"content": f"{message}.content", "tokens_in": tokens_in}
+        self.paths["tokens_out"] = tokens_out
+        self.paths["finish"] = message.rpartition(".")[0] + ".finish_reason"
+        self.paths["refusal"] = f"{message}.refusal"
+        self.paths["thoughts"] = f"{message}.reasoning_content"
+        self.paths["model"] = "model"
+        self.fields = {}
+
+    def add(self, chunk) -> None:
+        """Take in one chunk: texts are joined, of other fields the last counts."""
+        raise_body_error(chunk)
+        for name, path in self.paths.items():
+            value = look_up(chunk, path)
+            if name == "content" and isinstance(value, list):
+                value = join_parts(value)
+            if value is None or value == "null":
+                continue
+            if name in ("content", "refusal", "thoughts") and isinstance(value, str):
+                value = self.fields.get(name, "") + value
+            self.fields[name] = value
+
+    def reply(self) -> Reply:
+        """The whole reply; raises ApiError where the chunks hold no answer or end too early."""
+        if "finish" not in self.fields:
+            raise ApiError(0, "dropped", "the stream ended too early")
+        names = ("content", "finish", "tokens_in", "tokens_out", "model", "refusal", "thoughts")
+        return make_reply(*[self.fields.get(name) for name in names])
+
+
+def degrade(text: str, chinese: bool, draw: random.Random) -> str:
+    """A worse version of a good answer: some of its sentences; an evasion for a short one."""
+    sentences = re.findall(r".+?(?:[.!?](?=\s)|[。！？\n]|$)\s*", text, re.S)
+    if len(sentences) < 3:
+        return "这个问题不太好说，要看具体情况。" if chinese else "That is hard to say; it depends."
+    count = max(1, len(sentences) * draw.choice((3, 4, 5, 6)) // 8)
+    keep = sorted(draw.sample(range(len(sentences)), count))
+    return "".join(sentences[i] for i in keep).strip()
+
+
+def reference_f1(text: str, reference: str) -> float:
+    """A score on JUDGE_SCALE: F1 of the words shared with the reference.
+
+    Without a reference, signs of care: length, variety of words, a proper end, no refusal."""
+    lowest, highest = JUDGE_SCALE
+    words = Counter(split_words(text))
+    reference_words = Counter(split_words(reference))
+    total = words.total()
+    if reference_words:
+        shared = (words & reference_words).total()
+        share = 2 * shared / max(1, total + reference_words.total())
+        return lowest + (highest - lowest) * share
+    score = 2 * math.log10(1 + total) + 3 * len(words) / max(1, total)
+    score += text.rstrip()[-1:] in ".!?。！？)`”"
+    score -= 3 * is_refusal(text)
+    return lowest + (highest - lowest) * min(1.0, max(0.0, score / 9))
+
+
+# --------------------------------------------------------------------------------------------------
+# §15 CALLS: ERROR_RULES, REQUEST_FIXES; Endpoint, Cache, Usage, Models; parse_model
 # A request of a method or a judge goes in, a Reply comes out: from the cache, or from a provider
 # with pacing, retries and a budget. Raises Failed for one record, Stop where all calls would fail.
 # --------------------------------------------------------------------------------------------------
@@ -5556,33 +5492,33 @@ class RequestFix(NamedTuple):
     lasting: bool = True  # for all later calls of the model
 
 
-def rename_max_tokens(options: dict):
+def rename_max_tokens(options: dict) -> None:
     """max_tokens -> max_completion_tokens, unless the user has set that."""
     limit = options.pop("max_tokens", None)
     if limit is not None:
         options.setdefault("max_completion_tokens", limit)
 
 
-def drop_max_tokens(options: dict):
+def drop_max_tokens(options: dict) -> None:
     """No limit at all."""
     options.pop("max_tokens", None)
     options.pop("max_completion_tokens", None)
 
 
-def limit_max_tokens(limit: int, options: dict):
+def limit_max_tokens(limit: int, options: dict) -> None:
     """At most `limit` tokens, by either name."""
     for name in ("max_tokens", "max_completion_tokens"):
         if number(options.get(name)) is not None:
             options[name] = min(options[name], limit)
 
 
-def raise_zero_temperature(options: dict):
+def raise_zero_temperature(options: dict) -> None:
     """0 -> 0.01 for a server that takes only temperatures above 0."""
     if options.get("temperature") == 0:
         options["temperature"] = 0.01
 
 
-def switch_thinking(options: dict):
+def switch_thinking(options: dict) -> None:
     """Stream if the user wants thoughts; else leave enable_thinking out, or send false."""
     if options.get("enable_thinking"):
         request_stream(options)
@@ -5592,12 +5528,12 @@ def switch_thinking(options: dict):
         options["enable_thinking"] = False
 
 
-def request_stream(options: dict):
+def request_stream(options: dict) -> None:
     """Streaming, with the tokens counted in its last chunk."""
     options["stream"] = "with usage"
 
 
-def drop_stream_usage(options: dict):
+def drop_stream_usage(options: dict) -> None:
     """Streaming without the count of tokens."""
     if options.get("stream"):
         options["stream"] = True
@@ -5721,7 +5657,7 @@ GONE_SECONDS = (10.0, 25.0)  # of refused connections until the run stops: new, 
 class Endpoint:
     """One model at one address: its pace, what its refusals taught, its failures."""
 
-    def __init__(self, model: Model, provider: Provider):
+    def __init__(self, model: Model, provider: Provider) -> None:
         self.model = model
         self.provider = provider
         self.first_call_lock = asyncio.Lock()
@@ -5744,7 +5680,7 @@ class Endpoint:
         self.growth = 1.05  # of the rate after a second without refusals
         self.count_from(time.monotonic())
 
-    def count_from(self, now: float):
+    def count_from(self, now: float) -> None:
         """Count starts and refusals anew."""
         self.since = now
         self.starts = 0
@@ -5782,7 +5718,7 @@ class Endpoint:
         self.throttled_since = self.throttled_since or now
         return now - self.throttled_since
 
-    def adjust_rate(self, now: float):
+    def adjust_rate(self, now: float) -> None:
         """Each second: a little above what was accepted if calls were refused, else 5-20% faster.
 
         Measured with 64 in flight: 96% of a limit of 50/s, 93% of 10/s at 2 s latency."""
@@ -5801,7 +5737,7 @@ class Endpoint:
             self.growth = min(1.2, 2 * self.growth - 1)
         self.count_from(now)
 
-    def on_success(self, fixes: list[RequestFix]):
+    def on_success(self, fixes: list[RequestFix]) -> None:
         """A reply came, to a request with these fixes: they are kept, failures are forgotten."""
         self.has_succeeded = True
         self.last_failure = ""
@@ -5810,7 +5746,7 @@ class Endpoint:
         if len(fixes) > len(self.fixes):
             self.keep_fixes(fixes)
 
-    def keep_fixes(self, fixes: list[RequestFix]):
+    def keep_fixes(self, fixes: list[RequestFix]) -> None:
         """Use what was learned in all later calls, and say it once."""
         names = [fix.name for fix in self.fixes]
         for fix in fixes:
@@ -5837,7 +5773,7 @@ class Endpoint:
         self.unreachable_since = self.unreachable_since or now
         return now - self.unreachable_since
 
-    def say(self, cause: str, text: str, once: bool = False):
+    def say(self, cause: str, text: str, once: bool = False) -> None:
         """A note, at most one a minute for each cause (or only one)."""
         now = time.monotonic()
         last = self.note_times.get(cause)
@@ -5846,7 +5782,7 @@ class Endpoint:
         self.note_times[cause] = now
         note(text)
 
-    def say_waiting(self, cause: str, why: str):
+    def say_waiting(self, cause: str, why: str) -> None:
         """`waiting for qwen-max at URL: why`."""
         place = f" at {self.model.url}" if self.model.url else ""
         self.say(cause, f"waiting for {self.model.name}{place}: {why}")
@@ -5864,7 +5800,7 @@ class Endpoint:
         reply.tokens_out = reply.tokens_out or about_tokens(reply.text)
         return reply
 
-    def check_context(self, messages: list[dict], reply: Reply):
+    def check_context(self, messages: list[dict], reply: Reply) -> None:
         """Say it if the server has read only a part of the prompt: up to its context's length."""
         if reply.tokens_in < 1000 or abs((reply.tokens_in + 64) % 1024 - 64) > 32:
             return
@@ -5902,7 +5838,7 @@ class Cache:
 
     FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer"
 
-    def __init__(self, path: str | None, output_id: str = ""):
+    def __init__(self, path: str | None, output_id: str = "") -> None:
         self.path = path
         self.output_id = output_id
         self.db = None
@@ -5920,7 +5856,7 @@ class Cache:
             text = f"{path}: is no cache to use ({cause}); name another --cache-path"
             raise UserError(text) from None
 
-    def open_tables(self):
+    def open_tables(self) -> None:
         """Make the tables that are missing, and read how the file stands."""
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
             with contextlib.suppress(sqlite3.OperationalError):  # some file systems have no WAL
@@ -5982,7 +5918,7 @@ class Cache:
             raise
         self.do("COMMIT")
 
-    def close(self):
+    def close(self) -> None:
         if self.db:
             self.db.close()
 
@@ -5998,7 +5934,7 @@ class Usage:
     money: float = 0.0
     kept: float = 0.0  # money that the cached ones had cost
 
-    def add(self, reply: Reply, cached: bool, money: float):
+    def add(self, reply: Reply, cached: bool, money: float) -> None:
         """Count one reply."""
         self.calls += not cached
         self.cached += cached
@@ -6020,7 +5956,7 @@ class Models:
     With `batches` a request is noted there instead. `announce_plan` is awaited before the first
     call."""
 
-    def __init__(self, args, cache: Cache, dry: bool = False):
+    def __init__(self, args, cache: Cache, dry: bool = False) -> None:
         self.args = args
         self.cache = cache
         self.dry = dry
@@ -6091,7 +6027,7 @@ class Models:
             return reply
 
     @staticmethod
-    def check_thoughts(model: Model, reply: Reply):
+    def check_thoughts(model: Model, reply: Reply) -> None:
         """Raise Failed if the reply holds thoughts and no answer."""
         if not answer_text(reply.text):
             advice = "raise --max-tokens, or switch its thinking off (--model-option)"
@@ -6141,11 +6077,11 @@ class Models:
         self.usage[model, hints["role"]].add(reply, cached, money)
         return reply
 
-    def pay(self, model: Model, reply: Reply):
+    def pay(self, model: Model, reply: Reply) -> None:
         """A reply has come in and is billed, whatever becomes of it."""
         self.spent += self.price(model.name, reply.tokens_in, reply.tokens_out) * reply.rate
 
-    def write_off(self, model: Model, error: ApiError, role: str, rate: float = 1.0):
+    def write_off(self, model: Model, error: ApiError, role: str, rate: float = 1.0) -> None:
         """Bill a reply without text: it is stored under a key that no request has."""
         if any(error.billed):
             nothing = Reply("", "no text", *error.billed, rate)
@@ -6176,7 +6112,7 @@ class Models:
         limit = self.args.max_cost
         return limit is not None and self.spent + self.cost_in_flight + extra >= limit
 
-    def check_budget(self, extra: float = 0.0):
+    def check_budget(self, extra: float = 0.0) -> None:
         """Raise Stop if what is spent, under way and `extra` together reach --max-cost."""
         if not self.is_over_budget(extra):
             return
@@ -6320,7 +6256,7 @@ class Models:
                 self.in_flight -= 1
                 self.cost_in_flight -= expected
 
-    def check_served(self, endpoint: Endpoint, reply: Reply, role: str):
+    def check_served(self, endpoint: Endpoint, reply: Reply, role: str) -> None:
         """Say it if another model answers than was asked; stop if one answers for high and low."""
         model = endpoint.model
         if not reply.model or model in self.served:
@@ -6339,7 +6275,7 @@ class Models:
                 hint = "load both models, or give each its own address (MODEL@URL)"
                 raise self.halt(f"{both}: a model would be compared with itself; {hint}")
 
-    async def list_served_models(self, endpoint: Endpoint, error: ApiError):
+    async def list_served_models(self, endpoint: Endpoint, error: ApiError) -> None:
         """Ask a server that does not know a model what it serves; no answer is no error."""
         rule = find_rule(error, endpoint.model, endpoint.has_succeeded)
         if rule.kind != "model" or endpoint.served_models:
@@ -6365,7 +6301,7 @@ class Models:
             raise self.halt(f"{name}: {waited}; run the same command later")
         return rule.action
 
-    def check_reachable(self, endpoint: Endpoint, error: ApiError, tries: int):
+    def check_reachable(self, endpoint: Endpoint, error: ApiError, tries: int) -> None:
         """Raise Stop if connections have been refused for too long."""
         seconds = endpoint.seconds_unreachable(error)
         last_try = tries >= self.args.max_retries and not endpoint.has_succeeded
@@ -6395,7 +6331,7 @@ class Models:
         self.stopping.set()
         return self.stop
 
-    async def pause(self, seconds: float):
+    async def pause(self, seconds: float) -> None:
         """Sleep, unless the run stops; then raise Stop."""
         if seconds > 0 and not self.stop:
             with contextlib.suppress(TimeoutError):
@@ -6420,7 +6356,7 @@ class Models:
         """All tokens used so far."""
         return sum(usage.tokens_in + usage.tokens_out for usage in self.usage.values())
 
-    async def close(self):
+    async def close(self) -> None:
         """Close every client once."""
         for provider in self.providers.values():
             await provider.close()
@@ -6443,7 +6379,10 @@ def served_advice(endpoint: Endpoint) -> str:
         known = DEFAULT_MODELS.get(endpoint.model.provider)
         return f"name another, such as {' or '.join(known)}" if known else ""
     asked = endpoint.model.name.lower()
-    likeness = lambda name: difflib.SequenceMatcher(None, asked, name.lower()).ratio()
+
+    def likeness(name: str) -> float:
+        return difflib.SequenceMatcher(None, asked, name.lower()).ratio()
+
     nearest_names = [one_line(name) for name in sorted(served, key=likeness, reverse=True)[:5]]
     more = f" and {len(served) - 5} more" if len(served) > 5 else ""
     return f"the server serves {', '.join(nearest_names)}{more}"
@@ -6543,7 +6482,7 @@ def parse_model(spec: str, args) -> Model:
     return Model(provider, name, url.rstrip("/"), keyless=bool(own_url) and is_private(url))
 
 
-def check_address(spec: str, provider: str, name: str, url: str):
+def check_address(spec: str, provider: str, name: str, url: str) -> None:
     """Raise UserError for a model's name or address that cannot work."""
     if re.search(r"[?#]", url) and "@" not in url:
         azure = "Azure's is https://NAME.openai.azure.com/openai/v1"
@@ -6563,9 +6502,9 @@ def check_address(spec: str, provider: str, name: str, url: str):
 
 
 # --------------------------------------------------------------------------------------------------
-# §12 BATCH: Batches, which fill the cache through the providers' own batch engines
+# §16 BATCH: Batches, which fill the cache through the providers' own batch engines
 # In: the requests that a pass over the input misses in the cache. Out: their replies, in the cache.
-# Called by fill_cache (§16) and Models.ask_once (§11); methods know nothing of it.
+# Called by fill_cache (RUN) and Models.ask_once (CALLS); methods know nothing of it.
 # --------------------------------------------------------------------------------------------------
 
 # A pass over the input notes what the cache lacks in the table `wanted` and raises Pending there.
@@ -6613,7 +6552,7 @@ class Batches:
 
     def want(
         self, key: str, model: Model, messages: list[dict], options: dict, hints: dict
-    ) -> None:
+    ) -> Never:
         """Note a request; raises Pending, or Failed if it is not sent again in this run."""
         failed = self.failed.get(key)
         if failed and failed.is_final:
@@ -7027,9 +6966,9 @@ def needs_stream(fix: RequestFix, sent: dict) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# §13 REPORT: Report, METRICS, ADVICE, report_html: what the pairs teach besides quality
+# §17 REPORT: Report, METRICS, ADVICE, report_html: what the pairs teach besides quality
 # In: every Outcome. Out: the numbers of <stem>.report.json, and the page made from them alone.
-# Called by §16 RUN. §14 REVIEW adds what people say; §15 TERMINAL prints the warnings.
+# Called by RUN. REVIEW adds what people say; TERMINAL prints the warnings.
 # --------------------------------------------------------------------------------------------------
 
 REPORT_SAMPLE = 2_000  # pairs whose texts are kept for the text metrics
@@ -7406,7 +7345,7 @@ class Metric:
     needs: int = 30  # cases; with fewer the metric raises no warning
     too_low: Problem | None = None
     too_high: Problem | None = None
-    formula: object = None  # Report -> Measured; None where another section measures
+    formula: object = None  # Report (HUMAN_METRICS: Annotations) -> Measured
 
 
 def format_share(report: Report, name: str) -> Measured:
@@ -7536,7 +7475,7 @@ def metric_row(metric: Metric, measured: Measured, answers_given: bool = False) 
 class Report:
     """Counts every outcome; keeps the texts of a seeded sample of pairs only."""
 
-    def __init__(self, seed: int, orders: int = 2):
+    def __init__(self, seed: int, orders: int = 2) -> None:
         self.random = random.Random(seed)
         self.orders = orders  # in which each judge sees the answers
         self.pairs = 0
@@ -7655,7 +7594,7 @@ class Report:
     def numbers(self, settings: dict, usage: list[dict], human: dict | None = None) -> dict:
         """All numbers of the report, ready for JSON; terminal and page show these and no others.
 
-        `usage`: a row per model and role; `human`: {"metrics", "lines"} of the review (§14)."""
+        `usage`: a row per model and role; `human`: what `Annotations.numbers` returns (REVIEW)."""
         self.random.shuffle(self.rows)
         self.differences = find_differences(self.rows, features)
         prompts = {row["prompt_id"]: row for row in self.rows}
@@ -7800,7 +7739,9 @@ def chart_data(report: Report) -> dict:
     of_gaps = histogram({"pairs": gaps})
     if of_gaps:
         edges = of_gaps["edges"][:-1]
-        of_gaps["at_least"] = [sum(x >= edge for x in gaps) / len(gaps) for edge in edges]
+        of_gaps["at_least"] = []
+        for edge in edges:
+            of_gaps["at_least"].append(sum(x >= edge for x in gaps) / len(gaps))
     steps = [f"{low:g}-{high:g}×" for low, high in itertools.pairwise((1.0, *RATIOS))]
     steps.append(f"over {RATIOS[-1]:g}×")
     models = {readable(name): share_true(counts) for name, counts in report.models.items()}
@@ -8222,7 +8163,8 @@ def people_section(numbers: dict) -> tuple[str, str] | None:
     rows = rows_of(numbers, section)
     if not rows and not numbers["people"]:
         return None
-    figures = [share_bars("What people say", "Share of reviewed pairs", shares_of(rows))]
+    shares = [row for row in rows if row["unit"] == "%"]
+    figures = [share_bars("What people say", "Share of reviewed pairs", shares)]
     sentences = [mark_flags(sentence) for sentence in numbers["people"]]
     return SECTIONS[section], section_body(numbers, section, sentences, figures)
 
@@ -8639,7 +8581,7 @@ def pair_article(row: dict) -> str:
 
 
 def filled_page(page: str, pieces: dict[str, str]) -> str:
-    """A template of §18 with each piece at its `{{NAME}}`.
+    """A template of PAGES with each piece at its `{{NAME}}`.
 
     Its policy lets only the template's own script and style run, and requests nothing."""
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
@@ -8652,45 +8594,74 @@ def filled_page(page: str, pieces: dict[str, str]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# §14 REVIEW: ReviewQueue, pair_id, Annotations
+# §18 REVIEW: FLAGS, smallest_lead, pair_id, ReviewQueue, Annotations, gap_advice
+# In: kept pairs; then the choices that people saved. Out: the page for blind choices, which RUN
+# writes; the pairs that people confirm or swap, for §4; what people say of the labels, for REPORT.
 # --------------------------------------------------------------------------------------------------
 
-REVIEW_SAMPLE = 200  # pairs in a page, half of them random
-ENOUGH, TRUSTED = (
-    30,
-    0.95,
-)  # reviewed pairs and their share of right labels for which a gap is advised
-# People's choice, in the label's words -> what becomes of the pair; then the fields of a verdict, in JSON.
-FATES = {"chosen": "confirmed", "rejected": "flipped", "tie": "tie", "bad": "both bad",
-         "": "annotators disagree"}  # fmt: skip
-VERDICT = (r'pair_id "[0-9a-f]{16}", choice "(chosen|rejected|tie|bad)", queue "(in doubt|random)", '
-           r'annotator ".*[^ ].*"')  # fmt: skip
+REVIEW_SAMPLE = 200  # pairs on a page, half of them random
+SAFE_SHARE = 0.95  # of correct labels, from which a score gap counts as safe
+SAFE_CASES = 30  # reviewed pairs that are needed to call a score gap safe
 
-BAIT = r"(?i)ignore (?:all|previous)|as the judge|score (?:this|me)|10/10|best (?:answer|response)"
-BAIT += r"|评委|打分|给(?:我|出)?(?:满分|10 ?分)|忽略(?:以上|之前)"
-IDENTITY = r"(?i)\b(?:I am|I['’]m|my name is) (?:ChatGPT|GPT|Claude|Qwen|Gemini|Llama|DeepSeek|Mistral|Kimi)"
-IDENTITY += (
-    r"|\b(?:trained|developed|made|created) by (?:OpenAI|Anthropic|Alibaba|Google|Meta|DeepSeek)\b"
+# What people choose, in the words of the label -> what becomes of the pair.
+CHOICES = {
+    "chosen": "confirmed",
+    "rejected": "flipped",
+    "tie": "people see no difference",
+    "bad": "both bad",
+    "": "annotators disagree",  # no choice has more than half of the annotators
+}
+# Field of a line in an annotations file -> pattern of its value.
+ANNOTATION_FIELDS = {
+    "pair_id": "[0-9a-f]{16}",
+    "choice": "chosen|rejected|tie|bad",
+    "queue": "in doubt|random",
+    "annotator": r".*\S.*",
+}
+
+INJECTION = re.compile(
+    r"(?i)ignore (?:all|previous)|as the judge|score (?:this|me)|10/10|best (?:answer|response)"
+    r"|评委|打分|给(?:我|出)?(?:满分|10 ?分)|忽略(?:以上|之前)"
 )
-IDENTITY += r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱|Kimi|Qwen|DeepSeek|ChatGPT|Claude)"
-# Why a kept pair deserves a second look, though all its votes agree.
+IDENTITY = re.compile(
+    r"(?i)\b(?:I am|I['’]m|my name is) "
+    r"(?:ChatGPT|GPT|Claude|Qwen|Gemini|Llama|DeepSeek|Mistral|Kimi)"
+    r"|\b(?:trained|developed|made|created) by "
+    r"(?:OpenAI|Anthropic|Alibaba|Google|Meta|DeepSeek)\b"
+    r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱|Kimi|Qwen|DeepSeek|ChatGPT|Claude)"
+)
+# Why a kept pair deserves a second look, although the judge is sure: name -> test of both texts.
 FLAGS = {
-    "judge bait": lambda chosen, rejected: re.search(BAIT, chosen) or re.search(BAIT, rejected),
-    "identity leak": lambda chosen, _: re.search(IDENTITY, chosen),
-    "chosen refuses": lambda chosen, _: is_refusal(chosen),
+    "prompt injection": lambda chosen, rejected: (
+        INJECTION.search(chosen) or INJECTION.search(rejected)
+    ),
+    "identity leak": lambda chosen, rejected: IDENTITY.search(chosen),
+    "chosen refuses": lambda chosen, rejected: is_refusal(chosen),
     "more than twice as long": lambda chosen, rejected: len(chosen) > 2 * len(rejected),
-    "repeats itself": lambda chosen, _: repeated_share(chosen) > REPEATS_ITSELF,
+    "repeats itself": lambda chosen, rejected: repeated_share(chosen) > REPEATS_ITSELF,
 }
 
 
-def smallest_lead(pair: Pair) -> float:
-    """Points by which the least convinced vote prefers chosen; infinite if only a choice is known.
+def count_flags(chosen: str, rejected: str) -> int:
+    """The number of FLAGS that the texts of a pair raise."""
+    return sum(1 for is_raised in FLAGS.values() if is_raised(chosen, rejected))
 
-    Every vote of a kept pair prefers chosen, so an order that nearly flipped it shows as a small margin."""
-    if pair.gap is None or pair.record.signal == "choice":
+
+def has_known_gap(pair: Pair) -> bool:
+    """Whether the gap of a pair is known in points, not only which answer is better."""
+    return pair.gap is not None and pair.record.signal != "choice"
+
+
+def smallest_lead(pair: Pair) -> float:
+    """Points by which the closest vote prefers chosen; infinite if the gap is not known in points.
+
+    Every vote of a kept pair prefers chosen, so an order that almost flipped has a small lead."""
+    if not has_known_gap(pair):
         return math.inf
-    votes = zip(pair.chosen.votes, pair.rejected.votes, strict=False)
-    return min((better - worse for better, worse in votes), default=pair.gap)
+    leads = []
+    for chosen, rejected in zip(pair.chosen.votes, pair.rejected.votes, strict=False):
+        leads.append(chosen - rejected)
+    return min(leads, default=pair.gap)
 
 
 def pair_id(prompt: str, chosen: str, rejected: str) -> str:
@@ -8698,251 +8669,353 @@ def pair_id(prompt: str, chosen: str, rejected: str) -> str:
     return digest(prompt, chosen, rejected)[:16]
 
 
-class ReviewQueue:
-    """Chooses kept pairs to review, in one pass and bounded memory: half of a page at random, the only half
-    that rates are estimated from; the other half in doubt, for narrow votes or flags."""
+def pair_id_of(pair: Pair) -> str:
+    """The pair_id of a pair as it stands now: a swapped pair has another one."""
+    return pair_id(pair.record.prompt, pair.chosen.text, pair.rejected.text)
 
-    def __init__(self, seed: int):
+
+class ReviewQueue:
+    """Selects the kept pairs to review, in one pass and bounded memory.
+
+    One half of the page is a random sample, from which error rates are estimated. The other half
+    are pairs in doubt: those with flags or with the smallest leads."""
+
+    def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.drawn, self.doubtful = {}, {}  # pair_id -> (key, pair); the smallest keys are shown
+        # Candidates of each half: pair_id -> (sort key, pair). The smallest keys are shown.
+        self.drawn = {}
+        self.doubtful = {}
 
     def add(self, outcome: Outcome) -> None:
-        """Consider the kept pairs of one record; a flag weighs like a margin four times as narrow."""
+        """Consider the kept pairs of one record; each flag divides the lead of a pair by four."""
         for pair in outcome.pairs:
-            texts = (pair.chosen.text, pair.rejected.text)
-            name, flags = (
-                pair_id(pair.record.prompt, *texts),
-                sum(bool(f(*texts)) for f in FLAGS.values()),
-            )
+            name = pair_id_of(pair)
+            flags = count_flags(pair.chosen.text, pair.rejected.text)
             draw = digest(self.seed, name)
-            self.drawn[name] = draw, pair
-            self.doubtful[name] = (smallest_lead(pair) / 4**flags, -flags, draw), pair
-        if len(self.drawn) > 2 * REVIEW_SAMPLE:  # twice what is shown, to sort rarely
-            self.drawn, self.doubtful = smallest(self.drawn), smallest(self.doubtful)
+            doubt = (smallest_lead(pair) / 4**flags, -flags, draw)
+            self.drawn[name] = (draw, pair)
+            self.doubtful[name] = (doubt, pair)
+        if len(self.drawn) > 2 * REVIEW_SAMPLE:  # twice what is shown, so that sorting is rare
+            self.drawn = with_smallest_keys(self.drawn)
+            self.doubtful = with_smallest_keys(self.doubtful)
 
     def selected(self) -> list[tuple[str, str, Pair]]:
-        """[(pair_id, queue, pair), ...] in page order: those in doubt, narrowest first; then the random ones.
+        """[(pair_id, queue, pair), ...] in page order: in doubt, most doubtful first; then random.
 
-        A doubtful pair that was drawn counts as random, or the sample would look better than the data."""
-        drawn, doubtful = smallest(self.drawn), smallest(self.doubtful)
-        sample = dict.fromkeys(list(drawn)[: (len(drawn) + 1) // 2], "random")
-        doubts = [name for name in doubtful if name not in sample][: len(drawn) // 2]
-        queues, pairs = dict.fromkeys(doubts, "in doubt") | sample, drawn | doubtful
-        return [(name, queue, pairs[name][1]) for name, queue in queues.items()]
+        A doubtful pair that was drawn stays in the random half, which would otherwise look better
+        than the data."""
+        drawn = with_smallest_keys(self.drawn)
+        doubtful = with_smallest_keys(self.doubtful)
+        random_half = list(drawn)[: (len(drawn) + 1) // 2]
+        doubtful_half = [name for name in doubtful if name not in random_half]
+        doubtful_half = doubtful_half[: len(drawn) // 2]
+        rows = []
+        for name in doubtful_half:
+            rows.append((name, "in doubt", doubtful[name][1]))
+        for name in random_half:
+            rows.append((name, "random", drawn[name][1]))
+        return rows
 
     def page(self) -> str:
-        """The HTML page: texts stand on their sides already; no model, score or reason is in it."""
-        rows, pairs = self.selected(), []
-        salt = digest("review", self.seed, [name for name, _, _ in rows])[:16]
+        """The HTML page: answers A and B in a shuffled order, without model, score or reason."""
+        rows = self.selected()
+        names = [name for name, _, _ in rows]
+        salt = digest("review", self.seed, names)[:16]
+        pairs = []
         for name, queue, pair in rows:
-            texts = [pair.chosen.text, pair.rejected.text]
-            a, b = texts if chosen_is_left(salt, name) else texts[::-1]
-            row = {"pair_id": name, "prompt_id": pair.record.prompt_id, "queue": queue}
-            pairs.append(row | {"messages": pair.record.messages, "a": a, "b": b})
-        data = json.dumps({"salt": salt, "pairs": pairs}, ensure_ascii=False)
-        unsafe = (
-            "[<>&\u2028\u2029\ud800-\udfff]"  # could end the block, become markup, or be no UTF-8
-        )
-        data = re.sub(unsafe, lambda found: f"\\u{ord(found[0]):04x}", data)
-        return filled_page(REVIEW_PAGE, {"DATA": data})
+            a = pair.chosen.text
+            b = pair.rejected.text
+            if not chosen_is_left(salt, name):
+                a, b = b, a
+            row = {
+                "pair_id": name,
+                "prompt_id": pair.record.prompt_id,
+                "queue": queue,
+                "messages": pair.record.messages,
+                "a": a,
+                "b": b,
+            }
+            pairs.append(row)
+        return filled_page(REVIEW_PAGE, {"DATA": script_data({"salt": salt, "pairs": pairs})})
 
 
-def smallest(pairs: dict) -> dict:
+def with_smallest_keys(candidates: dict) -> dict:
     """Of {pair_id: (key, pair)} the REVIEW_SAMPLE smallest keys, smallest first."""
-    return dict(sorted(pairs.items(), key=lambda item: item[1][0])[:REVIEW_SAMPLE])
+    ordered = sorted(candidates.items(), key=lambda item: item[1][0])
+    return dict(ordered[:REVIEW_SAMPLE])
 
 
 def chosen_is_left(salt: str, name: str) -> bool:
-    """Whether answer A is chosen: FNV-1a (32 bit) of the page's salt and the pair_id, folded (its lowest bit
-    alone is the parity of the letters), is odd. The page has the same in JavaScript."""
-    h = 0x811C9DC5
+    """Whether answer A is the chosen one; `chosenIsLeft` on the page computes the same.
+
+    True if FNV-1a (32 bit) of the page's salt and the pair_id is odd after folding its halves: the
+    lowest bit alone would be the parity of the letters."""
+    code = 0x811C9DC5
     for byte in (salt + name).encode():
-        h = (h ^ byte) * 0x01000193 & 0xFFFFFFFF
-    return (h ^ h >> 16) & 1 == 1
+        code = (code ^ byte) * 0x01000193 & 0xFFFFFFFF
+    return (code ^ code >> 16) & 1 == 1
+
+
+def script_data(value: object) -> str:
+    """A value as JSON that can stand in a <script> block, whatever its texts contain."""
+    data = json.dumps(value, ensure_ascii=False)
+    # Escaped: what could end the block, becomes markup, ends a line of a script, or is no UTF-8.
+    unsafe = "[<>&\u2028\u2029\ud800-\udfff]"
+    return re.sub(unsafe, lambda match: f"\\u{ord(match[0]):04x}", data)
+
+
+@dataclass
+class Choice:
+    """What one annotator chose for one pair: a line of an annotations file."""
+
+    choice: str  # chosen, rejected, tie or bad; "" if the annotator contradicts themselves
+    queue: str  # half of the page that showed the pair: "in doubt" or "random"
+    where: str  # "file:line"
+
+
+class ReviewedPair(NamedTuple):
+    """A pair of the input that people reviewed."""
+
+    choice: str  # of the majority, see CHOICES
+    gap: float | None  # as --min-score-gap compares it; None if it is not known in points
+
+
+def read_choice(line: bytes) -> dict:
+    """The fields of a line in an annotations file; ValueError says why it cannot be used."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError("no JSON object")
+    for name, pattern in ANNOTATION_FIELDS.items():
+        value = row.get(name)
+        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.DOTALL):
+            raise ValueError(f"invalid {name} {json.dumps(value)[:80]}")
+    return row
 
 
 class Annotations:
-    """What people say about pairs: read from files, applied by `decide`, summed up by `numbers`."""
+    """The choices of people: read from files, applied by `decide`, summed up by `numbers`."""
 
-    def __init__(self, paths: list):
-        """Raise UserError for a file that cannot be read or holds no verdict."""
-        self.problems = []  # one-line messages: broken lines and double verdicts
-        self.said = defaultdict(
-            dict
-        )  # pair_id -> {annotator: row of the file, its "where": "file:line"}
-        self.met = {}  # pair_id -> (choice of the majority, gap) of the reviewed pairs that came by
-        self.gaps = array("d")  # of all pairs that came by; infinite where only a choice is known
+    def __init__(self, paths: list) -> None:
+        """Read the files; UserError for a file that cannot be read or holds no choice."""
+        self.problems = []  # messages about lines that are broken or repeat a choice
+        self.by_pair = defaultdict(dict)  # pair_id -> {annotator: Choice}
+        self.pairs = 0  # pairs of the input that `decide` has seen
+        self.gaps = array("d")  # the known gaps of those pairs
+        self.reviewed = {}  # pair_id -> ReviewedPair: those that people reviewed
         for path in paths:
-            try:
-                lines = Path(path).read_bytes().split(b"\n")
-            except OSError as error:
-                raise UserError(f"--annotations {path}: {error.strerror}") from None
-            if not sum(
-                [self.add(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
-            ):
-                raise UserError(
-                    f"--annotations {path}: no line of it is a verdict from a review page"
-                )
+            self.read_file(path)
+
+    def read_file(self, path: str) -> None:
+        """Take in the choices of a file."""
+        try:
+            lines = Path(path).read_bytes().split(b"\n")
+        except OSError as error:
+            raise UserError(f"--annotations {path}: {error.strerror}") from None
+        used = 0
+        for line_number, line in enumerate(lines, 1):
+            if line.strip() and self.add(line, f"{path}:{line_number}"):
+                used += 1
+        if not used:
+            raise UserError(f"--annotations {path}: no line of it is a choice from a review page")
 
     def add(self, line: bytes, where: str) -> bool:
-        """Take in a line of a file; False, and a message, if it cannot be used."""
+        """Take in a line of a file; False, and a message in `problems`, if it cannot be used."""
         try:
-            row = json.loads(line.decode("utf-8-sig"))
-            fields = ("pair_id", "choice", "queue", "annotator")
-            said = ", ".join(f"{field} {json.dumps(row.get(field))}" for field in fields)
-        except (ValueError, RecursionError, AttributeError):
-            said = "no JSON object"
-        if not re.fullmatch(VERDICT, said):
-            self.problems.append(f"{where}: not used, no verdict: {said[:120]}")
+            row = read_choice(line)
+        except (ValueError, RecursionError) as error:
+            self.problems.append(f"{where}: not used: {error}")
             return False
-        name = row["annotator"].strip()
-        first = self.said[row["pair_id"]].setdefault(name, row | {"where": where})
-        if first["where"] != where:
-            twice = f"{name!r} judged this pair before, in {first['where']}"
-            self.problems.append(
-                f"{where}: {twice}: counted once, or not at all if the verdicts differ"
-            )
-            first["choice"] = first["choice"] if first["choice"] == row["choice"] else ""
+        annotator = row["annotator"].strip()
+        choices = self.by_pair[row["pair_id"]]
+        if annotator not in choices:
+            choices[annotator] = Choice(row["choice"], row["queue"], where)
+            return True
+        first = choices[annotator]
+        if first.choice == row["choice"]:
+            result = "the choice counts once"
+        else:
+            first.choice = ""
+            result = "the choices differ, so none of them counts"
+        before = f"{annotator!r} judged this pair before, in {first.where}"
+        self.problems.append(f"{where}: {before}: {result}")
         return True
 
     def choices(self, name: str) -> list[str]:
-        """What was said about one pair_id: a choice per annotator who does not contradict themselves."""
-        return [row["choice"] for row in self.said.get(name, {}).values() if row["choice"]]
+        """One choice of each annotator of a pair_id, without those who contradict themselves."""
+        given = self.by_pair.get(name, {}).values()
+        return [annotation.choice for annotation in given if annotation.choice]
 
     def decide(self, pair: Pair) -> Pair | None:
-        """What people make of a pair: None (not reviewed: it stays), the pair, or the pair turned round.
+        """The pair confirmed or swapped, as most annotators choose; None if nobody reviewed it.
 
-        Scores stay with their answers. Raises Failed("human", ...) if most annotators see no difference or
-        find both bad, and if no choice is made by more than half of them."""
-        name = pair_id(pair.record.prompt, pair.chosen.text, pair.rejected.text)
-        gap = (
-            math.inf if smallest_lead(pair) == math.inf else pair.gap - pair.penalty
-        )  # as --min-score-gap sees it
+        Scores stay with their answers. Raises Failed("human", ...) if most annotators see no
+        difference or find both bad, or if no choice is made by more than half of them."""
+        score_gap = pair.gap - pair.penalty if has_known_gap(pair) else None
+        self.pairs += 1
+        if score_gap is not None:
+            self.gaps.append(score_gap)
+        name = pair_id_of(pair)
         choices = self.choices(name)
-        self.gaps.append(gap)
         if not choices:
             return None
-        choice, count = Counter(choices).most_common(1)[0]
-        choice = choice if 2 * count > len(choices) else ""
-        self.met[name] = choice, gap
+        choice = majority(choices)
+        self.reviewed[name] = ReviewedPair(choice, score_gap)
         if choice == "chosen":
             return replace(pair, human=True)
         if choice == "rejected":
-            return replace(
-                pair, chosen=pair.rejected, rejected=pair.chosen, penalty=0.0, human=True
-            )
-        raise Failed("human", FATES[choice])
+            swapped = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+            return replace(swapped, penalty=0.0, human=True)
+        raise Failed("human", CHOICES[choice])
 
     def unused(self) -> list[str]:
-        """One message for each verdict whose pair never came by: another file's, or flipped before."""
-        rows = [
-            row for name, said in self.said.items() if name not in self.met for row in said.values()
-        ]
-        return [
-            f"{row['where']}: not used: its pair is not in the input"
-            for row in rows
-            if row["choice"]
-        ]
+        """A message for each choice whose pair is not in the input."""
+        messages = []
+        for name, choices in self.by_pair.items():
+            if name in self.reviewed:
+                continue
+            for annotation in choices.values():
+                if annotation.choice:
+                    messages.append(f"{annotation.where}: not used: its pair is not in the input")
+        return messages
 
     def numbers(self) -> dict:
-        """For the report: {"metrics": [see HUMAN], "lines": [sentence, ...]}.
+        """For the report: {"metrics": [rows of metrics], "lines": [sentences]}."""
+        counts = Counter(pair.choice for pair in self.reviewed.values())
+        results = [f"{counts[name]} {CHOICES[name]}" for name in CHOICES if counts[name]]
+        results = ", ".join(results) or "none yet"
+        reviewed = f"{len(self.reviewed):,} of {plural(self.pairs, 'pair')}"
+        lines = [f"People reviewed {reviewed}: {results}."]
+        rows = [metric_row(metric, metric.formula(self)) for metric in HUMAN_METRICS]
+        if self.gaps:
+            gap_rows, advice = gap_advice(self.random_sample(), self.gaps)
+            rows += gap_rows
+            lines.append(advice)
+        return {"metrics": rows, "lines": lines}
 
-        A label is wrong where people prefer rejected; a tie is neither. Error, precision and gap come from
-        the random half of a page, which stands for the file."""
-        random = [
-            name
-            for name in self.met
-            if any(r["queue"] == "random" for r in self.said[name].values())
-        ]
-        drawn = [self.met[name] for name in random if self.met[name][0] in ("chosen", "rejected")]
-        several = [choices for choices in map(self.choices, self.met) if len(choices) > 1]
-        same = [
-            one == two for choices in several for one, two in itertools.combinations(choices, 2)
-        ]
-        count = Counter(choice for choice, _ in self.met.values())
-        measured = [
-            share(count["chosen"], count["chosen"] + count["rejected"]),
-            kappa(count),
-            share(len(several) * sum(same) / (len(same) or 1), len(several)),
-            share(sum(choice == "rejected" for choice, _ in drawn), len(drawn)),
-        ]
-        rows, advice = gap_advice([(gap, choice == "chosen") for choice, gap in drawn], self.gaps)
-        fates = ", ".join(
-            f"{count[choice]} {fate}" for choice, fate in FATES.items() if count[choice]
-        )
-        summary = (
-            f"People reviewed {len(self.met)} of {len(self.gaps)} pairs: {fates or 'none yet'}."
-        )
-        return {
-            "metrics": list(map(metric_row, HUMAN, measured)) + rows,
-            "lines": [summary, advice],
-        }
+    def agreement(self) -> Measured:
+        """How often people prefer the chosen answer; ties do not count."""
+        choices = Counter(pair.choice for pair in self.reviewed.values())
+        return share(choices["chosen"], choices["chosen"] + choices["rejected"])
+
+    def label_error(self) -> Measured:
+        """How often people prefer the rejected answer, in the sample that represents the file."""
+        sample = self.random_sample()
+        wrong = sum(1 for pair in sample if pair.choice == "rejected")
+        return share(wrong, len(sample))
+
+    def random_sample(self) -> list[ReviewedPair]:
+        """The reviewed pairs from the random half of a page in which people prefer an answer."""
+        sample = []
+        for name, pair in self.reviewed.items():
+            queues = {annotation.queue for annotation in self.by_pair[name].values()}
+            if "random" in queues and pair.choice in ("chosen", "rejected"):
+                sample.append(pair)
+        return sample
+
+    def annotator_agreement(self) -> Measured:
+        """How often two annotators of one pair choose the same; the cases are pairs."""
+        pairs = 0
+        comparisons = 0
+        equal = 0
+        for name in self.reviewed:
+            choices = self.choices(name)
+            if len(choices) > 1:
+                pairs += 1
+            for first, second in itertools.combinations(choices, 2):
+                comparisons += 1
+                equal += int(first == second)
+        if not pairs:
+            return Measured()
+        return share(pairs * equal / comparisons, pairs)
 
 
-# Metrics as in §13, here without a formula. People agree with each other in 66 % (AlpacaEval) to 81 %
-# (MT-bench) of cases, with a good judge in up to 85 % (MT-bench).
+def majority(choices: list[str]) -> str:
+    """The choice of more than half of the annotators, or ""."""
+    choice, count = Counter(choices).most_common(1)[0]
+    return choice if 2 * count > len(choices) else ""
+
+
+# People agree with each other in 66% (AlpacaEval) to 81% (MT-bench) of cases, and with a good judge
+# in up to 85% (MT-bench).
 # fmt: off
-HUMAN = [
+HUMAN_METRICS = [
     Metric("human_agreement", "people", "people agree with the label", "%", at_least(0.80, 0.65),
-           too_low=Problem("People often disagree with the labels", "labels")),
-    Metric("human_kappa", "people", "people and labels, Cohen's kappa", "", at_least(0.60, 0.40),
-           too_low=Problem("People agree with the labels little more than by chance", "labels")),
-    Metric("annotator_agreement", "people", "annotators agree", "%", at_least(0.65, 0.50),
-           too_low=Problem("The annotators often disagree with each other", "people")),
-    Metric("label_error", "people", "wrong labels", "%", at_most(0.05, 0.20),
-           too_high=Problem("People find many labels wrong", "labels")),
+           too_low=Problem("People often disagree with the labels", "labels"),
+           formula=Annotations.agreement),
+    Metric("annotator_agreement", "people", "annotators agree with each other", "%",
+           at_least(0.65, 0.50),
+           too_low=Problem("The annotators often disagree with each other", "people"),
+           formula=Annotations.annotator_agreement),
+    Metric("label_error", "people", "wrong labels, random half", "%", at_most(0.05, 0.20),
+           too_high=Problem("People find many labels wrong", "labels"),
+           formula=Annotations.label_error),
 ]
-RIGHT = Metric("precision_by_gap", "people", "right labels from gap", "%", at_least(0.80, 0.65),
-               too_low=Problem("People find many labels wrong", "labels"))
-TO_TRUST = Metric("gap_to_trust", "people", "smallest gap to trust")
 # fmt: on
 
 
-def kappa(count: Counter) -> Measured:
-    """Cohen's kappa of labels and people's choices, (agreement - chance) / (1 - chance).
+def gap_advice(sample: list[ReviewedPair], gaps: array) -> tuple[list[dict], str]:
+    """Rows and a sentence for the report: from which score gap on the labels are safe.
 
-    Both choose among A, B, tie and bad. A fair coin put the label on A or B, so chance agrees with it in half
-    of the cases where people prefer a side. The interval is Wilson's of agreement, chance taken as it is."""
-    n, sides = count.total() - count[""], count["chosen"] + count["rejected"]
-    above = lambda agreed: (agreed - sides / 2 / n) / (1 - sides / 2 / n)
-    value, interval, _ = share(count["chosen"], n)
-    return Measured(above(value), tuple(map(above, interval)), n) if n else Measured()
-
-
-def gap_advice(sample: list[tuple[float, bool]], gaps) -> tuple[list[dict], str]:
-    """(gap, right or wrong) of reviewed pairs, gaps of all pairs -> rows and a sentence for the report.
-
-    To trust is the first gap from which ENOUGH pairs or more are right in TRUSTED of cases; the true one is
-    between the first from which Wilson's interval reaches TRUSTED and the first from which it lies above."""
-    precision = {}  # from a gap up
-    for least in sorted({float(f"{gap:.3g}") for gap, _ in sample if gap < math.inf}):
-        rights = [right for gap, right in sample if least <= gap < math.inf]
-        precision |= {least: share(sum(rights), len(rights))} if rights else {}
-    steps = list(precision)[:: math.ceil(len(precision) / 4) or 1]  # four at most
-    rows = [
-        metric_row(RIGHT, precision[gap]) | {"label": f"{RIGHT.label} {gap:g} up"} for gap in steps
-    ]
-    first = lambda good: next((gap for gap, found in precision.items() if good(found)), None)
-    best = first(lambda found: found.value >= TRUSTED and found.n >= ENOUGH)
-    if best is None:
-        good = f"{TRUSTED:.0%} right labels in {ENOUGH} or more random pairs with a preferred side"
-        return rows, f"There is no gap with {good}; there are {len(sample)} such pairs so far."
-    low = first(lambda found: found.interval[1] >= TRUSTED)
-    high = first(lambda found: found.interval[0] >= TRUSTED)
-    known, n = [gap for gap in gaps if gap < math.inf], precision[best].n
-    kept = sum(gap >= best for gap in known) / len(known)
-    row = metric_row(TO_TRUST, Measured(best, None, n)) | {"interval": (low, high), "yield": kept}
-    until = "beyond this sample" if high is None else f"{high:g}"
-    return [*rows, row], (
-        f"--min-score-gap {best:g} is the smallest with {TRUSTED:.0%} right labels ({n} reviewed from there "
-        f"up; 95 % interval: {low:g} to {until}); it keeps {kept:.0%} of the pairs."
+    `sample`: reviewed random pairs; `gaps`: of all pairs of the input. Safe is the smallest gap
+    from which SAFE_CASES or more reviewed pairs are correct in SAFE_SHARE of cases."""
+    correct = correct_by_gap(sample)
+    step = max(1, math.ceil(len(correct) / 4))  # four rows at most
+    rows = []
+    for smallest in list(correct)[::step]:
+        rows.append(correct_row(smallest, correct[smallest]))
+    safe_gaps = [smallest for smallest, measured in correct.items() if is_safe(measured)]
+    if safe_gaps:
+        safe = safe_gaps[0]
+        metric = Metric("safe_gap", "people", "smallest safe score gap")
+        rows.append(metric_row(metric, Measured(safe, None, correct[safe].n)))
+        kept = sum(1 for value in gaps if value >= safe) / len(gaps)
+        measured = with_interval(correct_row(safe, correct[safe]))
+        return rows, (
+            f"--min-score-gap {safe:g} is the smallest score gap with at least {SAFE_SHARE:.0%} "
+            f"correct labels ({measured}); it keeps {kept:.0%} of the pairs."
+        )
+    cases = sum(1 for pair in sample if pair.gap is not None)
+    if cases < SAFE_CASES:
+        return rows, (
+            f"A recommendation for --min-score-gap needs {SAFE_CASES} or more pairs of the random "
+            f"half in which people prefer an answer; there are {cases}."
+        )
+    return rows, (
+        f"No --min-score-gap has {SAFE_SHARE:.0%} correct labels among {SAFE_CASES} or more "
+        f"reviewed pairs (n={cases})."
     )
 
 
+def correct_row(smallest: float, measured: Measured) -> dict:
+    """The report's row of the share of correct labels from a score gap on."""
+    label = f"correct labels, score gap {smallest:g} or more"
+    return metric_row(Metric("correct_by_gap", "people", label, "%"), measured)
+
+
+def correct_by_gap(sample: list[ReviewedPair]) -> dict[float, Measured]:
+    """Score gap -> share of correct labels among reviewed pairs with this gap or a larger one."""
+    known = [pair for pair in sample if pair.gap is not None]
+    result = {}
+    for smallest in sorted({float(f"{pair.gap:.3g}") for pair in known}):  # short enough to type
+        above = [pair for pair in known if pair.gap >= smallest]
+        correct = sum(1 for pair in above if pair.choice == "chosen")
+        if above:  # nothing, if rounding up has passed the largest gap
+            result[smallest] = share(correct, len(above))
+    return result
+
+
+def is_safe(measured: Measured) -> bool:
+    """Whether enough labels were checked, and enough of them are correct."""
+    return measured.n >= SAFE_CASES and measured.value >= SAFE_SHARE
+
+
 # --------------------------------------------------------------------------------------------------
-# §15 TERMINAL: note, show, plan_line, show_plan, ProgressBar, summary, report_lines, DROP_REASONS
+# §19 TERMINAL: note, show, plan_line, show_plan, ProgressBar, summary, report_lines, DROP_REASONS
 # In: the counts of a run (OutputFiles, Models) and the numbers of its report. Out: lines of text,
-# at most 100 columns wide. Called by §16 RUN (plan, progress, summary) and §17 CLI (messages).
+# at most 100 columns wide. Called by RUN (plan, progress, summary) and CLI (messages).
 # --------------------------------------------------------------------------------------------------
 
 WIDTH = 100  # columns of every output, --help included
@@ -9154,6 +9227,7 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
     "histories differ": ("chosen and rejected answer different conversations", ""),
     "not one answer on each side": ("chosen or rejected holds several answers", ""),
     # people (--annotations) and a method of one's own
+    "people see no difference": ("people called the two answers equally good", ""),
     "both bad": ("people called both answers bad", ""),
     "annotators disagree": ("people preferred different answers", "one more annotator"),
     "the method made no pair": ("the method returned an empty list", ""),
@@ -9306,7 +9380,7 @@ class ProgressBar:
     # The bar whose text stands on the terminal's last line.
     on_screen: ProgressBar | None = None
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.total: int | None = None  # records to finish, once the plan knows
         self.bar = None
         with contextlib.suppress(ImportError):
@@ -9374,7 +9448,7 @@ def summary(files: OutputFiles, models: Models, numbers: dict | None = None) -> 
     else:
         blocks += [file_lines(files), advice_lines(files)]
     blocks = [block for block in blocks if block]
-    if numbers and "checks" in numbers:  # goes when §13 keeps the contract
+    if numbers:
         taken = sum(len(block) + 1 for block in blocks)
         blocks.insert(1, report_lines(numbers, room=SUMMARY_LINES - taken))
     lines = []
@@ -9521,8 +9595,105 @@ def stopped_lines(files: OutputFiles, models: Models) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# §16 RUN: records_of, plan, Labels, OutputFiles, in_order, construct, run_job
-# In: checked flags. Out: the files, and an exit status. `main` (§17) calls `construct`.
+# §20 PIPELINE: small parts of Run and process_record
+# Called by §4 METHODS.
+# --------------------------------------------------------------------------------------------------
+
+
+async def gather_all(tasks: list) -> list:
+    """Results in order. Every call ends before anything is raised: no paid reply is thrown away.
+
+    A Failed that a task returns is a result like any other: only what was raised is raised here."""
+    tasks = [asyncio.ensure_future(task) for task in tasks]
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    raised = [
+        e for task, e in zip(tasks, results, strict=True) if task.cancelled() or task.exception()
+    ]
+    if raised:
+        raise max(
+            raised, key=lambda error: [isinstance(error, kind) for kind in (Stop, Pending, Failed)]
+        )
+    return results
+
+
+def unique_names(models: list[Model | None]) -> dict[Model, str]:
+    """{model: its name in rows}: `name`, or `name@URL` where two models share the name."""
+    known = [model for model in models if model is not None]
+    counts = Counter(model.name for model in known)
+    names = {}
+    for model in known:
+        address = model.url or model.provider
+        names[model] = f"{model.name}@{address}" if counts[model.name] > 1 else model.name
+    return names
+
+
+def with_system_prompt(messages: list[dict], text: str) -> list[dict]:
+    """The messages after a system turn of this text; a system turn of their own is joined to it."""
+    if messages[0]["role"] == "system":
+        text = f"{text}\n\n{messages[0]['content']}"
+        messages = messages[1:]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def remember_judged(record: Record, answers: list[Answer], judged: list[Answer]) -> None:
+    """Put the judged answers in the place of the unjudged in record.answers; new ones come last.
+
+    So an answer that a method made by hand reaches the files, too."""
+    places = {id(answer): place for place, answer in enumerate(record.answers)}
+    known = list(record.answers)
+    for answer, with_votes in zip(answers, judged, strict=True):
+        place = places.get(id(answer))
+        if place is None:
+            known.append(with_votes)
+        else:
+            known[place] = with_votes
+    record.answers = known
+
+
+def dropped_outcome(record: Record, failed: Failed) -> Outcome:
+    """The Outcome of a record without a pair."""
+    return Outcome(record, [], failed.stage, failed.reason, failed.retryable)
+
+
+def wrong_pairs(pairs: object) -> str:
+    """What is wrong with a method's return value, "" if it is a list of pairs of answers."""
+    if not isinstance(pairs, list):
+        return f"{pairs!r:.80}, not a list of pairs"
+    for pair in pairs:
+        if not isinstance(pair, Pair):
+            return f"a list with {pair!r:.80}, which is not a Pair"
+        for answer in (pair.chosen, pair.rejected):
+            if not isinstance(answer, Answer) or not isinstance(answer.text, str):
+                return f"a pair with {answer!r:.80}, which is not an Answer with a text"
+            if not isinstance(answer.score, int | float | None):
+                return f"an answer with the score {answer.score!r:.80}, which is not a number"
+    return ""
+
+
+def call_plain(method: Callable, record: Record, run: Run) -> list[Pair]:
+    """Call a plain `def` method in a thread, which cannot hand over a StopIteration."""
+    try:
+        return method(record, run)
+    except StopIteration as error:
+        raise RuntimeError(repr(error)) from error
+
+
+# What a method of one's own may raise.
+BUGS = (Exception, asyncio.CancelledError, GeneratorExit, SystemExit)
+
+
+def halt_at(place: str, error: BaseException, models: Models) -> Stop:
+    """Stop the run because of a bug -> the Stop to raise; its traceback is shown, once."""
+    cause = error.__cause__ if isinstance(error, PartError) else error
+    if cause and not models.stop:  # records in work may all meet the same bug
+        note("".join(traceback.format_exception(cause)).rstrip())
+    message = str(error) if isinstance(error, PartError) else f"a bug: {error!r}"
+    return models.halt(f"{place}: {message}")
+
+
+# --------------------------------------------------------------------------------------------------
+# §21 RUN: records_of, plan, Labels, OutputFiles, in_order, construct, run_job
+# In: checked flags. Out: the files, and an exit status. `main` (CLI) calls `construct`.
 # --------------------------------------------------------------------------------------------------
 
 # Limit: two runs at the same time may share a cache, but a request that both need before either has
@@ -10160,8 +10331,8 @@ def note_annotations(annotations: Annotations, models: Models) -> None:
         note(problem)
     if len(problems) > 20:
         note(f"... and {len(problems) - 20} more")
-    if not annotations.met:
-        message = "none of the verdicts is about a pair of this input"
+    if not annotations.reviewed:
+        message = "none of the choices is about a pair of this input"
         models.halt(f"{message}: give the page's own input", 2)
 
 
@@ -10252,18 +10423,18 @@ def spooled(args: argparse.Namespace) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# §17 CLI: build_parser, check, main
+# §22 CLI: build_parser, check, main
 # In: the command line. Out: checked flags as a Run, or one line that says what to correct.
-# `main` is the program: it calls construct (§16) and turns every error into an exit status.
+# `main` is the program: it calls construct (RUN) and turns every error into an exit status.
 # --------------------------------------------------------------------------------------------------
 
 PROGRAM = "rlhf_constructor.py"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and whose @FILE holds a flag and its value on each line."""
+    """argparse whose errors are one line; an @FILE holds a flag and its value on each line."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> Never:
         """Raise UserError with argparse's message in plain words."""
         message = message.removeprefix("argument ")
         unknown = re.match(r"unrecognized arguments: ([^\s=]*)", message)
@@ -10374,7 +10545,7 @@ def add_data_flags(add) -> None:
         help="number of records to read, from the first on (default -1 = all)")
     add("--exclude-prompts", metavar="FILE",
         help="file of prompts to leave out, e.g. a benchmark; a prompt that shares "
-             f"{CONTAMINATION_RUN} words in a row with one of them is left out, too (default: none)")
+             f"{CONTAMINATION_RUN} words in a row with one of them is left out too (default: none)")
     add("--test-fraction", type=number_between(0.0, 0.99), default=0.0, metavar="X",
         help="share of prompts written to <output>.test.jsonl instead, 0 to 0.99 (default 0)")
 
@@ -10681,7 +10852,7 @@ def check_judges(run: Run) -> None:
 
 
 def check_model(model: Model, args) -> None:
-    """Raise UserError if the package, the key or the price that calls to `model` need is missing."""
+    """Raise UserError if a package, key or price that calls to `model` need is missing."""
     provider = PROVIDERS[model.provider]
     key = key_of(model)
     if provider.key and args.max_cost is not None and model.name not in args.prices:
@@ -10776,7 +10947,7 @@ def check_writable(written: list[str], inputs: list[str]) -> None:
 
 
 def written_paths(args) -> list[str]:
-    """[output, drops, test split, candidates, report, its numbers, review]; "" for unwanted ones."""
+    """[output, drops, test split, candidates, report, its numbers, review]; "" if unwanted."""
     stem = re.sub(r"\.jsonl?$", "", args.output_path)
     test = f"{stem}.test.jsonl" if args.test_fraction else ""
     paths = [args.output_path, f"{stem}.dropped.jsonl", test, args.candidates_path or ""]
@@ -10873,7 +11044,8 @@ def main(argv: list[str] | None = None) -> int:
     0 done, 1 a rerun may help or no pair came out, 2 a mistake of the user, 3 stopped early,
     130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # it was closed: 2>&-
+    if not sys.stderr:  # it was closed: 2>&-
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -10921,7 +11093,7 @@ def disk_message(error: OSError | sqlite3.Error) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# §18 PAGES: REPORT_PAGE, REVIEW_PAGE
+# §23 PAGES: REPORT_PAGE, REVIEW_PAGE
 # --------------------------------------------------------------------------------------------------
 
 REPORT_PAGE = """<!doctype html>
@@ -11049,29 +11221,55 @@ REVIEW_PAGE = r"""<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title data-zh="哪个回答更好？">Which answer is better?</title>
 <style>
-:root { color-scheme: light dark; --back: light-dark(#f3f4f6, #13161b); --card: light-dark(#ffffff, #1c2129);
-  --ink: light-dark(#1b212b, #e6e9ee); --soft: light-dark(#545d6b, #a6afbd);
-  --edge: light-dark(#767f8d, #7f8998); --mark: light-dark(#1a56c4, #8ab4f8);
-  --on: light-dark(#ffffff, #101419); --alarm: light-dark(#8f1d14, #ffb4a9); }
+:root {
+  color-scheme: light dark;
+  --back: light-dark(#f3f4f6, #13161b);
+  --card: light-dark(#ffffff, #1c2129);
+  --ink: light-dark(#1b212b, #e6e9ee);
+  --soft: light-dark(#545d6b, #a6afbd);
+  --edge: light-dark(#767f8d, #7f8998);
+  --mark: light-dark(#1a56c4, #8ab4f8);
+  --on: light-dark(#ffffff, #101419);
+  --alarm: light-dark(#8f1d14, #ffb4a9);
+}
 * { box-sizing: border-box; margin: 0; }
-body { height: 100dvh; display: flex; flex-direction: column; background: var(--back); color: var(--ink);
-  font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif; }
+body {
+  height: 100dvh;
+  display: flex;
+  flex-direction: column;
+  background: var(--back);
+  color: var(--ink);
+  font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif;
+}
 header, footer, footer div, label { display: flex; align-items: center; gap: 8px; }
 header, footer { padding: 8px 16px; gap: 16px; }
 header, h3 { color: var(--soft); font-size: 0.875rem; }
 h1, h2 { flex: 1; font-size: 1rem; }
 #problem { color: var(--alarm); font-weight: 600; padding: 0 16px; }
-main { flex: 1; min-height: 0; padding: 0 16px; display: grid; gap: 12px;
-  grid-template: minmax(4rem, auto) minmax(0, 1fr) / 1fr 1fr; }
-section, dialog, button, input { font: inherit; color: inherit; background: var(--card); padding: 8px 16px;
-  border: 1px solid var(--edge); border-radius: 6px; }
+main {
+  flex: 1;
+  min-height: 0;
+  padding: 0 16px;
+  display: grid;
+  gap: 12px;
+  grid-template: minmax(4rem, auto) minmax(0, 1fr) / 1fr 1fr;
+}
+section, dialog, button, input {
+  padding: 8px 16px;
+  border: 1px solid var(--edge);
+  border-radius: 6px;
+  background: var(--card);
+  color: inherit;
+  font: inherit;
+}
 section { overflow: auto; }
 section p { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
 #turns { grid-column: 1 / 3; max-height: 30dvh; }
 [aria-pressed=true], form button { background: var(--mark); color: var(--on); }
 footer div, footer button, footer label, #note { flex: 1 1 auto; white-space: nowrap; }
 #number, #note { width: 5rem; }
-dialog { margin: auto; max-width: 36rem; }
+#status { min-width: 0; overflow-wrap: anywhere; }
+dialog { margin: auto; max-width: min(36rem, 100% - 16px); }
 dialog form { display: grid; gap: 12px; }
 @media (max-width: 900px) {
   main { display: block; overflow: auto; padding: 0 8px; }
@@ -11079,14 +11277,15 @@ dialog form { display: grid; gap: 12px; }
   header, footer { padding: 6px 8px; gap: 6px; justify-content: space-between; }
   footer { flex-wrap: wrap; }
   footer div { flex-basis: 100%; }
-  header h1, progress, kbd { display: none; }
+  header h1, progress, kbd, #keys { display: none; }
   button, input { padding: 8px 6px; }
 }
 </style>
 <header>
   <h1 data-zh="哪个回答更好？">Which answer is better?</h1>
-  <label data-zh="第 ">Pair <input id="number" type="number" data-key="j"> / <b id="total"></b></label>
-  <progress id="bar" value="0" aria-label="Pairs judged" data-zh="进度"></progress>
+  <label data-zh="序号 ">Pair
+    <input id="number" type="number" data-key="j"> / <b id="total"></b></label>
+  <progress id="bar" value="0" aria-label="Pairs judged" data-zh="已评数量"></progress>
   <span id="status" role="status"></span>
   <button data-do="download" data-key="d" data-zh="下载 ">Download <kbd>D</kbd></button>
   <button data-do="help" data-key="?" data-zh="帮助 ">Help <kbd>?</kbd></button>
@@ -11094,160 +11293,317 @@ dialog form { display: grid; gap: 12px; }
 <p id="problem" role="alert"></p>
 <main>
   <section id="turns" tabindex="0" aria-label="Conversation" data-zh="对话"></section>
-  <section tabindex="0" aria-label="A"><h3 data-zh="回答 A">Answer A</h3><p id="a" dir="auto"></p></section>
-  <section tabindex="0" aria-label="B"><h3 data-zh="回答 B">Answer B</h3><p id="b" dir="auto"></p></section>
+  <section tabindex="0" aria-label="A">
+    <h3 data-zh="回答 A">Answer A</h3><p id="a" dir="auto"></p></section>
+  <section tabindex="0" aria-label="B">
+    <h3 data-zh="回答 B">Answer B</h3><p id="b" dir="auto"></p></section>
 </main>
 <footer>
   <div>
-    <button data-do="a" data-key="a arrowleft" data-zh="A 更好 ">A is better <kbd>← A</kbd></button>
+    <button data-do="a" data-key="a arrowleft" data-zh="A 更好 ">A is better
+      <kbd>← A</kbd></button>
     <button data-do="tie" data-key="t" data-zh="平局 ">Tie <kbd>T</kbd></button>
     <button data-do="bad" data-key="x" data-zh="都不好 ">Both bad <kbd>X</kbd></button>
-    <button data-do="b" data-key="b arrowright" data-zh="B 更好 ">B is better <kbd>→ B</kbd></button>
+    <button data-do="b" data-key="b arrowright" data-zh="B 更好 ">B is better
+      <kbd>→ B</kbd></button>
   </div>
   <button data-do="skip" data-key="s" data-zh="跳过 ">Skip <kbd>S</kbd></button>
   <button data-do="undo" data-key="u" data-zh="撤销 ">Undo <kbd>U</kbd></button>
-  <label data-zh="备注 ">Note <kbd>N</kbd> <input id="note" autocomplete="off" data-key="n"></label>
+  <label data-zh="备注 ">Note <kbd>N</kbd>
+    <input id="note" autocomplete="off" data-key="n"></label>
 </footer>
 <dialog id="start" aria-labelledby="hello">
   <form method="dialog" id="who">
     <h2 id="hello" data-zh="哪个回答更好？">Which answer is better?</h2>
-    <p data-zh="选出更有帮助的回答：首先要正确，其次完整、清楚；长短和格式不加分。看不出差别选平局。">Prefer
-      the answer that helps more: it is right before all else, then complete and clear. Length and decoration
-      earn nothing. Tie: you see no difference. Both bad: no one should learn from either.</p>
-    <p data-zh="按钮上标有按键；J 跳转，↑ ↓ 滚动两个回答，回车离开输入框。">Each button names its key. J: jump
-      to a pair; ↑ ↓: scroll both answers; Enter: leave a field.</p>
-    <p data-zh="判断即时保存在本浏览器中，不会上传；评完后（或随时）请下载文件。">Every verdict is saved in
-      this browser at once; nothing is sent. Download the file when you are done, or at any time before.</p>
-    <label data-zh="您的名字 ">Your name <input id="name" required pattern=".*\S.*" maxlength="60"></label>
+    <p data-zh="请选择更有帮助的回答：首先看是否正确，其次看是否完整、清楚。篇幅和排版不计入评价。">
+      Choose the more helpful answer. Correctness comes first, then completeness and clarity.
+      Length and formatting do not count.</p>
+    <p data-zh="看不出优劣时选“平局”；两个回答都不值得模型学习时选“都不好”。">
+      Tie: you see no difference. Both bad: a model should learn from neither answer.</p>
+    <p id="keys"
+      data-zh="按钮上标有快捷键。J：跳转到指定序号；↑ ↓：同时滚动两个回答；回车：退出输入框。">
+      Each button shows its key. J: go to a pair. ↑ ↓: scroll both answers.
+      Enter: leave a field.</p>
+    <p data-zh="每次选择都会立即保存在此浏览器中，不会上传。评完后请下载结果，中途也可随时下载。">
+      Each choice is saved in this browser at once; nothing is sent. Download the file when you
+      are done, or at any time before.</p>
+    <label data-zh="您的名字 ">Your name
+      <input id="name" required pattern=".*\S.*" maxlength="60"></label>
     <button data-zh="开始">Start</button>
   </form>
 </dialog>
 <script type="application/json" id="data">{{DATA}}</script>
 <script>
 "use strict";
-const $ = id => document.getElementById(id), all = css => document.querySelectorAll(css);
-const {salt, pairs} = JSON.parse($("data").textContent), chinese = navigator.language.startsWith("zh");
-const entries = new Map();  // annotator + pair_id -> {seen: a, b, tie, bad or "", note, seconds, when, ...}
-let database, me = "", at = 0, since = 0;
+const $ = id => document.getElementById(id);
+const all = css => document.querySelectorAll(css);
+const {salt, pairs} = JSON.parse($("data").textContent);
+const chinese = navigator.language.startsWith("zh");
+const STORE = "verdicts";  // where browsers have saved choices since the first version
+const entries = new Map();  // annotator + pair_id -> entry, see entryOf
 
-const say = (place, english, zh) => { $(place).textContent = chinese ? zh : english; };
-const unsaved = () => say("problem",
-  "This browser saves nothing: download your verdicts before you close it.", "无法保存：关闭之前请下载。");
-const entryOf = pair => entries.get(me + pair.pair_id)
-  ?? {salt, annotator: me, pair_id: pair.pair_id, seen: "", note: "", seconds: 0, when: 0};
-const judged = pair => entryOf(pair).seen !== "";
-const byTime = (one, two) => one.when - two.when;
-const visible = text => text.replace(/[\0-\x08\x0b-\x1f\x7f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g,
-  sign => sign === "\r" ? "" : `⟦U+${sign.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟧`);
-const result = request => new Promise((done, onerror) =>
-  Object.assign(request, {onsuccess: () => done(request.result), onerror}));
+let database;
+let me = "";  // name of the annotator
+let at = 0;  // index of the pair that is shown
+let since = 0;  // when it was shown
 
-// In IndexedDB: Chromium may give a local file that is loaded again in its tab an empty, lost localStorage.
-async function load() {  // -> what every annotator of this page said, last judged last
-  const request = indexedDB.open("rlhf-review"), keyPath = ["salt", "annotator", "pair_id"];
-  request.onupgradeneeded = () => request.result.createObjectStore("verdicts", {keyPath});
-  database = await result(request);
-  const store = database.transaction("verdicts").objectStore("verdicts");
-  return (await result(store.getAll(IDBKeyRange.bound([salt], [salt, []])))).sort(byTime);
+
+// Texts
+
+function say(id, english, zh) {
+  $(id).textContent = chinese ? zh : english;
 }
 
-function keep(pair, change) {
+function warnUnsaved() {
+  say("problem", "This browser cannot save your choices: download them before you close the page.",
+    "此浏览器无法保存您的选择：关闭页面前请先下载。");
+}
+
+function visible(text) {  // control characters as ⟦U+202E⟧
+  const controls = /[\0-\x08\x0b-\x1f\x7f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g;
+  return text.replace(controls, sign => {
+    if (sign === "\r") return "";
+    const code = sign.charCodeAt(0).toString(16).toUpperCase();
+    return `⟦U+${code.padStart(4, "0")}⟧`;
+  });
+}
+
+function create(tag, fields) {
+  return Object.assign(document.createElement(tag), fields);
+}
+
+
+// Choices, and where they are saved
+
+function entryOf(pair) {  // what this annotator chose
+  const saved = entries.get(me + pair.pair_id);
+  if (saved) return saved;
+  return {
+    salt,  // of this page
+    annotator: me,
+    pair_id: pair.pair_id,
+    seen: "",  // a, b, tie or bad
+    note: "",
+    seconds: 0,
+    when: 0,
+  };
+}
+
+function isJudged(pair) {
+  return entryOf(pair).seen !== "";
+}
+
+function byTime(first, second) {
+  return first.when - second.when;
+}
+
+function resultOf(request) {
+  return new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = reject;
+  });
+}
+
+// IndexedDB, because Chromium may lose the localStorage of a local file that is reloaded.
+async function load() {  // the entries of every annotator of this page, latest last
+  const request = indexedDB.open("rlhf-review");
+  request.onupgradeneeded = () => {
+    request.result.createObjectStore(STORE, {keyPath: ["salt", "annotator", "pair_id"]});
+  };
+  database = await resultOf(request);
+  const store = database.transaction(STORE).objectStore(STORE);
+  const ofThisPage = IDBKeyRange.bound([salt], [salt, []]);
+  const saved = await resultOf(store.getAll(ofThisPage));
+  return saved.sort(byTime);
+}
+
+function save(pair, change) {
   const entry = {...entryOf(pair), ...change};
   entries.set(me + pair.pair_id, entry);
   try {
-    const saving = database.transaction("verdicts", "readwrite");
-    saving.onabort = unsaved;
-    saving.objectStore("verdicts").put(entry);
+    const saving = database.transaction(STORE, "readwrite");
+    saving.onabort = warnUnsaved;
+    saving.objectStore(STORE).put(entry);
     saving.commit();  // at once: closing the tab aborts what is not committed
-  } catch { unsaved(); }
+  } catch {
+    warnUnsaved();
+  }
 }
 
-function chosenIsLeft(text) {  // FNV-1a, folded
-  let h = 0x811c9dc5;
-  for (const letter of text) h = Math.imul(h ^ letter.charCodeAt(0), 0x01000193) >>> 0;
-  return (h ^ h >>> 16) & 1;
-}
 
-function following(index) {  // the next pair that waits for a verdict; if none does, the next one
-  const order = pairs.map((_, step) => (index + 1 + step) % pairs.length);
-  return order.find(i => !judged(pairs[i])) ?? order[0];
+// Showing and judging pairs
+
+function nextIndex(index) {  // of the next pair without a choice; if all have one, of the next
+  const order = pairs.map((pair, step) => (index + 1 + step) % pairs.length);
+  return order.find(i => !isJudged(pairs[i])) ?? order[0];
 }
 
 function show(index) {
-  at = index; since = performance.now();
-  const pair = pairs[at], entry = entryOf(pair), done = pairs.filter(judged).length;
-  $("turns").replaceChildren(...pair.messages.flatMap(({role, content}) => [
-    Object.assign(document.createElement("h3"), {textContent: role}),
-    Object.assign(document.createElement("p"), {textContent: visible(content), dir: "auto"})]));
-  for (const side of ["a", "b"]) $(side).textContent = visible(pair[side]);
-  for (const part of all("section")) part.scrollTop = 0;
-  for (const button of all("footer div button")) button.ariaPressed = button.dataset.do === entry.seen;
-  $("number").value = at + 1; $("note").value = entry.note; $("bar").value = done;
-  if (done < pairs.length) say("status", `${done} judged by ${me}`, `${me} 已评 ${done} 对`);
-  else say("status", "All judged: download them", "已全部评完，请下载");
+  at = index;
+  since = performance.now();
+  const pair = pairs[at];
+  const entry = entryOf(pair);
+  const turns = [];
+  for (const {role, content} of pair.messages) {
+    turns.push(create("h3", {textContent: role}));
+    turns.push(create("p", {textContent: visible(content), dir: "auto"}));
+  }
+  $("turns").replaceChildren(...turns);
+  $("a").textContent = visible(pair.a);
+  $("b").textContent = visible(pair.b);
+  for (const section of all("section")) section.scrollTop = 0;
+  for (const button of all("footer div button")) {
+    button.ariaPressed = button.dataset.do === entry.seen;
+  }
+  $("number").value = at + 1;
+  $("note").value = entry.note;
+  showProgress();
+}
+
+function showProgress() {
+  const done = pairs.filter(isJudged).length;
+  $("bar").value = done;
+  if (done < pairs.length) {
+    say("status", `${done} judged by ${me}`, `${me} 已评 ${done} 对`);
+  } else {
+    say("status", "All judged: download the file", "已全部评完，请下载结果");
+  }
 }
 
 function judge(seen) {
   const seconds = entryOf(pairs[at]).seconds + (performance.now() - since) / 1000;
-  keep(pairs[at], {seen, seconds, when: Date.now()});
-  show(following(at));
+  save(pairs[at], {seen, seconds, when: Date.now()});
+  show(nextIndex(at));
 }
 
+function undo() {
+  const judged = pairs.filter(isJudged);
+  judged.sort((first, second) => byTime(entryOf(first), entryOf(second)));
+  const last = judged.at(-1);
+  if (last) {
+    save(last, {seen: ""});
+    show(pairs.indexOf(last));
+  }
+}
+
+
+// The file of choices: only here the page computes which side the label prefers
+
+function chosenIsLeft(text) {  // FNV-1a, folded
+  let code = 0x811c9dc5;
+  for (const letter of text) {
+    code = Math.imul(code ^ letter.charCodeAt(0), 0x01000193) >>> 0;
+  }
+  return (code ^ code >>> 16) & 1;
+}
+
+function lineOf(pair) {
+  const {pair_id, prompt_id, queue} = pair;
+  const entry = entryOf(pair);
+  const left = chosenIsLeft(salt + pair_id);
+  const labels = {
+    a: left ? "chosen" : "rejected",
+    b: left ? "rejected" : "chosen",
+    tie: "tie",
+    bad: "bad",
+  };
+  const line = {
+    pair_id,
+    prompt_id,
+    choice: labels[entry.seen],
+    queue,
+    note: entry.note,
+    annotator: me,
+    seconds: Number(entry.seconds.toFixed(1)),
+  };
+  return JSON.stringify(line) + "\n";
+}
+
+function download() {
+  const lines = pairs.filter(isJudged).map(lineOf);
+  const href = URL.createObjectURL(new Blob(lines));
+  const name = me.replace(/[^\p{L}\p{N}]+/gu, "-");
+  create("a", {href, download: `annotations-${name}.jsonl`}).click();
+}
+
+
+// Keys and buttons
+
 const actions = {
-  a: () => judge("a"), b: () => judge("b"), tie: () => judge("tie"), bad: () => judge("bad"),
-  skip: () => show(following(at)), help: () => $("start").showModal(),
-  undo() {
-    const last = pairs.filter(judged).sort((one, two) => byTime(entryOf(one), entryOf(two))).at(-1);
-    if (last) { keep(last, {seen: ""}); show(pairs.indexOf(last)); }
-  },
-  download() {  // only here is it worked out which side the label prefers
-    const lines = pairs.filter(judged).map(pair => {
-      const {pair_id, prompt_id, queue} = pair, {seen, note, seconds} = entryOf(pair);
-      const [a, b] = chosenIsLeft(salt + pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
-      const said = {pair_id, prompt_id, choice: {a, b}[seen] ?? seen, queue, note, annotator: me};
-      return JSON.stringify({...said, seconds: Number(seconds.toFixed(1))}) + "\n";
-    });
-    const href = URL.createObjectURL(new Blob(lines)), name = me.replace(/[^\p{L}\p{N}]+/gu, "-");
-    Object.assign(document.createElement("a"), {href, download: `annotations-${name}.jsonl`}).click();
-  },
+  a: () => judge("a"),
+  b: () => judge("b"),
+  tie: () => judge("tie"),
+  bad: () => judge("bad"),
+  skip: () => show(nextIndex(at)),
+  undo,
+  download,
+  help: () => $("start").showModal(),
 };
 
 document.onkeydown = event => {
-  const {target} = event, key = event.key.toLowerCase(), by = {arrowup: -80, arrowdown: 80}[key];
-  if (!me || $("start").open || event.ctrlKey || event.metaKey || event.altKey) return;
+  const typing = event.target.matches("input");
+  const key = event.key.toLowerCase();
+  const distance = {arrowup: -80, arrowdown: 80}[key];
   const control = document.querySelector(`[data-key~="${CSS.escape(key)}"]`);
-  if (target.matches("input")) {
-    if (key === "escape" || key === "enter") target.blur();
-  } else if (by && !target.matches("section")) {  // a focused text scrolls by itself
-    for (const part of all("section + section")) part.scrollBy(0, by);
-  } else if (control && !event.repeat) {  // a key held down judges once
+  if (!me || $("start").open || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (typing) {
+    if (key === "escape" || key === "enter") event.target.blur();
+  } else if (distance && !event.target.matches("section")) {  // a focused text scrolls by itself
+    for (const section of all("section + section")) section.scrollBy(0, distance);
+  } else if (control && !event.repeat) {  // a key that is held down judges once
     event.preventDefault();
-    if (control.matches("input")) control.focus(); else control.click();
+    if (control.matches("input")) control.focus();
+    else control.click();
   }
 };
-$("number").onfocus = () => $("number").select();
+
+function goToNumber() {
+  const number = Math.round($("number").value);
+  show(Math.max(1, Math.min(pairs.length, number)) - 1);
+}
+
 $("who").onsubmit = () => {
   const name = $("name").value.trim();
-  if (name !== me) { me = name; show(following(-1)); }  // who only asked for help stays where they are
+  if (name === me) return;  // after reading the help the same pair stays
+  me = name;
+  show(nextIndex(-1));
 };
+
 $("start").onclose = () => {
   $("name").value = me;
   if (!me) $("start").showModal();
 };
 
-async function begin() {  // nothing can be judged before what was saved is here and a name is given
-  if (chinese) document.documentElement.lang = "zh";
-  for (const part of chinese ? all("[data-zh]") : [])
-    if (part.ariaLabel) part.ariaLabel = part.dataset.zh; else part.firstChild.data = part.dataset.zh;
-  $("total").textContent = $("number").max = $("bar").max = pairs.length;
-  const saved = await load().catch(() => { unsaved(); return []; });
+function translate() {
+  document.documentElement.lang = "zh";
+  for (const part of all("[data-zh]")) {
+    if (part.ariaLabel) part.ariaLabel = part.dataset.zh;
+    else part.firstChild.data = part.dataset.zh;
+  }
+}
+
+async function begin() {  // nothing can be judged before saved choices are loaded and a name given
+  if (chinese) translate();
+  $("total").textContent = pairs.length;
+  $("number").max = pairs.length;
+  $("bar").max = pairs.length;
+  if (!pairs.length) {
+    say("problem", "There are no pairs to review.", "没有需要评审的数据。");
+    return;
+  }
+  let saved = [];
+  try {
+    saved = await load();
+  } catch {
+    warnUnsaved();
+  }
   for (const entry of saved) entries.set(entry.annotator + entry.pair_id, entry);
   for (const button of all("[data-do]")) button.onclick = actions[button.dataset.do];
-  $("note").oninput = () => keep(pairs[at], {note: $("note").value});
-  $("number").onchange = () => show(Math.max(1, Math.min(pairs.length, Math.round($("number").value))) - 1);
+  $("number").onfocus = () => $("number").select();
+  $("number").onchange = goToNumber;
+  $("note").oninput = () => save(pairs[at], {note: $("note").value});
   $("name").value = saved.at(-1)?.annotator ?? "";
-  if (pairs.length) $("start").showModal();
-  else say("problem", "There is no pair to review.", "没有可评的数据。");
+  $("start").showModal();
 }
 
 begin();

@@ -441,7 +441,7 @@ def test_annotations_without_their_pairs_are_refused(rlhf, tmp_path):
     refused = rlhf(
         DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "v.jsonl"
     )
-    assert refused.status == 2 and "no line of it is a verdict" in refused.err
+    assert refused.status == 2 and "no line of it is a choice" in refused.err
 
 
 def test_a_file_of_prompts_to_exclude_that_holds_none_is_refused(rlhf, tmp_path):

@@ -400,14 +400,14 @@ def test_advice_for_answers_that_exist_asks_for_no_other_answers(write, method, 
 
 
 def test_every_advice_names_a_flag_and_every_topic_is_used():
-    problems = [row.too_low for row in rc.METRICS + rc.HUMAN] + [
-        row.too_high for row in rc.METRICS + rc.HUMAN
+    problems = [row.too_low for row in rc.METRICS + rc.HUMAN_METRICS] + [
+        row.too_high for row in rc.METRICS + rc.HUMAN_METRICS
     ]
     assert {problem.topic for problem in problems if problem} == set(rc.ADVICE)
     assert all("--" in row.advice for row in rc.ADVICE.values())
 
 
-@pytest.mark.parametrize("metric", rc.METRICS + rc.HUMAN, ids=lambda metric: metric.key)
+@pytest.mark.parametrize("metric", rc.METRICS + rc.HUMAN_METRICS, ids=lambda metric: metric.key)
 def test_every_limit_has_its_finding(metric):
     assert metric.section in rc.SECTIONS
     assert bool(metric.too_low) == (metric.limits.warn_below > -math.inf)

@@ -88,10 +88,6 @@ def test_the_offline_provider_needs_the_standard_library_only(tmp_path):
     assert done.returncode == 0 and os.path.getsize(out), done.stderr
 
 
-def test_no_line_is_longer_than_110():
-    assert [n for n, line in enumerate(LINES, 1) if len(line) > 110] == []
-
-
 def test_functions_have_a_ceiling():
     long = {
         name: size
@@ -101,7 +97,6 @@ def test_functions_have_a_ceiling():
     assert long == {}
 
 
-UNTIL_MERGED = pytest.mark.xfail(strict=False, reason="until the merge")
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 DEFINITIONS = [
     node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -113,7 +108,6 @@ def where(nodes) -> list[str]:
     return [f"{node.lineno}: {LINES[node.lineno - 1].strip()}" for node in nodes]
 
 
-@UNTIL_MERGED
 def test_no_line_is_longer_than_100():
     assert [n for n, line in enumerate(LINES, 1) if len(line) > 100] == []
 
@@ -129,13 +123,11 @@ def is_plain_product(comprehension) -> bool:
     return True
 
 
-@UNTIL_MERGED
 def test_no_comprehension_has_two_fors_unless_it_is_a_plain_product():
     found = [node for node in ast.walk(TREE) if isinstance(node, COMPREHENSIONS)]
     assert where(n for n in found if len(n.generators) > 1 and not is_plain_product(n)) == []
 
 
-@UNTIL_MERGED
 def test_no_comprehension_stands_inside_another():
     nested = []
     for outer in ast.walk(TREE):
@@ -145,7 +137,6 @@ def test_no_comprehension_stands_inside_another():
     assert where(nested) == []
 
 
-@UNTIL_MERGED
 def test_no_lambda_has_a_name():
     assigned = [node for node in ast.walk(TREE) if isinstance(node, ast.Assign)]
     assert where(node for node in assigned if isinstance(node.value, ast.Lambda)) == []
@@ -173,7 +164,6 @@ def local_names(function) -> list[tuple[str, int]]:
     return names
 
 
-@UNTIL_MERGED
 def test_no_local_name_hides_a_function_class_or_module_of_the_file():
     top = top_level_names()
     hidden = set()
@@ -182,7 +172,6 @@ def test_no_local_name_hides_a_function_class_or_module_of_the_file():
     assert sorted(hidden) == []
 
 
-@UNTIL_MERGED
 def test_every_function_is_annotated():
     bare = []
     for function in DEFINITIONS:
@@ -194,7 +183,6 @@ def test_every_function_is_annotated():
     assert where(bare) == []
 
 
-@UNTIL_MERGED
 def test_a_line_holds_nine_syntax_nodes_at_most_on_average():
     """Of all lines but blank ones and comments; pycodestyle has 6.0, bottle 6.6. The pages are texts."""
     pages = next(n for n, line in enumerate(LINES, 1) if re.match(r"# §\d+ +PAGES", line))
