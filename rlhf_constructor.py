@@ -6778,21 +6778,21 @@ class Batches:
             endpoint.say_waiting(action, f"the batch engine: {error}; trying again")
             await self.models.pause(max(error.retry_after, min(30, 2**tries / 4)))
 
-    async def download(self, endpoint: Endpoint, results_id: str | None, copy: BinaryIO) -> None:
-        """Stream a file of results to disk; leave the copy empty if there is none."""
+    async def download(self, endpoint: Endpoint, results_id: str | None, target: BinaryIO) -> None:
+        """Stream a file of results to disk; leave the target empty if there is none."""
         if not results_id:
             return
         files = endpoint.provider.batch_client().files
 
         async def stream(tries: int) -> None:
-            copy.seek(0)
-            copy.truncate()
+            target.seek(0)
+            target.truncate()
             async with files.with_streaming_response.content(results_id) as response:
                 async for chunk in response.iter_bytes():
-                    copy.write(chunk)
+                    target.write(chunk)
 
         await self.with_retries(endpoint, stream)
-        copy.seek(0)
+        target.seek(0)
 
     async def store_results(self, endpoint: Endpoint, file: str, batch: Any) -> None:
         """Put the replies of an ended batch into the cache and forget the batch, in one step."""
