@@ -6697,8 +6697,8 @@ class Batches:
                 async for batch in batches.list(limit=100):
                     if batch.input_file_id == file:
                         return batch
-            details = {"endpoint": LINE_URL, "completion_window": "24h"}
-            return await batches.create(input_file_id=file, **details)
+            settings = {"endpoint": LINE_URL, "completion_window": "24h"}
+            return await batches.create(input_file_id=file, **settings)
 
         batch = await self.with_retries(endpoint, find_or_create)
         self.cache.do("UPDATE batches SET id = ? WHERE file = ?", batch.id, file)
@@ -6927,12 +6927,12 @@ def read_result(result: dict) -> Reply:
     body = look_up(result, "response.body")
     if status == 200:
         return replace(read_completion(body), rate=BATCH_RATE)
-    code, message = read_error_body(body)
-    if not message:
-        code, message = read_error_body(look_up(result, "error"))
+    code, words = read_error_body(body)
+    if not words:
+        code, words = read_error_body(look_up(result, "error"))
     if not status:
-        raise ApiError(200, "unfinished", message or code or "a result without a response")
-    raise ApiError(int(status), code, message)
+        raise ApiError(200, "unfinished", words or code or "a result without a response")
+    raise ApiError(int(status), code, words)
 
 
 def progress_line(model: Model, batch: Any) -> str:
@@ -6953,9 +6953,9 @@ def read_batch_error(batch: Any) -> ApiError:
     """Why a batch has failed; a limit of the account counts as 429."""
     errors = batch.errors.data if batch.errors else None
     code = errors[0].code if errors else ""
-    message = errors[0].message if errors else ""
+    words = errors[0].message if errors else ""
     is_limit = re.search(r"quota|throttling|rate_limit", code or "", re.I)
-    return ApiError(429 if is_limit else 400, code, message)
+    return ApiError(429 if is_limit else 400, code, words)
 
 
 def needs_stream(fix: RequestFix, sent: dict) -> bool:
