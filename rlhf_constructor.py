@@ -6568,13 +6568,14 @@ class Batches:
 
     async def submit_and_wait(self) -> None:
         """Submit what is wanted, and wait until every batch has ended and is in the cache."""
-        endpoints = {name: self.models.endpoint(m) for name, m in self.asked_models.items()}
+        endpoints = {}
+        for name, model in self.asked_models.items():
+            endpoints[name] = self.models.endpoint(model)
         while True:
             self.cost_too_high = 0.0
             await gather_all([self.upload_waiting(endpoint) for endpoint in endpoints.values()])
-            batches = self.cache.do("SELECT model, file, id FROM batches")
             tasks = []
-            for name, file, batch_id in batches:
+            for name, file, batch_id in self.cache.do("SELECT model, file, id FROM batches"):
                 if name in endpoints:
                     tasks.append(self.collect(endpoints[name], file, batch_id))
             if not tasks:
@@ -6607,7 +6608,7 @@ class Batches:
             if not last_row:
                 return False
 
-            async def send(tries: int):
+            async def send(tries: int) -> Any:
                 requests.seek(0)
                 upload = ("batch.jsonl", requests)
                 stored = await client.files.create(file=upload, purpose="batch")
@@ -6691,13 +6692,13 @@ class Batches:
         batches = endpoint.provider.batch_client().batches
         is_new = file in self.sent_fixes
 
-        async def find_or_create(tries: int):
+        async def find_or_create(tries: int) -> Any:
             if tries or not is_new:
                 async for batch in batches.list(limit=100):
                     if batch.input_file_id == file:
                         return batch
-            details = {"endpoint": LINE_URL, "completion_window": "24h"}
-            return await batches.create(input_file_id=file, **details)
+            settings = {"endpoint": LINE_URL, "completion_window": "24h"}
+            return await batches.create(input_file_id=file, **settings)
 
         batch = await self.with_retries(endpoint, find_or_create)
         self.cache.do("UPDATE batches SET id = ? WHERE file = ?", batch.id, file)
@@ -6707,7 +6708,7 @@ class Batches:
         """The batch, once it has ended; raises ApiError if it cannot be looked at."""
         batches = endpoint.provider.batch_client().batches
 
-        async def look(tries: int):
+        async def look(tries: int) -> Any:
             return await batches.retrieve(batch_id)
 
         last_line = ""
@@ -6777,21 +6778,21 @@ class Batches:
             endpoint.say_waiting(action, f"the batch engine: {error}; trying again")
             await self.models.pause(max(error.retry_after, min(30, 2**tries / 4)))
 
-    async def download(self, endpoint: Endpoint, results_id: str | None, copy: BinaryIO) -> None:
-        """Stream a file of results to disk; leave the copy empty if there is none."""
+    async def download(self, endpoint: Endpoint, results_id: str | None, target: BinaryIO) -> None:
+        """Stream a file of results to disk; leave the target empty if there is none."""
         if not results_id:
             return
         files = endpoint.provider.batch_client().files
 
         async def stream(tries: int) -> None:
-            copy.seek(0)
-            copy.truncate()
+            target.seek(0)
+            target.truncate()
             async with files.with_streaming_response.content(results_id) as response:
                 async for chunk in response.iter_bytes():
-                    copy.write(chunk)
+                    target.write(chunk)
 
         await self.with_retries(endpoint, stream)
-        copy.seek(0)
+        target.seek(0)
 
     async def store_results(self, endpoint: Endpoint, file: str, batch: Any) -> None:
         """Put the replies of an ended batch into the cache and forget the batch, in one step."""
@@ -6843,12 +6844,17 @@ class Batches:
             raise self.models.halt(f"{endpoint.model.name}: {cause} ({error})")
         await self.models.list_served_models(endpoint, error)
         action = self.models.classify_error(endpoint, error)
-        most = {"wait": self.retries, "retry": self.retries, "retry once": min(1, self.retries)}
         failed.tries += 1
-        failed.is_final = failed.tries > most.get(action, 0)
+        failed.is_final = failed.tries > self.retries_after(action)
         failure = failed_call(endpoint, error)
         failed.reason = failure.reason
         failed.retryable = failure.retryable
+
+    def retries_after(self, action: str) -> int:
+        """How often a request is sent again after an error with this action."""
+        if action in ("wait", "retry"):
+            return self.retries
+        return min(1, self.retries) if action == "retry once" else 0
 
 
 class BatchResults:
@@ -6865,7 +6871,9 @@ class BatchResults:
         """Store one line by its custom_id, never by its place -> False: no result of this batch.
 
         A reply counts once; it may follow an error for the same request."""
-        cache, models, model = self.batches.cache, self.batches.models, self.endpoint.model
+        cache = self.batches.cache
+        models = self.batches.models
+        model = self.endpoint.model
         try:
             result = json.loads(line)
         except (ValueError, RecursionError):
@@ -6919,12 +6927,12 @@ def read_result(result: dict) -> Reply:
     body = look_up(result, "response.body")
     if status == 200:
         return replace(read_completion(body), rate=BATCH_RATE)
-    code, message = read_error_body(body)
-    if not message:
-        code, message = read_error_body(look_up(result, "error"))
+    code, words = read_error_body(body)
+    if not words:
+        code, words = read_error_body(look_up(result, "error"))
     if not status:
-        raise ApiError(200, "unfinished", message or code or "a result without a response")
-    raise ApiError(int(status), code, message)
+        raise ApiError(200, "unfinished", words or code or "a result without a response")
+    raise ApiError(int(status), code, words)
 
 
 def progress_line(model: Model, batch: Any) -> str:
@@ -6945,9 +6953,9 @@ def read_batch_error(batch: Any) -> ApiError:
     """Why a batch has failed; a limit of the account counts as 429."""
     errors = batch.errors.data if batch.errors else None
     code = errors[0].code if errors else ""
-    message = errors[0].message if errors else ""
+    words = errors[0].message if errors else ""
     is_limit = re.search(r"quota|throttling|rate_limit", code or "", re.I)
-    return ApiError(429 if is_limit else 400, code, message)
+    return ApiError(429 if is_limit else 400, code, words)
 
 
 def needs_stream(fix: RequestFix, sent: dict) -> bool:
