@@ -556,7 +556,7 @@ def test_json_that_is_no_turns_stays_a_text():
 
 def test_turns_that_were_cut_off_or_printed_by_numpy_are_refused():
     broken = "[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'Ho'}]"
-    with pytest.raises(rc.Failed, match="`prompt` looks like a list of turns but is no JSON"):
+    with pytest.raises(rc.Failed, match="`prompt` looks like turns but is no JSON"):
         rc.parse_row({"prompt": broken})
 
 
@@ -680,17 +680,16 @@ def test_a_bug_in_an_input_function_stops_with_its_traceback_its_name_and_the_li
 ):
     monkeypatch.setitem(rc.INPUTS, "typo", from_typo)
     file = write(tmp_path, f'{A}\n{{"sound": "x"}}\n')
-    with pytest.raises(KeyError, match="suond") as raised:
+    with pytest.raises(rc.PartError, match="`from_typo` raised KeyError: 'suond'") as raised:
         list(rc.read_records(str(file)))
-    notes = raised.value.__notes__
-    assert notes[0] == "in the input function from_typo" and notes[1].endswith("in.jsonl, line 2")
+    assert raised.value.place.endswith("in.jsonl:2")
+    assert isinstance(raised.value.__cause__, KeyError)
 
 
 def test_an_input_function_that_returns_something_else_is_named(monkeypatch):
     monkeypatch.setitem(rc.INPUTS, "lone", lambda row: rc.Record(turns("Q")))
-    with pytest.raises(TypeError, match="returned a Record, not a list of Records") as raised:
+    with pytest.raises(rc.PartError, match="returned Record.*not a list of records or None"):
         rc.parse_row({"sound": "x"})
-    assert raised.value.__notes__ == ["in the input function from_lone"]
 
 
 def unused(*rows, rename=None, with_answers=False):

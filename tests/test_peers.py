@@ -248,7 +248,7 @@ def test_a_slow_record_holds_up_no_other(rlhf):
 
 def test_as_many_calls_are_in_flight_as_were_asked_for(rlhf):
     """curator, told nothing by the server, kept 2 in flight; alpaca_eval went five at a time."""
-    with Api(demo_world, latency=0.1) as api:
+    with Api(demo_world, latency=0.4) as api:
         prompts = [{"prompt": f"Question {n}?"} for n in range(60)]
         rlhf(prompts, *MODELS, "--judge-model", "none", "--concurrency", 20, api=api)
         assert 30 <= api.peak <= 2 * 20

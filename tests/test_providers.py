@@ -174,7 +174,9 @@ def test_a_model_that_never_stops_is_not_asked_again_if_its_turn_had_ended(rlhf)
 def test_a_cut_reply_that_loops_is_not_paid_for_twice(rlhf):
     loop = Reply("I think that this is the answer to it. " * 60, finish="length")
     with Api(weak(loop)) as api:
-        assert rlhf(PROMPTS[:1], *OPENAI, api=api).reasons == ["filter: truncated"]
+        assert rlhf(PROMPTS[:1], *OPENAI, api=api).reasons == [
+            "filter: truncated: weak reached --max-tokens"
+        ]
         assert api.count("weak") == 1
 
 
@@ -303,7 +305,7 @@ def test_the_example_in_the_docstring_is_a_provider_like_the_others(registry, rl
 def test_a_provider_without_default_models_asks_for_names(registry, rlhf):
     example()
     result = rlhf(PROMPTS, "--provider", "echo")
-    assert result.status == 2 and "name a --high-model and a --low-model" in result.err
+    assert result.status == 2 and "name --high-model and --low-model" in result.err
 
 
 def test_a_bug_in_a_providers_own_code_is_raised_and_not_taken_for_a_network_failure(registry):
@@ -350,7 +352,11 @@ def test_the_offline_judge_keeps_to_the_scale(monkeypatch):
 
 
 def test_another_seed_draws_other_offline_answers(rlhf):
-    long = " ".join(f"This is sentence number {n}." for n in range(20))
+    words = (
+        "amber basil cedar delta ember flint grove haven iris jade kelp lotus maple nectar".split()
+    )
+    long = " ".join(f"The {word} stands beside the house of my {other}."
+                    for word, other in zip(words, words[::-1], strict=True))  # fmt: skip
     records = [{"instruction": "Count.", "output": long}]
     first, again, other = [
         rlhf(records, "--provider", "offline", "--seed", seed).pairs for seed in (1, 1, 2)

@@ -10,7 +10,8 @@ import pytest
 
 import rlhf_constructor as rc
 from tests.conftest import DATA, ROOT, SCRIPT, rows, write_jsonl
-from tests.server import Api, demo_world, is_judge
+from tests.server import Api, demo_world, is_judge, judge_reply
+from tests.server import shown as shown_answers
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"(?:<!-- (\w+) -->\n)?```bash\n(.*?)```", README, re.S)
@@ -56,13 +57,23 @@ def checkout(tmp_path, first_pairs):
     return tmp_path
 
 
+SENTIMENTS = {row["instruction"]: row["output"] for row in rows(DATA / "fewshot_sentiment.jsonl")}
+PREFERRED = {row["chosen"] for row in rows(DATA / "preference_pairs.jsonl")}
+
+
 def world(call):
-    """demo_world, but a model's answers vary with the temperature, and a reward model sees one answer."""
+    """demo_world, but answers vary with the temperature, labels are right or wrong by it, a reward model
+    sees one answer, and a judge agrees with the labels of data/preference_pairs.jsonl."""
     if call.protocol == "reward":
-        call = replace(call, messages=call.messages[-1:])
-    elif not is_judge(call):
-        call = replace(call, model=f"{call.model} at {call.params.get('temperature')}")
-    return demo_world(call)
+        return demo_world(replace(call, messages=call.messages[-1:]))
+    if is_judge(call):
+        if any(text in PREFERRED for _, text in shown_answers(call)):
+            return judge_reply(call, lambda text, position: 9 if text in PREFERRED else 3)
+        return demo_world(call)
+    temperature = call.params.get("temperature")
+    if call.prompt in SENTIMENTS and call.messages[0]["role"] == "user":
+        return SENTIMENTS[call.prompt] if temperature == 0.7 else "neutral or mixed"
+    return demo_world(replace(call, model=f"{call.model} at {temperature}"))
 
 
 def run(block, folder, api):
