@@ -303,8 +303,8 @@ class Pending(Exception):
 class Stop(Exception):
     """Every further call would fail, or may not be made: the run ends and keeps its progress."""
 
-    def __init__(self, message: str, status: int = 3) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, status: int = 3) -> None:
+        super().__init__(reason)
         # Exit status of the program.
         self.status = status
 
@@ -320,8 +320,8 @@ class PartError(Exception):
 
 def broken(part: str, error: BaseException) -> PartError:
     """The PartError that says what a part ("the filter `loop`") raised; add `from error`."""
-    message = str(error)
-    detail = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    description = str(error)
+    detail = f"{type(error).__name__}: {description}" if description else type(error).__name__
     return PartError(f"{part} raised {detail}")
 
 
@@ -334,31 +334,31 @@ PROVIDERS = {}
 PREFIXES = {id(INPUTS): "from_", id(OUTPUTS): "as_", id(PROVIDERS): "ask_"}
 
 
-def register(table: dict, **settings: object) -> Callable:
-    """Return a decorator that enters a function or class in `table` under its own name.
+def register(entries: dict, **settings: object) -> Callable:
+    """Return a decorator that enters a function or class in `entries` under its own name.
 
     `settings` become its attributes. Its docstring is required: --help shows the first line."""
-    if table is FILTERS and settings.get("on") not in ("answer", "pair"):
+    if entries is FILTERS and settings.get("on") not in ("answer", "pair"):
         raise ValueError('a filter says what it looks at: on="answer" or on="pair"')
 
     def enter(entry: Callable) -> Callable:
-        name = entry.__name__.removeprefix(PREFIXES.get(id(table), ""))
-        if name in table:
+        name = entry.__name__.removeprefix(PREFIXES.get(id(entries), ""))
+        if name in entries:
             raise ValueError(f"{entry.__name__}: the name is taken")
         if not entry.__doc__:
             raise ValueError(f"{entry.__name__}: no docstring; --help shows its first line")
         for key, value in settings.items():
             setattr(entry, key, value)
-        table[name] = entry
+        entries[name] = entry
         return entry
 
     return enter
 
 
-def refuse(wrong: object, message: str) -> None:
+def refuse(wrong: object, reason: str) -> None:
     """Raise UserError if `wrong`."""
     if wrong:
-        raise UserError(message)
+        raise UserError(reason)
 
 
 def digest(*values: object) -> str:
@@ -585,7 +585,9 @@ def message(turn: object) -> dict:
 # --- rows
 
 
-def parse_row(row: object, with_answers: bool = False, numbers=None) -> list[Record]:
+def parse_row(
+    row: object, with_answers: bool = False, numbers: ChoiceNumbers | None = None
+) -> list[Record]:
     """The records of a row (usually one), if asked with its answers; raises Failed.
 
     numbers: the ChoiceNumbers of the row's file; None for a row alone."""
@@ -628,7 +630,12 @@ def adapt(row: dict) -> list[Record] | None:
     return None
 
 
-def read_records(path: str, rename: dict | None = None, with_answers: bool = False, numbers=None):
+def read_records(
+    path: str,
+    rename: dict | None = None,
+    with_answers: bool = False,
+    numbers: ChoiceNumbers | None = None,
+) -> Iterator[tuple[int, Record | Failed]]:
     """Yield (line, Record or Failed) for each record of a file, in order, one at a time.
 
     With answers, rows that hold one answer each to the same prompt become one record."""
@@ -707,7 +714,7 @@ REFERENCE_NOTE = (
 RESERVED = re.compile(r"<(?=/?(?:answer|prompt|reference)\b|\|)|\[(?=/?INST\])", re.I)
 
 
-def fill(template: str, **values) -> str:
+def fill(template: str, **values: object) -> str:
     """Replace each $name once, in one pass: data that holds $name or {name} is never expanded."""
     return string.Template(template).substitute(values)
 
@@ -812,7 +819,7 @@ async def judge_answers(record: Record, answers: list[Answer], run: Run) -> list
         orders.append(order[::-1])
     calls = []
     for judge in run.judges:
-        calls += [judge_in_order(record, answers, judge, shown, run) for shown in orders]
+        calls += [judge_in_order(record, answers, judge, sequence, run) for sequence in orders]
     graded = await gather_all(calls)
     judged = []
     for i, answer in enumerate(answers):
@@ -869,10 +876,10 @@ async def check_labels(record: Record, pairs: list[Pair], run: Run) -> list[Pair
             record.facts["no checkable answer"] = 1
             reasons[id(pair)] = "no checkable answer: the label cannot be checked"
             continue
-        check = check_label(pair, better, worse)
-        record.label_checks.append(check)
-        if check.result != "agrees":
-            reasons[id(pair)] = LABEL_DROPS[check.result]
+        label_check = check_label(pair, better, worse)
+        record.label_checks.append(label_check)
+        if label_check.result != "agrees":
+            reasons[id(pair)] = LABEL_DROPS[label_check.result]
     if any(answer.score is None for answer in answers):
         record.signal = "choice"  # from here on the points are the judges', the label a choice
         for answer, graded in zip(answers, judged, strict=True):
@@ -1094,8 +1101,8 @@ class Run:
         high = args.high_model or high
         low = args.low_model or low
         if not (high and low) and not self.reads_answers:
-            message = "has no default models: name --high-model and --low-model"
-            raise UserError(f"--provider {args.provider} {message}")
+            problem = "has no default models: name --high-model and --low-model"
+            raise UserError(f"--provider {args.provider} {problem}")
         return (
             parse_model(high, args) if high else None,
             parse_model(low, args) if low else None,
@@ -1222,7 +1229,7 @@ class Run:
     ) -> list[Answer]:
         """Answers that pass the answer filters, each text once; raises Failed if under two do."""
         kept = []
-        first_of = {}  # folded text -> the first answer that has it
+        first_answers = {}  # folded text -> the first answer that has it
         rejections = list(failures)
         for answer in answers:
             reason = self.rejection_reason("answer", record, answer)
@@ -1230,7 +1237,7 @@ class Run:
                 reason = "refusal"
             # Where the input says that one of them is better, case may be what it is about.
             folded = fold_text(answer.text, keep_case=bool(record.signal))
-            twin = first_of.get(folded)
+            twin = first_answers.get(folded)
             if not reason and twin:
                 if twin.votes != answer.votes and len(answers) > 2:
                     raise Failed("input", "contradictory signals: one answer, two ranks")
@@ -1239,7 +1246,7 @@ class Run:
                 rejections.append(Failed("filter", reason))
             else:
                 kept.append(answer)
-                first_of.setdefault(folded, answer)
+                first_answers.setdefault(folded, answer)
                 record.passed.add((answer.text, answer.finish))
         if len(kept) >= 2:
             return kept
@@ -1257,8 +1264,8 @@ class Run:
             except Exception as error:
                 raise broken(f"the filter `{name}`", error) from error
             if not isinstance(reason, str | None):
-                message = f"returned {reason!r:.80}, not a reason (text) or None"
-                raise PartError(f"the filter `{name}` {message}")
+                problem = f"returned {reason!r:.80}, not a reason (text) or None"
+                raise PartError(f"the filter `{name}` {problem}")
             if reason:
                 return reason
         return ""
@@ -1486,7 +1493,7 @@ def control_tokens(record: Record, answer: Answer) -> str | None:
     """
     if not any(start in answer.text for start in CONTROL_STARTS):
         return None
-    prompt = "\n".join(message["content"] for message in record.messages).lower()
+    prompt = "\n".join(turn["content"] for turn in record.messages).lower()
     prose = SPOKEN_OF.sub("", CODE.sub("", answer.text))
     for mark in CONTROL.finditer(prose):
         if mark[mark.lastindex].lower() not in prompt:
@@ -1807,12 +1814,17 @@ class ApiError(Exception):
     """A call without a usable reply."""
 
     def __init__(
-        self, status: int, code, message, retry_after: str | None = None, billed: tuple = (0, 0)
+        self,
+        status: int,
+        code: object,
+        explanation: object,
+        retry_after: str | None = None,
+        billed: tuple = (0, 0),
     ) -> None:
-        super().__init__(message)
+        super().__init__(explanation)
         self.status = status  # HTTP status; 0: no reply came; 200: the reply cannot be used
         self.code = one_line(code)  # the provider's code, or for status 0 and 200 one of ours
-        self.message = one_line(message)  # the server's own words where there are any
+        self.message = one_line(explanation)  # the server's own words where there are any
         self.billed = billed  # tokens in and out
         seconds = number(retry_after)  # an HTTP date gives None: then the pacing alone decides
         self.retry_after = min(60.0, max(0.0, seconds or 0.0))
@@ -1879,7 +1891,7 @@ class Provider:
         """Names of the models that the server serves, [] if it does not say."""
         return []
 
-    def batch_client(self) -> None:
+    def batch_client(self) -> Any:
         """A client with OpenAI's `files` and `batches`; None: there is no batch engine."""
         return None
 
@@ -1928,7 +1940,7 @@ class ask_openai(Provider):
         page = await self.client.models.list()
         return [model.id for model in page.data]
 
-    def batch_client(self):
+    def batch_client(self) -> Any:
         return self.client
 
     async def close(self) -> None:
@@ -1979,40 +1991,40 @@ class ask_dashscope(Provider):
         if options.pop("stream", False):
             options |= {"stream": True, "incremental_output": True}
         reply = await api.call(model=name, messages=messages, **options, **self.common)
-        message = "output.choices.message"
+        message_path = "output.choices.message"
         tokens = ("usage.input_tokens", "usage.output_tokens")
         if "stream" in options:
-            joined = JoinedReply(message, *tokens)
+            joined = JoinedReply(message_path, *tokens)
             async for chunk in reply:
                 self.check_status(chunk)
                 joined.add(chunk)
             return joined.reply()
         self.check_status(reply)
         return make_reply(
-            look_up(reply, f"{message}.content"),
+            look_up(reply, f"{message_path}.content"),
             look_up(reply, "output.choices.finish_reason"),
             look_up(reply, tokens[0]),
             look_up(reply, tokens[1]),
-            thoughts=look_up(reply, f"{message}.reasoning_content"),
+            thoughts=look_up(reply, f"{message_path}.reasoning_content"),
         )
 
     @staticmethod
-    def check_status(reply) -> None:
+    def check_status(reply: Any) -> None:
         """Raise the ApiError of a reply that is none."""
         if reply.status_code == 200:
             return
-        inner_code, message = read_error_body(reply.message)
+        inner_code, explanation = read_error_body(reply.message)
         code = inner_code or reply.code
-        if "Model not exist" in message:
+        if "Model not exist" in explanation:
             code = "ModelNotFound"
         retry_after = (reply.headers or {}).get("Retry-After")
-        raise ApiError(reply.status_code, code, message, retry_after)
+        raise ApiError(reply.status_code, code, explanation, retry_after)
 
     async def list_models(self) -> list[str]:
         """DashScope has no such list: the default models stand for it."""
         return list(DEFAULT_MODELS["dashscope"])
 
-    def batch_client(self):
+    def batch_client(self) -> Any:
         """Its batch engine speaks OpenAI's protocol, at an address of its own."""
         url = self.url.replace("/api/v1", "/compatible-mode/v1") or self.sdk.base_compatible_api_url
         self.batch = self.batch or ask_openai(url, self.api_key, self.timeout)
@@ -2039,9 +2051,9 @@ class ask_reward(ask_openai):
         try:
             reply = await self.client.post("/classify", cast_to=object, body=body)
         except Exception as error:
-            _, message = read_error_body(getattr(error, "body", None))
-            if getattr(error, "status_code", 0) in (404, 405) and "model" not in message:
-                raise ApiError(404, "no /classify", message) from None
+            _, explanation = read_error_body(getattr(error, "body", None))
+            if getattr(error, "status_code", 0) in (404, 405) and "model" not in explanation:
+                raise ApiError(404, "no /classify", explanation) from None
             raise
         results = reply if isinstance(reply, list) else look_up(reply, "data")
         scores = look_up(results, "probs") or look_up(results, "embedding")
@@ -2063,9 +2075,9 @@ class ask_offline(Provider):
         """A damaged reference, or as a judge (`heuristic`) scores for the fenced answers."""
         prompt = messages[-1]["content"]
         if name == "heuristic":
-            fence = r'<answer id="(\w+)" nonce="(\w+)">\n(.*?)\n</answer nonce="\2">'
+            fenced_answer = r'<answer id="(\w+)" nonce="(\w+)">\n(.*?)\n</answer nonce="\2">'
             scores = {}
-            for answer_id, _, text in re.findall(fence, prompt, re.S):
+            for answer_id, _, text in re.findall(fenced_answer, prompt, re.S):
                 scores[answer_id] = round(reference_f1(text, hints["reference"]), 1)
             grades = {"reason": "closeness to the reference answer", "scores": scores}
             return Reply(json.dumps(grades))
@@ -2100,7 +2112,7 @@ def part_text(part: object, role: str) -> str:
     raise Failed("input", f"not a text: the {role} turn holds a part that is no text")
 
 
-def first_of(values) -> object:
+def first_of(values: Iterable) -> object:
     """The first value that is not empty; None if there is none."""
     return next(filter(None, values), None)
 
@@ -2268,7 +2280,7 @@ def exchange_turns(item: object) -> list[dict]:
     return turns if question else turns[1:]  # a greeting that nobody asked for
 
 
-def chat(exchanges) -> list[dict]:
+def chat(exchanges: Iterable[tuple]) -> list[dict]:
     """[(question, answer), ...] -> turns."""
     turns = []
     for question, answer in exchanges:
@@ -2445,7 +2457,7 @@ def reference_text(row: dict, name: str) -> str:
     if isinstance(value, str):
         return strip_blank_lines(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    has_choices = any(row.get(field) for field in CHOICE_FIELDS)  # then it is an index, from 0 or 1
+    has_choices = any(row.get(key) for key in CHOICE_FIELDS)  # then it is an index, from 0 or 1
     if name != "answer" or not is_number or has_choices or number(value) is None:
         return ""
     return str(int(value)) if value == int(value) else str(value)
@@ -2574,7 +2586,7 @@ def known_data_set(row: dict) -> dict:
         raise Failed("input", f"malformed record: {error}") from None
 
 
-def add_row_answers(record: Record, row: dict, numbers=None) -> None:
+def add_row_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None) -> None:
     """Give the record the row's own answers; a Failed that this raises knows the record."""
     try:
         add_answers(record, row, numbers)
@@ -2597,7 +2609,7 @@ def renamed_row(row: object, rename: dict) -> object:
     return renamed
 
 
-def renamed_rows(path: str, rename: dict):
+def renamed_rows(path: str, rename: dict) -> Iterator[tuple[int, Any]]:
     """Yield (line, row or Failed) for each row of a file, with --rename applied."""
     for line, row in read_rows(path):
         try:
@@ -2632,8 +2644,8 @@ def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
                 used.add(name)
     unused = []
     for name in filled:
-        is_label = plain_name(rename.get(name, name)) in {*THUMB_FIELDS, *GRADE_FIELDS}
-        if name not in used and not is_label and not ID_NAME.fullmatch(name):
+        is_rating = plain_name(rename.get(name, name)) in {*THUMB_FIELDS, *GRADE_FIELDS}
+        if name not in used and not is_rating and not ID_NAME.fullmatch(name):
             unused.append(name)
     return unused
 
@@ -2658,7 +2670,7 @@ PARQUET_MARK = b"PAR1"
 HEAD_SIZE = 512  # bytes of a file's start that tell its kind
 
 
-def open_zstd(file):
+def open_zstd(file: BinaryIO) -> BinaryIO:
     """A reader of a zstd file, where this Python has one (3.14 on)."""
     try:
         import compression.zstd as zstd
@@ -2695,7 +2707,7 @@ UNREADABLE = (  # first bytes of a file that is not read -> what it is, and what
 )
 
 
-def read_rows(path: str):
+def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     """Yield (line, row or Failed) of a table, JSON lines, a JSON value or a Parquet file."""
     name = re.sub(r"\.(gz|bz2|xz|zst)\Z", "", path.lower())
     delimiter = TABLE_DELIMITERS.get(os.path.splitext(name)[1])
@@ -2718,7 +2730,7 @@ def read_rows(path: str):
         raise UserError(f"{path}: cannot be read ({cause})") from None
 
 
-def unpacked(file):
+def unpacked(file: BinaryIO) -> BinaryIO:
     """The file, or a reader of what is compressed in it."""
     head = file.peek(HEAD_SIZE)
     for mark, opener in COMPRESSED:
@@ -2739,7 +2751,7 @@ def refuse_unreadable(head: bytes) -> None:
 # --- JSON
 
 
-def json_rows(file):
+def json_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yield (line, row or Failed) of JSON lines, or (item, row) of one JSON value."""
     lines = filled_lines(file)
     first = next(lines, None)
@@ -2755,7 +2767,7 @@ def json_rows(file):
         yield number_of_line, parse_json(line)
 
 
-def filled_lines(file):
+def filled_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Yield (line number, bytes) of the lines that are not blank."""
     for number_of_line, line in enumerate(file, 1):
         line = line.strip(BLANK)
@@ -2770,7 +2782,7 @@ def starts_one_value(line: bytes) -> bool:
     return line == b"{"
 
 
-def whole_rows(whole: object, line: int):
+def whole_rows(whole: object, line: int) -> Iterator[tuple[int, Any]]:
     """Yield (item or line, row) of the one value of a file: an array of rows, or what wraps it."""
     rows = wrapped_rows(whole) if isinstance(whole, dict) else whole
     if isinstance(rows, list) and not is_turns(rows):
@@ -2827,7 +2839,7 @@ def scrub(text: object) -> object:
 # --- tables
 
 
-def table_rows(file, delimiter: str):
+def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Failed]]:
     """Yield (line of the row's end, row or Failed) of a CSV or TSV file with a header."""
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
@@ -2856,7 +2868,7 @@ def table_rows(file, delimiter: str):
         yield line, cells
 
 
-def table_cells(reader, skipped: int):
+def table_cells(reader: Any, skipped: int) -> Iterator[tuple[int, list[str] | Failed]]:
     """Yield (line, cells or Failed) of filled rows. An open quote costs the lines it spans."""
     while True:
         start = reader.line_num + 1
@@ -2897,7 +2909,7 @@ def has_bare_quotes(text: io.TextIOWrapper, skipped: int) -> bool:
 # --- Parquet
 
 
-def parquet_rows(file):
+def parquet_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yields (row number, row) of a Parquet file, one row group after the other; needs pyarrow."""
     try:
         import pyarrow
@@ -3019,7 +3031,9 @@ PLACES |= dict.fromkeys(("右", "右边", "右侧", "第二", "第二个", "后�
 RELATION = re.compile(r"([^<>=]+?)\s*(>{1,2}|<{1,2}|={1,2})\s*([^<>=]+)")  # A>B, B >> A, A=B
 
 
-def turns_of_two(row: dict, first: str, second: str, names=("response_a", "response_b")) -> dict:
+def turns_of_two(
+    row: dict, first: str, second: str, names: tuple = ("response_a", "response_b")
+) -> dict:
     """Two conversations -> `messages`, their common history, and the two answers by `names`."""
     a, b = conversation(row[first], {}), conversation(row[second], {})
     if a.messages != b.messages:
@@ -3038,12 +3052,12 @@ def arena_55k(row: dict) -> dict:
     return turns_of_two(turns, "response_a", "response_b") | {"winner flags": " and ".join(winners)}
 
 
-def is_true(value) -> bool:
+def is_true(value: object) -> bool:
     """True for true, 1 and their texts."""
     return str(value).strip().lower() in ("true", "1", "1.0")
 
 
-def ready_side(value):
+def ready_side(value: Any) -> Any:
     """One side of a ready pair -> its turns, its text, or its list of texts."""
     if isinstance(value, str):
         return human_turns(value) or value
@@ -3069,7 +3083,7 @@ def ready_texts(row: dict, names: tuple) -> dict:
     return {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
 
 
-def ready_pair(better, worse) -> dict:
+def ready_pair(better: Any, worse: Any) -> dict:
     """The fields of a ready pair whose own names are others."""
     return {"better answer": better, "worse answer": worse}
 
@@ -3207,7 +3221,7 @@ class ChoiceNumbers:
 
     The file is read when the first such number is met; most files need no pass of their own."""
 
-    def __init__(self, rows) -> None:
+    def __init__(self, rows: Iterable) -> None:
         self.rows = rows  # the rows of the file, read once
         self.is_read = False
         self.starts = defaultdict(lambda: {0, 1})  # (field, first end) -> what it may count from
@@ -3278,7 +3292,7 @@ class ChoiceNumbers:
         )
 
 
-def fold_spaces(text) -> str:
+def fold_spaces(text: object) -> str:
     """A text with its white space folded; "" for anything else."""
     return " ".join(text.split()) if isinstance(text, str) else ""
 
@@ -3299,14 +3313,14 @@ def unpacked_lists(row: dict) -> dict:
     return row | cells if cells else row
 
 
-def quantity(value) -> float | None:
+def quantity(value: object) -> float | None:
     """A number, also with a decimal comma; None for the rest ("1,234" could be a thousand)."""
     if isinstance(value, str) and re.fullmatch(r"\s*-?(?:0,\d+|\d+,(?:\d\d?|\d{4,}))\s*", value):
         value = value.replace(",", ".")
     return number(value)
 
 
-def flag(value) -> float | None:
+def flag(value: object) -> float | None:
     """1.0 for true and the labels of good answers, 0.0 for those of bad ones, None for the rest."""
     text = str(value).strip().lower()
     if text in GOOD_LABELS:
@@ -3314,7 +3328,7 @@ def flag(value) -> float | None:
     return 0.0 if text in BAD_LABELS else None
 
 
-def item_text(item):
+def item_text(item: Any) -> Any:
     """The text of an answer that may be an object; "" if it has none."""
     if not isinstance(item, dict):
         return item
@@ -3417,9 +3431,9 @@ def check_winners(winners: dict, sets: list[AnswerSet]) -> Never:
             continue
         if str("" if value is None else value).strip().lower() in NOTHING:
             raise Failed("input", f"no preference: `{name}` is empty or none")
-        shown = fold_spaces(str(value))[:40]
+        excerpt = fold_spaces(str(value))[:40]
         raise Failed(
-            "input", f"winner not understood: `{name}` is {shown!r}, which names no answer"
+            "input", f"winner not understood: `{name}` is {excerpt!r}, which names no answer"
         )
 
 
@@ -3543,7 +3557,7 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
     count = len(answers.texts)
     signals = []
 
-    def add_choice(name: str, best) -> None:
+    def add_choice(name: str, best: Iterable[int]) -> None:
         values = [float(index in best) for index in range(count)]
         signals.append(make_signal(answers, name, "choice", 0.0, values))
 
@@ -3578,7 +3592,7 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
     return signals
 
 
-def read_winner(name: str, value, sets: list[AnswerSet], numbers: ChoiceNumbers) -> None:
+def read_winner(name: str, value: Any, sets: list[AnswerSet], numbers: ChoiceNumbers) -> None:
     """Enter the answer that a field names in each set it speaks of; raises Failed for a tie.
 
     A name that belongs to one set (its field, its model, its text) says nothing of the others."""
@@ -3679,7 +3693,7 @@ def places_of_relation(relation: re.Match | None, answers: AnswerSet) -> set[int
     return first if ">" in sign else second
 
 
-def choice_number(value) -> float | None:
+def choice_number(value: object) -> float | None:
     """The number of an answer: 1, "1", "response_1", "Model 1" -> 1.0; None for the rest."""
     if isinstance(value, bool) or value is None:
         return None
@@ -3690,7 +3704,7 @@ def choice_number(value) -> float | None:
     return place
 
 
-def numbered_places(name: str, value, answers: AnswerSet, numbers: ChoiceNumbers) -> set[int]:
+def numbered_places(name: str, value: Any, answers: AnswerSet, numbers: ChoiceNumbers) -> set[int]:
     """The index that a number stands for, as a set; raises Failed if the file does not tell."""
     place = choice_number(value)
     if place is None or answers.chosen:
@@ -3751,25 +3765,25 @@ def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]) -> 
     Each answer gets its votes in all signals, and the first score among them as its score. Flags
     beside other signals can only contradict them: they rate many answers alike. Raises Failed."""
     signals = useful_signals(answers, signals)
-    main = [entry for entry in signals if entry.kind != "flag"] or signals
+    main_signals = [entry for entry in signals if entry.kind != "flag"] or signals
     rated = []
     for answer, key in zip(record.answers, answers.keys, strict=True):
-        if all(key in entry.votes for entry in main):
+        if all(key in entry.votes for entry in main_signals):
             rated.append((answer, key))
-    if not main or len(rated) < 2:
+    if not main_signals or len(rated) < 2:
         raise Failed("input", "no preference: fewer than two answers are rated")
-    check_directions([key for _, key in rated], signals, main)
-    scores = [entry for entry in main if entry.kind == "score" and entry.name not in LEADS]
-    if main[0].name in LEADS:
+    check_directions([key for _, key in rated], signals, main_signals)
+    scores = [entry for entry in main_signals if entry.kind == "score" and entry.name not in LEADS]
+    if main_signals[0].name in LEADS:
         scores = []  # a lead is no score of one answer, and its scale is another
     scores.sort(key=lambda entry: entry.name == "votes")  # their own mean or median is better
     for answer, key in rated:
-        for entry in main:
+        for entry in main_signals:
             answer.votes += entry.votes[key]
         answer.score = statistics.fmean(scores[0].votes[key]) if scores else None
     record.answers = [answer for answer, _ in rated]
-    record.signal = "choice" if main[0].kind == "flag" else main[0].kind
-    record.scale = main[0].scale
+    record.signal = "choice" if main_signals[0].kind == "flag" else main_signals[0].kind
+    record.scale = main_signals[0].scale
 
 
 def useful_signals(answers: AnswerSet, signals: list[Signal]) -> list[Signal]:
@@ -3784,7 +3798,7 @@ def useful_signals(answers: AnswerSet, signals: list[Signal]) -> list[Signal]:
     return sorted(useful, key=lambda entry: KINDS.index(entry.kind))
 
 
-def check_directions(keys: list[str], signals: list[Signal], main: list[Signal]) -> None:
+def check_directions(keys: list[str], signals: list[Signal], main_signals: list[Signal]) -> None:
     """Raise Failed if two signals contradict each other, or if no two answers differ in all."""
     differ = False
     for one, other in itertools.combinations(keys, 2):
@@ -3792,7 +3806,7 @@ def check_directions(keys: list[str], signals: list[Signal], main: list[Signal])
         if 1 in leads and -1 in leads and one and other:
             names = ", ".join(dict.fromkeys(entry.name for entry in signals))
             raise Failed("input", f"contradictory signals: {names}")
-        differ = differ or 0 not in leads[: len(main)]  # flags come last
+        differ = differ or 0 not in leads[: len(main_signals)]  # flags come last
     if not differ:
         raise Failed("input", "tie")
 
@@ -3845,7 +3859,7 @@ def lone_hint(row: dict) -> str:
     return f". If rows of one prompt stand together, name the score: --rename {names[0]}=score"
 
 
-def names_answer(name: str, value, answers: AnswerSet) -> bool:
+def names_answer(name: str, value: Any, answers: AnswerSet) -> bool:
     """True if a field could name the better answer."""
     if isinstance(value, str) and choice_number(value) is None:
         with contextlib.suppress(Failed):
@@ -3884,7 +3898,7 @@ ONE_SIGNALS = {*ANSWER_FIELDS, "label", "kto_tag"} - {"model", "votes"}
 GROUP_SIZE = 1000  # rows of one prompt at most, so that memory stays bounded
 
 
-def group_rows(rows):
+def group_rows(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
     """Yields (line, row): rows of one answer and one prompt that stand together become one row."""
     group, start, prompt = [], 0, None
     for line, row in rows:
@@ -3911,7 +3925,7 @@ def grouped(prompt: list[dict], answers: list[dict]) -> dict | Failed:
     return Failed("input", why, record=Record(prompt, answers=[Answer(text)]))
 
 
-def single_answer(row) -> tuple[list[dict], dict] | None:
+def single_answer(row: object) -> tuple[list[dict], dict] | None:
     """(the prompt's messages, the answer with its signals) of a row of one answer, or None."""
     if not isinstance(row, dict) or ONE_SIGNALS.isdisjoint(row):
         return None
@@ -3995,10 +4009,10 @@ def fold_text(text: str, keep_case: bool = False) -> str:
     return " ".join(text.split()).rstrip(".。 ")
 
 
-def similarity(a: str, b: str, floor: float) -> float:
-    """Jaccard similarity (0..1) of character 5-grams without white space; 0 if below `floor`."""
+def similarity(a: str, b: str, threshold: float) -> float:
+    """Jaccard similarity (0..1) of character 5-grams without white space; 0 below `threshold`."""
     shorter, longer = sorted(("".join(a.split()), "".join(b.split())), key=len)
-    if len(shorter) < 5 or len(shorter) < floor * len(longer):
+    if len(shorter) < 5 or len(shorter) < threshold * len(longer):
         return 0.0
     # At a similarity of .8 it happens once in 1,000 that half of 16 samples are missing.
     samples = character_runs(shorter, 5, max(1, len(shorter) // 16))
@@ -4108,7 +4122,7 @@ def counts_on(numbers: list[str], times: int, columns: int) -> bool:
     numbers = numbers[len(numbers) - times * columns :]
     counting = 0
     for column in range(columns):
-        values = [int(number[-9:]) for number in numbers[column::columns]]
+        values = [int(digits[-9:]) for digits in numbers[column::columns]]
         steps = {after - before for before, after in itertools.pairwise(values)}
         # At both ends a number may be cut: its steps are left out.
         inner_steps = {after - before for before, after in itertools.pairwise(values[1:-1])}
@@ -4167,10 +4181,10 @@ def run_size(words: list[str]) -> int:
     return 20 if is_chinese(words) else 10
 
 
-def has_repeats(text: str, share: float) -> bool:
-    """False if surely less than `share` of the text is repeated: few of 8 samples occur twice."""
+def has_repeats(text: str, least_share: float) -> bool:
+    """False if surely less than `least_share` of the text repeats: few of 8 samples occur twice."""
     samples = character_runs(text, 12, max(12, len(text) // 8))
-    allowed_misses = len(samples) * (1 - share / 2)
+    allowed_misses = len(samples) * (1 - least_share / 2)
     misses = 0
     for sample in samples:
         if text.count(sample) < 2:
@@ -4275,10 +4289,10 @@ CODE_LINE = re.compile(
 
 def answered_in_other(asked_in_chinese: bool, text: str) -> bool:
     """Whether a text of 8 words or characters at least is not in the language asked in."""
-    share, units = chinese_share(text)
+    share_of_chinese, units = chinese_share(text)
     if units < 8:
         return False
-    return share < 0.20 if asked_in_chinese else share > 0.50
+    return share_of_chinese < 0.20 if asked_in_chinese else share_of_chinese > 0.50
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4469,18 +4483,18 @@ def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
     marks = THOUGHT_MARK.findall(text)
     if marks and not marks[-1]:
         raise UnreadableReply("the scores stand in thoughts that do not end")
-    opened = []  # where each bracket that is still open stands
+    open_brackets = []  # where each bracket that is still open stands
     for bracket in re.finditer(r"[{}\[\]]", text):
         if bracket[0] in "{[":
-            opened.append(bracket.start())
-        elif opened and text[opened[-1]] + bracket[0] in ("{}", "[]"):
-            opened.pop()
-    if opened and any(draft.start() > opened[0] for draft in drafts):
+            open_brackets.append(bracket.start())
+        elif open_brackets and text[open_brackets[-1]] + bracket[0] in ("{}", "[]"):
+            open_brackets.pop()
+    if open_brackets and any(draft.start() > open_brackets[0] for draft in drafts):
         raise UnreadableReply("two gradings in one object")
     levels = 0
     end = len(text)
     whole = False  # the innermost key is "scores": what follows may be missing
-    for start in reversed(opened):
+    for start in reversed(open_brackets):
         between = text[start + 1 : end]
         leads_on = rf"(?:.*,)?{KEY}\s*" if text[start] == "{" else r"(?:.*,)?\s*"
         leads = re.fullmatch(leads_on, between, re.S | re.I)
@@ -4803,8 +4817,8 @@ def is_unit(text: str, touching: bool) -> bool:
         return True
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
         return not set(text) & set(NO_UNIT_CHARACTERS)
-    plural = re.fullmatch(r"[A-Za-z]{2,}[A-RT-Za-rt-z]s", text)
-    return bool(plural) and not touching and text.lower() not in NO_UNITS
+    plural_word = re.fullmatch(r"[A-Za-z]{2,}[A-RT-Za-rt-z]s", text)
+    return bool(plural_word) and not touching and text.lower() not in NO_UNITS
 
 
 def chinese_number(text: str) -> int | None:
@@ -4846,9 +4860,9 @@ def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -
         return same_number(reference, answer, prompt)
     same = reference.value == answer.value
     if reference.kind == "choice":
-        details = {reference.detail, answer.detail} - {""}
+        known_details = {reference.detail, answer.detail} - {""}
         if same:
-            return True if len(details) < 2 else None
+            return True if len(known_details) < 2 else None
         return None if reference.detail and reference.detail == answer.detail else False
     if same:
         return None if "?" in answer.value else True
@@ -4880,8 +4894,8 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
     places = min(reference.places, answer.places)
     if places == max(reference.places, answer.places) == 0:
         return False
-    rounded = abs(a - b) <= Fraction(10) ** -int(min(places, 9)) / 2
-    return None if rounded or abs(a - b) <= max(abs(a), abs(b)) / 100 else False
+    may_be_rounded = abs(a - b) <= Fraction(10) ** -int(min(places, 9)) / 2
+    return None if may_be_rounded or abs(a - b) <= max(abs(a), abs(b)) / 100 else False
 
 
 def rivals(unit: str, prompt: str) -> list[str]:
@@ -4957,7 +4971,7 @@ def checked_pool(record: Record, answers: list[Answer]) -> list[Answer]:
 # --------------------------------------------------------------------------------------------------
 
 
-def one_line(text) -> str:
+def one_line(text: object) -> str:
     """A text from a server as one safe line: no key, no control character, no lone surrogate."""
     line = " ".join(redacted(scrub(str(text or ""))).split())
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", escape_character, line)
@@ -4988,7 +5002,7 @@ FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
 FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
 
 
-def finish_kind(reason) -> str:
+def finish_kind(reason: object) -> str:
     """A finish reason -> "stop", "length", "content_filter", or "" for a failed reply."""
     if reason is None or reason == "":
         return "stop"
@@ -4996,20 +5010,26 @@ def finish_kind(reason) -> str:
 
 
 def make_reply(
-    content, finish, tokens_in, tokens_out, model=None, refusal=None, thoughts=None
+    content: Any,
+    finish: Any,
+    tokens_in: Any,
+    tokens_out: Any,
+    model: Any = None,
+    refusal_text: Any = None,
+    thoughts: Any = None,
 ) -> Reply:
     """The fields of a chat completion -> Reply; raises ApiError where it holds no answer.
 
-    `refusal` stands for a missing text. So do thoughts, in their marks: `answer_text` takes them
-    out again, and the run can say that only thoughts came."""
+    `refusal_text` stands for a missing text. So do thoughts, in their marks: `answer_text` takes
+    them out again, and the run can say that only thoughts came."""
     billed = (token_count(tokens_in), token_count(tokens_out))
     kind = finish_kind(finish)
     if not kind:
         code = "tool call" if re.search("tool|function", str(finish)) else "unfinished"
         raise ApiError(200, code, f"the reply ended with finish_reason {finish!r}", billed=billed)
     text = content if isinstance(content, str) else join_parts(content)
-    if not text.strip() and isinstance(refusal, str):
-        text = refusal
+    if not text.strip() and isinstance(refusal_text, str):
+        text = refusal_text
     if not text.strip() and kind == "stop":
         if not isinstance(thoughts, str) or not thoughts.strip():
             raise ApiError(200, "no text", "the reply holds no text", billed=billed)
@@ -5018,13 +5038,13 @@ def make_reply(
     return Reply(scrub(text), kind, *billed, model=name)
 
 
-def token_count(value) -> int:
+def token_count(value: object) -> int:
     """A count of tokens as the server gives it -> an int, 0 for anything odd."""
     count = number(value) or 0
     return int(min(max(count, 0), 10**9))
 
 
-def join_parts(content) -> str:
+def join_parts(content: object) -> str:
     """A message's content in parts -> its text; "" for anything that holds none."""
     if not isinstance(content, list):
         return ""
@@ -5036,7 +5056,7 @@ def join_parts(content) -> str:
     return "".join(texts)
 
 
-def look_up(value, path: str):
+def look_up(value: Any, path: str) -> Any:
     """What stands at a dotted path through objects and JSON (a list: its first item), or None."""
     for step in path.split("."):
         if isinstance(value, list):
@@ -5045,26 +5065,26 @@ def look_up(value, path: str):
     return value
 
 
-def read_completion(body) -> Reply:
+def read_completion(body: Any) -> Reply:
     """A chat completion in OpenAI's form (an SDK's object, or JSON) -> Reply; raises ApiError."""
     if isinstance(body, str):
         raise ApiError(200, *read_error_body(body))
-    message = look_up(body, "choices.message")
-    if message is None:
+    reply_message = look_up(body, "choices.message")
+    if reply_message is None:
         raise_body_error(body)
     tokens_in = look_up(body, "usage.prompt_tokens")
     tokens_out = look_up(body, "usage.completion_tokens")
     finish = look_up(body, "choices.finish_reason")
-    content = look_up(message, "content")
+    content = look_up(reply_message, "content")
     served = look_up(body, "model")
     if isinstance(content, str) and content:
         return make_reply(content, finish, tokens_in, tokens_out, served)
-    refusal = look_up(message, "refusal")
-    thoughts = look_up(message, "reasoning_content") or look_up(message, "reasoning")
-    return make_reply(content, finish, tokens_in, tokens_out, served, refusal, thoughts)
+    refusal_text = look_up(reply_message, "refusal")
+    thoughts = look_up(reply_message, "reasoning_content") or look_up(reply_message, "reasoning")
+    return make_reply(content, finish, tokens_in, tokens_out, served, refusal_text, thoughts)
 
 
-def raise_body_error(body) -> None:
+def raise_body_error(body: Any) -> None:
     """Raise the ApiError for a 200 that holds an error: its own code counts as the status."""
     error = look_up(body, "error")
     if not isinstance(error, dict | str) or not error:
@@ -5072,12 +5092,12 @@ def raise_body_error(body) -> None:
     status = number(look_up(error, "code")) or 200
     if not 400 <= status < 600:
         status = 200
-    code, message = read_error_body(error)
-    raise ApiError(int(status), code or "error in the reply", message)
+    code, explanation = read_error_body(error)
+    raise ApiError(int(status), code or "error in the reply", explanation)
 
 
-def read_error_body(body) -> tuple[str, str]:
-    """(code, message): the server's own words, whatever the shape of its error body."""
+def read_error_body(body: Any) -> tuple[str, str]:
+    """(code, explanation): the server's own words, whatever the shape of its error body."""
     if isinstance(body, str):
         return read_error_text(body)
     if isinstance(body, list):
@@ -5090,9 +5110,9 @@ def read_error_body(body) -> tuple[str, str]:
     inner = [body.get("error"), body.get("errors"), body.get("detail")]
     inner.insert(0, look_up(body.get("metadata"), "raw"))  # OpenRouter: its provider's words
     for part in inner:
-        inner_code, message = read_error_body(part)
-        if message:
-            return inner_code or code, message
+        inner_code, explanation = read_error_body(part)
+        if explanation:
+            return inner_code or code, explanation
     for name in ("message", "msg", "error_msg", "title"):
         if isinstance(body.get(name), str):
             return code, body[name]
@@ -5100,27 +5120,27 @@ def read_error_body(body) -> tuple[str, str]:
 
 
 def read_error_list(items: list) -> tuple[str, str]:
-    """(code, message) of a list of errors: FastAPI's details joined, else the first one."""
-    details = []
+    """(code, explanation) of a list of errors: FastAPI's details joined, else the first one."""
+    problems = []
     for item in items:
         if isinstance(item, dict) and isinstance(item.get("loc"), list):
             place = ".".join(map(str, item["loc"]))
-            details.append(f"{place}: {item.get('msg')}")
-    if details:
-        return "", "; ".join(details)
+            problems.append(f"{place}: {item.get('msg')}")
+    if problems:
+        return "", "; ".join(problems)
     return read_error_body(items[0]) if items else ("", "")
 
 
 def read_error_text(text: str) -> tuple[str, str]:
-    """(code, message) of an error body that is text: JSON in it is read, a page gives its title."""
+    """(code, explanation) of an error body that is text: of a page its title, JSON is read."""
     text = text.strip()
     if re.match(r"(?i)<(!doctype|html|head|\?xml)", text):
         title = re.search(r"(?is)<title>(.*?)</title>", text)
         return "web page", title[1].strip() if title else "a web page"
     if text[:1] in ("{", "["):
         with contextlib.suppress(ValueError, RecursionError):
-            code, message = read_error_body(json.loads(text))
-            return code, message or text
+            code, explanation = read_error_body(json.loads(text))
+            return code, explanation or text
     return "", text
 
 
@@ -5232,17 +5252,17 @@ def about_tokens(text: str) -> int:
 class JoinedReply:
     """A reply that is sent in chunks."""
 
-    def __init__(self, message: str, tokens_in: str, tokens_out: str) -> None:
+    def __init__(self, message_path: str, tokens_in: str, tokens_out: str) -> None:
         """The arguments are the paths of these things in a chunk."""
-        self.paths = {"content": f"{message}.content", "tokens_in": tokens_in}
+        self.paths = {"content": f"{message_path}.content", "tokens_in": tokens_in}
         self.paths["tokens_out"] = tokens_out
-        self.paths["finish"] = message.rpartition(".")[0] + ".finish_reason"
-        self.paths["refusal"] = f"{message}.refusal"
-        self.paths["thoughts"] = f"{message}.reasoning_content"
+        self.paths["finish"] = message_path.rpartition(".")[0] + ".finish_reason"
+        self.paths["refusal"] = f"{message_path}.refusal"
+        self.paths["thoughts"] = f"{message_path}.reasoning_content"
         self.paths["model"] = "model"
         self.fields = {}
 
-    def add(self, chunk) -> None:
+    def add(self, chunk: Any) -> None:
         """Take in one chunk: texts are joined, of other fields the last counts."""
         raise_body_error(chunk)
         for name, path in self.paths.items():
@@ -5283,8 +5303,8 @@ def reference_f1(text: str, reference: str) -> float:
     total = words.total()
     if reference_words:
         shared = (words & reference_words).total()
-        share = 2 * shared / max(1, total + reference_words.total())
-        return lowest + (highest - lowest) * share
+        f1 = 2 * shared / max(1, total + reference_words.total())
+        return lowest + (highest - lowest) * f1
     score = 2 * math.log10(1 + total) + 3 * len(words) / max(1, total)
     score += text.rstrip()[-1:] in ".!?。！？)`”"
     score -= 3 * is_refusal(text)
@@ -5442,32 +5462,32 @@ def read_error(error: Exception) -> ApiError:
     status = getattr(error, "status_code", None)
     if status:
         return read_status_error(error, status)
-    names, details = set(), []
+    names, texts = set(), []
     link = error
     while link is not None:  # the truth about a connection is in the chain of causes
         names |= {cls.__name__ for cls in type(link).__mro__}
-        details.append(str(link))
+        texts.append(str(link))
         if getattr(link, "errno", 0) in (errno.EMFILE, errno.ENFILE):
             return ApiError(0, "open files", str(link))
         link = link.__cause__ or link.__context__
     if "ContentTypeError" in names:
-        code = "web page" if "text/html" in details[0] else "garbled"
-        return ApiError(200, code, details[0])
-    for causes, code, message in CAUSES:
+        code = "web page" if "text/html" in texts[0] else "garbled"
+        return ApiError(200, code, texts[0])
+    for causes, code, meaning in CAUSES:
         if names & causes:
-            detail = next((text for text in reversed(details) if text), "")
+            detail = next((text for text in reversed(texts) if text), "")
             timeout = code == "timeout"
-            return ApiError(0, code, message if timeout or not detail else f"{message}: {detail}")
+            return ApiError(0, code, meaning if timeout or not detail else f"{meaning}: {detail}")
     return ApiError(200, "garbled", f"the reply cannot be read ({type(error).__name__})")
 
 
 def read_status_error(error: Exception, status: int) -> ApiError:
     """An SDK's error with an HTTP status -> ApiError with the server's own words."""
-    code, message = read_error_body(getattr(error, "body", None))
+    code, explanation = read_error_body(getattr(error, "body", None))
     code = code or getattr(error, "code", None) or getattr(error, "type", None)
-    message = message or getattr(error, "message", "")
+    explanation = explanation or getattr(error, "message", "")
     headers = getattr(getattr(error, "response", None), "headers", {})
-    return ApiError(status, code, message, headers.get("Retry-After"))
+    return ApiError(status, code, explanation, headers.get("Retry-After"))
 
 
 def is_own_bug(error: Exception) -> bool:
@@ -5611,10 +5631,10 @@ def find_fix(error: ApiError, sent: dict, tried: list[RequestFix]) -> RequestFix
     return None
 
 
-def find_room(message: str) -> RequestFix | None:
+def find_room(explanation: str) -> RequestFix | None:
     """The fix of one request whose prompt leaves less of the context than max_tokens."""
     for pattern in CONTEXT_USE:
-        numbers = re.search(pattern, message, re.I | re.S)
+        numbers = re.search(pattern, explanation, re.I | re.S)
         if numbers:
             room = int(numbers[1]) - int(numbers[2])
             name = (
@@ -5625,12 +5645,13 @@ def find_room(message: str) -> RequestFix | None:
     return None
 
 
-def find_token_limit(message: str) -> RequestFix | None:
+def find_token_limit(explanation: str) -> RequestFix | None:
     """The fix for a max_tokens above the model's limit, which the refusal names."""
-    if not re.search(r"max_(\w+_)?tokens", message) or "context" in message.partition("max_")[0]:
+    start = explanation.partition("max_")[0]
+    if not re.search(r"max_(\w+_)?tokens", explanation) or "context" in start:
         return None
     for pattern in TOKEN_LIMITS:
-        numbers = re.search(pattern, message, re.I)
+        numbers = re.search(pattern, explanation, re.I)
         if numbers and int(numbers[1]) > 1:
             limit = int(numbers[1]) - ("exclusive" in numbers[0])
             change = functools.partial(limit_max_tokens, limit)
@@ -5686,7 +5707,7 @@ class Endpoint:
         self.starts = 0
         self.refusals = 0
 
-    async def wait_for_turn(self, pause) -> float:
+    async def wait_for_turn(self, pause: Callable[[float], Awaitable]) -> float:
         """Wait for this call's turn, first come first served -> the time at which it starts."""
         if self.rate:
             async with self.pacing_lock:
@@ -5870,7 +5891,7 @@ class Cache:
         query = "SELECT total(money) FROM batches WHERE payer = ?"
         [(self.under_way,)] = self.db.execute(query, (self.output_id,))
 
-    def do(self, sql: str, *values) -> list[tuple]:
+    def do(self, sql: str, *values: object) -> list[tuple]:
         """One statement, committed -> its rows; raises Stop where the file cannot be used."""
         try:
             return self.db.execute(sql, values).fetchall()
@@ -5908,7 +5929,7 @@ class Cache:
         return self.do(f"{sums} WHERE payer = ? GROUP BY model", self.output_id)
 
     @contextlib.contextmanager
-    def transaction(self):
+    def transaction(self) -> Iterator[None]:
         """All statements inside, or none."""
         self.do("BEGIN IMMEDIATE")
         try:
@@ -5956,7 +5977,7 @@ class Models:
     With `batches` a request is noted there instead. `announce_plan` is awaited before the first
     call."""
 
-    def __init__(self, args, cache: Cache, dry: bool = False) -> None:
+    def __init__(self, args: argparse.Namespace, cache: Cache, dry: bool = False) -> None:
         self.args = args
         self.cache = cache
         self.dry = dry
@@ -5981,7 +6002,13 @@ class Models:
         self.cost_in_flight = cache.under_way
 
     async def ask(
-        self, model: Model, messages, options, sample=0, role="answer", reference=""
+        self,
+        model: Model,
+        messages: list[dict],
+        options: dict,
+        sample: int = 0,
+        role: str = "answer",
+        reference: str = "",
     ) -> Reply:
         """-> Reply; one that is cut at the limit is asked for once more with twice the limit.
 
@@ -6014,7 +6041,9 @@ class Models:
             longer, endpoint.fixes
         )
 
-    async def ask_longer(self, model: Model, messages, options, hints: dict, reply: Reply) -> Reply:
+    async def ask_longer(
+        self, model: Model, messages: list[dict], options: dict, hints: dict, reply: Reply
+    ) -> Reply:
         """The reply to the same request with twice the tokens; the cut one if that is refused."""
         longer = options | {"max_tokens": 2 * options["max_tokens"]}
         try:
@@ -6170,9 +6199,11 @@ class Models:
             return await self.call_until_done(endpoint, messages, options, hints)
         async with endpoint.first_call_lock:
             if not endpoint.first_call_done:
-                loop = asyncio.get_running_loop()
+                event_loop = asyncio.get_running_loop()
                 text = "no reply to the first call yet"
-                timer = loop.call_later(SLOW_SECONDS, endpoint.say_waiting, "first reply", text)
+                timer = event_loop.call_later(
+                    SLOW_SECONDS, endpoint.say_waiting, "first reply", text
+                )
                 try:
                     return await self.call_until_done(endpoint, messages, options, hints)
                 finally:
@@ -6325,9 +6356,9 @@ class Models:
             return self.halt(f"{endpoint.model.name}: {alike} ({error})")
         return failed
 
-    def halt(self, message: str, status: int = 3) -> Stop:
+    def halt(self, reason: str, status: int = 3) -> Stop:
         """From now on no call starts; those in flight end first. -> the Stop to raise."""
-        self.stop = self.stop or Stop(message, status)
+        self.stop = self.stop or Stop(reason, status)
         self.stopping.set()
         return self.stop
 
@@ -6461,7 +6492,7 @@ def redacted(text: str) -> str:
 ADDRESS = re.compile(r"https?://(\[[0-9a-f:]+\]|[^/:@?#]+)(:\d+)?(/|$)", re.I)
 
 
-def parse_model(spec: str, args) -> Model:
+def parse_model(spec: str, args: argparse.Namespace) -> Model:
     """`[provider:]model[@URL]` -> Model. Only a provider is a prefix: qwen2.5:7b is a name."""
     if spec in ("reference", "exact_match"):
         return Model("offline", spec)
@@ -6490,10 +6521,10 @@ def check_address(spec: str, provider: str, name: str, url: str) -> None:
     if not name or "@" in url or name.count("@") > 1:
         form = f"{name.partition('@')[0]!r} is not [provider:]model[@URL]"
         raise UserError(f"{form}; a key belongs into the environment, not the URL")
-    bare = re.search(r"@(localhost|[\w.-]+:\d)", name)
-    if bare or (url and not ADDRESS.match(url)):
+    bare_address = re.search(r"@(localhost|[\w.-]+:\d)", name)
+    if bare_address or (url and not ADDRESS.match(url)):
         form = "an address is written http://HOST:PORT/v1 or https://HOST/v1"
-        raise UserError(f"{name if bare else url}: {form}")
+        raise UserError(f"{name if bare_address else url}: {form}")
     if provider == "reward" and not url:
         form = "a reward model needs its address: reward:NAME@http://localhost:8000"
         raise UserError(f"{spec}: {form}")
@@ -7136,7 +7167,9 @@ def phrases(text: str, model: str) -> dict[str, set[str]]:
     return {"phrases": set(PHRASE.findall(text.lower()))}
 
 
-def find_differences(rows: list[dict], read_features) -> dict[str, list[Difference]]:
+def find_differences(
+    rows: list[dict], read_features: Callable[[str, str], dict[str, set[str]]]
+) -> dict[str, list[Difference]]:
     """Kind of feature -> the differences of the sampled pairs whose answers differ in that kind."""
     result = defaultdict(list)
     for row in rows:
@@ -8059,8 +8092,8 @@ def card(level: str, finding: str, text: str) -> str:
 
 def mark_flags(text: str) -> str:
     """The text with its flags as code, with a number or a name_like_this as their value."""
-    flag = r"--[a-z-]+(?: \d+(?:\.\d+)?| [a-z]+_[a-z]+)?"
-    return re.sub(flag, r"<code>\g<0></code>", text)
+    flag_pattern = r"--[a-z-]+(?: \d+(?:\.\d+)?| [a-z]+_[a-z]+)?"
+    return re.sub(flag_pattern, r"<code>\g<0></code>", text)
 
 
 def quality_section(numbers: dict) -> tuple[str, str]:
@@ -8419,13 +8452,13 @@ def mirrored_histogram(title: str, unit: str, things: str, data: dict) -> str:
     middle = (PLOT_TOP + PLOT_BOTTOM) / 2
     height = middle - PLOT_TOP
     drawing = percent_lines(highest, middle, -height) + percent_lines(highest, middle, height)
-    for side, direction in (("chosen", -1), ("rejected", 1)):
+    for side, sign in (("chosen", -1), ("rejected", 1)):
         for place, value in enumerate(shares[side]):
             size = value / highest * height
-            top = middle - size if direction < 0 else middle
+            top = middle - size if sign < 0 else middle
             drawing += bar(data, place, top, size, side)
         x = plot_x(data, data["medians"][side])
-        drawing += f'<path class="median" d="M{x:.1f} {middle}v{direction * height:.1f}"/>'
+        drawing += f'<path class="median" d="M{x:.1f} {middle}v{sign * height:.1f}"/>'
     drawing += f'<path class="axis" d="M{PLOT_LEFT} {middle}H{PLOT_RIGHT}"/>'
     medians = {side: shown(value) for side, value in data["medians"].items()}
     caption = (
@@ -9279,7 +9312,7 @@ def visible(text: str) -> str:
 
 
 @contextlib.contextmanager
-def tolerate_closed(stream):
+def tolerate_closed(stream: TextIO) -> Iterator[None]:
     """Keep the run going when nobody reads `stream` any more, or its disk is full."""
     try:
         yield
@@ -9303,7 +9336,7 @@ def show(text: str) -> None:
         print(text, flush=True)
 
 
-def has_colour(stream) -> bool:
+def has_colour(stream: TextIO | None) -> bool:
     """True if `stream` is a terminal that shows colours, and the user has not switched them off."""
     if stream is None or not stream.isatty():
         return False
@@ -9471,10 +9504,10 @@ def result_lines(files: OutputFiles) -> list[str]:
     """Records read, pairs written, records dropped; the most frequent reasons in five lines."""
     dropped = files.dropped.total()
     paired = files.read - dropped
-    share = f"{paired / files.read:.0%}" if files.read else "0%"
-    wrote = f"{plural(files.pairs, 'pair')} ({share})"
+    paired_share = f"{paired / files.read:.0%}" if files.read else "0%"
+    wrote = f"{plural(files.pairs, 'pair')} ({paired_share})"
     if files.pairs != paired:  # some strategies make several pairs of a record
-        wrote = f"{plural(files.pairs, 'pair')} from {plural(paired, 'record')} ({share})"
+        wrote = f"{plural(files.pairs, 'pair')} from {plural(paired, 'record')} ({paired_share})"
     lines = [f"Read {plural(files.read, 'record')}, wrote {wrote}, dropped {dropped:,}."]
     kinds = dropped_kinds(files)
     frequent = kinds.most_common(5 if len(kinds) <= 5 else 4)
@@ -9687,8 +9720,8 @@ def halt_at(place: str, error: BaseException, models: Models) -> Stop:
     cause = error.__cause__ if isinstance(error, PartError) else error
     if cause and not models.stop:  # records in work may all meet the same bug
         note("".join(traceback.format_exception(cause)).rstrip())
-    message = str(error) if isinstance(error, PartError) else f"a bug: {error!r}"
-    return models.halt(f"{place}: {message}")
+    description = str(error) if isinstance(error, PartError) else f"a bug: {error!r}"
+    return models.halt(f"{place}: {description}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9951,9 +9984,9 @@ class OutputFiles:
 
     def file_of(self, record: Record) -> str:
         """The output, or the test split for its share of prompts."""
-        share = self.run.args.test_fraction
+        test_share = self.run.args.test_fraction
         draw = int(digest(self.run.seed, record.messages)[:8], 16) / 16**8
-        return self.test if share and draw < share else self.output
+        return self.test if test_share and draw < test_share else self.output
 
     def write(self, path: str, row: dict) -> None:
         """Write a row to the part of a file."""
@@ -10088,8 +10121,8 @@ async def in_order(
         while window:
             emit(await window.popleft())
     except Pending:
-        message = "a reply is missing after all batches: does the method ask something new"
-        models.halt(f"{message} each time?")
+        hint = "a reply is missing after all batches: does the method ask something new"
+        models.halt(f"{hint} each time?")
     except Stop as stop:
         models.halt(str(stop), stop.status)
     except BaseException as error:
@@ -10324,16 +10357,16 @@ async def run_job(path: str, run: Run, files: OutputFiles, progress_bar: Progres
     return 1 if files.retryable or not files.pairs else 0
 
 
-def note_annotations(annotations: Annotations, models: Models) -> None:
+def note_annotations(saved_choices: Annotations, models: Models) -> None:
     """Say which annotations were not used; stop if none was."""
-    problems = annotations.problems + annotations.unused()
+    problems = saved_choices.problems + saved_choices.unused()
     for problem in problems[:20]:
         note(problem)
     if len(problems) > 20:
         note(f"... and {len(problems) - 20} more")
-    if not annotations.reviewed:
-        message = "none of the choices is about a pair of this input"
-        models.halt(f"{message}: give the page's own input", 2)
+    if not saved_choices.reviewed:
+        hint = "none of the choices is about a pair of this input"
+        models.halt(f"{hint}: give the page's own input", 2)
 
 
 def report_out(
@@ -10434,45 +10467,43 @@ PROGRAM = "rlhf_constructor.py"
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line; an @FILE holds a flag and its value on each line."""
 
-    def error(self, message: str) -> Never:
+    def error(self, text: str) -> Never:
         """Raise UserError with argparse's message in plain words."""
-        message = message.removeprefix("argument ")
-        unknown = re.match(r"unrecognized arguments: ([^\s=]*)", message)
-        choice = re.match(r"(\S+): invalid choice: '(.*)' \(choose from (.*)\)$", message)
-        missing_file = re.match(r"\[Errno \d+\] (.*): '(.*)'$", message)
+        text = text.removeprefix("argument ")
+        unknown = re.match(r"unrecognized arguments: ([^\s=]*)", text)
+        choice = re.match(r"(\S+): invalid choice: '(.*)' \(choose from (.*)\)$", text)
+        missing_file = re.match(r"\[Errno \d+\] (.*): '(.*)'$", text)
         if unknown:
-            message = f"{unknown[1]!r} is not a flag"
-            message += did_you_mean(unknown[1], self._option_string_actions) or "; see --help"
+            text = f"{unknown[1]!r} is not a flag"
+            text += did_you_mean(unknown[1], self._option_string_actions) or "; see --help"
         elif choice:
-            flag, value, names = choice.groups()
+            flag_name, value, names = choice.groups()
             known = re.findall(r"[\w-]+", names)
-            message = f"{flag}: {value!r} is not {one_of(known)}{did_you_mean(value, known)}"
+            text = f"{flag_name}: {value!r} is not {one_of(known)}{did_you_mean(value, known)}"
         elif missing_file:
             reason, path = missing_file.groups()
-            message = f"@{path}: {reason.lower()} (@FILE reads flags; write a value as FLAG=@...)"
+            text = f"@{path}: {reason.lower()} (@FILE reads flags; write a value as FLAG=@...)"
         else:
-            message = re.sub(
-                "expected (one|at least one) argument", "its value is missing", message
-            )
-        raise UserError(message)
+            text = re.sub("expected (one|at least one) argument", "its value is missing", text)
+        raise UserError(text)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """The arguments of a line of an @FILE: none for a blank line or a # comment."""
-        flag, _, value = arg_line.strip("\ufeff \t").partition(" ")
+        flag_name, _, value = arg_line.strip("\ufeff \t").partition(" ")
         value = value.strip()
-        if not flag or flag.startswith("#"):
+        if not flag_name or flag_name.startswith("#"):
             return []
         if not value:
-            return [flag]
+            return [flag_name]
         quoted = len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]
         if quoted:
             value = value[1:-1]
         elif re.search(r"\s--[a-z]", value):
             raise UserError(f"{arg_line.strip()!r}: an @FILE holds one flag a line")
-        action = self._option_string_actions.get(flag)
+        action = self._option_string_actions.get(flag_name)
         if action and action.nargs == "+":
-            return [flag, *value.split()]
-        return [f"{flag}={value}"]
+            return [flag_name, *value.split()]
+        return [f"{flag_name}={value}"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -10485,8 +10516,8 @@ def build_parser() -> argparse.ArgumentParser:
         "filters": FILTERS,
         "providers": PROVIDERS,
     }
-    title, _, examples, *_ = __doc__.split("\n\n")
-    about = f"{title}\n\n{examples}\n\n"
+    title, _, example_commands, *_ = __doc__.split("\n\n")
+    about = f"{title}\n\n{example_commands}\n\n"
     about += "@FILE reads flags from a file: a flag and its value on each line, # for comments."
     parser = Parser(
         prog=PROGRAM,
@@ -10516,7 +10547,7 @@ def help_formatter(prog: str) -> argparse.HelpFormatter:
 # A flag a line or two: name, type or choices, default, then what --help says: a noun phrase with
 # its unit and default.
 # fmt: off
-def add_main_flags(add) -> None:
+def add_main_flags(add: Callable) -> None:
     """Add the flags of the lesson's command."""
     add("--input-file", metavar="FILE",
         help="input records: .jsonl, .json, .csv, .tsv (each also .gz, .bz2 or .xz) or .parquet "
@@ -10535,7 +10566,7 @@ def add_main_flags(add) -> None:
         help="file for the pairs (default %(default)s)")
 
 
-def add_data_flags(add) -> None:
+def add_data_flags(add: Callable) -> None:
     """Add the flags of what is read and written."""
     add("--rename", type=renaming, action="append", default=[], metavar="OLD=NEW",
         help="field of the input and the known name to read it as, e.g. ask=prompt; repeatable")
@@ -10550,7 +10581,7 @@ def add_data_flags(add) -> None:
         help="share of prompts written to <output>.test.jsonl instead, 0 to 0.99 (default 0)")
 
 
-def add_method_flags(add) -> None:
+def add_method_flags(add: Callable) -> None:
     """Add the flags of how pairs are made."""
     add("--num-candidates", type=number_between(2, 8), default=4, metavar="N",
         help="number of answers per prompt for generate_pairs, 2 to 8 (default %(default)s)")
@@ -10560,7 +10591,7 @@ def add_method_flags(add) -> None:
         help=f"which answers of a prompt form pairs: {one_of(STRATEGIES)} (default best_worst)")
 
 
-def add_model_flags(add) -> None:
+def add_model_flags(add: Callable) -> None:
     """Add the flags of the models that write answers."""
     add("--candidate-models", nargs="+", metavar="MODEL",
         help="models that write the candidates of generate_pairs (default: the high and the low "
@@ -10582,7 +10613,7 @@ def add_model_flags(add) -> None:
         help="extra field of the API request, for all models or one, e.g. top_p=0.9; repeatable")
 
 
-def add_quality_flags(add) -> None:
+def add_quality_flags(add: Callable) -> None:
     """Add the flags of judges and filters."""
     add("--judge-model", action="append", default=[], metavar="MODEL",
         help="model that scores the answers; or reward:NAME@URL (a reward model), exact_match "
@@ -10614,7 +10645,7 @@ def add_quality_flags(add) -> None:
              "repeatable")
 
 
-def add_running_flags(add) -> None:
+def add_running_flags(add: Callable) -> None:
     """Add the flags of calls, cache and cost."""
     add("--concurrency", type=number_between(1, 4096), default=16, metavar="N",
         help="number of records processed at the same time (default %(default)s)")
@@ -10641,7 +10672,7 @@ def add_running_flags(add) -> None:
              "no limit)")
 
 
-def add_report_flags(add) -> None:
+def add_report_flags(add: Callable) -> None:
     """Add the flags of the report and of review by people."""
     add("--report-path", metavar="FILE",
         help="HTML file for the quality report; its numbers are written next to it as .json "
@@ -10654,13 +10685,13 @@ def add_report_flags(add) -> None:
 # fmt: on
 
 
-def did_you_mean(name: str, known) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean --high-model?)` if one of the known names is near, else ""."""
     near = difflib.get_close_matches(name, known, 1, 0.7)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def one_of(names) -> str:
+def one_of(names: Iterable[str]) -> str:
     """`a, b or c`."""
     *first, last = list(names) or [""]
     return f"{', '.join(first)} or {last}" if first else last
@@ -10674,14 +10705,14 @@ def default_models(position: int) -> str:
 def catalogue(tables: dict[str, dict]) -> str:
     """{heading: table} -> every entry with the first line of its docstring."""
     lines = []
-    for title, table in tables.items():
+    for title, entries in tables.items():
         lines += ["", f"{title}:"]
-        for name, entry in table.items():
+        for name, entry in entries.items():
             lines += wrapped(f"  {name:18} {first_line(entry)}", later=" " * 21)
     return "\n".join(lines)
 
 
-def first_line(entry) -> str:
+def first_line(entry: object) -> str:
     """The first line of an entry's docstring, without its full stop."""
     return entry.__doc__.strip().splitlines()[0].rstrip(".")
 
@@ -10697,7 +10728,7 @@ def utf8_text(text: str) -> str:
         return scrub(text)
 
 
-def number_between(low: float, high: float):
+def number_between(low: float, high: float) -> Callable[[str], float]:
     """A type for argparse: a number of low's type, both ends included."""
 
     def parse(text: str) -> float:
@@ -10789,7 +10820,7 @@ def optional_filter(name: str) -> str:
 # --- Checks before anything is called or written
 
 
-def check(args) -> Run:
+def check(args: argparse.Namespace) -> Run:
     """Flags -> Run; raises UserError for whatever cannot work, before any call and any writing."""
     args.prices = dict(args.price)
     check_paths(args)
@@ -10851,7 +10882,7 @@ def check_judges(run: Run) -> None:
         raise UserError("--batch does not work with a reward model: leave out --batch")
 
 
-def check_model(model: Model, args) -> None:
+def check_model(model: Model, args: argparse.Namespace) -> None:
     """Raise UserError if a package, key or price that calls to `model` need is missing."""
     provider = PROVIDERS[model.provider]
     key = key_of(model)
@@ -10893,7 +10924,7 @@ def check_prices(run: Run) -> None:
         note(f"--price {name}: this run uses no model of that name")
 
 
-def check_paths(args) -> None:
+def check_paths(args: argparse.Namespace) -> None:
     """Raise UserError if an input is missing or a file cannot be written; set the cache's path."""
     if not args.input_file:
         raise UserError(
@@ -10946,7 +10977,7 @@ def check_writable(written: list[str], inputs: list[str]) -> None:
             raise UserError(f"{path}: {folder} cannot be written to; choose another folder")
 
 
-def written_paths(args) -> list[str]:
+def written_paths(args: argparse.Namespace) -> list[str]:
     """[output, drops, test split, candidates, report, its numbers, review]; "" if unwanted."""
     stem = re.sub(r"\.jsonl?$", "", args.output_path)
     test = f"{stem}.test.jsonl" if args.test_fraction else ""
@@ -11070,13 +11101,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def first_steps() -> str:
     """What a start without flags shows: what the program does, three commands, the methods."""
-    title, _, examples, *_ = __doc__.split("\n\n")
-    return f"{title}\n\n{examples}\n{catalogue({'Methods': METHODS})}\n\nAll flags: --help"
+    title, _, example_commands, *_ = __doc__.split("\n\n")
+    return f"{title}\n\n{example_commands}\n{catalogue({'Methods': METHODS})}\n\nAll flags: --help"
 
 
-def complain(kind: str, message: str) -> None:
+def complain(kind: str, reason: str) -> None:
     """Print why the program ends, on one line."""
-    note(f"{PROGRAM}: {kind}: {' '.join(message.split())}")
+    note(f"{PROGRAM}: {kind}: {' '.join(reason.split())}")
 
 
 def disk_message(error: OSError | sqlite3.Error) -> str:
