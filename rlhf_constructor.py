@@ -9628,7 +9628,7 @@ def stopped_lines(files: OutputFiles, models: Models) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# §20 PIPELINE: small parts of Run and process_record
+# §20 PIPELINE: small parts of Run
 # Called by §4 METHODS.
 # --------------------------------------------------------------------------------------------------
 
