@@ -4320,9 +4320,57 @@ OBJECT_LIST = re.compile(r"\[\s*(?:\{[^{}]*\}[\s,]*)+\]")
 STRING = re.compile(r""":\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'"\\]|\\.)*)')(?=\s*[,}])""", re.S)
 ID_OR_SCORE = re.compile(rf"\W*(?:(?:answer\s+)?[a-z]\d|{SCORE.pattern})\W*", re.I)
 SCORE_KEYS = ("SCORE", "RATING", "GRADE", "评分", "分数", "得分")
-THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratchpad"
+NAME = re.compile(r"(?<![a-z0-9])[a-z]\d(?![a-z0-9])", re.I)  # what may be an id
+NESTED = re.compile(rf"(([a-z]\d)[\s{QUOTES}]*[:=])\s*{OBJECT.pattern}", re.I)
+GRADED = re.compile(rf"(?:{NAME.pattern}|scores)[\s{QUOTES}]*[:=][\s{QUOTES}]*\d", re.I)
+THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratch(?:pad)?|draft|example"
 THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
 THOUGHT_MARK = re.compile(rf"<(/?)(?:{THOUGHTS})>", re.I)
+# A heading or key of numbers that are no scores: a small one is good.
+NO_SCORES = re.compile(
+    r"rank|^\W*order|position|\bplace|error|issue|mistake|flaw|defect|deduct|penal|violation|worst"
+    r"|harm(?!less)|toxic|hallucinat|\bloss|\blost|\brisk"
+    r"|排名|名次|排序|顺序|扣分|减分|失分|错误|缺点|有害|危害",
+    re.I,
+)
+# The same, said anywhere in the reply.
+SMALL_IS_GOOD = re.compile(
+    r"\b(?:lower|lowest|smaller|smallest|fewer|less)(?:[\s_]+\w+)?[\s_]*(?:is|are|=|means?|wins?)"
+    r"[\s_]*(?:the[\s_]+)?(?:better|best|wins?|\b)"
+    r"|(?:_|\b)(?:lower|smaller)_is_better|\b1\s*(?:is|=|means|being)\s*(?:the\s+)?best"
+    r"|(?:numbers?|values?|scores?|these|they)\s+(?:are|is|mean|count)\s+(?:the\s+)?"
+    r"(?:ranks?|errors?|penalt|deduct|mistakes)"
+    r'|:\s*"(?:ranks?|ranking|errors?|penalty|penalties|deductions?|排名|名次|扣分)"'
+    r"|越[低小少]越[好优]|1\s*分?\s*(?:最|为最|是最|代表最|表示最)[好优佳]",
+    re.I,
+)
+# Before scores: they are another's, an example, a draft, or denied.
+NOT_MEANT = re.compile(
+    r"\b(?:says?|said|wrote|writes|claims?|tries|attempts?|inject\w*|quot\w+|draft|initial|for example"
+    r"|e\.g|(?:format|example) is)\b|^\W*example"
+    r"|(?:\bnot|\bnever|n['’]t)\s*(?:give|score|grade|say|be|award|\Z)"
+    r"|例如|比如|示例|格式是|草稿|不(?:会|该|应|能|给|是)",
+    re.I,
+)
+LAST_WORD = re.compile(r"\bfinal|correct(?:ed|ion)|revis|最终|最后|更正|修正|纠正", re.I)
+BEST = r"winner|best|better|preferred|preference|chosen|更好|最好|胜者|胜出者"
+WORST = r"worse|worst|loser|rejected|更差|最差"
+CLAIM = re.compile(  # `"winner": "K3"`, `the better answer is K3`, `更好的是 K3`
+    rf"(?:(?P<best>{BEST})|(?P<worst>{WORST}))(?:[\s_]*(?:answer|response|one|id|的|回答))*"
+    rf"[\s{QUOTES}]*(?:[:=]|\bis\b|是|为)[\s{QUOTES}]*(?:answer\s+)?(?P<id>[a-z]\d)(?![a-z0-9])",
+    re.I,
+)
+WINS = re.compile(  # `K3 wins.`, `K3 is much better`, `K3 更差`, after the scores
+    rf"(?P<id>{NAME.pattern})\s*(?:is\s+)?(?:the\s+|much\s+|far\s+|clearly\s+|明显)*"
+    rf"(?:(?P<best>wins|winner|better|best|更好|最好|胜出|获胜)|(?P<worst>loses|worse|worst|更差|最差))"
+    r"(?=(?:\s+(?:answer|response|one))?\s*(?:[.!,;，。]|$))",
+    re.I | re.M,
+)
+WORD_SCORE = re.compile(  # `K3: three`, `K3 merits nine`, `K3 三`
+    rf"{NAME.pattern}[^a-z0-9]*(?:[a-z]+\s+)?"
+    r"(?:\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b|[零一二两三四五六七八九十](?![个点条些]))",
+    re.I,
+)
 # Words after the scores that may take them back or give others.
 REVISION = re.compile(
     r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|oops|apolog"
@@ -4331,7 +4379,10 @@ REVISION = re.compile(
     r"|scor|grad(?:e|ing)|rating"
     r"|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
     r"|\b(?:an?|gets?|to|is|be|of)\s+(?:one|two|three|four|five|six|seven|eight|nine|ten|zero)\b"
-    r"|更正|修正|纠正|改|其实|应|不对|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分"
+    r"|confus|\bwrong (?:way|order|ids?)|\bids? wrong|\b(?:that|this|it) (?:is|was) wrong|\bno[.,!]"
+    r"|\b(?:was|is|were) (?:an|the|my|only|just) (?:an? )?(?:example|format|guess)"
+    r"|penal|deduct|\branks?\b"
+    r"|颠倒|弄混|混淆|有误|反了|示例|扣分|排名|更正|修正|纠正|改|其实|应|不对|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分"
     r"|得分|打分|[零一二两三四五六七八九十]\s*分",
     re.I,
 )
@@ -4348,53 +4399,130 @@ def parse_scores(reply: str, ids: list[str]) -> list[float]:
     [3.5, 8.0]
     """
     text = plain_reply(reply, ids)
-    name = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(ids)})(?![a-z0-9])", re.I)
-    gradings = [match for match in OBJECT.finditer(text) if name.search(match[1])]
+    gradings = [match for match in OBJECT.finditer(text) if names_id(match[1], ids)]
     if not gradings:
-        return scores_in_lines(text, ids, name)
+        return scores_in_lines(text, ids)
     start, end = gradings[-1].span()
+    check_meaning(text[:start])
     scores = read_entries(split_entries(gradings[-1][1]), ids)
-    levels = check_before(text[:start], gradings[:-1], name)
+    levels = check_before(text[:start], gradings[:-1])
     if text.count("}", end) + text.count("]", end) < levels:
         raise UnreadableReply("it ends inside the JSON")  # this may have been a draft
-    check_after(name.sub("", text[end:]))
+    check_drafts(text[:start], gradings[:-1], scores, ids)
+    check_claims(text, text[end:], dict(zip(ids, scores, strict=True)))
+    check_after(text[end:], ids)
     return scores
 
 
-def scores_in_lines(text: str, ids: list[str], name: re.Pattern) -> list[float]:
+def names_id(text: str, ids: list[str]) -> bool:
+    """True if one of the ids stands in the text."""
+    return any(name.upper() in ids for name in NAME.findall(text))
+
+
+def without_ids(text: str, ids: list[str]) -> str:
+    """The text without the ids, whose digits are no scores."""
+    return NAME.sub(lambda name: "" if name[0].upper() in ids else name[0], text)
+
+
+def headings(before: str) -> list[str]:
+    """The clauses that lead to the numbers after `before`: a key, a heading, a half sentence."""
+    ends = [len(before)]
+    depth = 0
+    for brace in reversed(list(re.finditer("[{}]", before))):
+        if brace[0] == "}":
+            depth += 1
+        elif depth:
+            depth -= 1
+        else:
+            ends.append(brace.start())
+    clauses = []
+    for end in ends:
+        leading = re.sub(r"```\w*\s*\Z", "", before[:end]).rstrip(" \n[#" + QUOTES)
+        line = leading.rpartition("\n")[2]
+        clause = re.split(r"[.,;{}。，；、]", line)[-1]
+        leads_on = "\n" not in before[len(leading) : end] or clause.endswith((":", "="))
+        is_sentence = re.search(r"[.!?。！？][)\s]*\Z", line)
+        is_title = len(line) <= 30 and not NAME.search(line)
+        if not is_sentence and (leads_on or is_title):
+            clauses.append(clause)
+    return clauses
+
+
+def check_meaning(before: str) -> None:
+    """Raises UnreadableReply if the numbers after `before` are no scores, or not the judge's."""
+    for heading in headings(before):
+        if NO_SCORES.search(heading):
+            raise UnreadableReply("numbers that are no scores, such as ranks or errors")
+        if NOT_MEANT.search(heading):
+            raise UnreadableReply("scores that are quoted, denied or an example")
+
+
+def check_drafts(before: str, drafts: list[re.Match], scores: list[float], ids: list[str]) -> None:
+    """Raises UnreadableReply if an earlier grading ranks the answers otherwise, without a reason.
+
+    `before` ends where the last grading starts. A quoted grading is none, nor is a draft."""
+    for draft in drafts:
+        try:
+            earlier = read_entries(split_entries(draft[1]), ids)
+        except UnreadableReply:
+            continue
+        pairs = itertools.combinations(zip(earlier, scores, strict=True), 2)
+        opposite = any((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in pairs)
+        quoted = any(NOT_MEANT.search(text) for text in headings(before[: draft.start()]))
+        if opposite and not quoted and not LAST_WORD.search(before[draft.end() :]):
+            raise UnreadableReply("two gradings that contradict each other")
+
+
+def check_claims(text: str, after: str, scores: dict[str, float]) -> None:
+    """Raises UnreadableReply if the text names a best or worst answer that the scores deny."""
+    for claim in itertools.chain(CLAIM.finditer(text), WINS.finditer(after)):
+        score = scores.get(claim["id"].upper())
+        extreme = min(scores.values()) if claim["worst"] else max(scores.values())
+        if score is not None and score != extreme:
+            raise UnreadableReply("scores that contradict the named winner")
+
+
+def scores_in_lines(text: str, ids: list[str]) -> list[float]:
     """`parse_scores` for a reply without JSON, from lines that hold an id and its score alone.
 
     >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
     [8.0, 3.0]
     """
     entries = []
+    first = 0  # where the first score stands
     before = text
     after = ""
     position = 0
     for line in text.splitlines(keepends=True):
         position += len(line)
         if match := SCORE_LINE.fullmatch(line):
+            first = first if entries else position - len(line)
             entries.append((match[1].upper(), match[2]))
             before = text[:position]
             after = text[position:]
-        elif name.search(line) and re.search(r"\d", name.sub("", line)):
+        elif names_id(line, ids) and re.search(r"\d", without_ids(line, ids)):
             raise UnreadableReply("a number beside an id on a line of another form")
     if "{" in text or not entries:
         raise UnreadableReply("no scores in it")
-    check_before(before, [], name)
-    check_after(name.sub("", after))
-    return read_entries(entries, ids)
+    check_meaning(text[:first])
+    check_before(before, [])
+    scores = read_entries(entries, ids)
+    check_claims(text, after, dict(zip(ids, scores, strict=True)))
+    check_after(after, ids)
+    return scores
 
 
 def plain_reply(reply: str, ids: list[str]) -> str:
     """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`."""
     text = THOUGHT_BLOCK.sub("", without_thinking(reply)).translate(FULL_WIDTH)
+    if SMALL_IS_GOOD.search(text):
+        raise UnreadableReply("numbers that are no scores, such as ranks or errors")
     text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
     text = STRING.sub(empty_text, text)
 
     def flat_object(match: re.Match) -> str:
         """`K3: {score: 8, reason: ...}` -> `K3: 8`"""
-        score = score_entry(match[2])
+        score = score_entry(match[3]) if match[2].upper() in ids else ""
         return f"{match[1]} {score}" if score else match[0]
 
     def flat_list(match: re.Match) -> str:
@@ -4408,8 +4536,7 @@ def plain_reply(reply: str, ids: list[str]) -> str:
             entries.append(f"{short_id(named[0])}: {score}")
         return "{" + ", ".join(entries) + "}"
 
-    nested = rf"((?:{'|'.join(ids)})[\s{QUOTES}]*[:=])\s*{OBJECT.pattern}"
-    return OBJECT_LIST.sub(flat_list, re.sub(nested, flat_object, text, flags=re.I))
+    return OBJECT_LIST.sub(flat_list, NESTED.sub(flat_object, text))
 
 
 def empty_text(match: re.Match) -> str:
@@ -4475,7 +4602,7 @@ def read_score(name: str, value: str) -> float:
     return score
 
 
-def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
+def check_before(text: str, drafts: list[re.Match]) -> int:
     """How many brackets that lead to the scores must be closed after them, where `text` ends.
 
     One that only holds a reason and "scores" need not be. Raises UnreadableReply if one of them
@@ -4500,8 +4627,7 @@ def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
         leads = re.fullmatch(leads_on, between, re.S | re.I)
         if not leads:
             break
-        graded = rf"(?:{name.pattern}|scores)[\s{QUOTES}]*[:=][\s{QUOTES}]*\d"
-        if re.search(graded, between, re.I):
+        if GRADED.search(between):
             raise UnreadableReply("two gradings in one object")
         whole = whole or (levels == 0 and text[start] == "{" and leads[1].lower() == "scores")
         levels += 1
@@ -4509,8 +4635,13 @@ def check_before(text: str, drafts: list[re.Match], name: re.Pattern) -> int:
     return 0 if levels == 1 and whole else levels
 
 
-def check_after(text: str) -> None:
-    """Raises UnreadableReply if what follows the scores, ids left out, may change them."""
+def check_after(text: str, ids: list[str]) -> None:
+    """Raises UnreadableReply if what follows the scores may change them."""
+    if WORD_SCORE.search(text):
+        raise UnreadableReply("more numbers after the scores")
+    if re.match(r"\W*(?:is|was|were|would)\b", text):  # {...} would be unfair
+        raise UnreadableReply("a correction after the scores")
+    text = without_ids(text, ids)
     if "{" in text or re.search(r"\d", text):
         raise UnreadableReply("more numbers after the scores")
     if REVISION.search(text):
