@@ -4346,8 +4346,8 @@ SMALL_IS_GOOD = re.compile(
 )
 # Before scores: they are another's, an example, a draft, or denied.
 NOT_MEANT = re.compile(
-    r"\b(?:says?|said|wrote|writes|claims?|tries|attempts?|inject\w*|quot\w+|draft|initial|for example"
-    r"|e\.g|(?:format|example) is)\b|^\W*example"
+    r"\b(?:says?|said|wrote|writes|claims?|tries|attempts?|inject\w*|quot\w+|draft|initial"
+    r"|for example|e\.g|(?:format|example) is)\b|^\W*example"
     r"|(?:\bnot|\bnever|n['’]t)\s*(?:give|score|grade|say|be|award|\Z)"
     r"|例如|比如|示例|格式是|草稿|不(?:会|该|应|能|给|是)",
     re.I,
@@ -4691,12 +4691,35 @@ MARKS = (
 # In the sentence before a mark: it is only supposed, or denied.
 SUPPOSED = re.compile(
     r"\b(?:if|unless|suppose|assum\w*|whether|doubt|not|wrong|never|cannot|why|guess|option|other|"
-    r"would|could|might|may|think)\b|n['’]t\b|如果|若|假如|假设|假定|要是|倘|并非|不|(?<![分特区差])别|错|为什么|难道|可能|也许",
+    r"would|could|might|may|think|incorrect\w*|false\w*|mistake|mistaken|mistakes|misconception|lie|trap|"
+    r"claim|claims|claimed|says|said)\b|n['’]t\b"
+    r"|如果|若|假如|假设|假定|要是|倘|并非|不|(?<![分特区差])别|错|误|认为|反例|为什么|难道|可能|也许",
     re.I,
 )
 # After the answer: it may be taken back.
 TAKEN_BACK = re.compile(
-    r"\d|\?|？|\b(?:but|however|not?|wrong|unless|or|if)\b|n['’]t\b|不|但|错|或|而", re.I
+    r"\d|\?|？|\b(?:but|however|not?|wrong|unless|or|if|incorrect\w*|false\w*|mistak\w+|impossible|intermediate|candidate|plus"
+    r"|hundred|thousand|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|\w+teen|twelve|eleven)\b"
+    r"|n['’]t\b|不|但|错|或|而|误|漏|再算|重算|有问题|干扰",
+    re.I,
+)
+# In the text behind a choice: it is taken back, or it is not the only one.
+SECOND_CHOICE = re.compile(
+    r"(?<![A-Za-z])(?-i:[A-Hb-h])(?![A-Za-z])|\?|\b(?:but|however|not?|wrong|unless|or|if|incorrect\w*|false|"
+    r"mistak\w+|wait|actually|both|all|none|sorry|correction|maybe|rather|instead|because)\b|n['’]t\b"
+    r"|不|但|错|或|而|误|漏|都|均|也|应|改|等等|重新|[甲乙丙丁]",
+    re.I,
+)
+# Around a box: they change its number, or go on with it.
+BEFORE_BOX = re.compile(
+    r"(?:[-−–—+^_/*·×÷<>~≈≠≤≥±]|\d|\\(?:sqrt|times|cdot|div|ne|neq|leq?|geq?|lt|gt|approx|sim|pm|[dt]?frac)"
+    r"|\b(?:minus|negative|about|approximately|roughly|around|over|under|than|least|most)|[负约近超])"
+    r"[\s${(\\]*\Z",
+    re.I,
+)
+AFTER_BOX = re.compile(r"[ \t$})\\]*([^\s.,;:。，；：$})\\!*]\S*|!|\\[A-Za-z]+)?")
+WORDS_AFTER_BOX = set(
+    "is are was were in for as and which with since so left total altogether each 个 人".split()
 )
 
 YES_OR_NO = dict.fromkeys(("yes", "true", "correct", "是", "是的", "对", "正确", "真"), "yes")
@@ -4754,7 +4777,7 @@ for _dimension, _units in UNITS.items():
 NO_UNITS = set(
     "times halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths "
     "thousandths hundreds thousands millions billions dozens pairs couples minus plus less loss "
-    "losses debts radians logs others".split()
+    "losses debts radians logs others perhaps sometimes besides overs scores cubes squares".split()
 )
 NO_UNIT_CHARACTERS = "之倍多少成半折万亿千百十负零下上亏欠余几约右到至或和比点每不没非双对打分"
 # Factors between units: a number that differs by one of them may be right, in another unit.
@@ -4818,9 +4841,12 @@ def final_answer(text: str) -> FinalAnswer | None:
 def marked_answers(text: str) -> list[tuple[int, str]]:
     """Where each marked answer ends, and its text, in the order of the text."""
     places = []  # where the text of each answer starts and ends
+    doubtful = set()  # where those end of which more stands around a box
     for box in re.finditer(r"\\boxed\s*\{", text):
         if end := closing_brace(text, box.end()):
             places.append((box.end(), end))
+            if not is_whole_answer(text, box.start(), end + 1):
+                doubtful.add(end)
     for mark in MARKS:
         for match in mark.finditer(text):
             if r"\boxed" not in match[1]:  # else it is found already
@@ -4828,8 +4854,24 @@ def marked_answers(text: str) -> list[tuple[int, str]]:
     found = []
     for start, end in sorted(places):
         sentence = re.split(r"[.!?。！？\n]", text[:start])[-1]
-        found.append((end, "?" if SUPPOSED.search(sentence) else text[start:end]))
+        is_doubtful = end in doubtful or SUPPOSED.search(sentence)
+        found.append((end, "?" if is_doubtful else text[start:end]))
     return found
+
+
+def is_whole_answer(text: str, start: int, end: int) -> bool:
+    """True if the box from `start` to `end` holds the whole answer, as `-\\boxed{5}` does not.
+
+    Counted things may follow it, but no unit, operator or other command."""
+    if BEFORE_BOX.search(text[max(0, start - 40) : start]):
+        return False
+    following = AFTER_BOX.match(text, end)[1]
+    if not following:
+        return True
+    word = following.rstrip(".,;:!?。，；：！？$)}*").lower()
+    if word in WORDS_AFTER_BOX:
+        return True
+    return word not in UNIT_OF and word.isascii() and is_unit(word, touching=False)
 
 
 def closing_brace(text: str, start: int) -> int:
@@ -4856,13 +4898,13 @@ def read_answer(raw: str) -> FinalAnswer:
         return FinalAnswer("yes or no", YES_OR_NO[folded])
     if choice := CHOICE.fullmatch(text):
         detail = fold_answer(choice[3] or "")
-        if not re.search(r"\b[A-H]\b", choice[3] or ""):
+        if not SECOND_CHOICE.search(choice[3] or ""):
             return FinalAnswer("choice", choice[1] or choice[2], detail)
     elif amount := read_number(text):
         return amount
-    elif is_label(text):
+    elif is_label(text) and not re.fullmatch("[A-Za-z]{1,2}", text):  # X and x are two variables
         return FinalAnswer("label", folded)
-    return FinalAnswer("other", folded)
+    return FinalAnswer("other", fold_text(text, keep_case=True))
 
 
 def plain_math(raw: str) -> str:
@@ -4877,12 +4919,14 @@ def plain_math(raw: str) -> str:
     text = re.sub(r"\\[dt]?frac\s*(\d)\s*(\d)(?!\d)", r" \1/\2", text)
     text = re.sub(r"(?<!\\)\$(.+)(?<!\\)\$", r"\1", text)  # $18$ is mathematics, $18 is money
     text = re.sub(r"\*\*|__|`|\\(?=\$)", "", text)
-    return re.sub(r"\s+", " ", text).strip(" \"'“”‘’「」").rstrip(".。 ")
+    text = re.sub(r"\s+", " ", text).strip().rstrip(".。 ")
+    quoted = re.fullmatch(r"""["'“‘「](.*[^"'”’」])["'”’」]""", text)  # 6" is no quotation
+    return quoted[1].rstrip(".。 ") if quoted else text
 
 
 def fold_answer(text: str) -> str:
     """For comparing labels: case, white space, quotes and a final full stop gone."""
-    return fold_text(text.strip(" \"'“”‘’「」()[]"))
+    return fold_text(text.strip(' "“”‘「」'))
 
 
 def is_label(text: str) -> bool:
@@ -4949,7 +4993,8 @@ def is_unit(text: str, touching: bool) -> bool:
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
         return not set(text) & set(NO_UNIT_CHARACTERS)
     plural_word = re.fullmatch(r"[A-Za-z]{2,}[A-RT-Za-rt-z]s", text)
-    return bool(plural_word) and not touching and text.lower() not in NO_UNITS
+    is_part = re.search(r"(?:teen|tie|lf|if|en|igh|ix|nin|ur|red|and|ion)ths\Z", text, re.I)
+    return bool(plural_word) and not touching and not is_part and text.lower() not in NO_UNITS
 
 
 def chinese_number(text: str) -> int | None:
@@ -5011,8 +5056,10 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
     if len(units) == 2:
         return None
     one_sided = reference.detail != answer.detail
+    if one_sided and not fits_prompt(*units, prompt):
+        return None
     if a == b:
-        return None if one_sided and rivals(units.pop(), prompt) else True
+        return True
     if one_sided and "°" in units:
         return None
     if a * b > 0:
@@ -5029,6 +5076,30 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
     return None if may_be_rounded or abs(a - b) <= max(abs(a), abs(b)) / 100 else False
 
 
+def fits_prompt(unit: str, prompt: str) -> bool:
+    """True if a number without a unit may be meant in this one, as far as the prompt says."""
+    if rivals(unit, prompt):
+        return False
+    text = prompt.translate(FULL_WIDTH).lower()
+    if unit == "%":
+        return not re.search(r"percent|%|百分", text)
+    if not text or (unit in DIMENSION_OF and unit != "mph"):
+        return True
+    if unit.isascii():
+        counted = re.findall(r"how many((?:\W+\w+){1,4})", text)
+    else:
+        counted = re.findall(rf"(?:多少|几)\s*([{CJK}]+)", text)
+    if counted and not any(unit.removesuffix("s") in words for words in counted):
+        return False  # 5 boxes where it asks how many bottles
+    if unit.isascii():
+        return unit.removesuffix("s") in text
+    return bool(re.search(rf"(?<![公千厘分毫微市英海方]){unit}", text))  # 斤 is not 公斤
+
+
+# Units of one letter that a prompt may ask for.
+LETTER_UNITS = {"length": "m", "weight": "gt", "volume": "l", "time": "hs"}
+
+
 def rivals(unit: str, prompt: str) -> list[str]:
     """Other units of its dimension that the prompt names: 5 cents are not 5 where it asks for $."""
     dimension = DIMENSION_OF.get(unit, "count")
@@ -5041,6 +5112,9 @@ def rivals(unit: str, prompt: str) -> list[str]:
             latin = name.isascii() and name.isalpha()
             if not latin or re.search(rf"(?<![a-z]){name}(?![a-z])", text):
                 named.append(other)
+    letters = LETTER_UNITS.get(dimension, "")
+    if letters:
+        named += re.findall(rf"(?<![a-z'’])[{letters}](?![a-z'’])", text)
     return named
 
 
