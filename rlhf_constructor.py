@@ -4717,7 +4717,7 @@ BEFORE_BOX = re.compile(
     r"[\s${(\\]*\Z",
     re.I,
 )
-AFTER_BOX = re.compile(r"[ \t$})\\]*([^\s.,;:。，；：$})\\!*]\S*|!|\\[A-Za-z]+)?")
+AFTER_BOX = re.compile(r"(?:[ \t$})\]]|\\[)\],; ])*([^\s.,;:。，；：$})\]!*]\S*|!)?")
 WORDS_AFTER_BOX = set(
     "is are was were in for as and which with since so left total altogether each 个 人".split()
 )

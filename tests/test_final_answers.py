@@ -204,7 +204,7 @@ AROUND_A_BOX = [
     r"x \leq \boxed{5}", r"3 + \boxed{5}", r"about \boxed{5}", r"10\boxed{5}", r"-\$\boxed{5}",
     r"negative \boxed{5}", r"负\boxed{5}", r"\boxed{5}\pi", r"\boxed{5}\text{ cm}", r"\boxed{5} million",
     r"\boxed{5}万", r"\boxed{5}x", r"\boxed{5} cents", r"\boxed{5} dozen", r"\boxed{5}!", r"\boxed{5}^2",
-    r"\boxed{5}斤", r"\boxed{5} tenths", r"\boxed{5} \times 10^3", r"$\boxed{5}$ mph",
+    r"\boxed{5}斤", r"\boxed{5} tenths", r"\boxed{5} \times 10^3", r"$\boxed{5}$ mph", r"\boxed{5}\cos x",
 ]  # fmt: skip
 WHOLE_BOX = [
     r"So \boxed{5}.", r"$x = \boxed{5}$", r"\[ \boxed{5} \]", r"一共\boxed{5}个。", r"She has \boxed{5} eggs left.",

@@ -316,7 +316,7 @@ def test_talk_of_errors_winners_and_drafts_leaves_clear_scores_readable(reply):
 
 GRADES = st.integers(2, 20).map(lambda n: n / 2)  # 1, 1.5, ... 10
 BAD_GRADES = st.sampled_from(
-    ["0", "11", "NaN", "-Infinity", "1e999", '"8/10"', "true", "null", "[8]", "{}", '"８/１０"']
+    ["0", "11", "NaN", "-Infinity", "1e999", '"8/5"', "true", "null", "[8]", "{}", '"8/５"']
 )
 PROSE = st.sampled_from(["", "\n", "Final: ", "K3 is better, not Q7.\n", "两个都不错。\n", "f(x) = {x} ", "```json\n", '"scores": ',
                          "<think>K3 8, Q7 2</think>\n", '{"note": "a draft"} ', "{} "])  # fmt: skip
