@@ -4335,11 +4335,11 @@ NO_SCORES = re.compile(
 )
 # The same, said anywhere in the reply.
 SMALL_IS_GOOD = re.compile(
-    r"\b(?:lower|lowest|smaller|smallest|fewer|less)(?:[\s_]+\w+)?[\s_]*(?:is|are|=|means?|wins?)"
-    r"[\s_]*(?:the[\s_]+)?(?:better|best|wins?|\b)"
-    r"|(?:_|\b)(?:lower|smaller)_is_better|\b1\s*(?:is|=|means|being)\s*(?:the\s+)?best"
-    r"|(?:numbers?|values?|scores?|these|they)\s+(?:are|is|mean|count)\s+(?:the\s+)?"
-    r"(?:ranks?|errors?|penalt|deduct|mistakes)"
+    r"(?:_|\b)(?:lower|lowest|smaller|smallest|fewer|less)(?:[\s_]+(?:one|number|score|value)s?)?[\s_]*"
+    r"(?:(?:is|are|=|means?)[\s_]*(?:the[\s_]+)?(?:better|best)|wins?\b)"
+    r"|\b1\s*(?:is|=|means|being)\s*(?:the\s+)?best"
+    r"|(?:numbers|values|scores|these|they)\s+(?:are|mean|count)\s+(?:the\s+)?(?:ranks?\b|penalt|deduct)"
+    r"|(?:numbers|values|scores)\s+(?:are|mean|count)\s+(?:the\s+)?(?:errors|mistakes)"
     r'|:\s*"(?:ranks?|ranking|errors?|penalty|penalties|deductions?|排名|名次|扣分)"'
     r"|越[低小少]越[好优]|1\s*分?\s*(?:最|为最|是最|代表最|表示最)[好优佳]",
     re.I,
@@ -4435,12 +4435,15 @@ def headings(before: str) -> list[str]:
             depth -= 1
         else:
             ends.append(brace.start())
+        if len(ends) > 5:
+            break
     clauses = []
     for end in ends:
-        leading = re.sub(r"```\w*\s*\Z", "", before[:end]).rstrip(" \n[#" + QUOTES)
+        near = before[max(0, end - 200) : end]
+        leading = re.sub(r"```\w*\s*\Z", "", near).rstrip(" \n[#" + QUOTES)
         line = leading.rpartition("\n")[2]
         clause = re.split(r"[.,;{}。，；、]", line)[-1]
-        leads_on = "\n" not in before[len(leading) : end] or clause.endswith((":", "="))
+        leads_on = "\n" not in near[len(leading) :] or clause.endswith((":", "="))
         is_sentence = re.search(r"[.!?。！？][)\s]*\Z", line)
         is_title = len(line) <= 30 and not NAME.search(line)
         if not is_sentence and (leads_on or is_title):
@@ -4461,7 +4464,7 @@ def check_drafts(before: str, drafts: list[re.Match], scores: list[float], ids: 
     """Raises UnreadableReply if an earlier grading ranks the answers otherwise, without a reason.
 
     `before` ends where the last grading starts. A quoted grading is none, nor is a draft."""
-    for draft in drafts:
+    for draft in drafts[-20:]:
         try:
             earlier = read_entries(split_entries(draft[1]), ids)
         except UnreadableReply:
