@@ -4335,10 +4335,12 @@ NO_SCORES = re.compile(
 )
 # The same, said anywhere in the reply.
 SMALL_IS_GOOD = re.compile(
-    r"(?:_|\b)(?:lower|lowest|smaller|smallest|fewer|less)(?:[\s_]+(?:one|number|score|value)s?)?[\s_]*"
+    r"(?:_|\b)(?:lower|lowest|smaller|smallest|fewer|less)"
+    r"(?:[\s_]+(?:one|number|score|value)s?)?[\s_]*"
     r"(?:(?:is|are|=|means?)[\s_]*(?:the[\s_]+)?(?:better|best)|wins?\b)"
     r"|\b1\s*(?:is|=|means|being)\s*(?:the\s+)?best"
-    r"|(?:numbers|values|scores|these|they)\s+(?:are|mean|count)\s+(?:the\s+)?(?:ranks?\b|penalt|deduct)"
+    r"|(?:numbers|values|scores|these|they)\s+(?:are|mean|count)"
+    r"\s+(?:the\s+)?(?:ranks?\b|penalt|deduct)"
     r"|(?:numbers|values|scores)\s+(?:are|mean|count)\s+(?:the\s+)?(?:errors|mistakes)"
     r'|:\s*"(?:ranks?|ranking|errors?|penalty|penalties|deductions?|排名|名次|扣分)"'
     r"|越[低小少]越[好优]|1\s*分?\s*(?:最|为最|是最|代表最|表示最)[好优佳]",
@@ -4694,28 +4696,34 @@ MARKS = (
 # In the sentence before a mark: it is only supposed, or denied.
 SUPPOSED = re.compile(
     r"\b(?:if|unless|suppose|assum\w*|whether|doubt|not|wrong|never|cannot|why|guess|option|other|"
-    r"would|could|might|may|think|incorrect\w*|false\w*|mistake|mistaken|mistakes|misconception|lie|trap|"
+    r"would|could|might|may|think"
+    r"|incorrect\w*|false\w*|mistake|mistaken|mistakes|misconception|lie|trap|"
     r"claim|claims|claimed|says|said)\b|n['’]t\b"
     r"|如果|若|假如|假设|假定|要是|倘|并非|不|(?<![分特区差])别|错|误|认为|反例|为什么|难道|可能|也许",
     re.I,
 )
 # After the answer: it may be taken back.
 TAKEN_BACK = re.compile(
-    r"\d|\?|？|\b(?:but|however|not?|wrong|unless|or|if|incorrect\w*|false\w*|mistak\w+|impossible|intermediate|candidate|plus"
-    r"|hundred|thousand|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|\w+teen|twelve|eleven)\b"
+    r"\d|\?|？|\b(?:but|however|not?|wrong|unless|or|if|incorrect\w*|false\w*|mistak\w+"
+    r"|impossible|intermediate|candidate|plus"
+    r"|hundred|thousand|twenty|thirty|forty|fifty|sixty"
+    r"|seventy|eighty|ninety|\w+teen|twelve|eleven)\b"
     r"|n['’]t\b|不|但|错|或|而|误|漏|再算|重算|有问题|干扰",
     re.I,
 )
 # In the text behind a choice: it is taken back, or it is not the only one.
 SECOND_CHOICE = re.compile(
-    r"(?<![A-Za-z])(?-i:[A-Hb-h])(?![A-Za-z])|\?|\b(?:but|however|not?|wrong|unless|or|if|incorrect\w*|false|"
-    r"mistak\w+|wait|actually|both|all|none|sorry|correction|maybe|rather|instead|because)\b|n['’]t\b"
+    r"(?<![A-Za-z])(?-i:[A-Hb-h])(?![A-Za-z])|\?"
+    r"|\b(?:but|however|not?|wrong|unless|or|if|incorrect\w*|false|"
+    r"mistak\w+|wait|actually|both|all|none|sorry"
+    r"|correction|maybe|rather|instead|because)\b|n['’]t\b"
     r"|不|但|错|或|而|误|漏|都|均|也|应|改|等等|重新|[甲乙丙丁]",
     re.I,
 )
 # Around a box: they change its number, or go on with it.
 BEFORE_BOX = re.compile(
-    r"(?:[-−–—+^_/*·×÷<>~≈≠≤≥±]|\d|\\(?:sqrt|times|cdot|div|ne|neq|leq?|geq?|lt|gt|approx|sim|pm|[dt]?frac)"
+    r"(?:[-−–—+^_/*·×÷<>~≈≠≤≥±]|\d|"
+    r"\\(?:sqrt|times|cdot|div|ne|neq|leq?|geq?|lt|gt|approx|sim|pm|[dt]?frac)"
     r"|\b(?:minus|negative|about|approximately|roughly|around|over|under|than|least|most)|[负约近超])"
     r"[\s${(\\]*\Z",
     re.I,
