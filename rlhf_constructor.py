@@ -9158,7 +9158,7 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
         "a weaker --low-model, or --when-low-wins flip",
     ),
     "rejected answer won": (
-        "the judge preferred the answer that the method rejects, in every vote",
+        "the judge preferred the rejected answer in every vote",
         "swap chosen and rejected in the method, or pair the answers with pair_up",
     ),
     "tie": (
