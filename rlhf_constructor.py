@@ -1348,7 +1348,7 @@ class Run:
         return ""
 
     async def ask_judge(self, record: Record, judge: Model, prompt: str, attempt: int) -> str:
-        """One judge's reply to one sheet; raises Pending in a dry run."""
+        """A judge's reply to one prompt; raises Pending in a dry run."""
         messages, options = [{"role": "user", "content": prompt}], self.options(judge, 0.0)
         reply = await self.models.ask(judge, messages, options, attempt, "judge", record.reference)
         if reply.pending:
@@ -9725,7 +9725,7 @@ def stopped_lines(files: OutputFiles, models: Models) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# §20 PIPELINE: small parts of Run and process_record
+# §20 PIPELINE: small parts of Run
 # Called by §4 METHODS.
 # --------------------------------------------------------------------------------------------------
 
