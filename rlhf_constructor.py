@@ -371,9 +371,9 @@ def register(table: dict, **settings: object) -> Callable:
     return enter
 
 
-def check_settings(table: dict, settings: dict[str, object]) -> None:
-    """Raise ValueError for a setting that the table does not know, or a value of a wrong kind."""
-    known = SETTINGS.get(id(table), ())
+def check_settings(entries: dict, settings: dict[str, object]) -> None:
+    """Raise ValueError for a setting that the table `entries` does not know, or a value of a wrong kind."""
+    known = SETTINGS.get(id(entries), ())
     for key, value in settings.items():
         if key not in known:
             names = ", ".join(known) or "none"
@@ -383,7 +383,7 @@ def check_settings(table: dict, settings: dict[str, object]) -> None:
     for role in settings.get("asks", ()):
         if role not in ("high", "low", "candidates"):
             raise ValueError(f"asks: {role!r} is not high, low or candidates")
-    if table is FILTERS and settings.get("on") not in ("answer", "pair"):
+    if entries is FILTERS and settings.get("on") not in ("answer", "pair"):
         raise ValueError('a filter says what it looks at: on="answer" or on="pair"')
 
 
@@ -664,7 +664,7 @@ def adapt(row: dict) -> list[Record] | None:
         except Exception as error:
             if is_bug_of(adapter, error):
                 raise broken(part, error) from error
-            cause = f"{type(error).__name__} in line {last_line(error)} of this script"
+            cause = f"{type(error).__name__} in line {line_in_script(error)} of this script"
             reason = f"malformed record: {error} ({cause}, under {adapter.__name__})"
             raise Failed("input", reason) from None
         if records is None or records == []:
@@ -2649,10 +2649,10 @@ def is_bug_of(adapter: Callable, error: Exception) -> bool:
     return own_lines or isinstance(error, NameError)
 
 
-def last_line(error: Exception) -> int:
+def line_in_script(error: Exception) -> int:
     """The number of the line of this file at which the error came up."""
     frames = traceback.walk_tb(error.__traceback__)
-    own_file = last_line.__code__.co_filename
+    own_file = line_in_script.__code__.co_filename
     return [line for frame, line in frames if frame.f_code.co_filename == own_file][-1]
 
 
@@ -4574,18 +4574,18 @@ def count_open_brackets(before: str, drafts: list[re.Match], name: re.Pattern) -
     marks = THOUGHT_MARK.findall(before)
     if marks and not marks[-1]:
         raise UnreadableReply("the scores stand in thoughts that do not end")
-    opened = []  # positions of the brackets that are not closed before the scores
+    open_positions = []  # positions of the brackets that are not closed before the scores
     for bracket in re.finditer(r"[{}\[\]]", before):
         if bracket[0] in "{[":
-            opened.append(bracket.start())
-        elif opened and before[opened[-1]] + bracket[0] in ("{}", "[]"):
-            opened.pop()
-    if opened and any(draft.start() > opened[0] for draft in drafts):
+            open_positions.append(bracket.start())
+        elif open_positions and before[open_positions[-1]] + bracket[0] in ("{}", "[]"):
+            open_positions.pop()
+    if open_positions and any(draft.start() > open_positions[0] for draft in drafts):
         raise UnreadableReply("two gradings in one object")
     count = 0
     end = len(before)
     may_stay_open = False
-    for start in reversed(opened):  # from the scores outwards
+    for start in reversed(open_positions):  # from the scores outwards
         is_object = before[start] == "{"
         content = before[start + 1 : end]
         last_key = re.fullmatch(
