@@ -386,7 +386,7 @@ def split_words(text: str) -> list[str]:
 
 def number(value: object) -> float | None:
     """A float from a number or numeric text; None for all else (true, "N/A", NaN, beyond 1e15)."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # Python's 1_0
         return None
     try:
         result = float(value)
@@ -2270,7 +2270,10 @@ def read_history(row: dict) -> list[dict]:
 def with_history(turns: list, row: dict) -> list:
     """The turns after those of the row's history, which they may repeat; a system turn is first."""
     history = read_history(row)
-    if not history or turns[: len(history)] == history:
+    if not history or not turns:
+        return turns
+    start = turns[1:] if is_system_turn(turns[0]) else turns
+    if [message(turn) for turn in start[: len(history)]] == [message(turn) for turn in history]:
         return turns
     if not is_system_turn(turns[0]):
         return [*history, *turns]
@@ -2288,16 +2291,15 @@ def is_system_turn(turn: object) -> bool:
 def all_turns(turns: list, row: dict) -> list:
     """The turns after the row's history; Failed for a context or choices that they do not hold."""
     turns = with_history(turns, row)
-    contents = []
-    for turn in turns:
-        content = first_value(turn, ("content", "value", "text")) if is_turns([turn]) else None
-        if isinstance(content, str):
-            contents.append(content)
-    text = "\n".join(contents)
+    texts = {}
     for name in CONTEXT_FIELDS:
-        value = row.get(name)
-        is_text = name != "input" and isinstance(value, str) and not is_missing(value)
-        if is_text and value.strip() not in text:
+        if name != "input" and isinstance(row.get(name), str) and not is_missing(row[name]):
+            texts[name] = row[name].strip()
+    if not texts and not choice_lines(row, ""):
+        return turns
+    text = "\n".join(message(turn)["content"] for turn in turns)
+    for name, value in texts.items():
+        if value not in text:
             raise Failed("input", f"text beside the turns: `{name}`; {BESIDE_TURNS}")
     if choice_lines(row, text):
         raise Failed("input", f"text beside the turns: choices; {BESIDE_TURNS}")
@@ -2919,12 +2921,13 @@ def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Fai
     quoting = csv.QUOTE_MINIMAL
     if delimiter == "\t" and has_bare_quotes(text, skipped):
         quoting = csv.QUOTE_NONE
-    lines = itertools.chain([header], text)
+    span: list[str] = []  # the lines of the row that is being read
+    lines = recorded(itertools.chain([header], text), span)
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     names = next(reader, [])
     if max(Counter(filter(None, names)).values(), default=1) > 1:
         raise csv.Error("a name stands twice in its header")
-    for line, cells in table_cells(reader, skipped):
+    for line, cells in table_cells(reader, skipped, span, len(names)):
         if isinstance(cells, list) and len(cells) > len(names):
             cells = Failed("input", "more cells than the header has")
         if isinstance(cells, list):
@@ -2932,9 +2935,22 @@ def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Fai
         yield line, cells
 
 
-def table_cells(reader: Any, skipped: int) -> Iterator[tuple[int, list[str] | Failed]]:
-    """Yield (line, cells or Failed) of filled rows. An open quote costs the lines it spans."""
+def recorded(lines: Iterable[str], span: list[str]) -> Iterator[str]:
+    """Yield the lines, and add each to the list."""
+    for line in lines:
+        span.append(line)
+        yield line
+
+
+def table_cells(
+    reader: Any, skipped: int, span: list[str], width: int
+) -> Iterator[tuple[int, list[str] | Failed]]:
+    """Yield (line, cells or Failed) of filled rows.
+
+    An open quote costs its line; of the others that it spans, those that are whole rows are read.
+    """
     while True:
+        span.clear()
         start = reader.line_num + 1
         try:
             cells = next(reader, None)
@@ -2942,11 +2958,23 @@ def table_cells(reader: Any, skipped: int) -> Iterator[tuple[int, list[str] | Fa
             end = reader.line_num + skipped
             lines = f"lines {start + skipped} to {end}"
             yield end, Failed("input", f"not a table row: {error}; check the quotes of {lines}")
+            for index, text in enumerate(span[1:], start + skipped + 1):
+                cells = cells_of_line(text, reader.dialect)
+                if len(cells) == width > 1:
+                    yield index, cells
             continue
         if cells is None:
             return
         if any(cell.strip() for cell in cells):
             yield reader.line_num + skipped, cells
+
+
+def cells_of_line(text: str, dialect: Any) -> list[str]:
+    """The cells of a line that is a row by itself; [] for any other."""
+    try:
+        return next(csv.reader([text], dialect, strict=True), [])
+    except csv.Error:
+        return []
 
 
 def has_bare_quotes(text: io.TextIOWrapper, skipped: int) -> bool:
@@ -3187,13 +3215,12 @@ def side_scores(row: dict, names: tuple) -> dict:
 
 def with_system_of(prompt: object, turns: list[dict]) -> list[dict]:
     """The turns of both answers after the prompt's system turn; Failed if they differ else."""
-    if isinstance(prompt, str):
-        prompt = template_turns(prompt) or human_turns(prompt) or prompt
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and not is_missing(prompt):
         text = fold_spaces(prompt)
-        contents = [fold_spaces(turn["content"]) for turn in turns]
-        if not text or any(text in content or (content and content in text) for content in contents):
-            return turns
+        for turn in turns:
+            content = fold_spaces(turn["content"])
+            if text in content or (content and content in text):
+                return turns
         raise Failed("input", "histories differ: `prompt` is not among the turns of the answers")
     if not is_turns(prompt):
         return turns
@@ -3714,11 +3741,12 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
             add_choice("label", range(answers.chosen, count))
     for name, place in answers.winners.items():
         add_choice(name, (place,))
-    is_rated = bool(signals) or any(name in SIGNALS for name, _ in answers.columns)
+    of_columns = column_signals(answers)
+    has_others = bool(signals or of_columns) or None not in map(row.get, READY[0])
     for name, (fields, tie, scale) in LEADS.items():
         is_own = answers.texts == [row.get(field_name) for field_name in fields]
         # Beside other signals of two answers with other names it can only contradict them.
-        is_beside = name != "preference" and is_rated and not answers.chosen and count == 2
+        is_beside = name != "preference" and has_others and not answers.chosen and count == 2
         if row.get(name) is None or not (is_own or is_beside):
             continue
         value = quantity(row[name])
@@ -3732,8 +3760,14 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
         if not abs(lead) <= scale:  # -100: neither
             raise Failed("input", f"no preference: `{name}` is {str(row[name])[:40]}")
         signals.append(make_signal(answers, name, "score", scale, [0.0, lead]))
+    return signals + of_columns
+
+
+def column_signals(answers: AnswerSet) -> list[Signal]:
+    """The signals that give each answer of a set a value: scores, ranks, flags."""
+    signals = []
     for name, values in answers.columns:
-        if name not in SIGNALS or len(values) != count:
+        if name not in SIGNALS or len(values) != len(answers.texts):
             continue
         kind, scale = SIGNALS[name]
         is_flag = kind == "flag" and any(flag(value) is not None for value in values)
@@ -3994,9 +4028,9 @@ def may_be_signal(name: object) -> bool:
 TELLING_ID = re.compile("best|better|prefer|choice|chosen|winn|win_|select|pick", re.I)
 # In the names of fields that name the worse answer, or that count what is bad.
 INVERTED = re.compile(
-    "los(?:er|t|ing|s)|worse|worst|reject|not_|non_|un(?:prefer|safe|desir)|dis|bad|poor|toxi|flag"
-    "|harm|error|mistake|penal|length|_len|tokens|hallucinat|perplex|cost|latency|fail|wrong"
-    "|incorrect|败|差|劣|错|坏|长度",
+    "los(?:er|t|ing|s)|worse|worst|less|inferior|runner|second|reject|negativ|bad|poor|toxi|flag"
+    "|(?<![a-z])(?:not_|non_|dis)|un(?:prefer|safe|desir)|harm|error|mistake|penal|deduct|length"
+    "|_len|tokens|hallucinat|perplex|cost|latency|fail|wrong|incorrect|败|差|劣|错|坏|输|长度",
     re.I,
 )
 
@@ -6668,8 +6702,9 @@ def is_private(url: str) -> bool:
 
 def redacted(text: str) -> str:
     """A message without the keys of the environment."""
-    for name in {provider.key for provider in PROVIDERS.values()} - {""}:
-        key = os.environ.get(name, "").strip()
+    names = {provider.key for provider in PROVIDERS.values()} - {""}
+    keys = [os.environ.get(name, "").strip() for name in names]
+    for key in sorted(keys, key=len, reverse=True):  # one key may be the start of another
         if len(key) >= 8:
             text = text.replace(key, "[key]")
     return text
