@@ -418,7 +418,7 @@ def split_words(text: str) -> list[str]:
 
 def number(value: object) -> float | None:
     """A float from a number or numeric text; None for all else (true, "N/A", NaN, beyond 1e15)."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # Python's 1_0
         return None
     try:
         result = float(value)
@@ -484,15 +484,8 @@ PROMPT_FIELDS = ("prompt", "question", "query", "problem", "text", "input")
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 CONTEXT_FIELDS = ("input", "context", "passage", "article")
 CHOICE_FIELDS = ("choices", "options")
-REFERENCE_FIELDS = (
-    "output",
-    "completion",
-    "answer",
-    "response",
-    "reference",
-    "solution",
-    "answerkey",
-)
+GOLD_FIELDS = ("reference", "solution", "answerkey", "answer")
+REFERENCE_FIELDS = (*GOLD_FIELDS, "output", "completion", "response")  # the last may be a model's
 NOT_TEXT_FIELDS = {  # a field that is filled -> what the row holds beside text
     "images": "images",
     "image": "images",
@@ -513,7 +506,7 @@ def from_conversation(row: dict) -> list[Record] | None:
     """`messages` (OpenAI), `conversations` (ShareGPT): all turns; a last answer is the reference"""
     for name in TURN_FIELDS:
         if is_filled_list(row.get(name)):
-            return [conversation(row[name], row)]
+            return [conversation(all_turns(row[name], row), row)]
     nested = row.get("input")
     if isinstance(nested, dict) and is_filled_list(nested.get("messages")):
         return [conversation(nested["messages"], row)]
@@ -530,7 +523,7 @@ def from_turns(row: dict) -> list[Record] | None:
     if not is_filled_list(turns):
         return None
     if is_turns(turns):
-        return [conversation(turns, row)]
+        return [conversation(all_turns(turns, row), row)]
     first = turns[0].get("content") if isinstance(turns[0], dict) else turns[0]
     if not isinstance(first, str):
         raise Failed("input", f"not a text: `turns` holds a {type(first).__name__}")
@@ -561,17 +554,19 @@ def from_prompt(row: dict) -> list[Record] | None:
     if isinstance(prompt, str):
         return [prompt_record(prompt, row)]
     if isinstance(prompt, list):
-        return [conversation([*read_history(row), *prompt], row)]
+        refuse_open_answer(prompt, row)
+        return [conversation(all_turns(prompt, row), row)]
     return None
 
 
 def prompt_record(prompt: str, row: dict) -> Record:
     """The record of a prompt that is a text: its history, then prompt and context as one turn."""
     turns = template_turns(prompt) or human_turns(prompt)
+    refuse_open_answer(turns, row)
     if not turns:
         parts = [prompt, *context_texts(row, prompt), *choice_lines(row, prompt)]
         turns = [{"role": "user", "content": "\n\n".join(map(strip_blank_lines, parts))}]
-    return conversation([*read_history(row), *turns], row)
+    return conversation(with_history(turns, row), row)
 
 
 def conversation(turns: list, row: dict) -> Record:
@@ -2298,18 +2293,26 @@ def context_texts(row: dict, prompt: str) -> list[str]:
 
 def choice_lines(row: dict, prompt: str) -> list[str]:
     """A question's choices as one text of lines "A. text"; [] if none or if the prompt has them."""
-    choices = first_value(row, CHOICE_FIELDS)
-    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
-        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
-    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
-        return []
-    labels, texts = labels_and_texts(choices)
-    if not texts or not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
-        return []
-    if all(str(text) in prompt for text in texts):
+    labels, texts = choices_of(row)
+    if not texts or all(str(text) in prompt for text in texts):
         return []
     lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=False)]
     return ["\n".join(lines)]
+
+
+def choices_of(row: dict) -> tuple[list, list]:
+    """The labels and the texts of a question's choices; two empty lists if there are none."""
+    choices = first_value(row, CHOICE_FIELDS)
+    if isinstance(choices, str):  # of a CSV cell
+        choices = parsed_text(choices)
+    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
+        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
+    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
+        return [], []
+    labels, texts = labels_and_texts(choices)
+    if not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
+        return [], []
+    return labels, texts
 
 
 def labels_and_texts(choices: dict | list) -> tuple[list, list]:
@@ -2358,6 +2361,57 @@ def read_history(row: dict) -> list[dict]:
     for item in history:
         turns += [item] if is_turns([item]) else exchange_turns(item)
     return turns
+
+
+def with_history(turns: list, row: dict) -> list:
+    """The turns after those of the row's history, which they may repeat; a system turn is first."""
+    history = read_history(row)
+    if not history or not turns:
+        return turns
+    start = turns[1:] if is_system_turn(turns[0]) else turns
+    if [message(turn) for turn in start[: len(history)]] == [message(turn) for turn in history]:
+        return turns
+    if not is_system_turn(turns[0]):
+        return [*history, *turns]
+    if is_system_turn(history[0]):
+        raise Failed("input", "two system turns: one in the history, one in the prompt")
+    return [turns[0], *history, *turns[1:]]
+
+
+def is_system_turn(turn: object) -> bool:
+    """Whether the turn is one of the system."""
+    name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+    return isinstance(name, str) and ROLES.get(name.strip().lower()) == "system"
+
+
+def all_turns(turns: list, row: dict) -> list:
+    """The turns after the row's history; Failed for a context or choices that they do not hold."""
+    turns = with_history(turns, row)
+    texts = {}
+    for name in CONTEXT_FIELDS:
+        if name != "input" and isinstance(row.get(name), str) and not is_missing(row[name]):
+            texts[name] = row[name].strip()
+    if not texts and not choice_lines(row, ""):
+        return turns
+    text = "\n".join(message(turn)["content"] for turn in turns)
+    for name, value in texts.items():
+        if value not in text:
+            raise Failed("input", f"text beside the turns: `{name}`; {BESIDE_TURNS}")
+    if choice_lines(row, text):
+        raise Failed("input", f"text beside the turns: choices; {BESIDE_TURNS}")
+    return turns
+
+
+BESIDE_TURNS = "put it into a turn, or --rename it if it is no part of the prompt"
+
+
+def refuse_open_answer(turns: list, row: dict) -> None:
+    """Raise Failed if a prompt ends with an answer's text and the row brings other answers."""
+    if not is_turns(turns):
+        return
+    last = message(turns[-1])
+    if last["role"] == "assistant" and last["content"] and answer_sets(unpacked_lists(row)):
+        raise Failed("input", "the prompt ends inside an answer")
 
 
 def exchange_turns(item: object) -> list[dict]:
@@ -2549,7 +2603,7 @@ def reference_text(row: dict, name: str) -> str:
         value = value[0]
     if isinstance(value, dict):  # TriviaQA
         value = value.get("value")
-    if is_missing(value):
+    if is_missing(value) or may_be_index(row, value):
         return ""
     if isinstance(value, str):
         return strip_blank_lines(value)
@@ -2558,6 +2612,17 @@ def reference_text(row: dict, name: str) -> str:
     if name != "answer" or not is_number or has_choices or number(value) is None:
         return ""
     return str(int(value)) if value == int(value) else str(value)
+
+
+def may_be_index(row: dict, value: object) -> bool:
+    """Whether digits beside choices could be the number of one, or one's label and one's text."""
+    digits = str(value).strip()
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,2}", digits):
+        return False
+    labels, texts = choices_of(row)
+    if digits in map(str, labels):
+        return digits in [str(text).strip() for text in texts]
+    return bool(texts) and int(digits) <= len(texts)
 
 
 def may_be_bad(row: dict) -> bool:
@@ -2749,7 +2814,8 @@ def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
     unused = []
     for name in filled:
         is_rating = plain_name(rename.get(name, name)) in {*THUMB_FIELDS, *GRADE_FIELDS}
-        if name not in used and not is_rating and not ID_NAME.fullmatch(name):
+        is_id = ID_NAME.fullmatch(name) and not may_be_signal(name)
+        if name not in used and not is_rating and not is_id:
             unused.append(name)
     return unused
 
@@ -2959,12 +3025,13 @@ def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Fai
     quoting = csv.QUOTE_MINIMAL
     if delimiter == "\t" and has_bare_quotes(text, skipped):
         quoting = csv.QUOTE_NONE
-    lines = itertools.chain([header], text)
+    span: list[str] = []  # the lines of the row that is being read
+    lines = recorded(itertools.chain([header], text), span)
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     names = next(reader, [])
     if max(Counter(filter(None, names)).values(), default=1) > 1:
         raise csv.Error("a name stands twice in its header")
-    for line, cells in table_cells(reader, skipped):
+    for line, cells in table_cells(reader, skipped, span, len(names)):
         if isinstance(cells, list) and len(cells) > len(names):
             cells = Failed("input", "more cells than the header has")
         if isinstance(cells, list):
@@ -2972,9 +3039,22 @@ def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Fai
         yield line, cells
 
 
-def table_cells(reader: Any, skipped: int) -> Iterator[tuple[int, list[str] | Failed]]:
-    """Yield (line, cells or Failed) of filled rows. An open quote costs the lines it spans."""
+def recorded(lines: Iterable[str], span: list[str]) -> Iterator[str]:
+    """Yield the lines, and add each to the list."""
+    for line in lines:
+        span.append(line)
+        yield line
+
+
+def table_cells(
+    reader: Any, skipped: int, span: list[str], width: int
+) -> Iterator[tuple[int, list[str] | Failed]]:
+    """Yield (line, cells or Failed) of filled rows.
+
+    An open quote costs its line; of the others that it spans, those that are whole rows are read.
+    """
     while True:
+        span.clear()
         start = reader.line_num + 1
         try:
             cells = next(reader, None)
@@ -2982,11 +3062,23 @@ def table_cells(reader: Any, skipped: int) -> Iterator[tuple[int, list[str] | Fa
             end = reader.line_num + skipped
             lines = f"lines {start + skipped} to {end}"
             yield end, Failed("input", f"not a table row: {error}; check the quotes of {lines}")
+            for index, text in enumerate(span[1:], start + skipped + 1):
+                cells = cells_of_line(text, reader.dialect)
+                if len(cells) == width > 1:
+                    yield index, cells
             continue
         if cells is None:
             return
         if any(cell.strip() for cell in cells):
             yield reader.line_num + skipped, cells
+
+
+def cells_of_line(text: str, dialect: Any) -> list[str]:
+    """The cells of a line that is a row by itself; [] for any other."""
+    try:
+        return next(csv.reader([text], dialect, strict=True), [])
+    except csv.Error:
+        return []
 
 
 def has_bare_quotes(text: io.TextIOWrapper, skipped: int) -> bool:
@@ -3022,13 +3114,34 @@ def parquet_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
         raise UserError("a Parquet file, which needs pyarrow: pip install pyarrow") from None
     count = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
+        table = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise UserError("a column's name stands twice in it")
+        for batch in table.iter_batches(batch_size=1000):
+            columns = [column_values(column) for column in batch.columns]
+            for index in range(batch.num_rows):
                 count += 1
-                yield count, plain_value(row)
+                values = [column[index] for column in columns]
+                yield count, plain_value(dict(zip(names, values, strict=True)))
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot be read ({cause[0]})") from None
+
+
+def column_values(column: Any) -> list:
+    """The values of a column of Arrow; a time that Python cannot hold is a text or a number."""
+    import pyarrow
+
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+    for kind in (pyarrow.string(), pyarrow.int64()):
+        with contextlib.suppress(ValueError, NotImplementedError):  # ArrowInvalid is a ValueError
+            return column.cast(kind).to_pylist()
+    raise UserError(f"cannot be read (values of the type {column.type})")
 
 
 def plain_value(value: object) -> object:
@@ -3175,16 +3288,56 @@ def ready_side(value: Any) -> Any:
 def ready_texts(row: dict, names: tuple) -> dict:
     """Two sides that are turns -> texts, and the prompt if they repeat it (HH-RLHF, TRL)."""
     sides = {name: ready_side(row.get(name)) for name in names}
+    scores = side_scores(row, names)
     if not any(map(is_turns, sides.values())):
-        return sides if None not in sides.values() else {}
+        return sides | scores if None not in sides.values() else {}
     if not all(map(is_turns, sides.values())):
         return {}
     turns = [message(turn) for turn in itertools.chain.from_iterable(sides.values())]
     if turns[0]["role"] != "assistant":
-        return turns_of_two(sides, *names, names)
+        fields = turns_of_two(sides, *names, names)
+        fields["messages"] = with_system_of(row.get("prompt"), fields["messages"])
+        return fields | scores
     if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
         raise Failed("input", f"not one answer on each side: {len(turns)} turns")
-    return {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
+    texts = {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
+    return texts | scores
+
+
+def side_scores(row: dict, names: tuple) -> dict:
+    """Scores inside the objects of a ready pair, as fields: `chosen-score`, `rejected-score`."""
+    fields = {}
+    for side in names:
+        items = row[side] if isinstance(row.get(side), list) else [row.get(side)]
+        items = items[-1:] if is_turns(items) else items
+        for name in SIGNALS:
+            values = [item.get(name) if isinstance(item, dict) else None for item in items]
+            if values != [None] * len(values):
+                fields[f"{side}-{name}"] = values[0] if len(values) == 1 else values
+    return {name: value for name, value in fields.items() if name not in row}
+
+
+def with_system_of(prompt: object, turns: list[dict]) -> list[dict]:
+    """The turns of both answers after the prompt's system turn; Failed if they differ else."""
+    if isinstance(prompt, str) and not is_missing(prompt):
+        text = fold_spaces(prompt)
+        for turn in turns:
+            content = fold_spaces(turn["content"])
+            if text in content or (content and content in text):
+                return turns
+        raise Failed("input", "histories differ: `prompt` is not among the turns of the answers")
+    if not is_turns(prompt):
+        return turns
+    asked = [message(turn) for turn in prompt]
+    systems = [turn for turn in asked if turn["role"] == "system"]
+    asked = [turn for turn in asked if turn["role"] != "system" and turn["content"]]
+    rest = [turn for turn in turns if turn["role"] != "system"]
+    if rest[: len(asked)] != asked:
+        raise Failed("input", "histories differ: `prompt` is not how the answers' turns begin")
+    own_systems = [turn for turn in turns if turn["role"] == "system"]
+    if systems and own_systems and systems != own_systems:
+        raise Failed("input", "histories differ: two system turns")
+    return turns if own_systems else [*systems, *turns]
 
 
 def ready_pair(better: Any, worse: Any) -> dict:
@@ -3216,6 +3369,8 @@ def best_and_worst(row: dict) -> dict:
     if not isinstance(texts, list) or len(texts) != 2 or "instruction" not in row:
         return {}
     if not row.keys().isdisjoint((*LIST_FIELDS, *WINNERS, *LOOSE_WINNERS, *LEADS)):
+        return {}
+    if any(may_be_signal(name) for name in row if not is_missing(row[name])):
         return {}
     return ready_pair(*texts)
 
@@ -3505,6 +3660,12 @@ def chosen_as_winner(row: dict, numbers: ChoiceNumbers) -> dict:
         return row
     read_winner("chosen answer", chosen, sets, numbers)
     if not any(answers.winners for answers in sets):
+        is_text = any(fold_spaces(rejected) in answers.keys for answers in sets)
+        is_short = len(str(rejected)) <= 40 and not is_text
+        if is_short and any(answers.ends for answers in sets):
+            raise Failed(
+                "input", f"winner not understood: `chosen` is {chosen!r}, which names no answer"
+            )
         return row
     place = choice_number(chosen)
     if place is None or choice_number(rejected) in (None, place):  # two numbers need only differ
@@ -3590,7 +3751,17 @@ def ready_set(row: dict, names: tuple, beside: list) -> AnswerSet:
         return answers
     lists = [side if isinstance(side, list) else [side] for side in sides]
     texts = lists[0] + lists[1]
-    return AnswerSet(texts, [fold_spaces(text) for text in texts], names, chosen=len(lists[0]))
+    columns = []
+    for plain in SIGNALS:
+        values = []
+        for name, side in zip(names, lists, strict=True):
+            part = row.get(f"{name}-{plain}")
+            is_column = isinstance(part, list) and len(part) == len(side)
+            values += part if is_column else [part] * len(side)
+        if values != [None] * len(values):
+            columns.append((plain, values))
+    keys = [fold_spaces(text) for text in texts]
+    return AnswerSet(texts, keys, names, chosen=len(lists[0]), columns=columns)
 
 
 @functools.lru_cache(maxsize=256)
@@ -3670,10 +3841,17 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
         decided = row.get("decided_by") == "people"
         if not decided and (quantity(row.get("margin")) or 0) < 0:
             add_choice("margin", range(answers.chosen, count))
+        if fold_spaces(row.get("label")).lower() == "rejected":
+            add_choice("label", range(answers.chosen, count))
     for name, place in answers.winners.items():
         add_choice(name, (place,))
+    of_columns = column_signals(answers)
+    has_others = bool(signals or of_columns) or None not in map(row.get, READY[0])
     for name, (fields, tie, scale) in LEADS.items():
-        if row.get(name) is None or answers.texts != [row.get(field_name) for field_name in fields]:
+        is_own = answers.texts == [row.get(field_name) for field_name in fields]
+        # Beside other signals of two answers with other names it can only contradict them.
+        is_beside = name != "preference" and has_others and not answers.chosen and count == 2
+        if row.get(name) is None or not (is_own or is_beside):
             continue
         value = quantity(row[name])
         if value is None and name in answers.winners:  # "response_1"
@@ -3686,8 +3864,14 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
         if not abs(lead) <= scale:  # -100: neither
             raise Failed("input", f"no preference: `{name}` is {str(row[name])[:40]}")
         signals.append(make_signal(answers, name, "score", scale, [0.0, lead]))
+    return signals + of_columns
+
+
+def column_signals(answers: AnswerSet) -> list[Signal]:
+    """The signals that give each answer of a set a value: scores, ranks, flags."""
+    signals = []
     for name, values in answers.columns:
-        if name not in SIGNALS or len(values) != count:
+        if name not in SIGNALS or len(values) != len(answers.texts):
             continue
         kind, scale = SIGNALS[name]
         is_flag = kind == "flag" and any(flag(value) is not None for value in values)
@@ -3731,7 +3915,7 @@ def read_winner(name: str, value: Any, sets: list[AnswerSet], numbers: ChoiceNum
 
 def bare(text: str) -> str:
     """A name without brackets, quotes and a final stop: `[[a]]`, `b.` -> a, b."""
-    return text.strip(" .,。!\"'`*()[]【】“”")
+    return text.lstrip(" .,。\"'`*()[]【】“”").rstrip(" .,。!\"'`*()[]【】“”")
 
 
 def ending(text: str) -> str:
@@ -3758,7 +3942,12 @@ def own_places(text: str, answers: AnswerSet) -> set[int]:
 
 def text_places(text: str, answers: AnswerSet) -> set[int]:
     """Indices of the answers whose own text this is."""
-    return {index for index, key in enumerate(answers.keys) if key and key == text}
+    name = bare(text.lower())
+    places = set()
+    for index, key in enumerate(answers.keys):
+        if key and (key == text or (name and bare(key.lower()) == name)):
+            places.add(index)
+    return places
 
 
 def word_places(text: str, answers: AnswerSet) -> set[int]:
@@ -3933,6 +4122,23 @@ TELLING = re.compile(
 )
 
 
+def may_be_signal(name: object) -> bool:
+    """Whether a field's name looks like a signal: `preferred_index`, but not `annotator_id`."""
+    if not isinstance(name, str) or not TELLING.search(name):
+        return False
+    return not ID_NAME.fullmatch(name) or TELLING_ID.search(name) is not None
+
+
+TELLING_ID = re.compile("best|better|prefer|choice|chosen|winn|win_|select|pick", re.I)
+# In the names of fields that name the worse answer, or that count what is bad.
+INVERTED = re.compile(
+    "los(?:er|t|ing|s)|worse|worst|less|inferior|runner|second|reject|negativ|bad|poor|toxi|flag"
+    "|(?<![a-z])(?:not_|non_|dis)|un(?:prefer|safe|desir)|harm|error|mistake|penal|deduct|length"
+    "|_len|tokens|hallucinat|perplex|cost|latency|fail|wrong|incorrect|败|差|劣|错|坏|输|长度",
+    re.I,
+)
+
+
 def unread_signals(row: dict, sets: list[AnswerSet]) -> str:
     """The --rename that reads each field that looks like a signal and was not read; "" if none."""
     count = len(sets[0].texts)
@@ -3965,6 +4171,8 @@ def lone_hint(row: dict) -> str:
 
 def names_answer(name: str, value: Any, answers: AnswerSet) -> bool:
     """True if a field could name the better answer."""
+    if not TELLING.search(name) or INVERTED.search(name):
+        return False
     if isinstance(value, str) and choice_number(value) is None:
         with contextlib.suppress(Failed):
             text = fold_spaces(value)
@@ -3972,7 +4180,7 @@ def names_answer(name: str, value: Any, answers: AnswerSet) -> bool:
             return len(places | text_places(text, answers)) == 1
         return False
     place = choice_number(value)
-    return bool(TELLING.search(name)) and place is not None and 0 <= place <= len(answers.texts)
+    return place is not None and 0 <= place <= len(answers.texts)
 
 
 def suffix_hints(row: dict, answers: AnswerSet) -> tuple[set[str], list[str]]:
@@ -3991,8 +4199,11 @@ def suffix_hints(row: dict, answers: AnswerSet) -> tuple[set[str], list[str]]:
         ]:
             continue
         fields.update(names)
+        if INVERTED.search(stem):
+            continue
         ends = zip(names, answers.ends, strict=True)
-        hints.append(" ".join(f"--rename {old}=score{mark}{end}" for old, end in ends))
+        renames = " ".join(f"--rename {old}=score{mark}{end}" for old, end in ends)
+        hints.append(f"{renames} (higher is better)")
     return fields, hints
 
 
@@ -4004,33 +4215,41 @@ GROUP_SIZE = 1000  # rows of one prompt at most, so that memory stays bounded
 
 def group_rows(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
     """Yields (line, row): rows of one answer and one prompt that stand together become one row."""
-    group, start, prompt = [], 0, None
+    group: list[dict] = []
+    start, prompt = 0, None
+    references: set[str] = set()
     for line, row in rows:
         single = single_answer(row)
         if group and (not single or single[0] != prompt or len(group) == GROUP_SIZE):
-            yield start, grouped(prompt, group)
-            group = []
+            yield start, grouped(prompt, group, references)
+            group, references = [], set()
         if not single:
             yield line, row
             continue
         if not group:
             start, prompt = line, single[0]
         group.append(single[1])
+        references.add(single[2])
     if group:
-        yield start, grouped(prompt, group)
+        yield start, grouped(prompt, group, references)
 
 
-def grouped(prompt: list[dict], answers: list[dict]) -> dict | Failed:
-    """The row that holds all answers of one prompt; Failed if there is only one."""
+def grouped(prompt: list[dict], answers: list[dict], references: set[str]) -> dict | Failed:
+    """The row that holds all answers of one prompt, and the reference if all rows agree on it.
+
+    Failed if there is only one answer."""
     if len(answers) > 1:
-        return {"messages": prompt, "responses": answers}
+        row = {"messages": prompt, "responses": answers}
+        return row | {"reference": min(references)} if len(references) == 1 else row
     why = "one answer alone: rows of one prompt must stand together (sort the file by its prompt)"
     text = answers[0]["text"]
     return Failed("input", why, record=Record(prompt, answers=[Answer(text)]))
 
 
-def single_answer(row: object) -> tuple[list[dict], dict] | None:
-    """(the prompt's messages, the answer with its signals) of a row of one answer, or None."""
+def single_answer(row: object) -> tuple[list[dict], dict, str] | None:
+    """(the prompt's messages, the answer with its signals, the reference) of a row of one answer.
+
+    None for other rows."""
     if not isinstance(row, dict) or ONE_SIGNALS.isdisjoint(row):
         return None
     answer = {}
@@ -4048,7 +4267,8 @@ def single_answer(row: object) -> tuple[list[dict], dict] | None:
         records = [] if answer_sets(row) or not text else parse_row(row)
         if len(records) == 1:
             answer |= {"text": text, "model": row.get("model")}
-            return records[0].messages, answer
+            golds = [reference_text(row, name) for name in GOLD_FIELDS if row.get(name) != text]
+            return records[0].messages, answer, first_of(golds) or ""
     return None
 
 
@@ -6613,8 +6833,9 @@ def is_private(url: str) -> bool:
 
 def redacted(text: str) -> str:
     """A message without the keys of the environment."""
-    for name in {provider.key for provider in PROVIDERS.values()} - {""}:
-        key = os.environ.get(name, "").strip()
+    names = {provider.key for provider in PROVIDERS.values()} - {""}
+    keys = [os.environ.get(name, "").strip() for name in names]
+    for key in sorted(keys, key=len, reverse=True):  # one key may be the start of another
         if len(key) >= 8:
             text = text.replace(key, "[key]")
     return text
