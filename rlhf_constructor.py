@@ -4268,7 +4268,7 @@ def single_answer(row: object) -> tuple[list[dict], dict, str] | None:
         if len(records) == 1:
             answer |= {"text": text, "model": row.get("model")}
             golds = [reference_text(row, name) for name in GOLD_FIELDS if row.get(name) != text]
-            return records[0].messages, answer, first_of(golds) or ""
+            return records[0].messages, answer, next(filter(None, golds), "")
     return None
 
 
@@ -4644,9 +4644,57 @@ OBJECT_LIST = re.compile(r"\[\s*(?:\{[^{}]*\}[\s,]*)+\]")
 STRING = re.compile(r""":\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'"\\]|\\.)*)')(?=\s*[,}])""", re.S)
 ID_OR_SCORE = re.compile(rf"\W*(?:(?:answer\s+)?[a-z]\d|{SCORE.pattern})\W*", re.I)
 SCORE_KEYS = ("SCORE", "RATING", "GRADE", "评分", "分数", "得分")
-THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratchpad"
+NAME = re.compile(r"(?<![a-z0-9])[a-z]\d(?![a-z0-9])", re.I)  # what may be an id
+NESTED = re.compile(rf"(([a-z]\d)[\s{QUOTES}]*[:=])\s*{OBJECT.pattern}", re.I)
+GRADED = re.compile(rf"(?:{NAME.pattern}|scores)[\s{QUOTES}]*[:=][\s{QUOTES}]*\d", re.I)
+THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratch(?:pad)?|draft|example"
 THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
 THOUGHT_MARK = re.compile(rf"<(/?)(?:{THOUGHTS})>", re.I)
+# A heading or key of numbers that are no scores: a small one is good.
+NO_SCORES = re.compile(
+    r"rank|^\W*order|position|\bplace|error|issue|mistake|flaw|defect|deduct|penal|violation|worst"
+    r"|harm(?!less)|toxic|hallucinat|\bloss|\blost|\brisk"
+    r"|排名|名次|排序|顺序|扣分|减分|失分|错误|缺点|有害|危害",
+    re.I,
+)
+# The same, said anywhere in the reply.
+SMALL_IS_GOOD = re.compile(
+    r"\b(?:lower|lowest|smaller|smallest|fewer|less)(?:[\s_]+\w+)?[\s_]*(?:is|are|=|means?|wins?)"
+    r"[\s_]*(?:the[\s_]+)?(?:better|best|wins?|\b)"
+    r"|(?:_|\b)(?:lower|smaller)_is_better|\b1\s*(?:is|=|means|being)\s*(?:the\s+)?best"
+    r"|(?:numbers?|values?|scores?|these|they)\s+(?:are|is|mean|count)\s+(?:the\s+)?"
+    r"(?:ranks?|errors?|penalt|deduct|mistakes)"
+    r'|:\s*"(?:ranks?|ranking|errors?|penalty|penalties|deductions?|排名|名次|扣分)"'
+    r"|越[低小少]越[好优]|1\s*分?\s*(?:最|为最|是最|代表最|表示最)[好优佳]",
+    re.I,
+)
+# Before scores: they are another's, an example, a draft, or denied.
+NOT_MEANT = re.compile(
+    r"\b(?:says?|said|wrote|writes|claims?|tries|attempts?|inject\w*|quot\w+|draft|initial"
+    r"|for example|e\.g|(?:format|example) is)\b|^\W*example"
+    r"|(?:\bnot|\bnever|n['’]t)\s*(?:give|score|grade|say|be|award|\Z)"
+    r"|例如|比如|示例|格式是|草稿|不(?:会|该|应|能|给|是)",
+    re.I,
+)
+LAST_WORD = re.compile(r"\bfinal|correct(?:ed|ion)|revis|最终|最后|更正|修正|纠正", re.I)
+BEST = r"winner|best|better|preferred|preference|chosen|更好|最好|胜者|胜出者"
+WORST = r"worse|worst|loser|rejected|更差|最差"
+CLAIM = re.compile(  # `"winner": "K3"`, `the better answer is K3`, `更好的是 K3`
+    rf"(?:(?P<best>{BEST})|(?P<worst>{WORST}))(?:[\s_]*(?:answer|response|one|id|的|回答))*"
+    rf"[\s{QUOTES}]*(?:[:=]|\bis\b|是|为)[\s{QUOTES}]*(?:answer\s+)?(?P<id>[a-z]\d)(?![a-z0-9])",
+    re.I,
+)
+WINS = re.compile(  # `K3 wins.`, `K3 is much better`, `K3 更差`, after the scores
+    rf"(?P<id>{NAME.pattern})\s*(?:is\s+)?(?:the\s+|much\s+|far\s+|clearly\s+|明显)*"
+    rf"(?:(?P<best>wins|winner|better|best|更好|最好|胜出|获胜)|(?P<worst>loses|worse|worst|更差|最差))"
+    r"(?=(?:\s+(?:answer|response|one))?\s*(?:[.!,;，。]|$))",
+    re.I | re.M,
+)
+WORD_SCORE = re.compile(  # `K3: three`, `K3 merits nine`, `K3 三`
+    rf"{NAME.pattern}[^a-z0-9]*(?:[a-z]+\s+)?"
+    r"(?:\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b|[零一二两三四五六七八九十](?![个点条些]))",
+    re.I,
+)
 # Words after the scores that may take them back or give others.
 REVISION = re.compile(
     r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|oops|apolog"
@@ -4655,7 +4703,10 @@ REVISION = re.compile(
     r"|scor|grad(?:e|ing)|rating"
     r"|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
     r"|\b(?:an?|gets?|to|is|be|of)\s+(?:one|two|three|four|five|six|seven|eight|nine|ten|zero)\b"
-    r"|更正|修正|纠正|改|其实|应|不对|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分"
+    r"|confus|\bwrong (?:way|order|ids?)|\bids? wrong|\b(?:that|this|it) (?:is|was) wrong|\bno[.,!]"
+    r"|\b(?:was|is|were) (?:an|the|my|only|just) (?:an? )?(?:example|format|guess)"
+    r"|penal|deduct|\branks?\b"
+    r"|颠倒|弄混|混淆|有误|反了|示例|扣分|排名|更正|修正|纠正|改|其实|应|不对|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分"
     r"|得分|打分|[零一二两三四五六七八九十]\s*分",
     re.I,
 )
@@ -4672,53 +4723,130 @@ def parse_scores(reply: str, ids: list[str]) -> list[float]:
     [3.5, 8.0]
     """
     text = plain_reply(reply, ids)
-    name = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(ids)})(?![a-z0-9])", re.I)
-    gradings = [match for match in OBJECT.finditer(text) if name.search(match[1])]
+    gradings = [match for match in OBJECT.finditer(text) if names_id(match[1], ids)]
     if not gradings:
-        return scores_in_lines(text, ids, name)
+        return scores_in_lines(text, ids)
     start, end = gradings[-1].span()
+    check_meaning(text[:start])
     scores = read_entries(split_entries(gradings[-1][1]), ids)
-    open_brackets = count_open_brackets(text[:start], gradings[:-1], name)
+    open_brackets = count_open_brackets(text[:start], gradings[:-1])
     if text.count("}", end) + text.count("]", end) < open_brackets:
         raise UnreadableReply("it ends inside the JSON")  # this may have been a draft
-    check_after(name.sub("", text[end:]))
+    check_drafts(text[:start], gradings[:-1], scores, ids)
+    check_claims(text, text[end:], dict(zip(ids, scores, strict=True)))
+    check_after(text[end:], ids)
     return scores
 
 
-def scores_in_lines(text: str, ids: list[str], name: re.Pattern) -> list[float]:
+def names_id(text: str, ids: list[str]) -> bool:
+    """True if one of the ids stands in the text."""
+    return any(name.upper() in ids for name in NAME.findall(text))
+
+
+def without_ids(text: str, ids: list[str]) -> str:
+    """The text without the ids, whose digits are no scores."""
+    return NAME.sub(lambda name: "" if name[0].upper() in ids else name[0], text)
+
+
+def headings(before: str) -> list[str]:
+    """The clauses that lead to the numbers after `before`: a key, a heading, a half sentence."""
+    ends = [len(before)]
+    depth = 0
+    for brace in reversed(list(re.finditer("[{}]", before))):
+        if brace[0] == "}":
+            depth += 1
+        elif depth:
+            depth -= 1
+        else:
+            ends.append(brace.start())
+    clauses = []
+    for end in ends:
+        leading = re.sub(r"```\w*\s*\Z", "", before[:end]).rstrip(" \n[#" + QUOTES)
+        line = leading.rpartition("\n")[2]
+        clause = re.split(r"[.,;{}。，；、]", line)[-1]
+        leads_on = "\n" not in before[len(leading) : end] or clause.endswith((":", "="))
+        is_sentence = re.search(r"[.!?。！？][)\s]*\Z", line)
+        is_title = len(line) <= 30 and not NAME.search(line)
+        if not is_sentence and (leads_on or is_title):
+            clauses.append(clause)
+    return clauses
+
+
+def check_meaning(before: str) -> None:
+    """Raises UnreadableReply if the numbers after `before` are no scores, or not the judge's."""
+    for heading in headings(before):
+        if NO_SCORES.search(heading):
+            raise UnreadableReply("numbers that are no scores, such as ranks or errors")
+        if NOT_MEANT.search(heading):
+            raise UnreadableReply("scores that are quoted, denied or an example")
+
+
+def check_drafts(before: str, drafts: list[re.Match], scores: list[float], ids: list[str]) -> None:
+    """Raises UnreadableReply if an earlier grading ranks the answers otherwise, without a reason.
+
+    `before` ends where the last grading starts. A quoted grading is none, nor is a draft."""
+    for draft in drafts:
+        try:
+            earlier = read_entries(split_entries(draft[1]), ids)
+        except UnreadableReply:
+            continue
+        pairs = itertools.combinations(zip(earlier, scores, strict=True), 2)
+        opposite = any((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in pairs)
+        quoted = any(NOT_MEANT.search(text) for text in headings(before[: draft.start()]))
+        if opposite and not quoted and not LAST_WORD.search(before[draft.end() :]):
+            raise UnreadableReply("two gradings that contradict each other")
+
+
+def check_claims(text: str, after: str, scores: dict[str, float]) -> None:
+    """Raises UnreadableReply if the text names a best or worst answer that the scores deny."""
+    for claim in itertools.chain(CLAIM.finditer(text), WINS.finditer(after)):
+        score = scores.get(claim["id"].upper())
+        extreme = min(scores.values()) if claim["worst"] else max(scores.values())
+        if score is not None and score != extreme:
+            raise UnreadableReply("scores that contradict the named winner")
+
+
+def scores_in_lines(text: str, ids: list[str]) -> list[float]:
     """`parse_scores` for a reply without JSON, from lines that hold an id and its score alone.
 
     >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
     [8.0, 3.0]
     """
     entries = []
+    first = 0  # where the first score stands
     before = text
     after = ""
     position = 0
     for line in text.splitlines(keepends=True):
         position += len(line)
         if match := SCORE_LINE.fullmatch(line):
+            first = first if entries else position - len(line)
             entries.append((match[1].upper(), match[2]))
             before = text[:position]
             after = text[position:]
-        elif name.search(line) and re.search(r"\d", name.sub("", line)):
+        elif names_id(line, ids) and re.search(r"\d", without_ids(line, ids)):
             raise UnreadableReply("a number beside an id on a line of another form")
     if "{" in text or not entries:
         raise UnreadableReply("no scores in it")
-    count_open_brackets(before, [], name)  # raises for thoughts that do not end
-    check_after(name.sub("", after))
-    return read_entries(entries, ids)
+    check_meaning(text[:first])
+    count_open_brackets(before, [])  # raises for thoughts that do not end
+    scores = read_entries(entries, ids)
+    check_claims(text, after, dict(zip(ids, scores, strict=True)))
+    check_after(after, ids)
+    return scores
 
 
 def plain_reply(reply: str, ids: list[str]) -> str:
     """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`."""
     text = THOUGHT_BLOCK.sub("", without_thinking(reply)).translate(FULL_WIDTH)
+    if SMALL_IS_GOOD.search(text):
+        raise UnreadableReply("numbers that are no scores, such as ranks or errors")
     text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
     text = STRING.sub(empty_text, text)
 
     def flat_object(match: re.Match) -> str:
         """`K3: {score: 8, reason: ...}` -> `K3: 8`"""
-        score = score_entry(match[2])
+        score = score_entry(match[3]) if match[2].upper() in ids else ""
         return f"{match[1]} {score}" if score else match[0]
 
     def flat_list(match: re.Match) -> str:
@@ -4732,8 +4860,7 @@ def plain_reply(reply: str, ids: list[str]) -> str:
             entries.append(f"{short_id(named[0])}: {score}")
         return "{" + ", ".join(entries) + "}"
 
-    nested = rf"((?:{'|'.join(ids)})[\s{QUOTES}]*[:=])\s*{OBJECT.pattern}"
-    return OBJECT_LIST.sub(flat_list, re.sub(nested, flat_object, text, flags=re.I))
+    return OBJECT_LIST.sub(flat_list, NESTED.sub(flat_object, text))
 
 
 def empty_text(match: re.Match) -> str:
@@ -4799,7 +4926,7 @@ def read_score(name: str, value: str) -> float:
     return score
 
 
-def count_open_brackets(before: str, drafts: list[re.Match], name: re.Pattern) -> int:
+def count_open_brackets(before: str, drafts: list[re.Match]) -> int:
     """How many brackets around the scores have to be closed after them.
 
     before: the reply up to the scores; drafts: the earlier gradings in it. A lone bracket that
@@ -4827,8 +4954,7 @@ def count_open_brackets(before: str, drafts: list[re.Match], name: re.Pattern) -
         )
         if not last_key:  # a bracket in a sentence: the scores are no value of it
             break
-        graded = rf"(?:{name.pattern}|scores)[\s{QUOTES}]*[:=][\s{QUOTES}]*\d"
-        if re.search(graded, content, re.I):
+        if GRADED.search(content):
             raise UnreadableReply("two gradings in one object")
         if count == 0 and is_object and last_key[1].lower() == "scores":
             may_stay_open = True
@@ -4837,8 +4963,13 @@ def count_open_brackets(before: str, drafts: list[re.Match], name: re.Pattern) -
     return 0 if count == 1 and may_stay_open else count
 
 
-def check_after(text: str) -> None:
-    """Raises UnreadableReply if what follows the scores, ids left out, may change them."""
+def check_after(text: str, ids: list[str]) -> None:
+    """Raises UnreadableReply if what follows the scores may change them."""
+    if WORD_SCORE.search(text):
+        raise UnreadableReply("more numbers after the scores")
+    if re.match(r"\W*(?:is|was|were|would)\b", text):  # {...} would be unfair
+        raise UnreadableReply("a correction after the scores")
+    text = without_ids(text, ids)
     if "{" in text or re.search(r"\d", text):
         raise UnreadableReply("more numbers after the scores")
     if REVISION.search(text):
@@ -4888,12 +5019,35 @@ MARKS = (
 # In the sentence before a mark: it is only supposed, or denied.
 SUPPOSED = re.compile(
     r"\b(?:if|unless|suppose|assum\w*|whether|doubt|not|wrong|never|cannot|why|guess|option|other|"
-    r"would|could|might|may|think)\b|n['’]t\b|如果|若|假如|假设|假定|要是|倘|并非|不|(?<![分特区差])别|错|为什么|难道|可能|也许",
+    r"would|could|might|may|think|incorrect\w*|false\w*|mistake|mistaken|mistakes|misconception|lie|trap|"
+    r"claim|claims|claimed|says|said)\b|n['’]t\b"
+    r"|如果|若|假如|假设|假定|要是|倘|并非|不|(?<![分特区差])别|错|误|认为|反例|为什么|难道|可能|也许",
     re.I,
 )
 # After the answer: it may be taken back.
 TAKEN_BACK = re.compile(
-    r"\d|\?|？|\b(?:but|however|not?|wrong|unless|or|if)\b|n['’]t\b|不|但|错|或|而", re.I
+    r"\d|\?|？|\b(?:but|however|not?|wrong|unless|or|if|incorrect\w*|false\w*|mistak\w+|impossible|intermediate|candidate|plus"
+    r"|hundred|thousand|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|\w+teen|twelve|eleven)\b"
+    r"|n['’]t\b|不|但|错|或|而|误|漏|再算|重算|有问题|干扰",
+    re.I,
+)
+# In the text behind a choice: it is taken back, or it is not the only one.
+SECOND_CHOICE = re.compile(
+    r"(?<![A-Za-z])(?-i:[A-Hb-h])(?![A-Za-z])|\?|\b(?:but|however|not?|wrong|unless|or|if|incorrect\w*|false|"
+    r"mistak\w+|wait|actually|both|all|none|sorry|correction|maybe|rather|instead|because)\b|n['’]t\b"
+    r"|不|但|错|或|而|误|漏|都|均|也|应|改|等等|重新|[甲乙丙丁]",
+    re.I,
+)
+# Around a box: they change its number, or go on with it.
+BEFORE_BOX = re.compile(
+    r"(?:[-−–—+^_/*·×÷<>~≈≠≤≥±]|\d|\\(?:sqrt|times|cdot|div|ne|neq|leq?|geq?|lt|gt|approx|sim|pm|[dt]?frac)"
+    r"|\b(?:minus|negative|about|approximately|roughly|around|over|under|than|least|most)|[负约近超])"
+    r"[\s${(\\]*\Z",
+    re.I,
+)
+AFTER_BOX = re.compile(r"[ \t$})\\]*([^\s.,;:。，；：$})\\!*]\S*|!|\\[A-Za-z]+)?")
+WORDS_AFTER_BOX = set(
+    "is are was were in for as and which with since so left total altogether each 个 人".split()
 )
 
 YES_OR_NO = dict.fromkeys(("yes", "true", "correct", "是", "是的", "对", "正确", "真"), "yes")
@@ -4951,7 +5105,7 @@ for _dimension, _units in UNITS.items():
 NO_UNITS = set(
     "times halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths "
     "thousandths hundreds thousands millions billions dozens pairs couples minus plus less loss "
-    "losses debts radians logs others".split()
+    "losses debts radians logs others perhaps sometimes besides overs scores cubes squares".split()
 )
 NO_UNIT_CHARACTERS = "之倍多少成半折万亿千百十负零下上亏欠余几约右到至或和比点每不没非双对打分"
 # Factors between units: a number that differs by one of them may be right, in another unit.
@@ -5015,9 +5169,12 @@ def final_answer(text: str) -> FinalAnswer | None:
 def marked_answers(text: str) -> list[tuple[int, str]]:
     """Where each marked answer ends, and its text, in the order of the text."""
     places = []  # where the text of each answer starts and ends
+    doubtful = set()  # where those end of which more stands around a box
     for box in re.finditer(r"\\boxed\s*\{", text):
         if end := closing_brace(text, box.end()):
             places.append((box.end(), end))
+            if not is_whole_answer(text, box.start(), end + 1):
+                doubtful.add(end)
     for mark in MARKS:
         for match in mark.finditer(text):
             if r"\boxed" not in match[1]:  # else it is found already
@@ -5025,8 +5182,24 @@ def marked_answers(text: str) -> list[tuple[int, str]]:
     found = []
     for start, end in sorted(places):
         sentence = re.split(r"[.!?。！？\n]", text[:start])[-1]
-        found.append((end, "?" if SUPPOSED.search(sentence) else text[start:end]))
+        is_doubtful = end in doubtful or SUPPOSED.search(sentence)
+        found.append((end, "?" if is_doubtful else text[start:end]))
     return found
+
+
+def is_whole_answer(text: str, start: int, end: int) -> bool:
+    """True if the box from `start` to `end` holds the whole answer, as `-\\boxed{5}` does not.
+
+    Counted things may follow it, but no unit, operator or other command."""
+    if BEFORE_BOX.search(text[max(0, start - 40) : start]):
+        return False
+    following = AFTER_BOX.match(text, end)[1]
+    if not following:
+        return True
+    word = following.rstrip(".,;:!?。，；：！？$)}*").lower()
+    if word in WORDS_AFTER_BOX:
+        return True
+    return word not in UNIT_OF and word.isascii() and is_unit(word, touching=False)
 
 
 def closing_brace(text: str, start: int) -> int:
@@ -5053,13 +5226,13 @@ def read_answer(raw: str) -> FinalAnswer:
         return FinalAnswer("yes or no", YES_OR_NO[folded])
     if choice := CHOICE.fullmatch(text):
         detail = fold_answer(choice[3] or "")
-        if not re.search(r"\b[A-H]\b", choice[3] or ""):
+        if not SECOND_CHOICE.search(choice[3] or ""):
             return FinalAnswer("choice", choice[1] or choice[2], detail)
     elif amount := read_number(text):
         return amount
-    elif is_label(text):
+    elif is_label(text) and not re.fullmatch("[A-Za-z]{1,2}", text):  # X and x are two variables
         return FinalAnswer("label", folded)
-    return FinalAnswer("other", folded)
+    return FinalAnswer("other", fold_text(text, keep_case=True))
 
 
 def plain_math(raw: str) -> str:
@@ -5074,12 +5247,14 @@ def plain_math(raw: str) -> str:
     text = re.sub(r"\\[dt]?frac\s*(\d)\s*(\d)(?!\d)", r" \1/\2", text)
     text = re.sub(r"(?<!\\)\$(.+)(?<!\\)\$", r"\1", text)  # $18$ is mathematics, $18 is money
     text = re.sub(r"\*\*|__|`|\\(?=\$)", "", text)
-    return re.sub(r"\s+", " ", text).strip(" \"'“”‘’「」").rstrip(".。 ")
+    text = re.sub(r"\s+", " ", text).strip().rstrip(".。 ")
+    quoted = re.fullmatch(r"""["'“‘「](.*[^"'”’」])["'”’」]""", text)  # 6" is no quotation
+    return quoted[1].rstrip(".。 ") if quoted else text
 
 
 def fold_answer(text: str) -> str:
     """For comparing labels: case, white space, quotes and a final full stop gone."""
-    return fold_text(text.strip(" \"'“”‘’「」()[]"))
+    return fold_text(text.strip(' "“”‘「」'))
 
 
 def is_label(text: str) -> bool:
@@ -5146,7 +5321,8 @@ def is_unit(text: str, touching: bool) -> bool:
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
         return not set(text) & set(NO_UNIT_CHARACTERS)
     plural_word = re.fullmatch(r"[A-Za-z]{2,}[A-RT-Za-rt-z]s", text)
-    return bool(plural_word) and not touching and text.lower() not in NO_UNITS
+    is_part = re.search(r"(?:teen|tie|lf|if|en|igh|ix|nin|ur|red|and|ion)ths\Z", text, re.I)
+    return bool(plural_word) and not touching and not is_part and text.lower() not in NO_UNITS
 
 
 def chinese_number(text: str) -> int | None:
@@ -5208,8 +5384,10 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
     if len(units) == 2:
         return None
     one_sided = reference.detail != answer.detail
+    if one_sided and not fits_prompt(*units, prompt):
+        return None
     if a == b:
-        return None if one_sided and rivals(units.pop(), prompt) else True
+        return True
     if one_sided and "°" in units:
         return None
     if a * b > 0:
@@ -5226,6 +5404,30 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
     return None if may_be_rounded or abs(a - b) <= max(abs(a), abs(b)) / 100 else False
 
 
+def fits_prompt(unit: str, prompt: str) -> bool:
+    """True if a number without a unit may be meant in this one, as far as the prompt says."""
+    if rivals(unit, prompt):
+        return False
+    text = prompt.translate(FULL_WIDTH).lower()
+    if unit == "%":
+        return not re.search(r"percent|%|百分", text)
+    if not text or (unit in DIMENSION_OF and unit != "mph"):
+        return True
+    if unit.isascii():
+        counted = re.findall(r"how many((?:\W+\w+){1,4})", text)
+    else:
+        counted = re.findall(rf"(?:多少|几)\s*([{CJK}]+)", text)
+    if counted and not any(unit.removesuffix("s") in words for words in counted):
+        return False  # 5 boxes where it asks how many bottles
+    if unit.isascii():
+        return unit.removesuffix("s") in text
+    return bool(re.search(rf"(?<![公千厘分毫微市英海方]){unit}", text))  # 斤 is not 公斤
+
+
+# Units of one letter that a prompt may ask for.
+LETTER_UNITS = {"length": "m", "weight": "gt", "volume": "l", "time": "hs"}
+
+
 def rivals(unit: str, prompt: str) -> list[str]:
     """Other units of its dimension that the prompt names: 5 cents are not 5 where it asks for $."""
     dimension = DIMENSION_OF.get(unit, "count")
@@ -5238,6 +5440,9 @@ def rivals(unit: str, prompt: str) -> list[str]:
             latin = name.isascii() and name.isalpha()
             if not latin or re.search(rf"(?<![a-z]){name}(?![a-z])", text):
                 named.append(other)
+    letters = LETTER_UNITS.get(dimension, "")
+    if letters:
+        named += re.findall(rf"(?<![a-z'’])[{letters}](?![a-z'’])", text)
     return named
 
 

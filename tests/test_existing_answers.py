@@ -1144,7 +1144,9 @@ def scored_items(text, score):
     "row",
     [
         pytest.param(SCORED_SIDES, id="scores inside the sides"),
-        pytest.param(SIDES | {"chosen": scored_items(A, 1), "rejected": scored_items(B, 9)}, id="of lists"),
+        pytest.param(
+            SIDES | {"chosen": scored_items(A, 1), "rejected": scored_items(B, 9)}, id="of lists"
+        ),
         pytest.param(PLAIN_TWO | {"winner": "a", "overall_preference": 3}, id="HelpSteer3's lead"),
         pytest.param(
             {"prompt": Q, "responses": [A, B], "winner": "a", "preference_strength": 3},

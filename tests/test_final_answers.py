@@ -198,6 +198,78 @@ UNCHECKED = [
     ("1000000", "Answer: 10^6", ""),
 ]  # fmt: skip
 
+AROUND_A_BOX = [
+    r"x = -\boxed{5}", r"$-\boxed{5}$", r"-\(\boxed{5}\)", r"\boxed{5}%", r"\boxed{5}\%", r"2^\boxed{5}",
+    r"2^{\boxed{5}}", r"1/\boxed{5}", r"\sqrt{\boxed{5}}", r"x > \boxed{5}", r"x \ne \boxed{5}",
+    r"x \leq \boxed{5}", r"3 + \boxed{5}", r"about \boxed{5}", r"10\boxed{5}", r"-\$\boxed{5}",
+    r"negative \boxed{5}", r"负\boxed{5}", r"\boxed{5}\pi", r"\boxed{5}\text{ cm}", r"\boxed{5} million",
+    r"\boxed{5}万", r"\boxed{5}x", r"\boxed{5} cents", r"\boxed{5} dozen", r"\boxed{5}!", r"\boxed{5}^2",
+    r"\boxed{5}斤", r"\boxed{5} tenths", r"\boxed{5} \times 10^3", r"$\boxed{5}$ mph",
+]  # fmt: skip
+WHOLE_BOX = [
+    r"So \boxed{5}.", r"$x = \boxed{5}$", r"\[ \boxed{5} \]", r"一共\boxed{5}个。", r"She has \boxed{5} eggs left.",
+    r"\boxed{5} is the total.", r"Hence $$\boxed{5}.$$", r"**Answer:** \boxed{5}",
+]  # fmt: skip
+SECOND_CHOICES = [
+    "The answer is B. Wait, that is wrong.", "答案：B、C都对", "The answer is (B) or the last one",
+    "Answer: (B) False", "答案：B，不对", "答案：(B)错误", "Answer: B, c", "答案：B，丙", "Answer: (B)? No.",
+    "Answer: B, but actually the last one.", "The answer is B (incorrect).", "答案：B。但是C也可以",
+]  # fmt: skip
+DOUBTED = [
+    "The answer is 42\nThat is incorrect.", "The answer is 42\nThis is false.", "The answer is 42.\nThat was a mistake.",
+    "The answer is 42\nThe true total is forty-three.", "答案：42\n以上结果有误。", "答案：42\n算漏了一个。",
+    "答案：42\n重算：六", "Incorrect: the answer is 42.", "Common mistake: the answer is 42.",
+    "Bob claims, the answer is 42.", "小明认为：答案是42", "反例：答案是42", "常见误区：答案是42",
+]  # fmt: skip
+OTHER_UNITS = [
+    ("60", "The answer is 60 mph", "What is its speed in km/h?"),
+    ("7", "Answer: 7 fortnights", "How many days?"),
+    ("5", "Answer: 5 hectares", "How many acres?"),
+    ("5", "答案：5斤", "重多少公斤？"),
+    ("5", "答案：5里", "多少公里？"),
+    ("5", "Answer: 5 km", "How many m is it?"),
+    ("5", "Answer: 5 boxes", "There are boxes of 12. How many bottles?"),
+    ("5", "答案：5箱", "每箱12瓶，有多少瓶？"),
+    ("0.5", "The answer is 50%", "What percent is it?"),
+    ("1", "答案：100%", "百分之几？"),
+    ("33", "The answer is 33.3%", "What percentage is it?"),
+    ("2", "Answer: 3 days", "How many hours?"),
+    ("7/15", "Answer: 7 fifteenths", ""),
+    ("11/20", "Answer: 11 twentieths", ""),
+    ("5", "Answer: 5 twelfths", ""),
+    ("Answer: 6'", 'Answer: 6"', ""),
+    (r"\boxed{A'}", r"\boxed{A}", ""),
+    (r"\boxed{y'}", r"\boxed{y}", ""),
+    (r"\boxed{(1,2)}", r"\boxed{[1,2]}", ""),
+    (r"\boxed{X}", r"\boxed{x}", ""),
+    (r"-\boxed{5}", r"-\boxed{6}", ""),
+]
+
+
+@pytest.mark.parametrize("answer", AROUND_A_BOX)
+def test_a_box_inside_a_larger_answer_is_not_checkable(answer):
+    assert checked("5", answer) is None and checked(answer, "5") is None
+
+
+@pytest.mark.parametrize("answer", WHOLE_BOX)
+def test_a_box_in_a_sentence_is_the_answer(answer):
+    assert checked("5", answer) is True and checked("6", answer) is False
+
+
+@pytest.mark.parametrize("answer", SECOND_CHOICES)
+def test_a_choice_taken_back_or_doubled_is_not_checkable(answer):
+    assert checked("B", answer) is None and checked("C", answer) is None
+
+
+@pytest.mark.parametrize("answer", DOUBTED)
+def test_an_answer_that_is_called_wrong_is_not_checkable(answer):
+    assert checked("42", answer) is None and checked("43", answer) is None
+
+
+@pytest.mark.parametrize("reference, answer, prompt", OTHER_UNITS)
+def test_an_answer_in_another_unit_or_notation_is_not_checkable(reference, answer, prompt):
+    assert checked(reference, answer, prompt) is None
+
 
 @pytest.mark.parametrize("reference, answer, prompt", RIGHT)
 def test_a_right_answer_is_recognised(reference, answer, prompt):

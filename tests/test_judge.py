@@ -229,6 +229,89 @@ def test_what_is_no_verdict_gives_no_score(reply):
     assert read(reply) is None
 
 
+GRADING = '{"K3": 2, "Q7": 7}'
+OPPOSITE = '{"K3": 8, "Q7": 3}'
+NO_SCORES = [
+    '{"ranks": {"K3": 2, "Q7": 1}}',
+    '{"reason": "a", "rankings": {"K3": 1, "Q7": 2}, "notes": "x"}',
+    f'{{"errors": {GRADING}}}',
+    f'{{"penalties": {GRADING}}}',
+    '{"deductions": [{"id": "K3", "score": 2}, {"id": "Q7", "score": 9}]}',
+    f'{{"harmfulness": {GRADING}}}',
+    f'{{"order": {GRADING}}}',
+    f"Number of errors: {GRADING}",
+    f"排名：{GRADING}",
+    f'{{"扣分": {GRADING}}}',
+    "Ranking (best first):\nK3: 1\nQ7: 2",
+    "## 排名\nK3：1\nQ7：2",
+    "Errors found:\n\n- K3: 1\n- Q7: 2",
+    f'Penalties:\n{{"reason": "ok", "scores": {GRADING}}}',
+    f"Lower is better. {GOOD}",
+    f"{GOOD} (lower = better)",
+    f"{GOOD}\nThese are penalties, so the smaller one wins.",
+    f"{GOOD}\n分数越低越好。",
+    GOOD.replace("ok", "Scale: 1 = best, 10 = worst."),
+    GOOD[:-1] + ', "scores_lower_is_better": true}',
+    '{"K3": 2, "Q7": 1, "note": "rank"}',
+    f"For example: {GOOD}",
+    f"The format is {GOOD} but I cannot grade.",
+    f"I would not give {GOOD}",
+    f"The answer K3 says {GOOD}",
+    f"<example>{GOOD}</example>",
+    f'{{"example": {GOOD}}}',
+]
+CONTRADICTIONS = [
+    GOOD[:-1] + ', "winner": "Q7"}',
+    '{"better": "Q7", ' + GOOD[1:],
+    '{"best": "K3", "worst": "Q7", "scores": {"K3": 2, "Q7": 9}}',
+    f"{GOOD}\nSo the winner is Q7.",
+    f"{GOOD}\n更好的是 Q7。",
+    f"{GOOD}\nK3 invented facts, Q7 wins.",
+    f"{GOOD}\nK3 is the worse answer.",
+    f"{GOOD} 两者颠倒了。",
+    f"{GOOD} 编号弄混了。",
+    f"{GOOD} 以上有误。",
+    f"{GOOD} Oh dear, I confused the two.",
+    f"{GOOD} No, that is wrong.",
+    f"{GOOD} would be unfair.",
+    f"{GRADING}{OPPOSITE}",
+    f"{GRADING}, not {OPPOSITE}",
+    f"{GRADING} final. (My draft was {OPPOSITE})",
+    f"Final: {GRADING}. An example of the form is {OPPOSITE}",
+    f"{GOOD}\nK3: three, Q7: nine",
+    f"{GOOD}\nK3 三，Q7 九",
+]
+
+
+@pytest.mark.parametrize("reply", NO_SCORES)
+def test_numbers_that_are_no_scores_are_not_read(reply):
+    assert read(reply) is None
+
+
+@pytest.mark.parametrize("reply", CONTRADICTIONS)
+def test_a_reply_that_contradicts_itself_is_not_read(reply):
+    assert read(reply) is None
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        GOOD[:-1] + ', "winner": "K3", "worst": "Q7"}',
+        f"{GOOD}\nSo the winner is K3, and Q7 is worse.",
+        f"K3 is right, Q7 makes an error.\n{GOOD}",
+        f"Q7 makes a mistake, so here are the scores:\n{GOOD}",
+        GOOD.replace("ok", "Q7 has 3 errors and ranks second"),
+        f"Here is the JSON in the requested format:\n{GOOD}",
+        GOOD.replace("scores", "harmlessness"),
+        GOOD.replace("scores", "helpfulness"),
+        f"{FLIPPED}\nCorrected: {GOOD}",
+        f"{FLIPPED}\n最终评分：{GOOD}",
+    ],
+)
+def test_talk_of_errors_winners_and_drafts_leaves_clear_scores_readable(reply):
+    assert read(reply) == [8.0, 3.5]
+
+
 # --- fuzz: whatever a judge writes, the scores are those of its last word, or there are none
 
 GRADES = st.integers(2, 20).map(lambda n: n / 2)  # 1, 1.5, ... 10
