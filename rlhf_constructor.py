@@ -25,7 +25,7 @@ The one flow: read_records -> method(record, run) -> pairs -> filters -> output 
     §5  FILTERS              why an answer or a pair is dropped
     §6  OUTPUTS              what a pair looks like to a trainer
     §7  PROVIDERS            how each SDK or server is called
-    --  machinery: not needed to add anything --
+    --  machinery: read on only to change how the script works --
     §8  ROWS                 history, templates, missing values, references
     §9  READING FILES        lines, JSON, tables -> rows
     §10 EXISTING ANSWERS     answers that a row brings, and the signals that rank them
@@ -121,6 +121,8 @@ TEMPERATURES = (0.7, 0.9, 1.0, 1.0)
 
 # Lowest and highest score that a judge may give.
 JUDGE_SCALE = (1, 10)
+if JUDGE_SCALE[0] >= JUDGE_SCALE[1]:
+    raise ValueError("JUDGE_SCALE: its first number, the lowest score, must be below the second")
 
 # Times a judge is asked again when its reply cannot be read.
 JUDGE_RETRIES = 2
@@ -128,7 +130,8 @@ JUDGE_RETRIES = 2
 # Characters of a long answer's head and tail that the judge sees; rows hold whole answers.
 JUDGE_SHOWS = (8000, 4000)
 
-# Points in every vote by which the low model must win before --when-low-wins flip believes it.
+# Points by which the low model must lead in every vote before --when-low-wins flip swaps the pair.
+# Gaps here and in METHODS are points of a scale 1-10; `on_judge_scale` fits them to JUDGE_SCALE.
 FLIP_GAP = 3.0
 
 # Default --min-score-gap for scores of a known scale, as a share of that scale.
@@ -138,7 +141,8 @@ SCORE_GAP_SHARE = 0.20
 # Jaccard similarity (0 to 1) of character 5-grams from which two answers are near-duplicates.
 NEAR_DUPLICATE = 0.80
 
-# Score gap from which a judge may tell near-duplicates apart (42 is not 43).
+# Near-duplicates are kept if the judge's gap is at least this: one may be right (42), one wrong
+# (43).
 NEAR_DUPLICATE_GAP = 3.0
 
 # Words (or Chinese characters) in a row that no prompt may share with --exclude-prompts.
@@ -148,10 +152,10 @@ CONTAMINATION_RUN = 13
 # Tokens that a --price is for.
 PRICE_UNIT = 1_000_000
 
-# Tokens of a reply that is not there yet, for estimates.
+# Assumed tokens of a reply, for estimates before the call.
 GUESSED_TOKENS = {"answer": 400, "judge": 120}
 
-# Finished records per worker that may wait for their turn to be written.
+# Rows keep the input's order: finished records per worker that may wait for a slower one.
 WINDOW = 32
 
 # Seconds of nothing but 429 until the run stops.
@@ -181,7 +185,9 @@ class Answer:
 
     @property
     def value(self) -> float | None:
-        """What strategies sort by: the score, else the first vote (-rank; a choice as 1 or 0)."""
+        """What answers are sorted by: the score, or without one the first vote.
+
+        A vote of the input is minus the rank, or 1 or 0 for a choice."""
         if self.score is not None:
             return self.score
         return self.votes[0] if self.votes else None
@@ -276,19 +282,24 @@ class Outcome:
 
 
 class UserError(Exception):
-    """Something the user can mend: one line and exit status 2, before any call or file."""
+    """A mistake that the user can fix: one line, exit status 2; nothing was called or written."""
 
 
 class Failed(Exception):
-    """This record gives no pair, for `reason`; after its first colon comes detail.
+    """Raise it to drop a record.
 
-    `stage` is input, model, judge, filter or human. `retryable`: the cause may be gone next time,
-    so that the same command may still get a pair out of the record."""
+    `reason`: its text before the first ':' is what the summary counts. `stage` is one of STAGES.
+    `retryable`: the cause may be gone next time, so that the same command may still get a pair out
+    of the record."""
+
+    STAGES = ("input", "model", "judge", "filter", "human")
 
     def __init__(
         self, stage: str, reason: str, retryable: bool = False, record: Record | None = None
     ) -> None:
         super().__init__(stage, reason)
+        if stage not in self.STAGES:
+            raise ValueError(f"Failed: the stage {stage!r} is none of {', '.join(self.STAGES)}")
         self.stage = stage
         self.reason = reason
         self.retryable = retryable
@@ -332,19 +343,24 @@ FILTERS = {}
 OUTPUTS = {}
 PROVIDERS = {}
 PREFIXES = {id(INPUTS): "from_", id(OUTPUTS): "as_", id(PROVIDERS): "ask_"}
+# The settings that `register` takes for a table; none for the others.
+SETTINGS = {
+    id(METHODS): ("gap", "asks", "needs_judge", "reads_answers"),
+    id(FILTERS): ("on", "fixed", "opt_in"),
+    id(OUTPUTS): ("once",),
+}
 
 
 def register(entries: dict, **settings: object) -> Callable:
     """Return a decorator that enters a function or class in `entries` under its own name.
 
     `settings` become its attributes. Its docstring is required: --help shows the first line."""
-    if entries is FILTERS and settings.get("on") not in ("answer", "pair"):
-        raise ValueError('a filter says what it looks at: on="answer" or on="pair"')
+    check_settings(entries, settings)
 
     def enter(entry: Callable) -> Callable:
         name = entry.__name__.removeprefix(PREFIXES.get(id(entries), ""))
-        if name in entries:
-            raise ValueError(f"{entry.__name__}: the name is taken")
+        if name in entries or entry.__name__ in globals():
+            raise ValueError(f"{entry.__name__}: the name is taken in this file; choose another")
         if not entry.__doc__:
             raise ValueError(f"{entry.__name__}: no docstring; --help shows its first line")
         for key, value in settings.items():
@@ -353,6 +369,22 @@ def register(entries: dict, **settings: object) -> Callable:
         return entry
 
     return enter
+
+
+def check_settings(entries: dict, settings: dict[str, object]) -> None:
+    """Raise ValueError for a setting that the table `entries` does not know, or a wrong value."""
+    known = SETTINGS.get(id(entries), ())
+    for key, value in settings.items():
+        if key not in known:
+            names = ", ".join(known) or "none"
+            raise ValueError(f"register has no setting {key!r} here (known: {names})")
+        if key in ("asks", "once") and not isinstance(value, tuple):
+            raise ValueError(f"{key} is a tuple, e.g. {key}=({value!r},), not {value!r}")
+    for role in settings.get("asks", ()):
+        if role not in ("high", "low", "candidates"):
+            raise ValueError(f"asks: {role!r} is not high, low or candidates")
+    if entries is FILTERS and settings.get("on") not in ("answer", "pair"):
+        raise ValueError('a filter says what it looks at: on="answer" or on="pair"')
 
 
 def refuse(wrong: object, reason: str) -> None:
@@ -386,13 +418,19 @@ def split_words(text: str) -> list[str]:
 
 def number(value: object) -> float | None:
     """A float from a number or numeric text; None for all else (true, "N/A", NaN, beyond 1e15)."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # Python's 1_0
         return None
     try:
         result = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
     return result if abs(result) <= 1e15 else None
+
+
+def on_judge_scale(points: float) -> float:
+    """A gap in points of the scale 1-10, whose width is 9, in points of JUDGE_SCALE."""
+    low, high = JUDGE_SCALE
+    return points * ((high - low) / 9)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -403,6 +441,13 @@ def number(value: object) -> float | None:
 
 # EDIT HERE to read another format: a function row (a dict) -> records, or None for other shapes.
 # Field names arrive in lower case. A bug in such a function stops the run and is printed.
+# The adapters are asked in the order of this file, and the first that returns records wins: put
+# yours above one that would take your rows, too. What an adapter may use:
+#   prompt_record(prompt, row)    the record of a prompt as text, with the row's history and context
+#   conversation(turns, row)      the record of a list of turns; a last answer is the reference
+#   text_of(row, name)            a field as text, "" if it is missing; Failed if it is no text
+#   optional_text, first_text, first_value, is_filled_list, is_turns    see §8
+#   raise Failed("input", "no question: ...")    drops the row for that reason
 
 ROLES = {
     "system": "system",
@@ -439,15 +484,8 @@ PROMPT_FIELDS = ("prompt", "question", "query", "problem", "text", "input")
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 CONTEXT_FIELDS = ("input", "context", "passage", "article")
 CHOICE_FIELDS = ("choices", "options")
-REFERENCE_FIELDS = (
-    "output",
-    "completion",
-    "answer",
-    "response",
-    "reference",
-    "solution",
-    "answerkey",
-)
+GOLD_FIELDS = ("reference", "solution", "answerkey", "answer")
+REFERENCE_FIELDS = (*GOLD_FIELDS, "output", "completion", "response")  # the last may be a model's
 NOT_TEXT_FIELDS = {  # a field that is filled -> what the row holds beside text
     "images": "images",
     "image": "images",
@@ -468,7 +506,7 @@ def from_conversation(row: dict) -> list[Record] | None:
     """`messages` (OpenAI), `conversations` (ShareGPT): all turns; a last answer is the reference"""
     for name in TURN_FIELDS:
         if is_filled_list(row.get(name)):
-            return [conversation(row[name], row)]
+            return [conversation(all_turns(row[name], row), row)]
     nested = row.get("input")
     if isinstance(nested, dict) and is_filled_list(nested.get("messages")):
         return [conversation(nested["messages"], row)]
@@ -485,7 +523,7 @@ def from_turns(row: dict) -> list[Record] | None:
     if not is_filled_list(turns):
         return None
     if is_turns(turns):
-        return [conversation(turns, row)]
+        return [conversation(all_turns(turns, row), row)]
     first = turns[0].get("content") if isinstance(turns[0], dict) else turns[0]
     if not isinstance(first, str):
         raise Failed("input", f"not a text: `turns` holds a {type(first).__name__}")
@@ -516,17 +554,19 @@ def from_prompt(row: dict) -> list[Record] | None:
     if isinstance(prompt, str):
         return [prompt_record(prompt, row)]
     if isinstance(prompt, list):
-        return [conversation([*read_history(row), *prompt], row)]
+        refuse_open_answer(prompt, row)
+        return [conversation(all_turns(prompt, row), row)]
     return None
 
 
 def prompt_record(prompt: str, row: dict) -> Record:
     """The record of a prompt that is a text: its history, then prompt and context as one turn."""
     turns = template_turns(prompt) or human_turns(prompt)
+    refuse_open_answer(turns, row)
     if not turns:
         parts = [prompt, *context_texts(row, prompt), *choice_lines(row, prompt)]
         turns = [{"role": "user", "content": "\n\n".join(map(strip_blank_lines, parts))}]
-    return conversation([*read_history(row), *turns], row)
+    return conversation(with_history(turns, row), row)
 
 
 def conversation(turns: list, row: dict) -> Record:
@@ -621,13 +661,31 @@ def adapt(row: dict) -> list[Record] | None:
         except Exception as error:
             if is_bug_of(adapter, error):
                 raise broken(part, error) from error
-            raise Failed("input", f"malformed record: {error}") from None
+            cause = f"{type(error).__name__} in line {line_in_script(error)} of this script"
+            reason = f"malformed record: {error} ({cause}, under {adapter.__name__})"
+            raise Failed("input", reason) from None
         if records is None or records == []:
             continue
-        if isinstance(records, list) and all(isinstance(record, Record) for record in records):
-            return records
-        raise PartError(f"{part} returned {records!r:.80}, not a list of records or None")
+        if not isinstance(records, list) or not all(isinstance(item, Record) for item in records):
+            raise PartError(f"{part} returned {records!r:.80}, not a list of records or None")
+        for record in records:
+            if not are_messages(record.messages):
+                shape = '[{"role": "user", "content": "..."}, ...]'
+                raise PartError(f"{part} made a Record of {record.messages!r:.80}, not of {shape}")
+        return records
     return None
+
+
+def are_messages(value: object) -> bool:
+    """Whether the value is what Record.messages must be: turns with a role and a text."""
+    if not is_filled_list(value):
+        return False
+    for turn in value:
+        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
+            return False
+        if not isinstance(turn.get("content"), str):
+            return False
+    return True
 
 
 def read_records(
@@ -662,7 +720,7 @@ def read_records(
 # --------------------------------------------------------------------------------------------------
 # §3 JUDGE: default_rubric, judge_prompt, parse_scores, combine_scores, judge_answers, check_labels
 # In: a record and its answers. Out: the answers with scores, or the labels that a judge confirms.
-# Called by Run.judge and rank_responses. Every number of points hangs on JUDGE_SCALE alone.
+# Called by Run.judge and rank_responses. JUDGE_SCALE alone sets prompt, rubric, scores and gaps.
 # --------------------------------------------------------------------------------------------------
 
 # All answers in one prompt, asked for again in reversed order: the cheapest protocol that measures
@@ -919,21 +977,23 @@ def check_label(pair: Pair, better: Answer, worse: Answer) -> LabelCheck:
 
 # EDIT HERE to add a method: copy one, rename it, give it a one-line docstring: --method knows it.
 # A method gets a record and the run, and returns a list of pairs. It works through `run`:
+#   record.messages, record.prompt, record.reference   turns, these as text, its own answer or ""
 #   run.high, run.low, run.candidates, run.judges      the models that the flags name
 #   await run.ask_all(record, [(model, sample), ...])  usable answers; Failed if fewer than two
 #   await run.ask_text(record, model, messages)        one text: a draft, a critique, a revision
+#      (the same request returns the same reply; sample=1, sample=2 ask for other ones)
 #   await run.judge(record, answers)                   the same answers with score and votes
 #   pair_up(record, answers, run)                      pairs by --strategy, from answers with votes
 #   Pair(record, chosen, rejected)                     a pair of your own choice, any two answers
 #   raise Failed("judge", "the draft won")             drops the record for that reason
-# It opens no file and catches nothing. Any other exception is a bug: it stops the run.
+# It opens no file. Let exceptions pass: a Failed drops the record, any other stops the run.
 # A plain `def` works, too, but it cannot ask models.
 # Automatic for every pair, yours included: direction (chosen leads in every vote, if it has votes),
 # --length-penalty, answer filters on both sides, pair filters, --annotations, repeated labels; then
 # rows, dropped records with their answers, cache, report, review page. The judge sees the record's
 # reference answer for checking, unless that answer is itself a candidate.
 # `register` may be told:
-#   gap            score gap that a pair needs (default 1)
+#   gap            score gap that a pair needs (default 1), in points of a scale 1-10
 #   asks           which of run's models it calls: high, low, candidates (default high and low)
 #   needs_judge    --judge-model none is refused
 #   reads_answers  record.answers are the input's own; record.signal names the kind of their votes
@@ -948,7 +1008,7 @@ async def model_comparison(record: Record, run: Run) -> list[Pair]:
     high, low = await run.judge(record, [high, low])
     [pair] = pair_up(record, [high, low], run)  # of two answers, every strategy makes one pair
     if pair.chosen is low:
-        may_flip = run.flips and wins_every_vote(low, high, by=FLIP_GAP)
+        may_flip = run.flips and wins_every_vote(low, high, by=on_judge_scale(FLIP_GAP))
         if not may_flip:
             raise Failed("judge", "low model won")
     return [pair]
@@ -984,10 +1044,14 @@ def pair_up(record: Record, answers: list[Answer], run: Run) -> list[Pair]:
     """Pairs by --strategy from answers with votes; chosen leads rejected in every vote.
 
     Raises Failed if none leads another: "tie", or "orders disagree" (also a tie in one order)."""
+    if inspect.isawaitable(answers):
+        raise TypeError("pair_up got no answers yet: write `await` before run.judge or run.ask_all")
     if len(answers) < 2:
         raise Failed("input", "fewer than two answers")
     if any(answer.value is None for answer in answers):
         raise ValueError("pair_up needs votes: await run.judge(record, answers) first")
+    if len({len(answer.votes) for answer in answers}) > 1:
+        raise ValueError("pair_up needs as many votes of each answer: judge all answers together")
 
     def strength(answer: Answer) -> float:
         return answer.votes[0] if record.decided_by == "people" else answer.value
@@ -1009,9 +1073,10 @@ def pair_up(record: Record, answers: list[Answer], run: Run) -> list[Pair]:
 
 
 def penalty(better: Answer, worse: Answer, run: Run) -> float:
-    """Points off the gap: --length-penalty per factor 1.5 in characters that `better` is longer.
+    """Points taken off the gap: --length-penalty for each factor 1.5 by which `better` is longer.
 
-    That factor is about one standard deviation of length between answers to one prompt."""
+    Length is in characters. That factor is about one standard deviation of length between answers
+    to one prompt."""
     factors = math.log(max(1, len(better.text)) / max(1, len(worse.text)), 1.5)
     return run.length_penalty * max(0.0, factors)
 
@@ -1060,7 +1125,7 @@ STRATEGIES = {
 
 
 class Run:
-    """What a method sees: the models that the flags name, and the ways to ask and to judge."""
+    """What a method works with: the models that the flags name; how to ask them and to judge."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -1091,8 +1156,85 @@ class Run:
         self.writes_decided_by: bool = self.annotations is not None
         # How rows name a model.
         self.names = unique_names(self.asked())
-        # The door to all models; set when the run starts, since it needs the event loop.
+        # The only way to every model; set when the run starts, since it needs the event loop.
         self.models: Models | None = None
+
+    async def ask_all(
+        self,
+        record: Record,
+        requests: list[tuple[Model, int] | Model],
+        drop_refusals: bool = False,
+    ) -> list[Answer]:
+        """Ask several models at once -> the usable answers; raises Failed if fewer than two are.
+
+        A request is (model, sample), or a model alone for its first sample; another sample number
+        gives another answer of the same model."""
+        calls = []
+        for request in requests:
+            model, sample = (request, 0) if isinstance(request, Model) else request
+            calls.append(self.ask(record, model, sample))
+        results = await gather_all(calls)
+        failures = [result for result in results if isinstance(result, Failed)]
+        record.answers = [result for result in results if isinstance(result, Answer)]
+        return self.usable(record, record.answers, failures, drop_refusals)
+
+    async def ask_text(
+        self, record: Record, model: Model, messages: list[dict], sample: int = 0
+    ) -> str:
+        """A model's reply to any messages, as text; raises Failed if a filter rejects it."""
+        answer = await self.generate(record, model, messages, sample)
+        reason = self.rejection_reason("answer", record, answer)
+        if reason:
+            raise Failed("filter", reason)
+        return answer.text
+
+    async def judge(self, record: Record, answers: list[Answer]) -> list[Answer]:
+        """The same answers with score and votes (see `judge_answers`).
+
+        exact_match leaves out what it cannot check, and raises Failed unless some answers are right
+        and some are wrong."""
+        if not self.judges:
+            advice = record.signal_hint or "name a --judge-model"
+            raise Failed("input", f"answers without any signal: {advice}")
+        judged = await score_answers(record, answers, self)
+        remember_judged(record, answers, judged)
+        return checked_pool(record, judged) if self.judges == [EXACT_MATCH] else judged
+
+    def usable(
+        self,
+        record: Record,
+        answers: list[Answer],
+        failures: list[Failed] | tuple = (),
+        drop_refusals: bool = False,
+    ) -> list[Answer]:
+        """Answers that pass the answer filters, each text once; raises Failed if under two do."""
+        kept = []
+        first_answers = {}  # folded text -> the first answer that has it
+        rejections = list(failures)
+        for answer in answers:
+            reason = self.rejection_reason("answer", record, answer)
+            if not reason and drop_refusals and is_refusal(answer.text):
+                reason = "refusal"
+            # Where the input says that one of them is better, case may be what it is about.
+            folded = fold_text(answer.text, keep_case=bool(record.signal))
+            twin = first_answers.get(folded)
+            if not reason and twin:
+                if twin.votes != answer.votes and len(answers) > 2:
+                    raise Failed("input", "contradictory signals: one answer, two ranks")
+                reason = "identical answers"
+            if reason:
+                rejections.append(Failed("filter", reason))
+            else:
+                kept.append(answer)
+                first_answers.setdefault(folded, answer)
+                record.passed.add((answer.text, answer.finish))
+        if len(kept) >= 2:
+            return kept
+        first = rejections[0] if rejections else Failed("input", "fewer than two answers")
+        retryable = any(rejection.retryable for rejection in rejections)
+        raise Failed(first.stage, first.reason, retryable)
+
+    # --- called by the script, not by methods
 
     def choose_high_and_low(self) -> tuple[Model | None, Model | None]:
         """The models of --high-model and --low-model, or the provider's default ones."""
@@ -1137,10 +1279,10 @@ class Run:
         if self.reads_answers:
             return []
         writers = {self.high, self.low} | {model for model, _ in self.candidates}
-        if not any(model.is_paid for model in writers):
+        if not any(model.is_online for model in writers):
             return [Model("offline", "heuristic")]
         ask = "with reference as the high model, say who judges: --judge-model MODEL (or none)"
-        refuse(not self.high.is_paid, ask)
+        refuse(not self.high.is_online, ask)
         return [self.high]
 
     def asked(self) -> list[Model]:
@@ -1155,7 +1297,7 @@ class Run:
 
     def pays(self) -> bool:
         """Whether any of them costs money, or at least a call."""
-        return any(model.is_paid for model in self.asked())
+        return any(model.is_online for model in self.asked())
 
     def options(self, model: Model, temperature: float) -> dict:
         """Request options of a call: temperature, max_tokens and --model-option."""
@@ -1164,25 +1306,6 @@ class Run:
             if name in ("", model.name):
                 options[key] = value
         return options
-
-    async def ask_all(
-        self,
-        record: Record,
-        requests: list[tuple[Model, int] | Model],
-        drop_refusals: bool = False,
-    ) -> list[Answer]:
-        """Ask several models at once -> the usable answers; raises Failed if fewer than two are.
-
-        A request is (model, sample), or a model alone for its first sample; another sample number
-        gives another answer of the same model."""
-        calls = []
-        for request in requests:
-            model, sample = (request, 0) if isinstance(request, Model) else request
-            calls.append(self.ask(record, model, sample))
-        results = await gather_all(calls)
-        failures = [result for result in results if isinstance(result, Failed)]
-        record.answers = [result for result in results if isinstance(result, Answer)]
-        return self.usable(record, record.answers, failures, drop_refusals)
 
     async def ask(self, record: Record, model: Model, sample: int) -> Answer | Failed:
         """One answer, or the Failed that says why there is none (the other answers go on)."""
@@ -1193,16 +1316,6 @@ class Run:
             return await self.generate(record, model, record.messages, sample)
         except Failed as error:
             return error
-
-    async def ask_text(
-        self, record: Record, model: Model, messages: list[dict], sample: int = 0
-    ) -> str:
-        """A model's reply to any messages, as text; raises Failed if a filter rejects it."""
-        answer = await self.generate(record, model, messages, sample)
-        reason = self.rejection_reason("answer", record, answer)
-        if reason:
-            raise Failed("filter", reason)
-        return answer.text
 
     async def generate(
         self, record: Record, model: Model, messages: list[dict], sample: int
@@ -1220,40 +1333,6 @@ class Run:
         name = self.names.get(model, model.name)
         return Answer(answer_text(reply.text), name, finish=reply.finish)
 
-    def usable(
-        self,
-        record: Record,
-        answers: list[Answer],
-        failures: list[Failed] | tuple = (),
-        drop_refusals: bool = False,
-    ) -> list[Answer]:
-        """Answers that pass the answer filters, each text once; raises Failed if under two do."""
-        kept = []
-        first_answers = {}  # folded text -> the first answer that has it
-        rejections = list(failures)
-        for answer in answers:
-            reason = self.rejection_reason("answer", record, answer)
-            if not reason and drop_refusals and is_refusal(answer.text):
-                reason = "refusal"
-            # Where the input says that one of them is better, case may be what it is about.
-            folded = fold_text(answer.text, keep_case=bool(record.signal))
-            twin = first_answers.get(folded)
-            if not reason and twin:
-                if twin.votes != answer.votes and len(answers) > 2:
-                    raise Failed("input", "contradictory signals: one answer, two ranks")
-                reason = "identical answers"
-            if reason:
-                rejections.append(Failed("filter", reason))
-            else:
-                kept.append(answer)
-                first_answers.setdefault(folded, answer)
-                record.passed.add((answer.text, answer.finish))
-        if len(kept) >= 2:
-            return kept
-        first = rejections[0] if rejections else Failed("input", "fewer than two answers")
-        retryable = any(rejection.retryable for rejection in rejections)
-        raise Failed(first.stage, first.reason, retryable)
-
     def rejection_reason(self, on: str, *subject: object) -> str:
         """The first reason that a filter on "answer" or "pair" has against the subject, else "".
 
@@ -1270,20 +1349,8 @@ class Run:
                 return reason
         return ""
 
-    async def judge(self, record: Record, answers: list[Answer]) -> list[Answer]:
-        """The same answers with score and votes (see `judge_answers`).
-
-        exact_match leaves out what it cannot check, and raises Failed unless some answers are right
-        and some are wrong."""
-        if not self.judges:
-            advice = record.signal_hint or "name a --judge-model"
-            raise Failed("input", f"answers without any signal: {advice}")
-        judged = await score_answers(record, answers, self)
-        remember_judged(record, answers, judged)
-        return checked_pool(record, judged) if self.judges == [EXACT_MATCH] else judged
-
     async def ask_judge(self, record: Record, judge: Model, prompt: str, attempt: int) -> str:
-        """One judge's reply to one sheet; raises Pending in a dry run."""
+        """A judge's reply to one prompt; raises Pending in a dry run."""
         messages, options = [{"role": "user", "content": prompt}], self.options(judge, 0.0)
         reply = await self.models.ask(judge, messages, options, attempt, "judge", record.reference)
         if reply.pending:
@@ -1323,7 +1390,7 @@ class Run:
             return 2.0 if one_pair and len(record.answers) >= 4 else 0.0
         if record.signal:
             return SCORE_GAP_SHARE * record.scale
-        return getattr(self.method, "gap", 1.0)
+        return on_judge_scale(getattr(self.method, "gap", 1.0))
 
     async def make_pairs(self, record: Record | Failed) -> Outcome:
         """What becomes of one record: the method's pairs that pass `check_pair`, or the drop.
@@ -1378,14 +1445,26 @@ class Run:
             except Failed as error:
                 return error
         has_votes = pair.chosen.votes or pair.rejected.votes
-        if has_votes and not pair.human and not wins_every_vote(pair.chosen, pair.rejected):
-            return Failed("judge", "orders disagree")
+        if has_votes and not pair.human:
+            self.check_vote_counts(pair)
+            if wins_every_vote(pair.rejected, pair.chosen):
+                return Failed("judge", "rejected answer won")
+            if not wins_every_vote(pair.chosen, pair.rejected):
+                return Failed("judge", "orders disagree")
         reason = self.rejection_reason("pair", pair, self)
         for answer in (pair.chosen, pair.rejected):
             # A method may have made the answer itself, or changed its text.
             if not reason and (answer.text, answer.finish) not in pair.record.passed:
                 reason = self.rejection_reason("answer", pair.record, answer)
         return Failed("filter", reason) if reason else pair
+
+    def check_vote_counts(self, pair: Pair) -> None:
+        """Raise PartError if chosen and rejected do not have as many votes as each other."""
+        counts = (len(pair.chosen.votes), len(pair.rejected.votes))
+        if counts[0] != counts[1]:
+            text = f"made a pair with {counts[0]} votes for chosen and {counts[1]} for rejected"
+            advice = "judge both answers together"
+            raise PartError(f"the method `{self.args.method}` {text}: {advice}")
 
     def counting_copy(self, models: Models) -> Run:
         """The same run for a pass that writes nothing: other models, and no choices of people."""
@@ -1418,10 +1497,13 @@ async def process_record(line: int, record: Record | Failed, run: Run) -> Outcom
 
 # EDIT HERE to add a filter: a function that returns the reason to drop, or None to keep.
 #   @register(FILTERS, on="answer")   def name(record, answer): the answer leaves the pool, unjudged
+#                                     (also run on every reply of run.ask_text)
 #   @register(FILTERS, on="pair")     def name(pair, run): the pair is dropped
-# `fixed=True` keeps --skip-filter away from it. The text before a ":" in a reason is its kind: the
-# summary counts kinds. Rules run on every text, so test what is cheap first.
-# The first line of the docstring is its line in --help. Examples stand below it; tests run them:
+# `fixed=True`: --skip-filter cannot switch it off; `opt_in=True`: it runs only with --use-filter.
+# The text before a ":" in a reason is its kind: the summary counts kinds. Filters run on every
+# text, so test what is cheap first.
+# The first line of the docstring is its line in --help. Examples stand below it;
+# `python3 -m pytest tests/test_filters.py` runs them:
 #   Keep: "42" for "What is 6 times 7?"                   the answer, then the prompt
 #   Drop: "The cat sat. " * 60 for "Describe a cat."      a text and how often it is repeated
 #   Keep: "42" over "-42" for "What is 48 - 6?"           on="pair": chosen, then rejected
@@ -1496,7 +1578,8 @@ def control_tokens(record: Record, answer: Answer) -> str | None:
     prompt = "\n".join(turn["content"] for turn in record.messages).lower()
     prose = SPOKEN_OF.sub("", CODE.sub("", answer.text))
     for mark in CONTROL.finditer(prose):
-        if mark[mark.lastindex].lower() not in prompt:
+        opening = mark[mark.lastindex]  # the one group that took part: what names the mark
+        if opening.lower() not in prompt:
             return "control tokens"
     return None
 
@@ -1580,7 +1663,7 @@ def near_duplicate(pair: Pair, run: Run) -> str | None:
         return None
     confirmed = len(pair.chosen.votes) > 1 and pair.record.signal == "score"
     judged = pair.chosen.positions or confirmed  # a second score of the input counts like a judge
-    if judged and pair.gap >= NEAR_DUPLICATE_GAP:
+    if judged and pair.gap >= on_judge_scale(NEAR_DUPLICATE_GAP):
         return None
     if similarity(pair.chosen.text, pair.rejected.text, NEAR_DUPLICATE) < NEAR_DUPLICATE:
         return None
@@ -1676,7 +1759,8 @@ def floor(pair: Pair, run: Run) -> str | None:
 # in the same order, every time. Loaders fix a column's type by its first rows: no nulls (leave a
 # key out of every row instead), scores always floats, ids always strings. pair.gap and the
 # scores are None where nobody scored; see `as_standard`.
-# `register` may be told `once`: fields by which a row that was written before is left out.
+# `register` may be told `once`, a tuple of columns: a row that repeats an earlier row's values in
+# these columns is not written.
 
 
 @register(OUTPUTS)
@@ -1793,7 +1877,7 @@ class Model:
         return self.provider == "reward"
 
     @property
-    def is_paid(self) -> bool:
+    def is_online(self) -> bool:
         return self.provider != "offline"
 
 
@@ -1848,6 +1932,7 @@ class ApiError(Exception):
 
 
 # EDIT HERE to add a provider: subclass Provider, register it, give it a one-line docstring.
+# While you write it, use a fresh --cache-path: replies are kept by request, not by your code.
 class Provider:
     """A way to call models. Override `call`; the rest has defaults.
 
@@ -1858,6 +1943,15 @@ class Provider:
     ...     "answers with the prompt: for trying things out"
     ...     async def call(self, name, messages, options, hints):
     ...         return Reply(messages[-1]["content"])
+
+    A provider of OpenAI's protocol needs no `call`:
+
+    >>> @register(PROVIDERS)
+    ... class ask_deepseek(ask_openai):
+    ...     "DeepSeek, at its own address"
+    ...     key = "DEEPSEEK_API_KEY"
+    ...     url_variable = "DEEPSEEK_BASE_URL"
+    ...     address = "https://api.deepseek.com"
 
     messages   [{"role": ..., "content": str}, ...], ending with the user's turn
     options    what goes with the request: temperature, max_tokens, --model-option, `defaults`, and
@@ -1870,13 +1964,14 @@ class Provider:
     ApiError(status, code, message) for anything else. Statuses 0 (no reply), 200 (no usable reply),
     408, 409 and 5xx are retried; 429 is waited for; 401, 402, 403 and 404 stop the run (the last
     two if the model has not answered before); other 4xx drop this record. ERROR_RULES has it all.
-    SDK exceptions may pass: `read_error` knows them. A NameError, TypeError or AttributeError
-    raised in this file is a bug and stops the run with its traceback."""
+    SDK exceptions may pass: `read_error` knows them. A bug of a provider stops the run with its
+    traceback (see `is_own_bug`)."""
 
     key = ""  # environment variable that holds the key; "": needs none
     url_variable = ""  # environment variable that holds another address
+    address = ""  # the server's, where neither --base-url nor the variable gives one
     defaults: ClassVar[dict] = {}  # options that are sent unless the user sets them
-    package = ""  # that pip installs
+    package = ""  # that it imports, and pip installs under the same name
     takes_seed = False  # True if the API takes an option `seed`
 
     def __init__(self, url: str, key: str, timeout: float) -> None:
@@ -1914,7 +2009,7 @@ class ask_openai(Provider):
         # the SDK's own retries cannot tell a rate limit from an account without credit
         http = openai.DefaultAioHttpClient(timeout=timeout)
         self.client = openai.AsyncOpenAI(
-            base_url=url or None,
+            base_url=url or self.address or None,
             api_key=key or "none",
             http_client=http,
             max_retries=0,
@@ -2088,7 +2183,7 @@ class ask_offline(Provider):
 
 
 # ==================================================================================================
-# Machinery below: not needed to add a method, filter, format or provider.
+# Machinery below. To add a method, a filter, a format or a provider, the sections above are enough.
 # ==================================================================================================
 
 
@@ -2110,11 +2205,6 @@ def part_text(part: object, role: str) -> str:
     if isinstance(kind, str) and "image" in kind:
         raise Failed("input", "not a text: images")
     raise Failed("input", f"not a text: the {role} turn holds a part that is no text")
-
-
-def first_of(values: Iterable) -> object:
-    """The first value that is not empty; None if there is none."""
-    return next(filter(None, values), None)
 
 
 def first_value(row: dict, names: tuple) -> object:
@@ -2203,18 +2293,26 @@ def context_texts(row: dict, prompt: str) -> list[str]:
 
 def choice_lines(row: dict, prompt: str) -> list[str]:
     """A question's choices as one text of lines "A. text"; [] if none or if the prompt has them."""
-    choices = first_value(row, CHOICE_FIELDS)
-    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
-        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
-    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
-        return []
-    labels, texts = labels_and_texts(choices)
-    if not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
-        return []
-    if all(str(text) in prompt for text in texts):
+    labels, texts = choices_of(row)
+    if not texts or all(str(text) in prompt for text in texts):
         return []
     lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=False)]
     return ["\n".join(lines)]
+
+
+def choices_of(row: dict) -> tuple[list, list]:
+    """The labels and the texts of a question's choices; two empty lists if there are none."""
+    choices = first_value(row, CHOICE_FIELDS)
+    if isinstance(choices, str):  # of a CSV cell
+        choices = parsed_text(choices)
+    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
+        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
+    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
+        return [], []
+    labels, texts = labels_and_texts(choices)
+    if not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
+        return [], []
+    return labels, texts
 
 
 def labels_and_texts(choices: dict | list) -> tuple[list, list]:
@@ -2223,8 +2321,9 @@ def labels_and_texts(choices: dict | list) -> tuple[list, list]:
     if isinstance(choices, dict):
         texts = choices.get("text")
         if not isinstance(texts, list):
-            is_lettered = all(len(str(label)) == 1 for label in choices)
-            return list(choices), list(choices.values()) if is_lettered else [None]
+            if any(len(str(label)) != 1 for label in choices):
+                return list(choices), []  # its keys are no letters: these are no choices
+            return list(choices), list(choices.values())
         labels = choices.get("label")
         fits = isinstance(labels, list) and len(labels) == len(texts)
         return (labels if fits else letters), texts
@@ -2262,6 +2361,57 @@ def read_history(row: dict) -> list[dict]:
     for item in history:
         turns += [item] if is_turns([item]) else exchange_turns(item)
     return turns
+
+
+def with_history(turns: list, row: dict) -> list:
+    """The turns after those of the row's history, which they may repeat; a system turn is first."""
+    history = read_history(row)
+    if not history or not turns:
+        return turns
+    start = turns[1:] if is_system_turn(turns[0]) else turns
+    if [message(turn) for turn in start[: len(history)]] == [message(turn) for turn in history]:
+        return turns
+    if not is_system_turn(turns[0]):
+        return [*history, *turns]
+    if is_system_turn(history[0]):
+        raise Failed("input", "two system turns: one in the history, one in the prompt")
+    return [turns[0], *history, *turns[1:]]
+
+
+def is_system_turn(turn: object) -> bool:
+    """Whether the turn is one of the system."""
+    name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+    return isinstance(name, str) and ROLES.get(name.strip().lower()) == "system"
+
+
+def all_turns(turns: list, row: dict) -> list:
+    """The turns after the row's history; Failed for a context or choices that they do not hold."""
+    turns = with_history(turns, row)
+    texts = {}
+    for name in CONTEXT_FIELDS:
+        if name != "input" and isinstance(row.get(name), str) and not is_missing(row[name]):
+            texts[name] = row[name].strip()
+    if not texts and not choice_lines(row, ""):
+        return turns
+    text = "\n".join(message(turn)["content"] for turn in turns)
+    for name, value in texts.items():
+        if value not in text:
+            raise Failed("input", f"text beside the turns: `{name}`; {BESIDE_TURNS}")
+    if choice_lines(row, text):
+        raise Failed("input", f"text beside the turns: choices; {BESIDE_TURNS}")
+    return turns
+
+
+BESIDE_TURNS = "put it into a turn, or --rename it if it is no part of the prompt"
+
+
+def refuse_open_answer(turns: list, row: dict) -> None:
+    """Raise Failed if a prompt ends with an answer's text and the row brings other answers."""
+    if not is_turns(turns):
+        return
+    last = message(turns[-1])
+    if last["role"] == "assistant" and last["content"] and answer_sets(unpacked_lists(row)):
+        raise Failed("input", "the prompt ends inside an answer")
 
 
 def exchange_turns(item: object) -> list[dict]:
@@ -2346,7 +2496,8 @@ def template_turns(text: str) -> list[dict]:
     turns = []
     for head, end in zip(heads, ends, strict=True):
         content = without_end_marks(text[head.end() : end])
-        turns.append({"role": first_of(head.groups()), "content": content})
+        role = head[head.lastindex]  # the one group of the pattern that took part
+        turns.append({"role": role, "content": content})
     return without_open_turn(turns)
 
 
@@ -2452,7 +2603,7 @@ def reference_text(row: dict, name: str) -> str:
         value = value[0]
     if isinstance(value, dict):  # TriviaQA
         value = value.get("value")
-    if is_missing(value):
+    if is_missing(value) or may_be_index(row, value):
         return ""
     if isinstance(value, str):
         return strip_blank_lines(value)
@@ -2463,11 +2614,22 @@ def reference_text(row: dict, name: str) -> str:
     return str(int(value)) if value == int(value) else str(value)
 
 
+def may_be_index(row: dict, value: object) -> bool:
+    """Whether digits beside choices could be the number of one, or one's label and one's text."""
+    digits = str(value).strip()
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,2}", digits):
+        return False
+    labels, texts = choices_of(row)
+    if digits in map(str, labels):
+        return digits in [str(text).strip() for text in texts]
+    return bool(texts) and int(digits) <= len(texts)
+
+
 def may_be_bad(row: dict) -> bool:
     """Whether a label or a score of the row calls its answer bad, or cannot be read."""
-    labels_are_good = not any(label_may_be_bad(row, name) for name in THUMB_FIELDS)
-    scores_are_good = not any(score_may_be_bad(row, name) for name in GRADE_FIELDS)
-    return not (labels_are_good and scores_are_good)
+    if any(label_may_be_bad(row, name) for name in THUMB_FIELDS):
+        return True
+    return any(score_may_be_bad(row, name) for name in GRADE_FIELDS)
 
 
 def label_may_be_bad(row: dict, name: str) -> bool:
@@ -2564,6 +2726,13 @@ def is_bug_of(adapter: Callable, error: Exception) -> bool:
     return own_lines or isinstance(error, NameError)
 
 
+def line_in_script(error: Exception) -> int:
+    """The number of the line of this file at which the error came up."""
+    frames = traceback.walk_tb(error.__traceback__)
+    own_file = line_in_script.__code__.co_filename
+    return [line for frame, line in frames if frame.f_code.co_filename == own_file][-1]
+
+
 def why_unknown(row: dict) -> str:
     """Why no function of INPUTS knows the row."""
     for name in ("instruction", *PROMPT_FIELDS):
@@ -2645,7 +2814,8 @@ def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
     unused = []
     for name in filled:
         is_rating = plain_name(rename.get(name, name)) in {*THUMB_FIELDS, *GRADE_FIELDS}
-        if name not in used and not is_rating and not ID_NAME.fullmatch(name):
+        is_id = ID_NAME.fullmatch(name) and not may_be_signal(name)
+        if name not in used and not is_rating and not is_id:
             unused.append(name)
     return unused
 
@@ -2855,12 +3025,13 @@ def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Fai
     quoting = csv.QUOTE_MINIMAL
     if delimiter == "\t" and has_bare_quotes(text, skipped):
         quoting = csv.QUOTE_NONE
-    lines = itertools.chain([header], text)
+    span: list[str] = []  # the lines of the row that is being read
+    lines = recorded(itertools.chain([header], text), span)
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     names = next(reader, [])
     if max(Counter(filter(None, names)).values(), default=1) > 1:
         raise csv.Error("a name stands twice in its header")
-    for line, cells in table_cells(reader, skipped):
+    for line, cells in table_cells(reader, skipped, span, len(names)):
         if isinstance(cells, list) and len(cells) > len(names):
             cells = Failed("input", "more cells than the header has")
         if isinstance(cells, list):
@@ -2868,9 +3039,22 @@ def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Fai
         yield line, cells
 
 
-def table_cells(reader: Any, skipped: int) -> Iterator[tuple[int, list[str] | Failed]]:
-    """Yield (line, cells or Failed) of filled rows. An open quote costs the lines it spans."""
+def recorded(lines: Iterable[str], span: list[str]) -> Iterator[str]:
+    """Yield the lines, and add each to the list."""
+    for line in lines:
+        span.append(line)
+        yield line
+
+
+def table_cells(
+    reader: Any, skipped: int, span: list[str], width: int
+) -> Iterator[tuple[int, list[str] | Failed]]:
+    """Yield (line, cells or Failed) of filled rows.
+
+    An open quote costs its line; of the others that it spans, those that are whole rows are read.
+    """
     while True:
+        span.clear()
         start = reader.line_num + 1
         try:
             cells = next(reader, None)
@@ -2878,11 +3062,23 @@ def table_cells(reader: Any, skipped: int) -> Iterator[tuple[int, list[str] | Fa
             end = reader.line_num + skipped
             lines = f"lines {start + skipped} to {end}"
             yield end, Failed("input", f"not a table row: {error}; check the quotes of {lines}")
+            for index, text in enumerate(span[1:], start + skipped + 1):
+                cells = cells_of_line(text, reader.dialect)
+                if len(cells) == width > 1:
+                    yield index, cells
             continue
         if cells is None:
             return
         if any(cell.strip() for cell in cells):
             yield reader.line_num + skipped, cells
+
+
+def cells_of_line(text: str, dialect: Any) -> list[str]:
+    """The cells of a line that is a row by itself; [] for any other."""
+    try:
+        return next(csv.reader([text], dialect, strict=True), [])
+    except csv.Error:
+        return []
 
 
 def has_bare_quotes(text: io.TextIOWrapper, skipped: int) -> bool:
@@ -2918,13 +3114,34 @@ def parquet_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
         raise UserError("a Parquet file, which needs pyarrow: pip install pyarrow") from None
     count = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
+        table = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise UserError("a column's name stands twice in it")
+        for batch in table.iter_batches(batch_size=1000):
+            columns = [column_values(column) for column in batch.columns]
+            for index in range(batch.num_rows):
                 count += 1
-                yield count, plain_value(row)
+                values = [column[index] for column in columns]
+                yield count, plain_value(dict(zip(names, values, strict=True)))
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot be read ({cause[0]})") from None
+
+
+def column_values(column: Any) -> list:
+    """The values of a column of Arrow; a time that Python cannot hold is a text or a number."""
+    import pyarrow
+
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+    for kind in (pyarrow.string(), pyarrow.int64()):
+        with contextlib.suppress(ValueError, NotImplementedError):  # ArrowInvalid is a ValueError
+            return column.cast(kind).to_pylist()
+    raise UserError(f"cannot be read (values of the type {column.type})")
 
 
 def plain_value(value: object) -> object:
@@ -3071,16 +3288,56 @@ def ready_side(value: Any) -> Any:
 def ready_texts(row: dict, names: tuple) -> dict:
     """Two sides that are turns -> texts, and the prompt if they repeat it (HH-RLHF, TRL)."""
     sides = {name: ready_side(row.get(name)) for name in names}
+    scores = side_scores(row, names)
     if not any(map(is_turns, sides.values())):
-        return sides if None not in sides.values() else {}
+        return sides | scores if None not in sides.values() else {}
     if not all(map(is_turns, sides.values())):
         return {}
     turns = [message(turn) for turn in itertools.chain.from_iterable(sides.values())]
     if turns[0]["role"] != "assistant":
-        return turns_of_two(sides, *names, names)
+        fields = turns_of_two(sides, *names, names)
+        fields["messages"] = with_system_of(row.get("prompt"), fields["messages"])
+        return fields | scores
     if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
         raise Failed("input", f"not one answer on each side: {len(turns)} turns")
-    return {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
+    texts = {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
+    return texts | scores
+
+
+def side_scores(row: dict, names: tuple) -> dict:
+    """Scores inside the objects of a ready pair, as fields: `chosen-score`, `rejected-score`."""
+    fields = {}
+    for side in names:
+        items = row[side] if isinstance(row.get(side), list) else [row.get(side)]
+        items = items[-1:] if is_turns(items) else items
+        for name in SIGNALS:
+            values = [item.get(name) if isinstance(item, dict) else None for item in items]
+            if values != [None] * len(values):
+                fields[f"{side}-{name}"] = values[0] if len(values) == 1 else values
+    return {name: value for name, value in fields.items() if name not in row}
+
+
+def with_system_of(prompt: object, turns: list[dict]) -> list[dict]:
+    """The turns of both answers after the prompt's system turn; Failed if they differ else."""
+    if isinstance(prompt, str) and not is_missing(prompt):
+        text = fold_spaces(prompt)
+        for turn in turns:
+            content = fold_spaces(turn["content"])
+            if text in content or (content and content in text):
+                return turns
+        raise Failed("input", "histories differ: `prompt` is not among the turns of the answers")
+    if not is_turns(prompt):
+        return turns
+    asked = [message(turn) for turn in prompt]
+    systems = [turn for turn in asked if turn["role"] == "system"]
+    asked = [turn for turn in asked if turn["role"] != "system" and turn["content"]]
+    rest = [turn for turn in turns if turn["role"] != "system"]
+    if rest[: len(asked)] != asked:
+        raise Failed("input", "histories differ: `prompt` is not how the answers' turns begin")
+    own_systems = [turn for turn in turns if turn["role"] == "system"]
+    if systems and own_systems and systems != own_systems:
+        raise Failed("input", "histories differ: two system turns")
+    return turns if own_systems else [*systems, *turns]
 
 
 def ready_pair(better: Any, worse: Any) -> dict:
@@ -3112,6 +3369,8 @@ def best_and_worst(row: dict) -> dict:
     if not isinstance(texts, list) or len(texts) != 2 or "instruction" not in row:
         return {}
     if not row.keys().isdisjoint((*LIST_FIELDS, *WINNERS, *LOOSE_WINNERS, *LEADS)):
+        return {}
+    if any(may_be_signal(name) for name in row if not is_missing(row[name])):
         return {}
     return ready_pair(*texts)
 
@@ -3401,6 +3660,12 @@ def chosen_as_winner(row: dict, numbers: ChoiceNumbers) -> dict:
         return row
     read_winner("chosen answer", chosen, sets, numbers)
     if not any(answers.winners for answers in sets):
+        is_text = any(fold_spaces(rejected) in answers.keys for answers in sets)
+        is_short = len(str(rejected)) <= 40 and not is_text
+        if is_short and any(answers.ends for answers in sets):
+            raise Failed(
+                "input", f"winner not understood: `chosen` is {chosen!r}, which names no answer"
+            )
         return row
     place = choice_number(chosen)
     if place is None or choice_number(rejected) in (None, place):  # two numbers need only differ
@@ -3486,7 +3751,17 @@ def ready_set(row: dict, names: tuple, beside: list) -> AnswerSet:
         return answers
     lists = [side if isinstance(side, list) else [side] for side in sides]
     texts = lists[0] + lists[1]
-    return AnswerSet(texts, [fold_spaces(text) for text in texts], names, chosen=len(lists[0]))
+    columns = []
+    for plain in SIGNALS:
+        values = []
+        for name, side in zip(names, lists, strict=True):
+            part = row.get(f"{name}-{plain}")
+            is_column = isinstance(part, list) and len(part) == len(side)
+            values += part if is_column else [part] * len(side)
+        if values != [None] * len(values):
+            columns.append((plain, values))
+    keys = [fold_spaces(text) for text in texts]
+    return AnswerSet(texts, keys, names, chosen=len(lists[0]), columns=columns)
 
 
 @functools.lru_cache(maxsize=256)
@@ -3566,10 +3841,17 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
         decided = row.get("decided_by") == "people"
         if not decided and (quantity(row.get("margin")) or 0) < 0:
             add_choice("margin", range(answers.chosen, count))
+        if fold_spaces(row.get("label")).lower() == "rejected":
+            add_choice("label", range(answers.chosen, count))
     for name, place in answers.winners.items():
         add_choice(name, (place,))
+    of_columns = column_signals(answers)
+    has_others = bool(signals or of_columns) or None not in map(row.get, READY[0])
     for name, (fields, tie, scale) in LEADS.items():
-        if row.get(name) is None or answers.texts != [row.get(field_name) for field_name in fields]:
+        is_own = answers.texts == [row.get(field_name) for field_name in fields]
+        # Beside other signals of two answers with other names it can only contradict them.
+        is_beside = name != "preference" and has_others and not answers.chosen and count == 2
+        if row.get(name) is None or not (is_own or is_beside):
             continue
         value = quantity(row[name])
         if value is None and name in answers.winners:  # "response_1"
@@ -3582,8 +3864,14 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
         if not abs(lead) <= scale:  # -100: neither
             raise Failed("input", f"no preference: `{name}` is {str(row[name])[:40]}")
         signals.append(make_signal(answers, name, "score", scale, [0.0, lead]))
+    return signals + of_columns
+
+
+def column_signals(answers: AnswerSet) -> list[Signal]:
+    """The signals that give each answer of a set a value: scores, ranks, flags."""
+    signals = []
     for name, values in answers.columns:
-        if name not in SIGNALS or len(values) != count:
+        if name not in SIGNALS or len(values) != len(answers.texts):
             continue
         kind, scale = SIGNALS[name]
         is_flag = kind == "flag" and any(flag(value) is not None for value in values)
@@ -3627,7 +3915,7 @@ def read_winner(name: str, value: Any, sets: list[AnswerSet], numbers: ChoiceNum
 
 def bare(text: str) -> str:
     """A name without brackets, quotes and a final stop: `[[a]]`, `b.` -> a, b."""
-    return text.strip(" .,。!\"'`*()[]【】“”")
+    return text.lstrip(" .,。\"'`*()[]【】“”").rstrip(" .,。!\"'`*()[]【】“”")
 
 
 def ending(text: str) -> str:
@@ -3654,7 +3942,12 @@ def own_places(text: str, answers: AnswerSet) -> set[int]:
 
 def text_places(text: str, answers: AnswerSet) -> set[int]:
     """Indices of the answers whose own text this is."""
-    return {index for index, key in enumerate(answers.keys) if key and key == text}
+    name = bare(text.lower())
+    places = set()
+    for index, key in enumerate(answers.keys):
+        if key and (key == text or (name and bare(key.lower()) == name)):
+            places.add(index)
+    return places
 
 
 def word_places(text: str, answers: AnswerSet) -> set[int]:
@@ -3829,6 +4122,23 @@ TELLING = re.compile(
 )
 
 
+def may_be_signal(name: object) -> bool:
+    """Whether a field's name looks like a signal: `preferred_index`, but not `annotator_id`."""
+    if not isinstance(name, str) or not TELLING.search(name):
+        return False
+    return not ID_NAME.fullmatch(name) or TELLING_ID.search(name) is not None
+
+
+TELLING_ID = re.compile("best|better|prefer|choice|chosen|winn|win_|select|pick", re.I)
+# In the names of fields that name the worse answer, or that count what is bad.
+INVERTED = re.compile(
+    "los(?:er|t|ing|s)|worse|worst|less|inferior|runner|second|reject|negativ|bad|poor|toxi|flag"
+    "|(?<![a-z])(?:not_|non_|dis)|un(?:prefer|safe|desir)|harm|error|mistake|penal|deduct|length"
+    "|_len|tokens|hallucinat|perplex|cost|latency|fail|wrong|incorrect|败|差|劣|错|坏|输|长度",
+    re.I,
+)
+
+
 def unread_signals(row: dict, sets: list[AnswerSet]) -> str:
     """The --rename that reads each field that looks like a signal and was not read; "" if none."""
     count = len(sets[0].texts)
@@ -3861,6 +4171,8 @@ def lone_hint(row: dict) -> str:
 
 def names_answer(name: str, value: Any, answers: AnswerSet) -> bool:
     """True if a field could name the better answer."""
+    if not TELLING.search(name) or INVERTED.search(name):
+        return False
     if isinstance(value, str) and choice_number(value) is None:
         with contextlib.suppress(Failed):
             text = fold_spaces(value)
@@ -3868,7 +4180,7 @@ def names_answer(name: str, value: Any, answers: AnswerSet) -> bool:
             return len(places | text_places(text, answers)) == 1
         return False
     place = choice_number(value)
-    return bool(TELLING.search(name)) and place is not None and 0 <= place <= len(answers.texts)
+    return place is not None and 0 <= place <= len(answers.texts)
 
 
 def suffix_hints(row: dict, answers: AnswerSet) -> tuple[set[str], list[str]]:
@@ -3887,8 +4199,11 @@ def suffix_hints(row: dict, answers: AnswerSet) -> tuple[set[str], list[str]]:
         ]:
             continue
         fields.update(names)
+        if INVERTED.search(stem):
+            continue
         ends = zip(names, answers.ends, strict=True)
-        hints.append(" ".join(f"--rename {old}=score{mark}{end}" for old, end in ends))
+        renames = " ".join(f"--rename {old}=score{mark}{end}" for old, end in ends)
+        hints.append(f"{renames} (higher is better)")
     return fields, hints
 
 
@@ -3900,33 +4215,41 @@ GROUP_SIZE = 1000  # rows of one prompt at most, so that memory stays bounded
 
 def group_rows(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
     """Yields (line, row): rows of one answer and one prompt that stand together become one row."""
-    group, start, prompt = [], 0, None
+    group: list[dict] = []
+    start, prompt = 0, None
+    references: set[str] = set()
     for line, row in rows:
         single = single_answer(row)
         if group and (not single or single[0] != prompt or len(group) == GROUP_SIZE):
-            yield start, grouped(prompt, group)
-            group = []
+            yield start, grouped(prompt, group, references)
+            group, references = [], set()
         if not single:
             yield line, row
             continue
         if not group:
             start, prompt = line, single[0]
         group.append(single[1])
+        references.add(single[2])
     if group:
-        yield start, grouped(prompt, group)
+        yield start, grouped(prompt, group, references)
 
 
-def grouped(prompt: list[dict], answers: list[dict]) -> dict | Failed:
-    """The row that holds all answers of one prompt; Failed if there is only one."""
+def grouped(prompt: list[dict], answers: list[dict], references: set[str]) -> dict | Failed:
+    """The row that holds all answers of one prompt, and the reference if all rows agree on it.
+
+    Failed if there is only one answer."""
     if len(answers) > 1:
-        return {"messages": prompt, "responses": answers}
+        row = {"messages": prompt, "responses": answers}
+        return row | {"reference": min(references)} if len(references) == 1 else row
     why = "one answer alone: rows of one prompt must stand together (sort the file by its prompt)"
     text = answers[0]["text"]
     return Failed("input", why, record=Record(prompt, answers=[Answer(text)]))
 
 
-def single_answer(row: object) -> tuple[list[dict], dict] | None:
-    """(the prompt's messages, the answer with its signals) of a row of one answer, or None."""
+def single_answer(row: object) -> tuple[list[dict], dict, str] | None:
+    """(the prompt's messages, the answer with its signals, the reference) of a row of one answer.
+
+    None for other rows."""
     if not isinstance(row, dict) or ONE_SIGNALS.isdisjoint(row):
         return None
     answer = {}
@@ -3944,7 +4267,8 @@ def single_answer(row: object) -> tuple[list[dict], dict] | None:
         records = [] if answer_sets(row) or not text else parse_row(row)
         if len(records) == 1:
             answer |= {"text": text, "model": row.get("model")}
-            return records[0].messages, answer
+            golds = [reference_text(row, name) for name in GOLD_FIELDS if row.get(name) != text]
+            return records[0].messages, answer, next(filter(None, golds), "")
     return None
 
 
@@ -4407,8 +4731,8 @@ def parse_scores(reply: str, ids: list[str]) -> list[float]:
     start, end = gradings[-1].span()
     check_meaning(text[:start])
     scores = read_entries(split_entries(gradings[-1][1]), ids)
-    levels = check_before(text[:start], gradings[:-1])
-    if text.count("}", end) + text.count("]", end) < levels:
+    open_brackets = count_open_brackets(text[:start], gradings[:-1])
+    if text.count("}", end) + text.count("]", end) < open_brackets:
         raise UnreadableReply("it ends inside the JSON")  # this may have been a draft
     check_drafts(text[:start], gradings[:-1], scores, ids)
     check_claims(text, text[end:], dict(zip(ids, scores, strict=True)))
@@ -4510,7 +4834,7 @@ def scores_in_lines(text: str, ids: list[str]) -> list[float]:
     if "{" in text or not entries:
         raise UnreadableReply("no scores in it")
     check_meaning(text[:first])
-    check_before(before, [])
+    count_open_brackets(before, [])  # raises for thoughts that do not end
     scores = read_entries(entries, ids)
     check_claims(text, after, dict(zip(ids, scores, strict=True)))
     check_after(after, ids)
@@ -4607,37 +4931,41 @@ def read_score(name: str, value: str) -> float:
     return score
 
 
-def check_before(text: str, drafts: list[re.Match]) -> int:
-    """How many brackets that lead to the scores must be closed after them, where `text` ends.
+def count_open_brackets(before: str, drafts: list[re.Match]) -> int:
+    """How many brackets around the scores have to be closed after them.
 
-    One that only holds a reason and "scores" need not be. Raises UnreadableReply if one of them
-    holds another grading, or if thoughts have not ended."""
-    marks = THOUGHT_MARK.findall(text)
+    before: the reply up to the scores; drafts: the earlier gradings in it. A lone bracket that
+    holds a reason and "scores" may stay open: that makes 0. Raises UnreadableReply if an open
+    bracket holds another grading, or if thoughts have not ended."""
+    marks = THOUGHT_MARK.findall(before)
     if marks and not marks[-1]:
         raise UnreadableReply("the scores stand in thoughts that do not end")
-    open_brackets = []  # where each bracket that is still open stands
-    for bracket in re.finditer(r"[{}\[\]]", text):
+    open_positions = []  # positions of the brackets that are not closed before the scores
+    for bracket in re.finditer(r"[{}\[\]]", before):
         if bracket[0] in "{[":
-            open_brackets.append(bracket.start())
-        elif open_brackets and text[open_brackets[-1]] + bracket[0] in ("{}", "[]"):
-            open_brackets.pop()
-    if open_brackets and any(draft.start() > open_brackets[0] for draft in drafts):
+            open_positions.append(bracket.start())
+        elif open_positions and before[open_positions[-1]] + bracket[0] in ("{}", "[]"):
+            open_positions.pop()
+    if open_positions and any(draft.start() > open_positions[0] for draft in drafts):
         raise UnreadableReply("two gradings in one object")
-    levels = 0
-    end = len(text)
-    whole = False  # the innermost key is "scores": what follows may be missing
-    for start in reversed(open_brackets):
-        between = text[start + 1 : end]
-        leads_on = rf"(?:.*,)?{KEY}\s*" if text[start] == "{" else r"(?:.*,)?\s*"
-        leads = re.fullmatch(leads_on, between, re.S | re.I)
-        if not leads:
+    count = 0
+    end = len(before)
+    may_stay_open = False
+    for start in reversed(open_positions):  # from the scores outwards
+        is_object = before[start] == "{"
+        content = before[start + 1 : end]
+        last_key = re.fullmatch(
+            rf"(?:.*,)?{KEY}\s*" if is_object else r"(?:.*,)?\s*", content, re.S | re.I
+        )
+        if not last_key:  # a bracket in a sentence: the scores are no value of it
             break
-        if GRADED.search(between):
+        if GRADED.search(content):
             raise UnreadableReply("two gradings in one object")
-        whole = whole or (levels == 0 and text[start] == "{" and leads[1].lower() == "scores")
-        levels += 1
+        if count == 0 and is_object and last_key[1].lower() == "scores":
+            may_stay_open = True
+        count += 1
         end = start
-    return 0 if levels == 1 and whole else levels
+    return 0 if count == 1 and may_stay_open else count
 
 
 def check_after(text: str, ids: list[str]) -> None:
@@ -5694,7 +6022,10 @@ def read_error(error: Exception) -> ApiError:
             detail = next((text for text in reversed(texts) if text), "")
             timeout = code == "timeout"
             return ApiError(0, code, meaning if timeout or not detail else f"{meaning}: {detail}")
-    return ApiError(200, "garbled", f"the reply cannot be read ({type(error).__name__})")
+    cause = type(error).__name__
+    if str(error):
+        cause += f": {shorten(str(error), 200)}"
+    return ApiError(200, "garbled", f"the reply cannot be read ({cause})")
 
 
 def read_status_error(error: Exception, status: int) -> ApiError:
@@ -5706,14 +6037,31 @@ def read_status_error(error: Exception, status: int) -> ApiError:
     return ApiError(status, code, explanation, headers.get("Retry-After"))
 
 
+def check_is_reply(provider: str, reply: object) -> None:
+    """Raise PartError unless a provider's `call` returned a Reply as it should be."""
+    part = f"the provider `{provider}`"
+    if not isinstance(reply, Reply) or not isinstance(reply.text, str):
+        raise PartError(f"{part} returned {reply!r:.80}, not a Reply with a text")
+    if reply.finish not in ("stop", "length", "content_filter"):
+        known = "stop, length or content_filter"
+        raise PartError(f"{part} returned a Reply with the finish {reply.finish!r}, not {known}")
+
+
 def is_own_bug(error: Exception) -> bool:
-    """True for a bug: a name that does not exist, or a TypeError or AttributeError in this file."""
+    """Whether an error of a call is a bug of the provider, and no failure of the server.
+
+    A name that does not exist always is; a TypeError or AttributeError is if a line of this file
+    raised it; a LookupError or ValueError if that line stands in a provider's class."""
     if isinstance(error, NameError):
         return True
-    if not isinstance(error, TypeError | AttributeError):
-        return False
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_code.co_filename == is_own_bug.__code__.co_filename
+    code = frames[-1].f_code
+    if code.co_filename != is_own_bug.__code__.co_filename:
+        return False
+    if isinstance(error, LookupError | ValueError):
+        class_name = code.co_qualname.partition(".")[0]
+        return class_name in {provider.__name__ for provider in PROVIDERS.values()}
+    return isinstance(error, TypeError | AttributeError)
 
 
 # --- requests that a server refuses, and how to change them
@@ -6026,7 +6374,7 @@ class Endpoint:
 
     def check_reply(self, messages: list[dict], reply: Reply) -> Reply:
         """The reply with tokens, estimated where the server counts none; says what looks wrong."""
-        if not self.model.is_paid:
+        if not self.model.is_online:
             return reply
         if reply.tokens_in and (reply.tokens_out or self.model.is_reward):
             self.check_context(messages, reply)
@@ -6280,7 +6628,7 @@ class Models:
 
     async def ask_once(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
         """One request through the cache; its key is what was asked for, before any fix."""
-        if not model.is_paid:
+        if not model.is_online:
             return self.count(model, hints, await self.fetch(model, messages, options, hints))
         if self.dry and self.cache.empty:  # no need to look
             return self.count(model, hints, self.guess(model, messages, hints))
@@ -6397,7 +6745,7 @@ class Models:
             provider = make(model.url, key_of(model), self.args.timeout)
         except Exception as error:  # its text may quote a proxy's password
             if is_own_bug(error):
-                raise
+                raise broken(f"the provider `{model.provider}`", error) from error
             hint = "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
             if isinstance(error, OSError) and stale_certificates():
                 hint = stale_certificates()
@@ -6492,10 +6840,13 @@ class Models:
                 async with asyncio.timeout(self.args.timeout):
                     reply = await endpoint.provider.call(model.name, messages, options, hints)
                 self.replies += 1
+                check_is_reply(model.provider, reply)
                 return endpoint.check_reply(messages, reply)
+            except PartError:
+                raise
             except Exception as failure:  # SDKs let anything through: TypeError, IndexError, ...
                 if is_own_bug(failure):
-                    raise
+                    raise broken(f"the provider `{model.provider}`", failure) from failure
                 error = read_error(failure)
                 self.write_off(model, error, hints["role"])
                 raise error from None
@@ -6590,7 +6941,7 @@ class Models:
         """Usage per model and role, ready for the report; money is None without a price."""
         rows = []
         for (model, role), usage in self.usage.items():
-            if not model.is_paid:
+            if not model.is_online:
                 continue
             row = {"model": model.name, "role": role}
             row |= {"calls": usage.calls, "cached": usage.cached}
@@ -6698,8 +7049,9 @@ def is_private(url: str) -> bool:
 
 def redacted(text: str) -> str:
     """A message without the keys of the environment."""
-    for name in {provider.key for provider in PROVIDERS.values()} - {""}:
-        key = os.environ.get(name, "").strip()
+    names = {provider.key for provider in PROVIDERS.values()} - {""}
+    keys = [os.environ.get(name, "").strip() for name in names]
+    for key in sorted(keys, key=len, reverse=True):  # one key may be the start of another
         if len(key) >= 8:
             text = text.replace(key, "[key]")
     return text
@@ -9283,6 +9635,10 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
         "the weak model's answer was better",
         "a weaker --low-model, or --when-low-wins flip",
     ),
+    "rejected answer won": (
+        "the judge preferred the rejected answer in every vote",
+        "swap chosen and rejected in the method, or pair the answers with pair_up",
+    ),
     "tie": (
         "both answers were rated equal",
         "a stronger --judge-model, a weaker --low-model, or --method generate_pairs",
@@ -9480,6 +9836,7 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
     "both bad": ("people called both answers bad", ""),
     "annotators disagree": ("people preferred different answers", "one more annotator"),
     "the method made no pair": ("the method returned an empty list", ""),
+    "the format wrote no row": ("the output format returned an empty list for every pair", ""),
 }
 
 
@@ -9838,8 +10195,10 @@ def stopped_lines(files: OutputFiles, models: Models) -> list[str]:
     text = f"{files.output}.part holds the pairs so far. "
     if models.cache.db:
         text += "Run the same command again to continue: replies are in the cache."
-    else:
+    elif any(row["calls"] for row in models.rows()):
         text += "There is no cache, so the same command pays for all calls again."
+    else:
+        text += "Run the same command again to start over."
     return wrapped(text)
 
 
@@ -9855,14 +10214,24 @@ async def gather_all(tasks: list) -> list:
     A Failed that a task returns is a result like any other: only what was raised is raised here."""
     tasks = [asyncio.ensure_future(task) for task in tasks]
     results = await asyncio.gather(*tasks, return_exceptions=True)
-    raised = [
-        e for task, e in zip(tasks, results, strict=True) if task.cancelled() or task.exception()
-    ]
+    raised = []
+    for task, result in zip(tasks, results, strict=True):
+        if task.cancelled() or task.exception():
+            raised.append(result)
     if raised:
-        raise max(
-            raised, key=lambda error: [isinstance(error, kind) for kind in (Stop, Pending, Failed)]
-        )
+        raise min(raised, key=urgency)
     return results
+
+
+def urgency(error: BaseException) -> int:
+    """Which of several errors is raised, the lowest first: Stop, a bug, Pending, Failed."""
+    if isinstance(error, Stop):
+        return 0
+    if isinstance(error, Pending):
+        return 2
+    if isinstance(error, Failed):
+        return 3
+    return 1
 
 
 def unique_names(models: list[Model | None]) -> dict[Model, str]:
@@ -10130,6 +10499,8 @@ class OutputFiles:
         self.written_once: set[int] = set()
         # Whether rows with and without scores were written.
         self.has_scores: set[bool] = set()
+        # Keys of the first row, scores aside.
+        self.columns: list[str] = []
         self.warned_of_turns = False
         for file in self.open.values():
             file.seek(0)
@@ -10137,12 +10508,14 @@ class OutputFiles:
 
     def add(self, outcome: Outcome) -> Outcome:
         """Count a record, write its rows or its drop -> the outcome as it was written."""
-        rows = []
+        made = []
         for pair in outcome.pairs:
-            rows += self.new_rows(pair)
+            made += self.checked_rows(pair)
+        rows = [row for row in made if not self.is_repeated(row)]
         if outcome.pairs and not rows:
             # kto and prompts write a completion or a prompt once
-            outcome = dropped_outcome(outcome.record, Failed("filter", "repeated row"))
+            reason = "repeated row" if made else "the format wrote no row"
+            outcome = dropped_outcome(outcome.record, Failed("filter", reason))
         record = outcome.record
         answers = [vars(answer) for answer in outcome.answers]
         if self.candidates and answers:
@@ -10151,6 +10524,7 @@ class OutputFiles:
         if not outcome.pairs:
             self.add_drop(outcome, answers)
         for row in rows:
+            self.has_scores.add("score_chosen" in row)
             self.write(self.file_of(record), row)
         self.pairs += len(outcome.pairs)
         self.read += 1
@@ -10171,8 +10545,8 @@ class OutputFiles:
         self.write(self.drops, row)
         self.dropped[outcome.stage, outcome.reason.split(":")[0]] += 1
 
-    def new_rows(self, pair: Pair) -> list[dict]:
-        """The rows of a pair, less those that its format writes only `once` and has written."""
+    def checked_rows(self, pair: Pair) -> list[dict]:
+        """The rows of a pair; raises PartError if the pair or its rows are not as they must be."""
         chosen = pair.chosen.score
         rejected = pair.rejected.score
         if not pair.human and None not in (chosen, rejected) and chosen <= rejected:
@@ -10181,22 +10555,34 @@ class OutputFiles:
                 f"{chosen:g} and whose rejected one scores {rejected:g}"
             )
         name = self.run.args.output_format
-        once = getattr(OUTPUTS[name], "once", ())
-        rows = []
-        for row in format_rows(name, pair, self.run):
-            if once:
-                key = hash(json.dumps([row[column] for column in once]))
-                if key in self.written_once:
-                    continue
-                self.written_once.add(key)
-            rows.append(row)
-            self.has_scores.add("score_chosen" in row)
+        rows = format_rows(name, pair, self.run)
+        for row in rows:
+            self.check_columns(name, row)
             flattened = isinstance(row.get("prompt"), str) and len(pair.record.messages) > 1
             if flattened and not self.warned_of_turns:
                 self.warned_of_turns = True
                 advice = "turns become one text; --output-format conversational keeps them"
                 note(f"line {pair.record.line}: {advice}")
         return rows
+
+    def check_columns(self, name: str, row: dict) -> None:
+        """Raise PartError if a row has other keys than the first row, scores aside."""
+        columns = [key for key in row if key not in ("score_chosen", "score_rejected")]
+        self.columns = self.columns or columns
+        if columns != self.columns:
+            first = f"the first row has {', '.join(self.columns)}"
+            text = f"the output format `{name}` wrote a row with {', '.join(columns) or 'no key'}"
+            raise PartError(f"{text}; {first}: every row needs the same keys in the same order")
+
+    def is_repeated(self, row: dict) -> bool:
+        """Whether a row's format writes such a row only `once`, and has written it."""
+        once = getattr(OUTPUTS[self.run.args.output_format], "once", ())
+        if not once:
+            return False
+        key = hash(json.dumps([row[column] for column in once]))
+        is_known = key in self.written_once
+        self.written_once.add(key)
+        return is_known
 
     def file_of(self, record: Record) -> str:
         """The output, or the test split for its share of prompts."""
@@ -10246,6 +10632,9 @@ def format_rows(name: str, pair: Pair, run: Run) -> list[dict]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise PartError(f"{part} returned {rows!r:.80}, not a list of rows (dicts)")
     for row in rows:
+        for column in getattr(OUTPUTS[name], "once", ()):
+            if column not in row:
+                raise PartError(f"{part} is registered with once={column!r}, which a row lacks")
         try:
             text = json.dumps(row, ensure_ascii=False, allow_nan=False)
             text.encode("utf-8")
@@ -10849,7 +11238,7 @@ def add_quality_flags(add: Callable) -> None:
         help="lowest score of a chosen answer, in points (default: no limit)")
     add("--when-low-wins", choices=["drop", "flip"], default="drop", metavar="drop|flip",
         help="what happens if the weak model's answer wins: drop the record, or flip the pair if "
-             f"it leads by {FLIP_GAP:g} points in every vote (default drop)")
+             f"it leads by {on_judge_scale(FLIP_GAP):g} points in every vote (default drop)")
     add("--length-penalty", type=number_between(0.0, 100.0), default=0.0, metavar="X",
         help="points taken off the score gap for each factor 1.5 by which the chosen answer is "
              "longer (default 0)")
@@ -11049,7 +11438,7 @@ def check(args: argparse.Namespace) -> Run:
     check_method(run)
     check_judges(run)
     for model in run.asked():
-        if model.is_paid:
+        if model.is_online:
             check_model(model, args)
     return run
 
@@ -11109,8 +11498,9 @@ def check_model(model: Model, args: argparse.Namespace) -> None:
         packages.append("openai")
     for package in filter(None, packages):
         if not args.dry_run and not importlib.util.find_spec(package):
+            source = "-r requirements.txt" if package in ("openai", "dashscope") else package
             raise UserError(
-                f"the package {package} is missing: pip install -r requirements.txt "
+                f"the package {package} is missing: pip install {source} "
                 "(or try --provider offline)"
             )
     if re.search(r"[^!-~]", key):

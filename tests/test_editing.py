@@ -11,7 +11,13 @@ import pytest
 from tests.conftest import SCRIPT, Result, write_jsonl
 
 SOURCE = SCRIPT.read_text("utf-8")
-SECTIONS = {"inputs": "§2", "methods": "§4", "filters": "§5", "outputs": "§6"}
+SECTIONS = {
+    "inputs": "§2",
+    "methods": "§4",
+    "filters": "§5",
+    "outputs": "§6",
+    "providers": "§7",
+}
 BAR = "# " + "-" * 98 + "\n"
 ASKED = [
     {"prompt": f"What is {n} plus {n}?", "output": f"It is {2 * n}. That is a fact. Count it."}
@@ -25,6 +31,8 @@ def inserted(section: str, code: str) -> str:
     number = SECTIONS[section]
     start = SOURCE.index(f"{BAR}# {number} ")
     end = SOURCE.index(f"{BAR}# §", start + len(BAR))
+    if section == "providers":
+        end = SOURCE.index("# ====", start)
     return SOURCE[:end] + code + "\n\n" + SOURCE[end:]
 
 
@@ -223,6 +231,11 @@ BROKEN_FORMATS = [
     pytest.param('return [{"gap": None}]', "wrote null in `gap`", id="null"),
     pytest.param('return [{"a": {"b": [None]}}]', "wrote null in `a`", id="null inside"),
     pytest.param('return [{"x": pair.chosen}]', "a row that is not JSON: ", id="an object"),
+    pytest.param(
+        'return [{"a": "x"}, {"b": "y", "a": "x"}]',
+        "wrote a row with b, a; the first row has a: every row needs the same keys",
+        id="other keys",
+    ),
     pytest.param('return [{"x": float("nan")}]', "a row that is not JSON: ", id="NaN"),
     pytest.param('return [{"x": "\\ud83d"}]', "a row that is not JSON: ", id="half an emoji"),
 ]
@@ -235,6 +248,28 @@ def test_a_mistake_in_a_format_names_the_format_and_the_line(edited, body, says)
     assert result.status == 3 and not result.output.exists()
     assert "stopped: in.jsonl:1: the output format `tsv_like` " in last and says in last
     assert result.err.count("Traceback") == ("raised" in says)
+
+
+def test_a_format_without_rows_says_so(edited):
+    result = edited("outputs", output_format("return []"), *TSV_LIKE)
+    assert result.reasons == ["filter: the format wrote no row"] * 4
+
+
+def test_scores_may_be_in_some_rows_alone(edited):
+    """They are taken out of the file at the end."""
+    body = """row = {"a": pair.chosen.text}
+    if "3" in pair.record.prompt:
+        row["score_chosen"] = 1.0
+    return [row]"""
+    result = edited("outputs", output_format(body), *TSV_LIKE)
+    assert [list(row) for row in result.pairs] == [["a"]] * 4
+
+
+def test_a_format_that_is_written_once_needs_that_column(edited):
+    code = output_format(f"return [{ROW}]").replace("(OUTPUTS", '(OUTPUTS, once=("prompt",)')
+    result = edited("outputs", code, *TSV_LIKE)
+    assert result.status == 3
+    assert "once='prompt', which a row lacks" in result.err.splitlines()[-1]
 
 
 def test_the_word_null_in_a_text_is_a_text(edited):
@@ -279,6 +314,8 @@ BROKEN_INPUTS = [
         "not a list of records",
         id="no list",
     ),
+    pytest.param('return [Record("text")]', "made a Record of 'text', not of [{", id="a text"),
+    pytest.param('return [Record([{"content": "Q"}])]', "made a Record of [{'con", id="no role"),
 ]
 
 
@@ -305,7 +342,79 @@ def test_junk_in_a_row_is_no_bug_of_the_adapter(edited):
     )
     records = [{"quiz": [{"role": "user", "content": "Hi?"}], "output": "Ho."}, {"quiz": 7}]
     result = edited("inputs", adapter(body), records=records)
-    assert result.status != 3 and result.dropped[-1]["reason"].startswith("malformed record: ")
+    reason = result.dropped[-1]["reason"]
+    assert result.status != 3 and reason.startswith("malformed record: ")
+
+
+def test_an_error_in_a_helper_of_an_adapter_names_its_line(edited, tmp_path):
+    code = adapter("return [prompt_record(first_word(row), row)]")
+    code += '\ndef first_word(row):\n    return row["quizz"]\n'
+    result = edited("inputs", code, records=[*QUIZ, *ASKED])
+    lines = (tmp_path / "edited_script.py").read_text("utf-8").splitlines()
+    line = 1 + lines.index('    return row["quizz"]')
+    where = f"(KeyError in line {line} of this script, under from_quiz)"
+    assert result.dropped[0]["reason"] == f"malformed record: 'quizz' {where}"
+
+
+# --- a provider
+
+PROVIDER = '''
+@register(PROVIDERS)
+class ask_mine(Provider):
+    """a provider of my own"""
+
+    async def call(self, name, messages, options, hints):
+        BODY
+'''
+MINE_IS_LOW = ("--low-model", "mine:m", "--judge-model", "none")
+
+
+def provider(body: str) -> str:
+    return PROVIDER.replace("BODY", body.replace("\n", "\n        "))
+
+
+def test_a_provider_of_ones_own_is_asked(edited):
+    result = edited("providers", provider('return Reply("No idea.")'), *MINE_IS_LOW)
+    assert [row["rejected"] for row in result.pairs] == ["No idea."] * 4
+
+
+BROKEN_PROVIDERS = [
+    pytest.param("return Replyy(name)", "raised NameError: name 'Replyy'", id="name"),
+    pytest.param('return Reply(messages["content"])', "raised TypeError: ", id="type"),
+    pytest.param('return Reply(options["sample"])', "raised KeyError: 'sample'", id="key"),
+    pytest.param("return Reply(str(int(name)))", "raised ValueError: ", id="value"),
+    pytest.param("return Reply(messages.content)", "raised AttributeError: ", id="attribute"),
+    pytest.param('return messages[-1]["content"]', "not a Reply with a text", id="a text"),
+    pytest.param('return Reply("a", "done")', "with the finish 'done', not stop", id="finish"),
+]
+
+
+@pytest.mark.parametrize("body, says", BROKEN_PROVIDERS)
+def test_a_mistake_in_a_provider_names_the_provider_and_the_line(edited, body, says):
+    result = edited("providers", provider(body), *MINE_IS_LOW)
+    last = result.err.splitlines()[-1]
+    assert result.status == 3 and not result.output.exists()
+    assert "stopped: in.jsonl:1: the provider `mine` " in last and says in last
+    assert result.err.count("Traceback") == ("raised" in says)
+
+
+def test_a_mistake_in_a_providers_constructor_names_the_provider(edited):
+    code = provider('return Reply("No.")') + "\n    def __init__(self, url, key):\n        pass\n"
+    result = edited("providers", code, *MINE_IS_LOW)
+    assert "the provider `mine` raised TypeError: " in result.err.splitlines()[-1]
+
+
+def test_a_stop_before_any_call_does_not_speak_of_paying_again(edited):
+    code = provider("return Replyy(name)")
+    result = edited("providers", code, *MINE_IS_LOW, "--cache-path", "none")
+    assert "pays for all calls again" not in result.out + result.err
+
+
+def test_a_package_that_is_missing_is_named(edited):
+    code = provider('return Reply("No.")') + '\n    package = "no_such_sdk"\n'
+    result = edited("providers", code, *MINE_IS_LOW)
+    assert result.status == 2
+    assert "the package no_such_sdk is missing: pip install no_such_sdk" in result.err
 
 
 # --- the whole file
@@ -322,6 +431,33 @@ def test_a_name_that_is_taken_and_a_missing_docstring_are_named(edited):
         edited("methods", method("").replace("mine", "model_comparison") + "    pass")
     with pytest.raises(ValueError, match="mine: no docstring"):
         edited("methods", "@register(METHODS)\ndef mine(record, run):\n    return []\n")
+
+
+WRONG_SETTINGS = [
+    pytest.param("METHODS, ask=()", r"no setting 'ask' here \(known: gap, asks", id="unknown"),
+    pytest.param("INPUTS, once=()", r"no setting 'once' here \(known: none\)", id="none known"),
+    pytest.param('METHODS, asks="high"', r"e.g. asks=\('high',\), not 'high'", id="asks"),
+    pytest.param('OUTPUTS, once="prompt"', r"e.g. once=\('prompt',\)", id="once"),
+    pytest.param('METHODS, asks=("judge",)', "'judge' is not high, low or candidates", id="role"),
+]
+
+
+@pytest.mark.parametrize("arguments, says", WRONG_SETTINGS)
+def test_a_setting_that_cannot_work_is_refused(edited, arguments, says):
+    code = f'@register({arguments})\ndef mine(record, run):\n    """mine"""\n'
+    with pytest.raises(ValueError, match=says):
+        edited("methods", code)
+
+
+def test_a_name_that_the_file_uses_already_is_refused(edited):
+    with pytest.raises(ValueError, match="similar_text: the name is taken in this file"):
+        edited("methods", "similar_text = 1\n" + method("pass").replace("mine", "similar_text"))
+
+
+def test_a_scale_upside_down_is_refused(edited, monkeypatch):
+    monkeypatch.setitem(globals(), "SOURCE", SOURCE.replace("(1, 10)\nif", "(10, 1)\nif"))
+    with pytest.raises(ValueError, match="the lowest score, must be below the second"):
+        edited("methods", "")
 
 
 def test_a_python_without_docstrings_is_refused_in_a_sentence():

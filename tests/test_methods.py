@@ -1,12 +1,14 @@
 """which answer is chosen and which is rejected, in every case that can come up."""
 
+import asyncio
 import itertools
 
 import pytest
 
 import rlhf_constructor as rc
-from tests.tiny import LOCAL, ask, judged_by, run_of, shown, verdict, wait, why
+from tests.tiny import LOCAL, ROOT, ask, judged_by, pair, run_of, shown, verdict, wait, why
 
+DEMO = str(ROOT / "data" / "alpaca_demo.jsonl")
 STRONG_AND_WEAK = ["--high-model", f"openai:strong{LOCAL}", "--low-model", f"openai:weak{LOCAL}"]
 
 
@@ -424,7 +426,81 @@ def test_a_method_may_be_a_plain_function_and_direction_stays_law(monkeypatch):
         ]
 
     monkeypatch.setitem(rc.METHODS, "upside_down", upside_down)
-    assert process_record(ask(), run_of("--method", "upside_down")) == "judge: orders disagree"
+    assert process_record(ask(), run_of("--method", "upside_down")) == "judge: rejected answer won"
+
+
+def hand_made(monkeypatch, chosen_votes, rejected_votes):
+    """What becomes of a pair of two answers with these votes, which a method makes by hand."""
+
+    def by_hand(record, run):
+        """A pair made by hand."""
+        chosen = rc.Answer("It is 42.", votes=chosen_votes)
+        return [rc.Pair(record, chosen, rc.Answer("No.", votes=rejected_votes))]
+
+    monkeypatch.setitem(rc.METHODS, "by_hand", by_hand)
+    return process_record(ask(), run_of("--method", "by_hand"))
+
+
+def test_a_pair_is_lost_by_every_vote_or_by_some(monkeypatch):
+    assert hand_made(monkeypatch, (2, 2), (9, 9)) == "judge: rejected answer won"
+    assert hand_made(monkeypatch, (2, 9), (9, 2)) == "judge: orders disagree"
+    assert hand_made(monkeypatch, (2, 2), (2, 2)) == "judge: orders disagree"
+
+
+def test_a_pair_whose_answers_were_judged_apart_stops_the_run(monkeypatch):
+    with pytest.raises(
+        rc.PartError, match="2 votes for chosen and 1 for rejected: judge both answers"
+    ):
+        hand_made(monkeypatch, (9, 9), (2,))
+
+
+def test_pair_up_needs_judged_answers_and_says_so():
+    async def judge():
+        return []
+
+    unfinished = judge()
+    with pytest.raises(TypeError, match="write `await` before run.judge"):
+        rc.pair_up(ask(), unfinished, run_of())
+    unfinished.close()
+    answers = [rc.Answer("a", votes=(9.0, 9.0)), rc.Answer("b", votes=(2.0,))]
+    with pytest.raises(ValueError, match="judge all answers together"):
+        rc.pair_up(ask(), answers, run_of())
+
+
+def test_a_stage_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="the stage 'judging' is none of input, model, judge"):
+        rc.Failed("judging", "too bad")
+
+
+@pytest.mark.parametrize("scale", [(1, 5), (0, 100)])
+def test_another_scale_gives_as_many_pairs(monkeypatch, rlhf, scale):
+    """Gaps stand in points of 1-10 and are fitted to the scale."""
+    flags = ("--provider", "offline", "--method", "generate_pairs", "--report-path", "none")
+    usual = len(rlhf(DEMO, *flags).pairs)
+    monkeypatch.setattr(rc, "JUDGE_SCALE", scale)
+    assert abs(len(rlhf(DEMO, *flags).pairs) - usual) <= 1
+
+
+@pytest.mark.parametrize("scale, gap", [((1, 10), 3.0), ((1, 4), 1.0), ((0, 90), 30.0)])
+def test_gaps_in_the_code_are_fitted_to_the_scale(monkeypatch, scale, gap):
+    monkeypatch.setattr(rc, "JUDGE_SCALE", scale)
+    assert rc.on_judge_scale(rc.FLIP_GAP) == gap
+    assert run_of("--method", "generate_pairs").needed_gap(pair("a", "b")) == gap * 2 / 3
+
+
+def test_the_most_urgent_of_several_errors_is_raised():
+    """A Stop, then a bug, then a reply that is not there yet, then a record's own failure."""
+    errors = [rc.Failed("model", "x"), rc.Pending(), rc.PartError("x"), rc.Stop("x")]
+
+    async def fail(error):
+        raise error
+
+    async def gather(errors):
+        return await rc.gather_all([fail(error) for error in errors])
+
+    for count in range(4, 0, -1):
+        with pytest.raises(type(errors[count - 1])):
+            asyncio.run(gather(errors[:count]))
 
 
 def test_a_name_is_taken_once_and_needs_a_docstring():

@@ -287,10 +287,11 @@ def registry(monkeypatch):
 
 
 def example():
-    """Run the example of Provider's docstring, which registers `echo`."""
+    """Run the examples of Provider's docstring, which register `echo` and `deepseek`."""
     globs = vars(rc).copy()
     test = doctest.DocTestParser().get_doctest(rc.Provider.__doc__, globs, "Provider", None, 0)
     assert doctest.DocTestRunner().run(test, clear_globs=False).failed == 0
+    return test.globs
 
 
 def test_the_example_in_the_docstring_is_a_provider_like_the_others(registry, rlhf):
@@ -308,25 +309,64 @@ def test_a_provider_without_default_models_asks_for_names(registry, rlhf):
     assert result.status == 2 and "name --high-model and --low-model" in result.err
 
 
-def test_a_bug_in_a_providers_own_code_is_raised_and_not_taken_for_a_network_failure(registry):
-    """`flatten` of None raises TypeError in the script's file, as a typo in a provider would."""
+def ask_a_provider(registry, call):
+    """The reply of a provider `mine` with this `call`; --max-retries 0."""
 
-    class Buggy(rc.Provider):
-        """a provider with a bug"""
+    class Mine(rc.Provider):
+        """a provider of one's own"""
 
         async def call(self, name, messages, options, hints):
-            return rc.flatten(None)
+            return call()
 
-    registry["buggy"] = Buggy
-    args = rc.build_parser().parse_args(["--input-file", "x"])
+    registry["mine"] = Mine
+    args = rc.build_parser().parse_args(["--input-file", "x", "--max-retries", "0"])
     args.prices = {}
 
     async def ask():
         models = rc.Models(args, rc.Cache(None))
-        return await models.ask(rc.Model("buggy", "m"), [{"role": "user", "content": "Q"}], {})
+        return await models.ask(rc.Model("mine", "m"), [{"role": "user", "content": "Q"}], {})
 
-    with pytest.raises(TypeError):
-        wait(ask())
+    return wait(ask())
+
+
+BAD_CALLS = [
+    pytest.param(lambda: rc.flatten(None), "raised TypeError", id="type"),
+    pytest.param(lambda: no_such_name, "raised NameError", id="name"),  # noqa: F821
+    pytest.param(lambda: "a text", "returned 'a text', not a Reply", id="a text"),
+    pytest.param(lambda: None, "returned None, not a Reply with a text", id="None"),
+    pytest.param(lambda: rc.Reply(None), "not a Reply with a text", id="no text"),
+    pytest.param(lambda: rc.Reply("a", "end"), "the finish 'end', not stop, length", id="finish"),
+]
+
+
+@pytest.mark.parametrize("call, says", BAD_CALLS)
+def test_a_bug_in_a_providers_own_code_is_the_providers_and_no_network_failure(
+    registry, call, says
+):
+    with pytest.raises(rc.PartError, match="the provider `mine` ") as raised:
+        ask_a_provider(registry, call)
+    assert says in str(raised.value)
+
+
+def test_the_text_of_an_error_that_is_no_bug_is_in_the_reason(registry):
+    def call():
+        raise RuntimeError("the tunnel fell in")
+
+    failed = ask_a_provider(registry, call)
+    assert "cannot be read (RuntimeError: the tunnel fell in)" in failed.reason
+
+
+def test_a_provider_of_openais_protocol_needs_an_address_and_a_key_alone(registry, monkeypatch):
+    """The second example of the docstring."""
+    deepseek = example()["ask_deepseek"]
+
+    async def address(url):
+        provider = deepseek(url, "sk-x", 10)
+        await provider.close()
+        return str(provider.client.base_url)
+
+    assert wait(address("")) == "https://api.deepseek.com"
+    assert wait(address("http://localhost:9/v1")) == "http://localhost:9/v1/"
 
 
 def test_an_sdks_own_exceptions_are_failures_of_the_call():

@@ -165,7 +165,7 @@ def test_every_link_inside_the_page_and_every_picture_leads_somewhere():
     heads = {slug(head) for head in re.findall(r"^#+ (.*)$", prose, re.M)}
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= heads
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
-    assert len(pictures) == 2 and all((ROOT / path).stat().st_size < 200_000 for path in pictures)
+    assert len(pictures) == 3 and all((ROOT / path).stat().st_size < 200_000 for path in pictures)
 
 
 def test_every_output_format_method_and_strategy_is_named():
