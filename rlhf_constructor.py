@@ -2957,7 +2957,8 @@ def table_cells(
         except csv.Error as error:
             end = reader.line_num + skipped
             lines = f"lines {start + skipped} to {end}"
-            yield end, Failed("input", f"not a table row: {error}; check the quotes of {lines}")
+            reason = f"not a table row: {error}; check the quotes of {lines}"
+            yield start + skipped, Failed("input", reason)
             for index, text in enumerate(span[1:], start + skipped + 1):
                 cells = cells_of_line(text, reader.dialect)
                 if len(cells) == width > 1:
@@ -3010,11 +3011,11 @@ def parquet_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
         raise UserError("a Parquet file, which needs pyarrow: pip install pyarrow") from None
     count = 0
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
+        parquet = pyarrow.parquet.ParquetFile(file)
+        names = parquet.schema_arrow.names
         if len(set(names)) < len(names):
             raise UserError("a column's name stands twice in it")
-        for batch in table.iter_batches(batch_size=1000):
+        for batch in parquet.iter_batches(batch_size=1000):
             columns = [column_values(column) for column in batch.columns]
             for index in range(batch.num_rows):
                 count += 1
