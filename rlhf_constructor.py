@@ -9480,6 +9480,15 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
     "ranks out of range": ("a rank is zero, negative or too large", ""),
     "order is not a list of all indices from 0": ("`order` does not name each answer once", ""),
     "histories differ": ("chosen and rejected answer different conversations", ""),
+    "the prompt ends inside an answer": (
+        "the prompt holds the start of an answer beside whole answers",
+        "leave the start of the answer out of the prompt",
+    ),
+    "text beside the turns": (
+        "a context or choices stand beside turns that lack them",
+        "put them into a turn; --rename what is no part of the prompt",
+    ),
+    "two system turns": ("the history and the prompt each begin with a system turn", ""),
     "not one answer on each side": ("chosen or rejected holds several answers", ""),
     # people (--annotations) and a method of one's own
     "people see no difference": ("people called the two answers equally good", ""),
