@@ -3061,7 +3061,8 @@ def table_cells(
         except csv.Error as error:
             end = reader.line_num + skipped
             lines = f"lines {start + skipped} to {end}"
-            yield end, Failed("input", f"not a table row: {error}; check the quotes of {lines}")
+            reason = f"not a table row: {error}; check the quotes of {lines}"
+            yield start + skipped, Failed("input", reason)
             for index, text in enumerate(span[1:], start + skipped + 1):
                 cells = cells_of_line(text, reader.dialect)
                 if len(cells) == width > 1:
@@ -3114,11 +3115,11 @@ def parquet_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
         raise UserError("a Parquet file, which needs pyarrow: pip install pyarrow") from None
     count = 0
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
+        parquet = pyarrow.parquet.ParquetFile(file)
+        names = parquet.schema_arrow.names
         if len(set(names)) < len(names):
             raise UserError("a column's name stands twice in it")
-        for batch in table.iter_batches(batch_size=1000):
+        for batch in parquet.iter_batches(batch_size=1000):
             columns = [column_values(column) for column in batch.columns]
             for index in range(batch.num_rows):
                 count += 1
@@ -9830,6 +9831,15 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
     "ranks out of range": ("a rank is zero, negative or too large", ""),
     "order is not a list of all indices from 0": ("`order` does not name each answer once", ""),
     "histories differ": ("chosen and rejected answer different conversations", ""),
+    "the prompt ends inside an answer": (
+        "the prompt holds the start of an answer beside whole answers",
+        "leave the start of the answer out of the prompt",
+    ),
+    "text beside the turns": (
+        "a context or choices stand beside turns that lack them",
+        "put them into a turn; --rename what is no part of the prompt",
+    ),
+    "two system turns": ("the history and the prompt each begin with a system turn", ""),
     "not one answer on each side": ("chosen or rejected holds several answers", ""),
     # people (--annotations) and a method of one's own
     "people see no difference": ("people called the two answers equally good", ""),
