@@ -249,7 +249,7 @@ def test_confirmed_stays_flipped_swaps_and_scores_stay_with_their_answers(tmp_pa
     assert people.decide(three) is None
 
 
-@pytest.mark.parametrize("choice, reason", [("tie", "tie"), ("bad", "both bad")])
+@pytest.mark.parametrize("choice, reason", [("tie", "people see no difference"), ("bad", "both bad")])
 def test_a_tie_and_both_bad_are_dropped_by_a_human(tmp_path, choice, reason):
     with pytest.raises(rc.Failed) as error:
         annotations(tmp_path, choice_on(pair_of(1), choice)).decide(pair_of(1))
@@ -264,7 +264,7 @@ def test_a_tie_and_both_bad_are_dropped_by_a_human(tmp_path, choice, reason):
         (("chosen", "rejected"), "annotators disagree"),
         (("chosen", "tie"), "annotators disagree"),
         (("chosen", "chosen", "tie", "bad"), "annotators disagree"),
-        (("tie", "tie", "chosen"), "tie"),
+        (("tie", "tie", "chosen"), "people see no difference"),
     ],
 )
 def test_more_than_half_of_the_annotators_decide(tmp_path, choices, outcome):
@@ -536,7 +536,8 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
             outcome[i] = decided and decided.chosen.text.split()[0]
         except rc.Failed as error:
             outcome[i] = error.reason
-    expected = {i: plan.get(i, "good") for i in range(20)} | {13: "both bad", 20: None}
+    reasons = {5: "people see no difference", 13: "both bad"}
+    expected = {i: plan.get(i, "good") for i in range(20)} | reasons | {20: None}
     assert outcome == expected and people.unused() == people.problems == []
     assert (
         "20 of 21 pairs: 15 confirmed, 3 flipped, 1 tie, 1 both bad" in people.numbers()["lines"][0]
