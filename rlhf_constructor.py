@@ -372,7 +372,7 @@ def register(table: dict, **settings: object) -> Callable:
 
 
 def check_settings(entries: dict, settings: dict[str, object]) -> None:
-    """Raise ValueError for a setting that the table `entries` does not know, or a value of a wrong kind."""
+    """Raise ValueError for a setting that the table does not know, or one of a wrong kind."""
     known = SETTINGS.get(id(entries), ())
     for key, value in settings.items():
         if key not in known:
