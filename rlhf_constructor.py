@@ -314,8 +314,8 @@ class Pending(Exception):
 class Stop(Exception):
     """Every further call would fail, or may not be made: the run ends and keeps its progress."""
 
-    def __init__(self, message: str, status: int = 3) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, status: int = 3) -> None:
+        super().__init__(reason)
         # Exit status of the program.
         self.status = status
 
@@ -331,8 +331,8 @@ class PartError(Exception):
 
 def broken(part: str, error: BaseException) -> PartError:
     """The PartError that says what a part ("the filter `loop`") raised; add `from error`."""
-    message = str(error)
-    detail = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    description = str(error)
+    detail = f"{type(error).__name__}: {description}" if description else type(error).__name__
     return PartError(f"{part} raised {detail}")
 
 
@@ -351,21 +351,21 @@ SETTINGS = {
 }
 
 
-def register(table: dict, **settings: object) -> Callable:
-    """Return a decorator that enters a function or class in `table` under its own name.
+def register(entries: dict, **settings: object) -> Callable:
+    """Return a decorator that enters a function or class in `entries` under its own name.
 
     `settings` become its attributes. Its docstring is required: --help shows the first line."""
-    check_settings(table, settings)
+    check_settings(entries, settings)
 
     def enter(entry: Callable) -> Callable:
-        name = entry.__name__.removeprefix(PREFIXES.get(id(table), ""))
-        if name in table or entry.__name__ in globals():
+        name = entry.__name__.removeprefix(PREFIXES.get(id(entries), ""))
+        if name in entries or entry.__name__ in globals():
             raise ValueError(f"{entry.__name__}: the name is taken in this file; choose another")
         if not entry.__doc__:
             raise ValueError(f"{entry.__name__}: no docstring; --help shows its first line")
         for key, value in settings.items():
             setattr(entry, key, value)
-        table[name] = entry
+        entries[name] = entry
         return entry
 
     return enter
@@ -387,10 +387,10 @@ def check_settings(entries: dict, settings: dict[str, object]) -> None:
         raise ValueError('a filter says what it looks at: on="answer" or on="pair"')
 
 
-def refuse(wrong: object, message: str) -> None:
+def refuse(wrong: object, reason: str) -> None:
     """Raise UserError if `wrong`."""
     if wrong:
-        raise UserError(message)
+        raise UserError(reason)
 
 
 def digest(*values: object) -> str:
@@ -418,7 +418,7 @@ def split_words(text: str) -> list[str]:
 
 def number(value: object) -> float | None:
     """A float from a number or numeric text; None for all else (true, "N/A", NaN, beyond 1e15)."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # Python's 1_0
         return None
     try:
         result = float(value)
@@ -484,15 +484,8 @@ PROMPT_FIELDS = ("prompt", "question", "query", "problem", "text", "input")
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 CONTEXT_FIELDS = ("input", "context", "passage", "article")
 CHOICE_FIELDS = ("choices", "options")
-REFERENCE_FIELDS = (
-    "output",
-    "completion",
-    "answer",
-    "response",
-    "reference",
-    "solution",
-    "answerkey",
-)
+GOLD_FIELDS = ("reference", "solution", "answerkey", "answer")
+REFERENCE_FIELDS = (*GOLD_FIELDS, "output", "completion", "response")  # the last may be a model's
 NOT_TEXT_FIELDS = {  # a field that is filled -> what the row holds beside text
     "images": "images",
     "image": "images",
@@ -513,7 +506,7 @@ def from_conversation(row: dict) -> list[Record] | None:
     """`messages` (OpenAI), `conversations` (ShareGPT): all turns; a last answer is the reference"""
     for name in TURN_FIELDS:
         if is_filled_list(row.get(name)):
-            return [conversation(row[name], row)]
+            return [conversation(all_turns(row[name], row), row)]
     nested = row.get("input")
     if isinstance(nested, dict) and is_filled_list(nested.get("messages")):
         return [conversation(nested["messages"], row)]
@@ -530,7 +523,7 @@ def from_turns(row: dict) -> list[Record] | None:
     if not is_filled_list(turns):
         return None
     if is_turns(turns):
-        return [conversation(turns, row)]
+        return [conversation(all_turns(turns, row), row)]
     first = turns[0].get("content") if isinstance(turns[0], dict) else turns[0]
     if not isinstance(first, str):
         raise Failed("input", f"not a text: `turns` holds a {type(first).__name__}")
@@ -561,17 +554,19 @@ def from_prompt(row: dict) -> list[Record] | None:
     if isinstance(prompt, str):
         return [prompt_record(prompt, row)]
     if isinstance(prompt, list):
-        return [conversation([*read_history(row), *prompt], row)]
+        refuse_open_answer(prompt, row)
+        return [conversation(all_turns(prompt, row), row)]
     return None
 
 
 def prompt_record(prompt: str, row: dict) -> Record:
     """The record of a prompt that is a text: its history, then prompt and context as one turn."""
     turns = template_turns(prompt) or human_turns(prompt)
+    refuse_open_answer(turns, row)
     if not turns:
         parts = [prompt, *context_texts(row, prompt), *choice_lines(row, prompt)]
         turns = [{"role": "user", "content": "\n\n".join(map(strip_blank_lines, parts))}]
-    return conversation([*read_history(row), *turns], row)
+    return conversation(with_history(turns, row), row)
 
 
 def conversation(turns: list, row: dict) -> Record:
@@ -630,7 +625,9 @@ def message(turn: object) -> dict:
 # --- rows
 
 
-def parse_row(row: object, with_answers: bool = False, numbers=None) -> list[Record]:
+def parse_row(
+    row: object, with_answers: bool = False, numbers: ChoiceNumbers | None = None
+) -> list[Record]:
     """The records of a row (usually one), if asked with its answers; raises Failed.
 
     numbers: the ChoiceNumbers of the row's file; None for a row alone."""
@@ -691,7 +688,12 @@ def are_messages(value: object) -> bool:
     return True
 
 
-def read_records(path: str, rename: dict | None = None, with_answers: bool = False, numbers=None):
+def read_records(
+    path: str,
+    rename: dict | None = None,
+    with_answers: bool = False,
+    numbers: ChoiceNumbers | None = None,
+) -> Iterator[tuple[int, Record | Failed]]:
     """Yield (line, Record or Failed) for each record of a file, in order, one at a time.
 
     With answers, rows that hold one answer each to the same prompt become one record."""
@@ -770,7 +772,7 @@ REFERENCE_NOTE = (
 RESERVED = re.compile(r"<(?=/?(?:answer|prompt|reference)\b|\|)|\[(?=/?INST\])", re.I)
 
 
-def fill(template: str, **values) -> str:
+def fill(template: str, **values: object) -> str:
     """Replace each $name once, in one pass: data that holds $name or {name} is never expanded."""
     return string.Template(template).substitute(values)
 
@@ -875,7 +877,7 @@ async def judge_answers(record: Record, answers: list[Answer], run: Run) -> list
         orders.append(order[::-1])
     calls = []
     for judge in run.judges:
-        calls += [judge_in_order(record, answers, judge, shown, run) for shown in orders]
+        calls += [judge_in_order(record, answers, judge, sequence, run) for sequence in orders]
     graded = await gather_all(calls)
     judged = []
     for i, answer in enumerate(answers):
@@ -932,10 +934,10 @@ async def check_labels(record: Record, pairs: list[Pair], run: Run) -> list[Pair
             record.facts["no checkable answer"] = 1
             reasons[id(pair)] = "no checkable answer: the label cannot be checked"
             continue
-        check = check_label(pair, better, worse)
-        record.label_checks.append(check)
-        if check.result != "agrees":
-            reasons[id(pair)] = LABEL_DROPS[check.result]
+        label_check = check_label(pair, better, worse)
+        record.label_checks.append(label_check)
+        if label_check.result != "agrees":
+            reasons[id(pair)] = LABEL_DROPS[label_check.result]
     if any(answer.score is None for answer in answers):
         record.signal = "choice"  # from here on the points are the judges', the label a choice
         for answer, graded in zip(answers, judged, strict=True):
@@ -1241,8 +1243,8 @@ class Run:
         high = args.high_model or high
         low = args.low_model or low
         if not (high and low) and not self.reads_answers:
-            message = "has no default models: name --high-model and --low-model"
-            raise UserError(f"--provider {args.provider} {message}")
+            problem = "has no default models: name --high-model and --low-model"
+            raise UserError(f"--provider {args.provider} {problem}")
         return (
             parse_model(high, args) if high else None,
             parse_model(low, args) if low else None,
@@ -1341,8 +1343,8 @@ class Run:
             except Exception as error:
                 raise broken(f"the filter `{name}`", error) from error
             if not isinstance(reason, str | None):
-                message = f"returned {reason!r:.80}, not a reason (text) or None"
-                raise PartError(f"the filter `{name}` {message}")
+                problem = f"returned {reason!r:.80}, not a reason (text) or None"
+                raise PartError(f"the filter `{name}` {problem}")
             if reason:
                 return reason
         return ""
@@ -1573,7 +1575,7 @@ def control_tokens(record: Record, answer: Answer) -> str | None:
     """
     if not any(start in answer.text for start in CONTROL_STARTS):
         return None
-    prompt = "\n".join(message["content"] for message in record.messages).lower()
+    prompt = "\n".join(turn["content"] for turn in record.messages).lower()
     prose = SPOKEN_OF.sub("", CODE.sub("", answer.text))
     for mark in CONTROL.finditer(prose):
         opening = mark[mark.lastindex]  # the one group that took part: what names the mark
@@ -1896,12 +1898,17 @@ class ApiError(Exception):
     """A call without a usable reply."""
 
     def __init__(
-        self, status: int, code, message, retry_after: str | None = None, billed: tuple = (0, 0)
+        self,
+        status: int,
+        code: object,
+        explanation: object,
+        retry_after: str | None = None,
+        billed: tuple = (0, 0),
     ) -> None:
-        super().__init__(message)
+        super().__init__(explanation)
         self.status = status  # HTTP status; 0: no reply came; 200: the reply cannot be used
         self.code = one_line(code)  # the provider's code, or for status 0 and 200 one of ours
-        self.message = one_line(message)  # the server's own words where there are any
+        self.message = one_line(explanation)  # the server's own words where there are any
         self.billed = billed  # tokens in and out
         seconds = number(retry_after)  # an HTTP date gives None: then the pacing alone decides
         self.retry_after = min(60.0, max(0.0, seconds or 0.0))
@@ -1979,7 +1986,7 @@ class Provider:
         """Names of the models that the server serves, [] if it does not say."""
         return []
 
-    def batch_client(self) -> None:
+    def batch_client(self) -> Any:
         """A client with OpenAI's `files` and `batches`; None: there is no batch engine."""
         return None
 
@@ -2028,7 +2035,7 @@ class ask_openai(Provider):
         page = await self.client.models.list()
         return [model.id for model in page.data]
 
-    def batch_client(self):
+    def batch_client(self) -> Any:
         return self.client
 
     async def close(self) -> None:
@@ -2079,40 +2086,40 @@ class ask_dashscope(Provider):
         if options.pop("stream", False):
             options |= {"stream": True, "incremental_output": True}
         reply = await api.call(model=name, messages=messages, **options, **self.common)
-        message = "output.choices.message"
+        message_path = "output.choices.message"
         tokens = ("usage.input_tokens", "usage.output_tokens")
         if "stream" in options:
-            joined = JoinedReply(message, *tokens)
+            joined = JoinedReply(message_path, *tokens)
             async for chunk in reply:
                 self.check_status(chunk)
                 joined.add(chunk)
             return joined.reply()
         self.check_status(reply)
         return make_reply(
-            look_up(reply, f"{message}.content"),
+            look_up(reply, f"{message_path}.content"),
             look_up(reply, "output.choices.finish_reason"),
             look_up(reply, tokens[0]),
             look_up(reply, tokens[1]),
-            thoughts=look_up(reply, f"{message}.reasoning_content"),
+            thoughts=look_up(reply, f"{message_path}.reasoning_content"),
         )
 
     @staticmethod
-    def check_status(reply) -> None:
+    def check_status(reply: Any) -> None:
         """Raise the ApiError of a reply that is none."""
         if reply.status_code == 200:
             return
-        inner_code, message = read_error_body(reply.message)
+        inner_code, explanation = read_error_body(reply.message)
         code = inner_code or reply.code
-        if "Model not exist" in message:
+        if "Model not exist" in explanation:
             code = "ModelNotFound"
         retry_after = (reply.headers or {}).get("Retry-After")
-        raise ApiError(reply.status_code, code, message, retry_after)
+        raise ApiError(reply.status_code, code, explanation, retry_after)
 
     async def list_models(self) -> list[str]:
         """DashScope has no such list: the default models stand for it."""
         return list(DEFAULT_MODELS["dashscope"])
 
-    def batch_client(self):
+    def batch_client(self) -> Any:
         """Its batch engine speaks OpenAI's protocol, at an address of its own."""
         url = self.url.replace("/api/v1", "/compatible-mode/v1") or self.sdk.base_compatible_api_url
         self.batch = self.batch or ask_openai(url, self.api_key, self.timeout)
@@ -2139,9 +2146,9 @@ class ask_reward(ask_openai):
         try:
             reply = await self.client.post("/classify", cast_to=object, body=body)
         except Exception as error:
-            _, message = read_error_body(getattr(error, "body", None))
-            if getattr(error, "status_code", 0) in (404, 405) and "model" not in message:
-                raise ApiError(404, "no /classify", message) from None
+            _, explanation = read_error_body(getattr(error, "body", None))
+            if getattr(error, "status_code", 0) in (404, 405) and "model" not in explanation:
+                raise ApiError(404, "no /classify", explanation) from None
             raise
         results = reply if isinstance(reply, list) else look_up(reply, "data")
         scores = look_up(results, "probs") or look_up(results, "embedding")
@@ -2163,9 +2170,9 @@ class ask_offline(Provider):
         """A damaged reference, or as a judge (`heuristic`) scores for the fenced answers."""
         prompt = messages[-1]["content"]
         if name == "heuristic":
-            fence = r'<answer id="(\w+)" nonce="(\w+)">\n(.*?)\n</answer nonce="\2">'
+            fenced_answer = r'<answer id="(\w+)" nonce="(\w+)">\n(.*?)\n</answer nonce="\2">'
             scores = {}
-            for answer_id, _, text in re.findall(fence, prompt, re.S):
+            for answer_id, _, text in re.findall(fenced_answer, prompt, re.S):
                 scores[answer_id] = round(reference_f1(text, hints["reference"]), 1)
             grades = {"reason": "closeness to the reference answer", "scores": scores}
             return Reply(json.dumps(grades))
@@ -2286,18 +2293,26 @@ def context_texts(row: dict, prompt: str) -> list[str]:
 
 def choice_lines(row: dict, prompt: str) -> list[str]:
     """A question's choices as one text of lines "A. text"; [] if none or if the prompt has them."""
-    choices = first_value(row, CHOICE_FIELDS)
-    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
-        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
-    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
-        return []
-    labels, texts = labels_and_texts(choices)
-    if not texts or not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
-        return []
-    if all(str(text) in prompt for text in texts):
+    labels, texts = choices_of(row)
+    if not texts or all(str(text) in prompt for text in texts):
         return []
     lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=False)]
     return ["\n".join(lines)]
+
+
+def choices_of(row: dict) -> tuple[list, list]:
+    """The labels and the texts of a question's choices; two empty lists if there are none."""
+    choices = first_value(row, CHOICE_FIELDS)
+    if isinstance(choices, str):  # of a CSV cell
+        choices = parsed_text(choices)
+    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
+        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
+    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
+        return [], []
+    labels, texts = labels_and_texts(choices)
+    if not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
+        return [], []
+    return labels, texts
 
 
 def labels_and_texts(choices: dict | list) -> tuple[list, list]:
@@ -2348,6 +2363,57 @@ def read_history(row: dict) -> list[dict]:
     return turns
 
 
+def with_history(turns: list, row: dict) -> list:
+    """The turns after those of the row's history, which they may repeat; a system turn is first."""
+    history = read_history(row)
+    if not history or not turns:
+        return turns
+    start = turns[1:] if is_system_turn(turns[0]) else turns
+    if [message(turn) for turn in start[: len(history)]] == [message(turn) for turn in history]:
+        return turns
+    if not is_system_turn(turns[0]):
+        return [*history, *turns]
+    if is_system_turn(history[0]):
+        raise Failed("input", "two system turns: one in the history, one in the prompt")
+    return [turns[0], *history, *turns[1:]]
+
+
+def is_system_turn(turn: object) -> bool:
+    """Whether the turn is one of the system."""
+    name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+    return isinstance(name, str) and ROLES.get(name.strip().lower()) == "system"
+
+
+def all_turns(turns: list, row: dict) -> list:
+    """The turns after the row's history; Failed for a context or choices that they do not hold."""
+    turns = with_history(turns, row)
+    texts = {}
+    for name in CONTEXT_FIELDS:
+        if name != "input" and isinstance(row.get(name), str) and not is_missing(row[name]):
+            texts[name] = row[name].strip()
+    if not texts and not choice_lines(row, ""):
+        return turns
+    text = "\n".join(message(turn)["content"] for turn in turns)
+    for name, value in texts.items():
+        if value not in text:
+            raise Failed("input", f"text beside the turns: `{name}`; {BESIDE_TURNS}")
+    if choice_lines(row, text):
+        raise Failed("input", f"text beside the turns: choices; {BESIDE_TURNS}")
+    return turns
+
+
+BESIDE_TURNS = "put it into a turn, or --rename it if it is no part of the prompt"
+
+
+def refuse_open_answer(turns: list, row: dict) -> None:
+    """Raise Failed if a prompt ends with an answer's text and the row brings other answers."""
+    if not is_turns(turns):
+        return
+    last = message(turns[-1])
+    if last["role"] == "assistant" and last["content"] and answer_sets(unpacked_lists(row)):
+        raise Failed("input", "the prompt ends inside an answer")
+
+
 def exchange_turns(item: object) -> list[dict]:
     """Two turns of a history: `["question", "answer"]` or `{"question": ..., "answer": ...}`."""
     texts = item
@@ -2364,7 +2430,7 @@ def exchange_turns(item: object) -> list[dict]:
     return turns if question else turns[1:]  # a greeting that nobody asked for
 
 
-def chat(exchanges) -> list[dict]:
+def chat(exchanges: Iterable[tuple]) -> list[dict]:
     """[(question, answer), ...] -> turns."""
     turns = []
     for question, answer in exchanges:
@@ -2537,15 +2603,26 @@ def reference_text(row: dict, name: str) -> str:
         value = value[0]
     if isinstance(value, dict):  # TriviaQA
         value = value.get("value")
-    if is_missing(value):
+    if is_missing(value) or may_be_index(row, value):
         return ""
     if isinstance(value, str):
         return strip_blank_lines(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    has_choices = any(row.get(field) for field in CHOICE_FIELDS)  # then it is an index, from 0 or 1
+    has_choices = any(row.get(key) for key in CHOICE_FIELDS)  # then it is an index, from 0 or 1
     if name != "answer" or not is_number or has_choices or number(value) is None:
         return ""
     return str(int(value)) if value == int(value) else str(value)
+
+
+def may_be_index(row: dict, value: object) -> bool:
+    """Whether digits beside choices could be the number of one, or one's label and one's text."""
+    digits = str(value).strip()
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,2}", digits):
+        return False
+    labels, texts = choices_of(row)
+    if digits in map(str, labels):
+        return digits in [str(text).strip() for text in texts]
+    return bool(texts) and int(digits) <= len(texts)
 
 
 def may_be_bad(row: dict) -> bool:
@@ -2678,7 +2755,7 @@ def known_data_set(row: dict) -> dict:
         raise Failed("input", f"malformed record: {error}") from None
 
 
-def add_row_answers(record: Record, row: dict, numbers=None) -> None:
+def add_row_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None) -> None:
     """Give the record the row's own answers; a Failed that this raises knows the record."""
     try:
         add_answers(record, row, numbers)
@@ -2701,7 +2778,7 @@ def renamed_row(row: object, rename: dict) -> object:
     return renamed
 
 
-def renamed_rows(path: str, rename: dict):
+def renamed_rows(path: str, rename: dict) -> Iterator[tuple[int, Any]]:
     """Yield (line, row or Failed) for each row of a file, with --rename applied."""
     for line, row in read_rows(path):
         try:
@@ -2736,8 +2813,9 @@ def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
                 used.add(name)
     unused = []
     for name in filled:
-        is_label = plain_name(rename.get(name, name)) in {*THUMB_FIELDS, *GRADE_FIELDS}
-        if name not in used and not is_label and not ID_NAME.fullmatch(name):
+        is_rating = plain_name(rename.get(name, name)) in {*THUMB_FIELDS, *GRADE_FIELDS}
+        is_id = ID_NAME.fullmatch(name) and not may_be_signal(name)
+        if name not in used and not is_rating and not is_id:
             unused.append(name)
     return unused
 
@@ -2762,7 +2840,7 @@ PARQUET_MARK = b"PAR1"
 HEAD_SIZE = 512  # bytes of a file's start that tell its kind
 
 
-def open_zstd(file):
+def open_zstd(file: BinaryIO) -> BinaryIO:
     """A reader of a zstd file, where this Python has one (3.14 on)."""
     try:
         import compression.zstd as zstd
@@ -2799,7 +2877,7 @@ UNREADABLE = (  # first bytes of a file that is not read -> what it is, and what
 )
 
 
-def read_rows(path: str):
+def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     """Yield (line, row or Failed) of a table, JSON lines, a JSON value or a Parquet file."""
     name = re.sub(r"\.(gz|bz2|xz|zst)\Z", "", path.lower())
     delimiter = TABLE_DELIMITERS.get(os.path.splitext(name)[1])
@@ -2822,7 +2900,7 @@ def read_rows(path: str):
         raise UserError(f"{path}: cannot be read ({cause})") from None
 
 
-def unpacked(file):
+def unpacked(file: BinaryIO) -> BinaryIO:
     """The file, or a reader of what is compressed in it."""
     head = file.peek(HEAD_SIZE)
     for mark, opener in COMPRESSED:
@@ -2843,7 +2921,7 @@ def refuse_unreadable(head: bytes) -> None:
 # --- JSON
 
 
-def json_rows(file):
+def json_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yield (line, row or Failed) of JSON lines, or (item, row) of one JSON value."""
     lines = filled_lines(file)
     first = next(lines, None)
@@ -2859,7 +2937,7 @@ def json_rows(file):
         yield number_of_line, parse_json(line)
 
 
-def filled_lines(file):
+def filled_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Yield (line number, bytes) of the lines that are not blank."""
     for number_of_line, line in enumerate(file, 1):
         line = line.strip(BLANK)
@@ -2874,7 +2952,7 @@ def starts_one_value(line: bytes) -> bool:
     return line == b"{"
 
 
-def whole_rows(whole: object, line: int):
+def whole_rows(whole: object, line: int) -> Iterator[tuple[int, Any]]:
     """Yield (item or line, row) of the one value of a file: an array of rows, or what wraps it."""
     rows = wrapped_rows(whole) if isinstance(whole, dict) else whole
     if isinstance(rows, list) and not is_turns(rows):
@@ -2931,7 +3009,7 @@ def scrub(text: object) -> object:
 # --- tables
 
 
-def table_rows(file, delimiter: str):
+def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Failed]]:
     """Yield (line of the row's end, row or Failed) of a CSV or TSV file with a header."""
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
@@ -2947,12 +3025,13 @@ def table_rows(file, delimiter: str):
     quoting = csv.QUOTE_MINIMAL
     if delimiter == "\t" and has_bare_quotes(text, skipped):
         quoting = csv.QUOTE_NONE
-    lines = itertools.chain([header], text)
+    span: list[str] = []  # the lines of the row that is being read
+    lines = recorded(itertools.chain([header], text), span)
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     names = next(reader, [])
     if max(Counter(filter(None, names)).values(), default=1) > 1:
         raise csv.Error("a name stands twice in its header")
-    for line, cells in table_cells(reader, skipped):
+    for line, cells in table_cells(reader, skipped, span, len(names)):
         if isinstance(cells, list) and len(cells) > len(names):
             cells = Failed("input", "more cells than the header has")
         if isinstance(cells, list):
@@ -2960,9 +3039,22 @@ def table_rows(file, delimiter: str):
         yield line, cells
 
 
-def table_cells(reader, skipped: int):
-    """Yield (line, cells or Failed) of filled rows. An open quote costs the lines it spans."""
+def recorded(lines: Iterable[str], span: list[str]) -> Iterator[str]:
+    """Yield the lines, and add each to the list."""
+    for line in lines:
+        span.append(line)
+        yield line
+
+
+def table_cells(
+    reader: Any, skipped: int, span: list[str], width: int
+) -> Iterator[tuple[int, list[str] | Failed]]:
+    """Yield (line, cells or Failed) of filled rows.
+
+    An open quote costs its line; of the others that it spans, those that are whole rows are read.
+    """
     while True:
+        span.clear()
         start = reader.line_num + 1
         try:
             cells = next(reader, None)
@@ -2970,11 +3062,23 @@ def table_cells(reader, skipped: int):
             end = reader.line_num + skipped
             lines = f"lines {start + skipped} to {end}"
             yield end, Failed("input", f"not a table row: {error}; check the quotes of {lines}")
+            for index, text in enumerate(span[1:], start + skipped + 1):
+                cells = cells_of_line(text, reader.dialect)
+                if len(cells) == width > 1:
+                    yield index, cells
             continue
         if cells is None:
             return
         if any(cell.strip() for cell in cells):
             yield reader.line_num + skipped, cells
+
+
+def cells_of_line(text: str, dialect: Any) -> list[str]:
+    """The cells of a line that is a row by itself; [] for any other."""
+    try:
+        return next(csv.reader([text], dialect, strict=True), [])
+    except csv.Error:
+        return []
 
 
 def has_bare_quotes(text: io.TextIOWrapper, skipped: int) -> bool:
@@ -3001,7 +3105,7 @@ def has_bare_quotes(text: io.TextIOWrapper, skipped: int) -> bool:
 # --- Parquet
 
 
-def parquet_rows(file):
+def parquet_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yields (row number, row) of a Parquet file, one row group after the other; needs pyarrow."""
     try:
         import pyarrow
@@ -3010,13 +3114,34 @@ def parquet_rows(file):
         raise UserError("a Parquet file, which needs pyarrow: pip install pyarrow") from None
     count = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
+        table = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise UserError("a column's name stands twice in it")
+        for batch in table.iter_batches(batch_size=1000):
+            columns = [column_values(column) for column in batch.columns]
+            for index in range(batch.num_rows):
                 count += 1
-                yield count, plain_value(row)
+                values = [column[index] for column in columns]
+                yield count, plain_value(dict(zip(names, values, strict=True)))
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot be read ({cause[0]})") from None
+
+
+def column_values(column: Any) -> list:
+    """The values of a column of Arrow; a time that Python cannot hold is a text or a number."""
+    import pyarrow
+
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+    for kind in (pyarrow.string(), pyarrow.int64()):
+        with contextlib.suppress(ValueError, NotImplementedError):  # ArrowInvalid is a ValueError
+            return column.cast(kind).to_pylist()
+    raise UserError(f"cannot be read (values of the type {column.type})")
 
 
 def plain_value(value: object) -> object:
@@ -3123,7 +3248,9 @@ PLACES |= dict.fromkeys(("右", "右边", "右侧", "第二", "第二个", "后�
 RELATION = re.compile(r"([^<>=]+?)\s*(>{1,2}|<{1,2}|={1,2})\s*([^<>=]+)")  # A>B, B >> A, A=B
 
 
-def turns_of_two(row: dict, first: str, second: str, names=("response_a", "response_b")) -> dict:
+def turns_of_two(
+    row: dict, first: str, second: str, names: tuple = ("response_a", "response_b")
+) -> dict:
     """Two conversations -> `messages`, their common history, and the two answers by `names`."""
     a, b = conversation(row[first], {}), conversation(row[second], {})
     if a.messages != b.messages:
@@ -3142,12 +3269,12 @@ def arena_55k(row: dict) -> dict:
     return turns_of_two(turns, "response_a", "response_b") | {"winner flags": " and ".join(winners)}
 
 
-def is_true(value) -> bool:
+def is_true(value: object) -> bool:
     """True for true, 1 and their texts."""
     return str(value).strip().lower() in ("true", "1", "1.0")
 
 
-def ready_side(value):
+def ready_side(value: Any) -> Any:
     """One side of a ready pair -> its turns, its text, or its list of texts."""
     if isinstance(value, str):
         return human_turns(value) or value
@@ -3161,19 +3288,59 @@ def ready_side(value):
 def ready_texts(row: dict, names: tuple) -> dict:
     """Two sides that are turns -> texts, and the prompt if they repeat it (HH-RLHF, TRL)."""
     sides = {name: ready_side(row.get(name)) for name in names}
+    scores = side_scores(row, names)
     if not any(map(is_turns, sides.values())):
-        return sides if None not in sides.values() else {}
+        return sides | scores if None not in sides.values() else {}
     if not all(map(is_turns, sides.values())):
         return {}
     turns = [message(turn) for turn in itertools.chain.from_iterable(sides.values())]
     if turns[0]["role"] != "assistant":
-        return turns_of_two(sides, *names, names)
+        fields = turns_of_two(sides, *names, names)
+        fields["messages"] = with_system_of(row.get("prompt"), fields["messages"])
+        return fields | scores
     if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
         raise Failed("input", f"not one answer on each side: {len(turns)} turns")
-    return {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
+    texts = {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
+    return texts | scores
 
 
-def ready_pair(better, worse) -> dict:
+def side_scores(row: dict, names: tuple) -> dict:
+    """Scores inside the objects of a ready pair, as fields: `chosen-score`, `rejected-score`."""
+    fields = {}
+    for side in names:
+        items = row[side] if isinstance(row.get(side), list) else [row.get(side)]
+        items = items[-1:] if is_turns(items) else items
+        for name in SIGNALS:
+            values = [item.get(name) if isinstance(item, dict) else None for item in items]
+            if values != [None] * len(values):
+                fields[f"{side}-{name}"] = values[0] if len(values) == 1 else values
+    return {name: value for name, value in fields.items() if name not in row}
+
+
+def with_system_of(prompt: object, turns: list[dict]) -> list[dict]:
+    """The turns of both answers after the prompt's system turn; Failed if they differ else."""
+    if isinstance(prompt, str) and not is_missing(prompt):
+        text = fold_spaces(prompt)
+        for turn in turns:
+            content = fold_spaces(turn["content"])
+            if text in content or (content and content in text):
+                return turns
+        raise Failed("input", "histories differ: `prompt` is not among the turns of the answers")
+    if not is_turns(prompt):
+        return turns
+    asked = [message(turn) for turn in prompt]
+    systems = [turn for turn in asked if turn["role"] == "system"]
+    asked = [turn for turn in asked if turn["role"] != "system" and turn["content"]]
+    rest = [turn for turn in turns if turn["role"] != "system"]
+    if rest[: len(asked)] != asked:
+        raise Failed("input", "histories differ: `prompt` is not how the answers' turns begin")
+    own_systems = [turn for turn in turns if turn["role"] == "system"]
+    if systems and own_systems and systems != own_systems:
+        raise Failed("input", "histories differ: two system turns")
+    return turns if own_systems else [*systems, *turns]
+
+
+def ready_pair(better: Any, worse: Any) -> dict:
     """The fields of a ready pair whose own names are others."""
     return {"better answer": better, "worse answer": worse}
 
@@ -3202,6 +3369,8 @@ def best_and_worst(row: dict) -> dict:
     if not isinstance(texts, list) or len(texts) != 2 or "instruction" not in row:
         return {}
     if not row.keys().isdisjoint((*LIST_FIELDS, *WINNERS, *LOOSE_WINNERS, *LEADS)):
+        return {}
+    if any(may_be_signal(name) for name in row if not is_missing(row[name])):
         return {}
     return ready_pair(*texts)
 
@@ -3311,7 +3480,7 @@ class ChoiceNumbers:
 
     The file is read when the first such number is met; most files need no pass of their own."""
 
-    def __init__(self, rows) -> None:
+    def __init__(self, rows: Iterable) -> None:
         self.rows = rows  # the rows of the file, read once
         self.is_read = False
         self.starts = defaultdict(lambda: {0, 1})  # (field, first end) -> what it may count from
@@ -3382,7 +3551,7 @@ class ChoiceNumbers:
         )
 
 
-def fold_spaces(text) -> str:
+def fold_spaces(text: object) -> str:
     """A text with its white space folded; "" for anything else."""
     return " ".join(text.split()) if isinstance(text, str) else ""
 
@@ -3403,14 +3572,14 @@ def unpacked_lists(row: dict) -> dict:
     return row | cells if cells else row
 
 
-def quantity(value) -> float | None:
+def quantity(value: object) -> float | None:
     """A number, also with a decimal comma; None for the rest ("1,234" could be a thousand)."""
     if isinstance(value, str) and re.fullmatch(r"\s*-?(?:0,\d+|\d+,(?:\d\d?|\d{4,}))\s*", value):
         value = value.replace(",", ".")
     return number(value)
 
 
-def flag(value) -> float | None:
+def flag(value: object) -> float | None:
     """1.0 for true and the labels of good answers, 0.0 for those of bad ones, None for the rest."""
     text = str(value).strip().lower()
     if text in GOOD_LABELS:
@@ -3418,7 +3587,7 @@ def flag(value) -> float | None:
     return 0.0 if text in BAD_LABELS else None
 
 
-def item_text(item):
+def item_text(item: Any) -> Any:
     """The text of an answer that may be an object; "" if it has none."""
     if not isinstance(item, dict):
         return item
@@ -3491,6 +3660,12 @@ def chosen_as_winner(row: dict, numbers: ChoiceNumbers) -> dict:
         return row
     read_winner("chosen answer", chosen, sets, numbers)
     if not any(answers.winners for answers in sets):
+        is_text = any(fold_spaces(rejected) in answers.keys for answers in sets)
+        is_short = len(str(rejected)) <= 40 and not is_text
+        if is_short and any(answers.ends for answers in sets):
+            raise Failed(
+                "input", f"winner not understood: `chosen` is {chosen!r}, which names no answer"
+            )
         return row
     place = choice_number(chosen)
     if place is None or choice_number(rejected) in (None, place):  # two numbers need only differ
@@ -3521,9 +3696,9 @@ def check_winners(winners: dict, sets: list[AnswerSet]) -> Never:
             continue
         if str("" if value is None else value).strip().lower() in NOTHING:
             raise Failed("input", f"no preference: `{name}` is empty or none")
-        shown = fold_spaces(str(value))[:40]
+        excerpt = fold_spaces(str(value))[:40]
         raise Failed(
-            "input", f"winner not understood: `{name}` is {shown!r}, which names no answer"
+            "input", f"winner not understood: `{name}` is {excerpt!r}, which names no answer"
         )
 
 
@@ -3576,7 +3751,17 @@ def ready_set(row: dict, names: tuple, beside: list) -> AnswerSet:
         return answers
     lists = [side if isinstance(side, list) else [side] for side in sides]
     texts = lists[0] + lists[1]
-    return AnswerSet(texts, [fold_spaces(text) for text in texts], names, chosen=len(lists[0]))
+    columns = []
+    for plain in SIGNALS:
+        values = []
+        for name, side in zip(names, lists, strict=True):
+            part = row.get(f"{name}-{plain}")
+            is_column = isinstance(part, list) and len(part) == len(side)
+            values += part if is_column else [part] * len(side)
+        if values != [None] * len(values):
+            columns.append((plain, values))
+    keys = [fold_spaces(text) for text in texts]
+    return AnswerSet(texts, keys, names, chosen=len(lists[0]), columns=columns)
 
 
 @functools.lru_cache(maxsize=256)
@@ -3647,7 +3832,7 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
     count = len(answers.texts)
     signals = []
 
-    def add_choice(name: str, best) -> None:
+    def add_choice(name: str, best: Iterable[int]) -> None:
         values = [float(index in best) for index in range(count)]
         signals.append(make_signal(answers, name, "choice", 0.0, values))
 
@@ -3656,10 +3841,17 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
         decided = row.get("decided_by") == "people"
         if not decided and (quantity(row.get("margin")) or 0) < 0:
             add_choice("margin", range(answers.chosen, count))
+        if fold_spaces(row.get("label")).lower() == "rejected":
+            add_choice("label", range(answers.chosen, count))
     for name, place in answers.winners.items():
         add_choice(name, (place,))
+    of_columns = column_signals(answers)
+    has_others = bool(signals or of_columns) or None not in map(row.get, READY[0])
     for name, (fields, tie, scale) in LEADS.items():
-        if row.get(name) is None or answers.texts != [row.get(field_name) for field_name in fields]:
+        is_own = answers.texts == [row.get(field_name) for field_name in fields]
+        # Beside other signals of two answers with other names it can only contradict them.
+        is_beside = name != "preference" and has_others and not answers.chosen and count == 2
+        if row.get(name) is None or not (is_own or is_beside):
             continue
         value = quantity(row[name])
         if value is None and name in answers.winners:  # "response_1"
@@ -3672,8 +3864,14 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
         if not abs(lead) <= scale:  # -100: neither
             raise Failed("input", f"no preference: `{name}` is {str(row[name])[:40]}")
         signals.append(make_signal(answers, name, "score", scale, [0.0, lead]))
+    return signals + of_columns
+
+
+def column_signals(answers: AnswerSet) -> list[Signal]:
+    """The signals that give each answer of a set a value: scores, ranks, flags."""
+    signals = []
     for name, values in answers.columns:
-        if name not in SIGNALS or len(values) != count:
+        if name not in SIGNALS or len(values) != len(answers.texts):
             continue
         kind, scale = SIGNALS[name]
         is_flag = kind == "flag" and any(flag(value) is not None for value in values)
@@ -3682,7 +3880,7 @@ def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Si
     return signals
 
 
-def read_winner(name: str, value, sets: list[AnswerSet], numbers: ChoiceNumbers) -> None:
+def read_winner(name: str, value: Any, sets: list[AnswerSet], numbers: ChoiceNumbers) -> None:
     """Enter the answer that a field names in each set it speaks of; raises Failed for a tie.
 
     A name that belongs to one set (its field, its model, its text) says nothing of the others."""
@@ -3717,7 +3915,7 @@ def read_winner(name: str, value, sets: list[AnswerSet], numbers: ChoiceNumbers)
 
 def bare(text: str) -> str:
     """A name without brackets, quotes and a final stop: `[[a]]`, `b.` -> a, b."""
-    return text.strip(" .,。!\"'`*()[]【】“”")
+    return text.lstrip(" .,。\"'`*()[]【】“”").rstrip(" .,。!\"'`*()[]【】“”")
 
 
 def ending(text: str) -> str:
@@ -3744,7 +3942,12 @@ def own_places(text: str, answers: AnswerSet) -> set[int]:
 
 def text_places(text: str, answers: AnswerSet) -> set[int]:
     """Indices of the answers whose own text this is."""
-    return {index for index, key in enumerate(answers.keys) if key and key == text}
+    name = bare(text.lower())
+    places = set()
+    for index, key in enumerate(answers.keys):
+        if key and (key == text or (name and bare(key.lower()) == name)):
+            places.add(index)
+    return places
 
 
 def word_places(text: str, answers: AnswerSet) -> set[int]:
@@ -3783,7 +3986,7 @@ def places_of_relation(relation: re.Match | None, answers: AnswerSet) -> set[int
     return first if ">" in sign else second
 
 
-def choice_number(value) -> float | None:
+def choice_number(value: object) -> float | None:
     """The number of an answer: 1, "1", "response_1", "Model 1" -> 1.0; None for the rest."""
     if isinstance(value, bool) or value is None:
         return None
@@ -3794,7 +3997,7 @@ def choice_number(value) -> float | None:
     return place
 
 
-def numbered_places(name: str, value, answers: AnswerSet, numbers: ChoiceNumbers) -> set[int]:
+def numbered_places(name: str, value: Any, answers: AnswerSet, numbers: ChoiceNumbers) -> set[int]:
     """The index that a number stands for, as a set; raises Failed if the file does not tell."""
     place = choice_number(value)
     if place is None or answers.chosen:
@@ -3855,25 +4058,25 @@ def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]) -> 
     Each answer gets its votes in all signals, and the first score among them as its score. Flags
     beside other signals can only contradict them: they rate many answers alike. Raises Failed."""
     signals = useful_signals(answers, signals)
-    main = [entry for entry in signals if entry.kind != "flag"] or signals
+    main_signals = [entry for entry in signals if entry.kind != "flag"] or signals
     rated = []
     for answer, key in zip(record.answers, answers.keys, strict=True):
-        if all(key in entry.votes for entry in main):
+        if all(key in entry.votes for entry in main_signals):
             rated.append((answer, key))
-    if not main or len(rated) < 2:
+    if not main_signals or len(rated) < 2:
         raise Failed("input", "no preference: fewer than two answers are rated")
-    check_directions([key for _, key in rated], signals, main)
-    scores = [entry for entry in main if entry.kind == "score" and entry.name not in LEADS]
-    if main[0].name in LEADS:
+    check_directions([key for _, key in rated], signals, main_signals)
+    scores = [entry for entry in main_signals if entry.kind == "score" and entry.name not in LEADS]
+    if main_signals[0].name in LEADS:
         scores = []  # a lead is no score of one answer, and its scale is another
     scores.sort(key=lambda entry: entry.name == "votes")  # their own mean or median is better
     for answer, key in rated:
-        for entry in main:
+        for entry in main_signals:
             answer.votes += entry.votes[key]
         answer.score = statistics.fmean(scores[0].votes[key]) if scores else None
     record.answers = [answer for answer, _ in rated]
-    record.signal = "choice" if main[0].kind == "flag" else main[0].kind
-    record.scale = main[0].scale
+    record.signal = "choice" if main_signals[0].kind == "flag" else main_signals[0].kind
+    record.scale = main_signals[0].scale
 
 
 def useful_signals(answers: AnswerSet, signals: list[Signal]) -> list[Signal]:
@@ -3888,7 +4091,7 @@ def useful_signals(answers: AnswerSet, signals: list[Signal]) -> list[Signal]:
     return sorted(useful, key=lambda entry: KINDS.index(entry.kind))
 
 
-def check_directions(keys: list[str], signals: list[Signal], main: list[Signal]) -> None:
+def check_directions(keys: list[str], signals: list[Signal], main_signals: list[Signal]) -> None:
     """Raise Failed if two signals contradict each other, or if no two answers differ in all."""
     differ = False
     for one, other in itertools.combinations(keys, 2):
@@ -3896,7 +4099,7 @@ def check_directions(keys: list[str], signals: list[Signal], main: list[Signal])
         if 1 in leads and -1 in leads and one and other:
             names = ", ".join(dict.fromkeys(entry.name for entry in signals))
             raise Failed("input", f"contradictory signals: {names}")
-        differ = differ or 0 not in leads[: len(main)]  # flags come last
+        differ = differ or 0 not in leads[: len(main_signals)]  # flags come last
     if not differ:
         raise Failed("input", "tie")
 
@@ -3915,6 +4118,23 @@ def direction(entry: Signal, one: str, other: str) -> int | None:
 TELLING = re.compile(
     "label|best|better|prefer|choice|chosen|winn|win$|verdict|decision|judg|select|vote|pick"
     "|annotat|compar|rating|score|rank|grade|quality|reward|胜|优|选|偏好|标注|排名|得分|评分|打分",
+    re.I,
+)
+
+
+def may_be_signal(name: object) -> bool:
+    """Whether a field's name looks like a signal: `preferred_index`, but not `annotator_id`."""
+    if not isinstance(name, str) or not TELLING.search(name):
+        return False
+    return not ID_NAME.fullmatch(name) or TELLING_ID.search(name) is not None
+
+
+TELLING_ID = re.compile("best|better|prefer|choice|chosen|winn|win_|select|pick", re.I)
+# In the names of fields that name the worse answer, or that count what is bad.
+INVERTED = re.compile(
+    "los(?:er|t|ing|s)|worse|worst|less|inferior|runner|second|reject|negativ|bad|poor|toxi|flag"
+    "|(?<![a-z])(?:not_|non_|dis)|un(?:prefer|safe|desir)|harm|error|mistake|penal|deduct|length"
+    "|_len|tokens|hallucinat|perplex|cost|latency|fail|wrong|incorrect|败|差|劣|错|坏|输|长度",
     re.I,
 )
 
@@ -3949,8 +4169,10 @@ def lone_hint(row: dict) -> str:
     return f". If rows of one prompt stand together, name the score: --rename {names[0]}=score"
 
 
-def names_answer(name: str, value, answers: AnswerSet) -> bool:
+def names_answer(name: str, value: Any, answers: AnswerSet) -> bool:
     """True if a field could name the better answer."""
+    if not TELLING.search(name) or INVERTED.search(name):
+        return False
     if isinstance(value, str) and choice_number(value) is None:
         with contextlib.suppress(Failed):
             text = fold_spaces(value)
@@ -3958,7 +4180,7 @@ def names_answer(name: str, value, answers: AnswerSet) -> bool:
             return len(places | text_places(text, answers)) == 1
         return False
     place = choice_number(value)
-    return bool(TELLING.search(name)) and place is not None and 0 <= place <= len(answers.texts)
+    return place is not None and 0 <= place <= len(answers.texts)
 
 
 def suffix_hints(row: dict, answers: AnswerSet) -> tuple[set[str], list[str]]:
@@ -3977,8 +4199,11 @@ def suffix_hints(row: dict, answers: AnswerSet) -> tuple[set[str], list[str]]:
         ]:
             continue
         fields.update(names)
+        if INVERTED.search(stem):
+            continue
         ends = zip(names, answers.ends, strict=True)
-        hints.append(" ".join(f"--rename {old}=score{mark}{end}" for old, end in ends))
+        renames = " ".join(f"--rename {old}=score{mark}{end}" for old, end in ends)
+        hints.append(f"{renames} (higher is better)")
     return fields, hints
 
 
@@ -3988,35 +4213,43 @@ ONE_SIGNALS = {*ANSWER_FIELDS, "label", "kto_tag"} - {"model", "votes"}
 GROUP_SIZE = 1000  # rows of one prompt at most, so that memory stays bounded
 
 
-def group_rows(rows):
+def group_rows(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
     """Yields (line, row): rows of one answer and one prompt that stand together become one row."""
-    group, start, prompt = [], 0, None
+    group: list[dict] = []
+    start, prompt = 0, None
+    references: set[str] = set()
     for line, row in rows:
         single = single_answer(row)
         if group and (not single or single[0] != prompt or len(group) == GROUP_SIZE):
-            yield start, grouped(prompt, group)
-            group = []
+            yield start, grouped(prompt, group, references)
+            group, references = [], set()
         if not single:
             yield line, row
             continue
         if not group:
             start, prompt = line, single[0]
         group.append(single[1])
+        references.add(single[2])
     if group:
-        yield start, grouped(prompt, group)
+        yield start, grouped(prompt, group, references)
 
 
-def grouped(prompt: list[dict], answers: list[dict]) -> dict | Failed:
-    """The row that holds all answers of one prompt; Failed if there is only one."""
+def grouped(prompt: list[dict], answers: list[dict], references: set[str]) -> dict | Failed:
+    """The row that holds all answers of one prompt, and the reference if all rows agree on it.
+
+    Failed if there is only one answer."""
     if len(answers) > 1:
-        return {"messages": prompt, "responses": answers}
+        row = {"messages": prompt, "responses": answers}
+        return row | {"reference": min(references)} if len(references) == 1 else row
     why = "one answer alone: rows of one prompt must stand together (sort the file by its prompt)"
     text = answers[0]["text"]
     return Failed("input", why, record=Record(prompt, answers=[Answer(text)]))
 
 
-def single_answer(row) -> tuple[list[dict], dict] | None:
-    """(the prompt's messages, the answer with its signals) of a row of one answer, or None."""
+def single_answer(row: object) -> tuple[list[dict], dict, str] | None:
+    """(the prompt's messages, the answer with its signals, the reference) of a row of one answer.
+
+    None for other rows."""
     if not isinstance(row, dict) or ONE_SIGNALS.isdisjoint(row):
         return None
     answer = {}
@@ -4034,7 +4267,8 @@ def single_answer(row) -> tuple[list[dict], dict] | None:
         records = [] if answer_sets(row) or not text else parse_row(row)
         if len(records) == 1:
             answer |= {"text": text, "model": row.get("model")}
-            return records[0].messages, answer
+            golds = [reference_text(row, name) for name in GOLD_FIELDS if row.get(name) != text]
+            return records[0].messages, answer, first_of(golds) or ""
     return None
 
 
@@ -4099,10 +4333,10 @@ def fold_text(text: str, keep_case: bool = False) -> str:
     return " ".join(text.split()).rstrip(".。 ")
 
 
-def similarity(a: str, b: str, floor: float) -> float:
-    """Jaccard similarity (0..1) of character 5-grams without white space; 0 if below `floor`."""
+def similarity(a: str, b: str, threshold: float) -> float:
+    """Jaccard similarity (0..1) of character 5-grams without white space; 0 below `threshold`."""
     shorter, longer = sorted(("".join(a.split()), "".join(b.split())), key=len)
-    if len(shorter) < 5 or len(shorter) < floor * len(longer):
+    if len(shorter) < 5 or len(shorter) < threshold * len(longer):
         return 0.0
     # At a similarity of .8 it happens once in 1,000 that half of 16 samples are missing.
     samples = character_runs(shorter, 5, max(1, len(shorter) // 16))
@@ -4212,7 +4446,7 @@ def counts_on(numbers: list[str], times: int, columns: int) -> bool:
     numbers = numbers[len(numbers) - times * columns :]
     counting = 0
     for column in range(columns):
-        values = [int(number[-9:]) for number in numbers[column::columns]]
+        values = [int(digits[-9:]) for digits in numbers[column::columns]]
         steps = {after - before for before, after in itertools.pairwise(values)}
         # At both ends a number may be cut: its steps are left out.
         inner_steps = {after - before for before, after in itertools.pairwise(values[1:-1])}
@@ -4271,10 +4505,10 @@ def run_size(words: list[str]) -> int:
     return 20 if is_chinese(words) else 10
 
 
-def has_repeats(text: str, share: float) -> bool:
-    """False if surely less than `share` of the text is repeated: few of 8 samples occur twice."""
+def has_repeats(text: str, least_share: float) -> bool:
+    """False if surely less than `least_share` of the text repeats: few of 8 samples occur twice."""
     samples = character_runs(text, 12, max(12, len(text) // 8))
-    allowed_misses = len(samples) * (1 - share / 2)
+    allowed_misses = len(samples) * (1 - least_share / 2)
     misses = 0
     for sample in samples:
         if text.count(sample) < 2:
@@ -4379,10 +4613,10 @@ CODE_LINE = re.compile(
 
 def answered_in_other(asked_in_chinese: bool, text: str) -> bool:
     """Whether a text of 8 words or characters at least is not in the language asked in."""
-    share, units = chinese_share(text)
+    share_of_chinese, units = chinese_share(text)
     if units < 8:
         return False
-    return share < 0.20 if asked_in_chinese else share > 0.50
+    return share_of_chinese < 0.20 if asked_in_chinese else share_of_chinese > 0.50
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4911,8 +5145,8 @@ def is_unit(text: str, touching: bool) -> bool:
         return True
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
         return not set(text) & set(NO_UNIT_CHARACTERS)
-    plural = re.fullmatch(r"[A-Za-z]{2,}[A-RT-Za-rt-z]s", text)
-    return bool(plural) and not touching and text.lower() not in NO_UNITS
+    plural_word = re.fullmatch(r"[A-Za-z]{2,}[A-RT-Za-rt-z]s", text)
+    return bool(plural_word) and not touching and text.lower() not in NO_UNITS
 
 
 def chinese_number(text: str) -> int | None:
@@ -4954,9 +5188,9 @@ def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -
         return same_number(reference, answer, prompt)
     same = reference.value == answer.value
     if reference.kind == "choice":
-        details = {reference.detail, answer.detail} - {""}
+        known_details = {reference.detail, answer.detail} - {""}
         if same:
-            return True if len(details) < 2 else None
+            return True if len(known_details) < 2 else None
         return None if reference.detail and reference.detail == answer.detail else False
     if same:
         return None if "?" in answer.value else True
@@ -4988,8 +5222,8 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
     places = min(reference.places, answer.places)
     if places == max(reference.places, answer.places) == 0:
         return False
-    rounded = abs(a - b) <= Fraction(10) ** -int(min(places, 9)) / 2
-    return None if rounded or abs(a - b) <= max(abs(a), abs(b)) / 100 else False
+    may_be_rounded = abs(a - b) <= Fraction(10) ** -int(min(places, 9)) / 2
+    return None if may_be_rounded or abs(a - b) <= max(abs(a), abs(b)) / 100 else False
 
 
 def rivals(unit: str, prompt: str) -> list[str]:
@@ -5065,7 +5299,7 @@ def checked_pool(record: Record, answers: list[Answer]) -> list[Answer]:
 # --------------------------------------------------------------------------------------------------
 
 
-def one_line(text) -> str:
+def one_line(text: object) -> str:
     """A text from a server as one safe line: no key, no control character, no lone surrogate."""
     line = " ".join(redacted(scrub(str(text or ""))).split())
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", escape_character, line)
@@ -5096,7 +5330,7 @@ FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
 FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
 
 
-def finish_kind(reason) -> str:
+def finish_kind(reason: object) -> str:
     """A finish reason -> "stop", "length", "content_filter", or "" for a failed reply."""
     if reason is None or reason == "":
         return "stop"
@@ -5104,20 +5338,26 @@ def finish_kind(reason) -> str:
 
 
 def make_reply(
-    content, finish, tokens_in, tokens_out, model=None, refusal=None, thoughts=None
+    content: Any,
+    finish: Any,
+    tokens_in: Any,
+    tokens_out: Any,
+    model: Any = None,
+    refusal_text: Any = None,
+    thoughts: Any = None,
 ) -> Reply:
     """The fields of a chat completion -> Reply; raises ApiError where it holds no answer.
 
-    `refusal` stands for a missing text. So do thoughts, in their marks: `answer_text` takes them
-    out again, and the run can say that only thoughts came."""
+    `refusal_text` stands for a missing text. So do thoughts, in their marks: `answer_text` takes
+    them out again, and the run can say that only thoughts came."""
     billed = (token_count(tokens_in), token_count(tokens_out))
     kind = finish_kind(finish)
     if not kind:
         code = "tool call" if re.search("tool|function", str(finish)) else "unfinished"
         raise ApiError(200, code, f"the reply ended with finish_reason {finish!r}", billed=billed)
     text = content if isinstance(content, str) else join_parts(content)
-    if not text.strip() and isinstance(refusal, str):
-        text = refusal
+    if not text.strip() and isinstance(refusal_text, str):
+        text = refusal_text
     if not text.strip() and kind == "stop":
         if not isinstance(thoughts, str) or not thoughts.strip():
             raise ApiError(200, "no text", "the reply holds no text", billed=billed)
@@ -5126,13 +5366,13 @@ def make_reply(
     return Reply(scrub(text), kind, *billed, model=name)
 
 
-def token_count(value) -> int:
+def token_count(value: object) -> int:
     """A count of tokens as the server gives it -> an int, 0 for anything odd."""
     count = number(value) or 0
     return int(min(max(count, 0), 10**9))
 
 
-def join_parts(content) -> str:
+def join_parts(content: object) -> str:
     """A message's content in parts -> its text; "" for anything that holds none."""
     if not isinstance(content, list):
         return ""
@@ -5144,7 +5384,7 @@ def join_parts(content) -> str:
     return "".join(texts)
 
 
-def look_up(value, path: str):
+def look_up(value: Any, path: str) -> Any:
     """What stands at a dotted path through objects and JSON (a list: its first item), or None."""
     for step in path.split("."):
         if isinstance(value, list):
@@ -5153,26 +5393,26 @@ def look_up(value, path: str):
     return value
 
 
-def read_completion(body) -> Reply:
+def read_completion(body: Any) -> Reply:
     """A chat completion in OpenAI's form (an SDK's object, or JSON) -> Reply; raises ApiError."""
     if isinstance(body, str):
         raise ApiError(200, *read_error_body(body))
-    message = look_up(body, "choices.message")
-    if message is None:
+    reply_message = look_up(body, "choices.message")
+    if reply_message is None:
         raise_body_error(body)
     tokens_in = look_up(body, "usage.prompt_tokens")
     tokens_out = look_up(body, "usage.completion_tokens")
     finish = look_up(body, "choices.finish_reason")
-    content = look_up(message, "content")
+    content = look_up(reply_message, "content")
     served = look_up(body, "model")
     if isinstance(content, str) and content:
         return make_reply(content, finish, tokens_in, tokens_out, served)
-    refusal = look_up(message, "refusal")
-    thoughts = look_up(message, "reasoning_content") or look_up(message, "reasoning")
-    return make_reply(content, finish, tokens_in, tokens_out, served, refusal, thoughts)
+    refusal_text = look_up(reply_message, "refusal")
+    thoughts = look_up(reply_message, "reasoning_content") or look_up(reply_message, "reasoning")
+    return make_reply(content, finish, tokens_in, tokens_out, served, refusal_text, thoughts)
 
 
-def raise_body_error(body) -> None:
+def raise_body_error(body: Any) -> None:
     """Raise the ApiError for a 200 that holds an error: its own code counts as the status."""
     error = look_up(body, "error")
     if not isinstance(error, dict | str) or not error:
@@ -5180,12 +5420,12 @@ def raise_body_error(body) -> None:
     status = number(look_up(error, "code")) or 200
     if not 400 <= status < 600:
         status = 200
-    code, message = read_error_body(error)
-    raise ApiError(int(status), code or "error in the reply", message)
+    code, explanation = read_error_body(error)
+    raise ApiError(int(status), code or "error in the reply", explanation)
 
 
-def read_error_body(body) -> tuple[str, str]:
-    """(code, message): the server's own words, whatever the shape of its error body."""
+def read_error_body(body: Any) -> tuple[str, str]:
+    """(code, explanation): the server's own words, whatever the shape of its error body."""
     if isinstance(body, str):
         return read_error_text(body)
     if isinstance(body, list):
@@ -5198,9 +5438,9 @@ def read_error_body(body) -> tuple[str, str]:
     inner = [body.get("error"), body.get("errors"), body.get("detail")]
     inner.insert(0, look_up(body.get("metadata"), "raw"))  # OpenRouter: its provider's words
     for part in inner:
-        inner_code, message = read_error_body(part)
-        if message:
-            return inner_code or code, message
+        inner_code, explanation = read_error_body(part)
+        if explanation:
+            return inner_code or code, explanation
     for name in ("message", "msg", "error_msg", "title"):
         if isinstance(body.get(name), str):
             return code, body[name]
@@ -5208,27 +5448,27 @@ def read_error_body(body) -> tuple[str, str]:
 
 
 def read_error_list(items: list) -> tuple[str, str]:
-    """(code, message) of a list of errors: FastAPI's details joined, else the first one."""
-    details = []
+    """(code, explanation) of a list of errors: FastAPI's details joined, else the first one."""
+    problems = []
     for item in items:
         if isinstance(item, dict) and isinstance(item.get("loc"), list):
             place = ".".join(map(str, item["loc"]))
-            details.append(f"{place}: {item.get('msg')}")
-    if details:
-        return "", "; ".join(details)
+            problems.append(f"{place}: {item.get('msg')}")
+    if problems:
+        return "", "; ".join(problems)
     return read_error_body(items[0]) if items else ("", "")
 
 
 def read_error_text(text: str) -> tuple[str, str]:
-    """(code, message) of an error body that is text: JSON in it is read, a page gives its title."""
+    """(code, explanation) of an error body that is text: of a page its title, JSON is read."""
     text = text.strip()
     if re.match(r"(?i)<(!doctype|html|head|\?xml)", text):
         title = re.search(r"(?is)<title>(.*?)</title>", text)
         return "web page", title[1].strip() if title else "a web page"
     if text[:1] in ("{", "["):
         with contextlib.suppress(ValueError, RecursionError):
-            code, message = read_error_body(json.loads(text))
-            return code, message or text
+            code, explanation = read_error_body(json.loads(text))
+            return code, explanation or text
     return "", text
 
 
@@ -5340,17 +5580,17 @@ def about_tokens(text: str) -> int:
 class JoinedReply:
     """A reply that is sent in chunks."""
 
-    def __init__(self, message: str, tokens_in: str, tokens_out: str) -> None:
+    def __init__(self, message_path: str, tokens_in: str, tokens_out: str) -> None:
         """The arguments are the paths of these things in a chunk."""
-        self.paths = {"content": f"{message}.content", "tokens_in": tokens_in}
+        self.paths = {"content": f"{message_path}.content", "tokens_in": tokens_in}
         self.paths["tokens_out"] = tokens_out
-        self.paths["finish"] = message.rpartition(".")[0] + ".finish_reason"
-        self.paths["refusal"] = f"{message}.refusal"
-        self.paths["thoughts"] = f"{message}.reasoning_content"
+        self.paths["finish"] = message_path.rpartition(".")[0] + ".finish_reason"
+        self.paths["refusal"] = f"{message_path}.refusal"
+        self.paths["thoughts"] = f"{message_path}.reasoning_content"
         self.paths["model"] = "model"
         self.fields = {}
 
-    def add(self, chunk) -> None:
+    def add(self, chunk: Any) -> None:
         """Take in one chunk: texts are joined, of other fields the last counts."""
         raise_body_error(chunk)
         for name, path in self.paths.items():
@@ -5391,8 +5631,8 @@ def reference_f1(text: str, reference: str) -> float:
     total = words.total()
     if reference_words:
         shared = (words & reference_words).total()
-        share = 2 * shared / max(1, total + reference_words.total())
-        return lowest + (highest - lowest) * share
+        f1 = 2 * shared / max(1, total + reference_words.total())
+        return lowest + (highest - lowest) * f1
     score = 2 * math.log10(1 + total) + 3 * len(words) / max(1, total)
     score += text.rstrip()[-1:] in ".!?。！？)`”"
     score -= 3 * is_refusal(text)
@@ -5550,22 +5790,22 @@ def read_error(error: Exception) -> ApiError:
     status = getattr(error, "status_code", None)
     if status:
         return read_status_error(error, status)
-    names, details = set(), []
+    names, texts = set(), []
     link = error
     while link is not None:  # the truth about a connection is in the chain of causes
         names |= {cls.__name__ for cls in type(link).__mro__}
-        details.append(str(link))
+        texts.append(str(link))
         if getattr(link, "errno", 0) in (errno.EMFILE, errno.ENFILE):
             return ApiError(0, "open files", str(link))
         link = link.__cause__ or link.__context__
     if "ContentTypeError" in names:
-        code = "web page" if "text/html" in details[0] else "garbled"
-        return ApiError(200, code, details[0])
-    for causes, code, message in CAUSES:
+        code = "web page" if "text/html" in texts[0] else "garbled"
+        return ApiError(200, code, texts[0])
+    for causes, code, meaning in CAUSES:
         if names & causes:
-            detail = next((text for text in reversed(details) if text), "")
+            detail = next((text for text in reversed(texts) if text), "")
             timeout = code == "timeout"
-            return ApiError(0, code, message if timeout or not detail else f"{message}: {detail}")
+            return ApiError(0, code, meaning if timeout or not detail else f"{meaning}: {detail}")
     cause = type(error).__name__
     if str(error):
         cause += f": {shorten(str(error), 200)}"
@@ -5574,11 +5814,11 @@ def read_error(error: Exception) -> ApiError:
 
 def read_status_error(error: Exception, status: int) -> ApiError:
     """An SDK's error with an HTTP status -> ApiError with the server's own words."""
-    code, message = read_error_body(getattr(error, "body", None))
+    code, explanation = read_error_body(getattr(error, "body", None))
     code = code or getattr(error, "code", None) or getattr(error, "type", None)
-    message = message or getattr(error, "message", "")
+    explanation = explanation or getattr(error, "message", "")
     headers = getattr(getattr(error, "response", None), "headers", {})
-    return ApiError(status, code, message, headers.get("Retry-After"))
+    return ApiError(status, code, explanation, headers.get("Retry-After"))
 
 
 def check_is_reply(provider: str, reply: object) -> None:
@@ -5739,10 +5979,10 @@ def find_fix(error: ApiError, sent: dict, tried: list[RequestFix]) -> RequestFix
     return None
 
 
-def find_room(message: str) -> RequestFix | None:
+def find_room(explanation: str) -> RequestFix | None:
     """The fix of one request whose prompt leaves less of the context than max_tokens."""
     for pattern in CONTEXT_USE:
-        numbers = re.search(pattern, message, re.I | re.S)
+        numbers = re.search(pattern, explanation, re.I | re.S)
         if numbers:
             room = int(numbers[1]) - int(numbers[2])
             name = (
@@ -5753,12 +5993,13 @@ def find_room(message: str) -> RequestFix | None:
     return None
 
 
-def find_token_limit(message: str) -> RequestFix | None:
+def find_token_limit(explanation: str) -> RequestFix | None:
     """The fix for a max_tokens above the model's limit, which the refusal names."""
-    if not re.search(r"max_(\w+_)?tokens", message) or "context" in message.partition("max_")[0]:
+    start = explanation.partition("max_")[0]
+    if not re.search(r"max_(\w+_)?tokens", explanation) or "context" in start:
         return None
     for pattern in TOKEN_LIMITS:
-        numbers = re.search(pattern, message, re.I)
+        numbers = re.search(pattern, explanation, re.I)
         if numbers and int(numbers[1]) > 1:
             limit = int(numbers[1]) - ("exclusive" in numbers[0])
             change = functools.partial(limit_max_tokens, limit)
@@ -5814,7 +6055,7 @@ class Endpoint:
         self.starts = 0
         self.refusals = 0
 
-    async def wait_for_turn(self, pause) -> float:
+    async def wait_for_turn(self, pause: Callable[[float], Awaitable]) -> float:
         """Wait for this call's turn, first come first served -> the time at which it starts."""
         if self.rate:
             async with self.pacing_lock:
@@ -5998,7 +6239,7 @@ class Cache:
         query = "SELECT total(money) FROM batches WHERE payer = ?"
         [(self.under_way,)] = self.db.execute(query, (self.output_id,))
 
-    def do(self, sql: str, *values) -> list[tuple]:
+    def do(self, sql: str, *values: object) -> list[tuple]:
         """One statement, committed -> its rows; raises Stop where the file cannot be used."""
         try:
             return self.db.execute(sql, values).fetchall()
@@ -6036,7 +6277,7 @@ class Cache:
         return self.do(f"{sums} WHERE payer = ? GROUP BY model", self.output_id)
 
     @contextlib.contextmanager
-    def transaction(self):
+    def transaction(self) -> Iterator[None]:
         """All statements inside, or none."""
         self.do("BEGIN IMMEDIATE")
         try:
@@ -6084,7 +6325,7 @@ class Models:
     With `batches` a request is noted there instead. `announce_plan` is awaited before the first
     call."""
 
-    def __init__(self, args, cache: Cache, dry: bool = False) -> None:
+    def __init__(self, args: argparse.Namespace, cache: Cache, dry: bool = False) -> None:
         self.args = args
         self.cache = cache
         self.dry = dry
@@ -6109,7 +6350,13 @@ class Models:
         self.cost_in_flight = cache.under_way
 
     async def ask(
-        self, model: Model, messages, options, sample=0, role="answer", reference=""
+        self,
+        model: Model,
+        messages: list[dict],
+        options: dict,
+        sample: int = 0,
+        role: str = "answer",
+        reference: str = "",
     ) -> Reply:
         """-> Reply; one that is cut at the limit is asked for once more with twice the limit.
 
@@ -6142,7 +6389,9 @@ class Models:
             longer, endpoint.fixes
         )
 
-    async def ask_longer(self, model: Model, messages, options, hints: dict, reply: Reply) -> Reply:
+    async def ask_longer(
+        self, model: Model, messages: list[dict], options: dict, hints: dict, reply: Reply
+    ) -> Reply:
         """The reply to the same request with twice the tokens; the cut one if that is refused."""
         longer = options | {"max_tokens": 2 * options["max_tokens"]}
         try:
@@ -6298,9 +6547,11 @@ class Models:
             return await self.call_until_done(endpoint, messages, options, hints)
         async with endpoint.first_call_lock:
             if not endpoint.first_call_done:
-                loop = asyncio.get_running_loop()
+                event_loop = asyncio.get_running_loop()
                 text = "no reply to the first call yet"
-                timer = loop.call_later(SLOW_SECONDS, endpoint.say_waiting, "first reply", text)
+                timer = event_loop.call_later(
+                    SLOW_SECONDS, endpoint.say_waiting, "first reply", text
+                )
                 try:
                     return await self.call_until_done(endpoint, messages, options, hints)
                 finally:
@@ -6456,9 +6707,9 @@ class Models:
             return self.halt(f"{endpoint.model.name}: {alike} ({error})")
         return failed
 
-    def halt(self, message: str, status: int = 3) -> Stop:
+    def halt(self, reason: str, status: int = 3) -> Stop:
         """From now on no call starts; those in flight end first. -> the Stop to raise."""
-        self.stop = self.stop or Stop(message, status)
+        self.stop = self.stop or Stop(reason, status)
         self.stopping.set()
         return self.stop
 
@@ -6582,8 +6833,9 @@ def is_private(url: str) -> bool:
 
 def redacted(text: str) -> str:
     """A message without the keys of the environment."""
-    for name in {provider.key for provider in PROVIDERS.values()} - {""}:
-        key = os.environ.get(name, "").strip()
+    names = {provider.key for provider in PROVIDERS.values()} - {""}
+    keys = [os.environ.get(name, "").strip() for name in names]
+    for key in sorted(keys, key=len, reverse=True):  # one key may be the start of another
         if len(key) >= 8:
             text = text.replace(key, "[key]")
     return text
@@ -6592,7 +6844,7 @@ def redacted(text: str) -> str:
 ADDRESS = re.compile(r"https?://(\[[0-9a-f:]+\]|[^/:@?#]+)(:\d+)?(/|$)", re.I)
 
 
-def parse_model(spec: str, args) -> Model:
+def parse_model(spec: str, args: argparse.Namespace) -> Model:
     """`[provider:]model[@URL]` -> Model. Only a provider is a prefix: qwen2.5:7b is a name."""
     if spec in ("reference", "exact_match"):
         return Model("offline", spec)
@@ -6621,10 +6873,10 @@ def check_address(spec: str, provider: str, name: str, url: str) -> None:
     if not name or "@" in url or name.count("@") > 1:
         form = f"{name.partition('@')[0]!r} is not [provider:]model[@URL]"
         raise UserError(f"{form}; a key belongs into the environment, not the URL")
-    bare = re.search(r"@(localhost|[\w.-]+:\d)", name)
-    if bare or (url and not ADDRESS.match(url)):
+    bare_address = re.search(r"@(localhost|[\w.-]+:\d)", name)
+    if bare_address or (url and not ADDRESS.match(url)):
         form = "an address is written http://HOST:PORT/v1 or https://HOST/v1"
-        raise UserError(f"{name if bare else url}: {form}")
+        raise UserError(f"{name if bare_address else url}: {form}")
     if provider == "reward" and not url:
         form = "a reward model needs its address: reward:NAME@http://localhost:8000"
         raise UserError(f"{spec}: {form}")
@@ -6699,13 +6951,14 @@ class Batches:
 
     async def submit_and_wait(self) -> None:
         """Submit what is wanted, and wait until every batch has ended and is in the cache."""
-        endpoints = {name: self.models.endpoint(m) for name, m in self.asked_models.items()}
+        endpoints = {}
+        for name, model in self.asked_models.items():
+            endpoints[name] = self.models.endpoint(model)
         while True:
             self.cost_too_high = 0.0
             await gather_all([self.upload_waiting(endpoint) for endpoint in endpoints.values()])
-            batches = self.cache.do("SELECT model, file, id FROM batches")
             tasks = []
-            for name, file, batch_id in batches:
+            for name, file, batch_id in self.cache.do("SELECT model, file, id FROM batches"):
                 if name in endpoints:
                     tasks.append(self.collect(endpoints[name], file, batch_id))
             if not tasks:
@@ -6738,7 +6991,7 @@ class Batches:
             if not last_row:
                 return False
 
-            async def send(tries: int):
+            async def send(tries: int) -> Any:
                 requests.seek(0)
                 upload = ("batch.jsonl", requests)
                 stored = await client.files.create(file=upload, purpose="batch")
@@ -6822,13 +7075,13 @@ class Batches:
         batches = endpoint.provider.batch_client().batches
         is_new = file in self.sent_fixes
 
-        async def find_or_create(tries: int):
+        async def find_or_create(tries: int) -> Any:
             if tries or not is_new:
                 async for batch in batches.list(limit=100):
                     if batch.input_file_id == file:
                         return batch
-            details = {"endpoint": LINE_URL, "completion_window": "24h"}
-            return await batches.create(input_file_id=file, **details)
+            settings = {"endpoint": LINE_URL, "completion_window": "24h"}
+            return await batches.create(input_file_id=file, **settings)
 
         batch = await self.with_retries(endpoint, find_or_create)
         self.cache.do("UPDATE batches SET id = ? WHERE file = ?", batch.id, file)
@@ -6838,7 +7091,7 @@ class Batches:
         """The batch, once it has ended; raises ApiError if it cannot be looked at."""
         batches = endpoint.provider.batch_client().batches
 
-        async def look(tries: int):
+        async def look(tries: int) -> Any:
             return await batches.retrieve(batch_id)
 
         last_line = ""
@@ -6908,21 +7161,21 @@ class Batches:
             endpoint.say_waiting(action, f"the batch engine: {error}; trying again")
             await self.models.pause(max(error.retry_after, min(30, 2**tries / 4)))
 
-    async def download(self, endpoint: Endpoint, results_id: str | None, copy: BinaryIO) -> None:
-        """Stream a file of results to disk; leave the copy empty if there is none."""
+    async def download(self, endpoint: Endpoint, results_id: str | None, target: BinaryIO) -> None:
+        """Stream a file of results to disk; leave the target empty if there is none."""
         if not results_id:
             return
         files = endpoint.provider.batch_client().files
 
         async def stream(tries: int) -> None:
-            copy.seek(0)
-            copy.truncate()
+            target.seek(0)
+            target.truncate()
             async with files.with_streaming_response.content(results_id) as response:
                 async for chunk in response.iter_bytes():
-                    copy.write(chunk)
+                    target.write(chunk)
 
         await self.with_retries(endpoint, stream)
-        copy.seek(0)
+        target.seek(0)
 
     async def store_results(self, endpoint: Endpoint, file: str, batch: Any) -> None:
         """Put the replies of an ended batch into the cache and forget the batch, in one step."""
@@ -6974,12 +7227,17 @@ class Batches:
             raise self.models.halt(f"{endpoint.model.name}: {cause} ({error})")
         await self.models.list_served_models(endpoint, error)
         action = self.models.classify_error(endpoint, error)
-        most = {"wait": self.retries, "retry": self.retries, "retry once": min(1, self.retries)}
         failed.tries += 1
-        failed.is_final = failed.tries > most.get(action, 0)
+        failed.is_final = failed.tries > self.retries_after(action)
         failure = failed_call(endpoint, error)
         failed.reason = failure.reason
         failed.retryable = failure.retryable
+
+    def retries_after(self, action: str) -> int:
+        """How often a request is sent again after an error with this action."""
+        if action in ("wait", "retry"):
+            return self.retries
+        return min(1, self.retries) if action == "retry once" else 0
 
 
 class BatchResults:
@@ -6996,7 +7254,9 @@ class BatchResults:
         """Store one line by its custom_id, never by its place -> False: no result of this batch.
 
         A reply counts once; it may follow an error for the same request."""
-        cache, models, model = self.batches.cache, self.batches.models, self.endpoint.model
+        cache = self.batches.cache
+        models = self.batches.models
+        model = self.endpoint.model
         try:
             result = json.loads(line)
         except (ValueError, RecursionError):
@@ -7050,12 +7310,12 @@ def read_result(result: dict) -> Reply:
     body = look_up(result, "response.body")
     if status == 200:
         return replace(read_completion(body), rate=BATCH_RATE)
-    code, message = read_error_body(body)
-    if not message:
-        code, message = read_error_body(look_up(result, "error"))
+    code, words = read_error_body(body)
+    if not words:
+        code, words = read_error_body(look_up(result, "error"))
     if not status:
-        raise ApiError(200, "unfinished", message or code or "a result without a response")
-    raise ApiError(int(status), code, message)
+        raise ApiError(200, "unfinished", words or code or "a result without a response")
+    raise ApiError(int(status), code, words)
 
 
 def progress_line(model: Model, batch: Any) -> str:
@@ -7076,9 +7336,9 @@ def read_batch_error(batch: Any) -> ApiError:
     """Why a batch has failed; a limit of the account counts as 429."""
     errors = batch.errors.data if batch.errors else None
     code = errors[0].code if errors else ""
-    message = errors[0].message if errors else ""
+    words = errors[0].message if errors else ""
     is_limit = re.search(r"quota|throttling|rate_limit", code or "", re.I)
-    return ApiError(429 if is_limit else 400, code, message)
+    return ApiError(429 if is_limit else 400, code, words)
 
 
 def needs_stream(fix: RequestFix, sent: dict) -> bool:
@@ -7259,7 +7519,9 @@ def phrases(text: str, model: str) -> dict[str, set[str]]:
     return {"phrases": set(PHRASE.findall(text.lower()))}
 
 
-def find_differences(rows: list[dict], read_features) -> dict[str, list[Difference]]:
+def find_differences(
+    rows: list[dict], read_features: Callable[[str, str], dict[str, set[str]]]
+) -> dict[str, list[Difference]]:
     """Kind of feature -> the differences of the sampled pairs whose answers differ in that kind."""
     result = defaultdict(list)
     for row in rows:
@@ -8182,8 +8444,8 @@ def card(level: str, finding: str, text: str) -> str:
 
 def mark_flags(text: str) -> str:
     """The text with its flags as code, with a number or a name_like_this as their value."""
-    flag = r"--[a-z-]+(?: \d+(?:\.\d+)?| [a-z]+_[a-z]+)?"
-    return re.sub(flag, r"<code>\g<0></code>", text)
+    flag_pattern = r"--[a-z-]+(?: \d+(?:\.\d+)?| [a-z]+_[a-z]+)?"
+    return re.sub(flag_pattern, r"<code>\g<0></code>", text)
 
 
 def quality_section(numbers: dict) -> tuple[str, str]:
@@ -8542,13 +8804,13 @@ def mirrored_histogram(title: str, unit: str, things: str, data: dict) -> str:
     middle = (PLOT_TOP + PLOT_BOTTOM) / 2
     height = middle - PLOT_TOP
     drawing = percent_lines(highest, middle, -height) + percent_lines(highest, middle, height)
-    for side, direction in (("chosen", -1), ("rejected", 1)):
+    for side, sign in (("chosen", -1), ("rejected", 1)):
         for place, value in enumerate(shares[side]):
             size = value / highest * height
-            top = middle - size if direction < 0 else middle
+            top = middle - size if sign < 0 else middle
             drawing += bar(data, place, top, size, side)
         x = plot_x(data, data["medians"][side])
-        drawing += f'<path class="median" d="M{x:.1f} {middle}v{direction * height:.1f}"/>'
+        drawing += f'<path class="median" d="M{x:.1f} {middle}v{sign * height:.1f}"/>'
     drawing += f'<path class="axis" d="M{PLOT_LEFT} {middle}H{PLOT_RIGHT}"/>'
     medians = {side: shown(value) for side, value in data["medians"].items()}
     caption = (
@@ -9407,7 +9669,7 @@ def visible(text: str) -> str:
 
 
 @contextlib.contextmanager
-def tolerate_closed(stream):
+def tolerate_closed(stream: TextIO) -> Iterator[None]:
     """Keep the run going when nobody reads `stream` any more, or its disk is full."""
     try:
         yield
@@ -9431,7 +9693,7 @@ def show(text: str) -> None:
         print(text, flush=True)
 
 
-def has_colour(stream) -> bool:
+def has_colour(stream: TextIO | None) -> bool:
     """True if `stream` is a terminal that shows colours, and the user has not switched them off."""
     if stream is None or not stream.isatty():
         return False
@@ -9599,10 +9861,10 @@ def result_lines(files: OutputFiles) -> list[str]:
     """Records read, pairs written, records dropped; the most frequent reasons in five lines."""
     dropped = files.dropped.total()
     paired = files.read - dropped
-    share = f"{paired / files.read:.0%}" if files.read else "0%"
-    wrote = f"{plural(files.pairs, 'pair')} ({share})"
+    paired_share = f"{paired / files.read:.0%}" if files.read else "0%"
+    wrote = f"{plural(files.pairs, 'pair')} ({paired_share})"
     if files.pairs != paired:  # some strategies make several pairs of a record
-        wrote = f"{plural(files.pairs, 'pair')} from {plural(paired, 'record')} ({share})"
+        wrote = f"{plural(files.pairs, 'pair')} from {plural(paired, 'record')} ({paired_share})"
     lines = [f"Read {plural(files.read, 'record')}, wrote {wrote}, dropped {dropped:,}."]
     kinds = dropped_kinds(files)
     frequent = kinds.most_common(5 if len(kinds) <= 5 else 4)
@@ -9827,8 +10089,8 @@ def halt_at(place: str, error: BaseException, models: Models) -> Stop:
     cause = error.__cause__ if isinstance(error, PartError) else error
     if cause and not models.stop:  # records in work may all meet the same bug
         note("".join(traceback.format_exception(cause)).rstrip())
-    message = str(error) if isinstance(error, PartError) else f"a bug: {error!r}"
-    return models.halt(f"{place}: {message}")
+    description = str(error) if isinstance(error, PartError) else f"a bug: {error!r}"
+    return models.halt(f"{place}: {description}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10108,9 +10370,9 @@ class OutputFiles:
 
     def file_of(self, record: Record) -> str:
         """The output, or the test split for its share of prompts."""
-        share = self.run.args.test_fraction
+        test_share = self.run.args.test_fraction
         draw = int(digest(self.run.seed, record.messages)[:8], 16) / 16**8
-        return self.test if share and draw < share else self.output
+        return self.test if test_share and draw < test_share else self.output
 
     def write(self, path: str, row: dict) -> None:
         """Write a row to the part of a file."""
@@ -10248,8 +10510,8 @@ async def in_order(
         while window:
             emit(await window.popleft())
     except Pending:
-        message = "a reply is missing after all batches: does the method ask something new"
-        models.halt(f"{message} each time?")
+        hint = "a reply is missing after all batches: does the method ask something new"
+        models.halt(f"{hint} each time?")
     except Stop as stop:
         models.halt(str(stop), stop.status)
     except BaseException as error:
@@ -10484,16 +10746,16 @@ async def run_job(path: str, run: Run, files: OutputFiles, progress_bar: Progres
     return 1 if files.retryable or not files.pairs else 0
 
 
-def note_annotations(annotations: Annotations, models: Models) -> None:
+def note_annotations(saved_choices: Annotations, models: Models) -> None:
     """Say which annotations were not used; stop if none was."""
-    problems = annotations.problems + annotations.unused()
+    problems = saved_choices.problems + saved_choices.unused()
     for problem in problems[:20]:
         note(problem)
     if len(problems) > 20:
         note(f"... and {len(problems) - 20} more")
-    if not annotations.reviewed:
-        message = "none of the choices is about a pair of this input"
-        models.halt(f"{message}: give the page's own input", 2)
+    if not saved_choices.reviewed:
+        hint = "none of the choices is about a pair of this input"
+        models.halt(f"{hint}: give the page's own input", 2)
 
 
 def report_out(
@@ -10594,45 +10856,43 @@ PROGRAM = "rlhf_constructor.py"
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line; an @FILE holds a flag and its value on each line."""
 
-    def error(self, message: str) -> Never:
+    def error(self, text: str) -> Never:
         """Raise UserError with argparse's message in plain words."""
-        message = message.removeprefix("argument ")
-        unknown = re.match(r"unrecognized arguments: ([^\s=]*)", message)
-        choice = re.match(r"(\S+): invalid choice: '(.*)' \(choose from (.*)\)$", message)
-        missing_file = re.match(r"\[Errno \d+\] (.*): '(.*)'$", message)
+        text = text.removeprefix("argument ")
+        unknown = re.match(r"unrecognized arguments: ([^\s=]*)", text)
+        choice = re.match(r"(\S+): invalid choice: '(.*)' \(choose from (.*)\)$", text)
+        missing_file = re.match(r"\[Errno \d+\] (.*): '(.*)'$", text)
         if unknown:
-            message = f"{unknown[1]!r} is not a flag"
-            message += did_you_mean(unknown[1], self._option_string_actions) or "; see --help"
+            text = f"{unknown[1]!r} is not a flag"
+            text += did_you_mean(unknown[1], self._option_string_actions) or "; see --help"
         elif choice:
-            flag, value, names = choice.groups()
+            flag_name, value, names = choice.groups()
             known = re.findall(r"[\w-]+", names)
-            message = f"{flag}: {value!r} is not {one_of(known)}{did_you_mean(value, known)}"
+            text = f"{flag_name}: {value!r} is not {one_of(known)}{did_you_mean(value, known)}"
         elif missing_file:
             reason, path = missing_file.groups()
-            message = f"@{path}: {reason.lower()} (@FILE reads flags; write a value as FLAG=@...)"
+            text = f"@{path}: {reason.lower()} (@FILE reads flags; write a value as FLAG=@...)"
         else:
-            message = re.sub(
-                "expected (one|at least one) argument", "its value is missing", message
-            )
-        raise UserError(message)
+            text = re.sub("expected (one|at least one) argument", "its value is missing", text)
+        raise UserError(text)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """The arguments of a line of an @FILE: none for a blank line or a # comment."""
-        flag, _, value = arg_line.strip("\ufeff \t").partition(" ")
+        flag_name, _, value = arg_line.strip("\ufeff \t").partition(" ")
         value = value.strip()
-        if not flag or flag.startswith("#"):
+        if not flag_name or flag_name.startswith("#"):
             return []
         if not value:
-            return [flag]
+            return [flag_name]
         quoted = len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]
         if quoted:
             value = value[1:-1]
         elif re.search(r"\s--[a-z]", value):
             raise UserError(f"{arg_line.strip()!r}: an @FILE holds one flag a line")
-        action = self._option_string_actions.get(flag)
+        action = self._option_string_actions.get(flag_name)
         if action and action.nargs == "+":
-            return [flag, *value.split()]
-        return [f"{flag}={value}"]
+            return [flag_name, *value.split()]
+        return [f"{flag_name}={value}"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -10645,8 +10905,8 @@ def build_parser() -> argparse.ArgumentParser:
         "filters": FILTERS,
         "providers": PROVIDERS,
     }
-    title, _, examples, *_ = __doc__.split("\n\n")
-    about = f"{title}\n\n{examples}\n\n"
+    title, _, example_commands, *_ = __doc__.split("\n\n")
+    about = f"{title}\n\n{example_commands}\n\n"
     about += "@FILE reads flags from a file: a flag and its value on each line, # for comments."
     parser = Parser(
         prog=PROGRAM,
@@ -10676,7 +10936,7 @@ def help_formatter(prog: str) -> argparse.HelpFormatter:
 # A flag a line or two: name, type or choices, default, then what --help says: a noun phrase with
 # its unit and default.
 # fmt: off
-def add_main_flags(add) -> None:
+def add_main_flags(add: Callable) -> None:
     """Add the flags of the lesson's command."""
     add("--input-file", metavar="FILE",
         help="input records: .jsonl, .json, .csv, .tsv (each also .gz, .bz2 or .xz) or .parquet "
@@ -10695,7 +10955,7 @@ def add_main_flags(add) -> None:
         help="file for the pairs (default %(default)s)")
 
 
-def add_data_flags(add) -> None:
+def add_data_flags(add: Callable) -> None:
     """Add the flags of what is read and written."""
     add("--rename", type=renaming, action="append", default=[], metavar="OLD=NEW",
         help="field of the input and the known name to read it as, e.g. ask=prompt; repeatable")
@@ -10710,7 +10970,7 @@ def add_data_flags(add) -> None:
         help="share of prompts written to <output>.test.jsonl instead, 0 to 0.99 (default 0)")
 
 
-def add_method_flags(add) -> None:
+def add_method_flags(add: Callable) -> None:
     """Add the flags of how pairs are made."""
     add("--num-candidates", type=number_between(2, 8), default=4, metavar="N",
         help="number of answers per prompt for generate_pairs, 2 to 8 (default %(default)s)")
@@ -10720,7 +10980,7 @@ def add_method_flags(add) -> None:
         help=f"which answers of a prompt form pairs: {one_of(STRATEGIES)} (default best_worst)")
 
 
-def add_model_flags(add) -> None:
+def add_model_flags(add: Callable) -> None:
     """Add the flags of the models that write answers."""
     add("--candidate-models", nargs="+", metavar="MODEL",
         help="models that write the candidates of generate_pairs (default: the high and the low "
@@ -10742,7 +11002,7 @@ def add_model_flags(add) -> None:
         help="extra field of the API request, for all models or one, e.g. top_p=0.9; repeatable")
 
 
-def add_quality_flags(add) -> None:
+def add_quality_flags(add: Callable) -> None:
     """Add the flags of judges and filters."""
     add("--judge-model", action="append", default=[], metavar="MODEL",
         help="model that scores the answers; or reward:NAME@URL (a reward model), exact_match "
@@ -10774,7 +11034,7 @@ def add_quality_flags(add) -> None:
              "repeatable")
 
 
-def add_running_flags(add) -> None:
+def add_running_flags(add: Callable) -> None:
     """Add the flags of calls, cache and cost."""
     add("--concurrency", type=number_between(1, 4096), default=16, metavar="N",
         help="number of records processed at the same time (default %(default)s)")
@@ -10801,7 +11061,7 @@ def add_running_flags(add) -> None:
              "no limit)")
 
 
-def add_report_flags(add) -> None:
+def add_report_flags(add: Callable) -> None:
     """Add the flags of the report and of review by people."""
     add("--report-path", metavar="FILE",
         help="HTML file for the quality report; its numbers are written next to it as .json "
@@ -10814,13 +11074,13 @@ def add_report_flags(add) -> None:
 # fmt: on
 
 
-def did_you_mean(name: str, known) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean --high-model?)` if one of the known names is near, else ""."""
     near = difflib.get_close_matches(name, known, 1, 0.7)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def one_of(names) -> str:
+def one_of(names: Iterable[str]) -> str:
     """`a, b or c`."""
     *first, last = list(names) or [""]
     return f"{', '.join(first)} or {last}" if first else last
@@ -10834,14 +11094,14 @@ def default_models(position: int) -> str:
 def catalogue(tables: dict[str, dict]) -> str:
     """{heading: table} -> every entry with the first line of its docstring."""
     lines = []
-    for title, table in tables.items():
+    for title, entries in tables.items():
         lines += ["", f"{title}:"]
-        for name, entry in table.items():
+        for name, entry in entries.items():
             lines += wrapped(f"  {name:18} {first_line(entry)}", later=" " * 21)
     return "\n".join(lines)
 
 
-def first_line(entry) -> str:
+def first_line(entry: object) -> str:
     """The first line of an entry's docstring, without its full stop."""
     return entry.__doc__.strip().splitlines()[0].rstrip(".")
 
@@ -10857,7 +11117,7 @@ def utf8_text(text: str) -> str:
         return scrub(text)
 
 
-def number_between(low: float, high: float):
+def number_between(low: float, high: float) -> Callable[[str], float]:
     """A type for argparse: a number of low's type, both ends included."""
 
     def parse(text: str) -> float:
@@ -10949,7 +11209,7 @@ def optional_filter(name: str) -> str:
 # --- Checks before anything is called or written
 
 
-def check(args) -> Run:
+def check(args: argparse.Namespace) -> Run:
     """Flags -> Run; raises UserError for whatever cannot work, before any call and any writing."""
     args.prices = dict(args.price)
     check_paths(args)
@@ -11011,7 +11271,7 @@ def check_judges(run: Run) -> None:
         raise UserError("--batch does not work with a reward model: leave out --batch")
 
 
-def check_model(model: Model, args) -> None:
+def check_model(model: Model, args: argparse.Namespace) -> None:
     """Raise UserError if a package, key or price that calls to `model` need is missing."""
     provider = PROVIDERS[model.provider]
     key = key_of(model)
@@ -11054,7 +11314,7 @@ def check_prices(run: Run) -> None:
         note(f"--price {name}: this run uses no model of that name")
 
 
-def check_paths(args) -> None:
+def check_paths(args: argparse.Namespace) -> None:
     """Raise UserError if an input is missing or a file cannot be written; set the cache's path."""
     if not args.input_file:
         raise UserError(
@@ -11107,7 +11367,7 @@ def check_writable(written: list[str], inputs: list[str]) -> None:
             raise UserError(f"{path}: {folder} cannot be written to; choose another folder")
 
 
-def written_paths(args) -> list[str]:
+def written_paths(args: argparse.Namespace) -> list[str]:
     """[output, drops, test split, candidates, report, its numbers, review]; "" if unwanted."""
     stem = re.sub(r"\.jsonl?$", "", args.output_path)
     test = f"{stem}.test.jsonl" if args.test_fraction else ""
@@ -11231,13 +11491,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def first_steps() -> str:
     """What a start without flags shows: what the program does, three commands, the methods."""
-    title, _, examples, *_ = __doc__.split("\n\n")
-    return f"{title}\n\n{examples}\n{catalogue({'Methods': METHODS})}\n\nAll flags: --help"
+    title, _, example_commands, *_ = __doc__.split("\n\n")
+    return f"{title}\n\n{example_commands}\n{catalogue({'Methods': METHODS})}\n\nAll flags: --help"
 
 
-def complain(kind: str, message: str) -> None:
+def complain(kind: str, reason: str) -> None:
     """Print why the program ends, on one line."""
-    note(f"{PROGRAM}: {kind}: {' '.join(message.split())}")
+    note(f"{PROGRAM}: {kind}: {' '.join(reason.split())}")
 
 
 def disk_message(error: OSError | sqlite3.Error) -> str:

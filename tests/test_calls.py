@@ -927,7 +927,7 @@ def test_the_second_request_that_is_refused_is_no_failure_and_is_not_tried_again
         flags = ("--judge-model", "none", "--concurrency", 1)
         result = rlhf(prompts, *OPENAI, *flags, api=api)
         assert api.count("weak") == 31 and len(result.dropped) == 30
-    assert set(result.reasons) == {"filter: truncated"}
+    assert set(result.reasons) == {"filter: truncated: weak reached --max-tokens"}
 
 
 def test_a_cut_answer_whose_second_request_met_a_503_is_worth_another_run(rlhf):

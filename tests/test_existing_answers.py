@@ -1127,3 +1127,100 @@ def test_what_is_no_signal_is_not_advised():
 def test_every_name_in_the_table_of_signals_is_read():
     names = [name for names in rc.SIGNAL_NAMES for name in names.split(", ")]
     assert all(name in {*rc.SIGNALS, *rc.WINNERS, *rc.LEADS} for name in names)
+
+
+# --- contradictions and names that mislead
+
+PLAIN_TWO = {"prompt": Q, "response_a": A, "response_b": B}
+SIDES = {"prompt": Q, "chosen": A, "rejected": B}
+SCORED_SIDES = {"prompt": Q, "chosen": {"text": A, "score": 1}, "rejected": {"text": B, "score": 9}}
+
+
+def scored_items(text, score):
+    return [{"text": text, "score": score}, {"text": f"{text} Yes.", "score": score}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(SCORED_SIDES, id="scores inside the sides"),
+        pytest.param(SIDES | {"chosen": scored_items(A, 1), "rejected": scored_items(B, 9)}, id="of lists"),
+        pytest.param(PLAIN_TWO | {"winner": "a", "overall_preference": 3}, id="HelpSteer3's lead"),
+        pytest.param(
+            {"prompt": Q, "responses": [A, B], "winner": "a", "preference_strength": 3},
+            id="HelpSteer2's lead",
+        ),
+        pytest.param(SIDES | {"label": "rejected"}, id="a label that says rejected"),
+    ],
+)
+def test_a_signal_beside_a_pair_that_contradicts_it_gives_no_pair(process_record, row):
+    assert "contradictory signals" in process_record(row)
+
+
+def test_scores_inside_the_sides_that_agree_give_the_pair(process_record):
+    row = SIDES | {"chosen": {"text": A, "score": 9}, "rejected": {"text": B, "score": 1}}
+    assert process_record(row) == (A, B)
+
+
+def test_a_lead_of_other_names_alone_says_nothing(process_record):
+    assert "without any signal" in process_record(PLAIN_TWO | {"overall_preference": 3})
+
+
+def test_names_of_models_are_no_pair_of_answers(process_record):
+    row = PLAIN_TWO | {"chosen": "gpt", "rejected": "llama"}
+    assert "winner not understood" in process_record(row)
+
+
+@pytest.mark.parametrize("field", [{"preferred_index": 1}, {"quality": [1, 9]}])
+def test_a_list_of_outputs_beside_a_signal_is_no_pair(process_record, field):
+    [name] = field
+    reason = process_record({"instruction": Q, "output": [A, B]} | field)
+    assert "without any signal" in reason and f"--rename {name}=" in reason
+
+
+INVERTED_NAMES = ["loser", "worse", "worst_response", "rejected_id", "rejected_by_user", "flagged"]
+INVERTED_NAMES += ["not_preferred", "dispreferred", "worst_choice", "toxic", "败者", "较差", "劣"]
+
+
+@pytest.mark.parametrize("name", [*INVERTED_NAMES, "language", "position", "shown_first"])
+def test_no_advice_makes_a_winner_of_a_name_that_does_not_say_better(process_record, name):
+    reason = process_record(PLAIN_TWO | {name: "b"})
+    assert "without any signal" in reason and "--rename" not in reason
+
+
+@pytest.mark.parametrize("stem", ["errors", "penalty", "length"])
+def test_no_advice_makes_a_score_of_what_is_bad(process_record, stem):
+    reason = process_record(PLAIN_TWO | {f"{stem}_a": 2, f"{stem}_b": 1})
+    assert "without any signal" in reason and "--rename" not in reason
+
+
+def test_advice_on_numbers_beside_answers_says_which_is_better(process_record):
+    assert "(higher is better)" in process_record(PLAIN_TWO | {"grade_a": 2, "grade_b": 1})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param({"response_a": "(B)", "response_b": "(A)", "winner": "A"}, id="letters"),
+        pytest.param({"responses": ["B.", "A."], "winner": "A"}, id="letters in a list"),
+    ],
+)
+def test_a_letter_that_is_also_the_other_answers_text_is_ambiguous(process_record, row):
+    assert "ambiguous winner" in process_record({"prompt": Q} | row)
+
+
+@pytest.mark.parametrize("winner", ["!b", "1_0"])
+def test_a_negated_name_and_a_python_number_name_no_winner(process_record, winner):
+    assert "winner not understood" in process_record(PLAIN_TWO | {"winner": winner})
+
+
+def rated_row(score, reference):
+    return {"prompt": Q, "response": f"{A} {score}", "score": score, "reference": reference}
+
+
+@pytest.mark.parametrize(("second", "reference"), [("rain", "rain"), ("snow", "")])
+def test_grouped_rows_keep_the_reference_on_which_they_agree(tmp_path, second, reference):
+    rows = [rated_row(1, "rain"), rated_row(2, second)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    [(_, record)] = rc.read_records(str(tmp_path / "in.jsonl"), with_answers=True)
+    assert (record.reference, len(record.answers)) == (reference, 2)

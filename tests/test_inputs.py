@@ -719,7 +719,7 @@ def test_fields_that_change_nothing_are_named_and_ids_and_labels_are_not():
 
 def test_a_field_that_one_row_uses_is_used():
     assert (
-        unused({"prompt": "Q", "output": "x", "answer": "y"}, {"prompt": "Q", "answer": "y"}) == []
+        unused({"prompt": "Q", "output": "x", "answer": "y"}, {"prompt": "Q", "output": "y"}) == []
     )
 
 
@@ -734,3 +734,104 @@ def test_signals_are_used_where_answers_are_read():
     }
     assert unused(row, with_answers=True) == ["lang"]
     assert unused(row) == ["chosen", "rejected", "score_chosen", "score_rejected", "lang"]
+
+
+# --- references and choices
+
+
+@pytest.mark.parametrize("name", ["reference", "solution", "answerkey", "answer"])
+@pytest.mark.parametrize("other", ["output", "completion", "response"])
+def test_a_gold_answer_beats_the_answer_of_a_model(name, other):
+    assert record({"prompt": "Q", other: "a model's", name: "gold"}).reference == "gold"
+
+
+LEGS = {"question": "How many legs?", "choices": ["0", "2", "4", "6"]}
+LABELLED = {"text": ["2", "3", "4", "5"], "label": ["1", "2", "3", "4"]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(LEGS | {"answer": "2"}, id="an index"),
+        pytest.param(LEGS | {"choices": str(LEGS["choices"]), "answer": "2"}, id="a CSV cell"),
+        pytest.param({"question": "Legs?", "choices": LABELLED, "answerKey": "3"}, id="a label"),
+    ],
+)
+def test_digits_that_may_be_a_choices_number_are_no_reference(row):
+    assert record(row).reference == ""
+
+
+@pytest.mark.parametrize("answer", ["6", "B"])
+def test_a_choices_text_and_letter_are_references(answer):
+    assert record(LEGS | {"answer": answer}).reference == answer
+
+
+@pytest.mark.parametrize("cell", ["['x1', 'y1']", '["x1", "y1"]'])
+def test_choices_in_a_cell_are_read(cell):
+    assert record({"question": "Q", "choices": cell}).prompt == "Q\n\nA. x1\nB. y1"
+
+
+# --- what stands beside turns
+
+ASKED = [{"role": "user", "content": "q1"}]
+SYSTEM_TURN = {"role": "system", "content": "Be brief."}
+
+
+def contents(row) -> list[str]:
+    return [turn["content"] for turn in record(row).messages]
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations", "turns", "prompt"])
+def test_a_history_stands_before_the_turns(name):
+    assert contents({name: ASKED, "history": [["q0", "a0"]]}) == ["q0", "a0", "q1"]
+
+
+def test_a_history_that_the_turns_repeat_stands_once():
+    assert contents({"messages": turns("q0", "a0", "q1"), "history": [["q0", "a0"]]}) == [
+        "q0",
+        "a0",
+        "q1",
+    ]
+
+
+def test_a_system_turn_moves_before_the_history():
+    row = {"prompt": [SYSTEM_TURN, *ASKED], "history": [["q0", "a0"]]}
+    assert contents(row) == ["Be brief.", "q0", "a0", "q1"]
+
+
+@pytest.mark.parametrize("field", [{"context": "A passage."}, {"choices": ["x", "y"]}])
+def test_a_text_beside_turns_that_they_do_not_hold_costs_the_row(field):
+    with pytest.raises(rc.Failed, match="text beside the turns"):
+        rc.parse_row({"messages": ASKED} | field)
+
+
+def test_a_text_beside_turns_that_they_hold_is_no_loss():
+    assert contents({"messages": turns("Passage. Q?"), "context": "Passage."}) == ["Passage. Q?"]
+
+
+def full_turns(prompt) -> dict:
+    return {"prompt": prompt, "chosen": turns("q1", "good"), "rejected": turns("q1", "bad")}
+
+
+def test_a_system_turn_of_the_prompt_stands_before_the_turns_of_a_pair():
+    assert contents(full_turns([SYSTEM_TURN, *ASKED])) == ["Be brief.", "q1"]
+
+
+@pytest.mark.parametrize("prompt", ["another", turns("another")])
+def test_a_prompt_that_differs_from_the_turns_of_a_pair_costs_the_row(prompt):
+    with pytest.raises(rc.Failed, match="histories differ: `prompt`"):
+        rc.parse_row(full_turns(prompt))
+
+
+OPEN = "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\nSure, "
+
+
+@pytest.mark.parametrize("prompt", [OPEN, turns("q1", "Sure, ")])
+def test_a_prompt_that_ends_inside_an_answer_takes_no_other_answers(prompt):
+    with pytest.raises(rc.Failed, match="the prompt ends inside an answer"):
+        rc.parse_row({"prompt": prompt, "chosen": "good", "rejected": "bad"})
+    assert record({"prompt": prompt}).reference.startswith("Sure,")
+
+
+def test_an_unread_field_that_may_name_the_better_answer_is_no_id():
+    assert unused({"prompt": "Q", "preferred_index": 1, "row_index": 1}) == ["preferred_index"]

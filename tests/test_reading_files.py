@@ -227,3 +227,34 @@ def test_an_unknown_shape_is_refused_with_the_shapes_there_are(tmp_path, row):
 def test_answers_that_may_be_bad_are_no_references_offline(tmp_path):
     with pytest.raises(rc.UserError, match="no record has an answer.*label or a score"):
         checked(tmp_path, b'{"prompt": "Q", "completion": "x", "label": false}')
+
+
+# --- Parquet and CSV that break
+
+
+def test_parquet_with_a_column_twice_is_refused(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.Table.from_arrays([arrow.array(["a"])] * 2, names=["prompt", "prompt"])
+    arrow.parquet.write_table(table, tmp_path / "in.parquet")
+    with pytest.raises(rc.UserError, match="stands twice"):
+        list(rc.read_rows(str(tmp_path / "in.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("timestamp('ns')", 1001), ("timestamp('s')", 10**14), ("duration('s')", 2**62)],
+)
+def test_a_time_that_python_cannot_hold_costs_no_row(tmp_path, kind, value):
+    arrow = pytest.importorskip("pyarrow")
+    times = arrow.array([value], eval(f"arrow.{kind}"))
+    table = arrow.table({"prompt": ["a"], "when": times})
+    arrow.parquet.write_table(table, tmp_path / "in.parquet")
+    [(_, row)] = rc.read_rows(str(tmp_path / "in.parquet"))
+    assert row["prompt"] == "a"
+
+
+def test_rows_between_two_stray_quotes_are_read(tmp_path):
+    lines = ["prompt,answer", 'q1,"a1', "q2,a2", 'q3,"a3" x', "q4,a4"]
+    (tmp_path / "in.csv").write_text("\n".join(lines), "utf-8")
+    rows = [row for _, row in rc.read_rows(str(tmp_path / "in.csv"))]
+    assert [row["prompt"] for row in rows if isinstance(row, dict)] == ["q2", "q4"]

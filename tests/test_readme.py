@@ -67,12 +67,21 @@ def world(call):
     if call.protocol == "reward":
         return demo_world(replace(call, messages=call.messages[-1:]))
     if is_judge(call):
+        if any(text in SENTIMENTS.values() for _, text in shown_answers(call)):
+            right = next(v for k, v in SENTIMENTS.items() if k in call.prompt)
+            return judge_reply(call, lambda text, position: 9 if text == right else 3)
         if any(text in PREFERRED for _, text in shown_answers(call)):
             return judge_reply(call, lambda text, position: 9 if text in PREFERRED else 3)
         return demo_world(call)
     temperature = call.params.get("temperature")
-    if call.prompt in SENTIMENTS and call.messages[0]["role"] == "user":
-        return SENTIMENTS[call.prompt] if temperature == 0.7 else "neutral or mixed"
+    label = SENTIMENTS.get(call.prompt)
+    if label and call.messages[0]["role"] == "user":
+        other = {"正面": "负面", "positive": "negative"}
+        return (
+            label
+            if "max" in call.model
+            else other.get(label, "positive" if label.isascii() else "正面")
+        )
     return demo_world(replace(call, model=f"{call.model} at {temperature}"))
 
 
@@ -156,7 +165,7 @@ def test_every_link_inside_the_page_and_every_picture_leads_somewhere():
     heads = {slug(head) for head in re.findall(r"^#+ (.*)$", prose, re.M)}
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= heads
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
-    assert len(pictures) == 2 and all((ROOT / path).stat().st_size < 200_000 for path in pictures)
+    assert len(pictures) == 3 and all((ROOT / path).stat().st_size < 200_000 for path in pictures)
 
 
 def test_every_output_format_method_and_strategy_is_named():
