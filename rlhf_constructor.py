@@ -4268,7 +4268,8 @@ def single_answer(row: object) -> tuple[list[dict], dict, str] | None:
         if len(records) == 1:
             answer |= {"text": text, "model": row.get("model")}
             golds = [reference_text(row, name) for name in GOLD_FIELDS if row.get(name) != text]
-            return records[0].messages, answer, first_of(golds) or ""
+            golds = [gold for gold in golds if gold]
+            return records[0].messages, answer, golds[0] if golds else ""
     return None
 
 
