@@ -372,7 +372,7 @@ def register(entries: dict, **settings: object) -> Callable:
 
 
 def check_settings(entries: dict, settings: dict[str, object]) -> None:
-    """Raise ValueError for a setting that the table `entries` does not know, or a wrong value."""
+    """Raise ValueError for a setting that the table does not know, or one of a wrong kind."""
     known = SETTINGS.get(id(entries), ())
     for key, value in settings.items():
         if key not in known:
@@ -4269,7 +4269,8 @@ def single_answer(row: object) -> tuple[list[dict], dict, str] | None:
         if len(records) == 1:
             answer |= {"text": text, "model": row.get("model")}
             golds = [reference_text(row, name) for name in GOLD_FIELDS if row.get(name) != text]
-            return records[0].messages, answer, next(filter(None, golds), "")
+            golds = [gold for gold in golds if gold]
+            return records[0].messages, answer, golds[0] if golds else ""
     return None
 
 

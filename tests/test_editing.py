@@ -404,10 +404,14 @@ def test_a_mistake_in_a_providers_constructor_names_the_provider(edited):
     assert "the provider `mine` raised TypeError: " in result.err.splitlines()[-1]
 
 
-def test_a_stop_before_any_call_does_not_speak_of_paying_again(edited):
-    code = provider("return Replyy(name)")
-    result = edited("providers", code, *MINE_IS_LOW, "--cache-path", "none")
-    assert "pays for all calls again" not in result.out + result.err
+def test_a_stop_without_any_call_does_not_speak_of_paying_again(edited):
+    """The third record meets the mistake; offline models cost nothing."""
+    code = method(
+        'if "5 plus" in record.prompt:\n    raise KeyError(1)\nraise Failed("judge", "no")'
+    )
+    result = edited("methods", code, *MINE, "--concurrency", "1")
+    assert result.status == 3 and "Run the same command again to start over." in result.out
+    assert "pays for all calls again" not in result.out
 
 
 def test_a_package_that_is_missing_is_named(edited):

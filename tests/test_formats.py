@@ -49,7 +49,7 @@ PAIR_FORMATS = [
     "conversational",
     "chatml",
     "openai",
-    pytest.param("swift", marks=pytest.mark.xfail(strict=False, reason="until the merge")),
+    "swift",
 ]
 
 

@@ -304,7 +304,9 @@ def test_a_reply_that_contradicts_itself_is_not_read(reply):
         f"Here is the JSON in the requested format:\n{GOOD}",
         GOOD.replace("scores", "harmlessness"),
         GOOD.replace("scores", "helpfulness"),
-        GOOD.replace("ok", "Q7 is less precise, and the smaller number is wrong. These are mistakes."),
+        GOOD.replace(
+            "ok", "Q7 is less precise, and the smaller number is wrong. These are mistakes."
+        ),
         f"{FLIPPED}\nCorrected: {GOOD}",
         f"{FLIPPED}\n最终评分：{GOOD}",
     ],
