@@ -637,12 +637,13 @@ def parse_row(
         row = {"messages": row}
     if not isinstance(row, dict):
         raise Failed("input", f"not a record: a {type(row).__name__} instead of an object")
+    original_names = list(row)
     row = with_parsed_turns(with_plain_names(row))
     check_fields_only_text(row)
     row = known_data_set(row)
     records = adapt(row)
     if not records:
-        raise Failed("input", why_unknown(row))
+        raise Failed("input", why_unknown(row, original_names))
     if any(not record.messages[-1]["content"] for record in records):
         raise Failed("input", "empty prompt")
     if with_answers:
@@ -1135,6 +1136,7 @@ class Run:
         # (model, sample): a model that is named twice gives two samples of its own.
         self.candidates = self.choose_candidates()
         self.judges = self.choose_judges()
+        self.unused_fields: list[str] = []  # of the first records, see check_input
         # 2: the judge sees the answers in an order and in its reverse.
         self.orders: int = args.judge_orders
         self.rubric: str = args.rubric[1] if args.rubric else default_rubric()
@@ -1195,6 +1197,8 @@ class Run:
         and some are wrong."""
         if not self.judges:
             advice = record.signal_hint or "name a --judge-model"
+            if self.unused_fields:
+                advice += f" (fields not used: {', '.join(self.unused_fields[:8])})"
             raise Failed("input", f"answers without any signal: {advice}")
         judged = await score_answers(record, answers, self)
         remember_judged(record, answers, judged)
@@ -1287,13 +1291,17 @@ class Run:
 
     def asked(self) -> list[Model]:
         """Every model that this run may call, once: the method's and the judges."""
+        return list(dict.fromkeys(self.writers() + self.judges))
+
+    def writers(self) -> list[Model]:
+        """Every model that may write an answer, once."""
         models = []
         for role in getattr(self.method, "asks", ("high", "low")):
             if role == "candidates":
                 models += [model for model, _ in self.candidates]
             else:
                 models.append({"high": self.high, "low": self.low}[role])
-        return list(dict.fromkeys(models + self.judges))
+        return list(dict.fromkeys(models))
 
     def pays(self) -> bool:
         """Whether any of them costs money, or at least a call."""
@@ -2733,14 +2741,14 @@ def line_in_script(error: Exception) -> int:
     return [line for frame, line in frames if frame.f_code.co_filename == own_file][-1]
 
 
-def why_unknown(row: dict) -> str:
-    """Why no function of INPUTS knows the row."""
+def why_unknown(row: dict, original_names: list) -> str:
+    """Why no function of INPUTS knows the row; its names are as the input writes them."""
     for name in ("instruction", *PROMPT_FIELDS):
         if name in row and is_missing(row[name]):
             return "empty prompt"
         if isinstance(row.get(name), dict | int | float):
             return f"not a text: `{name}` holds a {type(row[name]).__name__}"
-    return f"no known fields: {', '.join(map(str, row))[:80] or 'empty object'}"
+    return f"no known fields: {', '.join(map(str, original_names))[:80] or 'empty object'}"
 
 
 # What reading raises where junk is nested in place of a text or a number.
@@ -2768,11 +2776,26 @@ def add_row_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = N
         raise Failed("input", f"malformed record: {error}", record=record) from None
 
 
+def new_name(name: str, row: dict, rename: dict) -> str:
+    """A field's name after --rename, which knows `Frage` as `frage`, too, if no field is `frage`."""
+    if name in rename:
+        return rename[name]
+    for old, new in rename.items():
+        if old not in row and plain_name(old) == plain_name(str(name)):
+            return new
+    return name
+
+
+def has_field(row: dict, name: str) -> bool:
+    """Whether --rename finds a field of this name in the row."""
+    return plain_name(name) in [plain_name(str(field_name)) for field_name in row]
+
+
 def renamed_row(row: object, rename: dict) -> object:
     """The row with --rename applied; raises Failed if two of its fields then have one name."""
     if not rename or not isinstance(row, dict):
         return row
-    renamed = {rename.get(name, name): value for name, value in row.items()}
+    renamed = {new_name(name, row, rename): value for name, value in row.items()}
     if len(renamed) < len(row):
         raise Failed("input", "--rename: two fields of one name")
     return renamed
@@ -2813,7 +2836,7 @@ def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
                 used.add(name)
     unused = []
     for name in filled:
-        is_rating = plain_name(rename.get(name, name)) in {*THUMB_FIELDS, *GRADE_FIELDS}
+        is_rating = plain_name(new_name(name, {}, rename)) in {*THUMB_FIELDS, *GRADE_FIELDS}
         is_id = ID_NAME.fullmatch(name) and not may_be_signal(name)
         if name not in used and not is_rating and not is_id:
             unused.append(name)
@@ -6711,11 +6734,11 @@ class Models:
         """Raise Stop if what is spent, under way and `extra` together reach --max-cost."""
         if not self.is_over_budget(extra):
             return
-        spent = f"--max-cost {self.args.max_cost:g} is reached: {self.spent:.4g} is spent"
+        limit = f"--max-cost {self.args.max_cost:g}"
+        reason = f"the next call might exceed {limit}: {self.spent:.4g} is spent"
         if self.cost_in_flight > 1e-9:
-            spent += f", about {self.cost_in_flight:.4g} is under way"
-        hint = "one more call might pass it; raise it and run the same command again"
-        raise self.halt(f"{spent}: {hint}")
+            reason += f", about {self.cost_in_flight:.4g} is under way"
+        raise self.halt(f"{reason}. Raise it and run the same command again.")
 
     def guess(self, model: Model, messages: list, hints: dict) -> Reply:
         """A pending reply, with the tokens to expect, also of answers that are not there yet."""
@@ -7842,7 +7865,7 @@ ADVICE = {
     "yield": Advice(
         "Most prompts are lost, and the remaining pairs may not represent them.",
         "Try a higher --temperature, a higher --num-candidates, or a weaker --low-model.",
-        "Read the drop reasons; a lower --min-score-gap keeps more pairs.",
+        "Read the drop reasons.",
     ),
     "ties": Advice(
         "Such replies give no pair. The judge may be too weak to see the differences.",
@@ -7880,7 +7903,7 @@ ADVICE = {
     ),
     "prompts": Advice(
         "A model trained on this sees few different tasks.",
-        "Try to add other prompts, --max-samples for a repetitive source, --strategy best_worst.",
+        "Add other prompts; take fewer of a repetitive source (--max-samples).",
     ),
     "answers": Advice(
         "A model trained on this learns the template of the answers.",
@@ -8208,6 +8231,8 @@ class Report:
         human = human or {"metrics": [], "lines": []}
         metrics = [metric_row(metric, metric.formula(self), answers_given) for metric in METRICS]
         metrics += human["metrics"]
+        if answers_given and any(kind == "score gap too small" for _, kind in self.dropped):
+            add_gap_advice(metrics)
         words = find_differences(self.rows[:DIVERSITY_SAMPLE], phrases)["phrases"]
         numbers = {
             "warnings": warnings_of(metrics),
@@ -8312,6 +8337,13 @@ def headline(metrics: list[dict]) -> list[str]:
     return facts
 
 
+def add_gap_advice(metrics: list[dict]) -> None:
+    """Let the warning of few pairs name --min-score-gap, which has dropped some."""
+    for row in metrics:
+        if row["metric"] == "kept" and row["advice"]:
+            row["advice"] += " A lower --min-score-gap keeps more pairs."
+
+
 def dropped_rows(dropped: Counter) -> list[dict]:
     """Stage, reason, records, meaning and advice of each kind of drop, most frequent first."""
     rows = []
@@ -8329,8 +8361,9 @@ def judge_family_notes(report: Report, settings: dict) -> list[str]:
     if not related:
         return []
     names = ", ".join(related[:5])
+    whose = "its" if len(related) == 1 else "their"
     return [
-        f"The judge is of the same model family as {names} and may favour its answers. "
+        f"The judge is of the same model family as {names} and may favour {whose} answers. "
         "Add a --judge-model of another family to check this."
     ]
 
@@ -8470,8 +8503,11 @@ def examples(rows: list[dict]) -> list[dict]:
     with_gap.sort(key=lambda row: row["gap"])
     kinds = {"lowest gap": with_gap, "highest gap": with_gap[::-1], "random": rows}
     samples = []
+    taken: list[dict] = []
     for kind, candidates in kinds.items():
-        for row in candidates[:SHOWN_PAIRS]:
+        others = [row for row in candidates if not any(row is other for other in taken)]
+        for row in others[:SHOWN_PAIRS]:
+            taken.append(row)
             texts = {name: row[name][:SHOWN_TEXT] for name in ("prompts", "chosen", "rejected")}
             samples.append({"kind": kind, **row, **texts})
     return samples
@@ -8551,6 +8587,7 @@ STAGES = {
     "filter": 3,
     "human": 4,
 }  # the order of a record's way
+LEVEL_WORDS = {"warn": "warning"}  # level -> its word on the page, where it is another
 # A histogram's drawing area, in units of its view box (about a pixel on a phone).
 PLOT_LEFT = 44
 PLOT_RIGHT = 372
@@ -8656,7 +8693,8 @@ def warning_list(numbers: dict) -> str:
 
 def card(level: str, finding: str, text: str) -> str:
     """One warning, or what stands there instead."""
-    head = f'<p><b class="level">{level}</b> <strong>{finding}</strong></p>'
+    word = LEVEL_WORDS.get(level, level)
+    head = f'<p><b class="level">{word}</b> <strong>{finding}</strong></p>'
     return f'<li class="{level.replace(" ", "-")}">{head}<p>{mark_flags(text)}</p></li>'
 
 
@@ -8695,7 +8733,7 @@ def length_section(numbers: dict) -> tuple[str, str]:
     if longer["n"]:
         sentence = (
             f"The chosen answer is the longer one in {shown(longer['value'], '%')} of the pairs; "
-            f"it has {shown(ratio['value'])} times the characters of the rejected one (median)."
+            f"the median length ratio, chosen to rejected, is {ratio['value']:.2f}."
         )
     charts = numbers["charts"]
     figures = [
@@ -8733,13 +8771,18 @@ def bias_section(numbers: dict) -> tuple[str, str]:
     sentence = " ".join(findings)
     if not findings:
         sentence = "No check found anything but quality that predicts which answer is chosen."
+    too_few = sum(1 for row in rows if row["level"] == "too few")
+    if too_few and not findings:
+        sentence = "No check with enough cases found a bias."
+    if too_few:
+        sentence += f" {plural(too_few, 'check')} had too few cases."
     if not any(row["level"] in ("ok", "warn", "critical") for row in rows):
         sentence = "There are too few cases to tell what besides quality predicts the label."
     charts = numbers["charts"]
     figures = [
         share_bars(
             "Position",
-            "How often an answer scores above the middle of its judge reply",
+            "How often the answer shown first (second) got the higher score",
             charts["positions"],
             fair=True,
         ),
@@ -8895,13 +8938,14 @@ def metric_table(rows: list[dict]) -> str:
     cells = []
     for row in rows:
         unit = row["unit"]
+        word = LEVEL_WORDS.get(row["level"], row["level"])
         cells.append(
             [
                 row["label"],
                 shown(row["value"], unit),
                 shown_interval(row["interval"], unit),
                 f"{row['n']:,}",
-                f'<span class="{row["level"].replace(" ", "-")}">{row["level"]}</span>',
+                f'<span class="{row["level"].replace(" ", "-")}">{word}</span>',
             ]
         )
     return table(["Metric", "Value", "95% CI", "Cases", "Level"], cells)
@@ -8963,7 +9007,9 @@ def funnel(numbers: dict) -> str:
     left = total
     for row in reasons:
         left -= row["records"]
-        explanation = f"{row['meaning']} {mark_flags(row['advice'])}".strip()
+        explanation = row["meaning"]
+        if row["advice"]:
+            explanation += f". Try: {mark_flags(row['advice'])}"
         body += funnel_row(row["reason"], explanation, left, row["records"], total, "rejected")
     if others:
         left -= others
@@ -9487,7 +9533,11 @@ class Annotations:
     def numbers(self) -> dict:
         """For the report: {"metrics": [rows of metrics], "lines": [sentences]}."""
         counts = Counter(pair.choice for pair in self.reviewed.values())
-        results = [f"{counts[name]} {CHOICES[name]}" for name in CHOICES if counts[name]]
+        results = []
+        for name, effect in CHOICES.items():
+            if counts[name]:
+                noun = plural(counts[name], "tie") if name == "tie" else f"{counts[name]} {effect}"
+                results.append(noun)
         results = ", ".join(results) or "none yet"
         reviewed = f"{len(self.reviewed):,} of {plural(self.pairs, 'pair')}"
         lines = [f"People reviewed {reviewed}: {results}."]
@@ -9643,10 +9693,10 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
     ),
     "tie": (
         "both answers were rated equal",
-        "a stronger --judge-model, a weaker --low-model, or --method generate_pairs",
+        "a stronger --judge-model",
     ),
     "score gap too small": (
-        "the score gap was below --min-score-gap",
+        "the score gap was below the least gap (--min-score-gap)",
         "--min-score-gap 0.5, a weaker --low-model, or --method generate_pairs",
     ),
     "chosen score too low": (
@@ -9685,7 +9735,7 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
     "empty answer": ("a model returned no text", ""),
     "error text": ("an answer is the saved error message of an API", ""),
     "control tokens": (
-        "an answer holds marks of a chat template, such as <|im_end|>",
+        "an answer holds marks of a chat template, such as <im_end>",
         "a stop token on the model's server, or another model",
     ),
     "repetition loop": (
@@ -9782,7 +9832,7 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
     ),
     "not a text": ("a part of the record is no text, such as an image or a tool call", ""),
     "prompt holds chat-template tokens": (
-        "the prompt holds marks of a chat template, such as <|im_start|>",
+        "the prompt holds marks of a chat template, such as <im_start>",
         "prompts without the template",
     ),
     "repeated prompt": ("an earlier record has the same prompt", ""),
@@ -9929,13 +9979,13 @@ def has_colour(stream: TextIO | None) -> bool:
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-COLOURS = {"CRITICAL": "1;31", "WARNING": "1;33", "ok": "1;32"}
+COLOURS = {"CRITICAL": "1;31", "WARNING": "1;33", "ok": "1;32", "info": "1;36"}
 
 
 def coloured(text: str) -> str:
     """Text with the level words at the start of its lines in colour."""
     return re.sub(
-        r"(?m)^  (CRITICAL|WARNING|ok)(?=  )",
+        r"(?m)^  (CRITICAL|WARNING|ok|info)(?=  )",
         lambda match: f"  \x1b[{COLOURS[match[1]]}m{match[1]}\x1b[0m",
         text,
     )
@@ -9965,6 +10015,17 @@ def plan_line(records: int, models: Models) -> str:
     return "\n".join(wrapped(work, later="  ") + wrapped(payment, first="  ", later="  "))
 
 
+def price_hint(rows: list[dict], models: Models) -> str:
+    """Why the plan names no cost, or ""."""
+    missing = list(dict.fromkeys(row["model"] for row in rows if row["money"] is None))
+    if not missing:
+        return ""
+    if not models.args.prices:
+        return "For the cost add --price MODEL=IN/OUT."
+    verb = "has" if len(missing) == 1 else "have"
+    return f"Expected cost: unknown, because {', '.join(missing)} {verb} no --price."
+
+
 def show_plan(records: int, asking: int, models: Models) -> None:
     """Print what --dry-run is for: the planned calls, tokens, cost and the first prompts."""
     show(f"Dry run: no API call is made and nothing is written. Read {plural(records, 'record')}.")
@@ -9981,6 +10042,9 @@ def show_plan(records: int, asking: int, models: Models) -> None:
         if row["money"] is not None:
             text += f"; {money_text(row['money'])} (--price)"
         show("\n".join(wrapped(text, first="  ", later="    ")))
+    hint = price_hint(rows, models)
+    if hint:
+        show("\n".join(wrapped(hint, first="  ", later="    ")))
     for receiver, messages in models.first_prompts.items():
         receiver = receiver.removesuffix(" as answer")
         show(f"\n--- First prompt to {receiver}:\n{flatten(messages)}")
@@ -10035,6 +10099,8 @@ class ProgressBar:
     def close(self) -> None:
         """Leave the last drawing on the terminal and end its line."""
         if self.bar is not None:
+            if ProgressBar.on_screen is self:
+                self.bar.delay = 0  # else tqdm may think that nothing was drawn, and ends no line
             with tolerate_closed(sys.stderr):
                 self.bar.close()
         ProgressBar.on_screen = None
@@ -10059,9 +10125,9 @@ def progress() -> ProgressBar:
 
 def summary(files: OutputFiles, models: Models, numbers: dict | None = None) -> list[str]:
     """The lines that end a run: result, quality (with a report's numbers), calls, files, advice."""
-    blocks = [result_lines(files), call_lines(models, files.pairs)]
+    blocks = [result_lines(files, bool(models.stop)), call_lines(models, files.pairs)]
     if models.stop:
-        blocks.append(stopped_lines(files, models))
+        blocks.append(stopped_lines(models))
     else:
         blocks += [file_lines(files), advice_lines(files)]
     blocks = [block for block in blocks if block]
@@ -10084,7 +10150,7 @@ def dropped_kinds(files: OutputFiles) -> Counter:
     return kinds
 
 
-def result_lines(files: OutputFiles) -> list[str]:
+def result_lines(files: OutputFiles, stopped: bool = False) -> list[str]:
     """Records read, pairs written, records dropped; the most frequent reasons in five lines."""
     dropped = files.dropped.total()
     paired = files.read - dropped
@@ -10093,6 +10159,8 @@ def result_lines(files: OutputFiles) -> list[str]:
     if files.pairs != paired:  # some strategies make several pairs of a record
         wrote = f"{plural(files.pairs, 'pair')} from {plural(paired, 'record')} ({paired_share})"
     lines = [f"Read {plural(files.read, 'record')}, wrote {wrote}, dropped {dropped:,}."]
+    if stopped:
+        lines = [stopped_result(files)]
     kinds = dropped_kinds(files)
     frequent = kinds.most_common(5 if len(kinds) <= 5 else 4)
     others = dropped - sum(count for _, count in frequent)
@@ -10106,6 +10174,16 @@ def result_lines(files: OutputFiles) -> list[str]:
     return lines
 
 
+def stopped_result(files: OutputFiles) -> str:
+    """What a stopped run has done so far, and where its pairs are."""
+    if not files.read:
+        return "No pair was made."
+    result = f"Stopped after {plural(files.read, 'record')}; "
+    if not files.pairs:
+        return f"{result}no pair so far."
+    return f"{result}{plural(files.pairs, 'pair')} so far, in {files.output}.part."
+
+
 def report_lines(numbers: dict, room: int = 14) -> list[str]:
     """The quality of the pairs in at most `room` lines: the worst warnings, then what is well."""
     lines = [f"Quality of the {plural(numbers['pairs'], 'pair')}"]
@@ -10113,6 +10191,8 @@ def report_lines(numbers: dict, room: int = 14) -> list[str]:
     warnings = numbers["warnings"]
     for position, warning in enumerate(warnings):
         block = warning_lines(warning)
+        if position and same_advice(warning, warnings[position - 1]):
+            block = finding_lines(warning)
         last = position == len(warnings) - 1
         needed = len(lines) + len(block) + len(closing) + (0 if last else 1)
         if position and needed > room:
@@ -10122,11 +10202,21 @@ def report_lines(numbers: dict, room: int = 14) -> list[str]:
     return lines + closing
 
 
+def same_advice(warning: dict, other: dict) -> bool:
+    """Whether two warnings have the same meaning and advice."""
+    return (warning["meaning"], warning["advice"]) == (other["meaning"], other["advice"])
+
+
+def finding_lines(warning: dict) -> list[str]:
+    """What a warning found."""
+    level = "CRITICAL" if warning["level"] == "critical" else "WARNING"
+    return wrapped(warning["finding"], first=f"  {level:8}  ", later=" " * 12)
+
+
 def warning_lines(warning: dict) -> list[str]:
     """A warning as sentences: what was found, why it matters, what to try."""
-    level = "CRITICAL" if warning["level"] == "critical" else "WARNING"
     indent = " " * 12
-    lines = wrapped(warning["finding"], first=f"  {level:8}  ", later=indent)
+    lines = finding_lines(warning)
     for key in ("meaning", "advice"):
         lines += wrapped(warning.get(key, ""), first=indent, later=indent)
     return lines
@@ -10139,7 +10229,10 @@ def quality_lines(numbers: dict) -> list[str]:
     if checks["too_few"]:
         text += f", {checks['too_few']} need more data"
     text = "; ".join([", ".join(numbers["headline"]), text]).removeprefix("; ")
-    lines = wrapped(text, first="  ok        ", later=" " * 12)
+    level = "ok" if checks["passed"] else "info"
+    lines = []
+    if numbers["pairs"]:
+        lines += wrapped(text, first=f"  {level:8}  ", later=" " * 12)
     for sentence in [numbers["few"], *numbers["people"], *numbers["notes"]]:
         lines += wrapped(sentence, first="  note      ", later=" " * 12)
     return lines
@@ -10201,15 +10294,14 @@ def advice_lines(files: OutputFiles) -> list[str]:
     return lines
 
 
-def stopped_lines(files: OutputFiles, models: Models) -> list[str]:
-    """Where the pairs of a stopped run are, and how to go on."""
-    text = f"{files.output}.part holds the pairs so far. "
+def stopped_lines(models: Models) -> list[str]:
+    """How to go on after a stopped run."""
     if models.cache.db:
-        text += "Run the same command again to continue: replies are in the cache."
+        text = "Run the same command again to continue: replies are in the cache."
     elif any(row["calls"] for row in models.rows()):
-        text += "There is no cache, so the same command pays for all calls again."
+        text = "There is no cache, so the same command pays for all calls again."
     else:
-        text += "Run the same command again to start over."
+        text = "Run the same command again to start over."
     return wrapped(text)
 
 
@@ -11016,8 +11108,7 @@ def settings_of(path: str, run: Run) -> dict:
     settings = {name: value for name, value in vars(run.args).items() if value}
     if run.args.rubric:
         settings["rubric"] = digest(run.rubric)[:16]
-    writers = [model for model in run.asked() if model not in run.judges]
-    settings["models"] = [run.names[model] for model in writers]
+    settings["models"] = [run.names[model] for model in run.writers()]
     settings["judges"] = [run.names[model] for model in run.judges]
     versions = {}
     for name in ("openai", "dashscope"):
@@ -11244,12 +11335,13 @@ def add_quality_flags(add: Callable) -> None:
         help="hide the record's own answer from the judge (default: the judge sees it)")
     add("--min-score-gap", type=number_between(0.0, 1e6), metavar="X",
         help="smallest score gap of a kept pair, in points (default 1, for generate_pairs 2; "
-             f"{100 * SCORE_GAP_SHARE:.0f}%% of the scale for scores that the input brings)")
+             "for answers with scores of their own any gap above 0, but "
+             f"{100 * SCORE_GAP_SHARE:.0f}%% of the scale for named scales such as ratings)")
     add("--min-chosen-score", type=number_between(-1e6, 1e6), metavar="X",
         help="lowest score of a chosen answer, in points (default: no limit)")
     add("--when-low-wins", choices=["drop", "flip"], default="drop", metavar="drop|flip",
         help="what happens if the weak model's answer wins: drop the record, or flip the pair if "
-             f"it leads by {on_judge_scale(FLIP_GAP):g} points in every vote (default drop)")
+             f"it leads by {on_judge_scale(FLIP_GAP):g} points in every judge reply (default drop)")
     add("--length-penalty", type=number_between(0.0, 100.0), default=0.0, metavar="X",
         help="points taken off the score gap for each factor 1.5 by which the chosen answer is "
              "longer (default 0)")
@@ -11257,7 +11349,7 @@ def add_quality_flags(add: Callable) -> None:
     add("--skip-filter", choices=skippable, action="append", default=[], metavar="NAME",
         help="filter to switch off, see the list below; repeatable")
     add("--use-filter", type=optional_filter, action="append", default=[], metavar="NAME",
-        help=f"optional filter to switch on: {one_of(optional_filters()) or 'none so far'}; "
+        help=f"optional filter to switch on: {one_of(optional_filters()) or 'none is built in'}; "
              "repeatable")
 
 
@@ -11631,7 +11723,7 @@ def check_input(path: str, run: Run) -> None:
     rows = [row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict)]
     fields = ", ".join(dict.fromkeys(itertools.chain.from_iterable(rows)))
     for old, new in run.args.rename:
-        if not any(old in row for row in rows):
+        if not any(has_field(row, old) for row in rows):
             raise UserError(f"--rename {old}={new}: no {old!r} among the fields: {fields:.200}")
     good = [record for _, record in first if isinstance(record, Record)]
     if not good:
@@ -11652,6 +11744,7 @@ def check_input(path: str, run: Run) -> None:
             "score may call bad does not count): name a provider's models"
         )
     unused = unused_fields(rows, rename, run.reads_answers)
+    run.unused_fields = unused
     if unused:
         more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
         names = ", ".join(unused[:8]) + more
@@ -11931,8 +12024,9 @@ dialog form { display: grid; gap: 12px; }
 </style>
 <header>
   <h1 data-zh="哪个回答更好？">Which answer is better?</h1>
-  <label data-zh="序号 ">Pair
-    <input id="number" type="number" data-key="j"> / <b id="total"></b></label>
+  <label data-zh="第 ">Pair
+    <input id="number" type="number" data-key="j"> / <b id="total"></b><span
+      id="unit"></span></label>
   <progress id="bar" value="0" aria-label="Pairs judged" data-zh="已评数量"></progress>
   <span id="status" role="status"></span>
   <button data-do="download" data-key="d" data-zh="下载 ">Download <kbd>D</kbd></button>
@@ -11950,7 +12044,7 @@ dialog form { display: grid; gap: 12px; }
   <div>
     <button data-do="a" data-key="a arrowleft" data-zh="A 更好 ">A is better
       <kbd>← A</kbd></button>
-    <button data-do="tie" data-key="t" data-zh="平局 ">Tie <kbd>T</kbd></button>
+    <button data-do="tie" data-key="t" data-zh="差不多 ">Tie <kbd>T</kbd></button>
     <button data-do="bad" data-key="x" data-zh="都不好 ">Both bad <kbd>X</kbd></button>
     <button data-do="b" data-key="b arrowright" data-zh="B 更好 ">B is better
       <kbd>→ B</kbd></button>
@@ -11966,7 +12060,7 @@ dialog form { display: grid; gap: 12px; }
     <p data-zh="请选择更有帮助的回答：首先看是否正确，其次看是否完整、清楚。篇幅和排版不计入评价。">
       Choose the more helpful answer. Correctness comes first, then completeness and clarity.
       Length and formatting do not count.</p>
-    <p data-zh="看不出优劣时选“平局”；两个回答都不值得模型学习时选“都不好”。">
+    <p data-zh="看不出优劣时选“差不多”；两个回答都不值得模型学习时选“都不好”。">
       Tie: you see no difference. Both bad: a model should learn from neither answer.</p>
     <p id="keys"
       data-zh="按钮上标有快捷键。J：跳转到指定序号；↑ ↓：同时滚动两个回答；回车：退出输入框。">
@@ -11987,6 +12081,7 @@ const $ = id => document.getElementById(id);
 const all = css => document.querySelectorAll(css);
 const {salt, pairs} = JSON.parse($("data").textContent);
 const chinese = navigator.language.startsWith("zh");
+const ROLES = {user: "用户", assistant: "助手", system: "系统"};
 const STORE = "verdicts";  // where browsers have saved choices since the first version
 const entries = new Map();  // annotator + pair_id -> entry, see entryOf
 
@@ -12093,13 +12188,14 @@ function show(index) {
   const entry = entryOf(pair);
   const turns = [];
   for (const {role, content} of pair.messages) {
-    turns.push(create("h3", {textContent: role}));
+    turns.push(create("h3", {textContent: chinese ? ROLES[role] ?? role : role}));
     turns.push(create("p", {textContent: visible(content), dir: "auto"}));
   }
   $("turns").replaceChildren(...turns);
   $("a").textContent = visible(pair.a);
   $("b").textContent = visible(pair.b);
   for (const section of all("section")) section.scrollTop = 0;
+  $("turns").scrollTop = $("turns").scrollHeight;  // the last question is what A and B answer
   for (const button of all("footer div button")) {
     button.ariaPressed = button.dataset.do === entry.seen;
   }
@@ -12112,7 +12208,7 @@ function showProgress() {
   const done = pairs.filter(isJudged).length;
   $("bar").value = done;
   if (done < pairs.length) {
-    say("status", `${done} judged by ${me}`, `${me} 已评 ${done} 对`);
+    say("status", `${done} judged by ${me}`, `${me}：已评 ${done} 对`);
   } else {
     say("status", "All judged: download the file", "已全部评完，请下载结果");
   }
@@ -12232,6 +12328,7 @@ function translate() {
 
 async function begin() {  // nothing can be judged before saved choices are loaded and a name given
   if (chinese) translate();
+  say("unit", "", " 对");
   $("total").textContent = pairs.length;
   $("number").max = pairs.length;
   $("bar").max = pairs.length;

@@ -530,7 +530,8 @@ def demo_world(call: Call) -> str:
     if call.protocol == "reward":
         return " ".join(str(quality(message["content"]) / 100) for message in call.messages)
     luck = random.Random(f"{call.model}\n{call.prompt}")
-    strong = "mini" not in call.model and ("max" in call.model or "gpt-4o" in call.model)
+    weak = re.search("mini|nano|flash|turbo|plus", call.model)
+    strong = not weak and bool(re.search("max|gpt-4o|gpt-5", call.model))
     works = luck.randint(25, 65) + 30 * strong
     if not call.prompt.isascii():
         advice = luck.choice(["先从最简单的做法开始", "把步骤逐条写下来", "动手之前先量一量现状"])
@@ -542,7 +543,7 @@ def demo_world(call: Call) -> str:
 
 
 def main() -> None:
-    """Serve the demo world; the first line printed is the URL."""
+    """Serve the demo world; the first line printed is the URL, then what to give --base-url."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency", type=float, default=0.0)
@@ -556,7 +557,9 @@ def main() -> None:
         api.engine.calls = api.engine.keys = deque(
             maxlen=0
         )  # nobody here looks at them, and they may be many
-        print(api.url, flush=True)
+        print(api.url)
+        print(f"openai:    --base-url {api.url}/v1")
+        print(f"dashscope: --base-url {api.url}/api/v1", flush=True)
         threading.Event().wait()
 
 
