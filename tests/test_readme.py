@@ -31,6 +31,8 @@ def first_pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("first")
     flags = ["--provider", "offline", "--input-file", str(DATA / "alpaca_demo.jsonl")]
     assert rc.main([*flags, "--output-path", str(folder / "rlhf_preference.jsonl")]) == 0
+    ranked = ["--method", "rank_responses", "--input-file", str(DATA / "preference_pairs.jsonl")]
+    assert rc.main([*ranked, "--output-path", str(folder / "rlhf_pairs.jsonl")]) == 0
     return folder / "rlhf_preference.jsonl"
 
 
@@ -39,6 +41,7 @@ def checkout(tmp_path, first_pairs):
     """A copy of what a user downloads and has by then, with the README's own method where it says."""
     shutil.copytree(DATA, tmp_path / "data", ignore=shutil.ignore_patterns("rlhf_*", ".*"))
     shutil.copy(first_pairs, tmp_path / "data")
+    shutil.copy(first_pairs.with_name("rlhf_pairs.jsonl"), tmp_path / "data")
     source = SCRIPT.read_text("utf-8")
     assert source.count("\ndef wins_every_vote(") == 1
     pair = rows(DATA / "preference_pairs.jsonl")[0]
@@ -67,11 +70,10 @@ def world(call):
     if call.protocol == "reward":
         return demo_world(replace(call, messages=call.messages[-1:]))
     if is_judge(call):
-        if any(text in SENTIMENTS.values() for _, text in shown_answers(call)):
-            right = next(v for k, v in SENTIMENTS.items() if k in call.prompt)
-            return judge_reply(call, lambda text, position: 9 if text == right else 3)
-        if any(text in PREFERRED for _, text in shown_answers(call)):
-            return judge_reply(call, lambda text, position: 9 if text in PREFERRED else 3)
+        right = [label for prompt, label in SENTIMENTS.items() if prompt in call.prompt]
+        better = PREFERRED | set(right[:1])
+        if any(text in better for _, text in shown_answers(call)):
+            return judge_reply(call, lambda text, position: 9 if text in better else 3)
         return demo_world(call)
     temperature = call.params.get("temperature")
     label = SENTIMENTS.get(call.prompt)
