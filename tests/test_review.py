@@ -249,7 +249,7 @@ def test_confirmed_stays_flipped_swaps_and_scores_stay_with_their_answers(tmp_pa
     assert people.decide(three) is None
 
 
-@pytest.mark.parametrize("choice, reason", [("tie", "tie"), ("bad", "both bad")])
+@pytest.mark.parametrize("choice, reason", [("tie", "people see no difference"), ("bad", "both bad")])
 def test_a_tie_and_both_bad_are_dropped_by_a_human(tmp_path, choice, reason):
     with pytest.raises(rc.Failed) as error:
         annotations(tmp_path, choice_on(pair_of(1), choice)).decide(pair_of(1))
@@ -264,7 +264,7 @@ def test_a_tie_and_both_bad_are_dropped_by_a_human(tmp_path, choice, reason):
         (("chosen", "rejected"), "annotators disagree"),
         (("chosen", "tie"), "annotators disagree"),
         (("chosen", "chosen", "tie", "bad"), "annotators disagree"),
-        (("tie", "tie", "chosen"), "tie"),
+        (("tie", "tie", "chosen"), "people see no difference"),
     ],
 )
 def test_more_than_half_of_the_annotators_decide(tmp_path, choices, outcome):
