@@ -2777,7 +2777,7 @@ def add_row_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = N
 
 
 def new_name(name: str, row: dict, rename: dict) -> str:
-    """A field's name after --rename, which knows `Frage` as `frage`, too, if no field is `frage`."""
+    """A field's name after --rename, which finds `Frage` as `frage` if no field is `frage`."""
     if name in rename:
         return rename[name]
     for old, new in rename.items():
@@ -9831,6 +9831,15 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
         "",
     ),
     "not a text": ("a part of the record is no text, such as an image or a tool call", ""),
+    "text beside the turns": (
+        "a field beside the conversation holds text that no turn has",
+        "put it into a turn, or --rename it if it is no part of the prompt",
+    ),
+    "two system turns": ("the record has two different system prompts", ""),
+    "the prompt ends inside an answer": (
+        "the last turn is an answer that has begun",
+        "prompts that end with the user's turn",
+    ),
     "prompt holds chat-template tokens": (
         "the prompt holds marks of a chat template, such as <im_start>",
         "prompts without the template",

@@ -630,7 +630,7 @@ def billed():
 def test_a_reply_that_bills_no_tokens_costs_what_its_text_would(rlhf, sdk):
     with Api(lambda call: bare(call, world(call))) as api:
         result = rlhf(PROMPTS, *sdk, *PRICE, "--max-cost", 2, api=api)
-        assert result.status == 3 and "--max-cost 2 is reached" in result.err
+        assert result.status == 3 and "exceed --max-cost 2: " in result.err
         assert result.err.count("weak: bills no tokens: they are estimated from the text") == 1
         assert all(into and out for _, into, out in billed()) and api.count() < 24
 
@@ -1099,7 +1099,7 @@ def test_the_budget_ends_a_run_within_the_calls_in_flight_and_counts_all_runs(rl
     flags = (*OPENAI, "--judge-model", "none", *PRICE, "--concurrency", 1)
     with Api(lambda call: Reply(world(call), tokens_in=100, tokens_out=100)) as api:
         result = rlhf(PROMPTS, *flags, "--max-cost", 1, api=api)
-        assert result.status == 3 and "--max-cost 1 is reached: " in result.err
+        assert result.status == 3 and "exceed --max-cost 1: " in result.err
         assert 4 <= api.count() <= 6, "a call costs 0.2"
         calls = api.count()
         assert rlhf(PROMPTS, *flags, "--max-cost", 1, api=api).status == 3 and api.count() == calls

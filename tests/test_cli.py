@@ -1,5 +1,6 @@
 """what is refused before anything happens, the files, the books."""
 
+import json
 import asyncio
 import contextlib
 import os
@@ -312,7 +313,7 @@ def test_a_budget_stops_the_run_and_a_larger_one_goes_on(rlhf):
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 2, api=api)
         assert (
-            result.status == 3 and "--max-cost 2 is reached" in result.err and 4 <= api.count() < 40
+            result.status == 3 and "exceed --max-cost 2: " in result.err and 4 <= api.count() < 40
         )
         assert (
             rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 1000, api=api).status == 0
@@ -390,7 +391,7 @@ def test_a_price_for_nobody_is_noted(rlhf):
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, *prices, "--max-cost", 0.01, "--max-tokens", 41, api=api)
     assert "--price gpt5: this run uses no model of that name" in result.err
-    assert "--max-cost 0.01 is reached" in result.err
+    assert "exceed --max-cost 0.01: " in result.err
 
 
 def test_a_reply_that_another_process_had_first_is_still_in_the_books(tmp_path):
@@ -401,6 +402,29 @@ def test_a_reply_that_another_process_had_first_is_still_in_the_books(tmp_path):
                 output_id == "first"
             )
             assert cache.get("key").text == "first" and cache.bill() == [("m", 3, 4)]
+
+
+def test_a_capital_field_is_named_as_it_is_and_renamed_in_either_case(rlhf):
+    records = [{"Frage": "Why?", "gold": "An answer."}]
+    flags = ("--provider", "offline", "--rename", "gold=output")
+    assert "no known fields: Frage" in rlhf(records, *flags).err
+    for name in ("Frage", "frage"):
+        assert len(rlhf(records, *flags, "--rename", f"{name}=prompt").pairs) == 1
+
+
+def test_answers_without_a_signal_name_the_fields_that_were_not_used(rlhf):
+    rows = [{"prompt": "Why?", "response_a": "So.", "response_b": "Because.", "mood": "good"}]
+    [reason] = rlhf(rows, "--method", "rank_responses").reasons
+    assert reason.startswith("input: answers without any signal: ")
+    assert reason.endswith("(fields not used: mood)")
+
+
+def test_a_model_that_writes_and_judges_is_named_as_both(rlhf):
+    with Api(demo_world) as api:
+        result = rlhf(PROMPTS, *MODELS, api=api)
+    report = json.loads(result.output.with_suffix(".report.json").read_text("utf-8"))
+    settings = report["settings"]
+    assert settings["models"] == ["gpt-4o", "gpt-4o-mini"] and settings["judges"] == ["gpt-4o"]
 
 
 def test_fields_can_be_renamed_and_samples_limited(rlhf):

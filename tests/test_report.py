@@ -439,7 +439,7 @@ def test_funnel_adds_up_and_counts_reasons_by_their_head():
 
 
 def test_drop_reasons_are_explained(monkeypatch):
-    explained = {"orders disagree": ("The swapped order changed it.", "Try --judge-orders 2.")}
+    explained = {"orders disagree": ("the order changed it", "--judge-orders 2")}
     monkeypatch.setattr(rc, "DROP_REASONS", explained)
     record = rc.Record([{"role": "user", "content": "q"}])
     outcome = process_record(record, stage="judge", reason="orders disagree: 3 and 4")
@@ -447,7 +447,7 @@ def test_drop_reasons_are_explained(monkeypatch):
     row = numbers["dropped"][0]
     assert (row["meaning"], row["advice"]) == explained["orders disagree"]
     page = rc.report_html(numbers)
-    assert "The swapped order changed it. Try <code>--judge-orders 2</code>." in page
+    assert "<small>the order changed it. Try: <code>--judge-orders 2</code></small>" in page
 
 
 def test_a_method_of_ones_own_may_invent_a_stage():
@@ -562,6 +562,35 @@ def test_too_few_pairs_are_no_clean_result(write, n, few, shown):
     page = rc.report_html(numbers)
     assert (few or shown) in page and ("No warnings" in page) == bool(shown)
     assert ('<li class="ok">' in page) == bool(shown)
+
+
+def test_checks_with_too_few_cases_are_no_all_clear(write):
+    numbers = report(outcomes(write, 400))
+    for row in numbers["metrics"]:
+        row["finding"] = ""
+    checks = [row for row in numbers["metrics"] if row["section"] == "bias" and row["level"]]
+    for row in checks:
+        row["level"] = "ok"
+    assert "No check found anything but quality" in rc.bias_section(numbers)[1]
+    checks[0]["level"] = "too few"
+    text = rc.bias_section(numbers)[1]
+    assert "No check with enough cases found a bias. 1 check had too few cases." in text
+
+
+def test_a_pair_stands_under_one_heading_only(write):
+    numbers = report(outcomes(write, 7))
+    prompts = [row["prompt_id"] for row in numbers["samples"]]
+    assert len(prompts) == len(set(prompts)) == numbers["pairs"] > 3
+
+
+def test_a_lower_gap_is_advised_only_where_the_gap_dropped_pairs():
+    for reason, named in (("tie", False), ("score gap too small", True)):
+        some = []
+        for number in range(40):
+            record = rc.Record([{"role": "user", "content": f"q{number}"}])
+            some.append(process_record(record, stage="filter", reason=reason))
+        row = metric(report(some, SETTINGS | {"method": "rank_responses"}), "kept")
+        assert ("--min-score-gap" in row["advice"]) == named
 
 
 def test_few_pairs_are_named_only_while_they_are_few():

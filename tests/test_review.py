@@ -370,7 +370,7 @@ def test_hand_worked_rates(tmp_path):
     low, high = rows["label_error"]["interval"]
     assert rows["label_error"]["value"] == pytest.approx(0.1) and low < 0.1 < high
     assert lines[0] == (
-        "People reviewed 50 of 50 pairs: 36 confirmed, 4 flipped, 6 tie, 4 both bad."
+        "People reviewed 50 of 50 pairs: 36 confirmed, 4 flipped, 6 ties, 4 both bad."
     )
 
 
@@ -635,10 +635,13 @@ def test_the_page_speaks_the_language_of_the_browser(driver, twenty):
     try:
         person = Reviewer(driver, twenty[1], "小明")
         person.press("t")
-        assert person.text("status") == "小明 已评 1 对" and driver.title == "哪个回答更好？"
+        assert person.text("status") == "小明：已评 1 对" and driver.title == "哪个回答更好？"
         marked = "document.querySelectorAll('[data-zh]')"
         left = f"[...{marked}].filter(e => !(e.ariaLabel ?? e.textContent).includes(e.dataset.zh))"
         assert driver.execute_script(f"return {left}.map(e => e.outerHTML)") == []
+        roles = "[...document.querySelectorAll('#turns h3')].map(e => e.textContent)"
+        assert driver.execute_script(f"return {roles}") == ["用户"]
+        assert person.text("unit").strip() == "对"
     finally:
         driver.execute_cdp_cmd(
             "Emulation.setUserAgentOverride", agent | {"acceptLanguage": "en-US"}
@@ -715,6 +718,17 @@ def test_the_page_can_request_nothing(driver, twenty):
     WebDriverWait(driver, 10).until(lambda d: len(d.execute_script("return blocked")) >= 8)
     server.shutdown()
     assert hits == [] and driver.execute_script("return typeof owned") == "undefined"
+
+
+@needs_chromium
+def test_a_long_conversation_is_shown_from_its_end(driver, tmp_path):
+    (tmp_path / "long.html").write_text(queue_of([pair_of(1)]).page(), encoding="utf-8")
+    person = Reviewer(driver, tmp_path / "long.html")
+    driver.execute_script("pairs[0].messages[0].content = 'a line\\n'.repeat(500); show(0)")
+    box = "const box = document.getElementById('turns');"
+    place = "[box.scrollTop, box.scrollHeight - box.clientHeight]"
+    top, end = driver.execute_script(f"{box} return {place}")
+    assert person.place == 1 and top > 0 and abs(top - end) <= 1
 
 
 @needs_chromium

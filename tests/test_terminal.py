@@ -63,6 +63,7 @@ def test_every_explanation_fits_a_line_and_reads_as_one_sentence():
     for kind, (meaning, advice) in rc.DROP_REASONS.items():
         assert len(kind) < 45 and 10 < len(meaning) <= 66 and len(advice) <= 75, kind
         assert not meaning.endswith(".") and not advice.endswith("."), kind
+        assert "|" not in meaning + advice, "it would end a cell of the README's table"
 
 
 def test_a_reason_is_explained_by_its_kind_and_a_reason_of_ones_own_by_nothing():
@@ -146,7 +147,7 @@ def test_the_summary_shows_result_quality_calls_and_files_in_this_order():
 Read 300 records, wrote 171 pairs (57%), dropped 129.
   62  orders disagree      the judge preferred a different answer when the order was swapped
   41  low model won        the weak model's answer was better
-  26  score gap too small  the score gap was below --min-score-gap
+  26  score gap too small  the score gap was below the least gap (--min-score-gap)
 
 Quality of the 171 pairs
   CRITICAL  The model name alone predicts the label (100%, 95% CI 98-100%, n=171)
@@ -205,7 +206,7 @@ def test_few_pairs_come_with_what_to_try_and_many_without():
     dropped = Counter({("judge", "tie"): 9, ("filter", "both refuse"): 5})
     assert rc.advice_lines(finished(read=15, dropped=dropped)) == [
         "Few records gave a pair. What to try:",
-        "  tie: a stronger --judge-model, a weaker --low-model, or --method generate_pairs",
+        "  tie: a stronger --judge-model",
     ]
 
 
@@ -217,8 +218,14 @@ def test_failed_calls_say_that_a_rerun_may_help():
 @pytest.mark.parametrize("cache, advice", [(True, "in the cache"), (False, "pays for all calls")])
 def test_a_stopped_run_says_where_its_pairs_are(cache, advice):
     text = " ".join(rc.summary(finished(), called(stop=rc.Stop("x"), cache=cache)))
-    assert "data/o.jsonl.part holds the pairs so far." in text and advice in text
-    assert "Wrote" not in text
+    assert "Stopped after 300 records; 171 pairs so far, in data/o.jsonl.part." in text
+    assert advice in text and "Wrote" not in text
+
+
+def test_a_run_that_is_stopped_before_its_first_pair_names_no_file():
+    lines = rc.summary(finished(read=0, pairs=0, dropped=Counter()), called(stop=rc.Stop("x")))
+    assert lines[0] == "No pair was made." and ".part" not in " ".join(lines)
+    assert rc.stopped_result(finished(read=2, pairs=0)) == "Stopped after 2 records; no pair so far."
 
 
 def test_what_earlier_runs_paid_is_named():
@@ -247,7 +254,9 @@ def test_the_longest_summary_has_30_lines_of_100_columns(warnings):
 
 
 def test_the_worst_warnings_come_first_and_the_others_are_counted():
-    lines = rc.report_lines(numbers(warnings=5), room=12)
+    data = numbers(warnings=5)
+    data["warnings"] = [row | {"advice": f"Try {n}."} for n, row in enumerate(data["warnings"])]
+    lines = rc.report_lines(data, room=12)
     assert len(lines) <= 12 and "  3 more warnings in the report" in lines
     assert sum(line.startswith("  CRITICAL") for line in lines) == 2
 
@@ -259,6 +268,19 @@ def test_a_first_warning_is_shown_however_little_room_there_is():
 def test_without_warnings_the_checks_that_passed_are_named():
     lines = rc.report_lines(numbers(warnings=0, headline=[]))
     assert lines[1:] == ["  ok        14 of 24 checks passed, 6 need more data"]
+
+
+def test_where_no_check_passed_the_label_is_info_and_without_pairs_there_is_no_line():
+    checks = {"passed": 0, "too_few": 24, "total": 24}
+    lines = rc.report_lines(numbers(warnings=0, headline=[], checks=checks))
+    assert lines[1:] == ["  info      0 of 24 checks passed, 24 need more data"]
+    assert rc.quality_lines(numbers(pairs=0, checks=checks)) == []
+
+
+def test_advice_that_two_warnings_share_is_printed_once():
+    lines = rc.report_lines(numbers(warnings=2), room=20)
+    assert sum("recognise the model" in line for line in lines) == 1
+    assert sum(line.startswith("  CRITICAL") for line in lines) == 2
 
 
 def test_too_few_pairs_reviews_and_notes_are_sentences():
@@ -286,6 +308,19 @@ def test_a_plan_of_100_columns_is_one_line_and_a_longer_one_two():
 def test_a_plan_with_prices_names_the_expected_cost_and_what_is_paid():
     text = rc.plan_line(600, called(kept=0.25))
     assert text.endswith("to pay. Expected cost: 1.02 (--price), 0.2500 of it already paid.")
+
+
+def test_a_plan_without_the_cost_says_which_price_is_missing():
+    models = called()
+    rows = models.rows()
+    models.args.prices = {"qwen-max": (1, 1)}
+    assert rc.price_hint(rows, models) == ""
+    rows[0] |= {"model": "gpt-5-nano", "money": None}
+    assert rc.price_hint(rows, models) == (
+        "Expected cost: unknown, because gpt-5-nano has no --price."
+    )
+    models.args.prices = {}
+    assert rc.price_hint(rows, models) == "For the cost add --price MODEL=IN/OUT."
 
 
 # --- colour, control characters, the progress bar
@@ -355,6 +390,14 @@ def test_a_note_stands_on_a_line_of_its_own_below_the_bar(capsys):
     rc.note("a note")
     bar.close()
     assert re.search(r"1/2 .*replies=3\]\na note\n", capsys.readouterr().err)
+
+
+def test_the_bar_ends_its_line_in_a_file(capsys):
+    pytest.importorskip("tqdm")
+    bar = rc.progress()
+    bar.set_postfix({"tokens": 59234})
+    bar.close()
+    assert capsys.readouterr().err.endswith("tokens=59234]\n")
 
 
 def test_without_tqdm_the_bar_is_silent(monkeypatch, capsys):
