@@ -5771,7 +5771,7 @@ def cut_at_end_mark(reply: Reply) -> Reply:
 
     Servers that know no stop token let a model go on with turns of its own. Marks in code, in
     quotes, or after a template's start mark belong to the answer."""
-    if "<" not in reply.text:
+    if "<" not in reply.text or "<|channel|>" in reply.text:  # a channel's end is no turn's end
         return reply
     end = END_MARK.search(reply.text)
     before = reply.text[: end.start()] if end else ""
@@ -6181,12 +6181,18 @@ CONTEXT_USE = [
 LEAST_ROOM = 16  # tokens for an answer; with less, the prompt is too long
 
 
-def find_fix(error: ApiError, sent: dict, tried: list[RequestFix]) -> RequestFix | None:
-    """How to change a refused request so that the server may take it; None if nothing is known."""
+def find_fix(
+    error: ApiError, sent: dict, tried: list[RequestFix], longer: bool = False
+) -> RequestFix | None:
+    """How to change a refused request so that the server may take it; None if nothing is known.
+
+    `longer`: the request has twice the tokens; with fewer it would be the first one again."""
     if error.status not in (400, 404, 422) or len(tried) > 10:
         return None
-    known = [find_room(error.message), find_token_limit(error.message), *REQUEST_FIXES]
-    for fix in known:
+    lower_limits = [find_room(error.message), find_token_limit(error.message)]
+    if longer and any(lower_limits):
+        return None
+    for fix in [*lower_limits, *REQUEST_FIXES]:
         if fix is None or fix in tried or not re.search(fix.words, error.message, re.I | re.S):
             continue
         changed = dict(sent)
@@ -6647,8 +6653,7 @@ class Models:
                     self.announce_plan = None
         if self.batches:
             self.batches.want(key, model, messages, options, hints)
-        waiting = self.asking.get(key)
-        if waiting:  # the same is asked at the same time: one call serves both
+        while waiting := self.asking.get(key):  # the same is asked now: one call serves all
             await asyncio.wait([waiting])
             if not waiting.cancelled():
                 return self.count(model, hints, waiting.result(), cached=True)
@@ -6795,7 +6800,7 @@ class Models:
                 self.check_served(endpoint, reply, hints["role"])
                 return reply
             except ApiError as error:
-                fix = None if hints.get("again") else find_fix(error, sent, fixes)
+                fix = find_fix(error, sent, fixes, longer="again" in hints)
                 if fix:
                     fixes.append(fix)
                     continue
@@ -6926,6 +6931,8 @@ class Models:
 
     def halt(self, reason: str, status: int = 3) -> Stop:
         """From now on no call starts; those in flight end first. -> the Stop to raise."""
+        if not self.stop and self.in_flight and status != 130:  # interruptible says it of 130
+            note(f"stopping: waiting for {plural(self.in_flight, 'call')} in flight")
         self.stop = self.stop or Stop(reason, status)
         self.stopping.set()
         return self.stop
@@ -7435,7 +7442,7 @@ class Batches:
         failed = self.failed.setdefault(key, FailedRequest())
         fixes = self.fixes_of(key, self.sent_fixes.get(file, []))
         sent = endpoint.wire_options(options, fixes)
-        fix = None if key in self.longer else find_fix(error, sent, fixes)
+        fix = find_fix(error, sent, fixes, longer=key in self.longer)
         if fix and not needs_stream(fix, sent):
             failed.fixes = [*fixes, fix]
             return
@@ -11031,20 +11038,26 @@ def settings_of(path: str, run: Run) -> dict:
     return json.loads(scrub(json.dumps(settings, ensure_ascii=False)))
 
 
+FORWARDED_SECONDS = 1.0  # between a signal and the same one from a wrapper that forwards it
+
+
 @contextlib.contextmanager
 def interruptible(models: Models) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) lets the calls in flight end, for they are paid.
 
-    The second leaves at once."""
+    The second leaves at once, unless it follows so soon that a wrapper forwarded the first."""
     events = asyncio.get_running_loop()
-    pressed = []
+    pressed = []  # the time of the first
 
     def stop(*_: object) -> None:
-        if models.stop or pressed:  # every paid reply is committed, so there is nothing to tidy up
+        if pressed and time.monotonic() - pressed[0] < FORWARDED_SECONDS:
+            return
+        if pressed:  # every paid reply is committed, so there is nothing to tidy up
             os._exit(130)
-        pressed.append(True)
+        pressed.append(time.monotonic())
+        calls = plural(models.in_flight, "call")
         note(
-            f"\nstopping: waiting for {models.in_flight} calls in flight, which are paid; "
+            f"\nstopping: waiting for {calls} in flight, which are paid; "
             "Ctrl-C again leaves at once"
         )
         events.call_soon_threadsafe(models.halt, "interrupted", 130)
