@@ -6428,7 +6428,7 @@ class Cache:
     `path`: None for no cache. `output_id` stands for the output that a reply was paid for: its
     budget counts them over all its runs."""
 
-    FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer"
+    FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer, served"
 
     def __init__(self, path: str | None, output_id: str = "") -> None:
         self.path = path
@@ -6455,6 +6455,9 @@ class Cache:
                 self.db.execute(f"PRAGMA {pragma}")
         columns = self.FIELDS.replace("key", "key PRIMARY KEY", 1)
         self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
+        names = [column[1] for column in self.db.execute("PRAGMA table_info(replies)")]
+        if "served" not in names:  # made by an older version
+            self.db.execute("ALTER TABLE replies ADD COLUMN served")
         first = self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
         self.empty = not first
         columns = "file PRIMARY KEY, model, id, money, payer"
@@ -6474,10 +6477,11 @@ class Cache:
         """The reply stored under `key`, if there is one."""
         if not self.db:
             return None
-        query = "SELECT text, finish, tokens_in, tokens_out, rate FROM replies WHERE key = ?"
-        for text, finish, *numbers in self.do(query, key):
+        fields = "text, finish, served, tokens_in, tokens_out, rate"
+        query = f"SELECT {fields} FROM replies WHERE key = ?"
+        for text, finish, served, *numbers in self.do(query, key):
             # an older version stored failed finishes, too: what they left counts as cut
-            return Reply(text, finish_kind(finish) or "length", *numbers)
+            return Reply(text, finish_kind(finish) or "length", *numbers, model=served or "")
         return None
 
     def put(self, key: str, reply: Reply, model: str) -> bool:
@@ -6485,8 +6489,9 @@ class Cache:
         if not self.db:
             return True
         numbers = (reply.tokens_in, reply.tokens_out, reply.rate)
-        row = (reply.text, reply.finish, *numbers, model, self.output_id)
-        insert = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+        row = (reply.text, reply.finish, *numbers, model, self.output_id, reply.model)
+        marks = "?, ?, ?, ?, ?, ?, ?, ?, ?"
+        insert = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES ({marks})"
         if self.do(f"{insert} RETURNING 1", key, *row):
             return True
         self.do(insert, f"paid twice: {os.urandom(16).hex()}", *row)
@@ -6643,6 +6648,7 @@ class Models:
         reply = self.cache.get(key)
         if reply:
             fresh = self.batches and int(key[:16], 16) in self.batches.fresh
+            self.check_served(model, reply, hints["role"])
             return self.count(model, hints, reply, cached=not fresh)
         if self.dry:
             return self.count(model, hints, self.guess(model, messages, hints))
@@ -6665,6 +6671,7 @@ class Models:
             if not self.cache.put(key, reply, model.name):
                 reply = self.cache.get(key)  # another process was first: its reply counts
             waiting.set_result(reply)
+            self.check_served(model, reply, hints["role"])
         finally:
             waiting.cancel()
             self.asking.pop(key, None)
@@ -6797,7 +6804,6 @@ class Models:
             try:
                 reply = await self.call(endpoint, messages, sent, hints)
                 endpoint.on_success(fixes)
-                self.check_served(endpoint, reply, hints["role"])
                 return reply
             except ApiError as error:
                 fix = find_fix(error, sent, fixes, longer="again" in hints)
@@ -6860,10 +6866,9 @@ class Models:
                 self.in_flight -= 1
                 self.cost_in_flight -= expected
 
-    def check_served(self, endpoint: Endpoint, reply: Reply, role: str) -> None:
+    def check_served(self, model: Model, reply: Reply, role: str) -> None:
         """Say it if another model answers than was asked; stop if one answers for high and low."""
-        model = endpoint.model
-        if not reply.model or model in self.served:
+        if self.dry or not reply.model or model in self.served:
             return
         self.served[model] = reply.model
         if same_model(model.name, reply.model):
@@ -6876,7 +6881,10 @@ class Models:
             twin = other.url == model.url and served == reply.model and other.name != model.name
             if twin and (other, "answer") in self.usage:
                 both = f"{other.name} and {model.name} are both answered by {one_line(served)}"
-                hint = "load both models, or give each its own address (MODEL@URL)"
+                hint = (
+                    "load both models, or give each its own address (MODEL@URL), "
+                    "and name another --cache-path"
+                )
                 raise self.halt(f"{both}: a model would be compared with itself; {hint}")
 
     async def list_served_models(self, endpoint: Endpoint, error: ApiError) -> None:
@@ -7422,7 +7430,7 @@ class Batches:
             hint = "the same command submits its rest again"
             raise self.models.halt(f"batch {batch.id} was cancelled; {hint}")
         for role, reply in results.first_replies.items():
-            self.models.check_served(endpoint, reply, role)
+            self.models.check_served(endpoint.model, reply, role)
         missing = ApiError(200, "unfinished", f"batch {batch.id} {batch.status} without a result")
         for key, request in left:
             error = results.errors.get(key, missing)

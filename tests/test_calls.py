@@ -981,6 +981,24 @@ def test_one_model_that_answers_for_both_stops_the_run(rlhf):
     assert result.status == 3 and "are both answered by gemma-3" in result.err
 
 
+def test_a_rerun_on_the_cached_replies_of_one_model_stops_again_without_a_call(rlhf):
+    with Api(answered_by({"weak": "gemma-3", "strong": "gemma-3"})) as api:
+        rlhf(PROMPTS[:1], *OPENAI, api=api)
+        assert api.count() == 2
+        result = rlhf(PROMPTS[:1], *OPENAI, api=api)
+        assert result.status == 3 and "are both answered by gemma-3" in result.err
+        assert api.count() == 2
+
+
+def test_a_cache_of_an_older_version_is_used(rlhf, tmp_path):
+    with Api(world) as api:
+        rlhf(PROMPTS[:1], *OPENAI, api=api)
+        calls = api.count()
+        with contextlib.closing(rc.sqlite3.connect(tmp_path / ".rlhf_cache.sqlite")) as db:
+            db.execute("ALTER TABLE replies DROP COLUMN served")
+        assert rlhf(PROMPTS[:1], *OPENAI, api=api).status == 0 and api.count() == calls
+
+
 @pytest.mark.parametrize(
     "asked, served, same",
     [
