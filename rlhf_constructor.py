@@ -5795,7 +5795,7 @@ def cut_at_end_mark(reply: Reply) -> Reply:
 
     Servers that know no stop token let a model go on with turns of its own. Marks in code, in
     quotes, or after a template's start mark belong to the answer."""
-    if "<" not in reply.text:
+    if "<" not in reply.text or "<|channel|>" in reply.text:  # a channel's end is no turn's end
         return reply
     end = END_MARK.search(reply.text)
     before = reply.text[: end.start()] if end else ""
@@ -6205,12 +6205,18 @@ CONTEXT_USE = [
 LEAST_ROOM = 16  # tokens for an answer; with less, the prompt is too long
 
 
-def find_fix(error: ApiError, sent: dict, tried: list[RequestFix]) -> RequestFix | None:
-    """How to change a refused request so that the server may take it; None if nothing is known."""
+def find_fix(
+    error: ApiError, sent: dict, tried: list[RequestFix], longer: bool = False
+) -> RequestFix | None:
+    """How to change a refused request so that the server may take it; None if nothing is known.
+
+    `longer`: the request has twice the tokens; with fewer it would be the first one again."""
     if error.status not in (400, 404, 422) or len(tried) > 10:
         return None
-    known = [find_room(error.message), find_token_limit(error.message), *REQUEST_FIXES]
-    for fix in known:
+    lower_limits = [find_room(error.message), find_token_limit(error.message)]
+    if longer and any(lower_limits):
+        return None
+    for fix in [*lower_limits, *REQUEST_FIXES]:
         if fix is None or fix in tried or not re.search(fix.words, error.message, re.I | re.S):
             continue
         changed = dict(sent)
@@ -6446,7 +6452,7 @@ class Cache:
     `path`: None for no cache. `output_id` stands for the output that a reply was paid for: its
     budget counts them over all its runs."""
 
-    FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer"
+    FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer, served"
 
     def __init__(self, path: str | None, output_id: str = "") -> None:
         self.path = path
@@ -6473,6 +6479,9 @@ class Cache:
                 self.db.execute(f"PRAGMA {pragma}")
         columns = self.FIELDS.replace("key", "key PRIMARY KEY", 1)
         self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
+        names = [column[1] for column in self.db.execute("PRAGMA table_info(replies)")]
+        if "served" not in names:  # made by an older version
+            self.db.execute("ALTER TABLE replies ADD COLUMN served")
         first = self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
         self.empty = not first
         columns = "file PRIMARY KEY, model, id, money, payer"
@@ -6492,10 +6501,11 @@ class Cache:
         """The reply stored under `key`, if there is one."""
         if not self.db:
             return None
-        query = "SELECT text, finish, tokens_in, tokens_out, rate FROM replies WHERE key = ?"
-        for text, finish, *numbers in self.do(query, key):
+        fields = "text, finish, served, tokens_in, tokens_out, rate"
+        query = f"SELECT {fields} FROM replies WHERE key = ?"
+        for text, finish, served, *numbers in self.do(query, key):
             # an older version stored failed finishes, too: what they left counts as cut
-            return Reply(text, finish_kind(finish) or "length", *numbers)
+            return Reply(text, finish_kind(finish) or "length", *numbers, model=served or "")
         return None
 
     def put(self, key: str, reply: Reply, model: str) -> bool:
@@ -6503,8 +6513,9 @@ class Cache:
         if not self.db:
             return True
         numbers = (reply.tokens_in, reply.tokens_out, reply.rate)
-        row = (reply.text, reply.finish, *numbers, model, self.output_id)
-        insert = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+        row = (reply.text, reply.finish, *numbers, model, self.output_id, reply.model)
+        marks = "?, ?, ?, ?, ?, ?, ?, ?, ?"
+        insert = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES ({marks})"
         if self.do(f"{insert} RETURNING 1", key, *row):
             return True
         self.do(insert, f"paid twice: {os.urandom(16).hex()}", *row)
@@ -6661,6 +6672,7 @@ class Models:
         reply = self.cache.get(key)
         if reply:
             fresh = self.batches and int(key[:16], 16) in self.batches.fresh
+            self.check_served(model, reply, hints["role"])
             return self.count(model, hints, reply, cached=not fresh)
         if self.dry:
             return self.count(model, hints, self.guess(model, messages, hints))
@@ -6671,8 +6683,7 @@ class Models:
                     self.announce_plan = None
         if self.batches:
             self.batches.want(key, model, messages, options, hints)
-        waiting = self.asking.get(key)
-        if waiting:  # the same is asked at the same time: one call serves both
+        while waiting := self.asking.get(key):  # the same is asked now: one call serves all
             await asyncio.wait([waiting])
             if not waiting.cancelled():
                 return self.count(model, hints, waiting.result(), cached=True)
@@ -6684,6 +6695,7 @@ class Models:
             if not self.cache.put(key, reply, model.name):
                 reply = self.cache.get(key)  # another process was first: its reply counts
             waiting.set_result(reply)
+            self.check_served(model, reply, hints["role"])
         finally:
             waiting.cancel()
             self.asking.pop(key, None)
@@ -6816,10 +6828,9 @@ class Models:
             try:
                 reply = await self.call(endpoint, messages, sent, hints)
                 endpoint.on_success(fixes)
-                self.check_served(endpoint, reply, hints["role"])
                 return reply
             except ApiError as error:
-                fix = None if hints.get("again") else find_fix(error, sent, fixes)
+                fix = find_fix(error, sent, fixes, longer="again" in hints)
                 if fix:
                     fixes.append(fix)
                     continue
@@ -6879,10 +6890,9 @@ class Models:
                 self.in_flight -= 1
                 self.cost_in_flight -= expected
 
-    def check_served(self, endpoint: Endpoint, reply: Reply, role: str) -> None:
+    def check_served(self, model: Model, reply: Reply, role: str) -> None:
         """Say it if another model answers than was asked; stop if one answers for high and low."""
-        model = endpoint.model
-        if not reply.model or model in self.served:
+        if self.dry or not reply.model or model in self.served:
             return
         self.served[model] = reply.model
         if same_model(model.name, reply.model):
@@ -6895,7 +6905,10 @@ class Models:
             twin = other.url == model.url and served == reply.model and other.name != model.name
             if twin and (other, "answer") in self.usage:
                 both = f"{other.name} and {model.name} are both answered by {one_line(served)}"
-                hint = "load both models, or give each its own address (MODEL@URL)"
+                hint = (
+                    "load both models, or give each its own address (MODEL@URL), "
+                    "and name another --cache-path"
+                )
                 raise self.halt(f"{both}: a model would be compared with itself; {hint}")
 
     async def list_served_models(self, endpoint: Endpoint, error: ApiError) -> None:
@@ -6950,6 +6963,8 @@ class Models:
 
     def halt(self, reason: str, status: int = 3) -> Stop:
         """From now on no call starts; those in flight end first. -> the Stop to raise."""
+        if not self.stop and self.in_flight and status != 130:  # interruptible says it of 130
+            note(f"stopping: waiting for {plural(self.in_flight, 'call')} in flight")
         self.stop = self.stop or Stop(reason, status)
         self.stopping.set()
         return self.stop
@@ -7439,7 +7454,7 @@ class Batches:
             hint = "the same command submits its rest again"
             raise self.models.halt(f"batch {batch.id} was cancelled; {hint}")
         for role, reply in results.first_replies.items():
-            self.models.check_served(endpoint, reply, role)
+            self.models.check_served(endpoint.model, reply, role)
         missing = ApiError(200, "unfinished", f"batch {batch.id} {batch.status} without a result")
         for key, request in left:
             error = results.errors.get(key, missing)
@@ -7459,7 +7474,7 @@ class Batches:
         failed = self.failed.setdefault(key, FailedRequest())
         fixes = self.fixes_of(key, self.sent_fixes.get(file, []))
         sent = endpoint.wire_options(options, fixes)
-        fix = None if key in self.longer else find_fix(error, sent, fixes)
+        fix = find_fix(error, sent, fixes, longer=key in self.longer)
         if fix and not needs_stream(fix, sent):
             failed.fixes = [*fixes, fix]
             return
@@ -11132,20 +11147,26 @@ def settings_of(path: str, run: Run) -> dict:
     return json.loads(scrub(json.dumps(settings, ensure_ascii=False)))
 
 
+FORWARDED_SECONDS = 1.0  # between a signal and the same one from a wrapper that forwards it
+
+
 @contextlib.contextmanager
 def interruptible(models: Models) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM) lets the calls in flight end, for they are paid.
 
-    The second leaves at once."""
+    The second leaves at once, unless it follows so soon that a wrapper forwarded the first."""
     events = asyncio.get_running_loop()
-    pressed = []
+    pressed = []  # the time of the first
 
     def stop(*_: object) -> None:
-        if models.stop or pressed:  # every paid reply is committed, so there is nothing to tidy up
+        if pressed and time.monotonic() - pressed[0] < FORWARDED_SECONDS:
+            return
+        if pressed:  # every paid reply is committed, so there is nothing to tidy up
             os._exit(130)
-        pressed.append(True)
+        pressed.append(time.monotonic())
+        calls = plural(models.in_flight, "call")
         note(
-            f"\nstopping: waiting for {models.in_flight} calls in flight, which are paid; "
+            f"\nstopping: waiting for {calls} in flight, which are paid; "
             "Ctrl-C again leaves at once"
         )
         events.call_soon_threadsafe(models.halt, "interrupted", 130)

@@ -642,6 +642,18 @@ def test_a_longer_request_that_is_refused_is_not_sent_again(rlhf):
     assert sum(call.model == "weak" for call in api.engine.calls) == 2
 
 
+def test_a_longer_request_may_need_a_fix(rlhf):
+    def answer(call):
+        if call.model == "weak" and call.params["max_tokens"] == 4096:
+            return Reply("half", finish="length")
+        if call.model == "weak" and "temperature" in call.params:
+            return Fault(400, message="temperature is not supported")
+        return world(call)
+
+    with Api(answer) as api:
+        assert len(rlhf(FEW[:1], *OPENAI, "--batch", api=api).pairs) == 1
+
+
 BODIES = {
     "text": {"error": "the model is overloaded"},
     "detail": {"detail": "the model is overloaded"},

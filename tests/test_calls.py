@@ -930,6 +930,25 @@ def test_the_second_request_that_is_refused_is_no_failure_and_is_not_tried_again
     assert set(result.reasons) == {"filter: truncated: weak reached --max-tokens"}
 
 
+def test_an_interrupted_run_asks_cut_answers_for_longer_on_a_server_that_needs_a_fix(rlhf):
+    """the first reply is cached, so the longer request is the first that the server refuses"""
+    words = "Unsupported parameter: use 'max_completion_tokens' instead."
+    down = [True]
+
+    def answer(call):
+        limit = call.params.get("max_completion_tokens")
+        if call.model != "weak" or (limit and limit > 4096 and not down):
+            return world(call)
+        if not limit:
+            return Fault(400, message=words)
+        return Fault(503) if limit > 4096 else Reply("half", finish="length")
+
+    with Api(answer) as api:
+        assert rlhf(PROMPTS[:2], *OPENAI, api=api).status == 1
+        down.clear()
+        assert len(rlhf(PROMPTS[:2], *OPENAI, api=api).pairs) == 2
+
+
 def test_a_cut_answer_whose_second_request_met_a_503_is_worth_another_run(rlhf):
     def answer(call):
         if call.model != "weak":
@@ -960,6 +979,24 @@ def test_one_model_that_answers_for_both_stops_the_run(rlhf):
     with Api(answered_by({"weak": "gemma-3", "strong": "gemma-3"})) as api:
         result = rlhf(PROMPTS, *OPENAI, api=api)
     assert result.status == 3 and "are both answered by gemma-3" in result.err
+
+
+def test_a_rerun_on_the_cached_replies_of_one_model_stops_again_without_a_call(rlhf):
+    with Api(answered_by({"weak": "gemma-3", "strong": "gemma-3"})) as api:
+        rlhf(PROMPTS[:1], *OPENAI, api=api)
+        assert api.count() == 2
+        result = rlhf(PROMPTS[:1], *OPENAI, api=api)
+        assert result.status == 3 and "are both answered by gemma-3" in result.err
+        assert api.count() == 2
+
+
+def test_a_cache_of_an_older_version_is_used(rlhf, tmp_path):
+    with Api(world) as api:
+        rlhf(PROMPTS[:1], *OPENAI, api=api)
+        calls = api.count()
+        with contextlib.closing(rc.sqlite3.connect(tmp_path / ".rlhf_cache.sqlite")) as db:
+            db.execute("ALTER TABLE replies DROP COLUMN served")
+        assert rlhf(PROMPTS[:1], *OPENAI, api=api).status == 0 and api.count() == calls
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,11 @@ NOT_ENDED = {
 }
 
 
+def test_the_end_of_a_channel_ends_no_reply():
+    text = "<|channel|>analysis<|message|>hm<|end|>\n<|start|>assistant<|channel|>final<|message|>Paris"
+    assert rc.answer_text(rc.cut_at_end_mark(rc.Reply(text)).text) == "Paris"
+
+
 @pytest.mark.parametrize("text, answer", ENDED.values(), ids=ENDED)
 def test_a_reply_ends_at_its_templates_end_mark(text, answer):
     assert rc.cut_at_end_mark(rc.Reply(text, "length")) == rc.Reply(answer, "stop")

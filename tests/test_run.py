@@ -129,7 +129,9 @@ def test_a_second_ctrl_c_leaves_at_once_and_quietly(process, tmp_path):
         run.send_signal(signal.SIGINT)
         while "Ctrl-C again" not in err:
             err += run.stderr.readline()
-        run.send_signal(signal.SIGINT)
+        while run.poll() is None:  # within a second it counts as the first one, forwarded
+            run.send_signal(signal.SIGINT)
+            time.sleep(0.05)
         _, rest = run.communicate(timeout=30)
     assert run.returncode == 130 and not any(word in rest for word in ("Traceback", "Unclosed"))
 
@@ -471,6 +473,24 @@ def test_one_request_asked_twice_at_once_is_paid_once_and_a_rerun_gives_the_same
         )
 
 
+def test_a_request_asked_four_times_at_once_is_paid_once_though_the_first_call_fails(rlhf):
+    failures = [Fault(400)]
+    world = lambda call: failures.pop() if failures else demo_world(call)
+    with Api(world) as api:
+        models = run_of().models
+        model = rc.Model("openai", "strong", f"{api.url}/v1")
+
+        async def ask_four_times():
+            calls = [models.ask(model, [{"role": "user", "content": "Hi"}], {}) for _ in range(4)]
+            replies = await asyncio.gather(*calls, return_exceptions=True)
+            await models.close()
+            return replies
+
+        replies = asyncio.run(ask_four_times())
+        assert api.count() == 2
+    assert [isinstance(reply, rc.Failed) for reply in replies] == [True, False, False, False]
+
+
 def test_a_system_prompt_with_half_an_emoji_is_mended(rlhf):
     with Api(demo_world) as api:
         assert rlhf(PROMPTS[:1], *MODELS, "--system-prompt", "Be kind \ud83d", api=api).status == 0
@@ -692,6 +712,29 @@ def test_ctrl_c_stops_the_plan_at_once(tmp_path):
 
     with pytest.raises(rc.Stop, match="interrupted"):
         asyncio.run(interrupted())
+
+
+def test_the_first_signal_after_a_stop_and_one_that_is_forwarded_leave_calls_in_flight(
+    monkeypatch, capsys
+):
+    models = run_of().models
+    models.in_flight = 3
+    left = []
+    monkeypatch.setattr(rc.os, "_exit", left.append)
+
+    async def press_three_times():
+        models.halt("--max-cost 1 is reached")
+        with rc.interruptible(models):
+            press = signal.getsignal(signal.SIGINT)
+            press()
+            press()
+            assert not left
+            monkeypatch.setattr(rc, "FORWARDED_SECONDS", 0.0)
+            press()
+
+    asyncio.run(press_three_times())
+    assert left == [130]
+    assert "stopping: waiting for 3 calls in flight\n" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no signals to send")
