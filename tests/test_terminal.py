@@ -225,7 +225,9 @@ def test_a_stopped_run_says_where_its_pairs_are(cache, advice):
 def test_a_run_that_is_stopped_before_its_first_pair_names_no_file():
     lines = rc.summary(finished(read=0, pairs=0, dropped=Counter()), called(stop=rc.Stop("x")))
     assert lines[0] == "No pair was made." and ".part" not in " ".join(lines)
-    assert rc.stopped_result(finished(read=2, pairs=0)) == "Stopped after 2 records; no pair so far."
+    assert (
+        rc.stopped_result(finished(read=2, pairs=0)) == "Stopped after 2 records; no pair so far."
+    )
 
 
 def test_what_earlier_runs_paid_is_named():
