@@ -8518,11 +8518,11 @@ def examples(rows: list[dict]) -> list[dict]:
     with_gap.sort(key=lambda row: row["gap"])
     kinds = {"lowest gap": with_gap, "highest gap": with_gap[::-1], "random": rows}
     samples = []
-    taken: list[dict] = []
+    taken: set[int] = set()  # ids of the rows: a pair is shown once
     for kind, candidates in kinds.items():
-        others = [row for row in candidates if not any(row is other for other in taken)]
+        others = [row for row in candidates if id(row) not in taken]
         for row in others[:SHOWN_PAIRS]:
-            taken.append(row)
+            taken.add(id(row))
             texts = {name: row[name][:SHOWN_TEXT] for name in ("prompts", "chosen", "rejected")}
             samples.append({"kind": kind, **row, **texts})
     return samples
@@ -9906,15 +9906,6 @@ DROP_REASONS: dict[str, tuple[str, str]] = {
     "ranks out of range": ("a rank is zero, negative or too large", ""),
     "order is not a list of all indices from 0": ("`order` does not name each answer once", ""),
     "histories differ": ("chosen and rejected answer different conversations", ""),
-    "the prompt ends inside an answer": (
-        "the prompt holds the start of an answer beside whole answers",
-        "leave the start of the answer out of the prompt",
-    ),
-    "text beside the turns": (
-        "a context or choices stand beside turns that lack them",
-        "put them into a turn; --rename what is no part of the prompt",
-    ),
-    "two system turns": ("the history and the prompt each begin with a system turn", ""),
     "not one answer on each side": ("chosen or rejected holds several answers", ""),
     # people (--annotations) and a method of one's own
     "people see no difference": ("people called the two answers equally good", ""),
