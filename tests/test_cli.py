@@ -1,8 +1,8 @@
 """what is refused before anything happens, the files, the books."""
 
-import json
 import asyncio
 import contextlib
+import json
 import os
 import random
 import re
