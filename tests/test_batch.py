@@ -485,7 +485,7 @@ def test_money_of_batches_under_way_counts_in_every_run_of_the_output(rlhf, tmp_
     with Api(world) as api:
         aside = killed_with_batches_under_way(tmp_path, api, (*PRICE, 1))
         result = rlhf(PROMPTS, *OPENAI, *more, *PRICE, aside, api=api)
-        assert result.status == 3 and "is under way: one more call" in result.err
+        assert result.status == 3 and "is under way. Raise it" in result.err
         assert (api.count(), len(api.engine.batches)) == (0, 2)
         assert rlhf(PROMPTS, *OPENAI, *PRICE, aside, "--dry-run", api=api).status == 0
 
