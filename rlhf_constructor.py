@@ -5630,15 +5630,21 @@ def read_completion(body: Any) -> Reply:
 
 
 def raise_body_error(body: Any) -> None:
-    """Raise the ApiError for a 200 that holds an error: its own code counts as the status."""
-    error = look_up(body, "error")
+    """Raise the ApiError for a 200 that holds an error."""
+    error = body_error(look_up(body, "error"))
+    if error:
+        raise error
+
+
+def body_error(error: Any) -> ApiError | None:
+    """The error in a reply of status 200 -> ApiError: its own code counts as the status."""
     if not isinstance(error, dict | str) or not error:
-        return
+        return None
     status = number(look_up(error, "code")) or 200
     if not 400 <= status < 600:
         status = 200
     code, explanation = read_error_body(error)
-    raise ApiError(int(status), code or "error in the reply", explanation)
+    return ApiError(int(status), code or "error in the reply", explanation)
 
 
 def read_error_body(body: Any) -> tuple[str, str]:
@@ -5700,13 +5706,22 @@ THOUGHT_MARKS = {
     "[think]": "[/think]",
     "◁think▷": "◁/think▷",
     "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|channel>thought": "<channel|>",
+}
+# These may mark up an answer, too: they hold thoughts only at its start, with both marks.
+LOOSE_THOUGHT_MARKS = {
+    "<analysis>": "</analysis>",
+    "<scratchpad>": "</scratchpad>",
+    "<reflection>": "</reflection>",
+    "<reason>": "</reason>",
 }
 FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")  # gpt-oss (harmony)
-PLAIN_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*?assistant\s?final", re.S)  # marks lost
+PLAIN_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*?assistantfinal", re.S)  # marks lost
 # What ends a turn in a chat template: at the end of a line, or before the next turn's mark.
 END_MARK = re.compile(
-    r"(?<![`\"'“‘])(?:<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>|</s>)"
+    r"(?<![`\"'“‘])(?:<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>)"
     r"(?=[^\S\n]*(?:\n|\Z|<\|im_start|<\|start|<start_of_turn>|<s>))"
+    r"|(?<![`\"'“‘])</s>(?=\s*(?:\Z|<\|im_start|<\|start|<start_of_turn>|<s>))"  # HTML has it, too
 )
 START_MARK = re.compile(r"<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<s>")
 
@@ -5716,12 +5731,13 @@ def without_thinking(text: str) -> str:
 
     A closing mark whose block was opened in the prompt ends thoughts, too, if it stands on a line
     of its own or at the start; an answer that speaks of `</think>` in a sentence stays as it is."""
-    rest = without_channels(text)
+    rest = re.sub(r"(?i)\A(\s*<think)[^\S\n]+>", r"\1>", without_channels(text))
+    marks = THOUGHT_MARKS | LOOSE_THOUGHT_MARKS
     opening = leading_mark(rest)
     while opening:
-        thoughts_and_rest = split_thoughts(rest.lstrip()[len(opening) :], THOUGHT_MARKS[opening])
+        thoughts_and_rest = split_thoughts(rest.lstrip()[len(opening) :], marks[opening])
         if thoughts_and_rest is None:
-            return ""
+            return rest if opening in LOOSE_THOUGHT_MARKS else ""
         rest = thoughts_and_rest
         opening = leading_mark(rest)
     lowered = rest.lower()
@@ -5729,17 +5745,19 @@ def without_thinking(text: str) -> str:
         if closing in lowered and opening not in lowered:
             mark = re.escape(closing)
             alone = rf"(?i)\A\s*{mark}|\n[^\S\n]*{mark}[^\S\n]*(?=\n|\Z)"
-            end = re.search(alone, rest)
-            return rest[end.end() :] if end else rest
+            for end in re.finditer(alone, rest):
+                if rest.count("```", 0, end.start()) % 2 == 0:  # else it stands in code
+                    return rest[end.end() :]
+            return rest
     return rest
 
 
 def leading_mark(text: str) -> str:
-    """The mark in THOUGHT_MARKS with which a text starts, "" if there is none."""
+    """The opening mark of thoughts with which a text starts, "" if there is none."""
     start = text[:200].lstrip().lower()
     if not start.startswith(("<", "[", "◁")):
         return ""
-    for opening in THOUGHT_MARKS:
+    for opening in (*THOUGHT_MARKS, *LOOSE_THOUGHT_MARKS):
         if start.startswith(opening):
             return opening
     return ""
@@ -6007,6 +6025,9 @@ def read_error(error: Exception) -> ApiError:
     status = getattr(error, "status_code", None)
     if status:
         return read_status_error(error, status)
+    in_stream = body_error(getattr(error, "body", None))
+    if in_stream:
+        return in_stream
     names, texts = set(), []
     link = error
     while link is not None:  # the truth about a connection is in the chain of causes
@@ -6457,7 +6478,8 @@ class Cache:
         self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
         names = [column[1] for column in self.db.execute("PRAGMA table_info(replies)")]
         if "served" not in names:  # made by an older version
-            self.db.execute("ALTER TABLE replies ADD COLUMN served")
+            with contextlib.suppress(sqlite3.OperationalError):  # another process did it just now
+                self.db.execute("ALTER TABLE replies ADD COLUMN served")
         first = self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
         self.empty = not first
         columns = "file PRIMARY KEY, model, id, money, payer"
