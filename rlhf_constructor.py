@@ -6447,30 +6447,39 @@ class Cache:
     """Every paid reply, in SQLite, committed before it is used; processes may share it.
 
     `path`: None for no cache. `output_id` stands for the output that a reply was paid for: its
-    budget counts them over all its runs."""
+    budget counts them over all its runs. `read_only`: nothing is written into the file."""
 
     FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer, served"
 
-    def __init__(self, path: str | None, output_id: str = "") -> None:
+    def __init__(self, path: str | None, output_id: str = "", read_only: bool = False) -> None:
         self.path = path
         self.output_id = output_id
         self.db = None
         self.empty = True  # at the start
+        self.knows_served = True  # which model each reply came from
         self.under_way = 0.0  # money expected for this output's batches that run
         if not path:
             return
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        self.db = sqlite3.connect(path, timeout=CACHE_PATIENCE, isolation_level=None)
+        address = path
+        if read_only:
+            address = f"{Path(path).resolve().as_uri()}?mode=ro"
+        else:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         try:
-            self.open_tables()
+            self.db = sqlite3.connect(
+                address, timeout=CACHE_PATIENCE, isolation_level=None, uri=read_only
+            )
+            if not read_only:
+                self.make_tables()
+            self.read_tables()
         except sqlite3.DatabaseError as error:
             cause = f"{error}: in use elsewhere, damaged or of another version?"
             text = f"{path}: is no cache to use ({cause}); name another --cache-path"
             raise UserError(text) from None
 
-    def open_tables(self) -> None:
-        """Make the tables that are missing, and read how the file stands."""
+    def make_tables(self) -> None:
+        """Make the tables and the column that are missing."""
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
             with contextlib.suppress(sqlite3.OperationalError):  # some file systems have no WAL
                 self.db.execute(f"PRAGMA {pragma}")
@@ -6480,10 +6489,23 @@ class Cache:
         if "served" not in names:  # made by an older version
             with contextlib.suppress(sqlite3.OperationalError):  # another process did it just now
                 self.db.execute("ALTER TABLE replies ADD COLUMN served")
-        first = self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
-        self.empty = not first
         columns = "file PRIMARY KEY, model, id, money, payer"
         self.db.execute(f"CREATE TABLE IF NOT EXISTS batches ({columns})")
+
+    def read_tables(self) -> None:
+        """Read how the file stands; one that is opened to be read may lack tables and a column."""
+        tables = [name for (name,) in self.db.execute("SELECT name FROM sqlite_master")]
+        if "replies" not in tables:
+            self.close()
+            self.db = None
+            return
+        names = [column[1] for column in self.db.execute("PRAGMA table_info(replies)")]
+        self.knows_served = "served" in names
+        fields = self.FIELDS if self.knows_served else self.FIELDS.removesuffix(", served")
+        first = self.db.execute(f"SELECT {fields} FROM replies LIMIT 1").fetchall()
+        self.empty = not first
+        if "batches" not in tables:
+            return
         query = "SELECT total(money) FROM batches WHERE payer = ?"
         [(self.under_way,)] = self.db.execute(query, (self.output_id,))
 
@@ -6499,7 +6521,8 @@ class Cache:
         """The reply stored under `key`, if there is one."""
         if not self.db:
             return None
-        fields = "text, finish, served, tokens_in, tokens_out, rate"
+        served = "served" if self.knows_served else "''"
+        fields = f"text, finish, {served}, tokens_in, tokens_out, rate"
         query = f"SELECT {fields} FROM replies WHERE key = ?"
         for text, finish, served, *numbers in self.do(query, key):
             # an older version stored failed finishes, too: what they left counts as cut
@@ -10869,7 +10892,8 @@ def open_cache(run: Run) -> Cache:
         folder = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         path = os.path.join(folder, "replies.sqlite")
-    return Cache(path, output_id=digest(os.path.realpath(args.output_path))[:16])
+    output_id = digest(os.path.realpath(args.output_path))[:16]
+    return Cache(path, output_id, read_only=args.dry_run)
 
 
 async def construct_with(cache: Cache, path: str, run: Run) -> int:

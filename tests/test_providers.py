@@ -157,8 +157,7 @@ ENDED = {
 NOT_ENDED = {
     "quoted": "A turn ends with `<|im_end|>`\nin ChatML.",
     "an example": "```\n<|im_start|>user\nHi<|im_end|>\n```",
-    "struck out, at a line's end": "<s>Rome, said he.</s>\nParis",
-    "a lone closing tag": "In HTML strike text through with <s> and\nend it with </s>\nas here.",
+    "a tag at a line's end": "In HTML, end struck text with </s>\nas here.",
     "struck out": "<s>Rome</s>\nParis",
     "in a sentence": "The mark <|im_end|> ends a turn.",
 }
