@@ -10906,6 +10906,8 @@ async def construct_with(cache: Cache, path: str, run: Run) -> int:
         if args.dry_run:
             show_plan(*await plan(path, run, cache))
             return 0
+        if not args.batch:
+            refuse_running_batches(cache, run)
         with contextlib.closing(OutputFiles(run)) as files, interruptible(models):
             progress_bar = Progress(files, models)
 
@@ -10923,6 +10925,20 @@ async def construct_with(cache: Cache, path: str, run: Run) -> int:
             return await run_job(path, run, files, progress_bar)
     finally:
         await models.close()
+
+
+def refuse_running_batches(cache: Cache, run: Run) -> None:
+    """Raise UserError if batches fetch replies of this run's models: they would be paid twice."""
+    if not cache.db:
+        return
+    names = {name_of(model) for model in run.asked()}
+    running = [name for (name,) in cache.do("SELECT model FROM batches") if name in names]
+    if running:
+        count = "1 batch" if len(running) == 1 else f"{len(running)} batches"
+        raise UserError(
+            f"{count} of this cache may still run at the provider: add --batch to collect the "
+            "replies, or name another --cache-path"
+        )
 
 
 async def fill_cache(path: str, run: Run) -> None:
