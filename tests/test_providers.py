@@ -130,7 +130,7 @@ ANSWERS = {
     "speaks of it in code": ("It ends with `</think>`.",) * 2,
     "an analysis": ("analysis of the data shows 4.",) * 2,
     "a closing mark in a code block": ("So:\n```\nhm\n</think>\nParis\n```",) * 2,
-    "an assistant in an analysis": ("analysis: The assistant final exam is at 4.",) * 2,
+    "an assistant in an analysis": ("analysis by the assistant final version: 4.",) * 2,
     "a space in the mark": ("<think >hm</think>Paris", "Paris"),
     "a channel of thoughts": ("<|channel>thought\nhm<channel|>Paris", "Paris"),
     "a scratchpad": ("<scratchpad>hm</scratchpad>\nParis", "Paris"),
