@@ -5654,15 +5654,21 @@ def read_completion(body: Any) -> Reply:
 
 
 def raise_body_error(body: Any) -> None:
-    """Raise the ApiError for a 200 that holds an error: its own code counts as the status."""
-    error = look_up(body, "error")
+    """Raise the ApiError for a 200 that holds an error."""
+    error = body_error(look_up(body, "error"))
+    if error:
+        raise error
+
+
+def body_error(error: Any) -> ApiError | None:
+    """The error in a reply of status 200 -> ApiError: its own code counts as the status."""
     if not isinstance(error, dict | str) or not error:
-        return
+        return None
     status = number(look_up(error, "code")) or 200
     if not 400 <= status < 600:
         status = 200
     code, explanation = read_error_body(error)
-    raise ApiError(int(status), code or "error in the reply", explanation)
+    return ApiError(int(status), code or "error in the reply", explanation)
 
 
 def read_error_body(body: Any) -> tuple[str, str]:
@@ -5724,13 +5730,22 @@ THOUGHT_MARKS = {
     "[think]": "[/think]",
     "◁think▷": "◁/think▷",
     "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|channel>thought": "<channel|>",
+}
+# These may mark up an answer, too: they hold thoughts only at its start, with both marks.
+LOOSE_THOUGHT_MARKS = {
+    "<analysis>": "</analysis>",
+    "<scratchpad>": "</scratchpad>",
+    "<reflection>": "</reflection>",
+    "<reason>": "</reason>",
 }
 FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")  # gpt-oss (harmony)
-PLAIN_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*?assistant\s?final", re.S)  # marks lost
+PLAIN_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*?assistantfinal", re.S)  # marks lost
 # What ends a turn in a chat template: at the end of a line, or before the next turn's mark.
 END_MARK = re.compile(
-    r"(?<![`\"'“‘])(?:<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>|</s>)"
+    r"(?<![`\"'“‘])(?:<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>)"
     r"(?=[^\S\n]*(?:\n|\Z|<\|im_start|<\|start|<start_of_turn>|<s>))"
+    r"|(?<![`\"'“‘])</s>(?=\s*(?:\Z|<\|im_start|<\|start|<start_of_turn>|<s>))"  # HTML has it, too
 )
 START_MARK = re.compile(r"<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<s>")
 
@@ -5740,12 +5755,13 @@ def without_thinking(text: str) -> str:
 
     A closing mark whose block was opened in the prompt ends thoughts, too, if it stands on a line
     of its own or at the start; an answer that speaks of `</think>` in a sentence stays as it is."""
-    rest = without_channels(text)
+    rest = re.sub(r"(?i)\A(\s*<think)[^\S\n]+>", r"\1>", without_channels(text))
+    marks = THOUGHT_MARKS | LOOSE_THOUGHT_MARKS
     opening = leading_mark(rest)
     while opening:
-        thoughts_and_rest = split_thoughts(rest.lstrip()[len(opening) :], THOUGHT_MARKS[opening])
+        thoughts_and_rest = split_thoughts(rest.lstrip()[len(opening) :], marks[opening])
         if thoughts_and_rest is None:
-            return ""
+            return rest if opening in LOOSE_THOUGHT_MARKS else ""
         rest = thoughts_and_rest
         opening = leading_mark(rest)
     lowered = rest.lower()
@@ -5753,17 +5769,19 @@ def without_thinking(text: str) -> str:
         if closing in lowered and opening not in lowered:
             mark = re.escape(closing)
             alone = rf"(?i)\A\s*{mark}|\n[^\S\n]*{mark}[^\S\n]*(?=\n|\Z)"
-            end = re.search(alone, rest)
-            return rest[end.end() :] if end else rest
+            for end in re.finditer(alone, rest):
+                if rest.count("```", 0, end.start()) % 2 == 0:  # else it stands in code
+                    return rest[end.end() :]
+            return rest
     return rest
 
 
 def leading_mark(text: str) -> str:
-    """The mark in THOUGHT_MARKS with which a text starts, "" if there is none."""
+    """The opening mark of thoughts with which a text starts, "" if there is none."""
     start = text[:200].lstrip().lower()
     if not start.startswith(("<", "[", "◁")):
         return ""
-    for opening in THOUGHT_MARKS:
+    for opening in (*THOUGHT_MARKS, *LOOSE_THOUGHT_MARKS):
         if start.startswith(opening):
             return opening
     return ""
@@ -6031,6 +6049,9 @@ def read_error(error: Exception) -> ApiError:
     status = getattr(error, "status_code", None)
     if status:
         return read_status_error(error, status)
+    in_stream = body_error(getattr(error, "body", None))
+    if in_stream:
+        return in_stream
     names, texts = set(), []
     link = error
     while link is not None:  # the truth about a connection is in the chain of causes
@@ -6450,30 +6471,39 @@ class Cache:
     """Every paid reply, in SQLite, committed before it is used; processes may share it.
 
     `path`: None for no cache. `output_id` stands for the output that a reply was paid for: its
-    budget counts them over all its runs."""
+    budget counts them over all its runs. `read_only`: nothing is written into the file."""
 
     FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer, served"
 
-    def __init__(self, path: str | None, output_id: str = "") -> None:
+    def __init__(self, path: str | None, output_id: str = "", read_only: bool = False) -> None:
         self.path = path
         self.output_id = output_id
         self.db = None
         self.empty = True  # at the start
+        self.knows_served = True  # which model each reply came from
         self.under_way = 0.0  # money expected for this output's batches that run
         if not path:
             return
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        self.db = sqlite3.connect(path, timeout=CACHE_PATIENCE, isolation_level=None)
+        address = path
+        if read_only:
+            address = f"{Path(path).resolve().as_uri()}?mode=ro"
+        else:
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         try:
-            self.open_tables()
+            self.db = sqlite3.connect(
+                address, timeout=CACHE_PATIENCE, isolation_level=None, uri=read_only
+            )
+            if not read_only:
+                self.make_tables()
+            self.read_tables()
         except sqlite3.DatabaseError as error:
             cause = f"{error}: in use elsewhere, damaged or of another version?"
             text = f"{path}: is no cache to use ({cause}); name another --cache-path"
             raise UserError(text) from None
 
-    def open_tables(self) -> None:
-        """Make the tables that are missing, and read how the file stands."""
+    def make_tables(self) -> None:
+        """Make the tables and the column that are missing."""
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
             with contextlib.suppress(sqlite3.OperationalError):  # some file systems have no WAL
                 self.db.execute(f"PRAGMA {pragma}")
@@ -6481,11 +6511,25 @@ class Cache:
         self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
         names = [column[1] for column in self.db.execute("PRAGMA table_info(replies)")]
         if "served" not in names:  # made by an older version
-            self.db.execute("ALTER TABLE replies ADD COLUMN served")
-        first = self.db.execute(f"SELECT {self.FIELDS} FROM replies LIMIT 1").fetchall()
-        self.empty = not first
+            with contextlib.suppress(sqlite3.OperationalError):  # another process did it just now
+                self.db.execute("ALTER TABLE replies ADD COLUMN served")
         columns = "file PRIMARY KEY, model, id, money, payer"
         self.db.execute(f"CREATE TABLE IF NOT EXISTS batches ({columns})")
+
+    def read_tables(self) -> None:
+        """Read how the file stands; one that is opened to be read may lack tables and a column."""
+        tables = [name for (name,) in self.db.execute("SELECT name FROM sqlite_master")]
+        if "replies" not in tables:
+            self.close()
+            self.db = None
+            return
+        names = [column[1] for column in self.db.execute("PRAGMA table_info(replies)")]
+        self.knows_served = "served" in names
+        fields = self.FIELDS if self.knows_served else self.FIELDS.removesuffix(", served")
+        first = self.db.execute(f"SELECT {fields} FROM replies LIMIT 1").fetchall()
+        self.empty = not first
+        if "batches" not in tables:
+            return
         query = "SELECT total(money) FROM batches WHERE payer = ?"
         [(self.under_way,)] = self.db.execute(query, (self.output_id,))
 
@@ -6501,7 +6545,8 @@ class Cache:
         """The reply stored under `key`, if there is one."""
         if not self.db:
             return None
-        fields = "text, finish, served, tokens_in, tokens_out, rate"
+        served = "served" if self.knows_served else "''"
+        fields = f"text, finish, {served}, tokens_in, tokens_out, rate"
         query = f"SELECT {fields} FROM replies WHERE key = ?"
         for text, finish, served, *numbers in self.do(query, key):
             # an older version stored failed finishes, too: what they left counts as cut
@@ -10940,7 +10985,8 @@ def open_cache(run: Run) -> Cache:
         folder = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         path = os.path.join(folder, "replies.sqlite")
-    return Cache(path, output_id=digest(os.path.realpath(args.output_path))[:16])
+    output_id = digest(os.path.realpath(args.output_path))[:16]
+    return Cache(path, output_id, read_only=args.dry_run)
 
 
 async def construct_with(cache: Cache, path: str, run: Run) -> int:
@@ -10953,6 +10999,8 @@ async def construct_with(cache: Cache, path: str, run: Run) -> int:
         if args.dry_run:
             show_plan(*await plan(path, run, cache))
             return 0
+        if not args.batch:
+            refuse_running_batches(cache, run)
         with contextlib.closing(OutputFiles(run)) as files, interruptible(models):
             progress_bar = Progress(files, models)
 
@@ -10970,6 +11018,20 @@ async def construct_with(cache: Cache, path: str, run: Run) -> int:
             return await run_job(path, run, files, progress_bar)
     finally:
         await models.close()
+
+
+def refuse_running_batches(cache: Cache, run: Run) -> None:
+    """Raise UserError if batches fetch replies of this run's models: they would be paid twice."""
+    if not cache.db:
+        return
+    names = {name_of(model) for model in run.asked()}
+    running = [name for (name,) in cache.do("SELECT model FROM batches") if name in names]
+    if running:
+        count = "1 batch" if len(running) == 1 else f"{len(running)} batches"
+        raise UserError(
+            f"{count} of this cache may still run at the provider: add --batch to collect the "
+            "replies, or name another --cache-path"
+        )
 
 
 async def fill_cache(path: str, run: Run) -> None:

@@ -64,6 +64,17 @@ def test_a_reply_of_a_batch_is_one_to_the_same_command_without_it(rlhf):
         assert online.output.read_bytes() == batched and api.count() == 0
 
 
+def test_a_run_without_batch_is_refused_while_batches_of_its_models_run(rlhf):
+    with Api(world) as api:
+        rlhf(PROMPTS, *OPENAI, "--batch", api=api)
+        with contextlib.closing(rc.Cache(".rlhf_cache.sqlite")) as cache:
+            for name in ("weak", "another"):
+                row = (f"file-{name}", f"openai:{name}@{api.url}/v1")
+                cache.do("INSERT INTO batches (file, model, id) VALUES (?, ?, 'b')", *row)
+        result = rlhf(PROMPTS, *OPENAI, api=api)
+    assert result.status == 2 and "1 batch of this cache may still run" in result.err
+
+
 def test_methods_need_not_know_of_it(rlhf):
     with Api(world) as api:
         flags = ("--method", "generate_pairs", "--num-candidates", 4, "--batch")
@@ -474,13 +485,10 @@ def under_way(folder):
 
 NAMES = ("strong", "weak", "other", "third")
 PRICE = (*[part for name in NAMES for part in ("--price", f"{name}=10/10")], "--max-cost")
+ONLINE = ("--high-model", "other", "--low-model", "third", "--judge-model", "other")
 
 
-@pytest.mark.parametrize(
-    "more",
-    [(), ("--batch", "--high-model", "other", "--low-model", "third")],
-    ids=["online", "other models"],
-)
+@pytest.mark.parametrize("more", [ONLINE, ("--batch", *ONLINE)], ids=["online", "batch"])
 def test_money_of_batches_under_way_counts_in_every_run_of_the_output(rlhf, tmp_path, more):
     with Api(world) as api:
         aside = killed_with_batches_under_way(tmp_path, api, (*PRICE, 1))

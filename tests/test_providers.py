@@ -129,6 +129,14 @@ ANSWERS = {
     "speaks of the mark": ("R1 ends its thoughts with </think> and answers.",) * 2,
     "speaks of it in code": ("It ends with `</think>`.",) * 2,
     "an analysis": ("analysis of the data shows 4.",) * 2,
+    "a closing mark in a code block": ("So:\n```\nhm\n</think>\nParis\n```",) * 2,
+    "an assistant in an analysis": ("analysis by the assistant final version: 4.",) * 2,
+    "a space in the mark": ("<think >hm</think>Paris", "Paris"),
+    "a channel of thoughts": ("<|channel>thought\nhm<channel|>Paris", "Paris"),
+    "a scratchpad": ("<scratchpad>hm</scratchpad>\nParis", "Paris"),
+    "an analysis in marks": ("<analysis>\nhm\n</analysis>\n\nParis", "Paris"),
+    "a mark that is only opened": ("<reason> is the XML element to use.",) * 2,
+    "a mark that is only closed": ('<analysis type="x">\nIt is 4.\n</analysis>\nDone',) * 2,
     "indented code": ("<think>hm</think>\n\n    x = 1\n    y = 2\n", "    x = 1\n    y = 2"),
     "a tokenizer's space": (" Paris ", "Paris"),
 }
@@ -149,6 +157,7 @@ ENDED = {
 NOT_ENDED = {
     "quoted": "A turn ends with `<|im_end|>`\nin ChatML.",
     "an example": "```\n<|im_start|>user\nHi<|im_end|>\n```",
+    "a tag at a line's end": "In HTML, end struck text with </s>\nas here.",
     "struck out": "<s>Rome</s>\nParis",
     "in a sentence": "The mark <|im_end|> ends a turn.",
 }
@@ -271,6 +280,25 @@ def test_a_streamed_reply_may_be_cut_or_hold_thoughts_only():
     for text, finish in (("Par", None), ("is", "length")):
         joined.add({"choices": [{"delta": {"content": text}, "finish_reason": finish}]})
     assert joined.reply() == rc.Reply("Paris", "length")
+
+
+IN_STREAM = {
+    "account": {"code": "insufficient_quota", "message": "no credit"},
+    "key": {"code": "invalid_api_key", "message": "wrong key"},
+    "content filter": {"code": "content_filter", "message": "withheld"},
+    "prompt too long for the model": {"code": "context_length_exceeded", "message": "too long"},
+    "rate limit": {"code": 429, "message": "slow down"},
+}
+
+
+@pytest.mark.parametrize("kind", IN_STREAM)
+def test_an_error_event_inside_a_stream_is_read_like_any_other(kind):
+    import httpx
+    import openai
+
+    request = httpx.Request("POST", "http://localhost/v1")
+    error = rc.read_error(openai.APIError("failed", request, body=IN_STREAM[kind]))
+    assert rc.find_rule(error, rc.Model("openai", "m", ""), False).kind == kind
 
 
 def test_a_stream_that_ends_too_early_is_no_reply():

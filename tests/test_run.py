@@ -491,6 +491,29 @@ def test_a_request_asked_four_times_at_once_is_paid_once_though_the_first_call_f
     assert [isinstance(reply, rc.Failed) for reply in replies] == [True, False, False, False]
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_a_dry_run_reads_a_cache_and_writes_nothing_into_it(rlhf, tmp_path, older):
+    cache = tmp_path / ".rlhf_cache.sqlite"
+    with Api(demo_world) as api:
+        rlhf(PROMPTS[:2], *MODELS, api=api)
+        if older:
+            with contextlib.closing(rc.sqlite3.connect(cache)) as db:
+                db.execute("ALTER TABLE replies DROP COLUMN served")
+                db.execute("DROP TABLE batches")
+        before = cache.read_bytes()
+        result = rlhf(PROMPTS[:2], *MODELS, "--dry-run", api=api)
+    assert result.status == 0 and "0 calls" in result.out
+    assert cache.read_bytes() == before
+
+
+def test_a_dry_run_makes_no_table_in_an_empty_cache(rlhf, tmp_path):
+    cache = tmp_path / ".rlhf_cache.sqlite"
+    cache.touch()
+    with Api(demo_world) as api:
+        assert rlhf(PROMPTS[:2], *MODELS, "--dry-run", "--price", "gpt-4o=1/1", api=api).status == 0
+    assert cache.read_bytes() == b""
+
+
 def test_a_system_prompt_with_half_an_emoji_is_mended(rlhf):
     with Api(demo_world) as api:
         assert rlhf(PROMPTS[:1], *MODELS, "--system-prompt", "Be kind \ud83d", api=api).status == 0
