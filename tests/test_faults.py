@@ -112,9 +112,9 @@ UNREADABLE = {
 READABLE = {
     "fenced JSON": lambda call: f"```json\n{right(call)}\n```",
     "prose around it": lambda call: f"Both have merits.\n{right(call)}\nI hope this helps.",
-    "two objects: the last counts": lambda call: f"{wrong(call)}\nOn reflection:\n{right(call)}",
+    "two objects: the last counts": lambda call: f"{wrong(call)}\nMy final scores:\n{right(call)}",
     "a think block with other scores": lambda call: f"<think>{wrong(call)}</think>\n{right(call)}",
-    "a think block that never opened": lambda call: f"{wrong(call)}</think>{right(call)}",
+    "a think block that never opened": lambda call: f"{wrong(call)}\n</think>\n{right(call)}",
     "another verdict quoted": lambda call: json.dumps(
         {"reason": wrong(call)} | json.loads(right(call))
     ),
