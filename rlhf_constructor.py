@@ -103,10 +103,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple, Never, TextIO
 # --------------------------------------------------------------------------------------------------
 
 if sys.flags.optimize >= 2:
-    raise SystemExit(
-        "rlhf_constructor.py: error: python -OO removes the docstrings that --help is made of; "
-        "run it without -OO"
-    )
+    raise SystemExit("rlhf_constructor.py: error: --help needs the docstrings: run it without -OO")
 
 # (high, low) models of each provider when no flag names them.
 # Checked 2026-11: model names age, edit them. A provider without a row needs both flags.
@@ -115,36 +112,24 @@ DEFAULT_MODELS = {
     "openai": ("gpt-5", "gpt-5-nano"),
     "offline": ("reference", "weakened"),
 }
-
 # Temperature of a model's 1st, 2nd, ... answer to one prompt; --temperature sets all of them.
 TEMPERATURES = (0.7, 0.9, 1.0, 1.0)
-
-# Lowest and highest score that a judge may give.
+# Lowest and highest score that a judge may give: prompt, rubric and gaps follow it.
 JUDGE_SCALE = (1, 10)
-if JUDGE_SCALE[0] >= JUDGE_SCALE[1]:
-    raise ValueError("JUDGE_SCALE: its first number, the lowest score, must be below the second")
-
 # Times a judge is asked again when its reply cannot be read.
 JUDGE_RETRIES = 2
-
 # Characters of a long answer's head and tail that the judge sees; rows hold whole answers.
 JUDGE_SHOWS = (8000, 4000)
-
 # Points by which the low model must lead in every vote before --when-low-wins flip swaps the pair.
 # Gaps here and in METHODS are points of a scale 1-10; `on_judge_scale` fits them to JUDGE_SCALE.
 FLIP_GAP = 3.0
-
 # Default --min-score-gap for scores of a known scale, as a share of that scale.
 # Argilla, COIG-P and HelpSteer2 keep gaps of about this size.
 SCORE_GAP_SHARE = 0.20
-
 # Jaccard similarity (0 to 1) of character 5-grams from which two answers are near-duplicates.
 NEAR_DUPLICATE = 0.80
-
-# Near-duplicates are kept if the judge's gap is at least this: one may be right (42), one wrong
-# (43).
+# They are kept if the judge's gap is at least this: one may be right (42), one wrong (43).
 NEAR_DUPLICATE_GAP = 3.0
-
 # Words (or Chinese characters) in a row that no prompt may share with --exclude-prompts.
 # GPT-3's decontamination used 13.
 CONTAMINATION_RUN = 13
@@ -170,9 +155,9 @@ class Answer:
         """What answers are sorted by: the score, or without one the first vote.
 
         A vote of the input is minus the rank, or 1 or 0 for a choice."""
-        if self.score is not None:
+        if self.score is not None or not self.votes:
             return self.score
-        return self.votes[0] if self.votes else None
+        return self.votes[0]
 
 
 @dataclass
@@ -193,7 +178,7 @@ class Record:
     signal_hint: str = ""
     # Line of the input file, from 1 (in a JSON array: the item).
     line: int = 0
-    # What the report counts, e.g. "no correct answer".
+    # What the report counts, e.g. "no correct answer"; labels that a judge checked.
     facts: Counter = field(default_factory=Counter)
     label_checks: list[LabelCheck] = field(default_factory=list)
     # Who decided the label in an earlier run: "people", "scores", or "" if the row does not say.
@@ -242,7 +227,7 @@ class Failed(Exception):
 
     `reason`: its text before the first ':' is what the summary counts. `stage` is one of STAGES.
     `retryable`: the cause may be gone next time, so that the same command may still get a pair out
-    of the record."""
+    of the record. `record`: as far as it could be read."""
 
     STAGES = ("input", "model", "judge", "filter", "human")
 
@@ -255,7 +240,6 @@ class Failed(Exception):
         self.stage = stage
         self.reason = reason
         self.retryable = retryable
-        # The record as far as it could be read.
         self.record = record
 
 
@@ -264,8 +248,7 @@ class Stop(Exception):
 
     def __init__(self, reason: str, status: int = 3) -> None:
         super().__init__(reason)
-        # Exit status of the program.
-        self.status = status
+        self.status = status  # exit status of the program
 
 
 # The five tables that an edit extends. The name of an entry is its function's, less the prefix.
@@ -287,7 +270,13 @@ def register(entries: dict, **settings: object) -> Callable:
     """Return a decorator that enters a function or class in `entries` under its own name.
 
     `settings` become its attributes. Its docstring is required: --help shows the first line."""
-    check_settings(entries, settings)
+    known = SETTINGS.get(id(entries), ())
+    for key, value in settings.items():
+        if key not in known:
+            names = ", ".join(known) or "none"
+            raise ValueError(f"register has no setting {key!r} here (known: {names})")
+        if key in ("asks", "once") and not isinstance(value, tuple):
+            raise ValueError(f"{key} is a tuple, e.g. {key}=({value!r},), not {value!r}")
 
     def enter(entry: Callable) -> Callable:
         name = entry.__name__.removeprefix(PREFIXES.get(id(entries), ""))
@@ -301,22 +290,6 @@ def register(entries: dict, **settings: object) -> Callable:
         return entry
 
     return enter
-
-
-def check_settings(entries: dict, settings: dict[str, object]) -> None:
-    """Raise ValueError for a setting that the table does not know, or one of a wrong kind."""
-    known = SETTINGS.get(id(entries), ())
-    for key, value in settings.items():
-        if key not in known:
-            names = ", ".join(known) or "none"
-            raise ValueError(f"register has no setting {key!r} here (known: {names})")
-        if key in ("asks", "once") and not isinstance(value, tuple):
-            raise ValueError(f"{key} is a tuple, e.g. {key}=({value!r},), not {value!r}")
-    for role in settings.get("asks", ()):
-        if role not in ("high", "low", "candidates"):
-            raise ValueError(f"asks: {role!r} is not high, low or candidates")
-    if entries is FILTERS and settings.get("on") not in ("answer", "pair"):
-        raise ValueError('a filter says what it looks at: on="answer" or on="pair"')
 
 
 def on_judge_scale(points: float) -> float:
@@ -449,11 +422,11 @@ def conversation(turns: list, row: dict) -> Record:
 # --------------------------------------------------------------------------------------------------
 # §3 JUDGE: judge_prompt, judge_answers, combine_scores: its prompt, and how votes become a score
 # In: a record and its answers. Out: the answers with scores, or the labels that a judge confirms.
-# Called by Run.judge and rank_responses. JUDGE_SCALE alone sets prompt, rubric, scores and gaps.
+# Called by Run.judge and rank_responses.
 # --------------------------------------------------------------------------------------------------
 
-# All answers in one prompt, asked for again in reversed order: the cheapest protocol that measures
-# its own position bias.
+# Edit JUDGE_SCALE (§1) for another scale: `default_rubric` spreads the levels over it and fills in
+# the numbers. --rubric FILE stands for RUBRIC in one run.
 
 RUBRIC = """\
 - First of all: does the answer do what was asked, and is it right? Check facts, results and code
@@ -466,7 +439,8 @@ RUBRIC = """\
 - Use the whole range; equals may tie:
 $levels"""
 
-RUBRIC_LEVELS = (  # what equal parts of the scale mean, the best first
+# What equal parts of the scale mean, the best first.
+RUBRIC_LEVELS = (
     "right, complete, nothing to improve",
     "right, small flaws",
     "useful, real flaws",
@@ -501,68 +475,34 @@ def judge_prompt(
 ) -> tuple[str, list[str]]:
     """The judge's prompt, and the ids in the order of `texts`.
 
-    Ids are a letter and a digit, without A, B, 1 and 2 that judges favour; the nonce is 8 hex
-    digits that occur in no text. Both come from a hash of `seed` and the texts alone, so that a
-    rerun asks the same."""
-    everything = [record.prompt, reference, *texts]
-    for attempt in itertools.count():
-        draw = random.Random(digest(*seed, everything, attempt))
-        nonce = f"{draw.getrandbits(32):08x}"
-        if not any(nonce in text for text in everything):
-            break
-    letters = "CDEFGHJKMNPQRTVWXYZ"
-    if len(texts) <= len(letters):
-        ids = [letter + draw.choice("3456789") for letter in draw.sample(letters, len(texts))]
-    else:  # many answers of the input: letters come twice, ids do not
-        ids = draw.sample(list(map("".join, itertools.product(letters, "3456789"))), len(texts))
+    Ids and nonce come from a hash of `seed` and the texts alone: a rerun asks the same."""
+    ids, nonce = draw_ids([record.prompt, reference, *texts], len(texts), seed)
     data = [fence("prompt", record.prompt, nonce)]
     if reference:
         data += [fence("reference", reference, nonce), REFERENCE_NOTE]
     for name, text in zip(ids, texts, strict=True):
         data.append(fence("answer", text, nonce, f' id="{name}"'))
     low, high = JUDGE_SCALE
-    prompt = fill(
-        JUDGE_PROMPT,
-        low=low,
-        high=high,
-        rubric=rubric,
-        nonce=nonce,
-        data="\n".join(data),
-        format=", ".join(f'"{name}": ...' for name in ids),
-    )
-    return prompt, ids
-
-
-def combine_scores(votes: tuple[float, ...], judges: int) -> float:
-    """Votes, judge by judge -> score: the mean of each judge's orders, then of two judges.
-
-    Of more judges it is the median, because one biased juror of three drags a mean without bound
-    (arXiv 2606.30931)."""
-    orders = len(votes) // judges
-    means = [statistics.fmean(votes[i : i + orders]) for i in range(0, len(votes), orders)]
-    return statistics.median(means) if judges > 2 else statistics.fmean(means)
-
-
-async def score_answers(record: Record, answers: list[Answer], run: Run) -> list[Answer]:
-    """The answers in the same order with scores; exact_match gives none where it cannot check."""
-    if run.judges == [EXACT_MATCH]:
-        return exact_scores(record, answers)
-    return await judge_answers(record, answers, run)
+    values = {"low": low, "high": high, "rubric": rubric, "nonce": nonce, "data": "\n".join(data)}
+    values["format"] = ", ".join(f'"{name}": ...' for name in ids)
+    return fill(JUDGE_PROMPT, **values), ids
 
 
 async def judge_answers(record: Record, answers: list[Answer], run: Run) -> list[Answer]:
     """The answers in the same order, each with score, votes and positions.
 
-    Raises Failed("judge", ...) if a judge gives no readable scores."""
+    A judge sees all answers in one prompt, and again in reversed order: the cheapest protocol that
+    measures its own position bias. Raises Failed if a judge gives no readable scores."""
     order = sorted(
         range(len(answers)), key=lambda i: digest(run.seed, record.messages, answers[i].text)
     )
-    orders = [order]
-    if run.orders == 2 and not run.judges[0].is_reward:  # a reward model sees one answer at a time
-        orders.append(order[::-1])
+    orders = [order, order[::-1]] if run.args.judge_orders == 2 else [order]
     calls = []
     for judge in run.judges:
-        calls += [judge_in_order(record, answers, judge, sequence, run) for sequence in orders]
+        if judge.is_reward:
+            calls.append(reward_scores(record, answers, judge, run))
+        else:
+            calls += [judge_in_order(record, answers, judge, order, run) for order in orders]
     graded = await gather_all(calls)
     judged = []
     for i, answer in enumerate(answers):
@@ -579,17 +519,14 @@ async def judge_in_order(
     """Show a judge the answers in one order -> position and score of each answer, answer by answer.
 
     A reply that cannot be read is asked for again, with other ids."""
-    if judge.is_reward:
-        return [], await gather_all([run.reward(record, answer, judge) for answer in answers])
-    if len(answers) > 100:
-        raise Failed("judge", f"too many answers for one prompt: {len(answers)}")
     texts = [answers[i].text for i in order]
-    reference = "" if record.reference in texts else run.shown_reference(record)
+    hidden = run.args.no_reference or record.reference in texts
+    reference = "" if hidden else record.reference
     problem = ""
     for attempt in range(1 + JUDGE_RETRIES):
         seed = (run.seed, record.messages, order, attempt)
         prompt, ids = judge_prompt(record, texts, rubric=run.rubric, reference=reference, seed=seed)
-        reply = await run.ask_judge(record, judge, prompt, attempt)
+        reply = await ask_judge(record, judge, prompt, attempt, run)
         try:
             scores = parse_scores(reply, ids)
         except UnreadableReply as error:
@@ -598,6 +535,16 @@ async def judge_in_order(
         positions = [order.index(i) for i in range(len(order))]
         return positions, [scores[position] for position in positions]
     raise Failed("judge", f"unreadable judge reply: {judge.name}: {problem}")
+
+
+def combine_scores(votes: tuple[float, ...], judges: int) -> float:
+    """Votes, judge by judge -> score: the mean of each judge's orders, then of two judges.
+
+    Of more judges it is the median, because one biased juror of three drags a mean without bound
+    (arXiv 2606.30931)."""
+    orders = len(votes) // judges
+    means = [statistics.fmean(votes[i : i + orders]) for i in range(0, len(votes), orders)]
+    return statistics.median(means) if judges > 2 else statistics.fmean(means)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -610,6 +557,7 @@ async def judge_in_order(
 # A method gets a record and the run, and returns a list of pairs. It works through `run`:
 #   record.messages, record.prompt, record.reference   turns, these as text, its own answer or ""
 #   run.high, run.low, run.candidates, run.judges      the models that the flags name
+#   run.args                                           all flags: run.args.seed is --seed
 #   await run.ask_all(record, [(model, sample), ...])  usable answers; Failed if fewer than two
 #   await run.ask_text(record, model, messages)        one text: a draft, a critique, a revision
 #      (the same request returns the same reply; sample=1, sample=2 ask for other ones)
@@ -617,11 +565,10 @@ async def judge_in_order(
 #   pair_up(record, answers, run)                      pairs by --strategy, from answers with votes
 #   Pair(record, chosen, rejected)                     a pair of your own choice, any two answers
 #   raise Failed("judge", "the draft won")             drops the record for that reason
-# It opens no file. Let exceptions pass: a Failed drops the record, any other stops the run.
+# Let exceptions pass: a Failed drops the record, any other stops the run with its traceback.
 # A plain `def` works, too, but it cannot ask models.
-# Automatic for every pair, yours included: direction (chosen leads in every vote, if it has votes),
-# --length-penalty, answer filters on both sides, pair filters, --annotations, repeated labels; then
-# rows, dropped records with their answers, cache, report, review page. The judge sees the record's
+# Automatic for every pair, yours included: `check_pair` below, with the filters of §5; then rows,
+# dropped records with their answers, cache, report, review page. The judge sees the record's
 # reference answer for checking, unless that answer is itself a candidate.
 # `register` may be told:
 #   gap            score gap that a pair needs (default 1), in points of a scale 1-10
@@ -639,8 +586,8 @@ async def model_comparison(record: Record, run: Run) -> list[Pair]:
     high, low = await run.judge(record, [high, low])
     [pair] = pair_up(record, [high, low], run)  # of two answers, every strategy makes one pair
     if pair.chosen is low:
-        may_flip = run.flips and wins_every_vote(low, high, by=on_judge_scale(FLIP_GAP))
-        if not may_flip:
+        flips = run.args.when_low_wins == "flip"
+        if not (flips and wins_every_vote(low, high, by=on_judge_scale(FLIP_GAP))):
             raise Failed("judge", "low model won")
     return [pair]
 
@@ -656,7 +603,7 @@ async def generate_pairs(record: Record, run: Run) -> list[Pair]:
 @register(METHODS, asks=(), reads_answers=True)
 async def rank_responses(record: Record, run: Run) -> list[Pair]:
     """Existing answers are ranked by scores, ranks or choices; a judge checks or ranks them."""
-    answers = run.usable(record, record.answers)
+    answers = usable_answers(record, record.answers, run)
     if not record.signal:
         return pair_up(record, await run.judge(record, answers), run)
     pairs = pair_up(record, answers, run)
@@ -675,14 +622,7 @@ def pair_up(record: Record, answers: list[Answer], run: Run) -> list[Pair]:
     """Pairs by --strategy from answers with votes; chosen leads rejected in every vote.
 
     Raises Failed if none leads another: "tie", or "orders disagree" (also a tie in one order)."""
-    if inspect.isawaitable(answers):
-        raise TypeError("pair_up got no answers yet: write `await` before run.judge or run.ask_all")
-    if len(answers) < 2:
-        raise Failed("input", "fewer than two answers")
-    if any(answer.value is None for answer in answers):
-        raise ValueError("pair_up needs votes: await run.judge(record, answers) first")
-    if len({len(answer.votes) for answer in answers}) > 1:
-        raise ValueError("pair_up needs as many votes of each answer: judge all answers together")
+    check_votes(answers)
 
     def strength(answer: Answer) -> float:
         return answer.votes[0] if record.decided_by == "people" else answer.value
@@ -690,8 +630,8 @@ def pair_up(record: Record, answers: list[Answer], run: Run) -> list[Pair]:
     def rank_key(answer: Answer) -> tuple[float, str]:
         return -strength(answer), digest(run.seed, record.messages, answer.text)
 
+    choose = STRATEGIES[run.args.strategy]
     ranked = sorted(answers, key=rank_key)
-    choose = STRATEGIES[run.strategy]
     pairs = []
     for better, worse in choose(ranked, record, run):
         # The means of unequal votes may be equal by rounding.
@@ -709,7 +649,7 @@ def penalty(better: Answer, worse: Answer, run: Run) -> float:
     Length is in characters. That factor is about one standard deviation of length between answers
     to one prompt."""
     factors = math.log(max(1, len(better.text)) / max(1, len(worse.text)), 1.5)
-    return run.length_penalty * max(0.0, factors)
+    return run.args.length_penalty * max(0.0, factors)
 
 
 # A strategy: answers, best first -> the (better, worse) answers that should form pairs.
@@ -718,7 +658,7 @@ AnswerPairs = list[tuple[Answer, Answer]]
 
 def best_worst(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
     """best against worst (equals by --seed); with a length penalty, the largest gap less penalty"""
-    if not run.length_penalty:
+    if not run.args.length_penalty:
         return [(ranked[0], ranked[-1])]
 
     def gap_left(pair: tuple[Answer, Answer]) -> float:
@@ -747,12 +687,8 @@ def adjacent(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
     return list(itertools.pairwise(ranked))
 
 
-STRATEGIES = {
-    "best_worst": best_worst,
-    "best_random": best_random,
-    "all_pairs": all_pairs,
-    "adjacent": adjacent,
-}
+STRATEGIES = {"best_worst": best_worst, "best_random": best_random}
+STRATEGIES |= {"all_pairs": all_pairs, "adjacent": adjacent}
 
 
 class Run:
@@ -760,42 +696,32 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.seed: int = args.seed
         self.method = METHODS[args.method]
         self.reads_answers: bool = getattr(self.method, "reads_answers", False)
-        self.high, self.low = self.choose_high_and_low()
+        self.high, self.low = choose_high_and_low(args, self.reads_answers)
         # (model, sample): a model that is named twice gives two samples of its own.
-        self.candidates = self.choose_candidates()
-        self.judges = self.choose_judges()
-        self.unused_fields: list[str] = []  # of the first records, see check_input
-        # 2: the judge sees the answers in an order and in its reverse.
-        self.orders: int = args.judge_orders
+        self.candidates = choose_candidates(args, [self.high, self.low])
+        self.judges = choose_judges(self)
         self.rubric: str = args.rubric[1] if args.rubric else default_rubric()
-        self.seed: int = args.seed
-        self.strategy: str = args.strategy
-        self.length_penalty: float = args.length_penalty
-        self.min_chosen_score: float | None = args.min_chosen_score
-        # --when-low-wins flip
-        self.flips: bool = args.when_low_wins == "flip"
         # {"answer" or "pair": {name: filter}}, less --skip-filter
-        self.rules = self.choose_filters()
+        self.rules = choose_filters(args)
+        # The only way to every model; set when the run starts, since it needs the event loop.
+        self.models: Models | None = None
+        # How rows name a model.
+        self.names = unique_names(asked_models(self))
+        # The choices of people, by pair; and whether rows say who decided (see `as_standard`).
+        self.annotations = Annotations(args.annotations) if args.annotations else None
+        self.writes_decided_by: bool = self.annotations is not None
+        # What `check_input` learns from the first records.
+        self.unused_fields: list[str] = []
+        self.numbers: ChoiceNumbers | None = None
         # Hashes of --exclude-prompts, and how many records met each of its passages.
         self.excluded: set[int] = set()
         self.shared_passages: Counter[str] = Counter()
-        # Whether the input's choices are numbered from 0 or 1; set by check_input.
-        self.numbers: ChoiceNumbers | None = None
-        self.annotations = Annotations(args.annotations) if args.annotations else None
-        # Whether rows say who decided the label; see `as_standard`.
-        self.writes_decided_by: bool = self.annotations is not None
-        # How rows name a model.
-        self.names = unique_names(self.asked())
-        # The only way to every model; set when the run starts, since it needs the event loop.
-        self.models: Models | None = None
 
     async def ask_all(
-        self,
-        record: Record,
-        requests: list[tuple[Model, int] | Model],
-        drop_refusals: bool = False,
+        self, record: Record, requests: list[tuple[Model, int] | Model], drop_refusals: bool = False
     ) -> list[Answer]:
         """Ask several models at once -> the usable answers; raises Failed if fewer than two are.
 
@@ -804,18 +730,18 @@ class Run:
         calls = []
         for request in requests:
             model, sample = (request, 0) if isinstance(request, Model) else request
-            calls.append(self.ask(record, model, sample))
+            calls.append(ask_model(record, model, sample, self))
         results = await gather_all(calls)
         failures = [result for result in results if isinstance(result, Failed)]
         record.answers = [result for result in results if isinstance(result, Answer)]
-        return self.usable(record, record.answers, failures, drop_refusals)
+        return usable_answers(record, record.answers, self, failures, drop_refusals)
 
     async def ask_text(
         self, record: Record, model: Model, messages: list[dict], sample: int = 0
     ) -> str:
         """A model's reply to any messages, as text; raises Failed if a filter rejects it."""
-        answer = await self.generate(record, model, messages, sample)
-        reason = self.rejection_reason("answer", record, answer)
+        answer = await generate(record, model, messages, sample, self)
+        reason = rejection_reason("answer", self, record, answer)
         if reason:
             raise Failed("filter", reason)
         return answer.text
@@ -826,311 +752,61 @@ class Run:
         exact_match leaves out what it cannot check, and raises Failed unless some answers are right
         and some are wrong."""
         if not self.judges:
-            advice = record.signal_hint or "name a --judge-model"
-            if self.unused_fields:
-                advice += f" (fields not used: {', '.join(self.unused_fields[:8])})"
-            raise Failed("input", f"answers without any signal: {advice}")
+            raise Failed("input", f"answers without any signal: {signal_advice(record, self)}")
         judged = await score_answers(record, answers, self)
         remember_judged(record, answers, judged)
         return checked_pool(record, judged) if self.judges == [EXACT_MATCH] else judged
 
-    def usable(
-        self,
-        record: Record,
-        answers: list[Answer],
-        failures: list[Failed] | tuple = (),
-        drop_refusals: bool = False,
-    ) -> list[Answer]:
-        """Answers that pass the answer filters, each text once; raises Failed if under two do."""
-        kept = []
-        first_answers = {}  # folded text -> the first answer that has it
-        rejections = list(failures)
-        for answer in answers:
-            reason = self.rejection_reason("answer", record, answer)
-            if not reason and drop_refusals and is_refusal(answer.text):
-                reason = "refusal"
-            # Where the input says that one of them is better, case may be what it is about.
-            folded = fold_text(answer.text, keep_case=bool(record.signal))
-            twin = first_answers.get(folded)
-            if not reason and twin:
-                if twin.votes != answer.votes and len(answers) > 2:
-                    raise Failed("input", "contradictory signals: one answer, two ranks")
-                reason = "identical answers"
-            if reason:
-                rejections.append(Failed("filter", reason))
-            else:
-                kept.append(answer)
-                first_answers.setdefault(folded, answer)
-                record.passed.add((answer.text, answer.finish))
-        if len(kept) >= 2:
-            return kept
-        first = rejections[0] if rejections else Failed("input", "fewer than two answers")
-        retryable = any(rejection.retryable for rejection in rejections)
-        raise Failed(first.stage, first.reason, retryable)
 
-    # --- called by the script, not by methods
-
-    def choose_high_and_low(self) -> tuple[Model | None, Model | None]:
-        """The models of --high-model and --low-model, or the provider's default ones."""
-        args = self.args
-        high, low = DEFAULT_MODELS.get(args.provider, ("", ""))
-        high = args.high_model or high
-        low = args.low_model or low
-        if not (high and low) and not self.reads_answers:
-            problem = "has no default models: name --high-model and --low-model"
-            raise UserError(f"--provider {args.provider} {problem}")
-        return (
-            parse_model(high, args) if high else None,
-            parse_model(low, args) if low else None,
-        )
-
-    def choose_candidates(self) -> list[tuple[Model | None, int]]:
-        """(model, sample) of each candidate: --candidate-models in turn, or high and low."""
-        pool = [parse_model(spec, self.args) for spec in self.args.candidate_models or []]
-        pool = pool or [self.high, self.low]
-        samples = Counter()
-        candidates = []
-        for model in itertools.islice(itertools.cycle(pool), self.args.num_candidates):
-            candidates.append((model, samples[model]))
-            samples[model] += 1
-        return candidates
-
-    def choose_filters(self) -> dict[str, dict[str, Callable]]:
-        """All filters less --skip-filter; opt-in ones only with --use-filter."""
-        rules = {"answer": {}, "pair": {}}
-        for name, rule in FILTERS.items():
-            wanted = name in self.args.use_filter or not getattr(rule, "opt_in", False)
-            if wanted and name not in self.args.skip_filter:
-                rules[rule.on][name] = rule
-        return rules
-
-    def choose_judges(self) -> list[Model]:
-        """--judge-model, or the high model; heuristic if all is offline; none for ranking."""
-        if self.args.judge_model:
-            return [
-                parse_model(spec, self.args) for spec in self.args.judge_model if spec != "none"
-            ]
-        if self.reads_answers:
-            return []
-        writers = {self.high, self.low} | {model for model, _ in self.candidates}
-        if not any(model.is_online for model in writers):
-            return [Model("offline", "heuristic")]
-        ask = "with reference as the high model, say who judges: --judge-model MODEL (or none)"
-        refuse(not self.high.is_online, ask)
-        return [self.high]
-
-    def asked(self) -> list[Model]:
-        """Every model that this run may call, once: the method's and the judges."""
-        return list(dict.fromkeys(self.writers() + self.judges))
-
-    def writers(self) -> list[Model]:
-        """Every model that may write an answer, once."""
-        models = []
-        for role in getattr(self.method, "asks", ("high", "low")):
-            if role == "candidates":
-                models += [model for model, _ in self.candidates]
-            else:
-                models.append({"high": self.high, "low": self.low}[role])
-        return list(dict.fromkeys(models))
-
-    def pays(self) -> bool:
-        """Whether any of them costs money, or at least a call."""
-        return any(model.is_online for model in self.asked())
-
-    def options(self, model: Model, temperature: float) -> dict:
-        """Request options of a call: temperature, max_tokens and --model-option."""
-        options = {"temperature": temperature, "max_tokens": self.args.max_tokens}
-        for name, key, value in self.args.model_option:
-            if name in ("", model.name):
-                options[key] = value
-        return options
-
-    async def ask(self, record: Record, model: Model, sample: int) -> Answer | Failed:
-        """One answer, or the Failed that says why there is none (the other answers go on)."""
-        is_offline = model.provider == "offline" and model.name in DEFAULT_MODELS["offline"]
-        if is_offline and not record.reference:
-            return Failed("input", "no reference answer")
-        try:
-            return await self.generate(record, model, record.messages, sample)
-        except Failed as error:
-            return error
-
-    async def generate(
-        self, record: Record, model: Model, messages: list[dict], sample: int
-    ) -> Answer:
-        """The answer of a model, steered by --system-prompt, without its thoughts."""
-        if model == Model("offline", "reference"):
-            return Answer(record.reference, "reference")
-        if self.args.system_prompt:
-            messages = with_system_prompt(messages, self.args.system_prompt)
-        temperature = self.args.temperature
-        if temperature is None:
-            temperature = TEMPERATURES[sample % len(TEMPERATURES)]
-        options = self.options(model, temperature)
-        reply = await self.models.ask(model, messages, options, sample, "answer", record.reference)
-        name = self.names.get(model, model.name)
-        return Answer(answer_text(reply.text), name, finish=reply.finish)
-
-    def rejection_reason(self, on: str, *subject: object) -> str:
-        """The first reason that a filter on "answer" or "pair" has against the subject, else "".
-
-        The subject is (record, answer) or (pair, run). Raises PartError for a broken filter."""
-        for name, rule in self.rules[on].items():
-            try:
-                reason = rule(*subject)
-            except Exception as error:
-                raise broken(f"the filter `{name}`", error) from error
-            if not isinstance(reason, str | None):
-                problem = f"returned {reason!r:.80}, not a reason (text) or None"
-                raise PartError(f"the filter `{name}` {problem}")
-            if reason:
-                return reason
-        return ""
-
-    async def ask_judge(self, record: Record, judge: Model, prompt: str, attempt: int) -> str:
-        """A judge's reply to one prompt; raises Pending in a dry run."""
-        messages, options = [{"role": "user", "content": prompt}], self.options(judge, 0.0)
-        reply = await self.models.ask(judge, messages, options, attempt, "judge", record.reference)
-        if reply.pending:
-            raise Pending
-        return "" if reply.finish == "length" else reply.text  # a cut reply may end in a draft
-
-    async def reward(self, record: Record, answer: Answer, judge: Model) -> float:
-        """A reward model's raw score of one answer; raises Pending in a dry run."""
-        messages = [*record.messages, {"role": "assistant", "content": answer.text}]
-        reply = await self.models.ask(judge, messages, {}, 0, "judge")
-        if reply.pending:
-            raise Pending
-        return float(reply.text)
-
-    def shown_reference(self, record: Record) -> str:
-        """The reference answer that judges see, "" with --no-reference."""
-        return "" if self.args.no_reference else record.reference
-
-    def is_reviewed(self, pair: Pair) -> bool:
-        """True if --annotations say something about the pair: then people decide, not a judge."""
-        if not self.annotations:
-            return False
-        name = pair_id(pair.record.prompt, pair.chosen.text, pair.rejected.text)
-        return bool(self.annotations.choices(name))
-
-    def needed_gap(self, pair: Pair) -> float:
-        """Score gap that the pair needs: --min-score-gap, or the signal's or method's default."""
-        record = pair.record
-        given = self.args.min_score_gap
-        if record.signal == "choice":  # kept; a gap can be asked only of those that carry scores
-            return given if given and pair.chosen.score is not None else 0.0
-        if given is not None:
-            return given
-        if record.signal == "rank":
-            # Two ranks apart from four answers on, where one pair stands for all of them.
-            one_pair = self.strategy in ("best_worst", "best_random")
-            return 2.0 if one_pair and len(record.answers) >= 4 else 0.0
-        if record.signal:
-            return SCORE_GAP_SHARE * record.scale
-        return on_judge_scale(getattr(self.method, "gap", 1.0))
-
-    async def make_pairs(self, record: Record | Failed) -> Outcome:
-        """What becomes of one record: the method's pairs that pass `check_pair`, or the drop.
-
-        Raises PartError for a broken method or filter."""
-        if isinstance(record, Failed):
-            return dropped_outcome(record.record or Record([]), record)
-        try:
-            pairs = await self.call_method(record)
-            results = [self.check_pair(pair) for pair in pairs]
-        except Failed as error:
-            return dropped_outcome(record, error)
-        kept = [result for result in results if isinstance(result, Pair)]
-        if kept:
-            return Outcome(record, kept)
-        first = results[0] if results else Failed("filter", "the method made no pair")
-        return dropped_outcome(record, first)
-
-    async def call_method(self, record: Record) -> list[Pair]:
-        """The pairs that the method makes; whatever else it raises or returns is a PartError."""
-        part = f"the method `{self.args.method}`"
-        try:
-            if inspect.iscoroutinefunction(self.method):
-                pairs = await self.method(record, self)
-            else:
-                pairs = await asyncio.to_thread(call_plain, self.method, record, self)
-        except Failed as error:
-            if isinstance(error.stage, str) and isinstance(error.reason, str):
-                raise
-            raise broken(part, error) from error
-        except (Stop, Pending, PartError):
-            raise
-        except BUGS as error:
-            raise broken(part, error) from error
-        problem = wrong_pairs(pairs)
-        if problem:
-            raise PartError(f"{part} returned {problem}")
-        return pairs
-
-    def check_pair(self, pair: Pair) -> Pair | Failed:
-        """The pair, turned round if people say so, or why it is dropped.
-
-        First people decide; then direction, which cannot be switched off; then the filters."""
-        pair = replace(
-            pair,
-            penalty=penalty(pair.chosen, pair.rejected, self),
-            human=pair.human or pair.record.decided_by == "people",
-        )
-        if self.annotations:
-            try:
-                pair = self.annotations.decide(pair) or pair
-            except Failed as error:
-                return error
-        has_votes = pair.chosen.votes or pair.rejected.votes
-        if has_votes and not pair.human:
-            self.check_vote_counts(pair)
-            if wins_every_vote(pair.rejected, pair.chosen):
-                return Failed("judge", "rejected answer won")
-            if not wins_every_vote(pair.chosen, pair.rejected):
-                return Failed("judge", "orders disagree")
-        reason = self.rejection_reason("pair", pair, self)
-        for answer in (pair.chosen, pair.rejected):
-            # A method may have made the answer itself, or changed its text.
-            if not reason and (answer.text, answer.finish) not in pair.record.passed:
-                reason = self.rejection_reason("answer", pair.record, answer)
-        return Failed("filter", reason) if reason else pair
-
-    def check_vote_counts(self, pair: Pair) -> None:
-        """Raise PartError if chosen and rejected do not have as many votes as each other."""
-        counts = (len(pair.chosen.votes), len(pair.rejected.votes))
-        if counts[0] != counts[1]:
-            text = f"made a pair with {counts[0]} votes for chosen and {counts[1]} for rejected"
-            advice = "judge both answers together"
-            raise PartError(f"the method `{self.args.method}` {text}: {advice}")
-
-    def counting_copy(self, models: Models) -> Run:
-        """The same run for a pass that writes nothing: other models, and no choices of people."""
-        other = copy.copy(self)
-        other.models = models
-        other.annotations = None  # they count the pairs that they meet
-        other.shared_passages = Counter()
-        return other
-
-
-async def process_record(line: int, record: Record | Failed, run: Run) -> Outcome:
-    """What becomes of the record on this line; a broken part stops the run and names the line."""
+async def process_record(record: Record | Failed, run: Run) -> Outcome:
+    """What becomes of one record: the method's pairs that pass `check_pair`, or the drop."""
+    if isinstance(record, Failed):  # its row could not be read
+        return dropped_outcome(record.record or Record([]), record)
     try:
-        outcome = await run.make_pairs(record)
-    except Pending:
-        raise
-    except Stop as stop:  # the cache's, too
-        raise run.models.halt(str(stop), stop.status) from None
-    except BUGS as error:
-        raise halt_at(f"{run.args.input_file}:{line}", error, run.models) from None
-    outcome.record.line = line
-    return outcome
+        pairs = await call_method(record, run)
+    except Failed as error:
+        return dropped_outcome(record, error)
+    kept = []
+    failures = []
+    for pair in pairs:
+        try:
+            kept.append(check_pair(pair, run))
+        except Failed as error:
+            failures.append(error)
+    if kept:
+        return Outcome(record, kept)
+    failures.append(Failed("filter", "the method made no pair"))
+    return dropped_outcome(record, failures[0])
+
+
+def check_pair(pair: Pair, run: Run) -> Pair:
+    """The pair, turned round if people say so; raises Failed if it is dropped.
+
+    First people decide; then direction, which cannot be switched off; then the filters."""
+    points = penalty(pair.chosen, pair.rejected, run)
+    human = pair.human or pair.record.decided_by == "people"
+    pair = replace(pair, penalty=points, human=human)
+    if run.annotations:
+        pair = run.annotations.decide(pair) or pair
+    if pair.chosen.votes and not pair.human:
+        if wins_every_vote(pair.rejected, pair.chosen):
+            raise Failed("judge", "rejected answer won")
+        if not wins_every_vote(pair.chosen, pair.rejected):
+            raise Failed("judge", "orders disagree")
+    reason = rejection_reason("pair", run, pair, run)
+    for answer in (pair.chosen, pair.rejected):
+        # A method may have made the answer itself, or changed its text.
+        if not reason and (answer.text, answer.finish) not in pair.record.passed:
+            reason = rejection_reason("answer", run, pair.record, answer)
+    if reason:
+        raise Failed("filter", reason)
+    return pair
 
 
 # --------------------------------------------------------------------------------------------------
 # §5 FILTERS: rules on an answer and on a pair: the reason to drop it, or None
 # In: each answer before a judge sees it, and each pair that a method made. Out: a reason, or None.
-# `Run.rejection_reason` (§4) calls the rules; CALLS, REPORT and REVIEW use the measures of text.
+# `rejection_reason` (§20) calls the rules; CALLS, REPORT and REVIEW use the measures of text.
 # --------------------------------------------------------------------------------------------------
 
 # EDIT HERE to add a filter: a function that returns the reason to drop, or None to keep.
@@ -1366,7 +1042,7 @@ def gap(pair: Pair, run: Run) -> str | None:
     if pair.human or pair.gap is None:
         return None
     lead = pair.gap - pair.penalty
-    return "score gap too small" if lead < run.needed_gap(pair) - 1e-9 else None
+    return "score gap too small" if lead < needed_gap(pair, run) - 1e-9 else None
 
 
 @register(FILTERS, on="pair")
@@ -1376,7 +1052,7 @@ def floor(pair: Pair, run: Run) -> str | None:
     Drop: "It is 43." over "Blue." for "What is 6 times 7?" (scores 5/1, --min-chosen-score 6)
     Keep: "It is 42." over "Blue." for "What is 6 times 7?" (scores 6/1, --min-chosen-score 6)
     """
-    least, score = run.min_chosen_score, pair.chosen.score
+    least, score = run.args.min_chosen_score, pair.chosen.score
     if least is None or score is None:
         return None
     if pair.human or run.args.output_format == "kto":  # people decided, or the score is the label
@@ -1475,7 +1151,7 @@ def as_swift(pair: Pair, run: Run) -> list[dict]:
 @register(OUTPUTS, once=("prompt", "completion"))  # an answer in two pairs must not get two labels
 def as_kto(pair: Pair, run: Run) -> list[dict]:
     """prompt, completion, label: chosen true, rejected false; or by --min-chosen-score (TRL KTO)"""
-    least = None if pair.human else run.min_chosen_score
+    least = None if pair.human else run.args.min_chosen_score
     rows = []
     for answer, label in ((pair.chosen, True), (pair.rejected, False)):
         if least is not None and answer.score is not None:
@@ -4724,7 +4400,7 @@ async def check_labels(record: Record, pairs: list[Pair], run: Run) -> list[Pair
 
     The label alone says which answer is chosen: judges may only confirm it. Their scores are
     exported where the input has none. Pairs that people have reviewed are left to them."""
-    open_pairs = [pair for pair in pairs if not run.is_reviewed(pair)]
+    open_pairs = [pair for pair in pairs if not is_reviewed(pair, run)]
     answers = []  # of these pairs, each once
     for pair in open_pairs:
         answers += [a for a in (pair.chosen, pair.rejected) if a not in answers]
@@ -4810,6 +4486,62 @@ def default_rubric() -> str:
             levels.append(f"  {best}: {meaning}")
     wrong = low - 1 + max(1, round(size / 5))  # the top of the lowest level
     return fill(RUBRIC, wrong=wrong, refusal=min(high, wrong + 1), levels="\n".join(levels))
+
+
+async def score_answers(record: Record, answers: list[Answer], run: Run) -> list[Answer]:
+    """The answers in the same order with scores; exact_match gives none where it cannot check."""
+    if run.judges == [EXACT_MATCH]:
+        return exact_scores(record, answers)
+    return await judge_answers(record, answers, run)
+
+
+async def ask_judge(record: Record, judge: Model, prompt: str, attempt: int, run: Run) -> str:
+    """A judge's reply to one prompt; raises Pending in a dry run."""
+    messages = [{"role": "user", "content": prompt}]
+    options = request_options(judge, 0.0, run.args)
+    reply = await run.models.ask(judge, messages, options, attempt, "judge", record.reference)
+    if reply.pending:
+        raise Pending
+    return "" if reply.finish == "length" else reply.text  # a cut reply may end in a draft
+
+
+def draw_ids(texts: list[str], count: int, seed: tuple) -> tuple[list[str], str]:
+    """The ids of `count` answers, and a nonce of 8 hex digits that occurs in none of the texts.
+
+    Ids are a letter and a digit, without A, B, 1 and 2 that judges favour."""
+    if count > 100:
+        raise Failed("judge", f"too many answers for one prompt: {count}")
+    for attempt in itertools.count():
+        draw = random.Random(digest(*seed, texts, attempt))
+        nonce = f"{draw.getrandbits(32):08x}"
+        if not any(nonce in text for text in texts):
+            break
+    letters = "CDEFGHJKMNPQRTVWXYZ"
+    if count <= len(letters):
+        return [letter + draw.choice("3456789") for letter in draw.sample(letters, count)], nonce
+    # Many answers of the input: letters come twice, ids do not.
+    return draw.sample([a + b for a, b in itertools.product(letters, "3456789")], count), nonce
+
+
+async def reward_scores(
+    record: Record, answers: list[Answer], judge: Model, run: Run
+) -> tuple[list[int], list[float]]:
+    """A reward model's scores of the answers; no positions, since it sees one at a time."""
+    return [], await gather_all([reward_of(record, answer, judge, run) for answer in answers])
+
+
+async def reward_of(record: Record, answer: Answer, judge: Model, run: Run) -> float:
+    """A reward model's raw score of one answer; raises Pending in a dry run."""
+    messages = [*record.messages, {"role": "assistant", "content": answer.text}]
+    reply = await run.models.ask(judge, messages, {}, 0, "judge")
+    if reply.pending:
+        raise Pending
+    return float(reply.text)
+
+
+def is_reviewed(pair: Pair, run: Run) -> bool:
+    """True if --annotations say something about the pair: then people decide, not a judge."""
+    return bool(run.annotations and run.annotations.choices(pair_id_of(pair)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10348,6 +10080,10 @@ def wrong_pairs(pairs: object) -> str:
                 return f"a pair with {answer!r:.80}, which is not an Answer with a text"
             if not isinstance(answer.score, int | float | None):
                 return f"an answer with the score {answer.score!r:.80}, which is not a number"
+        chosen, rejected = len(pair.chosen.votes), len(pair.rejected.votes)
+        if chosen != rejected:
+            counts = f"{chosen} votes for chosen and {rejected} for rejected"
+            return f"a pair with {counts}: judge both answers together"
     return ""
 
 
@@ -10419,6 +10155,256 @@ def refuse(wrong: object, reason: str) -> None:
     """Raise UserError if `wrong`."""
     if wrong:
         raise UserError(reason)
+
+
+async def process_line(line: int, record: Record | Failed, run: Run) -> Outcome:
+    """What becomes of the record on this line; a broken part stops the run and names the line."""
+    try:
+        outcome = await process_record(record, run)
+    except Pending:
+        raise
+    except Stop as stop:  # the cache's, too
+        raise run.models.halt(str(stop), stop.status) from None
+    except BUGS as error:
+        raise halt_at(f"{run.args.input_file}:{line}", error, run.models) from None
+    outcome.record.line = line
+    return outcome
+
+
+async def call_method(record: Record, run: Run) -> list[Pair]:
+    """The pairs that the method makes; whatever else it raises or returns is a PartError."""
+    part = f"the method `{run.args.method}`"
+    try:
+        if inspect.iscoroutinefunction(run.method):
+            pairs = await run.method(record, run)
+        else:
+            pairs = await asyncio.to_thread(call_plain, run.method, record, run)
+    except Failed as error:
+        if isinstance(error.stage, str) and isinstance(error.reason, str):
+            raise
+        raise broken(part, error) from error
+    except (Stop, Pending, PartError):
+        raise
+    except BUGS as error:
+        raise broken(part, error) from error
+    problem = wrong_pairs(pairs)
+    if problem:
+        raise PartError(f"{part} returned {problem}")
+    return pairs
+
+
+def check_votes(answers: list[Answer]) -> None:
+    """Raise what is wrong with answers that `pair_up` is to rank: a Failed, or a method's bug."""
+    if inspect.isawaitable(answers):
+        raise TypeError("pair_up got no answers yet: write `await` before run.judge or run.ask_all")
+    if len(answers) < 2:
+        raise Failed("input", "fewer than two answers")
+    if any(answer.value is None for answer in answers):
+        raise ValueError("pair_up needs votes: await run.judge(record, answers) first")
+    if len({len(answer.votes) for answer in answers}) > 1:
+        raise ValueError("pair_up needs as many votes of each answer: judge all answers together")
+
+
+def rejection_reason(on: str, run: Run, *subject: object) -> str:
+    """The first reason that a filter on "answer" or "pair" has against the subject, else "".
+
+    The subject is (record, answer) or (pair, run). Raises PartError for a broken filter."""
+    for name, rule in run.rules[on].items():
+        try:
+            reason = rule(*subject)
+        except Exception as error:
+            raise broken(f"the filter `{name}`", error) from error
+        if not isinstance(reason, str | None):
+            problem = f"returned {reason!r:.80}, not a reason (text) or None"
+            raise PartError(f"the filter `{name}` {problem}")
+        if reason:
+            return reason
+    return ""
+
+
+def usable_answers(
+    record: Record,
+    answers: list[Answer],
+    run: Run,
+    failures: list[Failed] | tuple = (),
+    drop_refusals: bool = False,
+) -> list[Answer]:
+    """Answers that pass the answer filters, each text once; raises Failed if under two do."""
+    kept = []
+    first_answers = {}  # folded text -> the first answer that has it
+    rejections = list(failures)
+    for answer in answers:
+        reason = rejection_reason("answer", run, record, answer)
+        if not reason and drop_refusals and is_refusal(answer.text):
+            reason = "refusal"
+        # Where the input says that one of them is better, case may be what it is about.
+        folded = fold_text(answer.text, keep_case=bool(record.signal))
+        twin = first_answers.get(folded)
+        if not reason and twin:
+            if twin.votes != answer.votes and len(answers) > 2:
+                raise Failed("input", "contradictory signals: one answer, two ranks")
+            reason = "identical answers"
+        if reason:
+            rejections.append(Failed("filter", reason))
+        else:
+            kept.append(answer)
+            first_answers.setdefault(folded, answer)
+            record.passed.add((answer.text, answer.finish))
+    if len(kept) >= 2:
+        return kept
+    first = rejections[0] if rejections else Failed("input", "fewer than two answers")
+    retryable = any(rejection.retryable for rejection in rejections)
+    raise Failed(first.stage, first.reason, retryable)
+
+
+def signal_advice(record: Record, run: Run) -> str:
+    """What to do about answers of the input that nothing ranks."""
+    advice = record.signal_hint or "name a --judge-model"
+    if run.unused_fields:
+        advice += f" (fields not used: {', '.join(run.unused_fields[:8])})"
+    return advice
+
+
+def needed_gap(pair: Pair, run: Run) -> float:
+    """Score gap that the pair needs: --min-score-gap, or the signal's or method's default."""
+    record = pair.record
+    given = run.args.min_score_gap
+    if record.signal == "choice":  # kept; a gap can be asked only of those that carry scores
+        return given if given and pair.chosen.score is not None else 0.0
+    if given is not None:
+        return given
+    if record.signal == "rank":
+        # Two ranks apart from four answers on, where one pair stands for all of them.
+        one_pair = run.args.strategy in ("best_worst", "best_random")
+        return 2.0 if one_pair and len(record.answers) >= 4 else 0.0
+    if record.signal:
+        return SCORE_GAP_SHARE * record.scale
+    return on_judge_scale(getattr(run.method, "gap", 1.0))
+
+
+async def ask_model(record: Record, model: Model, sample: int, run: Run) -> Answer | Failed:
+    """One answer, or the Failed that says why there is none (the other answers go on)."""
+    is_offline = model.provider == "offline" and model.name in DEFAULT_MODELS["offline"]
+    if is_offline and not record.reference:
+        return Failed("input", "no reference answer")
+    try:
+        return await generate(record, model, record.messages, sample, run)
+    except Failed as error:
+        return error
+
+
+async def generate(
+    record: Record, model: Model, messages: list[dict], sample: int, run: Run
+) -> Answer:
+    """The answer of a model, steered by --system-prompt, without its thoughts."""
+    if model == Model("offline", "reference"):
+        return Answer(record.reference, "reference")
+    args = run.args
+    if args.system_prompt:
+        messages = with_system_prompt(messages, args.system_prompt)
+    temperature = args.temperature
+    if temperature is None:
+        temperature = TEMPERATURES[sample % len(TEMPERATURES)]
+    options = request_options(model, temperature, args)
+    reply = await run.models.ask(model, messages, options, sample, "answer", record.reference)
+    name = run.names.get(model, model.name)
+    return Answer(answer_text(reply.text), name, finish=reply.finish)
+
+
+def request_options(model: Model, temperature: float, args: argparse.Namespace) -> dict:
+    """Request options of a call: temperature, max_tokens and --model-option."""
+    options = {"temperature": temperature, "max_tokens": args.max_tokens}
+    for name, key, value in args.model_option:
+        if name in ("", model.name):
+            options[key] = value
+    return options
+
+
+def choose_high_and_low(
+    args: argparse.Namespace, reads_answers: bool
+) -> tuple[Model | None, Model | None]:
+    """The models of --high-model and --low-model, or the provider's default ones."""
+    high, low = DEFAULT_MODELS.get(args.provider, ("", ""))
+    high = args.high_model or high
+    low = args.low_model or low
+    if not (high and low) and not reads_answers:
+        problem = "has no default models: name --high-model and --low-model"
+        raise UserError(f"--provider {args.provider} {problem}")
+    return (parse_model(high, args) if high else None, parse_model(low, args) if low else None)
+
+
+def choose_candidates(
+    args: argparse.Namespace, high_and_low: list[Model | None]
+) -> list[tuple[Model | None, int]]:
+    """(model, sample) of each candidate: --candidate-models in turn, or high and low."""
+    pool = [parse_model(spec, args) for spec in args.candidate_models or []]
+    samples = Counter()
+    candidates = []
+    for model in itertools.islice(itertools.cycle(pool or high_and_low), args.num_candidates):
+        candidates.append((model, samples[model]))
+        samples[model] += 1
+    return candidates
+
+
+def choose_judges(run: Run) -> list[Model]:
+    """--judge-model, or the high model; heuristic if all is offline; none for ranking."""
+    lowest, highest = JUDGE_SCALE
+    refuse(lowest >= highest, "JUDGE_SCALE: the lowest score must be below the highest")
+    specs = run.args.judge_model
+    if specs:
+        return [parse_model(spec, run.args) for spec in specs if spec != "none"]
+    if run.reads_answers:
+        return []
+    writers = {run.high, run.low} | {model for model, _ in run.candidates}
+    if not any(model.is_online for model in writers):
+        return [Model("offline", "heuristic")]
+    ask = "with reference as the high model, say who judges: --judge-model MODEL (or none)"
+    refuse(not run.high.is_online, ask)
+    return [run.high]
+
+
+def choose_filters(args: argparse.Namespace) -> dict[str, dict[str, Callable]]:
+    """All filters less --skip-filter; opt-in ones only with --use-filter."""
+    rules = {"answer": {}, "pair": {}}
+    for name, rule in FILTERS.items():
+        if getattr(rule, "on", None) not in rules:
+            raise ValueError(f'{name}: a filter says what it looks at: on="answer" or on="pair"')
+        wanted = name in args.use_filter or not getattr(rule, "opt_in", False)
+        if wanted and name not in args.skip_filter:
+            rules[rule.on][name] = rule
+    return rules
+
+
+def writing_models(run: Run) -> list[Model]:
+    """Every model that may write an answer, once."""
+    models = []
+    for role in getattr(run.method, "asks", ("high", "low")):
+        if role == "candidates":
+            models += [model for model, _ in run.candidates]
+        elif role in ("high", "low"):
+            models.append(run.high if role == "high" else run.low)
+        else:
+            raise ValueError(f"asks: {role!r} is not high, low or candidates")
+    return list(dict.fromkeys(models))
+
+
+def asked_models(run: Run) -> list[Model]:
+    """Every model that this run may call, once: the method's and the judges."""
+    return list(dict.fromkeys(writing_models(run) + run.judges))
+
+
+def is_paid(run: Run) -> bool:
+    """Whether any of these models costs money, or at least a call."""
+    return any(model.is_online for model in asked_models(run))
+
+
+def counting_copy(run: Run, models: Models) -> Run:
+    """The same run for a pass that writes nothing: other models, and no choices of people."""
+    other = copy.copy(run)
+    other.models = models
+    other.annotations = None  # they count the pairs that they meet
+    other.shared_passages = Counter()
+    return other
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10496,7 +10482,7 @@ def excluded_note(run: Run, files: OutputFiles) -> str:
 async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
     """Pass over the input without a call -> (records read, records that would ask, the counts)."""
     planned = Models(run.args, cache, dry=True)
-    copied = run.counting_copy(planned)
+    copied = counting_copy(run, planned)
     if cache.empty:  # then every reply is guessed, and filters have nothing to look at
         copied.rules = {"answer": {}, "pair": {}}
     total = 0
@@ -10505,7 +10491,7 @@ async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
     for _, record in records_of(path, copied):
         # A guessed reply may break a method that reads replies; the run itself guesses none.
         with contextlib.suppress(*BUGS):
-            await copied.make_pairs(record)
+            await process_record(record, copied)
         calls = sum(usage.calls + usage.cached for usage in planned.usage.values())
         if calls > calls_before:
             asking += 1
@@ -10926,10 +10912,10 @@ def open_cache(run: Run) -> Cache:
     """The cache of --cache-path; without one, nothing is kept beyond this run."""
     args = run.args
     path = None
-    if run.pays() and args.cache_path != "none":
+    if is_paid(run) and args.cache_path != "none":
         if os.path.exists(args.cache_path) or not args.dry_run:
             path = args.cache_path
-    elif run.pays() and run.reads_answers and not args.dry_run:
+    elif is_paid(run) and run.reads_answers and not args.dry_run:
         # Contradictory labels make a second pass; it must not pay again.
         folder = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -10962,7 +10948,7 @@ async def construct_with(cache: Cache, path: str, run: Run) -> int:
                 progress_bar.line(plan_line(asking, planned))
 
             models.announce_plan = announce_plan
-            if args.batch and run.pays():
+            if args.batch and is_paid(run):
                 await fill_cache(path, run)
             return await run_job(path, run, files, progress_bar)
     finally:
@@ -10973,7 +10959,7 @@ def refuse_running_batches(cache: Cache, run: Run) -> None:
     """Raise UserError if batches fetch replies of this run's models: they would be paid twice."""
     if not cache.db:
         return
-    names = {name_of(model) for model in run.asked()}
+    names = {name_of(model) for model in asked_models(run)}
     running = [name for (name,) in cache.do("SELECT model FROM batches") if name in names]
     if running:
         count = "1 batch" if len(running) == 1 else f"{len(running)} batches"
@@ -10986,7 +10972,7 @@ def refuse_running_batches(cache: Cache, run: Run) -> None:
 async def fill_cache(path: str, run: Run) -> None:
     """--batch: pass over the input and send batches until the cache holds every reply."""
     models = run.models
-    copied = run.counting_copy(models)
+    copied = counting_copy(run, models)
     with opened(f"{models.cache.path}.batch"):
         models.batches = Batches(models)
         for _ in range(BATCH_PASSES):
@@ -10994,7 +10980,7 @@ async def fill_cache(path: str, run: Run) -> None:
             pending = 0
             for line, record in records_of(path, copied):
                 try:
-                    await process_record(line, record, copied)
+                    await process_line(line, record, copied)
                 except Pending:
                     pending += 1
             if not pending:
@@ -11011,7 +10997,7 @@ class Job:
         self.path = path
         self.run = run
         self.files = files
-        self.report = Report(run.seed, run.orders)
+        self.report = Report(run.seed, run.args.judge_orders)
         self.review = ReviewQueue(run.seed)
         self.labels = Labels()
         # Place in the input -> the failed call there, so that a second pass makes none.
@@ -11023,7 +11009,7 @@ class Job:
 
         async def work(item: tuple[int, tuple[int, Record | Failed]]) -> tuple[int, Outcome]:
             place, (line, record) = item
-            outcome = await process_record(line, self.failures.get(place, record), run)
+            outcome = await process_line(line, self.failures.get(place, record), run)
             progress_bar.finished += 1
             return place, outcome
 
@@ -11059,7 +11045,7 @@ class Job:
         note(f"contradictory labels: {count} answer pairs; the input is read again without them")
         usage = copy.deepcopy(models.usage)
         self.labels = Labels(self.labels.decisions())
-        self.report = Report(self.run.seed, self.run.orders)
+        self.report = Report(self.run.seed, self.run.args.judge_orders)
         self.review = ReviewQueue(self.run.seed)
         self.run.shared_passages = Counter()
         if self.run.annotations:  # they have counted the pairs that they met
@@ -11134,7 +11120,7 @@ def settings_of(path: str, run: Run) -> dict:
     settings = {name: value for name, value in vars(run.args).items() if value}
     if run.args.rubric:
         settings["rubric"] = digest(run.rubric)[:16]
-    settings["models"] = [run.names[model] for model in run.writers()]
+    settings["models"] = [run.names[model] for model in writing_models(run)]
     settings["judges"] = [run.names[model] for model in run.judges]
     versions = {}
     for name in ("openai", "dashscope"):
@@ -11572,7 +11558,7 @@ def check(args: argparse.Namespace) -> Run:
     run = Run(args)
     check_method(run)
     check_judges(run)
-    for model in run.asked():
+    for model in asked_models(run):
         if model.is_online:
             check_model(model, args)
     return run
@@ -11660,7 +11646,7 @@ def check_prices(run: Run) -> None:
                 f"--max-cost: earlier runs for this output paid for {name}: add --price "
                 f"{name}=IN/OUT"
             )
-    asked = {model.name for model in run.asked()}
+    asked = {model.name for model in asked_models(run)}
     for name in sorted(prices - paid - asked):
         note(f"--price {name}: this run uses no model of that name")
 
@@ -11763,7 +11749,7 @@ def check_input(path: str, run: Run) -> None:
         raise UserError(f"{name}:{line}: {failed.reason}{shapes_hint(failed.reason, run)}")
     run.writes_decided_by |= any(record.decided_by for record in good)
     needs_references = any(
-        model.provider == "offline" and model.name != "heuristic" for model in run.asked()
+        model.provider == "offline" and model.name != "heuristic" for model in asked_models(run)
     )
     has_reference = any(record.reference for record in good)
     if EXACT_MATCH in run.judges and not has_reference:

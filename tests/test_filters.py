@@ -33,11 +33,11 @@ def reason_against(prompt="What is 6 times 7?", chosen="It is 42.", rejected="Bl
         answer.positions = () if signal or not given else (0, 1)
         answer.score = sum(given) / len(given) if given and signal in ("", "score") else None
     looked_at = [
-        ("answer", made.record, made.chosen),
-        ("answer", made.record, made.rejected),
-        ("pair", made, run),
+        ("answer", run, made.record, made.chosen),
+        ("answer", run, made.record, made.rejected),
+        ("pair", run, made, run),
     ]
-    return next(filter(None, itertools.starmap(run.rejection_reason, looked_at)), None)
+    return next(filter(None, itertools.starmap(rc.rejection_reason, looked_at)), None)
 
 
 def case(name: str, **parts):
