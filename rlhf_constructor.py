@@ -806,7 +806,7 @@ def check_pair(pair: Pair, run: Run) -> Pair:
 # --------------------------------------------------------------------------------------------------
 # §5 FILTERS: rules on an answer and on a pair: the reason to drop it, or None
 # In: each answer before a judge sees it, and each pair that a method made. Out: a reason, or None.
-# `rejection_reason` (§20) calls the rules; CALLS, REPORT and REVIEW use the measures of text.
+# `rejection_reason` (§20) calls the rules in the order in which they stand here.
 # --------------------------------------------------------------------------------------------------
 
 # EDIT HERE to add a filter: a function that returns the reason to drop, or None to keep.
@@ -815,19 +815,16 @@ def check_pair(pair: Pair, run: Run) -> Pair:
 #   @register(FILTERS, on="pair")     def name(pair, run): the pair is dropped
 # `fixed=True`: --skip-filter cannot switch it off; `opt_in=True`: it runs only with --use-filter.
 # The text before a ":" in a reason is its kind: the summary counts kinds. Filters run on every
-# text, so test what is cheap first.
+# text, so test what is cheap first. §11 TEXTS has measures: split_words, similarity, is_refusal ...
 # The first line of the docstring is its line in --help. Examples stand below it;
 # `python3 -m pytest tests/test_filters.py` runs them:
 #   Keep: "42" for "What is 6 times 7?"                   the answer, then the prompt
 #   Drop: "The cat sat. " * 60 for "Describe a cat."      a text and how often it is repeated
 #   Keep: "42" over "-42" for "What is 48 - 6?"           on="pair": chosen, then rejected
 # A long one goes on in the next line, indented. Settings stand in brackets, with commas between:
-#   Drop: "It is for" for "6 times 7?" (finish length)
-#         finish F    the provider's finish_reason
-#         scores A/B  what a judge gives chosen and rejected in both orders (default 9/3)
-#         signal S    the input decided: score, rank or choice; no judge
-#         unjudged    neither the input nor a judge decided: --judge-model none
-#         --min-score-gap 2   or another flag of the command line
+#   finish F (the provider's finish_reason); scores A/B (what a judge gives chosen and rejected in
+#   both orders, default 9/3); signal S (the input decided: score, rank or choice); unjudged
+#   (--judge-model none); --min-score-gap 2 or another flag of the command line
 # Texts are Python strings: in a docstring with a backslash, write r in front of the quotes.
 
 
@@ -841,14 +838,11 @@ def truncated(record: Record, answer: Answer) -> str | None:
     Drop: "It is forty-" for "What is 6 times 7?" (finish length)
     Drop: "答案是四" for "6乘7等于多少？" (finish content_filter)
     Keep: "Buy:\\n- milk\\n- eggs" for "Write a shopping list." (finish stop)
-    Keep: "正面" for "判断情感：太好看了！"
     """
     model = answer.model or "the model"
     if answer.finish == "length":
         return f"truncated: {model} reached --max-tokens"
-    if answer.finish == "content_filter":
-        return f"filtered by the provider: {model}"
-    return None
+    return f"filtered by the provider: {model}" if answer.finish == "content_filter" else None
 
 
 @register(FILTERS, on="answer", fixed=True)
@@ -878,21 +872,11 @@ def control_tokens(record: Record, answer: Answer) -> str | None:
     """marks of a chat template stand in the answer, outside code, and the prompt has none of them
 
     Drop: "It is 42.<|im_end|>" for "What is 6 times 7?"
-    Drop: "Let me see.</think> It is 42." for "What is 6 times 7?"
     Drop: "答案是42。<|endoftext|>下一题" for "6乘7等于多少？"
     Keep: "<|im_start|> opens a turn." for "What does <|im_start|> mean?"
     Keep: "The model closes its thoughts with </think> and then answers." for "How does R1 think?"
-    Keep: "模型用</think>标签结束思考，再给出答案。" for "模型怎样结束思考？"
     """
-    if not any(start in answer.text for start in CONTROL_STARTS):
-        return None
-    prompt = "\n".join(turn["content"] for turn in record.messages).lower()
-    prose = SPOKEN_OF.sub("", CODE.sub("", answer.text))
-    for mark in CONTROL.finditer(prose):
-        opening = mark[mark.lastindex]  # the one group that took part: what names the mark
-        if opening.lower() not in prompt:
-            return "control tokens"
-    return None
+    return "control tokens" if has_control_token(answer.text, record.messages) else None
 
 
 @register(FILTERS, on="answer")
@@ -901,9 +885,7 @@ def loop(record: Record, answer: Answer) -> str | None:
 
     Drop: "The cat sat on the mat. " * 20 for "Describe a cat."
     Drop: "我们走啊走，" * 40 for "请描述一次旅行。"
-    Drop: "！" * 300 for "你好吗？"
     Keep: "I will not talk in class. " * 20 for "Write 'I will not talk in class' 20 times."
-    Keep: "我再也不迟到了。" * 20 for "把“我再也不迟到了”写20遍。"
     Keep: "Sign here: ______________________________________________" for "Make a form."
     """
     if not is_repetition_loop(answer.text) or REPEAT_ASKED.search(record.prompt):
@@ -918,21 +900,10 @@ def echo(record: Record, answer: Answer) -> str | None:
     Drop: "Why is the sky blue at noon?" for "Why is the sky blue at noon?"
     Drop: "天空为什么是蓝色的？" * 3 for "天空为什么是蓝色的？"
     Keep: "Why is the sky blue? Because air scatters blue light." for "Why is the sky blue?"
-    Keep: "天空为什么是蓝色的？因为空气散射蓝光。" for "天空为什么是蓝色的？"
-    Keep: "Repeat after me: I has a dog." for "Repeat after me: I has a dog."
     Keep: "纠正语法错误：她今天去学校。" for "纠正语法错误：她今天去学校。"
     """
     prompt = record.messages[-1]["content"].strip()
-    if prompt[:8] not in answer.text or prompt[-8:] not in answer.text:
-        return None
-    if len(prompt) < 8 or ECHO_ASKED.search(prompt):
-        return None
-    prompt_words = split_words(prompt)
-    if len(prompt_words) < 6 and not prompt.endswith(("?", "？")):
-        return None  # a greeting is answered by the same words
-    words = split_words(answer.text)
-    new_words = sum(word not in prompt_words for word in words)
-    return "echo of the prompt" if new_words <= len(words) // 40 else None
+    return "echo of the prompt" if is_echo(answer.text, prompt) else None
 
 
 # ---------------------------------------------------------------------------------- rules on pairs
@@ -963,12 +934,8 @@ def near_duplicate(pair: Pair, run: Run) -> str | None:
 
     Drop: "They met in the old town hall." over "They met in the old town halls." for "Where?"
         (scores 7/6)
-    Drop: "They met in the old town hall." over "They met in the old town halls." for "Where?"
-        (signal choice)
     Keep: "The treaty of Rome was signed in the hall in 1957." over
         "The treaty of Rome was signed in the hall in 1958." for "When?" (signal choice)
-    Keep: "这些鸡蛋的蛋黄里含有比较多的胆固醇，所以不能每天吃很多。" over
-        "这些鸡蛋的蛋黄里含有比较多的胆固醇，所以能每天吃很多。" for "能多吃吗？" (signal choice)
     """
     if pair.human or pair.record.facts["checked by exact match"]:
         return None
@@ -989,16 +956,14 @@ def refusal(pair: Pair, run: Run) -> str | None:
 
     Drop: "I'm sorry, but I can't help with that." over "I cannot assist with this." for "Help!"
     Drop: "很抱歉，我无法提供帮助。" over "作为人工智能，我不能回答。" for "怎么撬锁？"
-    Drop: "I'm sorry, but I can't help with that." over "Lift each pin." for "Help!" (unjudged)
     Keep: "I'm sorry, but I can't help with that." over "Lift each pin." for "Help!"
-    Keep: "Lift each pin." over "I'm sorry, but I can't help with that." for "Help!" (unjudged)
+    Drop: "I'm sorry, but I can't help with that." over "Lift each pin." for "Help!" (unjudged)
     """
     if not is_refusal(pair.chosen.text):
         return None
     if is_refusal(pair.rejected.text):
         return "both refuse"
-    weighed = pair.human or pair.chosen.votes
-    return None if weighed else "refusal"
+    return None if pair.human or pair.chosen.votes else "refusal"
 
 
 @register(FILTERS, on="pair")
@@ -1008,27 +973,12 @@ def wrong_language(pair: Pair, run: Run) -> str | None:
     Drop: "Small molecules of the air scatter the blue light." over "散射。" for "天空为何是蓝的？"
     Drop: "空气中的微小分子对蓝光的散射最强。" over "Air." for "Why is the sky blue at noon?"
     Keep: "The hall was opulent, with trimmed walls." over "无" for "用“opulent”造一句话。"
-    Keep: "Der Himmel ist heute wieder sehr schön blau." over "不" for "用德文写一句话。"
     Keep: "SELECT name FROM students WHERE age > 17 ORDER BY name;" over "不" for "查成年学生。"
-    Keep: "老师您好，祝您教师节快乐！" over "Hi" for "How do I greet a teacher in Mandarin?"
     """
-    prompt, answer = pair.record.messages[-1]["content"], pair.chosen.text
-    if prompt.isascii() and answer.isascii():
+    prompt = pair.record.messages[-1]["content"]
+    if not is_other_language(prompt, pair.chosen.text) or LANGUAGE_ASKED.search(pair.record.prompt):
         return None
-    asked_in, units = chinese_share(prompt)
-    if units < 5 or 0.05 < asked_in < 0.90 or LANGUAGE_ASKED.search(pair.record.prompt):
-        return None
-    in_chinese = asked_in >= 0.90
-    if in_chinese and QUOTED_LATIN.search(prompt):
-        return None
-    text = CODE.sub("", answer)
-    if not answered_in_other(in_chinese, text):
-        return None
-    prose = CODE_LINE.sub("", QUOTED.sub("", text))
-    mostly_prose = len(prose) > 0.5 * len(answer)
-    if mostly_prose and answered_in_other(in_chinese, prose):
-        return "wrong language"
-    return None
+    return "wrong language"
 
 
 @register(FILTERS, on="pair")
@@ -1036,7 +986,6 @@ def gap(pair: Pair, run: Run) -> str | None:
     """chosen is not clearly better: the gap, less any length penalty, is under --min-score-gap
 
     Drop: "It is 42." over "Perhaps 41." for "What is 6 times 7?" (scores 6/5.7)
-    Keep: "It is 42." over "Perhaps 41." for "What is 6 times 7?" (scores 6/5)
     Keep: "It is 42." over "Perhaps 41." for "6 times 7?" (scores 6/5.7, --min-score-gap 0.2)
     """
     if pair.human or pair.gap is None:
@@ -4010,6 +3959,50 @@ def answered_in_other(asked_in_chinese: bool, text: str) -> bool:
     if units < 8:
         return False
     return share_of_chinese < 0.20 if asked_in_chinese else share_of_chinese > 0.50
+
+
+def has_control_token(text: str, messages: list[dict]) -> bool:
+    """Whether a mark of a chat template stands in the text, outside code, and in no message."""
+    if not any(start in text for start in CONTROL_STARTS):
+        return False
+    prompt = "\n".join(turn["content"] for turn in messages).lower()
+    prose = SPOKEN_OF.sub("", CODE.sub("", text))
+    for mark in CONTROL.finditer(prose):
+        opening = mark[mark.lastindex]  # the one group that took part: what names the mark
+        if opening.lower() not in prompt:
+            return True
+    return False
+
+
+def is_echo(text: str, prompt: str) -> bool:
+    """Whether a text says its prompt again and next to nothing else, which nobody asked for."""
+    if prompt[:8] not in text or prompt[-8:] not in text:
+        return False
+    if len(prompt) < 8 or ECHO_ASKED.search(prompt):
+        return False
+    prompt_words = split_words(prompt)
+    if len(prompt_words) < 6 and not prompt.endswith(("?", "？")):
+        return False  # a greeting is answered by the same words
+    words = split_words(text)
+    new_words = sum(word not in prompt_words for word in words)
+    return new_words <= len(words) // 40
+
+
+def is_other_language(prompt: str, answer: str) -> bool:
+    """Whether one of them is Chinese and the other is not; code and quoted words do not count."""
+    if prompt.isascii() and answer.isascii():
+        return False
+    asked_in, units = chinese_share(prompt)
+    if units < 5 or 0.05 < asked_in < 0.90:
+        return False
+    in_chinese = asked_in >= 0.90
+    if in_chinese and QUOTED_LATIN.search(prompt):
+        return False
+    text = CODE.sub("", answer)
+    if not answered_in_other(in_chinese, text):
+        return False
+    prose = CODE_LINE.sub("", QUOTED.sub("", text))
+    return len(prose) > 0.5 * len(answer) and answered_in_other(in_chinese, prose)
 
 
 # --------------------------------------------------------------------------------------------------
