@@ -513,30 +513,6 @@ async def judge_answers(record: Record, answers: list[Answer], run: Run) -> list
     return judged
 
 
-async def judge_in_order(
-    record: Record, answers: list[Answer], judge: Model, order: list[int], run: Run
-) -> tuple[list[int], list[float]]:
-    """Show a judge the answers in one order -> position and score of each answer, answer by answer.
-
-    A reply that cannot be read is asked for again, with other ids."""
-    texts = [answers[i].text for i in order]
-    hidden = run.args.no_reference or record.reference in texts
-    reference = "" if hidden else record.reference
-    problem = ""
-    for attempt in range(1 + JUDGE_RETRIES):
-        seed = (run.seed, record.messages, order, attempt)
-        prompt, ids = judge_prompt(record, texts, rubric=run.rubric, reference=reference, seed=seed)
-        reply = await ask_judge(record, judge, prompt, attempt, run)
-        try:
-            scores = parse_scores(reply, ids)
-        except UnreadableReply as error:
-            problem = str(error)
-            continue
-        positions = [order.index(i) for i in range(len(order))]
-        return positions, [scores[position] for position in positions]
-    raise Failed("judge", f"unreadable judge reply: {judge.name}: {problem}")
-
-
 def combine_scores(votes: tuple[float, ...], judges: int) -> float:
     """Votes, judge by judge -> score: the mean of each judge's orders, then of two judges.
 
@@ -641,15 +617,6 @@ def pair_up(record: Record, answers: list[Answer], run: Run) -> list[Pair]:
         reason = "tie" if ranked[0].votes == ranked[-1].votes else "orders disagree"
         raise Failed("input" if record.signal else "judge", reason)
     return pairs
-
-
-def penalty(better: Answer, worse: Answer, run: Run) -> float:
-    """Points taken off the gap: --length-penalty for each factor 1.5 by which `better` is longer.
-
-    Length is in characters. That factor is about one standard deviation of length between answers
-    to one prompt."""
-    factors = math.log(max(1, len(better.text)) / max(1, len(worse.text)), 1.5)
-    return run.args.length_penalty * max(0.0, factors)
 
 
 # A strategy: answers, best first -> the (better, worse) answers that should form pairs.
@@ -1041,60 +1008,44 @@ def as_standard(pair: Pair, run: Run) -> list[dict]:
 @register(OUTPUTS)
 def as_basic(pair: Pair, run: Run) -> list[dict]:
     """exactly prompt, chosen, rejected, as texts"""
-    row = {
-        "prompt": pair.record.prompt,
-        "chosen": pair.chosen.text,
-        "rejected": pair.rejected.text,
-    }
-    return [row]
+    prompt = pair.record.prompt
+    return [{"prompt": prompt, "chosen": pair.chosen.text, "rejected": pair.rejected.text}]
 
 
-def assistant_turn(answer: Answer) -> dict:
-    """The answer as a message."""
-    return {"role": "assistant", "content": answer.text}
+def assistant_turns(pair: Pair) -> tuple[dict, dict]:
+    """Chosen and rejected as messages."""
+    chosen = {"role": "assistant", "content": pair.chosen.text}
+    return chosen, {"role": "assistant", "content": pair.rejected.text}
 
 
 @register(OUTPUTS)
 def as_conversational(pair: Pair, run: Run) -> list[dict]:
     """prompt, chosen, rejected as lists of messages, turns kept: best for TRL and OpenRLHF"""
-    row = {
-        "prompt": pair.record.messages,
-        "chosen": [assistant_turn(pair.chosen)],
-        "rejected": [assistant_turn(pair.rejected)],
-    }
-    return [row]
+    chosen, rejected = assistant_turns(pair)
+    return [{"prompt": pair.record.messages, "chosen": [chosen], "rejected": [rejected]}]
 
 
 @register(OUTPUTS)
 def as_chatml(pair: Pair, run: Run) -> list[dict]:
     """messages; chosen and rejected as one message each: Bailian (Model Studio), LLaMA-Factory"""
-    row = {
-        "messages": pair.record.messages,
-        "chosen": assistant_turn(pair.chosen),
-        "rejected": assistant_turn(pair.rejected),
-    }
-    return [row]
+    chosen, rejected = assistant_turns(pair)
+    return [{"messages": pair.record.messages, "chosen": chosen, "rejected": rejected}]
 
 
 @register(OUTPUTS)
 def as_openai(pair: Pair, run: Run) -> list[dict]:
     """input, preferred_output, non_preferred_output: OpenAI and Azure, Together, Fireworks"""
-    row = {
-        "input": {"messages": pair.record.messages},
-        "preferred_output": [assistant_turn(pair.chosen)],
-        "non_preferred_output": [assistant_turn(pair.rejected)],
-    }
-    return [row]
+    chosen, rejected = assistant_turns(pair)
+    row = {"input": {"messages": pair.record.messages}}
+    return [row | {"preferred_output": [chosen], "non_preferred_output": [rejected]}]
 
 
 @register(OUTPUTS)
 def as_swift(pair: Pair, run: Run) -> list[dict]:
     """messages that end with the chosen answer, rejected_response as text: ms-swift"""
-    row = {
-        "messages": [*pair.record.messages, assistant_turn(pair.chosen)],
-        "rejected_response": pair.rejected.text,
-    }
-    return [row]
+    chosen, rejected = assistant_turns(pair)
+    messages = [*pair.record.messages, chosen]
+    return [{"messages": messages, "rejected_response": rejected["content"]}]
 
 
 @register(OUTPUTS, once=("prompt", "completion"))  # an answer in two pairs must not get two labels
@@ -1116,7 +1067,7 @@ def as_prompts(pair: Pair, run: Run) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------
-# §7 PROVIDERS: Model, Reply, Provider; openai, dashscope (reward and offline stand in §14)
+# §7 PROVIDERS: Model, Reply, Provider; openai (dashscope, reward and offline stand in §14)
 # A model's name, messages and options go in, a Reply comes out; whatever goes wrong is an ApiError.
 # Called by Models (CALLS), which does the caching, pacing and retrying.
 # --------------------------------------------------------------------------------------------------
@@ -1129,7 +1080,7 @@ class Model:
     provider: str
     name: str
     url: str = ""
-    # an @URL on this machine or in a private network gets no key
+    # An @URL on this machine or in a private network gets no key.
     keyless: bool = field(default=False, compare=False)
 
     @property
@@ -1188,7 +1139,7 @@ class Provider:
     408, 409 and 5xx are retried; 429 is waited for; 401, 402, 403 and 404 stop the run (the last
     two if the model has not answered before); other 4xx drop this record. ERROR_RULES has it all.
     SDK exceptions may pass: `read_error` knows them. A bug of a provider stops the run with its
-    traceback (see `is_own_bug`)."""
+    traceback."""
 
     key = ""  # environment variable that holds the key; "": needs none
     url_variable = ""  # environment variable that holds another address
@@ -1229,29 +1180,20 @@ class ask_openai(Provider):
     def __init__(self, url: str, key: str, timeout: float) -> None:
         import openai
 
-        # the SDK's own retries cannot tell a rate limit from an account without credit
-        http = openai.DefaultAioHttpClient(timeout=timeout)
         self.client = openai.AsyncOpenAI(
             base_url=url or self.address or None,
             api_key=key or "none",
-            http_client=http,
-            max_retries=0,
+            http_client=openai.DefaultAioHttpClient(timeout=timeout),
+            max_retries=0,  # the SDK cannot tell a rate limit from an account without credit
             timeout=timeout,
         )
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
         """One chat completion; raises what the SDK raises, ApiError for a reply without text."""
         create = self.client.chat.completions.create
-        if "stream" not in options:
-            return read_completion(await create(model=name, messages=messages, extra_body=options))
-        body = dict(options)
-        if body.pop("stream") == "with usage":
-            body["stream_options"] = {"include_usage": True}
-        chunks = await create(model=name, messages=messages, stream=True, extra_body=body)
-        joined = JoinedReply("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
-        async for chunk in chunks:
-            joined.add(chunk)
-        return joined.reply()
+        if "stream" in options:  # the server has said that it only streams
+            return await streamed_completion(create, name, messages, options)
+        return read_completion(await create(model=name, messages=messages, extra_body=options))
 
     async def list_models(self) -> list[str]:
         """What GET /models lists."""
@@ -1263,95 +1205,6 @@ class ask_openai(Provider):
 
     async def close(self) -> None:
         await self.client.close()
-
-
-@register(PROVIDERS)
-class ask_dashscope(Provider):
-    """Alibaba Cloud Model Studio (Qwen), through the dashscope SDK"""
-
-    key = "DASHSCOPE_API_KEY"
-    url_variable = "DASHSCOPE_HTTP_BASE_URL"
-    defaults: ClassVar[dict] = {"enable_thinking": False}
-    package = "dashscope"
-    takes_seed = True
-
-    def __init__(self, url: str, key: str, timeout: float) -> None:
-        import logging
-        import urllib.request
-
-        import aiohttp
-        import dashscope
-
-        logging.getLogger("dashscope").setLevel(logging.CRITICAL)
-        self.sdk = dashscope
-        self.url = url
-        self.api_key = key
-        self.timeout = timeout
-        self.batch = None  # an ask_openai, once it is needed
-        # trust_env reads the environment at each call, which costs 0.45 ms: only with a proxy
-        proxies = urllib.request.getproxies().keys() - {"no"}
-        connector = aiohttp.TCPConnector(limit=0)
-        self.session = aiohttp.ClientSession(connector=connector, trust_env=bool(proxies))
-        self.common = {"api_key": key or "none", "session": self.session}
-        self.common["request_timeout"] = timeout
-        if url:
-            self.common["base_address"] = url
-
-    async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
-        """One generation; the SDK raises no status: what it returns becomes an ApiError here."""
-        options = dict(options)
-        api = self.sdk.AioGeneration
-        if options.pop("multimodal", False):  # the current Qwen models have another address
-            api = self.sdk.AioMultiModalConversation
-            messages = [{"role": m["role"], "content": [{"text": m["content"]}]} for m in messages]
-        else:
-            options["result_format"] = "message"
-        if options.pop("stream", False):
-            options |= {"stream": True, "incremental_output": True}
-        reply = await api.call(model=name, messages=messages, **options, **self.common)
-        message_path = "output.choices.message"
-        tokens = ("usage.input_tokens", "usage.output_tokens")
-        if "stream" in options:
-            joined = JoinedReply(message_path, *tokens)
-            async for chunk in reply:
-                self.check_status(chunk)
-                joined.add(chunk)
-            return joined.reply()
-        self.check_status(reply)
-        return make_reply(
-            look_up(reply, f"{message_path}.content"),
-            look_up(reply, "output.choices.finish_reason"),
-            look_up(reply, tokens[0]),
-            look_up(reply, tokens[1]),
-            thoughts=look_up(reply, f"{message_path}.reasoning_content"),
-        )
-
-    @staticmethod
-    def check_status(reply: Any) -> None:
-        """Raise the ApiError of a reply that is none."""
-        if reply.status_code == 200:
-            return
-        inner_code, explanation = read_error_body(reply.message)
-        code = inner_code or reply.code
-        if "Model not exist" in explanation:
-            code = "ModelNotFound"
-        retry_after = (reply.headers or {}).get("Retry-After")
-        raise ApiError(reply.status_code, code, explanation, retry_after)
-
-    async def list_models(self) -> list[str]:
-        """DashScope has no such list: the default models stand for it."""
-        return list(DEFAULT_MODELS["dashscope"])
-
-    def batch_client(self) -> Any:
-        """Its batch engine speaks OpenAI's protocol, at an address of its own."""
-        url = self.url.replace("/api/v1", "/compatible-mode/v1") or self.sdk.base_compatible_api_url
-        self.batch = self.batch or ask_openai(url, self.api_key, self.timeout)
-        return self.batch.client
-
-    async def close(self) -> None:
-        await self.session.close()
-        if self.batch:
-            await self.batch.close()
 
 
 # ==================================================================================================
@@ -4537,6 +4390,30 @@ def is_reviewed(pair: Pair, run: Run) -> bool:
     return bool(run.annotations and run.annotations.choices(pair_id_of(pair)))
 
 
+async def judge_in_order(
+    record: Record, answers: list[Answer], judge: Model, order: list[int], run: Run
+) -> tuple[list[int], list[float]]:
+    """Show a judge the answers in one order -> position and score of each answer, answer by answer.
+
+    A reply that cannot be read is asked for again, with other ids."""
+    texts = [answers[i].text for i in order]
+    hidden = run.args.no_reference or record.reference in texts
+    reference = "" if hidden else record.reference
+    problem = ""
+    for attempt in range(1 + JUDGE_RETRIES):
+        seed = (run.seed, record.messages, order, attempt)
+        prompt, ids = judge_prompt(record, texts, rubric=run.rubric, reference=reference, seed=seed)
+        reply = await ask_judge(record, judge, prompt, attempt, run)
+        try:
+            scores = parse_scores(reply, ids)
+        except UnreadableReply as error:
+            problem = str(error)
+            continue
+        positions = [order.index(i) for i in range(len(order))]
+        return positions, [scores[position] for position in positions]
+    raise Failed("judge", f"unreadable judge reply: {judge.name}: {problem}")
+
+
 # --------------------------------------------------------------------------------------------------
 # §13 FINAL ANSWERS: --judge-model exact_match: final_answer, same_answer, exact_scores
 # In: a reference, answers, the prompt. Out: right, wrong or None, that is not checkable, as scores.
@@ -5456,6 +5333,109 @@ class ApiError(Exception):
             code = ""
         head = f"{self.status} {code}".strip()
         return f"{head}: {words}" if words else head
+
+
+async def streamed_completion(
+    create: Callable, name: str, messages: list[dict], options: dict
+) -> Reply:
+    """One chat completion that comes in chunks, joined."""
+    body = dict(options)
+    if body.pop("stream") == "with usage":
+        body["stream_options"] = {"include_usage": True}
+    chunks = await create(model=name, messages=messages, stream=True, extra_body=body)
+    joined = JoinedReply("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
+    async for chunk in chunks:
+        joined.add(chunk)
+    return joined.reply()
+
+
+@register(PROVIDERS)
+class ask_dashscope(Provider):
+    """Alibaba Cloud Model Studio (Qwen), through the dashscope SDK"""
+
+    key = "DASHSCOPE_API_KEY"
+    url_variable = "DASHSCOPE_HTTP_BASE_URL"
+    defaults: ClassVar[dict] = {"enable_thinking": False}
+    package = "dashscope"
+    takes_seed = True
+
+    def __init__(self, url: str, key: str, timeout: float) -> None:
+        import logging
+        import urllib.request
+
+        import aiohttp
+        import dashscope
+
+        logging.getLogger("dashscope").setLevel(logging.CRITICAL)
+        self.sdk = dashscope
+        self.url = url
+        self.api_key = key
+        self.timeout = timeout
+        self.batch = None  # an ask_openai, once it is needed
+        # trust_env reads the environment at each call, which costs 0.45 ms: only with a proxy
+        proxies = urllib.request.getproxies().keys() - {"no"}
+        connector = aiohttp.TCPConnector(limit=0)
+        self.session = aiohttp.ClientSession(connector=connector, trust_env=bool(proxies))
+        self.common = {"api_key": key or "none", "session": self.session}
+        self.common["request_timeout"] = timeout
+        if url:
+            self.common["base_address"] = url
+
+    async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
+        """One generation; the SDK raises no status: what it returns becomes an ApiError here."""
+        options = dict(options)
+        api = self.sdk.AioGeneration
+        if options.pop("multimodal", False):  # the current Qwen models have another address
+            api = self.sdk.AioMultiModalConversation
+            messages = [{"role": m["role"], "content": [{"text": m["content"]}]} for m in messages]
+        else:
+            options["result_format"] = "message"
+        if options.pop("stream", False):
+            options |= {"stream": True, "incremental_output": True}
+        reply = await api.call(model=name, messages=messages, **options, **self.common)
+        message_path = "output.choices.message"
+        tokens = ("usage.input_tokens", "usage.output_tokens")
+        if "stream" in options:
+            joined = JoinedReply(message_path, *tokens)
+            async for chunk in reply:
+                self.check_status(chunk)
+                joined.add(chunk)
+            return joined.reply()
+        self.check_status(reply)
+        return make_reply(
+            look_up(reply, f"{message_path}.content"),
+            look_up(reply, "output.choices.finish_reason"),
+            look_up(reply, tokens[0]),
+            look_up(reply, tokens[1]),
+            thoughts=look_up(reply, f"{message_path}.reasoning_content"),
+        )
+
+    @staticmethod
+    def check_status(reply: Any) -> None:
+        """Raise the ApiError of a reply that is none."""
+        if reply.status_code == 200:
+            return
+        inner_code, explanation = read_error_body(reply.message)
+        code = inner_code or reply.code
+        if "Model not exist" in explanation:
+            code = "ModelNotFound"
+        retry_after = (reply.headers or {}).get("Retry-After")
+        raise ApiError(reply.status_code, code, explanation, retry_after)
+
+    async def list_models(self) -> list[str]:
+        """DashScope has no such list: the default models stand for it."""
+        return list(DEFAULT_MODELS["dashscope"])
+
+    def batch_client(self) -> Any:
+        """Its batch engine speaks OpenAI's protocol, at an address of its own."""
+        url = self.url.replace("/api/v1", "/compatible-mode/v1") or self.sdk.base_compatible_api_url
+        self.batch = self.batch or ask_openai(url, self.api_key, self.timeout)
+        return self.batch.client
+
+    async def close(self) -> None:
+        await self.session.close()
+        if self.batch:
+            await self.batch.close()
 
 
 @register(PROVIDERS)
@@ -10398,6 +10378,15 @@ def counting_copy(run: Run, models: Models) -> Run:
     other.annotations = None  # they count the pairs that they meet
     other.shared_passages = Counter()
     return other
+
+
+def penalty(better: Answer, worse: Answer, run: Run) -> float:
+    """Points taken off the gap: --length-penalty for each factor 1.5 by which `better` is longer.
+
+    Length is in characters. That factor is about one standard deviation of length between answers
+    to one prompt."""
+    factors = math.log(max(1, len(better.text)) / max(1, len(worse.text)), 1.5)
+    return run.args.length_penalty * max(0.0, factors)
 
 
 # --------------------------------------------------------------------------------------------------
