@@ -112,27 +112,19 @@ DEFAULT_MODELS = {
     "openai": ("gpt-5", "gpt-5-nano"),
     "offline": ("reference", "weakened"),
 }
-# Temperature of a model's 1st, 2nd, ... answer to one prompt; --temperature sets all of them.
-TEMPERATURES = (0.7, 0.9, 1.0, 1.0)
-# Lowest and highest score that a judge may give: prompt, rubric and gaps follow it.
-JUDGE_SCALE = (1, 10)
-# Times a judge is asked again when its reply cannot be read.
-JUDGE_RETRIES = 2
-# Characters of a long answer's head and tail that the judge sees; rows hold whole answers.
-JUDGE_SHOWS = (8000, 4000)
-# Points by which the low model must lead in every vote before --when-low-wins flip swaps the pair.
-# Gaps here and in METHODS are points of a scale 1-10; `on_judge_scale` fits them to JUDGE_SCALE.
-FLIP_GAP = 3.0
+TEMPERATURES = (0.7, 0.9, 1.0, 1.0)  # of the 1st, 2nd, ... answer to a prompt (--temperature)
+JUDGE_SCALE = (1, 10)  # lowest and highest score that a judge may give
+JUDGE_RETRIES = 2  # times a judge is asked again when its reply cannot be read
+JUDGE_SHOWS = (8000, 4000)  # characters of a long answer's head and tail that the judge sees
 # Default --min-score-gap for scores of a known scale, as a share of that scale.
 # Argilla, COIG-P and HelpSteer2 keep gaps of about this size.
 SCORE_GAP_SHARE = 0.20
-# Jaccard similarity (0 to 1) of character 5-grams from which two answers are near-duplicates.
-NEAR_DUPLICATE = 0.80
-# They are kept if the judge's gap is at least this: one may be right (42), one wrong (43).
-NEAR_DUPLICATE_GAP = 3.0
-# Words (or Chinese characters) in a row that no prompt may share with --exclude-prompts.
-# GPT-3's decontamination used 13.
-CONTAMINATION_RUN = 13
+# Gaps here and in METHODS are points of a scale 1-10; `on_judge_scale` fits them to JUDGE_SCALE.
+FLIP_GAP = 3.0  # --when-low-wins flip: the low model's lead in every vote
+# Two answers are near-duplicates if so much (0 to 1) of their character 5-grams is the same.
+NEAR_DUPLICATE = 0.80  # Jaccard similarity
+NEAR_DUPLICATE_GAP = 3.0  # they are kept if the judge sees this gap: one is right (42), one wrong
+CONTAMINATION_RUN = 13  # words in a row shared with --exclude-prompts: GPT-3's decontamination
 
 
 @dataclass
@@ -141,14 +133,10 @@ class Answer:
 
     text: str
     model: str = ""
-    # What rows export: the judges' mean or median, or the input's own; None if nobody gave one.
-    score: float | None = None
-    # One per judge and order, or the input's signals; higher is better.
-    votes: tuple[float, ...] = ()
-    # For each vote, the place where the answer stood: 0 = shown first.
-    positions: tuple[int, ...] = ()
-    # The provider's finish_reason; "length" if the answer was truncated.
-    finish: str = ""
+    score: float | None = None  # what rows export: see `combine_scores`; or the input's own
+    votes: tuple[float, ...] = ()  # one per judge and order, or the input's; higher is better
+    positions: tuple[int, ...] = ()  # for each vote, where the answer stood: 0 = shown first
+    finish: str = ""  # the provider's finish_reason; "length" if the answer was truncated
 
     @property
     def value(self) -> float | None:
@@ -164,23 +152,15 @@ class Answer:
 class Record:
     """One input record: a conversation that ends with a user turn, and its known answers."""
 
-    # [{"role": "system" | "user" | "assistant", "content": str}, ...]
-    messages: list[dict]
-    # The record's own answer, "" if it has none.
-    reference: str = ""
-    # Every answer so far: the input's or the models', judged where a judge was reached.
-    answers: list[Answer] = field(default_factory=list)
-    # What the votes of the input's answers are: "score", "rank", "choice"; "" if it has no signal.
-    signal: str = ""
-    # Width of the signal's range in points; 0 if unknown.
-    scale: float = 0.0
-    # Without a signal: the --rename of fields that look like one.
-    signal_hint: str = ""
-    # Line of the input file, from 1 (in a JSON array: the item).
-    line: int = 0
-    # What the report counts, e.g. "no correct answer"; labels that a judge checked.
-    facts: Counter = field(default_factory=Counter)
-    label_checks: list[LabelCheck] = field(default_factory=list)
+    messages: list[dict]  # [{"role": "system" | "user" | "assistant", "content": str}, ...]
+    reference: str = ""  # the record's own answer
+    answers: list[Answer] = field(default_factory=list)  # the input's, or the models' so far
+    signal: str = ""  # what the input's votes are: "score", "rank", "choice"; "": it has none
+    scale: float = 0.0  # width of the signal's range in points; 0 if unknown
+    signal_hint: str = ""  # without a signal: the --rename of fields that look like one
+    line: int = 0  # of the input file, from 1 (in a JSON array: the item)
+    facts: Counter = field(default_factory=Counter)  # for the report, e.g. "no correct answer"
+    label_checks: list[LabelCheck] = field(default_factory=list)  # what judges say of the labels
     # Who decided the label in an earlier run: "people", "scores", or "" if the row does not say.
     # With "people" the votes are their choice alone; scores may say the opposite.
     decided_by: str = ""
@@ -205,10 +185,8 @@ class Pair:
     record: Record
     chosen: Answer
     rejected: Answer
-    # Points taken off the gap because chosen is longer (--length-penalty); `check_pair` sets it.
-    penalty: float = 0.0
-    # People decided the direction (--annotations); scores may then say the opposite.
-    human: bool = False
+    penalty: float = 0.0  # points taken off the gap because chosen is longer (--length-penalty)
+    human: bool = False  # people decided (--annotations); scores may then say the opposite
 
     @property
     def gap(self) -> float | None:
@@ -259,11 +237,8 @@ OUTPUTS = {}
 PROVIDERS = {}
 PREFIXES = {id(INPUTS): "from_", id(OUTPUTS): "as_", id(PROVIDERS): "ask_"}
 # The settings that `register` takes for a table; none for the others.
-SETTINGS = {
-    id(METHODS): ("gap", "asks", "needs_judge", "reads_answers"),
-    id(FILTERS): ("on", "fixed", "opt_in"),
-    id(OUTPUTS): ("once",),
-}
+SETTINGS = {id(METHODS): ("gap", "asks", "needs_judge", "reads_answers")}
+SETTINGS |= {id(FILTERS): ("on", "fixed", "opt_in"), id(OUTPUTS): ("once",)}
 
 
 def register(entries: dict, **settings: object) -> Callable:
@@ -1071,25 +1046,6 @@ def as_prompts(pair: Pair, run: Run) -> list[dict]:
 # A model's name, messages and options go in, a Reply comes out; whatever goes wrong is an ApiError.
 # Called by Models (CALLS), which does the caching, pacing and retrying.
 # --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Model:
-    """`[provider:]model[@URL]`, parsed; `url` is the one in effect, "" for the SDK's own."""
-
-    provider: str
-    name: str
-    url: str = ""
-    # An @URL on this machine or in a private network gets no key.
-    keyless: bool = field(default=False, compare=False)
-
-    @property
-    def is_reward(self) -> bool:
-        return self.provider == "reward"
-
-    @property
-    def is_online(self) -> bool:
-        return self.provider != "offline"
 
 
 @dataclass
@@ -4420,8 +4376,6 @@ async def judge_in_order(
 # Called by score_answers and Run.judge. What may be read in two ways is not checkable.
 # --------------------------------------------------------------------------------------------------
 
-EXACT_MATCH = Model("offline", "exact_match")
-
 
 class FinalAnswer(NamedTuple):
     """What a text comes to. Only answers of one kind can be compared."""
@@ -6788,6 +6742,28 @@ PATIENCE = 600
 CACHE_PATIENCE = 60
 # Failures of one model in a row until the run stops.
 SAME_FAILURES = 20
+
+
+@dataclass(frozen=True)
+class Model:
+    """`[provider:]model[@URL]`, parsed; `url` is the one in effect, "" for the SDK's own."""
+
+    provider: str
+    name: str
+    url: str = ""
+    # An @URL on this machine or in a private network gets no key.
+    keyless: bool = field(default=False, compare=False)
+
+    @property
+    def is_reward(self) -> bool:
+        return self.provider == "reward"
+
+    @property
+    def is_online(self) -> bool:
+        return self.provider != "offline"
+
+
+EXACT_MATCH = Model("offline", "exact_match")
 
 
 # --------------------------------------------------------------------------------------------------
