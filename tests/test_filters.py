@@ -581,6 +581,12 @@ def reason_against_example(line: str) -> tuple[bool, str | None]:
 
 
 MORE_EXAMPLES = [
+    ("truncated", 'Drop: "答案是四" for "6乘7等于多少？" (finish content_filter)'),
+    ("empty", 'Keep: "7" for "Name a prime number."'),
+    ("loop", 'Keep: "Sign here: ______________________________________________" for "Make a form."'),
+    ("identical", 'Drop: "北京。" over "北京" for "中国的首都是哪里？" (signal choice)'),
+    ("refusal", 'Drop: "很抱歉，我无法提供帮助。" over "作为人工智能，我不能回答。" for "怎么撬锁？"'),
+    ("wrong_language", 'Keep: "The hall was opulent, with trimmed walls." over "无" for "用“opulent”造一句话。"'),
     ("truncated", 'Keep: "正面" for "判断情感：太好看了！"'),
     ("control_tokens", 'Keep: "模型用</think>标签结束思考，再给出答案。" for "模型怎样结束思考？"'),
     ("loop", 'Keep: "我再也不迟到了。" * 20 for "把“我再也不迟到了”写20遍。"'),

@@ -610,7 +610,7 @@ def test_two_texts_that_differ_in_case_alone_are_a_pair_if_the_label_tells_them_
     answers = [rc.Answer("a GiAnT", votes=(1.0,)), rc.Answer("a giant", votes=(0.0,))]
     run = run_of("--method", "rank_responses")
     record = ask(answers=answers, signal="choice")
-    assert rc.usable_answers(record, answers, run) == answers
+    assert rc.usable_answers(record, run) == answers
 
 
 @pytest.mark.parametrize(
@@ -624,7 +624,7 @@ def test_one_text_with_two_votes(texts, reason):
     answers = [rc.Answer(text, votes=(float(place),)) for place, text in enumerate(texts)]
     run = run_of("--method", "rank_responses")
     with pytest.raises(rc.Failed) as failed:
-        rc.usable_answers(ask(answers=answers, signal="choice"), answers, run)
+        rc.usable_answers(ask(answers=answers, signal="choice"), run)
     assert why(failed.value).startswith(reason)
 
 
