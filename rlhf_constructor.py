@@ -20,25 +20,25 @@ The one flow: read_records -> method(record, run) -> pairs -> filters -> output 
 
     §1  SETTINGS AND TYPES   constants to edit; Record, Answer, Pair; errors
     §2  INPUTS               record formats, recognised by their fields
-    §3  JUDGE                its prompt, its reply, and how votes become a score
+    §3  JUDGE                its rubric and prompt, and how votes become a score
     §4  METHODS              model_comparison, generate_pairs, rank_responses; Run
     §5  FILTERS              why an answer or a pair is dropped
     §6  OUTPUTS              what a pair looks like to a trainer
-    §7  PROVIDERS            how each SDK or server is called
+    §7  PROVIDERS            how a model is called
     --  machinery: read on only to change how the script works --
     §8  ROWS                 history, templates, missing values, references
     §9  READING FILES        lines, JSON, tables -> rows
     §10 EXISTING ANSWERS     answers that a row brings, and the signals that rank them
     §11 TEXTS                words, similarity, loops, refusals, languages
-    §12 JUDGE REPLIES        a judge's reply -> scores
+    §12 JUDGE REPLIES        a judge's prompt and reply -> scores; labels that a judge checks
     §13 FINAL ANSWERS        what an answer comes to, for exact_match
-    §14 REPLIES              one reading of every server's reply
+    §14 REPLIES              one reading of every server's reply; dashscope, reward, offline
     §15 CALLS                pacing, retries, cache, budget
     §16 BATCH                the providers' own batch engines: half the price
     §17 REPORT               the numbers about the data, and their page
     §18 REVIEW               blind review by people, and what they say
     §19 TERMINAL             the plan, the progress, the summary
-    §20 PIPELINE             small parts of Run
+    §20 PIPELINE             what Run and process_record call
     §21 RUN                  records in, files out
     §22 CLI                  flags and checks
     §23 PAGES                the two HTML templates
@@ -302,7 +302,7 @@ REFERENCE_FIELDS = (*GOLD_FIELDS, "output", "completion", "response")  # the las
 def from_conversation(row: dict) -> list[Record] | None:
     """`messages` (OpenAI), `conversations` (ShareGPT): all turns; a last answer is the reference"""
     turns = find_turns(row)
-    return [conversation(turns, row)] if turns else None
+    return [conversation(turns, row)] if turns is not None else None
 
 
 @register(INPUTS)
@@ -311,8 +311,6 @@ def from_turns(row: dict) -> list[Record] | None:
     turns = row.get("turns")
     if not is_filled_list(turns):
         return None
-    if is_turns(turns):
-        return [conversation(all_turns(turns, row), row)]
     first = turns[0].get("content") if isinstance(turns[0], dict) else turns[0]
     if not isinstance(first, str):
         raise Failed("input", f"not a text: `turns` holds a {type(first).__name__}")
@@ -492,14 +490,14 @@ def combine_scores(votes: tuple[float, ...], judges: int) -> float:
 @register(METHODS, gap=1.0, asks=("high", "low"))
 async def model_comparison(record: Record, run: Run) -> list[Pair]:
     """The strong model's answer is chosen, the weak one's rejected, if the judge agrees."""
-    high, low = await run.ask_all(record, [(run.high, 0), (run.low, 0)])
+    high, low = await run.ask_all(record, [run.high, run.low])
     if not run.judges:  # --judge-model none: the models are trusted, and the rows carry no scores
         return [Pair(record, chosen=high, rejected=low)]
     high, low = await run.judge(record, [high, low])
     [pair] = pair_up(record, [high, low], run)  # of two answers, every strategy makes one pair
     if pair.chosen is low:
-        flips = run.args.when_low_wins == "flip"
-        if not (flips and wins_every_vote(low, high, by=on_judge_scale(FLIP_GAP))):
+        is_clear = wins_every_vote(low, high, by=on_judge_scale(FLIP_GAP))
+        if run.args.when_low_wins != "flip" or not is_clear:
             raise Failed("judge", "low model won")
     return [pair]
 
@@ -586,8 +584,7 @@ def adjacent(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
     return list(itertools.pairwise(ranked))
 
 
-STRATEGIES = {"best_worst": best_worst, "best_random": best_random}
-STRATEGIES |= {"all_pairs": all_pairs, "adjacent": adjacent}
+STRATEGIES = {rule.__name__: rule for rule in (best_worst, best_random, all_pairs, adjacent)}
 
 
 class Run:
@@ -817,9 +814,7 @@ def near_duplicate(pair: Pair, run: Run) -> str | None:
     """
     if pair.human or pair.record.facts["checked by exact match"]:
         return None
-    confirmed = len(pair.chosen.votes) > 1 and pair.record.signal == "score"
-    judged = pair.chosen.positions or confirmed  # a second score of the input counts like a judge
-    if judged and pair.gap >= on_judge_scale(NEAR_DUPLICATE_GAP):
+    if pair.chosen.positions and pair.gap >= on_judge_scale(NEAR_DUPLICATE_GAP):
         return None
     if similarity(pair.chosen.text, pair.rejected.text, NEAR_DUPLICATE) < NEAR_DUPLICATE:
         return None
@@ -866,8 +861,8 @@ def gap(pair: Pair, run: Run) -> str | None:
     """
     if pair.human or pair.gap is None:
         return None
-    is_small = pair.gap - pair.penalty < needed_gap(pair, run) - 1e-9
-    return "score gap too small" if is_small else None
+    lead = pair.gap - pair.penalty
+    return "score gap too small" if lead < needed_gap(pair, run) - 1e-9 else None
 
 
 @register(FILTERS, on="pair")
@@ -952,9 +947,8 @@ def as_openai(pair: Pair, run: Run) -> list[dict]:
 @register(OUTPUTS)
 def as_swift(pair: Pair, run: Run) -> list[dict]:
     """messages that end with the chosen answer, rejected_response as text: ms-swift"""
-    chosen, rejected = assistant_turns(pair)
-    messages = [*pair.record.messages, chosen]
-    return [{"messages": messages, "rejected_response": rejected["content"]}]
+    messages = [*pair.record.messages, assistant_turns(pair)[0]]
+    return [{"messages": messages, "rejected_response": pair.rejected.text}]
 
 
 @register(OUTPUTS, once=("prompt", "completion"))  # an answer in two pairs must not get two labels
@@ -1772,13 +1766,11 @@ MISSING |= {"<noinput>", "<nooutput>"}
 def message(turn: object) -> dict:
     """An OpenAI or ShareGPT turn as {"role", "content"}; raises Failed for what is no text."""
     name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
-    if not isinstance(name, str):
-        raise Failed("input", f"unknown role: none in a turn (known: {', '.join(ROLES)})")
-    role = ROLES.get(name.strip().lower())
+    role = ROLES.get(str(name).strip().lower())
     if role is None:
-        if name.lower() in TOOL_ROLES:
+        if str(name).lower() in TOOL_ROLES:
             raise Failed("input", f"not a text: tools (a turn of the role {name!r})")
-        raise Failed("input", f"unknown role: {name!r} (known: {', '.join(ROLES)})")
+        raise Failed("input", f"unknown role: {name!r:.80} (known: {', '.join(ROLES)})")
     if turn.get("tool_calls") or turn.get("function_call"):
         raise Failed("input", "not a text: tools (a turn calls one)")
     content = first_value(turn, ("content", "value", "text"))
@@ -1794,6 +1786,8 @@ def find_turns(row: dict) -> list | None:
     for name in TURN_FIELDS:
         if is_filled_list(row.get(name)):
             return all_turns(row[name], row)
+    if is_turns(row.get("turns")):
+        return all_turns(row["turns"], row)
     nested = row.get("input")
     if isinstance(nested, dict) and is_filled_list(nested.get("messages")):
         return nested["messages"]
@@ -4868,7 +4862,7 @@ async def score_answers(record: Record, answers: list[Answer], run: Run) -> list
 
 
 # --------------------------------------------------------------------------------------------------
-# §14 REPLIES: one reading of every server's reply: text, thoughts, finish reason, errors
+# §14 REPLIES: one reading of every server's reply: text, thoughts, finish; the other providers
 # In: what an SDK returns. Out: Reply or ApiError. Called by §7 PROVIDERS, CALLS and BATCH.
 # --------------------------------------------------------------------------------------------------
 
@@ -9920,7 +9914,7 @@ def stopped_lines(models: Models) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# §20 PIPELINE: small parts of Run
+# §20 PIPELINE: what Run and process_record call: call_method, usable_answers, choose_judges ...
 # Called by §4 METHODS.
 # --------------------------------------------------------------------------------------------------
 
