@@ -216,7 +216,7 @@ class Failed(Exception):
         if stage not in self.STAGES:
             raise ValueError(f"Failed: the stage {stage!r} is none of {', '.join(self.STAGES)}")
         self.stage = stage
-        self.reason = reason
+        self.reason = str(reason)
         self.retryable = retryable
         self.record = record
 
@@ -468,9 +468,9 @@ def combine_scores(votes: tuple[float, ...], judges: int) -> float:
 # EDIT HERE to add a method: copy one, rename it, give it a one-line docstring: --method knows it.
 # A method gets a record and the run, and returns a list of pairs. It works through `run`:
 #   record.messages, record.prompt, record.reference   turns, these as text, its own answer or ""
-#   run.high, run.low, run.candidates, run.judges      the models that the flags name
+#   run.high, run.low, run.candidates, run.judges      the models (see Model) that the flags name
 #   run.args                                           all flags: run.args.seed is --seed
-#   await run.ask_all(record, [(model, sample), ...])  usable answers; Failed if fewer than two
+#   await run.ask_all(record, [model, ...])            usable answers; Failed if fewer than two
 #   await run.ask_text(record, model, messages)        one text: a draft, a critique, a revision
 #      (the same request returns the same reply; sample=1, sample=2 ask for other ones)
 #   await run.judge(record, answers)                   the same answers with score and votes
@@ -478,7 +478,8 @@ def combine_scores(votes: tuple[float, ...], judges: int) -> float:
 #   Pair(record, chosen, rejected)                     a pair of your own choice, any two answers
 #   raise Failed("judge", "the draft won")             drops the record for that reason
 # Let exceptions pass: a Failed drops the record, any other stops the run with its traceback.
-# A plain `def` works, too, but it cannot ask models. Every pair then passes `check_pair` below.
+# A plain `def` works, too, but it cannot ask models. Every pair then passes `check_pair` below;
+# cache, retries, rows, dropped records, report and --batch need no further code.
 # The judge sees the record's reference answer, unless that answer is itself a candidate.
 # `register` may be told:
 #   gap            score gap that a pair needs (default 1), in points of a scale 1-10
@@ -606,7 +607,6 @@ class Run:
         self.annotations = Annotations(args.annotations) if args.annotations else None
         self.writes_decided_by: bool = self.annotations is not None  # see `as_standard`
         # What `check_input` learns from the first records and from --exclude-prompts.
-        self.unused_fields: list[str] = []
         self.numbers: ChoiceNumbers | None = None
         self.excluded: set[int] = set()  # hashes of passages
         self.shared_passages: Counter[str] = Counter()  # {passage: records that hold it}
@@ -641,7 +641,8 @@ class Run:
         exact_match leaves out what it cannot check, and raises Failed unless some answers are right
         and some are wrong."""
         if not self.judges:
-            raise Failed("input", f"answers without any signal: {signal_advice(record, self)}")
+            advice = record.signal_hint or "name a --judge-model"
+            raise Failed("input", f"answers without any signal: {advice}")
         judged = await score_answers(record, answers, self)
         remember_judged(record, answers, judged)
         return checked_pool(record, judged) if self.judges == [EXACT_MATCH] else judged
@@ -970,7 +971,7 @@ def as_prompts(pair: Pair, run: Run) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------
-# §7 PROVIDERS: Model, Reply, Provider; openai (dashscope, reward and offline stand in §14)
+# §7 PROVIDERS: Reply, Provider; openai (dashscope, reward and offline stand in §14 REPLIES)
 # A model's name, messages and options go in, a Reply comes out; whatever goes wrong is an ApiError.
 # Called by Models (CALLS), which does the caching, pacing and retrying.
 # --------------------------------------------------------------------------------------------------
@@ -10095,11 +10096,7 @@ async def call_method(record: Record, run: Run) -> list[Pair]:
             pairs = await run.method(record, run)
         else:
             pairs = await asyncio.to_thread(call_plain, run.method, record, run)
-    except Failed as error:
-        if isinstance(error.stage, str) and isinstance(error.reason, str):
-            raise
-        raise broken(part, error) from error
-    except (Stop, Pending, PartError):
+    except (Failed, Stop, Pending, PartError):
         raise
     except BUGS as error:
         raise broken(part, error) from error
@@ -10179,14 +10176,6 @@ def usable_answers(
     first = rejections[0] if rejections else Failed("input", "fewer than two answers")
     retryable = any(rejection.retryable for rejection in rejections)
     raise Failed(first.stage, first.reason, retryable)
-
-
-def signal_advice(record: Record, run: Run) -> str:
-    """What to do about answers of the input that nothing ranks."""
-    advice = record.signal_hint or "name a --judge-model"
-    if run.unused_fields:
-        advice += f" (fields not used: {', '.join(run.unused_fields[:8])})"
-    return advice
 
 
 def needed_gap(pair: Pair, run: Run) -> float:
@@ -11701,7 +11690,6 @@ def check_input(path: str, run: Run) -> None:
             "score may call bad does not count): name a provider's models"
         )
     unused = unused_fields(rows, rename, run.reads_answers)
-    run.unused_fields = unused
     if unused:
         more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
         names = ", ".join(unused[:8]) + more
