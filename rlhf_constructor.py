@@ -121,10 +121,10 @@ JUDGE_SHOWS = (8000, 4000)  # characters of a long answer's head and tail that t
 SCORE_GAP_SHARE = 0.20
 # Gaps here and in METHODS are points of a scale 1-10; `on_judge_scale` fits them to JUDGE_SCALE.
 FLIP_GAP = 3.0  # --when-low-wins flip: the low model's lead in every vote
-# Two answers are near-duplicates if so much (0 to 1) of their character 5-grams is the same.
-NEAR_DUPLICATE = 0.80  # Jaccard similarity
-NEAR_DUPLICATE_GAP = 3.0  # they are kept if the judge sees this gap: one is right (42), one wrong
+NEAR_DUPLICATE_GAP = 3.0  # near-duplicates are kept with this gap: one may be right, one wrong
+NEAR_DUPLICATE = 0.80  # Jaccard similarity (0 to 1) of the character 5-grams of two answers
 CONTAMINATION_RUN = 13  # words in a row shared with --exclude-prompts: GPT-3's decontamination
+# Seldom edited, at the end of §15 CALLS: GUESSED_TOKENS, WINDOW, PATIENCE, SAME_FAILURES ...
 
 
 @dataclass
@@ -134,15 +134,14 @@ class Answer:
     text: str
     model: str = ""
     score: float | None = None  # what rows export: see `combine_scores`; or the input's own
-    votes: tuple[float, ...] = ()  # one per judge and order, or the input's; higher is better
+    # One per judge and order, higher is better; the input's: minus a rank, 1 or 0 for a choice.
+    votes: tuple[float, ...] = ()
     positions: tuple[int, ...] = ()  # for each vote, where the answer stood: 0 = shown first
     finish: str = ""  # the provider's finish_reason; "length" if the answer was truncated
 
     @property
     def value(self) -> float | None:
-        """What answers are sorted by: the score, or without one the first vote.
-
-        A vote of the input is minus the rank, or 1 or 0 for a choice."""
+        """What answers are sorted by: the score, or without one the first vote."""
         if self.score is not None or not self.votes:
             return self.score
         return self.votes[0]
@@ -333,11 +332,9 @@ def from_instruction(row: dict) -> list[Record] | None:
 @register(INPUTS)
 def from_prompt(row: dict) -> list[Record] | None:
     """`prompt`, `question`, `query`, `text`: a string or messages; `answer` is the reference"""
-    prompt = None
-    for name in PROMPT_FIELDS:
-        value = row.get(name)
-        if value and (prompt is None or is_missing(prompt)):  # a lone "None" may well be asked
-            prompt = value
+    values = [row[name] for name in PROMPT_FIELDS if row.get(name)]
+    filled = [value for value in values if not is_missing(value)]
+    prompt = (filled or values or [None])[0]  # a lone "None" may well be asked
     if isinstance(prompt, str):
         return [prompt_record(prompt, row)]
     if isinstance(prompt, list):
@@ -536,9 +533,11 @@ def pair_up(record: Record, answers: list[Answer], run: Run) -> list[Pair]:
     check_votes(answers)
 
     def strength(answer: Answer) -> float:
+        """The choice of people goes before a score, which may say the opposite."""
         return answer.votes[0] if record.decided_by == "people" else answer.value
 
     def rank_key(answer: Answer) -> tuple[float, str]:
+        """The best first; of equals, --seed decides."""
         return -strength(answer), digest(run.seed, record.messages, answer.text)
 
     choose = STRATEGIES[run.args.strategy]
@@ -874,9 +873,8 @@ def floor(pair: Pair, run: Run) -> str | None:
     Keep: "It is 42." over "Blue." for "What is 6 times 7?" (scores 6/1, --min-chosen-score 6)
     """
     least, score = run.args.min_chosen_score, pair.chosen.score
-    if least is None or score is None:
-        return None
-    if pair.human or run.args.output_format == "kto":  # people decided, or the score is the label
+    decided = pair.human or run.args.output_format == "kto"  # by people, or the score is the label
+    if decided or least is None or score is None:
         return None
     return "chosen score too low" if score < least else None
 
@@ -1083,9 +1081,11 @@ class ask_openai(Provider):
         return [model.id for model in page.data]
 
     def batch_client(self) -> Any:
+        """OpenAI's own client."""
         return self.client
 
     async def close(self) -> None:
+        """Close its connections."""
         await self.client.close()
 
 
@@ -6724,10 +6724,12 @@ class Model:
 
     @property
     def is_reward(self) -> bool:
+        """Whether it only scores answers."""
         return self.provider == "reward"
 
     @property
     def is_online(self) -> bool:
+        """Whether asking it is a call over the network."""
         return self.provider != "offline"
 
 
@@ -10143,10 +10145,7 @@ def apply_filters(on: str, run: Run, *subject: object) -> None:
 
 
 def usable_answers(
-    record: Record,
-    run: Run,
-    failures: list[Failed] | tuple = (),
-    drop_refusals: bool = False,
+    record: Record, run: Run, failures: list[Failed] | tuple = (), drop_refusals: bool = False
 ) -> list[Answer]:
     """The record's answers that pass the answer filters, each text once.
 
