@@ -391,7 +391,7 @@ def test_three_annotators_of_a_pair_are_three_comparisons_and_one_case(tmp_path)
 
 def test_under_thirty_choices_there_is_no_warning_and_no_advice(tmp_path):
     rows, lines = reviewed(tmp_path, [(2.0, "rejected")] * 29)
-    assert {row["level"] for row in rows.values()} == {"too few", "not applicable", ""}
+    assert {row["level"] for row in rows.values()} == {"too few", ""}
     assert "needs 30 or more pairs" in lines[1] and lines[1].endswith("there are 29.")
 
 
