@@ -8219,11 +8219,11 @@ class Report:
         scores = {side: self.column(f"score_{side}") for side in ("chosen", "rejected")}
         lengths = {side: self.column(f"characters_{side}") for side in ("chosen", "rejected")}
         gaps = self.column("gap")
-        gap = histogram({"pairs": gaps})
-        gap["columns"].append("this gap or more")
-        for row in gap["rows"]:
+        of_gaps = histogram({"pairs": gaps})
+        of_gaps["columns"].append("this gap or more")
+        for row in of_gaps["rows"]:
             row.append(sum(value >= row[0] for value in gaps) / len(gaps))
-        return {"scores": histogram(scores), "gap": gap, "lengths": histogram(lengths)}
+        return {"scores": histogram(scores), "gap": of_gaps, "lengths": histogram(lengths)}
 
 
 def sample_row(pair: Pair) -> dict:
@@ -11275,79 +11275,37 @@ article p { font-size: .92rem; max-height: 20rem; overflow: auto; overflow-wrap:
 """
 )
 
-REVIEW_PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{{POLICY}}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title data-zh="哪个回答更好？">Which answer is better?</title>
-<style>
-:root {
-  color-scheme: light dark;
-  --back: light-dark(#f3f4f6, #13161b);
-  --card: light-dark(#ffffff, #1c2129);
-  --ink: light-dark(#1b212b, #e6e9ee);
-  --soft: light-dark(#545d6b, #a6afbd);
-  --edge: light-dark(#767f8d, #7f8998);
-  --mark: light-dark(#1a56c4, #8ab4f8);
-  --on: light-dark(#ffffff, #101419);
-  --alarm: light-dark(#8f1d14, #ffb4a9);
-}
-* { box-sizing: border-box; margin: 0; }
-body {
-  height: 100dvh;
-  display: flex;
-  flex-direction: column;
-  background: var(--back);
-  color: var(--ink);
-  font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif;
-}
-header, footer, footer div, label { display: flex; align-items: center; gap: 8px; }
-header, footer { padding: 8px 16px; gap: 16px; }
-header, h3 { color: var(--soft); font-size: 0.875rem; }
+REVIEW_PAGE = (
+    PAGE_START
+    + r"""
+body { display: flex; flex-direction: column; height: 100dvh; }
+header, footer, label { align-items: center; display: flex; gap: 8px; padding: 8px 16px; }
+header, h3 { color: var(--soft); font-size: .875rem; }
 h1, h2 { flex: 1; font-size: 1rem; }
 #problem { color: var(--alarm); font-weight: 600; padding: 0 16px; }
-main {
-  flex: 1;
-  min-height: 0;
-  padding: 0 16px;
-  display: grid;
-  gap: 12px;
-  grid-template: minmax(4rem, auto) minmax(0, 1fr) / 1fr 1fr;
-}
-section, dialog, button, input {
-  padding: 8px 16px;
-  border: 1px solid var(--edge);
-  border-radius: 6px;
-  background: var(--card);
-  color: inherit;
-  font: inherit;
-}
+#status { min-width: 0; overflow-wrap: anywhere; }
+main { display: grid; flex: 1; gap: 12px; min-height: 0; padding: 0 16px;
+  grid-template: minmax(4rem, auto) minmax(0, 1fr) / 1fr 1fr; }
+section, dialog, button, input { background: var(--card); border: 1px solid var(--edge);
+  border-radius: 6px; color: inherit; font: inherit; padding: 8px 16px; }
 section { overflow: auto; }
-section p { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
+section p { overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap; }
 #turns { grid-column: 1 / 3; max-height: 30dvh; }
 [aria-pressed=true], form button { background: var(--mark); color: var(--on); }
-footer div, footer button, footer label, #note { flex: 1 1 auto; white-space: nowrap; }
-#number, #note { width: 5rem; }
-#status { min-width: 0; overflow-wrap: anywhere; }
+footer button { flex: 1 1 auto; white-space: nowrap; }
 dialog { margin: auto; max-width: min(36rem, 100% - 16px); }
 dialog form { display: grid; gap: 12px; }
 @media (max-width: 900px) {
   main { display: block; overflow: auto; padding: 0 8px; }
   section { margin-bottom: 8px; max-height: 60dvh; }
-  header, footer { padding: 6px 8px; gap: 6px; justify-content: space-between; }
-  footer { flex-wrap: wrap; }
-  footer div { flex-basis: 100%; }
-  header h1, progress, kbd, #keys { display: none; }
-  button, input { padding: 8px 6px; }
+  header, footer { flex-wrap: wrap; padding: 6px 8px; }
+  h1, kbd, #keys { display: none; }
 }
 </style>
+<title data-zh="哪个回答更好？">Which answer is better?</title>
 <header>
   <h1 data-zh="哪个回答更好？">Which answer is better?</h1>
-  <label data-zh="第 ">Pair
-    <input id="number" type="number" data-key="j"> / <b id="total"></b><span
-      id="unit"></span></label>
-  <progress id="bar" value="0" aria-label="Pairs judged" data-zh="已评数量"></progress>
+  <b id="place"></b>
   <span id="status" role="status"></span>
   <button data-do="download" data-key="d" data-zh="下载 ">Download <kbd>D</kbd></button>
   <button data-do="help" data-key="?" data-zh="帮助 ">Help <kbd>?</kbd></button>
@@ -11361,18 +11319,12 @@ dialog form { display: grid; gap: 12px; }
     <h3 data-zh="回答 B">Answer B</h3><p id="b" dir="auto"></p></section>
 </main>
 <footer>
-  <div>
-    <button data-do="a" data-key="a arrowleft" data-zh="A 更好 ">A is better
-      <kbd>← A</kbd></button>
-    <button data-do="tie" data-key="t" data-zh="差不多 ">Tie <kbd>T</kbd></button>
-    <button data-do="bad" data-key="x" data-zh="都不好 ">Both bad <kbd>X</kbd></button>
-    <button data-do="b" data-key="b arrowright" data-zh="B 更好 ">B is better
-      <kbd>→ B</kbd></button>
-  </div>
+  <button data-do="a" data-key="a arrowleft" data-zh="A 更好 ">A is better <kbd>← A</kbd></button>
+  <button data-do="tie" data-key="t" data-zh="差不多 ">Tie <kbd>T</kbd></button>
+  <button data-do="bad" data-key="x" data-zh="都不好 ">Both bad <kbd>X</kbd></button>
+  <button data-do="b" data-key="b arrowright" data-zh="B 更好 ">B is better <kbd>→ B</kbd></button>
+  <button data-do="back" data-key="p" data-zh="上一对 ">Previous <kbd>P</kbd></button>
   <button data-do="skip" data-key="s" data-zh="跳过 ">Skip <kbd>S</kbd></button>
-  <button data-do="undo" data-key="u" data-zh="撤销 ">Undo <kbd>U</kbd></button>
-  <label data-zh="备注 ">Note <kbd>N</kbd>
-    <input id="note" autocomplete="off" data-key="n"></label>
 </footer>
 <dialog id="start" aria-labelledby="hello">
   <form method="dialog" id="who">
@@ -11382,10 +11334,7 @@ dialog form { display: grid; gap: 12px; }
       Length and formatting do not count.</p>
     <p data-zh="看不出优劣时选“差不多”；两个回答都不值得模型学习时选“都不好”。">
       Tie: you see no difference. Both bad: a model should learn from neither answer.</p>
-    <p id="keys"
-      data-zh="按钮上标有快捷键。J：跳转到指定序号；↑ ↓：同时滚动两个回答；回车：退出输入框。">
-      Each button shows its key. J: go to a pair. ↑ ↓: scroll both answers.
-      Enter: leave a field.</p>
+    <p id="keys" data-zh="按钮上标有快捷键。">Each button shows its key.</p>
     <p data-zh="每次选择都会立即保存在此浏览器中，不会上传。评完后请下载结果，中途也可随时下载。">
       Each choice is saved in this browser at once; nothing is sent. Download the file when you
       are done, or at any time before.</p>
@@ -11403,15 +11352,11 @@ const {salt, pairs} = JSON.parse($("data").textContent);
 const chinese = navigator.language.startsWith("zh");
 const ROLES = {user: "用户", assistant: "助手", system: "系统"};
 const STORE = "verdicts";  // where browsers have saved choices since the first version
-const entries = new Map();  // annotator + pair_id -> entry, see entryOf
+const choices = new Map();  // annotator + pair_id -> a, b, tie or bad
 
 let database;
 let me = "";  // name of the annotator
 let at = 0;  // index of the pair that is shown
-let since = 0;  // when it was shown
-
-
-// Texts
 
 function say(id, english, zh) {
   $(id).textContent = chinese ? zh : english;
@@ -11422,43 +11367,16 @@ function warnUnsaved() {
     "此浏览器无法保存您的选择：关闭页面前请先下载。");
 }
 
-function visible(text) {  // control characters as ⟦U+202E⟧
-  const controls = /[\0-\x08\x0b-\x1f\x7f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g;
-  return text.replace(controls, sign => {
-    if (sign === "\r") return "";
-    const code = sign.charCodeAt(0).toString(16).toUpperCase();
-    return `⟦U+${code.padStart(4, "0")}⟧`;
-  });
-}
-
 function create(tag, fields) {
   return Object.assign(document.createElement(tag), fields);
 }
 
-
-// Choices, and where they are saved
-
-function entryOf(pair) {  // what this annotator chose
-  const saved = entries.get(me + pair.pair_id);
-  if (saved) return saved;
-  return {
-    salt,  // of this page
-    annotator: me,
-    pair_id: pair.pair_id,
-    seen: "",  // a, b, tie or bad
-    note: "",
-    seconds: 0,
-    when: 0,
-  };
+function choiceOf(pair) {  // of this annotator; undefined if there is none
+  return choices.get(me + pair.pair_id);
 }
 
-function isJudged(pair) {
-  return entryOf(pair).seen !== "";
-}
 
-function byTime(first, second) {
-  return first.when - second.when;
-}
+// Where choices are saved: IndexedDB, because Chromium may lose the localStorage of a local file.
 
 function resultOf(request) {
   return new Promise((resolve, reject) => {
@@ -11467,86 +11385,64 @@ function resultOf(request) {
   });
 }
 
-// IndexedDB, because Chromium may lose the localStorage of a local file that is reloaded.
-async function load() {  // the entries of every annotator of this page, latest last
+async function load() {  // the choices of every annotator of this page
   const request = indexedDB.open("rlhf-review");
   request.onupgradeneeded = () => {
     request.result.createObjectStore(STORE, {keyPath: ["salt", "annotator", "pair_id"]});
   };
   database = await resultOf(request);
   const store = database.transaction(STORE).objectStore(STORE);
-  const ofThisPage = IDBKeyRange.bound([salt], [salt, []]);
-  const saved = await resultOf(store.getAll(ofThisPage));
-  return saved.sort(byTime);
-}
-
-function save(pair, change) {
-  const entry = {...entryOf(pair), ...change};
-  entries.set(me + pair.pair_id, entry);
-  try {
-    const saving = database.transaction(STORE, "readwrite");
-    saving.onabort = warnUnsaved;
-    saving.objectStore(STORE).put(entry);
-    saving.commit();  // at once: closing the tab aborts what is not committed
-  } catch {
-    warnUnsaved();
-  }
-}
-
-
-// Showing and judging pairs
-
-function nextIndex(index) {  // of the next pair without a choice; if all have one, of the next
-  const order = pairs.map((pair, step) => (index + 1 + step) % pairs.length);
-  return order.find(i => !isJudged(pairs[i])) ?? order[0];
-}
-
-function show(index) {
-  at = index;
-  since = performance.now();
-  const pair = pairs[at];
-  const entry = entryOf(pair);
-  const turns = [];
-  for (const {role, content} of pair.messages) {
-    turns.push(create("h3", {textContent: chinese ? ROLES[role] ?? role : role}));
-    turns.push(create("p", {textContent: visible(content), dir: "auto"}));
-  }
-  $("turns").replaceChildren(...turns);
-  $("a").textContent = visible(pair.a);
-  $("b").textContent = visible(pair.b);
-  for (const section of all("section")) section.scrollTop = 0;
-  $("turns").scrollTop = $("turns").scrollHeight;  // the last question is what A and B answer
-  for (const button of all("footer div button")) {
-    button.ariaPressed = button.dataset.do === entry.seen;
-  }
-  $("number").value = at + 1;
-  $("note").value = entry.note;
-  showProgress();
-}
-
-function showProgress() {
-  const done = pairs.filter(isJudged).length;
-  $("bar").value = done;
-  if (done < pairs.length) {
-    say("status", `${done} judged by ${me}`, `${me}：已评 ${done} 对`);
-  } else {
-    say("status", "All judged: download the file", "已全部评完，请下载结果");
+  const saved = await resultOf(store.getAll(IDBKeyRange.bound([salt], [salt, []])));
+  for (const {annotator, pair_id, seen} of saved) {
+    choices.set(annotator + pair_id, seen);
+    $("name").value = annotator;
   }
 }
 
 function judge(seen) {
-  const seconds = entryOf(pairs[at]).seconds + (performance.now() - since) / 1000;
-  save(pairs[at], {seen, seconds, when: Date.now()});
-  show(nextIndex(at));
+  const {pair_id} = pairs[at];
+  choices.set(me + pair_id, seen);
+  try {
+    const saving = database.transaction(STORE, "readwrite");
+    saving.onabort = warnUnsaved;
+    saving.objectStore(STORE).put({salt, annotator: me, pair_id, seen});
+    saving.commit();  // at once: closing the tab aborts what is not committed
+  } catch {
+    warnUnsaved();
+  }
+  showNext(at);
 }
 
-function undo() {
-  const judged = pairs.filter(isJudged);
-  judged.sort((first, second) => byTime(entryOf(first), entryOf(second)));
-  const last = judged.at(-1);
-  if (last) {
-    save(last, {seen: ""});
-    show(pairs.indexOf(last));
+
+// Showing pairs
+
+function showNext(index) {  // the next pair without a choice; if all have one, the next
+  const order = pairs.map((pair, step) => (index + 1 + step) % pairs.length);
+  show(order.find(i => !choiceOf(pairs[i])) ?? order[0]);
+}
+
+function show(index) {
+  at = index;
+  const pair = pairs[at];
+  const turns = [];
+  for (const {role, content} of pair.messages) {
+    turns.push(create("h3", {textContent: chinese ? ROLES[role] ?? role : role}));
+    turns.push(create("p", {textContent: content, dir: "auto"}));
+  }
+  $("turns").replaceChildren(...turns);
+  $("a").textContent = pair.a;
+  $("b").textContent = pair.b;
+  for (const section of all("section")) section.scrollTop = 0;
+  $("turns").scrollTop = $("turns").scrollHeight;  // the last question is what A and B answer
+  for (const button of all("footer button")) {
+    button.ariaPressed = button.dataset.do === choiceOf(pair);
+  }
+  $("place").textContent = `${at + 1} / ${pairs.length}`;
+  const done = pairs.filter(choiceOf).length;
+  if (done < pairs.length) {
+    say("status", `${done} judged by ${me}`, `${me}：已评 ${done} 对`);
+  } else {
+    say("status", "All judged: download the file", "已全部评完，请下载结果");
   }
 }
 
@@ -11563,28 +11459,13 @@ function chosenIsLeft(text) {  // FNV-1a, folded
 
 function lineOf(pair) {
   const {pair_id, prompt_id, queue} = pair;
-  const entry = entryOf(pair);
-  const left = chosenIsLeft(salt + pair_id);
-  const labels = {
-    a: left ? "chosen" : "rejected",
-    b: left ? "rejected" : "chosen",
-    tie: "tie",
-    bad: "bad",
-  };
-  const line = {
-    pair_id,
-    prompt_id,
-    choice: labels[entry.seen],
-    queue,
-    note: entry.note,
-    annotator: me,
-    seconds: Number(entry.seconds.toFixed(1)),
-  };
-  return JSON.stringify(line) + "\n";
+  const [a, b] = chosenIsLeft(salt + pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
+  const choice = {a, b, tie: "tie", bad: "bad"}[choiceOf(pair)];
+  return JSON.stringify({pair_id, prompt_id, choice, queue, annotator: me}) + "\n";
 }
 
 function download() {
-  const lines = pairs.filter(isJudged).map(lineOf);
+  const lines = pairs.filter(choiceOf).map(lineOf);
   const href = URL.createObjectURL(new Blob(lines));
   const name = me.replace(/[^\p{L}\p{N}]+/gu, "-");
   create("a", {href, download: `annotations-${name}.jsonl`}).click();
@@ -11598,39 +11479,27 @@ const actions = {
   b: () => judge("b"),
   tie: () => judge("tie"),
   bad: () => judge("bad"),
-  skip: () => show(nextIndex(at)),
-  undo,
+  back: () => show((at || pairs.length) - 1),
+  skip: () => showNext(at),
   download,
   help: () => $("start").showModal(),
 };
 
 document.onkeydown = event => {
-  const typing = event.target.matches("input");
-  const key = event.key.toLowerCase();
-  const distance = {arrowup: -80, arrowdown: 80}[key];
-  const control = document.querySelector(`[data-key~="${CSS.escape(key)}"]`);
+  const key = CSS.escape(event.key.toLowerCase());
+  const button = document.querySelector(`[data-key~="${key}"]`);
   if (!me || $("start").open || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (typing) {
-    if (key === "escape" || key === "enter") event.target.blur();
-  } else if (distance && !event.target.matches("section")) {  // a focused text scrolls by itself
-    for (const section of all("section + section")) section.scrollBy(0, distance);
-  } else if (control && !event.repeat) {  // a key that is held down judges once
+  if (button && !event.repeat) {  // a key that is held down judges once
     event.preventDefault();
-    if (control.matches("input")) control.focus();
-    else control.click();
+    button.click();
   }
 };
-
-function goToNumber() {
-  const number = Math.round($("number").value);
-  show(Math.max(1, Math.min(pairs.length, number)) - 1);
-}
 
 $("who").onsubmit = () => {
   const name = $("name").value.trim();
   if (name === me) return;  // after reading the help the same pair stays
   me = name;
-  show(nextIndex(-1));
+  showNext(-1);
 };
 
 $("start").onclose = () => {
@@ -11638,43 +11507,27 @@ $("start").onclose = () => {
   if (!me) $("start").showModal();
 };
 
-function translate() {
-  document.documentElement.lang = "zh";
-  for (const part of all("[data-zh]")) {
-    if (part.ariaLabel) part.ariaLabel = part.dataset.zh;
-    else part.firstChild.data = part.dataset.zh;
-  }
-}
-
 async function begin() {  // nothing can be judged before saved choices are loaded and a name given
-  if (chinese) translate();
-  say("unit", "", " 对");
-  $("total").textContent = pairs.length;
-  $("number").max = pairs.length;
-  $("bar").max = pairs.length;
+  if (chinese) {
+    document.documentElement.lang = "zh";
+    for (const part of all("[data-zh]")) {
+      if (part.ariaLabel) part.ariaLabel = part.dataset.zh;
+      else part.firstChild.data = part.dataset.zh;
+    }
+  }
   if (!pairs.length) {
     say("problem", "There are no pairs to review.", "没有需要评审的数据。");
     return;
   }
-  let saved = [];
-  try {
-    saved = await load();
-  } catch {
-    warnUnsaved();
-  }
-  for (const entry of saved) entries.set(entry.annotator + entry.pair_id, entry);
+  await load().catch(warnUnsaved);
   for (const button of all("[data-do]")) button.onclick = actions[button.dataset.do];
-  $("number").onfocus = () => $("number").select();
-  $("number").onchange = goToNumber;
-  $("note").oninput = () => save(pairs[at], {note: $("note").value});
-  $("name").value = saved.at(-1)?.annotator ?? "";
   $("start").showModal();
 }
 
 begin();
 </script>
-</html>
 """
+)
 
 
 if __name__ == "__main__":
