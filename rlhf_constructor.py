@@ -7939,23 +7939,18 @@ class Metric:
     needs: int = 30  # cases; with fewer the metric raises no warning
 
 
+# fmt: off
 def format_metric(name: str) -> Metric:
     """The metric of one format."""
-    return Metric(
-        f"format_{name}",
-        "bias",
-        f"{name} in one answer only: it is chosen",
-        "%",
-        lambda report: chosen_with(report.differences["format"], name),
-        too_low=Problem(0.40, 0.25, f"The answer with {name} is usually rejected", "format"),
-        too_high=Problem(0.60, 0.75, f"The answer with {name} is usually chosen", "format"),
-    )
+    return Metric(f"format_{name}", "bias", f"{name} in one answer only: it is chosen", "%",
+                  lambda report: chosen_with(report.differences["format"], name),
+                  Problem(0.4, 0.25, f"The answer with {name} is usually rejected", "format"),
+                  Problem(0.6, 0.75, f"The answer with {name} is usually chosen", "format"))
 
 
 # Warnings keep this order. Limits: AlpacaEval refuses judges that prefer the longer answer in over
 # 70%, people do in 64%; sound labels are guessed from words in 57-70%, labels of who wrote the
 # answer in 94-99%; GPT-4 flips in 35% of close pairs.
-# fmt: off
 METRICS = [
     Metric("kept", "quality", "records that give a pair", "%",
            lambda report: share_true(report.kept),
@@ -8005,8 +8000,8 @@ METRICS = [
            lambda report: distinct_pairs(report.texts["chosen"])),
     Metric("gap", "quality", "score gap, median", "", lambda report: median(report.column("gap"))),
 ]
-# fmt: on
 METRICS += [format_metric(name) for name in FORMATS]
+# fmt: on
 
 
 def metric_row(metric: Metric, measured: Measured, answers_given: bool = False) -> dict:
@@ -8064,7 +8059,7 @@ class Report:
         self.random = random.Random(seed)
         self.orders = orders  # in which each judge sees the answers
         self.pairs = 0
-        self.dropped = Counter()  # (stage, kind of reason) -> records
+        self.dropped = Counter()  # kind of reason -> records
         self.prompts: set[int] = set()  # ids of the records that gave a pair
         self.models = defaultdict(Counter)  # model -> whether chosen, against another model
         self.facts = Counter()  # what the records note down, e.g. "no correct answer"
@@ -8094,7 +8089,7 @@ class Report:
                 self.agreements[label_check.result == "agrees"] += 1
         self.kept[bool(outcome.pairs)] += 1
         if not outcome.pairs:
-            self.dropped[outcome.stage, reason_kind(outcome.reason)] += 1
+            self.dropped[reason_kind(outcome.reason)] += 1
             return
         prompt = int(outcome.record.prompt_id, 16)
         self.repeated[prompt in self.prompts] += 1
@@ -8165,11 +8160,8 @@ class Report:
         metrics = [metric_row(metric, metric.formula(self), answers_given) for metric in METRICS]
         metrics += human["metrics"] if human else []
         levels = Counter(row["level"] for row in metrics)
-        checks = {
-            "passed": levels["ok"],
-            "too_few": levels["too few"],
-            "total": levels.total() - levels[""],
-        }
+        checks = {"passed": levels["ok"], "too_few": levels["too few"]}
+        checks["total"] = levels.total() - levels[""]
         warnings = [row for row in metrics if row["level"] == "critical"]
         warnings += [row for row in metrics if row["level"] == "warn"]
         return {
@@ -8186,7 +8178,7 @@ class Report:
             "notes": judge_family_notes(settings, self.models),
             "people": human["lines"] if human else [],
             "samples": examples(self.rows),
-            "sample": {"pairs": len(self.rows), "characters": SAMPLE_TEXT},
+            "sampled_pairs": len(self.rows),
             "cost": cost(usage),
             "usage": usage,
             "settings": settings,
@@ -8255,9 +8247,7 @@ def few_sentence(pairs: int, checks: dict[str, int]) -> str:
         return "There are no pairs, so their quality cannot be checked."
     if pairs >= 100 or 2 * checks["too_few"] < checks["total"]:
         return ""
-    verb = "is" if pairs == 1 else "are"
-    subject = plural(pairs, "pair")
-    return f"{subject} {verb} too few for most quality checks (they need 30 to 100 cases)."
+    return f"Too few pairs ({pairs}) for most quality checks: they need 30 to 100 cases."
 
 
 def headline(metrics: list[dict]) -> list[str]:
@@ -8272,12 +8262,12 @@ def headline(metrics: list[dict]) -> list[str]:
 
 
 def dropped_rows(dropped: Counter) -> list[dict]:
-    """Stage, reason, records, meaning and advice of each kind of drop, most frequent first."""
+    """Reason, records, meaning and advice of each kind of drop, most frequent first."""
     rows = []
-    for (stage, reason), records in dropped.most_common():
+    for reason, records in dropped.most_common():
         meaning, advice = explain_reason(reason)
-        row = {"stage": stage, "reason": reason, "records": records}
-        rows.append(row | {"meaning": meaning, "advice": advice})
+        row = {"reason": reason, "records": records, "meaning": meaning, "advice": advice}
+        rows.append(row)
     return rows
 
 
@@ -8416,10 +8406,9 @@ def report_html(numbers: dict) -> str:
     for section, (title, sentence) in SECTIONS.items():
         rows = [row for row in numbers["metrics"] if row["section"] == section and row["n"]]
         body += section_html(title, sentence, metric_table(rows) + more.get(section, ""))
-    sample = numbers["sample"]
     sentence = (
-        f"Medians, lengths, words and bias come from {sample['pairs']:,} sampled pairs, diversity "
-        f"from up to {DIVERSITY_SAMPLE} of them; texts are cut at {SAMPLE_TEXT:,} characters."
+        f"Medians, charts, words, formats come from {numbers['sampled_pairs']:,} sampled pairs, "
+        f"diversity from up to {DIVERSITY_SAMPLE}; texts are cut at {SAMPLE_TEXT:,} characters."
     )
     articles = "".join(pair_article(row) for row in numbers["samples"])
     body += section_html("Cost", "By model and task.", cost_table(numbers))
@@ -8482,17 +8471,11 @@ def metric_table(rows: list[dict]) -> str:
     cells = []
     for row in rows:
         unit = row["unit"]
-        cells.append(
-            [
-                row["label"],
-                bar(row["value"], interval=row["interval"]) if unit == "%" else "",
-                shown(row["value"], unit),
-                shown_interval(row["interval"], unit),
-                f"{row['n']:,}",
-                row["fine"],
-                f'<b class="level {row["level"]}">{row["level"]}</b>',
-            ]
-        )
+        drawing = bar(row["value"], interval=row["interval"]) if unit == "%" else ""
+        value = shown(row["value"], unit)
+        interval = shown_interval(row["interval"], unit)
+        level = f'<b class="level {row["level"]}">{row["level"]}</b>'
+        cells.append([row["label"], drawing, value, interval, f"{row['n']:,}", row["fine"], level])
     return table(["Metric", "", "Value", "95% CI", "Cases", "Fine", "Level"], cells)
 
 
@@ -11279,7 +11262,7 @@ REVIEW_PAGE = (
     PAGE_START
     + r"""
 body { display: flex; flex-direction: column; height: 100dvh; }
-header, footer, label { align-items: center; display: flex; gap: 8px; padding: 8px 16px; }
+header, footer { align-items: center; display: flex; gap: 8px; padding: 8px 16px; }
 header, h3 { color: var(--soft); font-size: .875rem; }
 h1, h2 { flex: 1; font-size: 1rem; }
 #problem { color: var(--alarm); font-weight: 600; padding: 0 16px; }
@@ -11299,7 +11282,7 @@ dialog form { display: grid; gap: 12px; }
   main { display: block; overflow: auto; padding: 0 8px; }
   section { margin-bottom: 8px; max-height: 60dvh; }
   header, footer { flex-wrap: wrap; padding: 6px 8px; }
-  h1, kbd, #keys { display: none; }
+  h1, kbd { display: none; }
 }
 </style>
 <title data-zh="哪个回答更好？">Which answer is better?</title>
@@ -11334,7 +11317,6 @@ dialog form { display: grid; gap: 12px; }
       Length and formatting do not count.</p>
     <p data-zh="看不出优劣时选“差不多”；两个回答都不值得模型学习时选“都不好”。">
       Tie: you see no difference. Both bad: a model should learn from neither answer.</p>
-    <p id="keys" data-zh="按钮上标有快捷键。">Each button shows its key.</p>
     <p data-zh="每次选择都会立即保存在此浏览器中，不会上传。评完后请下载结果，中途也可随时下载。">
       Each choice is saved in this browser at once; nothing is sent. Download the file when you
       are done, or at any time before.</p>
