@@ -192,19 +192,6 @@ class Answer:
         return self.votes[0] if self.votes else None
 
 
-class LabelCheck(NamedTuple):
-    """What the judges made of one labelled pair (a judge named beside labels that exist)."""
-
-    # "agrees", "disagrees" or "undecided" (the judges' votes tie or contradict each other).
-    result: str
-    # The label's own score gap, in points of its scale; None if the label is a choice.
-    gap: float | None
-    # The judges' mean score of the labelled-better answer minus that of the other.
-    judge_gap: float
-    # Per judge and order: the lead of the labelled-better answer, and whether it was shown first.
-    votes: tuple[tuple[float, bool], ...]
-
-
 @dataclass
 class Record:
     """One input record: a conversation that ends with a user turn, and its known answers."""
@@ -225,7 +212,8 @@ class Record:
     line: int = 0
     # What the report counts, e.g. "no correct answer".
     facts: Counter = field(default_factory=Counter)
-    label_checks: list[LabelCheck] = field(default_factory=list)
+    # What the judges say of each labelled pair: "agrees", "disagrees", "undecided".
+    label_checks: list[str] = field(default_factory=list)
     # Who decided the label in an earlier run: "people", "scores", or "" if the row does not say.
     # With "people" the votes are their choice alone; scores may say the opposite.
     decided_by: str = ""
@@ -934,10 +922,10 @@ async def check_labels(record: Record, pairs: list[Pair], run: Run) -> list[Pair
             record.facts["no checkable answer"] = 1
             reasons[id(pair)] = "no checkable answer: the label cannot be checked"
             continue
-        label_check = check_label(pair, better, worse)
-        record.label_checks.append(label_check)
-        if label_check.result != "agrees":
-            reasons[id(pair)] = LABEL_DROPS[label_check.result]
+        result = check_label(better, worse)
+        record.label_checks.append(result)
+        if result != "agrees":
+            reasons[id(pair)] = LABEL_DROPS[result]
     if any(answer.score is None for answer in answers):
         record.signal = "choice"  # from here on the points are the judges', the label a choice
         for answer, graded in zip(answers, judged, strict=True):
@@ -954,19 +942,12 @@ LABEL_DROPS = {
 }
 
 
-def check_label(pair: Pair, better: Answer, worse: Answer) -> LabelCheck:
-    """What judges say of a pair's label; `better`, `worse`: chosen, rejected with their scores."""
+def check_label(better: Answer, worse: Answer) -> str:
+    """Whether the votes agree that `better` is better; undecided if they tie or differ."""
     leads = [b - w for b, w in zip(better.votes, worse.votes, strict=True)]
     if min(leads) > 0:
-        result = "agrees"
-    elif max(leads) < 0:
-        result = "disagrees"
-    else:
-        result = "undecided"
-    is_choice = pair.record.signal == "choice" and pair.chosen.score is None
-    shown_first = [b < w for b, w in zip(better.positions, worse.positions, strict=True)]
-    votes = tuple(zip(leads, shown_first, strict=False))  # none if the judge sees no order
-    return LabelCheck(result, None if is_choice else pair.gap, better.score - worse.score, votes)
+        return "agrees"
+    return "disagrees" if max(leads) < 0 else "undecided"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8082,11 +8063,10 @@ class Report:
         """Count one record's outcome; a dropped one counts for what the judges said about it."""
         self._add_votes([answer for answer in outcome.answers if answer.positions])
         self.facts.update(outcome.record.facts)
-        for label_check in outcome.record.label_checks:
-            undecided = label_check.result == "undecided"
-            self.undecided[undecided] += 1
-            if not undecided:
-                self.agreements[label_check.result == "agrees"] += 1
+        for result in outcome.record.label_checks:
+            self.undecided[result == "undecided"] += 1
+            if result != "undecided":
+                self.agreements[result == "agrees"] += 1
         self.kept[bool(outcome.pairs)] += 1
         if not outcome.pairs:
             self.dropped[reason_kind(outcome.reason)] += 1

@@ -641,7 +641,7 @@ def checked(result, times, facts=()):
     """Outcomes of records with a checked label."""
     for i in range(times):
         record = rc.Record([{"role": "user", "content": f"{result} {i}"}])
-        record.label_checks.append(rc.LabelCheck(result, None, 0.0, ()))
+        record.label_checks.append(result)
         record.facts.update(facts)
         yield process_record(record, stage="judge", reason="the judge disagrees with the label")
 
