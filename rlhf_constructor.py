@@ -7646,7 +7646,7 @@ SHOWN_ROWS = 20  # models, telling words, drop reasons on the page
 Z = 1.96  # standard errors to either side of a 95% interval
 FOLDS = 5  # of the cross-validation
 OFTEN = 5  # pairs that a feature needs to count as a clue
-HEADLINES = {  # metrics that the terminal repeats while they raise no warning
+HEADLINES = {  # metrics at the top of the page; the terminal shows them if they raise no warning
     "flips": "order flips {}",
     "longer": "chosen is longer {}",
     "gap": "median score gap {}",
@@ -7969,7 +7969,7 @@ METRICS = [
            lambda report: share_true(report.repeated),
            too_high=Problem(0.05, 0.5, "Many prompts occur more than once", "prompts")),
     Metric("near_duplicates_prompts", "diversity", "near-duplicate prompts", "%",
-           lambda report: near_duplicates(report.texts["prompts"]),
+           lambda report: near_duplicates(report.texts["prompt"]),
            too_high=Problem(0.05, 0.25, "Many prompts are near-duplicates", "prompts")),
     Metric("near_duplicates_chosen", "diversity", "near-duplicate chosen answers", "%",
            lambda report: near_duplicates(report.texts["chosen"]),
@@ -8054,7 +8054,7 @@ class Report:
         self.agreements = Counter()  # whether the judges agree with a label that they decided
         self.undecided = Counter()  # whether the judges' votes on a label contradict each other
         # The sample, and what `numbers` makes of it: kind of feature -> [Difference, ...]; and
-        # "prompts", "chosen" -> texts that are compared with each other.
+        # "prompt", "chosen" -> texts that are compared with each other.
         self.rows = []
         self.differences = defaultdict(list)
         self.texts = {}
@@ -8133,7 +8133,7 @@ class Report:
         self.differences = find_differences(self.rows, features)
         prompts = {row["prompt_id"]: row for row in self.rows}
         unique = list(prompts.values())[:DIVERSITY_SAMPLE]
-        for name in ("prompts", "chosen"):
+        for name in ("prompt", "chosen"):
             texts = [row[name] for row in unique]
             self.texts[name] = [text for text in texts if len(split_words(text)) >= LONG_ENOUGH]
         answers_given = getattr(METHODS.get(settings.get("method")), "reads_answers", False)
@@ -8205,7 +8205,7 @@ def sample_row(pair: Pair) -> dict:
     scored = chosen.score is not None and rejected.score is not None
     row = {
         "prompt_id": pair.record.prompt_id,
-        "prompts": pair.record.prompt[:SAMPLE_TEXT],
+        "prompt": pair.record.prompt[:SAMPLE_TEXT],
         "ratio": max(1, len(chosen.text)) / max(1, len(rejected.text)),
         # Ranks and choices are no points, people's choices are no gap.
         "gap": pair.gap if scored and not pair.human else None,
@@ -8253,10 +8253,8 @@ def dropped_rows(dropped: Counter) -> list[dict]:
 
 def judge_family_notes(settings: dict, models: Iterable[str]) -> list[str]:
     """A sentence if a judge and a candidate are of one family."""
-    families = set()
-    for judge in settings.get("judges", []):
-        families |= family(judge)
-    related = [name for name in sorted(models) if family(name) & families]
+    families = {family(judge) for judge in settings.get("judges", [])} - {""}
+    related = [name for name in sorted(models) if family(name) in families]
     if not related:
         return []
     return [
@@ -8265,9 +8263,10 @@ def judge_family_notes(settings: dict, models: Iterable[str]) -> list[str]:
     ]
 
 
-def family(model: str) -> set[str]:
-    """The letters that the names in `owner/model@URL` begin with: {"qwen"} for Qwen/Qwen3-32B."""
-    return set(re.findall("(?:^|/)([a-z]+)", model.partition("@")[0].lower()))
+def family(model: str) -> str:
+    """The letters that the name in `[owner/]name[@URL]` begins with: "qwen" for Qwen/Qwen3-32B."""
+    name = model.partition("@")[0].lower().rpartition("/")[2]
+    return re.match("[a-z]*", name)[0]
 
 
 def histogram(series: dict[str, list[float]]) -> dict:
@@ -8303,16 +8302,15 @@ def histogram(series: dict[str, list[float]]) -> dict:
 
 def examples(rows: list[dict]) -> list[dict]:
     """Up to SHOWN_PAIRS pairs each with the lowest gap, with the highest gap, and at random."""
-    with_gap = [row for row in rows if row["gap"] is not None]
-    with_gap.sort(key=lambda row: row["gap"])
-    kinds = {"lowest gap": with_gap, "highest gap": with_gap[::-1], "random": rows}
+    ordered = [row for row in rows if row["gap"] is not None]
+    ordered.sort(key=lambda row: row["gap"])
+    lowest = ordered[:SHOWN_PAIRS]
+    highest = ordered[SHOWN_PAIRS:][-SHOWN_PAIRS:]
+    others = [row for row in rows if row not in lowest + highest]
+    kinds = {"lowest gap": lowest, "highest gap": highest, "random": others[:SHOWN_PAIRS]}
     samples = []
-    taken: set[int] = set()  # ids of the rows: a pair is shown once
-    for kind, candidates in kinds.items():
-        others = [row for row in candidates if id(row) not in taken]
-        for row in others[:SHOWN_PAIRS]:
-            taken.add(id(row))
-            samples.append({"kind": kind, **row})
+    for kind, group in kinds.items():
+        samples += [{"kind": kind, **row} for row in group]
     return samples
 
 
@@ -8367,7 +8365,6 @@ SECTIONS = {  # section of a metric -> title, and what its numbers tell
     "people": ("People", "What the annotators say about the labels."),
     "labels": ("Labels checked", "What judges or exact match say about labels and answers."),
 }
-TILES = ("kept", "gap", "longer", "flips")  # metrics at the top of the page
 
 
 def report_html(numbers: dict) -> str:
@@ -8428,7 +8425,7 @@ def tiles(numbers: dict) -> str:
     """The figures that a reader looks for first."""
     cells = [f"<div><b>{numbers['pairs']:,}</b>pairs of {numbers['records']:,} records</div>"]
     for row in numbers["metrics"]:
-        if row["metric"] in TILES and row["n"]:
+        if row["metric"] in HEADLINES and row["n"]:
             cells.append(f"<div><b>{shown(row['value'], row['unit'])}</b>{row['label']}</div>")
     return "".join(cells)
 
@@ -8532,7 +8529,7 @@ def pair_article(row: dict) -> str:
     head = row["kind"]
     if row["gap"] is not None:
         head += f", score gap {shown(row['gap'])}"
-    facts = {"prompts": head}
+    facts = {"prompt": head}
     for side in ("chosen", "rejected"):
         facts[side] = row[f"model_{side}"]
         if row[f"score_{side}"] is not None:
@@ -11224,7 +11221,7 @@ td { white-space: nowrap; } td:only-of-type { overflow-wrap: anywhere; white-spa
 tr + tr > * { border-top: 1px solid var(--line); }
 td:has(svg) { width: 40%; }
 article div { border-top: 3px solid var(--side); min-width: 0; }
-article .prompts { border: 0; grid-column: 1 / -1; }
+article .prompt { border: 0; grid-column: 1 / -1; }
 article p { font-size: .92rem; max-height: 20rem; overflow: auto; overflow-wrap: anywhere;
   unicode-bidi: isolate; white-space: pre-wrap; }
 </style>

@@ -508,7 +508,7 @@ def test_the_sample_is_bounded_seeded_and_even(monkeypatch):
                     record, [rc.Pair(record, rc.Answer("x" * 50_000), rc.Answer("y" * 46))]
                 )
             )
-        drawn.append([int(row["prompts"]) for row in made.rows])
+        drawn.append([int(row["prompt"]) for row in made.rows])
     assert (
         drawn[0] == drawn[1] and len(drawn[0]) == 200 and 1600 < statistics.fmean(drawn[0]) < 2400
     )
