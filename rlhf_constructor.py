@@ -7825,13 +7825,6 @@ def cross_validated_accuracy(pairs: list[Difference]) -> Measured:
     return share(correct, len(pairs))
 
 
-def chosen_with(pairs: list[Difference], feature: str) -> Measured:
-    """Of the pairs with a feature in one answer only: how often that answer is chosen."""
-    chosen = sum(feature in pair.chosen for pair in pairs)
-    rejected = sum(feature in pair.rejected for pair in pairs)
-    return share(chosen, chosen + rejected)
-
-
 # What a warning says: what it means, what to try, and what to try where the answers were given.
 
 
@@ -7914,33 +7907,24 @@ class Metric:
     section: str  # of the page, see SECTIONS
     label: str
     unit: str = ""  # "%": a share 0..1; "×": a ratio; "": a plain number
-    formula: Callable[[Any], Measured] | None = None  # of a Report (HUMAN_METRICS: Annotations)
+    # Report (HUMAN_METRICS: Annotations) -> Measured; None: the share of True in Report.counts.
+    formula: Callable[[Any], Measured] | None = None
     too_low: Problem | None = None
     too_high: Problem | None = None
     needs: int = 30  # cases; with fewer the metric raises no warning
 
 
-# fmt: off
-def format_metric(name: str) -> Metric:
-    """The metric of one format."""
-    return Metric(f"format_{name}", "bias", f"{name} in one answer only: it is chosen", "%",
-                  lambda report: chosen_with(report.differences["format"], name),
-                  Problem(0.4, 0.25, f"The answer with {name} is usually rejected", "format"),
-                  Problem(0.6, 0.75, f"The answer with {name} is usually chosen", "format"))
-
-
 # Warnings keep this order. Limits: AlpacaEval refuses judges that prefer the longer answer in over
 # 70%, people do in 64%; sound labels are guessed from words in 57-70%, labels of who wrote the
 # answer in 94-99%; GPT-4 flips in 35% of close pairs.
+# fmt: off
 METRICS = [
     Metric("kept", "quality", "records that give a pair", "%",
-           lambda report: share_true(report.kept),
            too_low=Problem(0.3, 0.05, "Few records give a pair", "yield")),
     Metric("identity", "bias", "label predicted from the model name", "%",
            lambda report: cross_validated_accuracy(report.differences["identity"]),
            too_high=Problem(0.8, 0.95, "The model name alone predicts the label", "writer")),
     Metric("longer", "length", "chosen is longer", "%",
-           lambda report: share_true(report.longer),
            too_low=Problem(0.4, 0.3, "The shorter answer is usually chosen", "shorter"),
            too_high=Problem(0.6, 0.7, "The longer answer is usually chosen", "longer")),
     Metric("length_ratio", "length", "length of chosen / rejected, median", "×",
@@ -7950,23 +7934,17 @@ METRICS = [
            lambda report: cross_validated_accuracy(report.differences["words"]), needs=100,
            too_high=Problem(0.7, 0.85, "The choice of words predicts the label", "words")),
     Metric("flips", "bias", "order flips", "%",
-           lambda report: share_true(report.flips),
            too_high=Problem(0.25, 0.4, "The judge's choice often flips with the order", "order")),
     Metric("first_slot", "bias", "first-shown answer preferred", "%",
-           lambda report: share_true(report.first_slot),
            too_low=Problem(0.4, 0.3, "The judge rarely prefers the first-shown answer", "order"),
            too_high=Problem(0.6, 0.7, "The judge usually prefers the first-shown answer", "order")),
     Metric("ties", "quality", "judge replies that score all answers alike", "%",
-           lambda report: share_true(report.ties),
            too_high=Problem(0.5, 0.75, "Most judge replies score all answers alike", "ties")),
     Metric("label_agreement", "labels", "judges agree with the label, where they decide", "%",
-           lambda report: share_true(report.agreements),
            too_low=Problem(0.7, 0.55, "The judges often disagree with the labels", "checked")),
     Metric("label_undecided", "labels", "labels that the judges leave undecided", "%",
-           lambda report: share_true(report.undecided),
            too_high=Problem(0.5, 1, "The judges cannot decide most labels", "checked")),
     Metric("repeated_prompts", "diversity", "repeated prompts", "%",
-           lambda report: share_true(report.repeated),
            too_high=Problem(0.05, 0.5, "Many prompts occur more than once", "prompts")),
     Metric("near_duplicates_prompts", "diversity", "near-duplicate prompts", "%",
            lambda report: near_duplicates(report.texts["prompt"]),
@@ -7981,7 +7959,11 @@ METRICS = [
            lambda report: distinct_pairs(report.texts["chosen"])),
     Metric("gap", "quality", "score gap, median", "", lambda report: median(report.column("gap"))),
 ]
-METRICS += [format_metric(name) for name in FORMATS]
+for _format in FORMATS:
+    METRICS.append(Metric(
+        f"format_{_format}", "bias", f"{_format} in one answer only: it is chosen", "%",
+        too_low=Problem(0.4, 0.25, f"The answer with {_format} is usually rejected", "format"),
+        too_high=Problem(0.6, 0.75, f"The answer with {_format} is usually chosen", "format")))
 # fmt: on
 
 
@@ -8044,15 +8026,7 @@ class Report:
         self.prompts: set[int] = set()  # ids of the records that gave a pair
         self.models = defaultdict(Counter)  # model -> whether chosen, against another model
         self.facts = Counter()  # what the records note down, e.g. "no correct answer"
-        # Counts of True and False:
-        self.kept = Counter()  # whether a record gave a pair
-        self.repeated = Counter()  # whether the prompt of such a record came before
-        self.longer = Counter()  # whether chosen is the longer answer of a pair
-        self.first_slot = Counter()  # whether the first-shown answer is above the reply's median
-        self.flips = Counter()  # whether the swapped order was decided otherwise
-        self.ties = Counter()  # whether all answers of a judge reply got one score
-        self.agreements = Counter()  # whether the judges agree with a label that they decided
-        self.undecided = Counter()  # whether the judges' votes on a label contradict each other
+        self.counts = defaultdict(Counter)  # key of a metric -> cases where it is True and False
         # The sample, and what `numbers` makes of it: kind of feature -> [Difference, ...]; and
         # "prompt", "chosen" -> texts that are compared with each other.
         self.rows = []
@@ -8064,15 +8038,15 @@ class Report:
         self._add_votes([answer for answer in outcome.answers if answer.positions])
         self.facts.update(outcome.record.facts)
         for result in outcome.record.label_checks:
-            self.undecided[result == "undecided"] += 1
+            self.counts["label_undecided"][result == "undecided"] += 1
             if result != "undecided":
-                self.agreements[result == "agrees"] += 1
-        self.kept[bool(outcome.pairs)] += 1
+                self.counts["label_agreement"][result == "agrees"] += 1
+        self.counts["kept"][bool(outcome.pairs)] += 1
         if not outcome.pairs:
             self.dropped[reason_kind(outcome.reason)] += 1
             return
         prompt = int(outcome.record.prompt_id, 16)
-        self.repeated[prompt in self.prompts] += 1
+        self.counts["repeated_prompts"][prompt in self.prompts] += 1
         self.prompts.add(prompt)
         for pair in outcome.pairs:
             self._add_pair(pair)
@@ -8085,13 +8059,13 @@ class Report:
             return
         replies = list(zip(*(answer.votes for answer in answers), strict=True))
         for call, votes in enumerate(replies):
-            self.ties[min(votes) == max(votes)] += 1
+            self.counts["ties"][min(votes) == max(votes)] += 1
             # Each answer stands early in one order and late in the other: a fair judge puts an
             # answer above the middle as often in the first position as in any other.
             middle = statistics.median(votes)
             for answer, vote in zip(answers, votes, strict=True):
                 if answer.positions[call] == 0 and vote != middle:
-                    self.first_slot[vote > middle] += 1
+                    self.counts["first_slot"][vote > middle] += 1
         if self.orders == 2:
             for votes, swapped in zip(replies[::2], replies[1::2], strict=False):
                 self._add_order_swap(votes, swapped)
@@ -8101,7 +8075,7 @@ class Report:
         best = votes.index(max(votes))
         worst = votes.index(min(votes))
         if votes[best] != votes[worst] and swapped[best] != swapped[worst]:
-            self.flips[swapped[best] < swapped[worst]] += 1
+            self.counts["flips"][swapped[best] < swapped[worst]] += 1
 
     def _add_pair(self, pair: Pair) -> None:
         """Count one pair, and keep it if it is drawn into the sample."""
@@ -8112,7 +8086,7 @@ class Report:
             self.models[chosen.model][True] += 1
             self.models[rejected.model][False] += 1
         if len(chosen.text) != len(rejected.text):
-            self.longer[len(chosen.text) > len(rejected.text)] += 1
+            self.counts["longer"][len(chosen.text) > len(rejected.text)] += 1
         # Algorithm R: each pair so far is as likely as any other to be in the sample.
         if len(self.rows) < REPORT_SAMPLE:
             self.rows.append(sample_row(pair))
@@ -8131,13 +8105,22 @@ class Report:
         `usage`: a row per model and role; `human`: what `Annotations.numbers` returns (REVIEW)."""
         self.random.shuffle(self.rows)
         self.differences = find_differences(self.rows, features)
+        for difference in self.differences["format"]:
+            for name in difference.chosen:
+                self.counts[f"format_{name}"][True] += 1
+            for name in difference.rejected:
+                self.counts[f"format_{name}"][False] += 1
         prompts = {row["prompt_id"]: row for row in self.rows}
         unique = list(prompts.values())[:DIVERSITY_SAMPLE]
         for name in ("prompt", "chosen"):
             texts = [row[name] for row in unique]
             self.texts[name] = [text for text in texts if len(split_words(text)) >= LONG_ENOUGH]
         answers_given = getattr(METHODS.get(settings.get("method")), "reads_answers", False)
-        metrics = [metric_row(metric, metric.formula(self), answers_given) for metric in METRICS]
+        metrics = []
+        for metric in METRICS:
+            formula = metric.formula
+            measured = formula(self) if formula else share_true(self.counts[metric.key])
+            metrics.append(metric_row(metric, measured, answers_given))
         metrics += human["metrics"] if human else []
         levels = Counter(row["level"] for row in metrics)
         checks = {"passed": levels["ok"], "too_few": levels["too few"]}
@@ -8149,8 +8132,8 @@ class Report:
             "checks": checks,
             "few": few_sentence(self.pairs, checks),
             "headline": headline(metrics),
-            "records": self.kept.total(),
-            "kept": self.kept[True],
+            "records": self.counts["kept"].total(),
+            "kept": self.counts["kept"][True],
             "pairs": self.pairs,
             "dropped": dropped_rows(self.dropped),
             "metrics": metrics + self.plain_rows(),
@@ -8168,7 +8151,7 @@ class Report:
         """Rows without limits: what records note down, how often models win, telling words."""
         rows = []
         for fact, count in self.facts.most_common():
-            measured = share(count, self.kept.total())
+            measured = share(count, self.counts["kept"].total())
             rows.append(metric_row(Metric("records", "labels", f"records: {fact}", "%"), measured))
         busiest = sorted(self.models, key=lambda name: -self.models[name].total())
         for name in busiest[:SHOWN_ROWS]:

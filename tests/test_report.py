@@ -466,8 +466,8 @@ def test_flips_and_slots_by_hand_with_two_judges_of_two_orders():
     )  # judge 1 flips, judge 2 does not
     b = rc.Answer("b", votes=(5, 6, 5, 5), positions=(1, 0, 1, 0))
     made.add(process_record(record, answers=[a, b], stage="judge", reason="orders disagree"))
-    assert made.flips == {True: 1, False: 1} and made.ties == {False: 4}
-    assert made.first_slot == {True: 3, False: 1}
+    assert made.counts["flips"] == {True: 1, False: 1} and made.counts["ties"] == {False: 4}
+    assert made.counts["first_slot"] == {True: 3, False: 1}
 
 
 @pytest.mark.parametrize("positions", [(), (0,)])
@@ -478,7 +478,7 @@ def test_votes_without_places_count_in_no_position_metric(positions):
         rc.Answer("b", votes=(5, 6), positions=positions),
     ]
     made.add(process_record(record, answers=answers, stage="judge", reason="x"))
-    assert not made.flips and not made.first_slot and not made.ties
+    assert not made.counts["flips"] and not made.counts["first_slot"] and not made.counts["ties"]
 
 
 def test_one_order_gives_no_flips():
@@ -488,7 +488,7 @@ def test_one_order_gives_no_flips():
         rc.Answer("b", votes=(5, 6), positions=(1, 0)),
     ]
     made.add(process_record(record, answers=answers, stage="judge", reason="x"))
-    assert not made.flips and made.first_slot.total() == 2
+    assert not made.counts["flips"] and made.counts["first_slot"].total() == 2
 
 
 def test_the_sample_is_bounded_seeded_and_even(monkeypatch):
