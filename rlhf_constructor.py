@@ -159,7 +159,7 @@ class Record:
     line: int = 0  # of the input file, from 1 (in a JSON array: the item)
     facts: Counter = field(default_factory=Counter)  # for the report, e.g. "no correct answer"
     # What the judges say of each labelled pair: "agrees", "disagrees", "undecided".
-    label_checks: list[str] = field(default_factory=list)
+    label_checks: list[LabelCheck] = field(default_factory=list)
     # Who decided the label in an earlier run: "people", "scores", or "" if the row does not say.
     # With "people" the votes are their choice alone; scores may say the opposite.
     decided_by: str = ""
@@ -4153,10 +4153,10 @@ async def check_labels(record: Record, pairs: list[Pair], run: Run) -> list[Pair
             record.facts["no checkable answer"] = 1
             reasons[id(pair)] = "no checkable answer: the label cannot be checked"
             continue
-        result = check_label(better, worse)
-        record.label_checks.append(result)
-        if result != "agrees":
-            reasons[id(pair)] = LABEL_DROPS[result]
+        label_check = check_label(pair, better, worse)
+        record.label_checks.append(label_check)
+        if label_check.result != "agrees":
+            reasons[id(pair)] = LABEL_DROPS[label_check.result]
     if any(answer.score is None for answer in answers):
         record.signal = "choice"  # from here on the points are the judges', the label a choice
         for answer, graded in zip(answers, judged, strict=True):
@@ -4167,12 +4167,30 @@ async def check_labels(record: Record, pairs: list[Pair], run: Run) -> list[Pair
     return confirmed
 
 
-def check_label(better: Answer, worse: Answer) -> str:
-    """Whether the votes agree that `better` is better; undecided if they tie or differ."""
+class LabelCheck(NamedTuple):
+    """What the judges made of one labelled pair."""
+
+    result: str  # "agrees", "disagrees", or "undecided": their votes tie or contradict each other
+    gap: float | None  # the label's own, in points of its scale; None if the label is a choice
+    # Per judge reply that prefers an answer: (prefers the label's better one, it was shown first).
+    choices: tuple[tuple[bool, bool], ...] = ()
+
+
+def check_label(pair: Pair, better: Answer, worse: Answer) -> LabelCheck:
+    """What the judges say of a pair's label; `better`, `worse`: chosen, rejected as judged."""
     leads = [b - w for b, w in zip(better.votes, worse.votes, strict=True)]
+    result = "undecided"
     if min(leads) > 0:
-        return "agrees"
-    return "disagrees" if max(leads) < 0 else "undecided"
+        result = "agrees"
+    elif max(leads) < 0:
+        result = "disagrees"
+    shown_first = [b < w for b, w in zip(better.positions, worse.positions, strict=True)]
+    choices = []  # none if the judge sees one answer at a time
+    for lead, is_first in zip(leads, shown_first, strict=False):
+        if lead:
+            choices.append((lead > 0, is_first))
+    is_choice = pair.record.signal == "choice" and pair.chosen.score is None
+    return LabelCheck(result, None if is_choice else pair.gap, tuple(choices))
 
 
 REFERENCE_NOTE = (
@@ -7495,6 +7513,8 @@ METRICS = [
            too_low=Problem(0.7, 0.55, "The judges often disagree with the labels", "checked")),
     Metric("label_undecided", "labels", "labels that the judges leave undecided", "%",
            too_high=Problem(0.5, 1, "The judges cannot decide most labels", "checked")),
+    Metric("label_shown_first", "labels", "judge prefers the labelled answer, shown first", "%"),
+    Metric("label_shown_later", "labels", "judge prefers the labelled answer, shown later", "%"),
     Metric("repeated_prompts", "diversity", "repeated prompts", "%",
            too_high=Problem(0.05, 0.5, "Many prompts occur more than once", "prompts")),
     Metric("near_duplicates_prompts", "diversity", "near-duplicate prompts", "%",
@@ -7578,6 +7598,7 @@ class Report:
         self.models = defaultdict(Counter)  # model -> whether chosen, against another model
         self.facts = Counter()  # what the records note down, e.g. "no correct answer"
         self.counts = defaultdict(Counter)  # key of a metric -> cases where it is True and False
+        self.label_gaps = Counter()  # (a label's score gap, judges agree) -> labels
         # The sample, and what `numbers` makes of it: kind of feature -> [Difference, ...]; and
         # "prompt", "chosen" -> texts that are compared with each other.
         self.rows = []
@@ -7588,10 +7609,8 @@ class Report:
         """Count one record's outcome; a dropped one counts for what the judges said about it."""
         self._add_votes([answer for answer in outcome.answers if answer.positions])
         self.facts.update(outcome.record.facts)
-        for result in outcome.record.label_checks:
-            self.counts["label_undecided"][result == "undecided"] += 1
-            if result != "undecided":
-                self.counts["label_agreement"][result == "agrees"] += 1
+        for label_check in outcome.record.label_checks:
+            self._add_label_check(label_check)
         self.counts["kept"][bool(outcome.pairs)] += 1
         if not outcome.pairs:
             self.dropped[reason_kind(outcome.reason)] += 1
@@ -7601,6 +7620,19 @@ class Report:
         self.prompts.add(prompt)
         for pair in outcome.pairs:
             self._add_pair(pair)
+
+    def _add_label_check(self, label_check: LabelCheck) -> None:
+        """Count what the judges made of a label; its gap is rounded, so that memory is bounded."""
+        is_decided = label_check.result != "undecided"
+        agrees = label_check.result == "agrees"
+        self.counts["label_undecided"][not is_decided] += 1
+        if is_decided:
+            self.counts["label_agreement"][agrees] += 1
+        if is_decided and label_check.gap is not None:
+            self.label_gaps[float(f"{label_check.gap:.2g}"), agrees] += 1
+        for prefers_label, is_first in label_check.choices:
+            key = "label_shown_first" if is_first else "label_shown_later"
+            self.counts[key][prefers_label] += 1
 
     def _add_votes(self, answers: list[Answer]) -> None:
         """Count a judge's replies about one record, by the position of each answer."""
@@ -7672,6 +7704,7 @@ class Report:
             formula = metric.formula
             measured = formula(self) if formula else share_true(self.counts[metric.key])
             metrics.append(metric_row(metric, measured, answers_given))
+        metrics += label_gap_rows(self.label_gaps)
         metrics += human["metrics"] if human else []
         levels = Counter(row["level"] for row in metrics)
         checks = {"passed": levels["ok"], "too_few": levels["too few"]}
@@ -7753,6 +7786,27 @@ def sample_row(pair: Pair) -> dict:
 
 
 # Parts of Report.numbers.
+
+
+def label_gap_rows(gaps: Counter) -> list[dict]:
+    """How often judges agree with the labels of small and of large gaps, split at the median."""
+    values = sorted(value for value, _ in gaps.elements())
+    if not values or values[0] == values[-1]:
+        return []
+    middle = values[(len(values) - 1) // 2]
+    if middle == values[-1]:  # most labels have the largest gap
+        middle = max(value for value in values if value < middle)
+    small = Counter()
+    large = Counter()
+    for (value, agrees), labels in gaps.items():
+        half = small if value <= middle else large
+        half[agrees] += labels
+    rows = []
+    for key, words, half in (("small", "up to", small), ("large", "above", large)):
+        label = f"judges agree with labels of a score gap {words} {middle:g}"
+        metric = Metric(f"label_gap_{key}", "labels", label, "%")
+        rows.append(metric_row(metric, share_true(half)))
+    return rows
 
 
 def few_sentence(pairs: int, checks: dict[str, int]) -> str:
@@ -11111,6 +11165,7 @@ dialog form { display: grid; gap: 12px; }
   <h1 data-zh="哪个回答更好？">Which answer is better?</h1>
   <b id="place"></b>
   <span id="status" role="status"></span>
+  <label data-zh="备注 ">Note <input id="note" maxlength="1000" autocomplete="off"></label>
   <button data-do="download" data-key="d" data-zh="下载 ">Download <kbd>D</kbd></button>
   <button data-do="help" data-key="?" data-zh="帮助 ">Help <kbd>?</kbd></button>
 </header>
@@ -11155,7 +11210,7 @@ const {salt, pairs} = JSON.parse($("data").textContent);
 const chinese = navigator.language.startsWith("zh");
 const ROLES = {user: "用户", assistant: "助手", system: "系统"};
 const STORE = "verdicts";  // where browsers have saved choices since the first version
-const choices = new Map();  // annotator + pair_id -> a, b, tie or bad
+const entries = new Map();  // annotator + pair_id -> {seen: a, b, tie, bad or "", note}
 
 let database;
 let me = "";  // name of the annotator
@@ -11174,8 +11229,12 @@ function create(tag, fields) {
   return Object.assign(document.createElement(tag), fields);
 }
 
-function choiceOf(pair) {  // of this annotator; undefined if there is none
-  return choices.get(me + pair.pair_id);
+function entryOf(pair) {  // of this annotator
+  return entries.get(me + pair.pair_id) ?? {seen: "", note: ""};
+}
+
+function choiceOf(pair) {
+  return entryOf(pair).seen;
 }
 
 
@@ -11196,23 +11255,28 @@ async function load() {  // the choices of every annotator of this page
   database = await resultOf(request);
   const store = database.transaction(STORE).objectStore(STORE);
   const saved = await resultOf(store.getAll(IDBKeyRange.bound([salt], [salt, []])));
-  for (const {annotator, pair_id, seen} of saved) {
-    choices.set(annotator + pair_id, seen);
+  for (const {annotator, pair_id, seen, note = ""} of saved) {
+    entries.set(annotator + pair_id, {seen, note});
     $("name").value = annotator;
   }
 }
 
-function judge(seen) {
+function save(change) {
   const {pair_id} = pairs[at];
-  choices.set(me + pair_id, seen);
+  const entry = {...entryOf(pairs[at]), ...change};
+  entries.set(me + pair_id, entry);
   try {
     const saving = database.transaction(STORE, "readwrite");
     saving.onabort = warnUnsaved;
-    saving.objectStore(STORE).put({salt, annotator: me, pair_id, seen});
+    saving.objectStore(STORE).put({salt, annotator: me, pair_id, ...entry});
     saving.commit();  // at once: closing the tab aborts what is not committed
   } catch {
     warnUnsaved();
   }
+}
+
+function judge(seen) {
+  save({seen});
   showNext(at);
 }
 
@@ -11235,6 +11299,7 @@ function show(index) {
   $("turns").replaceChildren(...turns);
   $("a").textContent = pair.a;
   $("b").textContent = pair.b;
+  $("note").value = entryOf(pair).note;
   for (const section of all("section")) section.scrollTop = 0;
   $("turns").scrollTop = $("turns").scrollHeight;  // the last question is what A and B answer
   for (const button of all("footer button")) {
@@ -11264,7 +11329,8 @@ function lineOf(pair) {
   const {pair_id, prompt_id, queue} = pair;
   const [a, b] = chosenIsLeft(salt + pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
   const choice = {a, b, tie: "tie", bad: "bad"}[choiceOf(pair)];
-  return JSON.stringify({pair_id, prompt_id, choice, queue, annotator: me}) + "\n";
+  const {note} = entryOf(pair);
+  return JSON.stringify({pair_id, prompt_id, choice, queue, note, annotator: me}) + "\n";
 }
 
 function download() {
@@ -11292,11 +11358,14 @@ document.onkeydown = event => {
   const key = CSS.escape(event.key.toLowerCase());
   const button = document.querySelector(`[data-key~="${key}"]`);
   if (!me || $("start").open || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target === $("note")) return;
   if (button && !event.repeat) {  // a key that is held down judges once
     event.preventDefault();
     button.click();
   }
 };
+
+$("note").oninput = () => save({note: $("note").value});
 
 $("who").onsubmit = () => {
   const name = $("name").value.trim();

@@ -97,7 +97,7 @@ FOUR = {"prompt": "Which?", "responses": ["a1", "b2", "c3", "d4"], "scores": [1,
 def test_every_proposed_pair_is_noted_also_the_dropped(strategy, pairs):
     score_of = lambda text, slot: 9 if text == "a1" else int(text[1])  # a1 is the best, it says
     record, outcome = checks_of(FOUR, score_of, "--strategy", strategy, "--min-score-gap", "0")
-    results = record.label_checks
+    results = [check.result for check in record.label_checks]
     wrong = {"best_worst": 1, "adjacent": 1, "all_pairs": 3}[strategy]
     assert len(results) == pairs and results.count("disagrees") == wrong
     assert len(outcome.pairs) == results.count("agrees") == pairs - wrong

@@ -165,7 +165,7 @@ def test_a_judge_cleans_labels_and_its_agreement_is_measured(rlhf, monkeypatch):
 
     async def noted(line, record, run):
         outcome = await process(line, record, run)
-        checks.extend(record.label_checks)
+        checks.extend(check.result for check in record.label_checks)
         return outcome
 
     monkeypatch.setattr(rc, "process_line", noted)

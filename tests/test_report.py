@@ -632,11 +632,11 @@ def test_the_highest_scores_leave_the_report_whole():
 # -- labels that a judge or exact match checked --
 
 
-def checked(result, times, facts=()):
+def checked(result, times, facts=(), gap=None, choices=()):
     """Outcomes of records with a checked label."""
     for i in range(times):
         record = rc.Record([{"role": "user", "content": f"{result} {i}"}])
-        record.label_checks.append(result)
+        record.label_checks.append(rc.LabelCheck(result, gap, choices))
         record.facts.update(facts)
         yield process_record(record, stage="judge", reason="the judge disagrees with the label")
 
@@ -652,6 +652,29 @@ def test_agreement_leaves_out_undecided_labels():
     page = rc.report_html(numbers)
     assert "<h2>Labels checked</h2>" in page
     assert "labels that the judges leave undecided" in page
+
+
+def test_agreement_is_shown_for_labels_of_small_and_of_large_gaps():
+    some = [*checked("agrees", 5, gap=1.0), *checked("disagrees", 5, gap=1.5)]
+    some += [*checked("agrees", 8, gap=4.0), *checked("agrees", 9)]
+    numbers = report(some)
+    small, large = metric(numbers, "label_gap_small"), metric(numbers, "label_gap_large")
+    assert (small["label"], small["value"], small["n"]) == (
+        "judges agree with labels of a score gap up to 1.5", 0.5, 10,
+    )  # fmt: skip
+    assert (large["value"], large["n"]) == (1.0, 8)
+
+
+def test_labels_of_one_gap_are_not_split():
+    numbers = report([*checked("agrees", 5, gap=1.0), *checked("disagrees", 5, gap=1.0)])
+    assert not [row for row in numbers["metrics"] if row["metric"].startswith("label_gap")]
+
+
+def test_agreement_is_shown_by_the_position_of_the_labelled_answer():
+    choices = ((True, True), (False, False), (True, True))
+    numbers = report([*checked("undecided", 1, choices=choices)])
+    first, later = metric(numbers, "label_shown_first"), metric(numbers, "label_shown_later")
+    assert (first["value"], first["n"], later["value"], later["n"]) == (1.0, 2, 0.0, 1)
 
 
 def test_labels_that_a_judge_often_rejects_are_a_warning():

@@ -523,7 +523,7 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
             lambda _: file.exists() and file.read_bytes().count(b"\n") == 20
         )
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    keys = ["pair_id", "prompt_id", "choice", "queue", "annotator"]
+    keys = ["pair_id", "prompt_id", "choice", "queue", "note", "annotator"]
     assert len(rows) == 20 and all(list(row) == keys for row in rows)
     assert [row["queue"] for row in rows] == ["in doubt"] * 10 + ["random"] * 10
     assert all(row["annotator"] == "ann" for row in rows)
@@ -541,6 +541,18 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
     assert (
         "20 of 21 pairs: 15 confirmed, 3 flipped, 1 tie, 1 both bad" in people.numbers()["lines"][0]
     )
+
+
+@needs_chromium
+def test_a_note_goes_with_the_choice_and_its_letters_judge_nothing(driver, twenty):
+    person = Reviewer(driver, twenty[1], name="writer of notes")
+    person.field("note").send_keys("abtx: 好", Keys.ARROW_LEFT)
+    assert person.place == 1 and person.text("status").startswith("0 judged")
+    driver.execute_script("document.activeElement.blur()")
+    person.press("a", "p")
+    assert person.field("note").get_attribute("value") == "abtx: 好"
+    line = json.loads(driver.execute_script("return lineOf(pairs[0])"))
+    assert line["note"] == "abtx: 好" and line["choice"] in ("chosen", "rejected")
 
 
 @needs_chromium
@@ -759,7 +771,7 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_it(driver, twenty):
     controls = driver.find_elements(
         By.CSS_SELECTOR, "button[data-do], input:not(dialog *), section"
     )
-    assert len(controls) == 11 and all(control.accessible_name for control in controls)
+    assert len(controls) == 12 and all(control.accessible_name for control in controls)
     reached = set()
     for _ in range(20):
         driver.switch_to.active_element.send_keys(Keys.TAB)
