@@ -4305,7 +4305,9 @@ async def judge_in_order(
             scores = parse_scores(reply, ids)
         except UnreadableReply as error:
             problem = str(error)
+            run.models.count_judge_reply(judge, problem)
             continue
+        run.models.count_judge_reply(judge)
         positions = [order.index(i) for i in range(len(order))]
         return positions, [scores[position] for position in positions]
     raise Failed("judge", f"unreadable judge reply: {judge.name}: {problem}")
@@ -6152,6 +6154,7 @@ class Models:
         self.open_calls = asyncio.Semaphore(most_calls())
         self.first_prompts = {}  # "model as role" -> messages, for --dry-run
         self.served = {}  # Model -> the name by which the server answers
+        self.judge_replies = defaultdict(Counter)  # judge -> replies with a problem and without
         self.bill = cache.bill() if args.prices and not dry else []
         # money of this output's runs, and of calls and batches that are under way
         self.spent = sum(self.price(*row) for row in self.bill)
@@ -6517,6 +6520,17 @@ class Models:
             return self.halt(f"{endpoint.model.name}: {alike} ({error})")
         return failed
 
+    def count_judge_reply(self, judge: Model, problem: str = "") -> None:
+        """Count a reply with scores, or one with a problem; raises Stop if no reply has scores."""
+        counts = self.judge_replies[judge]
+        counts[bool(problem)] += 1
+        if counts[True] >= UNREADABLE_REPLIES and not counts[False] and not self.dry:
+            hint = "try a stronger --judge-model, or a larger --max-tokens if it thinks first"
+            raise self.halt(
+                f"{judge.name}: none of its {counts[True]} replies as a judge holds a score for "
+                f"each answer ({problem}); {hint}"
+            )
+
     def halt(self, reason: str, status: int = 3) -> Stop:
         """From now on no call starts; those in flight end first. -> the Stop to raise."""
         if not self.stop and self.in_flight and status != 130:  # interruptible says it of 130
@@ -6708,6 +6722,8 @@ PATIENCE = 600
 CACHE_PATIENCE = 60
 # Failures of one model in a row until the run stops.
 SAME_FAILURES = 20
+# Replies of a judge, none of them readable, until the run stops.
+UNREADABLE_REPLIES = 40
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,17 @@ def test_a_reply_of_a_batch_is_one_to_the_same_command_without_it(rlhf):
         assert online.output.read_bytes() == batched and api.count() == 0
 
 
+def test_a_judge_that_is_never_readable_stops_after_its_first_batch(rlhf):
+    def answer(call):
+        return "I like both." if is_judge(call) else world(call)
+
+    prompts = [{"prompt": f"What is {n} plus {n}?"} for n in range(50)]
+    with Api(answer) as api:
+        result = rlhf(prompts, *OPENAI, "--batch", api=api)
+        assert result.status == 3 and "none of its 40 replies as a judge holds" in result.err
+        assert len(api.engine.keys) == 50 * 4, "both answers and both orders, once"
+
+
 def test_a_run_without_batch_is_refused_while_batches_of_its_models_run(rlhf):
     with Api(world) as api:
         rlhf(PROMPTS, *OPENAI, "--batch", api=api)

@@ -381,6 +381,33 @@ def test_an_unreadable_verdict_is_asked_for_twice_more_then_the_record_is_droppe
     assert sum(map(is_judge, api.calls)) == 2 * 3
 
 
+def scoreless(call):
+    return "I like both." if is_judge(call) else world(call)
+
+
+FIFTY = [{"prompt": f"What is {n} plus {n}?"} for n in range(50)]
+
+
+def test_a_judge_whose_every_reply_is_unreadable_stops_the_run(rlhf):
+    with Api(scoreless) as api:
+        result = rlhf(FIFTY, *OPENAI, "--concurrency", 2, api=api)
+        judged = sum(map(is_judge, api.calls))
+        assert rlhf(FIFTY, *OPENAI, "--concurrency", 2, api=api).status == 3
+        paid_again = sum(map(is_judge, api.calls)) - judged
+    assert result.status == 3 and "none of its 40 replies as a judge holds a score" in result.err
+    assert 40 <= judged < 60 and "stronger --judge-model" in result.err
+    assert paid_again < 10, "the cache answers the second run"
+
+
+def test_a_judge_with_one_readable_reply_goes_on(rlhf):
+    def answer(call):
+        return world(call) if "What is 0 plus 0?" in call.prompt else scoreless(call)
+
+    with Api(answer) as api:
+        result = rlhf(FIFTY, *OPENAI, "--concurrency", 1, api=api)
+    assert (len(result.pairs), len(result.dropped)) == (1, 49)
+
+
 @pytest.mark.parametrize(
     "flags, calls, scores",
     [
@@ -671,8 +698,7 @@ def test_no_pair_stands_whose_rejected_answer_alone_has_votes():
         rc.Answer("It is 42.", score=9.0),
         rc.Answer("It is 43, is it not?", score=3.0, votes=(9.0,)),
     )
-    with pytest.raises(rc.PartError, match="judge both answers together"):
-        run_of().check_pair(rc.Pair(ask(), *made))
+    assert "judge both answers together" in rc.wrong_pairs([rc.Pair(ask(), *made)])
 
 
 # --- one reading of an error

@@ -26,6 +26,9 @@ class Door:
             raise said
         return said if isinstance(said, rc.Reply) else rc.Reply(said)
 
+    def count_judge_reply(self, judge, problem=""):
+        """Counted by Models only: see test_calls."""
+
 
 def run_of(*flags, says=None):
     """The Run that a command line makes, checked as the real one; offline, or with `says` behind the door."""
