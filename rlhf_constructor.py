@@ -1148,9 +1148,8 @@ class Run:
         self.flips: bool = args.when_low_wins == "flip"
         # {"answer" or "pair": {name: filter}}, less --skip-filter
         self.rules = self.choose_filters()
-        # Hashes of --exclude-prompts, and how many records met each of its passages.
+        # Hashes of --exclude-prompts.
         self.excluded: set[int] = set()
-        self.shared_passages: Counter[str] = Counter()
         # Whether the input's choices are numbered from 0 or 1; set by check_input.
         self.numbers: ChoiceNumbers | None = None
         self.annotations = Annotations(args.annotations) if args.annotations else None
@@ -1432,8 +1431,8 @@ class Run:
             raise
         except BUGS as error:
             raise broken(part, error) from error
-        if not are_pairs(pairs):
-            raise PartError(f"{part} returned {pairs!r:.80}, not a list of Pairs of Answers")
+        if not isinstance(pairs, list) or not all(isinstance(pair, Pair) for pair in pairs):
+            raise PartError(f"{part} returned {pairs!r:.80}, not a list of Pairs")
         return pairs
 
     def check_pair(self, pair: Pair) -> Pair | Failed:
@@ -1477,7 +1476,6 @@ class Run:
         other = copy.copy(self)
         other.models = models
         other.annotations = None  # they count the pairs that they meet
-        other.shared_passages = Counter()
         return other
 
 
@@ -7980,10 +7978,6 @@ ADVICE = {
         "Part of the pairs teach the opposite of what people prefer.",
         "Try a higher --min-score-gap, a stronger --judge-model, or a second one.",
     ),
-    "people": Advice(
-        "The annotators do not share one idea of a better answer, so their choices check little.",
-        "Agree on examples of a better answer, then review again (--review-path).",
-    ),
 }
 
 
@@ -9339,9 +9333,7 @@ IDENTITY = re.compile(
 )
 # Why a kept pair deserves a second look, although the judge is sure: name -> test of both texts.
 FLAGS = {
-    "prompt injection": lambda chosen, rejected: (
-        INJECTION.search(chosen) or INJECTION.search(rejected)
-    ),
+    "prompt injection": lambda chosen, rejected: INJECTION.search(f"{chosen}\n{rejected}"),
     "identity leak": lambda chosen, rejected: IDENTITY.search(chosen),
     "chosen refuses": lambda chosen, rejected: is_refusal(chosen),
     "more than twice as long": lambda chosen, rejected: len(chosen) > 2 * len(rejected),
@@ -9409,8 +9401,12 @@ class ReviewQueue:
         doubtful = with_smallest_keys(self.doubtful)
         random_half = list(drawn)[: (len(drawn) + 1) // 2]
         doubtful_half = [name for name in doubtful if name not in random_half]
-        rows = [(name, "in doubt", doubtful[name][1]) for name in doubtful_half[: len(drawn) // 2]]
-        return rows + [(name, "random", drawn[name][1]) for name in random_half]
+        rows = []
+        for name in doubtful_half[: len(drawn) // 2]:
+            rows.append((name, "in doubt", doubtful[name][1]))
+        for name in random_half:
+            rows.append((name, "random", drawn[name][1]))
+        return rows
 
     def page(self) -> str:
         """The HTML page: answers A and B in a shuffled order, without model, score or reason."""
@@ -9533,7 +9529,9 @@ class Annotations:
         choices = self.choices(name)
         if not choices:
             return None
-        choice = majority(choices)
+        choice, count = Counter(choices).most_common(1)[0]
+        if 2 * count <= len(choices):
+            choice = ""
         is_random = any(row["queue"] == "random" for row in self.by_pair[name].values())
         self.reviewed[name] = ReviewedPair(choice, score_gap, is_random)
         if choice == "chosen":
@@ -9551,8 +9549,8 @@ class Annotations:
         """For the report: {"metrics": [rows of metrics], "lines": [sentences]}."""
         counts = Counter(pair.choice for pair in self.reviewed.values())
         results = [f"{counts[name]} {CHOICES[name]}" for name in CHOICES if counts[name]]
-        reviewed = f"{len(self.reviewed):,} of {plural(self.pairs, 'pair')}"
-        lines = [f"People reviewed {reviewed}: {', '.join(results) or 'none yet'}."]
+        reviewed = f"People reviewed {len(self.reviewed):,} of {plural(self.pairs, 'pair')}"
+        lines = [f"{reviewed}: {', '.join(results)}."]
         if self.gaps:
             lines.append(gap_advice(self.random_sample(), self.gaps))
         rows = [metric_row(metric, metric.formula(self)) for metric in HUMAN_METRICS]
@@ -9574,22 +9572,6 @@ class Annotations:
         pairs = [pair for pair in self.reviewed.values() if pair.is_random]
         return [pair for pair in pairs if pair.choice in ("chosen", "rejected")]
 
-    def annotator_agreement(self) -> Measured:
-        """How often two annotators of one pair choose the same; the cases are pairs."""
-        pairs = 0
-        equal = []
-        for name in self.reviewed:
-            choices = self.choices(name)
-            pairs += len(choices) > 1
-            equal += [first == second for first, second in itertools.combinations(choices, 2)]
-        return share(pairs * statistics.fmean(equal), pairs) if pairs else Measured()
-
-
-def majority(choices: list[str]) -> str:
-    """The choice of more than half of the annotators, or ""."""
-    choice, count = Counter(choices).most_common(1)[0]
-    return choice if 2 * count > len(choices) else ""
-
 
 # People agree with each other in 66% (AlpacaEval) to 81% (MT-bench) of cases, and with a good judge
 # in up to 85% (MT-bench).
@@ -9598,10 +9580,6 @@ HUMAN_METRICS = [
     Metric("human_agreement", "people", "people agree with the label", "%", at_least(0.80, 0.65),
            too_low=Problem("People often disagree with the labels", "labels"),
            formula=Annotations.agreement),
-    Metric("annotator_agreement", "people", "annotators agree with each other", "%",
-           at_least(0.65, 0.50),
-           too_low=Problem("The annotators often disagree with each other", "people"),
-           formula=Annotations.annotator_agreement),
     Metric("label_error", "people", "wrong labels, random half", "%", at_most(0.05, 0.20),
            too_high=Problem("People find many labels wrong", "labels"),
            formula=Annotations.label_error),
@@ -9620,19 +9598,14 @@ def gap_advice(sample: list[ReviewedPair], gaps: array) -> str:
         correct = sum(1 for pair in above if pair.choice == "chosen")
         if len(above) >= SAFE_CASES and correct >= SAFE_SHARE * len(above):
             measured = with_interval({"unit": "%"} | share(correct, len(above))._asdict())
-            kept = sum(1 for gap in gaps if gap >= smallest) / len(gaps)
+            kept = sum(1 for value in gaps if value >= smallest) / len(gaps)
             return (
                 f"--min-score-gap {smallest:g} is the smallest score gap with at least "
                 f"{SAFE_SHARE:.0%} correct labels ({measured}); it keeps {kept:.0%} of the pairs."
             )
-    if len(known) < SAFE_CASES:
-        return (
-            f"A recommendation for --min-score-gap needs {SAFE_CASES} or more pairs of the random "
-            f"half in which people prefer an answer; there are {len(known)}."
-        )
     return (
         f"No --min-score-gap has {SAFE_SHARE:.0%} correct labels among {SAFE_CASES} or more "
-        f"reviewed pairs (n={len(known)})."
+        f"reviewed pairs of the random half (n={len(known)})."
     )
 
 
@@ -9647,142 +9620,122 @@ SUMMARY_LINES = 30  # most lines of a run's summary
 FEW_PAIRS = 0.30  # share of records with a pair below which the summary says what to try
 INDENT = " " * 12  # of the lines below a level word
 
-# Kind of a drop reason (its text before the first colon) -> (what it means, what to try or "").
+# Kind of a drop reason (its text before the first colon) | what it means | what to try.
 # The summary, the report page and the README show these sentences.
-# fmt: off
-DROP_REASONS: dict[str, tuple[str, str]] = {
-    # the judge, or the signals that the input brings
-    "orders disagree": ("the judge preferred a different answer when the order was swapped",
-        "a stronger --judge-model, or a weaker --low-model: the answers are alike"),
-    "low model won": ("the weak model's answer was better",
-        "a weaker --low-model, or --when-low-wins flip"),
-    "rejected answer won": ("the judge preferred the rejected answer in every vote",
-        "swap chosen and rejected in the method, or pair the answers with pair_up"),
-    "tie": ("both answers were rated equal", "a stronger --judge-model"),
-    "score gap too small": ("the score gap was below the least gap (--min-score-gap)",
-        "--min-score-gap 0.5, a weaker --low-model, or --method generate_pairs"),
-    "chosen score too low": ("the chosen answer's score was below --min-chosen-score",
-        "a lower --min-chosen-score, or a stronger --high-model"),
-    "unreadable judge reply": ("no reply of the judge held a score for each answer",
-        "a stronger --judge-model; a larger --max-tokens if the judge thinks first"),
-    "judge disagrees with the label": ("the judge preferred the answer that the label rejects",
-        "read some of these records: either the label or the judge is wrong"),
-    "judge undecided about the label": ("the judge rated both answers equal or contradicted itself",
-        "a stronger --judge-model, or a second --judge-model"),
-    "no checkable answer": ("no final answer was found that exact_match can compare",
-        'a prompt that asks for one: --system-prompt "End with: The answer is ..."'),
-    "no correct answer": ("no candidate has the final answer of the reference",
-        "a stronger model among --candidate-models, or a larger --num-candidates"),
-    "no incorrect answer": ("every candidate has the final answer of the reference",
-        "a weaker model among --candidate-models, or harder prompts"),
-    # filters on an answer or a pair
-    "truncated": ("an answer was cut off, even at twice --max-tokens", "a larger --max-tokens"),
-    "empty answer": ("a model returned no text", ""),
-    "error text": ("an answer is the saved error message of an API", ""),
-    "control tokens": ("an answer holds marks of a chat template, such as <im_end>",
-        "a stop token on the model's server, or another model"),
-    "repetition loop": ("an answer repeats the same text over and over",
-        "a larger model, or a higher --temperature"),
-    "echo of the prompt": ("an answer mostly repeats the prompt",
-        "a larger model; --skip-filter echo if the prompts ask for it"),
-    "identical answers": ("both answers are the same text",
-        'on label tasks: --system-prompt "Give a short reason, then the label."'),
-    "near-duplicate answers": ("both answers are almost the same text",
-        "a weaker --low-model, or --method generate_pairs"),
-    "refusal": ("a candidate refuses to answer", ""),
-    "both refuse": ("both answers refuse", ""),
-    "wrong language": ("the chosen answer is not in the language of the prompt",
-        "--skip-filter wrong_language if the prompts ask for another language"),
-    # calls to a model
-    "content filter": ("the provider's content filter blocked the prompt or the answer", ""),
-    "filtered by the provider": ("the provider's content filter blocked the answer", ""),
-    "only thoughts came": ("the model used up its tokens on reasoning and gave no answer",
-        "a larger --max-tokens"),
-    "prompt too long for the model": ("the prompt does not fit the model's context",
-        "a longer context on the server, or a smaller --max-tokens"),
-    "request refused": ("the server rejected the request",
-        "read the server's message in the .dropped.jsonl file"),
-    "no text in the reply": ("the server's reply holds no text", ""),
-    "tool call instead of an answer": ("the model called a tool instead of answering", ""),
-    "timeout": ("the server did not answer within --timeout",
-        "a smaller --concurrency or a larger --timeout"),
-    "connection lost": ("the connection broke on every try",
-        "a smaller --concurrency; then run the same command again"),
-    "server unreachable": ("no connection to the server on any try",
-        "check that the server runs, then run the same command again"),
-    "server error": ("the server reported an error of its own on every try",
-        "run the same command again: it repeats only what failed"),
-    "model unavailable": ("the server stopped serving this model during the run",
-        "run the same command again when the model is back"),
-    "rate limit": ("the provider refused the call because of its rate limit",
-        "run the same command again later, or with a smaller --concurrency"),
-    "unfinished reply": ("the server ended the reply before the model was done",
-        "run the same command again: it repeats only what failed"),
-    "garbled reply": ("the server's reply cannot be read on any try",
-        "check --base-url; then run the same command again"),
-    # the input
-    "not JSON": ("the line cannot be parsed as JSON", "correct these lines of the input"),
-    "not UTF-8": ("the line is in another encoding", "convert the file to UTF-8 with iconv"),
-    "not a record": ("the line is JSON, but not an object with fields", ""),
-    "not a table row": ("the row cannot be parsed as CSV or TSV", "check the quotes of the row"),
-    "more cells than the header has": ("the row has more cells than the header",
-        "check the separators and quotes of the row"),
-    "malformed record": ("a field has a shape that cannot be read", ""),
-    "no known fields": ("no field of the record is a known name",
-        "--rename OLD=NEW, e.g. --rename instruction_text=prompt"),
-    "--rename": ("the record has both the old and the new field of a --rename", ""),
-    "empty prompt": ("the prompt is missing or blank", ""),
-    "unknown role": ("a turn of the conversation has an unknown role", ""),
-    "the conversation has no user turn to answer": ("no turn of the conversation is the user's",
-        ""),
-    "not a text": ("a part of the record is no text, such as an image or a tool call", ""),
-    "text beside the turns": ("a field beside the conversation holds text that no turn has",
-        "put it into a turn, or --rename it if it is no part of the prompt"),
-    "two system turns": ("the record has two different system prompts", ""),
-    "the prompt ends inside an answer": ("the last turn is an answer that has begun",
-        "prompts that end with the user's turn"),
-    "prompt holds chat-template tokens": ("the prompt holds marks of a chat template",
-        "prompts without the template"),
-    "repeated prompt": ("an earlier record has the same prompt", ""),
-    "repeated prompt and answers": ("an earlier record has the same prompt and answers", ""),
-    "repeated label": ("an earlier record has the same two answers and the same label", ""),
-    "repeated row": ("an earlier record gave the same row", ""),
-    "not a history": ("`history` is not a list of earlier turns", ""),
-    "contradictory labels": ("two records prefer opposite answers of the same two",
-        "a third label for these records: the majority decides"),
-    "excluded prompt": ("the prompt, or 13 words of it in a row, is in --exclude-prompts",
-        "check whether the prompts share a template of 13 words or more"),
-    "no reference answer": ("an offline model needs the record's own answer, and it has none",
-        "--high-model and --low-model of a provider"),
-    "no answers": ("the record has no answers to rank", ""),
-    "too many answers for one prompt": ("the record has more answers than fit one judge prompt",
-        "fewer answers in each record"),
-    "fewer than two answers": ("a pair needs two different answers", ""),
-    "answers without any signal": ("nothing in the record says which answer is better",
-        "--judge-model MODEL, or --rename the field that says it"),
-    "no preference": ("the record's label prefers none of the answers", ""),
-    "winner not understood": ("the record's label names none of the answers",
-        "labels such as response_a, response_b or tie"),
-    "contradictory signals": ("two fields of the record prefer different answers", ""),
-    "ambiguous": ("a label can refer to more than one of the answers", ""),
-    "ambiguous winner": ("the winner's name fits none or several of the answers",
-        "labels such as model_a, response_1 or tie"),
-    "ambiguous `ranking`": ("`ranking` can be an order or a list of ranks",
-        "--rename ranking=order, or --rename ranking=ranks"),
-    "lists of unequal length": ("there are not as many scores or ranks as answers", ""),
-    "votes of unequal length": ("the answers have different numbers of votes", ""),
-    "ranks out of range": ("a rank is zero, negative or too large", ""),
-    "order is not a list of all indices from 0": ("`order` does not name each answer once", ""),
-    "histories differ": ("chosen and rejected answer different conversations", ""),
-    "not one answer on each side": ("chosen or rejected holds several answers", ""),
-    # people (--annotations) and a method of one's own
-    "no difference": ("people called the two answers equally good", ""),
-    "both bad": ("people called both answers bad", ""),
-    "annotators disagree": ("people preferred different answers", "one more annotator"),
-    "the method made no pair": ("the method returned an empty list", ""),
-    "the format wrote no row": ("the output format returned an empty list for every pair", ""),
-}
-# fmt: on
+REASON_TABLE = """
+orders disagree | the judge preferred a different answer when the order was swapped
+    | a stronger --judge-model, or a weaker --low-model: the answers are alike
+low model won | the weak model's answer was better | a weaker --low-model, or --when-low-wins flip
+rejected answer won | the judge preferred the rejected answer in every vote
+tie | both answers were rated equal | a stronger --judge-model
+score gap too small | the score gap was below the least gap (--min-score-gap)
+    | --min-score-gap 0.5, a weaker --low-model, or --method generate_pairs
+chosen score too low | the chosen answer's score was below --min-chosen-score
+    | a lower --min-chosen-score, or a stronger --high-model
+unreadable judge reply | no reply of the judge held a score for each answer
+    | a stronger --judge-model; a larger --max-tokens if the judge thinks first
+judge disagrees with the label | the judge preferred the answer that the label rejects
+    | read some of these records: either the label or the judge is wrong
+judge undecided about the label | the judge rated both answers equal or contradicted itself
+    | a stronger --judge-model, or a second --judge-model
+no checkable answer | no final answer was found that exact_match can compare
+    | a prompt that asks for one: --system-prompt "End with: The answer is ..."
+no correct answer | no candidate has the final answer of the reference
+    | a stronger model among --candidate-models, or a larger --num-candidates
+no incorrect answer | every candidate has the final answer of the reference
+    | a weaker model among --candidate-models, or harder prompts
+truncated | an answer was cut off, even at twice --max-tokens | a larger --max-tokens
+empty answer | a model returned no text
+error text | an answer is the saved error message of an API
+control tokens | an answer holds marks of a chat template | a stop token on the server
+repetition loop | an answer repeats the same text over and over
+    | a larger model, or a higher --temperature
+echo of the prompt | an answer mostly repeats the prompt | --skip-filter echo if it shall
+identical answers | both answers are the same text
+    | on label tasks: --system-prompt "Give a short reason, then the label."
+near-duplicate answers | both answers are almost the same text
+    | a weaker --low-model, or --method generate_pairs
+refusal | a candidate refuses to answer
+both refuse | both answers refuse
+wrong language | the chosen answer is not in the language of the prompt
+    | --skip-filter wrong_language if the prompts ask for another language
+content filter | the provider's content filter blocked the prompt or the answer
+filtered by the provider | the provider's content filter blocked the answer
+only thoughts came | the model spent its tokens on reasoning, not on an answer
+    | a larger --max-tokens
+prompt too long for the model | the prompt does not fit the model's context
+    | a longer context on the server, or a smaller --max-tokens
+request refused | the server rejected the request | see its message in .dropped.jsonl
+no text in the reply | the server's reply holds no text
+tool call instead of an answer | the model called a tool instead of answering
+timeout | the server did not answer within --timeout | a smaller --concurrency or a larger --timeout
+connection lost | the connection broke on every try | a smaller --concurrency
+server unreachable | no connection to the server on any try | check that the server runs
+server error | the server failed on every try | run the same command again
+model unavailable | the server stopped serving this model during the run
+rate limit | the provider's rate limit refused the call | a smaller --concurrency
+unfinished reply | the server ended the reply before the model was done
+garbled reply | the server's reply cannot be read on any try | check --base-url
+not JSON | the line cannot be parsed as JSON | correct these lines of the input
+not UTF-8 | the line is in another encoding | convert the file to UTF-8 with iconv
+not a record | the line is JSON, but not an object with fields
+not a table row | the row cannot be parsed as CSV or TSV | check its quotes
+more cells than the header has | the row is longer than the header | check its quotes
+malformed record | a field has a shape that cannot be read
+no known fields | no field has a known name | --rename OLD=NEW, e.g. --rename ask=prompt
+--rename | the record has both the old and the new field of a --rename
+empty prompt | the prompt is missing or blank
+unknown role | a turn of the conversation has an unknown role
+the conversation has no user turn to answer | all turns are the model's or system's
+not a text | a part of the record is no text, such as an image or a tool call
+text beside the turns | a field beside the conversation has a text | put it into a turn
+two system turns | the record has two different system prompts
+the prompt ends inside an answer | the last turn is an answer that has begun
+prompt holds chat-template tokens | the prompt holds marks of a chat template
+repeated prompt | an earlier record has the same prompt
+repeated prompt and answers | an earlier record has the same prompt and answers
+repeated label | an earlier record has the same two answers and the same label
+repeated row | an earlier record gave the same row
+not a history | `history` is not a list of earlier turns
+contradictory labels | two records prefer opposite answers of the same two
+excluded prompt | the prompt, or 13 words of it in a row, is in --exclude-prompts
+    | see the shared words in .dropped.jsonl: are they a template?
+no reference answer | an offline model needs the record's answer | a provider's models
+no answers | the record has no answers to rank
+too many answers for one prompt | more answers than fit one judge prompt
+fewer than two answers | a pair needs two different answers
+answers without any signal | nothing says which answer is better
+    | --judge-model, or --rename a field
+no preference | the record's label prefers none of the answers
+winner not understood | the label names no answer | labels such as response_a or tie
+contradictory signals | two fields of the record prefer different answers
+ambiguous | a label can refer to more than one of the answers
+ambiguous winner | the winner's name fits none or several of the answers
+ambiguous `ranking` | it can be an order or a list of ranks | --rename ranking=order (or ranks)
+lists of unequal length | there are not as many scores or ranks as answers
+votes of unequal length | the answers have different numbers of votes
+ranks out of range | a rank is zero, negative or too large
+order is not a list of all indices from 0 | `order` does not name each answer once
+histories differ | chosen and rejected answer different conversations
+not one answer on each side | chosen or rejected holds several answers
+no difference | people called the two answers equally good
+both bad | people called both answers bad
+annotators disagree | people preferred different answers | one more annotator
+the method made no pair | the method returned an empty list
+the format wrote no row | the output format returned an empty list for every pair
+"""
+
+
+def read_reasons(text: str) -> dict[str, tuple[str, str]]:
+    """{kind: (meaning, advice or "")} of a table in which a long row goes on in a second line."""
+    reasons = {}
+    for row in text.strip().replace("\n    |", " |").splitlines():
+        kind, meaning, *advice = row.split(" | ")
+        reasons[kind] = (meaning, "".join(advice))
+    return reasons
+
+
+DROP_REASONS = read_reasons(REASON_TABLE)
 
 
 def reason_kind(reason: str) -> str:
@@ -9861,8 +9814,10 @@ def show(text: str) -> None:
 
 
 def plan_line(records: int, models: Models) -> str:
-    """`Plan: 26 records, 104 API calls (26 qwen-max, ...); 31 from cache, 73 to pay.`"""
+    """`Plan: 26 records, 104 API calls (26 qwen-max, ...); 31 from cache, 73 to pay; ...`"""
     rows = models.rows()
+    if not rows:
+        return "Plan: no API call is needed."
     parts = []
     for row in rows:
         judging = "judging by " if row["role"] == "judge" else ""
@@ -9870,38 +9825,26 @@ def plan_line(records: int, models: Models) -> str:
     sums = cost(rows, 0)
     calls = plural(sums["calls"] + sums["cached"], "API call")
     text = f"Plan: {plural(records, 'record')}, {calls} ({', '.join(parts)}); "
-    text += f"{sums['cached']:,} from cache, {sums['calls']:,} to pay."
+    text += f"{sums['cached']:,} from cache, {sums['calls']:,} to pay; "
+    text += f"about {sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out."
     if sums["money"] is not None:
-        text += f" Expected cost: {cost_text(sums['money'], models)}."
+        text += f" Expected cost: {cost_text(models)}."
     return "\n".join(wrapped(text, later="  "))
 
 
-def cost_text(money: float, models: Models) -> str:
-    """A cost by --price, and how much of it earlier runs have paid."""
+def cost_text(models: Models) -> str:
+    """The cost by --price, and how much of it earlier runs have paid."""
+    text = f"{money_text(sum(usage.money for usage in models.usage.values()))} (--price)"
     paid = sum(usage.kept for usage in models.usage.values())
-    text = f"{money_text(money)} (--price)"
     return f"{text}, {money_text(paid)} of it in earlier runs" if paid else text
 
 
 def show_plan(records: int, asking: int, models: Models) -> None:
     """Print what --dry-run is for: the planned calls, tokens, cost and the first prompts."""
     show(f"Dry run: no API call is made and nothing is written. Read {plural(records, 'record')}.")
-    rows = models.rows()
-    show(plan_line(asking, models) if rows else "Plan: no API call is needed.")
-    unpriced = {}  # in the order of the rows
-    for row in rows:
-        work = "judging" if row["role"] == "judge" else "answers"
-        text = f"{row['model']}, {work}: {plural(row['calls'], 'call')} to pay, "
-        text += f"{row['cached']:,} from cache; about {row['tokens_in']:,} tokens in, "
-        text += f"{row['tokens_out']:,} out"
-        if row["money"] is None:
-            unpriced[f"--price {row['model']}=IN/OUT"] = True
-        else:
-            text += f"; {money_text(row['money'])} (--price)"
-        show("\n".join(wrapped(text, first="  ", later="    ")))
-    if unpriced:
-        hint = f"For the cost add {' '.join(unpriced)}"
-        show("\n".join(wrapped(hint, first="  ", later="    ")))
+    show(plan_line(asking, models))
+    if models.rows() and not models.args.prices:
+        show("For the cost add --price MODEL=IN/OUT.")
     for receiver, messages in models.first_prompts.items():
         receiver = receiver.removesuffix(" as answer")
         show(f"\n--- First prompt to {receiver}:\n{flatten(messages)}")
@@ -9923,11 +9866,7 @@ class Progress:
         self.files = files
         self.models = models
         self.finished = 0  # records
-        self.ticking: asyncio.Task | None = None
-
-    async def __aenter__(self) -> Progress:
         self.ticking = asyncio.create_task(self.tick())
-        return self
 
     async def tick(self) -> None:
         """Draw the bar again and again, also while every record waits for a reply."""
@@ -9943,7 +9882,6 @@ class Progress:
             "replies": models.replies,
             "pairs": files.pairs,
             "drops": files.dropped.total(),
-            "failures": files.retryable,
             "tokens": models.tokens(),
         }
         if models.args.prices:
@@ -9953,13 +9891,14 @@ class Progress:
 
             if Progress.bar is None:
                 tqdm.monitor_interval = 0  # no thread of its own
-                start = {"initial": self.finished, "dynamic_ncols": True}
-                Progress.bar = tqdm(unit=" records", file=sys.stderr, **start)
+                Progress.bar = tqdm(initial=self.finished, file=sys.stderr, dynamic_ncols=True)
+                Progress.bar.unit = " records"
             Progress.bar.total = models.total
             Progress.bar.n = self.finished
             Progress.bar.set_postfix(counts)
 
-    async def __aexit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Draw the last counts, if a bar was drawn at all, and end its line."""
         self.ticking.cancel()
         if Progress.bar is not None:
             self.draw()
@@ -9998,15 +9937,14 @@ def result_lines(files: OutputFiles, stopped: bool = False) -> list[str]:
     if stopped:
         place = f"{files.output}.part"
         lines = [f"Stopped after {plural(files.read, 'record')}; {pairs} so far, in {place}."]
-    frequent = files.dropped.most_common(5)
+    frequent = files.dropped.most_common(4)
     others = dropped - sum(count for _, count in frequent)
-    digits = len(f"{dropped:,}")
     column = max((len(kind) for kind, _ in frequent), default=0)
     for kind, count in frequent:
-        start = f"  {count:{digits},}  {kind:{column}}  "
+        start = f"{count:6,}  {kind:{column}}  "
         lines += wrapped(f"{start}{explain_reason(kind)[0]}", later=" " * len(start))
     if others:
-        lines.append(f"  {others:{digits},}  other reasons")
+        lines.append(f"{others:6,}  other reasons")
     return lines
 
 
@@ -10055,7 +9993,7 @@ def call_lines(models: Models) -> list[str]:
     text = f"API calls: {sums['calls']:,} made, {sums['cached']:,} from cache; "
     text += f"{sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out"
     if sums["money"] is not None:
-        text += f"; cost {cost_text(sums['money'], models)}"
+        text += f"; cost {cost_text(models)}"
     return wrapped(text, later="  ")
 
 
@@ -10066,7 +10004,7 @@ def file_lines(files: OutputFiles) -> list[str]:
     contents = {
         files.output: plural(rows[files.output], "row"),
         files.test: f"{plural(rows[files.test], 'row')} held out for testing (--test-fraction)",
-        files.drops: f"{plural(rows[files.drops], 'record')}, each with its reason",
+        files.drops: f"{plural(rows[files.drops], 'dropped record')} and why",
         files.candidates: "all answers of the records, an input for rank_responses",
         page: "quality report, open it in a browser",
         review_page: "pairs to review by hand, open it in a browser",
@@ -10074,7 +10012,7 @@ def file_lines(files: OutputFiles) -> list[str]:
     if not rows[files.drops]:
         del contents[files.drops]
     contents.pop("", None)
-    column = min(60, max(len(path) for path in contents))
+    column = max(len(path) for path in contents)
     return ["Wrote", *(f"  {path:{column}}  {text}" for path, text in contents.items())]
 
 
@@ -10099,10 +10037,9 @@ def advice_lines(files: OutputFiles) -> list[str]:
 
 def stopped_lines(models: Models) -> list[str]:
     """How to go on after a stopped run."""
-    text = "Run the same command again to continue: replies are in the cache."
-    if not models.cache.db:
-        text = "Run the same command again to start over: there is no cache."
-    return wrapped(text)
+    if models.cache.db:
+        return ["Run the same command again to continue: replies are in the cache."]
+    return ["Run the same command again to start over."]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -10136,8 +10073,9 @@ def unique_names(models: list[Model | None]) -> dict[Model, str]:
     counts = Counter(model.name for model in known)
     names = {}
     for model in known:
-        address = model.url or model.provider
-        names[model] = f"{model.name}@{address}" if counts[model.name] > 1 else model.name
+        names[model] = model.name
+        if counts[model.name] > 1:
+            names[model] += f"@{model.url or model.provider}"
     return names
 
 
@@ -10165,14 +10103,6 @@ def dropped_outcome(record: Record, failed: Failed) -> Outcome:
     return Outcome(record, [], failed.stage, failed.reason, failed.retryable)
 
 
-def are_pairs(pairs: object) -> bool:
-    """Whether a method's return value is a list of pairs of answers."""
-    if not isinstance(pairs, list) or not all(isinstance(pair, Pair) for pair in pairs):
-        return False
-    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    return all(isinstance(answer, Answer) for answer in answers)
-
-
 # What a method of one's own may raise.
 BUGS = (Exception, asyncio.CancelledError, GeneratorExit, SystemExit)
 
@@ -10187,7 +10117,7 @@ def halt_at(place: str, error: BaseException, models: Models) -> Stop:
 
 
 # --------------------------------------------------------------------------------------------------
-# §21 RUN: records_of, plan, Labels, OutputFiles, in_order, construct, run_job
+# §21 RUN: records_of, plan, Labels, OutputFiles, construct, Job, run_job
 # In: checked flags. Out: the files, and an exit status. `main` (CLI) calls `construct`.
 # --------------------------------------------------------------------------------------------------
 
@@ -10199,12 +10129,13 @@ def records_of(path: str, run: Run) -> Iterator[tuple[int, Record | Failed]]:
     """Yields (line, Record, or Failed): the input; repeated and excluded prompts are Failed."""
     limit = run.args.max_samples if run.args.max_samples >= 0 else None
     records = read_records(path, dict(run.args.rename), run.reads_answers, run.numbers)
-    seen: set[int] = set()  # hashes: all that is kept of a record
+    seen = set()  # hashes: all that is kept of a record
     for line, record in itertools.islice(records, limit):
-        reason = ""
         if isinstance(record, Record):
             reason = repeated_or_excluded(record, seen, run)
-        yield line, Failed("input", reason, record=record) if reason else record
+            if reason:
+                record = Failed("input", reason, record=record)
+        yield line, record
 
 
 def repeated_or_excluded(record: Record, seen: set[int], run: Run) -> str:
@@ -10213,19 +10144,18 @@ def repeated_or_excluded(record: Record, seen: set[int], run: Run) -> str:
     Answers with labels may come again: that is for `Labels` to count."""
     if not record.signal:
         texts = sorted(answer.text for answer in record.answers)
-        key = hash(repr((prompt_words(record), texts)))
+        key = hash(repr((turn_words(record), texts)))
         if key in seen:
             return "repeated prompt and answers" if texts else "repeated prompt"
         seen.add(key)
     if run.excluded:
         for passage in prompt_passages(record):
             if hash(passage) in run.excluded:
-                run.shared_passages[passage] += 1
-                return "excluded prompt"
+                return f"excluded prompt: {passage[:200]}"
     return ""
 
 
-def prompt_words(record: Record) -> list[tuple[str, ...]]:
+def turn_words(record: Record) -> list[tuple[str, ...]]:
     """Role and words of each turn: what two records have in common if their prompt is the same."""
     return [(turn["role"], *turn["content"].split()) for turn in record.messages]
 
@@ -10241,18 +10171,6 @@ def prompt_passages(record: Record) -> list[str]:
     passages = [" ".join(words[start : start + CONTAMINATION_RUN]) for start in starts]
     all_words = re.findall(r"\w+", text)  # of any script; a text of emojis has none
     return [*passages, " ".join(all_words) or text]
-
-
-def note_excluded(run: Run, files: OutputFiles) -> None:
-    """Say so if --exclude-prompts left out more than half of the records."""
-    count = files.dropped["excluded prompt"]
-    if 2 * count > files.read:
-        [(passage, shared)] = run.shared_passages.most_common(1)
-        note(
-            f"--exclude-prompts left out {count} of {files.read} records; {shared} of them share "
-            f'"{passage[:200]}". If that is a template, not a test question, take it out of '
-            f"{run.args.exclude_prompts}"
-        )
 
 
 async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
@@ -10286,14 +10204,14 @@ class Labels:
     # A choice of people outweighs any number of labels.
     PEOPLE = 1_000_000
 
-    def __init__(self, decided: dict[int, int]) -> None:
+    def __init__(self) -> None:
         # Two answers to a prompt -> labels for the one that sorts first, less those for the other.
-        self.leads: dict[int, int] = {}
+        self.leads = {}
         # Those of contradictory labels over the whole input, from the pass before.
-        self.decided = decided
+        self.decided = {}
         # Two answers whose labels contradict each other; those whose label is written.
-        self.contradicted: set[int] = set()
-        self.written: set[int] = set()
+        self.contradicted = set()
+        self.written = set()
 
     def apply(self, outcome: Outcome) -> Outcome:
         """The outcome without pairs whose label was written before or is contradicted."""
@@ -10318,7 +10236,7 @@ class Labels:
         better = " ".join(pair.chosen.text.split())
         worse = " ".join(pair.rejected.text.split())
         texts = sorted([better, worse])
-        key = hash(repr((prompt_words(pair.record), texts)))
+        key = hash(repr((turn_words(pair.record), texts)))
         weight = self.PEOPLE if pair.human else 1
         vote = weight if better < worse else -weight
         lead = self.leads.get(key, vote)  # so far; the first label leads alone
@@ -10358,14 +10276,12 @@ class OutputFiles:
         # Records read; pairs written; records whose failure a rerun may cure.
         self.read = self.pairs = self.retryable = 0
         # path -> rows; kind of reason -> records.
-        self.rows: Counter[str] = Counter()
-        self.dropped: Counter[str] = Counter()
+        self.rows = Counter()
+        self.dropped = Counter()
         # Hashes of what a format writes only `once`.
-        self.written_once: set[int] = set()
+        self.written_once = set()
         # Whether rows with and without scores were written.
-        self.has_scores: set[bool] = set()
-        # Keys of the first row, scores aside.
-        self.columns: list[str] = []
+        self.has_scores = set()
         self.warned_of_turns = False
         for file in self.open.values():
             file.seek(0)
@@ -10391,9 +10307,11 @@ class OutputFiles:
             row["prompt_id"] = record.prompt_id if record.messages else ""
             self.write(self.drops, row | {"prompt": record.prompt, "answers": answers})
             self.dropped[reason_kind(outcome.reason)] += 1
+        draw = int(record.prompt_id, 16) / 16**16  # of the test split: by prompt, for good
+        path = self.test if draw < self.run.args.test_fraction else self.output
         for row in rows:
             self.has_scores.add("score_chosen" in row)
-            self.write(self.file_of(record), row)
+            self.write(path, row)
         self.pairs += len(outcome.pairs)
         self.read += 1
         self.retryable += outcome.retryable
@@ -10409,16 +10327,12 @@ class OutputFiles:
                 f"{chosen:g} and whose rejected one scores {rejected:g}"
             )
         name = self.run.args.output_format
-        rows = format_rows(name, pair, self.run)
+        try:
+            rows = [dict(row) for row in OUTPUTS[name](pair, self.run)]
+            json.dumps(rows, ensure_ascii=False, allow_nan=False).encode()
+        except Exception as error:
+            raise broken(f"the output format `{name}`", error) from error
         for row in rows:
-            columns = [key for key in row if key not in ("score_chosen", "score_rejected")]
-            self.columns = self.columns or columns
-            if columns != self.columns:
-                raise PartError(
-                    f"the output format `{name}` wrote a row with {', '.join(columns)}; the first "
-                    f"row has {', '.join(self.columns)}: every row needs the same keys in the same "
-                    "order"
-                )
             flattened = isinstance(row.get("prompt"), str) and len(pair.record.messages) > 1
             if flattened and not self.warned_of_turns:
                 self.warned_of_turns = True
@@ -10435,13 +10349,6 @@ class OutputFiles:
         is_known = key in self.written_once
         self.written_once.add(key)
         return is_known
-
-    def file_of(self, record: Record) -> str:
-        """The output, or the test split for its share of prompts."""
-        if not self.test:
-            return self.output
-        draw = int(digest(self.run.seed, record.messages)[:8], 16) / 16**8
-        return self.test if draw < self.run.args.test_fraction else self.output
 
     def write(self, path: str, row: dict) -> None:
         """Write a row to the part of a file."""
@@ -10472,25 +10379,6 @@ class OutputFiles:
         for file in self.open.values():
             with contextlib.suppress(OSError):
                 file.close()
-
-
-def format_rows(name: str, pair: Pair, run: Run) -> list[dict]:
-    """The rows that an output format makes of a pair; raises PartError for wrong ones."""
-    part = f"the output format `{name}`"
-    try:
-        rows = OUTPUTS[name](pair, run)
-    except Exception as error:
-        raise broken(part, error) from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise PartError(f"{part} returned {rows!r:.80}, not a list of rows (dicts)")
-    for row in rows:
-        try:
-            json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
-        except (TypeError, ValueError, RecursionError) as error:
-            raise PartError(f"{part} returned a row that is not JSON: {error}") from None
-        if None in row.values():
-            raise PartError(f"{part} wrote null: leave the key out of every row")
-    return rows
 
 
 def remove_scores(path: str) -> None:
@@ -10533,41 +10421,6 @@ def opened(path: str) -> TextIO:
         file.close()
         raise UserError(f"{path}: another run is using it")
     return file
-
-
-async def in_order(
-    source: Iterable[Any],
-    work: Callable[[Any], Awaitable[Outcome]],
-    emit: Callable[[Outcome], None],
-    workers: int,
-    models: Models,
-) -> None:
-    """Work on `workers` items at once and emit the results in order; a bounded window waits.
-
-    Whatever ends this early halts the run; what is in work ends first, for its calls are paid."""
-    free = asyncio.Semaphore(workers)
-    window: deque[asyncio.Task] = deque()
-    try:
-        for item in source:
-            await free.acquire()
-            if models.stop:
-                break
-            task = asyncio.create_task(work(item))
-            task.add_done_callback(lambda _: free.release())
-            window.append(task)
-            while window and (window[0].done() or len(window) > workers * WINDOW):
-                emit(await window.popleft())
-        while window:
-            emit(await window.popleft())
-    except Pending:
-        models.halt("a reply is missing after all batches: does the method ask anew each time?")
-    except Stop as stop:
-        models.halt(str(stop), stop.status)
-    except BaseException as error:
-        models.halt(repr(error))
-        raise
-    finally:
-        await asyncio.gather(*window, return_exceptions=True)
 
 
 async def construct(args: argparse.Namespace) -> int:
@@ -10614,7 +10467,6 @@ async def construct_with(cache: Cache, path: str, run: Run) -> int:
         if not args.batch:
             refuse_running_batches(cache, run)
         with contextlib.closing(OutputFiles(run)) as files, interruptible(models):
-            progress_bar = Progress(files, models)
 
             async def announce_plan() -> None:
                 """Before the first call: say what may be called."""
@@ -10627,7 +10479,7 @@ async def construct_with(cache: Cache, path: str, run: Run) -> int:
             models.announce_plan = announce_plan
             if args.batch and run.pays():
                 await fill_cache(path, run)
-            return await run_job(path, run, files, progress_bar)
+            return await run_job(path, run, files)
     finally:
         await models.close()
 
@@ -10671,71 +10523,87 @@ class Job:
 
     A second pass knows which labels contradicted each other in the first."""
 
-    def __init__(self, path: str, run: Run, files: OutputFiles, first: Job | None = None) -> None:
+    def __init__(self, path: str, run: Run, files: OutputFiles) -> None:
         self.path = path
         self.run = run
         self.files = files
         self.report = Report(run.seed, run.orders)
         self.review = ReviewQueue(run.seed)
-        self.labels = Labels(first.labels.decisions() if first else {})
-        # Place in the input -> the failed call there, so that a second pass makes none.
-        self.failures: dict[int, Failed] = first.failures if first else {}
+        self.labels = Labels()
 
-    async def run_pass(self, progress_bar: Progress) -> None:
-        """Process every record and write it."""
-        run = self.run
+    async def run_pass(self) -> None:
+        """Process --concurrency records at once and emit them in order; a bounded window waits.
 
-        async def work(item: tuple[int, tuple[int, Record | Failed]]) -> tuple[int, Outcome]:
-            place, (line, record) = item
-            outcome = await process_record(line, self.failures.get(place, record), run)
+        What ends this early halts the run; the records in work end first, for they are paid."""
+        run, models = self.run, self.run.models
+        workers = run.args.concurrency
+        free = asyncio.Semaphore(workers)
+        window = deque()  # of tasks
+        progress_bar = Progress(self.files, models)
+
+        def finish(_: asyncio.Task) -> None:
             progress_bar.finished += 1
-            return place, outcome
+            free.release()
 
-        async with progress_bar:
-            source = enumerate(records_of(self.path, run))
-            await in_order(source, work, self.emit, run.args.concurrency, run.models)
+        try:
+            for line, record in records_of(self.path, run):
+                await free.acquire()
+                if models.stop:
+                    break
+                task = asyncio.create_task(process_record(line, record, run))
+                task.add_done_callback(finish)
+                window.append(task)
+                while window and (window[0].done() or len(window) > workers * WINDOW):
+                    self.emit(await window.popleft())
+            while window:
+                self.emit(await window.popleft())
+        except Pending:
+            models.halt("a reply is missing after all batches: does the method ask anew each time?")
+        except Stop as stop:
+            models.halt(str(stop), stop.status)
+        except BaseException as error:
+            models.halt(repr(error))
+            raise
+        finally:
+            await asyncio.gather(*window, return_exceptions=True)
+            progress_bar.close()
 
-    def emit(self, result: tuple[int, Outcome]) -> None:
+    def emit(self, outcome: Outcome) -> None:
         """Write one outcome and count it; called in the order of the input."""
-        place, outcome = result
         where = f"{self.run.args.input_file}:{outcome.record.line}"
         try:
             if self.run.reads_answers:
                 outcome = self.labels.apply(outcome)
-                if outcome.stage == "model" or outcome.retryable:
-                    failure = Failed(outcome.stage, outcome.reason, outcome.retryable)
-                    self.failures[place] = failure
             outcome = self.files.add(outcome)
-        except PartError as error:
+        except OSError:  # a full disk
+            raise
+        except Exception as error:  # of an output format, or of an answer with odd values
             raise halt_at(where, error, self.run.models) from None
-        except (AttributeError, TypeError, ValueError) as error:  # an answer with odd values
-            bug = broken(f"writing what the method `{self.run.args.method}` made", error)
-            raise halt_at(where, bug, self.run.models) from None
         if self.files.pages[0]:
             self.report.add(outcome)
         if self.files.pages[2]:
             self.review.add(outcome)
 
 
-async def run_job(path: str, run: Run, files: OutputFiles, progress_bar: Progress) -> int:
+async def run_job(path: str, run: Run, files: OutputFiles) -> int:
     """The run itself -> exit status: the passes, then report and review page, then the summary."""
     models = run.models
     job = Job(path, run, files)
-    await job.run_pass(progress_bar)
+    await job.run_pass()
     contradicted = len(job.labels.contradicted)
     if contradicted and not models.stop:
         note(f"contradictory labels of {contradicted} answer pairs: the input is read again")
         usage = copy.deepcopy(models.usage)  # every reply is in the cache by now
         files.restart()
-        run.shared_passages.clear()
         if run.annotations:  # they have counted the pairs that they met
             run.annotations = Annotations(run.args.annotations)
-        job = Job(path, run, files, first=job)
-        await job.run_pass(Progress(files, models))
+        decisions = job.labels.decisions()
+        job = Job(path, run, files)
+        job.labels.decided = decisions
+        await job.run_pass()
         models.usage = usage
     if run.annotations:
         note_annotations(run.annotations, models)
-    note_excluded(run, files)
     numbers = None
     if not models.stop:
         files.finish()
@@ -10754,8 +10622,7 @@ def note_annotations(people: Annotations, models: Models) -> None:
     if unused:
         note(f"--annotations: {plural(unused, 'choice')} not used: no such pair in the input")
     if not people.reviewed:
-        hint = "none of the choices is about a pair of this input"
-        models.halt(f"{hint}: give the page's own input", 2)
+        models.halt("none of the choices is about a pair of this input: give the page's own", 2)
 
 
 def report_out(path: str, run: Run, files: OutputFiles, job: Job) -> dict | None:
@@ -10782,16 +10649,9 @@ def report_out(path: str, run: Run, files: OutputFiles, job: Job) -> dict | None
 
 def settings_of(path: str, run: Run) -> dict:
     """How the data was made, for the report: no key and no date, so a rerun gives equal bytes."""
-    import importlib.metadata
-
     settings = {name: value for name, value in vars(run.args).items() if value}
-    if run.args.rubric:
-        settings["rubric"] = digest(run.rubric)[:16]
     settings["models"] = [run.names[model] for model in run.writers()]
     settings["judges"] = [run.names[model] for model in run.judges]
-    settings["versions"] = {"python": sys.version.split()[0]}
-    for name in filter(importlib.util.find_spec, ("openai", "dashscope")):
-        settings["versions"][name] = importlib.metadata.version(name)
     settings["input_sha256"] = ""
     with contextlib.suppress(OSError), open(path, "rb") as file:  # it may have been moved by now
         settings["input_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -10816,8 +10676,7 @@ def interruptible(models: Models) -> Iterator[None]:
         if pressed:  # every paid reply is committed, so there is nothing to tidy up
             os._exit(130)
         pressed.append(time.monotonic())
-        calls = plural(models.in_flight, "paid call")
-        note(f"\nstopping: waiting for {calls} in flight; Ctrl-C again leaves at once")
+        note("\nCtrl-C again leaves at once")
         events.call_soon_threadsafe(models.halt, "interrupted", 130)
 
     on_interrupt = signal.signal(signal.SIGINT, stop)
@@ -10854,15 +10713,12 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line; an @FILE holds a flag and its value on each line."""
 
     def error(self, text: str) -> Never:
-        """Raise UserError with argparse's message, and the nearest known name of a wrong one."""
-        text = text.removeprefix("argument ")
+        """Raise UserError with argparse's message, and the nearest flag for an unknown one."""
         unknown = re.match(r"unrecognized arguments: ([^\s=]*)", text)
-        choice = re.match(r"\S+: invalid choice: '(.*)' \(choose from (.*)\)$", text)
         if unknown:
-            text += did_you_mean(unknown[1], self._option_string_actions) or "; see --help"
-        elif choice:
-            text += did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
-        raise UserError(text)
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.7)
+            text += f" (did you mean {near[0]}?)" if near else "; see --help"
+        raise UserError(text.removeprefix("argument "))
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """The arguments of a line of an @FILE: none for a blank line or a # comment."""
@@ -10884,30 +10740,29 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all flags; --help shows them, three examples and every entry of the tables."""
     title, _, example_commands, *_ = __doc__.split("\n\n")
+    highs = ", ".join(f"{name} {models[0]}" for name, models in DEFAULT_MODELS.items())
+    lows = ", ".join(f"{name} {models[1]}" for name, models in DEFAULT_MODELS.items())
     about = "@FILE reads flags from a file: a flag and its value on each line, # for comments."
-    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
     parser = Parser(
         prog=PROGRAM, usage=f"{PROGRAM} --input-file FILE [options]", allow_abbrev=False,
         description=f"{title}\n\n{example_commands}\n\n{about}", fromfile_prefix_chars="@",
         epilog=catalogue({"methods": METHODS, "strategies": STRATEGIES, "input formats": INPUTS,
                           "output formats": OUTPUTS, "filters": FILTERS, "providers": PROVIDERS}),
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter,
-                                          max_help_position=24, width=width))
+        formatter_class=argparse.RawDescriptionHelpFormatter)
 
     add = parser.add_argument_group("main flags").add_argument
     add("--input-file", metavar="FILE",
         help="input records: .jsonl, .json, .csv, .tsv (each also .gz, .bz2 or .xz) or .parquet "
              '(needs pyarrow); "-" reads JSONL from stdin (required)')
     add("--method", choices=list(METHODS), default="model_comparison", metavar="METHOD",
-        help=f"how pairs are made: {one_of(METHODS)} (default model_comparison)")
+        help="how pairs are made, see the list below (default model_comparison)")
     providers = [name for name in PROVIDERS if name != "reward"]
     add("--provider", choices=providers, default="dashscope", metavar="NAME",
-        help=f"whose API serves the models: {one_of(providers)} (default dashscope)")
+        help="whose API serves the models, see the list below (default dashscope)")
     add("--high-model", metavar="MODEL",
         help='strong model, written [provider:]model[@URL], or "reference" for the record\'s own '
-             f"answer (default: {default_models(0)})")
-    add("--low-model", metavar="MODEL",
-        help=f"weak model, written the same way (default: {default_models(1)})")
+             f"answer (default: {highs})")
+    add("--low-model", metavar="MODEL", help=f"weak model, written the same way (default: {lows})")
     add("--output-path", default="data/rlhf_preference.jsonl", metavar="FILE",
         help="file for the pairs (default %(default)s)")
 
@@ -10915,127 +10770,96 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rename", type=renaming, action="append", default=[], metavar="OLD=NEW",
         help="field of the input and the known name to read it as, e.g. ask=prompt; repeatable")
     add("--output-format", choices=list(OUTPUTS), default="standard", metavar="NAME",
-        help=f"shape of the output rows: {one_of(OUTPUTS)} (default standard)")
-    add("--max-samples", type=number_between(-1, 10**12), default=-1, metavar="N",
+        help="shape of the output rows, see the list below (default standard)")
+    add("--max-samples", type=int, default=-1,
         help="number of records to read, from the first on (default -1 = all)")
     add("--exclude-prompts", metavar="FILE",
-        help="file of prompts to leave out, e.g. a benchmark; a prompt that shares "
-             f"{CONTAMINATION_RUN} words in a row with one of them is left out too (default: none)")
-    add("--test-fraction", type=number_between(0.0, 0.99), default=0.0, metavar="X",
+        help="file of prompts to leave out, e.g. a benchmark, with all prompts that share "
+             f"{CONTAMINATION_RUN} words in a row with one of them (default: none)")
+    add("--test-fraction", type=number_between(0.0, 0.99), default=0.0,
         help="share of prompts written to <output>.test.jsonl instead, 0 to 0.99 (default 0)")
 
     add = parser.add_argument_group("method").add_argument
-    add("--num-candidates", type=number_between(2, 8), default=4, metavar="N",
+    add("--num-candidates", type=number_between(2, 8), default=4,
         help="number of answers per prompt for generate_pairs, 2 to 8 (default %(default)s)")
     add("--candidates-path", metavar="FILE",
         help="file for all answers with their scores, an input for rank_responses (default: none)")
     add("--strategy", choices=list(STRATEGIES), default="best_worst", metavar="NAME",
-        help=f"which answers of a prompt form pairs: {one_of(STRATEGIES)} (default best_worst)")
+        help="which answers of a prompt form pairs, see the list below (default best_worst)")
 
     add = parser.add_argument_group("models").add_argument
     add("--candidate-models", nargs="+", metavar="MODEL",
-        help="models that write the candidates of generate_pairs (default: the high and the low "
-             "model)")
+        help="models that write the candidates (default: the high and the low model)")
     add("--base-url", metavar="URL",
-        help="address of the provider's API, e.g. http://localhost:8000/v1 (default: the "
-             "provider's own)")
-    add("--system-prompt", type=utf8_text, default="", metavar="TEXT",
+        help="address of the provider's API (default: the provider's own)")
+    add("--system-prompt", type=utf8_text, default="",
         help="system prompt for all answers; not exported, not shown to the judge (default: none)")
-    first, *others = TEMPERATURES
-    add("--temperature", type=number_between(0.0, 2.0), metavar="X",
-        help=f"sampling temperature of answers, 0 to 2 (default {first}; further candidates of a "
-             f"model {', '.join(map(str, others))})")
-    add("--max-tokens", type=number_between(1, 10**7), default=4096, metavar="N",
-        help="maximum tokens per answer (default %(default)s); a truncated answer is requested "
-             "once more with twice the limit")
+    add("--temperature", type=number_between(0.0, 2.0),
+        help="sampling temperature of answers, 0 to 2 (default of a model's first, second, ... "
+             f"answer: {TEMPERATURES})")
+    add("--max-tokens", type=number_between(1, 10**7), default=4096,
+        help="maximum tokens per answer (default %(default)s); twice that if it is truncated")
     add("--model-option", type=model_option, action="append", default=[],
         metavar="[MODEL:]KEY=JSON",
         help="extra field of the API request, for all models or one, e.g. top_p=0.9; repeatable")
 
     add = parser.add_argument_group("quality").add_argument
     add("--judge-model", action="append", default=[], metavar="MODEL",
-        help="model that scores the answers; or reward:NAME@URL (a reward model), exact_match "
-             "(compare final answers with the reference), none (no scores); repeatable (default: "
-             "the high model, for rank_responses none)")
-    add("--judge-orders", type=number_between(1, 2), default=2, metavar="1|2",
-        help="number of orders in which the judge sees the answers (default %(default)s); 1 is "
-             "cheaper, but position bias stays hidden")
+        help="model that scores the answers; also reward:NAME@URL, exact_match (compares with the "
+             "reference) or none; repeatable (default: the high model; rank_responses: none)")
+    add("--judge-orders", type=number_between(1, 2), default=2,
+        help="orders in which a judge sees the answers (default %(default)s); 1 hides its bias")
     add("--rubric", type=text_file, metavar="FILE",
         help="text file with grading rules for the judge (default: the built-in rules)")
     add("--no-reference", action="store_true",
         help="hide the record's own answer from the judge (default: the judge sees it)")
-    add("--min-score-gap", type=number_between(0.0, 1e6), metavar="X",
-        help="smallest score gap of a kept pair, in points (default 1, for generate_pairs 2; "
-             "for answers with scores of their own any gap above 0, but "
-             f"{100 * SCORE_GAP_SHARE:.0f}%% of the scale for named scales such as ratings)")
-    add("--min-chosen-score", type=number_between(-1e6, 1e6), metavar="X",
+    add("--min-score-gap", type=number_between(0.0, 1e6),
+        help="smallest score gap of a kept pair, in points (default 1, for generate_pairs 2, for "
+             f"scores of the input 0 or {100 * SCORE_GAP_SHARE:.0f}%% of a known scale)")
+    add("--min-chosen-score", type=number_between(-1e6, 1e6),
         help="lowest score of a chosen answer, in points (default: no limit)")
-    add("--when-low-wins", choices=["drop", "flip"], default="drop", metavar="drop|flip",
+    add("--when-low-wins", choices=["drop", "flip"], default="drop",
         help="what happens if the weak model's answer wins: drop the record, or flip the pair if "
              f"it leads by {on_judge_scale(FLIP_GAP):g} points in every judge reply (default drop)")
-    add("--length-penalty", type=number_between(0.0, 100.0), default=0.0, metavar="X",
-        help="points taken off the score gap for each factor 1.5 by which the chosen answer is "
-             "longer (default 0)")
+    add("--length-penalty", type=number_between(0.0, 100.0), default=0.0,
+        help="points off the score gap for each factor 1.5 by which chosen is longer (default 0)")
     skippable = [name for name, rule in FILTERS.items() if not getattr(rule, "fixed", False)]
     optional = [name for name, rule in FILTERS.items() if getattr(rule, "opt_in", False)]
     add("--skip-filter", choices=skippable, action="append", default=[], metavar="NAME",
         help="filter to switch off, see the list below; repeatable")
     add("--use-filter", choices=optional, action="append", default=[], metavar="NAME",
-        help=f"optional filter to switch on: {one_of(optional) or 'none is built in'}; repeatable")
+        help="optional filter to switch on, registered with opt_in=True; repeatable")
 
     add = parser.add_argument_group("running").add_argument
-    add("--concurrency", type=number_between(1, 4096), default=16, metavar="N",
+    add("--concurrency", type=number_between(1, 4096), default=16,
         help="number of records processed at the same time (default %(default)s)")
-    add("--timeout", type=number_between(0.01, 1e6), default=600.0, metavar="SECONDS",
+    add("--timeout", type=number_between(0.01, 1e6), default=600.0,
         help="seconds to wait for one API call (default 600)")
-    add("--max-retries", type=number_between(0, 100), default=6, metavar="N",
-        help="number of retries after a connection error or a server error (default %(default)s); "
-             "waiting for a rate limit does not count")
+    add("--max-retries", type=number_between(0, 100), default=6,
+        help="retries after a connection error or a server error (default %(default)s)")
     add("--cache-path", metavar="FILE",
         help="SQLite file that stores every API reply, so that a rerun is free (default: "
              '.rlhf_cache.sqlite next to the output; "none" = no cache)')
     add("--batch", action="store_true",
         help="send all calls through the provider's batch API: half the price, done within a day")
-    add("--seed", type=number_between(-(10**12), 10**12), default=0, metavar="N",
+    add("--seed", type=int, default=0,
         help="random seed for sampling and tie-breaking (default %(default)s)")
     add("--dry-run", action="store_true",
-        help="make no API call and write nothing; print the planned calls, tokens, cost and the "
-             "first prompts")
+        help="make no API call, write nothing; print planned calls, tokens, cost, first prompts")
     add("--price", type=price, action="append", default=[], metavar="MODEL=IN/OUT",
-        help="price of a model per million input and output tokens, e.g. qwen3-max=1.2/6; "
-             "repeatable")
-    add("--max-cost", type=number_between(0.0, 1e9), metavar="X",
-        help="limit on the cost of all runs for this output, in the currency of --price (default: "
-             "no limit)")
+        help="price per million input and output tokens, e.g. qwen3-max=1.2/6; repeatable")
+    add("--max-cost", type=number_between(0.0, 1e9),
+        help="limit on the cost of all runs for this output, by --price (default: no limit)")
 
     add = parser.add_argument_group("report and review").add_argument
     add("--report-path", metavar="FILE",
-        help="HTML file for the quality report; its numbers are written next to it as .json "
-             '(default: <output>.report.html; "none" = no report)')
+        help='HTML report, beside it a .json (default: <output>.report.html; "none" = no report)')
     add("--review-path", metavar="FILE",
-        help="HTML file for a page on which people judge pairs without seeing the labels (default: "
-             "none)")
+        help="HTML page on which people judge pairs without seeing the labels (default: none)")
     add("--annotations", action="append", default=[], metavar="FILE",
         help="file of choices that people saved on the review page, for rank_responses; repeatable")
     return parser
 # fmt: on
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean --high-model?)` if one of the known names is near, else ""."""
-    near = difflib.get_close_matches(name, known, 1, 0.7)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def one_of(names: Iterable[str]) -> str:
-    """`a, b or c`."""
-    *first, last = list(names) or [""]
-    return f"{', '.join(first)} or {last}" if first else last
-
-
-def default_models(position: int) -> str:
-    """The high (0) or low (1) model of each provider: `dashscope qwen3-max, openai gpt-5`."""
-    return ", ".join(f"{name} {pair[position]}" for name, pair in DEFAULT_MODELS.items())
 
 
 def catalogue(tables: dict[str, dict]) -> str:
@@ -11143,14 +10967,11 @@ def check(args: argparse.Namespace) -> Run:
 def check_method(run: Run) -> None:
     """Raise UserError if method, models, strategy and output format do not go together."""
     args = run.args
-    refuse(
-        args.annotations and not run.reads_answers,
-        "--annotations works with --method rank_responses: it reads the reviewed pairs again",
-    )
-    asks_high = "high" in getattr(run.method, "asks", ("high", "low"))
-    if asks_high and run.high == run.low:
-        problem = f"--high-model and --low-model are both {run.high.name}"
-        raise UserError(f"{problem}: name two different models")
+    unread = args.annotations and not run.reads_answers
+    refuse(unread, "--annotations works with --method rank_responses: it reads the pairs again")
+    if "high" in getattr(run.method, "asks", ("high", "low")) and run.high == run.low:
+        name = run.high.name
+        raise UserError(f"--high-model and --low-model are both {name}: name two different models")
     several_pairs = args.strategy in ("all_pairs", "adjacent") and args.min_chosen_score is None
     may_flip = args.annotations and args.strategy != "best_worst"
     refuse(
@@ -11158,39 +10979,25 @@ def check_method(run: Run) -> None:
         "--output-format kto would label one answer both true and false: use --strategy "
         "best_worst, or (without --annotations) --min-chosen-score",
     )
-    refuse(
-        args.batch and args.cache_path == "none",
-        "--batch stores its replies in the cache: leave out --cache-path none",
-    )
+    uncached = args.batch and args.cache_path == "none"
+    refuse(uncached, "--batch stores its replies in the cache: leave out --cache-path none")
 
 
 def check_judges(run: Run) -> None:
     """Raise UserError if these judges cannot work, alone or together."""
+    judges = run.judges
     needs_judge = getattr(run.method, "needs_judge", False)
-    rewards = [judge for judge in run.judges if judge.is_reward]
-    others = len(run.judges) > 1
-    refuse(
-        needs_judge and not run.judges,
-        f"--method {run.args.method} needs a judge: leave out --judge-model none",
-    )
-    refuse(
-        len(set(run.judges)) < len(run.judges),
-        "--judge-model: one judge is named twice; name different judges",
-    )
-    refuse(
-        rewards and len(rewards) < len(run.judges),
-        "--judge-model: a reward model has its own scale, so it cannot be combined with others",
-    )
-    refuse(
-        EXACT_MATCH in run.judges and others,
-        "--judge-model: exact_match knows only right and wrong: use it without other judges",
-    )
+    method = run.args.method
+    refuse(needs_judge and not judges, f"--method {method} needs a judge: name a --judge-model")
+    refuse(len(set(judges)) < len(judges), "--judge-model: one judge is named twice")
+    rewards = [judge for judge in judges if judge.is_reward]
+    mixed = rewards and len(rewards) < len(judges)
+    refuse(mixed, "--judge-model: a reward model has its own scale: use no other judge beside it")
+    several = EXACT_MATCH in judges and len(judges) > 1
+    refuse(several, "--judge-model: exact_match knows only right and wrong: use no other beside it")
     writers = [run.high, run.low, *(model for model, _ in run.candidates)]
     refuse(EXACT_MATCH in writers, "exact_match writes no answers: use it as --judge-model")
-    refuse(
-        rewards and run.args.batch,
-        "--batch does not work with a reward model: leave out --batch",
-    )
+    refuse(rewards and run.args.batch, "--batch does not work with a reward model: leave it out")
 
 
 def check_model(model: Model, args: argparse.Namespace) -> None:
@@ -11219,16 +11026,12 @@ def check_model(model: Model, args: argparse.Namespace) -> None:
 
 
 def check_prices(run: Run) -> None:
-    """With --max-cost every model that was paid has a price; note a price that no model needs."""
-    paid = {name for name, *_ in run.models.bill}
-    prices = set(run.args.prices)
-    missing = sorted(paid - prices)
-    if run.args.max_cost is not None and missing:
-        paid_for = f"--max-cost: earlier runs for this output paid for {missing[0]}"
-        raise UserError(f"{paid_for}: add --price {missing[0]}=IN/OUT")
-    asked = {model.name for model in run.asked()}
-    for name in sorted(prices - paid - asked):
-        note(f"--price {name}: this run uses no model of that name")
+    """Raise UserError unless --max-cost comes with the price of every model that was paid."""
+    if run.args.max_cost is None:
+        return
+    for name, *_ in run.models.bill:
+        hint = f"paid for {name}: add --price {name}=IN/OUT"
+        refuse(name not in run.args.prices, f"--max-cost: earlier runs for this output {hint}")
 
 
 def check_paths(args: argparse.Namespace) -> None:
@@ -11240,7 +11043,7 @@ def check_paths(args: argparse.Namespace) -> None:
     inputs = [args.input_file, args.exclude_prompts, *args.annotations]
     inputs = [path for path in inputs if path not in (None, "-")]
     for path in inputs:
-        check_readable(path)
+        refuse(not os.path.isfile(path), f"{path}: no such file")
     if args.rubric:
         inputs.append(args.rubric[0])
     target = args.output_path
@@ -11258,35 +11061,10 @@ def check_paths(args: argparse.Namespace) -> None:
         len({os.path.realpath(path) for path in taken}) < len(taken),
         f"two of the files to write are the same: {', '.join(written)}",
     )
-    for path in taken:
-        check_writable(path, inputs)
-
-
-def check_readable(path: str) -> None:
-    """Raise UserError unless `path` is a file of a type that is read."""
-    if not os.path.exists(path):
-        known = {}
-        for folder in (Path(__file__).resolve().parent / "data", Path(path).parent):
-            known |= {file.name: file for file in folder.glob("*")}
-        near = difflib.get_close_matches(Path(path).name, known, 1, 0.75)
-        hint = f"; did you mean {known[near[0]]}?" if near else ""
-        raise UserError(f"{path}: no such file{hint}")
-    refuse(not os.path.isfile(path), f"{path}: not a file")
-    refuse(
-        re.search(r"\.(xlsx?|arrow|docx?|pdf|zip)$", path, re.I),
-        f"{path}: this type is not read: convert it to .jsonl, .json, .csv or .parquet",
-    )
-
-
-def check_writable(path: str, inputs: list[str]) -> None:
-    """Raise UserError if a file to write is an input or cannot be written."""
-    if os.path.exists(path):
+    for path in filter(os.path.exists, taken):
         is_input = any(os.path.samefile(path, source) for source in inputs)
         refuse(is_input, f"{path} is an input and would be overwritten: choose another name")
         refuse(not os.path.isfile(path), f"{path}: not a file; choose another name")
-    folder = next(filter(os.path.exists, Path(path).absolute().parents), Path(path))
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"{path}: {folder} cannot be written to; choose another folder")
 
 
 def written_paths(args: argparse.Namespace) -> list[str]:
@@ -11304,23 +11082,25 @@ def written_paths(args: argparse.Namespace) -> list[str]:
 
 def check_input(path: str, run: Run) -> None:
     """Raise UserError if the first 20 records cannot be used; print a note of fields not used."""
-    name = "stdin" if run.args.input_file == "-" else run.args.input_file
+    name = run.args.input_file
     rename = dict(run.args.rename)
     run.numbers = ChoiceNumbers(row for _, row in renamed_rows(path, rename))
     records = read_records(path, rename, run.reads_answers, run.numbers)
     first = list(itertools.islice(records, 20))
     refuse(not first, f"{name}: holds no record")
     rows = [row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict)]
-    fields = ", ".join(dict.fromkeys(itertools.chain.from_iterable(rows)))
     for old, new in run.args.rename:
-        if not any(has_field(row, old) for row in rows):
-            raise UserError(f"--rename {old}={new}: no {old!r} among the fields: {fields:.200}")
+        known = any(has_field(row, old) for row in rows)
+        refuse(not known, f"--rename {old}={new}: no record of the first 20 has a field {old!r}")
     good = [record for _, record in first if isinstance(record, Record)]
     if not good:
         line, failed = first[0]
         raise UserError(f"{name}:{line}: {failed.reason}{shapes_hint(failed.reason, run)}")
     run.writes_decided_by |= any(record.decided_by for record in good)
-    check_references(name, good, run)
+    needy = {model.name for model in run.asked() if model.provider == "offline"} - {"heuristic"}
+    if needy and not any(record.reference for record in good):
+        text = "no record has an answer (one that a label or a score may call bad does not count)"
+        raise UserError(f"{name}: {text}: exact_match and offline models need one")
     run.unused_fields = unused_fields(rows, rename, run.reads_answers)
     if run.unused_fields:
         names = f"{', '.join(run.unused_fields):.200}"
@@ -11329,40 +11109,19 @@ def check_input(path: str, run: Run) -> None:
         run.excluded = excluded_prompts(run.args.exclude_prompts)
 
 
-def check_references(name: str, records: list[Record], run: Run) -> None:
-    """Raise UserError if exact_match or an offline model needs answers, and no record has one."""
-    if any(record.reference for record in records):
-        return
-    refuse(
-        EXACT_MATCH in run.judges,
-        f"{name}: no record has an answer to compare with: exact_match needs a reference",
-    )
-    offline = {model.name for model in run.asked() if model.provider == "offline"}
-    refuse(
-        offline - {"heuristic"},
-        f"{name}: no record has an answer, which offline models need (one that a label or a "
-        "score may call bad does not count): name a provider's models",
-    )
-
-
 def shapes_hint(reason: str, run: Run) -> str:
     """The shapes of records that this run reads, where `reason` says that a row has another one."""
     if not re.match("no known|no answers|not a record|not JSON|not a history", reason):
         return ""
     shapes = [first_line(adapter) for adapter in INPUTS.values()]
     if run.reads_answers:
-        shapes += [
-            "lists of answers with `scores`, `ranks` or `order`",
-            "objects with `score` or `rank`",
-            "`response_a`, `response_b` with `score_a` or `winner`",
-            "`chosen` and `rejected`",
-        ]
+        shapes.append("answers with `scores`, `ranks`, `order` or `winner`; `chosen`, `rejected`")
     return f". Accepted: {'; '.join(shapes)}. Other fields: --rename OLD=NEW"
 
 
 def excluded_prompts(path: str) -> set[int]:
     """The hashes of the passages of all prompts in a file."""
-    hashes: set[int] = set()
+    hashes = set()
     for _, record in read_records(path):
         if isinstance(record, Record):
             hashes |= {hash(passage) for passage in prompt_passages(record)}

@@ -121,13 +121,7 @@ BROKEN_METHODS = [
     pytest.param("return [Pair(record, goood, good)]", "raised NameError: name 'goood'", id="name"),
     pytest.param("return good.nothing", "raised AttributeError: ", id="attribute"),
     pytest.param("return good", "returned 'It is 6.", id="a text"),
-    pytest.param("return [good]", "returned a list with 'It is 6.", id="no Pair"),
-    pytest.param("return [Pair(record, good, good)]", "which is not an Answer", id="no Answer"),
-    pytest.param(
-        'return [Pair(record, Answer(good, score="9"), Answer("Hm."))]',
-        "with the score '9', which is not a number",
-        id="a score that is text",
-    ),
+    pytest.param("return [good]", "returned ['It is 6.", id="no Pair"),
     pytest.param(
         'return pair_up(record, [Answer(good), Answer("Hm.")], run)',
         "pair_up needs votes: await run.judge(record, answers) first",
@@ -226,18 +220,11 @@ def test_a_format_of_ones_own_is_written(edited):
 
 BROKEN_FORMATS = [
     pytest.param("return pairr", "raised NameError: name 'pairr'", id="name"),
-    pytest.param(f"return {ROW}", "returned {'question': ", id="a dict"),
-    pytest.param("return [pair.chosen.text]", "not a list of rows (dicts)", id="texts"),
-    pytest.param('return [{"gap": None}]', "wrote null in `gap`", id="null"),
-    pytest.param('return [{"a": {"b": [None]}}]', "wrote null in `a`", id="null inside"),
-    pytest.param('return [{"x": pair.chosen}]', "a row that is not JSON: ", id="an object"),
-    pytest.param(
-        'return [{"a": "x"}, {"b": "y", "a": "x"}]',
-        "wrote a row with b, a; the first row has a: every row needs the same keys",
-        id="other keys",
-    ),
-    pytest.param('return [{"x": float("nan")}]', "a row that is not JSON: ", id="NaN"),
-    pytest.param('return [{"x": "\\ud83d"}]', "a row that is not JSON: ", id="half an emoji"),
+    pytest.param(f"return {ROW}", "raised ValueError: ", id="a dict"),
+    pytest.param("return [pair.chosen.text]", "raised ValueError: ", id="texts"),
+    pytest.param('return [{"x": pair.chosen}]', "Answer is not JSON serializable", id="an object"),
+    pytest.param('return [{"x": float("nan")}]', "not JSON compliant", id="NaN"),
+    pytest.param('return [{"x": "\\ud83d"}]', "surrogates not allowed", id="half an emoji"),
 ]
 
 
@@ -246,8 +233,8 @@ def test_a_mistake_in_a_format_names_the_format_and_the_line(edited, body, says)
     result = edited("outputs", output_format(body), *TSV_LIKE)
     last = result.err.splitlines()[-1]
     assert result.status == 3 and not result.output.exists()
-    assert "stopped: in.jsonl:1: the output format `tsv_like` " in last and says in last
-    assert result.err.count("Traceback") == ("raised" in says)
+    assert "stopped: in.jsonl:1: the output format `tsv_like` raised " in last and says in last
+    assert "Traceback" in result.err
 
 
 def test_a_format_without_rows_says_so(edited):
@@ -263,18 +250,6 @@ def test_scores_may_be_in_some_rows_alone(edited):
     return [row]"""
     result = edited("outputs", output_format(body), *TSV_LIKE)
     assert [list(row) for row in result.pairs] == [["a"]] * 4
-
-
-def test_a_format_that_is_written_once_needs_that_column(edited):
-    code = output_format(f"return [{ROW}]").replace("(OUTPUTS", '(OUTPUTS, once=("prompt",)')
-    result = edited("outputs", code, *TSV_LIKE)
-    assert result.status == 3
-    assert "once='prompt', which a row lacks" in result.err.splitlines()[-1]
-
-
-def test_the_word_null_in_a_text_is_a_text(edited):
-    code = output_format('return [{"x": "null", "y": {"null": 1}}]')
-    assert edited("outputs", code, *TSV_LIKE).status == 0
 
 
 # --- an input adapter
