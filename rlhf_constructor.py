@@ -10303,9 +10303,15 @@ class OutputFiles:
             row = {"prompt": record.messages, "prompt_id": record.prompt_id}
             self.write(self.candidates, row | {"completions": answers})
         if not outcome.pairs:
-            row = {"line": record.line, "stage": outcome.stage, "reason": outcome.reason}
-            row["prompt_id"] = record.prompt_id if record.messages else ""
-            self.write(self.drops, row | {"prompt": record.prompt, "answers": answers})
+            row = {
+                "line": record.line,
+                "stage": outcome.stage,
+                "reason": outcome.reason,
+                "prompt_id": record.prompt_id if record.messages else "",
+                "prompt": record.prompt,
+                "answers": answers,
+            }
+            self.write(self.drops, row)
             self.dropped[reason_kind(outcome.reason)] += 1
         draw = int(record.prompt_id, 16) / 16**16  # of the test split: by prompt, for good
         path = self.test if draw < self.run.args.test_fraction else self.output
@@ -11054,17 +11060,18 @@ def check_paths(args: argparse.Namespace) -> None:
     default_cache = os.path.join(os.path.dirname(target), ".rlhf_cache.sqlite")
     args.cache_path = args.cache_path or default_cache
     written = [path for path in [*written_paths(args), args.cache_path] if path not in ("", "none")]
+    inputs = {os.path.realpath(path) for path in inputs}
     taken = []
     for path in written:
-        taken += [path, path + ".part", path + ".bak"]
-    refuse(
-        len({os.path.realpath(path) for path in taken}) < len(taken),
-        f"two of the files to write are the same: {', '.join(written)}",
-    )
-    for path in filter(os.path.exists, taken):
-        is_input = any(os.path.samefile(path, source) for source in inputs)
-        refuse(is_input, f"{path} is an input and would be overwritten: choose another name")
-        refuse(not os.path.isfile(path), f"{path}: not a file; choose another name")
+        target = os.path.realpath(path)
+        taken += [target, target + ".part", target + ".bak"]
+        is_input = inputs.intersection(taken)
+        refuse(is_input, f"{path}: an input would be overwritten: choose another name")
+        refuse(os.path.exists(path) and not os.path.isfile(path), f"{path}: not a file")
+        folder = next(filter(os.path.exists, Path(target).parents))
+        refuse(not os.access(folder, os.W_OK), f"{path}: {folder} cannot be written to")
+    names = ", ".join(written)
+    refuse(len(set(taken)) < len(taken), f"two of the files to write are the same: {names}")
 
 
 def written_paths(args: argparse.Namespace) -> list[str]:
