@@ -9324,19 +9324,10 @@ INJECTION = re.compile(
     r"(?i)ignore (?:all|previous)|as the judge|score (?:this|me)|10/10|best (?:answer|response)"
     r"|评委|打分|给(?:我|出)?(?:满分|10 ?分)|忽略(?:以上|之前)"
 )
-IDENTITY = re.compile(
-    r"(?i)\b(?:I am|I['’]m|my name is) "
-    r"(?:ChatGPT|GPT|Claude|Qwen|Gemini|Llama|DeepSeek|Mistral|Kimi)"
-    r"|\b(?:trained|developed|made|created) by "
-    r"(?:OpenAI|Anthropic|Alibaba|Google|Meta|DeepSeek)\b"
-    r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱|Kimi|Qwen|DeepSeek|ChatGPT|Claude)"
-)
 # Why a kept pair deserves a second look, although the judge is sure: name -> test of both texts.
 FLAGS = {
     "prompt injection": lambda chosen, rejected: INJECTION.search(f"{chosen}\n{rejected}"),
-    "identity leak": lambda chosen, rejected: IDENTITY.search(chosen),
     "chosen refuses": lambda chosen, rejected: is_refusal(chosen),
-    "more than twice as long": lambda chosen, rejected: len(chosen) > 2 * len(rejected),
     "repeats itself": lambda chosen, rejected: repeated_share(chosen) > REPEATS_ITSELF,
 }
 
@@ -9493,23 +9484,16 @@ class Annotations:
         used = 0
         for line_number, line in enumerate(lines, 1):
             row = read_choice(line)
+            where = f"{path}:{line_number}: not used"
             if row:
                 used += 1
-                problem = self.add(row)
-            else:
-                problem = "no choice from a review page" if line.strip() else ""
-            if problem:
-                self.problems.append(f"{path}:{line_number}: not used: {problem}")
-        if not used:
-            raise UserError(f"--annotations {path}: no line of it is a choice from a review page")
-
-    def add(self, row: dict) -> str:
-        """Take in a choice -> why it cannot be used, or ""; the same choice again counts once."""
-        first = self.by_pair[row["pair_id"]].setdefault(row["annotator"].strip(), row)
-        if first["choice"] == row["choice"]:
-            return ""
-        first["choice"] = ""
-        return "the annotator made two different choices for this pair, so neither counts"
+                first = self.by_pair[row["pair_id"]].setdefault(row["annotator"].strip(), row)
+                if first["choice"] != row["choice"]:
+                    first["choice"] = ""
+                    self.problems.append(f"{where}: a second choice for this pair, so none counts")
+            elif line.strip():
+                self.problems.append(f"{where}: no choice from a review page")
+        refuse(not used, f"--annotations {path}: no line of it is a choice from a review page")
 
     def choices(self, name: str) -> list[str]:
         """One choice of each annotator of a pair_id, without those who contradict themselves."""
@@ -9787,11 +9771,9 @@ def tolerate_closed(stream: TextIO) -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Print a message to stderr, without keys; a progress bar makes room for it."""
+    """Print a message to stderr, without keys, below a progress bar."""
     with tolerate_closed(sys.stderr):
-        if Progress.bar is not None and sys.stderr.isatty():
-            Progress.bar.clear()
-        elif Progress.bar is not None:  # in a file a line that was written cannot be cleared
+        if Progress.bar is not None:
             print(file=sys.stderr)
         print(visible(redacted(text)), file=sys.stderr, flush=True)
 
@@ -9846,7 +9828,6 @@ def show_plan(records: int, asking: int, models: Models) -> None:
     if models.rows() and not models.args.prices:
         show("For the cost add --price MODEL=IN/OUT.")
     for receiver, messages in models.first_prompts.items():
-        receiver = receiver.removesuffix(" as answer")
         show(f"\n--- First prompt to {receiver}:\n{flatten(messages)}")
 
 
@@ -10179,7 +10160,9 @@ async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
     copied = run.counting_copy(planned)
     if cache.empty:  # then every reply is guessed, and filters have nothing to look at
         copied.rules = {"answer": {}, "pair": {}}
-    total = asking = calls_before = 0
+    total = 0
+    asking = 0
+    calls_before = 0
     for _, record in records_of(path, copied):
         # A guessed reply may break a method that reads replies; the run itself guesses none.
         with contextlib.suppress(*BUGS):
@@ -10273,8 +10256,9 @@ class OutputFiles:
 
     def restart(self) -> None:
         """Empty all files and counts."""
-        # Records read; pairs written; records whose failure a rerun may cure.
-        self.read = self.pairs = self.retryable = 0
+        self.read = 0  # records
+        self.pairs = 0  # written
+        self.retryable = 0  # records whose failure a rerun may cure
         # path -> rows; kind of reason -> records.
         self.rows = Counter()
         self.dropped = Counter()
@@ -10541,7 +10525,8 @@ class Job:
         """Process --concurrency records at once and emit them in order; a bounded window waits.
 
         What ends this early halts the run; the records in work end first, for they are paid."""
-        run, models = self.run, self.run.models
+        run = self.run
+        models = run.models
         workers = run.args.concurrency
         free = asyncio.Semaphore(workers)
         window = deque()  # of tasks
@@ -11001,8 +10986,6 @@ def check_judges(run: Run) -> None:
     refuse(mixed, "--judge-model: a reward model has its own scale: use no other judge beside it")
     several = EXACT_MATCH in judges and len(judges) > 1
     refuse(several, "--judge-model: exact_match knows only right and wrong: use no other beside it")
-    writers = [run.high, run.low, *(model for model, _ in run.candidates)]
-    refuse(EXACT_MATCH in writers, "exact_match writes no answers: use it as --judge-model")
     refuse(rewards and run.args.batch, "--batch does not work with a reward model: leave it out")
 
 

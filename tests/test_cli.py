@@ -292,7 +292,10 @@ def test_a_dry_run_needs_no_key_calls_nobody_and_writes_nothing(rlhf, tmp_path):
     result = rlhf(PROMPTS, "--dry-run", "--price", "qwen3-max=1/2", "--provider", "dashscope")
     assert result.status == 0 and os.listdir(tmp_path) == ["in.jsonl"]
     assert "Read 12 records." in result.out and "Plan: 12 records, 48 API calls" in result.out
-    assert "First prompt to qwen-flash:\nQuestion 0?" in result.out and "<answer" in result.out
+    assert (
+        "First prompt to qwen-flash as answer:\nQuestion 0?" in result.out
+        and "<answer" in result.out
+    )
 
 
 def test_a_budget_stops_the_run_and_a_larger_one_goes_on(rlhf):
