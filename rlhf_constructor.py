@@ -9858,7 +9858,8 @@ class Progress:
 
     def draw(self) -> None:
         """Show the counts of this moment."""
-        files, models = self.files, self.models
+        files = self.files
+        models = self.models
         counts = {
             "replies": models.replies,
             "pairs": files.pairs,
@@ -9872,8 +9873,9 @@ class Progress:
 
             if Progress.bar is None:
                 tqdm.monitor_interval = 0  # no thread of its own
-                Progress.bar = tqdm(initial=self.finished, file=sys.stderr, dynamic_ncols=True)
-                Progress.bar.unit = " records"
+                Progress.bar = tqdm(
+                    unit=" records", initial=self.finished, file=sys.stderr, dynamic_ncols=True
+                )
             Progress.bar.total = models.total
             Progress.bar.n = self.finished
             Progress.bar.set_postfix(counts)
@@ -9895,7 +9897,8 @@ def summary(files: OutputFiles, models: Models, numbers: dict | None = None) -> 
     """What ends a run: result, quality (with a report's numbers), calls, files, advice."""
     blocks = [result_lines(files, bool(models.stop)), call_lines(models)]
     if models.stop:
-        blocks.append(stopped_lines(models))
+        again = "continue: replies are in the cache" if models.cache.db else "start over"
+        blocks.append([f"Run the same command again to {again}."])
     else:
         blocks += [file_lines(files), advice_lines(files)]
     if numbers:
@@ -10014,13 +10017,6 @@ def advice_lines(files: OutputFiles) -> list[str]:
     if advice:
         lines += ["Few records gave a pair. What to try:", *advice]
     return lines
-
-
-def stopped_lines(models: Models) -> list[str]:
-    """How to go on after a stopped run."""
-    if models.cache.db:
-        return ["Run the same command again to continue: replies are in the cache."]
-    return ["Run the same command again to start over."]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -11046,12 +11042,12 @@ def check_paths(args: argparse.Namespace) -> None:
     inputs = {os.path.realpath(path) for path in inputs}
     taken = []
     for path in written:
-        target = os.path.realpath(path)
-        taken += [target, target + ".part", target + ".bak"]
+        real = os.path.realpath(path)
+        taken += [real, real + ".part", real + ".bak"]
         is_input = inputs.intersection(taken)
         refuse(is_input, f"{path}: an input would be overwritten: choose another name")
         refuse(os.path.exists(path) and not os.path.isfile(path), f"{path}: not a file")
-        folder = next(filter(os.path.exists, Path(target).parents))
+        folder = next(filter(os.path.exists, Path(real).parents))
         refuse(not os.access(folder, os.W_OK), f"{path}: {folder} cannot be written to")
     names = ", ".join(written)
     refuse(len(set(taken)) < len(taken), f"two of the files to write are the same: {names}")
