@@ -9799,7 +9799,7 @@ def plan_line(records: int, models: Models) -> str:
     """`Plan: 26 records, 104 API calls (26 qwen-max, ...); 31 from cache, 73 to pay; ...`"""
     rows = models.rows()
     if not rows:
-        return "Plan: no API call is needed."
+        return f"Plan: {plural(records, 'record')}, no API call."
     parts = []
     for row in rows:
         judging = "judging by " if row["role"] == "judge" else ""
@@ -9821,10 +9821,9 @@ def cost_text(models: Models) -> str:
     return f"{text}, {money_text(paid)} of it in earlier runs" if paid else text
 
 
-def show_plan(records: int, asking: int, models: Models) -> None:
+def show_plan(records: int, models: Models) -> None:
     """Print what --dry-run is for: the planned calls, tokens, cost and the first prompts."""
-    show(f"Dry run: no API call is made and nothing is written. Read {plural(records, 'record')}.")
-    show(plan_line(asking, models))
+    show(f"Dry run: no API call is made, nothing is written.\n{plan_line(records, models)}")
     if models.rows() and not models.args.prices:
         show("For the cost add --price MODEL=IN/OUT.")
     for receiver, messages in models.first_prompts.items():
@@ -10150,28 +10149,23 @@ def prompt_passages(record: Record) -> list[str]:
     return [*passages, " ".join(all_words) or text]
 
 
-async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
-    """Pass over the input without a call -> (records read, records that would ask, the counts)."""
+async def plan(path: str, run: Run, cache: Cache) -> tuple[int, Models]:
+    """Pass over the input without a call -> (records, the calls that they would make)."""
     planned = Models(run.args, cache, dry=True)
     copied = run.counting_copy(planned)
     if cache.empty:  # then every reply is guessed, and filters have nothing to look at
         copied.rules = {"answer": {}, "pair": {}}
     total = 0
-    asking = 0
-    calls_before = 0
     for _, record in records_of(path, copied):
         # A guessed reply may break a method that reads replies; the run itself guesses none.
         with contextlib.suppress(*BUGS):
             await copied.make_pairs(record)
-        calls = sum(usage.calls + usage.cached for usage in planned.usage.values())
-        asking += calls > calls_before
-        calls_before = calls
         total += 1
         if total % 50 == 0:
             await asyncio.sleep(0)  # lets Ctrl-C through
             if run.models.stop:
                 raise run.models.stop
-    return total, asking, planned
+    return total, planned
 
 
 class Labels:
@@ -10457,10 +10451,10 @@ async def construct_with(cache: Cache, path: str, run: Run) -> int:
             async def announce_plan() -> None:
                 """Before the first call: say what may be called."""
                 try:
-                    models.total, asking, planned = await plan(path, run, cache)
+                    models.total, planned = await plan(path, run, cache)
                 except UserError as error:  # the input breaks off
                     raise models.halt(str(error), 2) from None
-                note(plan_line(asking, planned))
+                note(plan_line(models.total, planned))
 
             models.announce_plan = announce_plan
             if args.batch and run.pays():
@@ -10943,16 +10937,15 @@ def check(args: argparse.Namespace) -> Run:
     args.prices = dict(args.price)
     check_paths(args)
     run = Run(args)
-    check_method(run)
-    check_judges(run)
+    check_flags(run)
     for model in run.asked():
         if model.is_online:
             check_model(model, args)
     return run
 
 
-def check_method(run: Run) -> None:
-    """Raise UserError if method, models, strategy and output format do not go together."""
+def check_flags(run: Run) -> None:
+    """Raise UserError if method, models, judges, strategy and format do not go together."""
     args = run.args
     unread = args.annotations and not run.reads_answers
     refuse(unread, "--annotations works with --method rank_responses: it reads the pairs again")
@@ -10968,13 +10961,9 @@ def check_method(run: Run) -> None:
     )
     uncached = args.batch and args.cache_path == "none"
     refuse(uncached, "--batch stores its replies in the cache: leave out --cache-path none")
-
-
-def check_judges(run: Run) -> None:
-    """Raise UserError if these judges cannot work, alone or together."""
     judges = run.judges
     needs_judge = getattr(run.method, "needs_judge", False)
-    method = run.args.method
+    method = args.method
     refuse(needs_judge and not judges, f"--method {method} needs a judge: name a --judge-model")
     refuse(len(set(judges)) < len(judges), "--judge-model: one judge is named twice")
     rewards = [judge for judge in judges if judge.is_reward]
@@ -10982,7 +10971,7 @@ def check_judges(run: Run) -> None:
     refuse(mixed, "--judge-model: a reward model has its own scale: use no other judge beside it")
     several = EXACT_MATCH in judges and len(judges) > 1
     refuse(several, "--judge-model: exact_match knows only right and wrong: use no other beside it")
-    refuse(rewards and run.args.batch, "--batch does not work with a reward model: leave it out")
+    refuse(rewards and args.batch, "--batch does not work with a reward model: leave it out")
 
 
 def check_model(model: Model, args: argparse.Namespace) -> None:

@@ -297,7 +297,7 @@ def test_a_plan_without_the_cost_says_which_price_is_missing(capsys):
     models = called(money=None)
     models.first_prompts = {}
     models.args.prices = {}
-    rc.show_plan(600, 600, models)
+    rc.show_plan(600, models)
     assert "For the cost add --price MODEL=IN/OUT.\n" in capsys.readouterr().out
 
 
