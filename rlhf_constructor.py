@@ -10205,6 +10205,8 @@ def check_flags(run: Run) -> None:
     refuse(mixed, "--judge-model: a reward model has its own scale: use no other judge beside it")
     several = EXACT_MATCH in judges and len(judges) > 1
     refuse(several, "--judge-model: exact_match knows only right and wrong: use no other beside it")
+    writes = EXACT_MATCH in run.writers()
+    refuse(writes, "exact_match writes no answers: use it as --judge-model")
     refuse(rewards and args.batch, "--batch does not work with a reward model: leave it out")
 
 
