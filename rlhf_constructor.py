@@ -608,7 +608,6 @@ class Run:
         # What `check_input` learns from the first records and from --exclude-prompts.
         self.numbers: ChoiceNumbers | None = None
         self.excluded: set[int] = set()  # hashes of passages
-        self.shared_passages: Counter[str] = Counter()  # {passage: records that hold it}
 
     async def ask_all(
         self, record: Record, requests: list[tuple[Model, int] | Model], drop_refusals: bool = False
@@ -7468,9 +7467,6 @@ ADVICE = {
     "labels": Advice(
         "Part of the pairs teach the opposite of what people prefer.",
         "Try a higher --min-score-gap, a stronger --judge-model, or a second one."),
-    "people": Advice(
-        "The annotators do not share one idea of a better answer, so their choices check little.",
-        "Agree on examples of a better answer, then review again (--review-path)."),
 }
 # fmt: on
 
@@ -8172,7 +8168,7 @@ SAFE_CASES = 30  # reviewed pairs that are needed to call a score gap safe
 CHOICES = {
     "chosen": "confirmed",
     "rejected": "flipped",
-    "tie": "people see no difference",
+    "tie": "no difference",
     "bad": "both bad",
     "": "annotators disagree",  # no choice has more than half of the annotators
 }
@@ -8188,28 +8184,12 @@ INJECTION = re.compile(
     r"(?i)ignore (?:all|previous)|as the judge|score (?:this|me)|10/10|best (?:answer|response)"
     r"|评委|打分|给(?:我|出)?(?:满分|10 ?分)|忽略(?:以上|之前)"
 )
-IDENTITY = re.compile(
-    r"(?i)\b(?:I am|I['’]m|my name is) "
-    r"(?:ChatGPT|GPT|Claude|Qwen|Gemini|Llama|DeepSeek|Mistral|Kimi)"
-    r"|\b(?:trained|developed|made|created) by "
-    r"(?:OpenAI|Anthropic|Alibaba|Google|Meta|DeepSeek)\b"
-    r"|我(?:是|叫)(?:通义|千问|文心|豆包|混元|星火|智谱|Kimi|Qwen|DeepSeek|ChatGPT|Claude)"
-)
 # Why a kept pair deserves a second look, although the judge is sure: name -> test of both texts.
 FLAGS = {
-    "prompt injection": lambda chosen, rejected: (
-        INJECTION.search(chosen) or INJECTION.search(rejected)
-    ),
-    "identity leak": lambda chosen, rejected: IDENTITY.search(chosen),
+    "prompt injection": lambda chosen, rejected: INJECTION.search(f"{chosen}\n{rejected}"),
     "chosen refuses": lambda chosen, rejected: is_refusal(chosen),
-    "more than twice as long": lambda chosen, rejected: len(chosen) > 2 * len(rejected),
     "repeats itself": lambda chosen, rejected: repeated_share(chosen) > REPEATS_ITSELF,
 }
-
-
-def count_flags(chosen: str, rejected: str) -> int:
-    """The number of FLAGS that the texts of a pair raise."""
-    return sum(1 for is_raised in FLAGS.values() if is_raised(chosen, rejected))
 
 
 def has_known_gap(pair: Pair) -> bool:
@@ -8223,10 +8203,8 @@ def smallest_lead(pair: Pair) -> float:
     Every vote of a kept pair prefers chosen, so an order that almost flipped has a small lead."""
     if not has_known_gap(pair):
         return math.inf
-    leads = []
-    for chosen, rejected in zip(pair.chosen.votes, pair.rejected.votes, strict=False):
-        leads.append(chosen - rejected)
-    return min(leads, default=pair.gap)
+    votes = zip(pair.chosen.votes, pair.rejected.votes, strict=False)
+    return min((chosen - rejected for chosen, rejected in votes), default=pair.gap)
 
 
 def pair_id(prompt: str, chosen: str, rejected: str) -> str:
@@ -8255,7 +8233,8 @@ class ReviewQueue:
         """Consider the kept pairs of one record; each flag divides the lead of a pair by four."""
         for pair in outcome.pairs:
             name = pair_id_of(pair)
-            flags = count_flags(pair.chosen.text, pair.rejected.text)
+            texts = (pair.chosen.text, pair.rejected.text)
+            flags = sum(1 for is_raised in FLAGS.values() if is_raised(*texts))
             draw = digest(self.seed, name)
             doubt = (smallest_lead(pair) / 4**flags, -flags, draw)
             self.drawn[name] = (draw, pair)
@@ -8273,9 +8252,8 @@ class ReviewQueue:
         doubtful = with_smallest_keys(self.doubtful)
         random_half = list(drawn)[: (len(drawn) + 1) // 2]
         doubtful_half = [name for name in doubtful if name not in random_half]
-        doubtful_half = doubtful_half[: len(drawn) // 2]
         rows = []
-        for name in doubtful_half:
+        for name in doubtful_half[: len(drawn) // 2]:
             rows.append((name, "in doubt", doubtful[name][1]))
         for name in random_half:
             rows.append((name, "random", drawn[name][1]))
@@ -8284,23 +8262,14 @@ class ReviewQueue:
     def page(self) -> str:
         """The HTML page: answers A and B in a shuffled order, without model, score or reason."""
         rows = self.selected()
-        names = [name for name, _, _ in rows]
-        salt = digest("review", self.seed, names)[:16]
+        salt = digest("review", self.seed, [name for name, _, _ in rows])[:16]
         pairs = []
         for name, queue, pair in rows:
-            a = pair.chosen.text
-            b = pair.rejected.text
+            a, b = pair.chosen.text, pair.rejected.text
             if not chosen_is_left(salt, name):
                 a, b = b, a
-            row = {
-                "pair_id": name,
-                "prompt_id": pair.record.prompt_id,
-                "queue": queue,
-                "messages": pair.record.messages,
-                "a": a,
-                "b": b,
-            }
-            pairs.append(row)
+            row = {"pair_id": name, "prompt_id": pair.record.prompt_id, "queue": queue}
+            pairs.append(row | {"messages": pair.record.messages, "a": a, "b": b})
         return filled_page(REVIEW_PAGE, {"DATA": script_data({"salt": salt, "pairs": pairs})})
 
 
@@ -8329,34 +8298,26 @@ def script_data(value: object) -> str:
     return re.sub(unsafe, lambda match: f"\\u{ord(match[0]):04x}", data)
 
 
-@dataclass
-class Choice:
-    """What one annotator chose for one pair: a line of an annotations file."""
-
-    choice: str  # chosen, rejected, tie or bad; "" if the annotator contradicts themselves
-    queue: str  # half of the page that showed the pair: "in doubt" or "random"
-    where: str  # "file:line"
-
-
 class ReviewedPair(NamedTuple):
     """A pair of the input that people reviewed."""
 
     choice: str  # of the majority, see CHOICES
     gap: float | None  # as --min-score-gap compares it; None if it is not known in points
+    is_random: bool  # from the random half of a page
 
 
-def read_choice(line: bytes) -> dict:
-    """The fields of a line in an annotations file; ValueError says why it cannot be used."""
+def read_choice(line: bytes) -> dict | None:
+    """The fields of a line in an annotations file; None if it is not from a review page."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        row = None
+        return None
     if not isinstance(row, dict):
-        raise ValueError("no JSON object")
+        return None
     for name, pattern in ANNOTATION_FIELDS.items():
         value = row.get(name)
         if not isinstance(value, str) or not re.fullmatch(pattern, value, re.DOTALL):
-            raise ValueError(f"invalid {name} {json.dumps(value)[:80]}")
+            return None
     return row
 
 
@@ -8365,8 +8326,9 @@ class Annotations:
 
     def __init__(self, paths: list) -> None:
         """Read the files; UserError for a file that cannot be read or holds no choice."""
-        self.problems = []  # messages about lines that are broken or repeat a choice
-        self.by_pair = defaultdict(dict)  # pair_id -> {annotator: Choice}
+        self.problems = []  # messages about lines that are not used
+        # pair_id -> {annotator: fields of the line}; a choice is "" if the annotator made two.
+        self.by_pair = defaultdict(dict)
         self.pairs = 0  # pairs of the input that `decide` has seen
         self.gaps = array("d")  # the known gaps of those pairs
         self.reviewed = {}  # pair_id -> ReviewedPair: those that people reviewed
@@ -8381,37 +8343,22 @@ class Annotations:
             raise UserError(f"--annotations {path}: {error.strerror}") from None
         used = 0
         for line_number, line in enumerate(lines, 1):
-            if line.strip() and self.add(line, f"{path}:{line_number}"):
-                used += 1
-        if not used:
-            raise UserError(f"--annotations {path}: no line of it is a choice from a review page")
-
-    def add(self, line: bytes, where: str) -> bool:
-        """Take in a line of a file; False, and a message in `problems`, if it cannot be used."""
-        try:
             row = read_choice(line)
-        except (ValueError, RecursionError) as error:
-            self.problems.append(f"{where}: not used: {error}")
-            return False
-        annotator = row["annotator"].strip()
-        choices = self.by_pair[row["pair_id"]]
-        if annotator not in choices:
-            choices[annotator] = Choice(row["choice"], row["queue"], where)
-            return True
-        first = choices[annotator]
-        if first.choice == row["choice"]:
-            result = "the choice counts once"
-        else:
-            first.choice = ""
-            result = "the choices differ, so none of them counts"
-        before = f"{annotator!r} judged this pair before, in {first.where}"
-        self.problems.append(f"{where}: {before}: {result}")
-        return True
+            where = f"{path}:{line_number}: not used"
+            if row:
+                used += 1
+                first = self.by_pair[row["pair_id"]].setdefault(row["annotator"].strip(), row)
+                if first["choice"] != row["choice"]:
+                    first["choice"] = ""
+                    self.problems.append(f"{where}: a second choice for this pair, so none counts")
+            elif line.strip():
+                self.problems.append(f"{where}: no choice from a review page")
+        refuse(not used, f"--annotations {path}: no line of it is a choice from a review page")
 
     def choices(self, name: str) -> list[str]:
         """One choice of each annotator of a pair_id, without those who contradict themselves."""
         given = self.by_pair.get(name, {}).values()
-        return [annotation.choice for annotation in given if annotation.choice]
+        return [row["choice"] for row in given if row["choice"]]
 
     def decide(self, pair: Pair) -> Pair | None:
         """The pair confirmed or swapped, as most annotators choose; None if nobody reviewed it.
@@ -8426,8 +8373,11 @@ class Annotations:
         choices = self.choices(name)
         if not choices:
             return None
-        choice = majority(choices)
-        self.reviewed[name] = ReviewedPair(choice, score_gap)
+        choice, count = Counter(choices).most_common(1)[0]
+        if 2 * count <= len(choices):
+            choice = ""
+        is_random = any(row["queue"] == "random" for row in self.by_pair[name].values())
+        self.reviewed[name] = ReviewedPair(choice, score_gap, is_random)
         if choice == "chosen":
             return replace(pair, human=True)
         if choice == "rejected":
@@ -8435,33 +8385,19 @@ class Annotations:
             return replace(swapped, penalty=0.0, human=True)
         raise Failed("human", CHOICES[choice])
 
-    def unused(self) -> list[str]:
-        """A message for each choice whose pair is not in the input."""
-        messages = []
-        for name, choices in self.by_pair.items():
-            if name in self.reviewed:
-                continue
-            for annotation in choices.values():
-                if annotation.choice:
-                    messages.append(f"{annotation.where}: not used: its pair is not in the input")
-        return messages
+    def unused(self) -> int:
+        """The number of choices whose pair is not in the input."""
+        return sum(len(self.choices(name)) for name in self.by_pair if name not in self.reviewed)
 
     def numbers(self) -> dict:
         """For the report: {"metrics": [rows of metrics], "lines": [sentences]}."""
         counts = Counter(pair.choice for pair in self.reviewed.values())
-        results = []
-        for name, effect in CHOICES.items():
-            if counts[name]:
-                noun = plural(counts[name], "tie") if name == "tie" else f"{counts[name]} {effect}"
-                results.append(noun)
-        results = ", ".join(results) or "none yet"
-        reviewed = f"{len(self.reviewed):,} of {plural(self.pairs, 'pair')}"
-        lines = [f"People reviewed {reviewed}: {results}."]
-        rows = [metric_row(metric, metric.formula(self)) for metric in HUMAN_METRICS]
+        results = [f"{counts[name]} {CHOICES[name]}" for name in CHOICES if counts[name]]
+        reviewed = f"People reviewed {len(self.reviewed):,} of {plural(self.pairs, 'pair')}"
+        lines = [f"{reviewed}: {', '.join(results)}."]
         if self.gaps:
-            gap_rows, advice = gap_advice(self.random_sample(), self.gaps)
-            rows += gap_rows
-            lines.append(advice)
+            lines.append(gap_advice(self.random_sample(), self.gaps))
+        rows = [metric_row(metric, metric.formula(self)) for metric in HUMAN_METRICS]
         return {"metrics": rows, "lines": lines}
 
     def agreement(self) -> Measured:
@@ -8477,34 +8413,8 @@ class Annotations:
 
     def random_sample(self) -> list[ReviewedPair]:
         """The reviewed pairs from the random half of a page in which people prefer an answer."""
-        sample = []
-        for name, pair in self.reviewed.items():
-            queues = {annotation.queue for annotation in self.by_pair[name].values()}
-            if "random" in queues and pair.choice in ("chosen", "rejected"):
-                sample.append(pair)
-        return sample
-
-    def annotator_agreement(self) -> Measured:
-        """How often two annotators of one pair choose the same; the cases are pairs."""
-        pairs = 0
-        comparisons = 0
-        equal = 0
-        for name in self.reviewed:
-            choices = self.choices(name)
-            if len(choices) > 1:
-                pairs += 1
-            for first, second in itertools.combinations(choices, 2):
-                comparisons += 1
-                equal += int(first == second)
-        if not pairs:
-            return Measured()
-        return share(pairs * equal / comparisons, pairs)
-
-
-def majority(choices: list[str]) -> str:
-    """The choice of more than half of the annotators, or ""."""
-    choice, count = Counter(choices).most_common(1)[0]
-    return choice if 2 * count > len(choices) else ""
+        pairs = [pair for pair in self.reviewed.values() if pair.is_random]
+        return [pair for pair in pairs if pair.choice in ("chosen", "rejected")]
 
 
 # People agree with each other in 66% (AlpacaEval) to 81% (MT-bench) of cases, and with a good judge
@@ -8513,73 +8423,36 @@ def majority(choices: list[str]) -> str:
 HUMAN_METRICS = [
     Metric("human_agreement", "people", "people agree with the label", "%", Annotations.agreement,
            too_low=Problem(0.8, 0.65, "People often disagree with the labels", "labels")),
-    Metric("annotator_agreement", "people", "annotators agree with each other", "%",
-           Annotations.annotator_agreement,
-           too_low=Problem(0.65, 0.5, "The annotators often disagree with each other", "people")),
     Metric("label_error", "people", "wrong labels, random half", "%", Annotations.label_error,
            too_high=Problem(0.05, 0.2, "People find many labels wrong", "labels")),
 ]
 # fmt: on
 
 
-def gap_advice(sample: list[ReviewedPair], gaps: array) -> tuple[list[dict], str]:
-    """Rows and a sentence for the report: from which score gap on the labels are safe.
+def gap_advice(sample: list[ReviewedPair], gaps: array) -> str:
+    """A sentence for the report: from which score gap on the labels are safe.
 
     `sample`: reviewed random pairs; `gaps`: of all pairs of the input. Safe is the smallest gap
     from which SAFE_CASES or more reviewed pairs are correct in SAFE_SHARE of cases."""
-    correct = correct_by_gap(sample)
-    step = max(1, math.ceil(len(correct) / 4))  # four rows at most
-    rows = []
-    for smallest in list(correct)[::step]:
-        rows.append(correct_row(smallest, correct[smallest]))
-    safe_gaps = [smallest for smallest, measured in correct.items() if is_safe(measured)]
-    if safe_gaps:
-        safe = safe_gaps[0]
-        metric = Metric("safe_gap", "people", "smallest safe score gap")
-        rows.append(metric_row(metric, Measured(safe, None, correct[safe].n)))
-        kept = sum(1 for value in gaps if value >= safe) / len(gaps)
-        measured = with_interval(correct_row(safe, correct[safe]))
-        return rows, (
-            f"--min-score-gap {safe:g} is the smallest score gap with at least {SAFE_SHARE:.0%} "
-            f"correct labels ({measured}); it keeps {kept:.0%} of the pairs."
-        )
-    cases = sum(1 for pair in sample if pair.gap is not None)
-    if cases < SAFE_CASES:
-        return rows, (
-            f"A recommendation for --min-score-gap needs {SAFE_CASES} or more pairs of the random "
-            f"half in which people prefer an answer; there are {cases}."
-        )
-    return rows, (
-        f"No --min-score-gap has {SAFE_SHARE:.0%} correct labels among {SAFE_CASES} or more "
-        f"reviewed pairs (n={cases})."
-    )
-
-
-def correct_row(smallest: float, measured: Measured) -> dict:
-    """The report's row of the share of correct labels from a score gap on."""
-    label = f"correct labels, score gap {smallest:g} or more"
-    return metric_row(Metric("correct_by_gap", "people", label, "%"), measured)
-
-
-def correct_by_gap(sample: list[ReviewedPair]) -> dict[float, Measured]:
-    """Score gap -> share of correct labels among reviewed pairs with this gap or a larger one."""
     known = [pair for pair in sample if pair.gap is not None]
-    result = {}
     for smallest in sorted({float(f"{pair.gap:.3g}") for pair in known}):  # short enough to type
         above = [pair for pair in known if pair.gap >= smallest]
         correct = sum(1 for pair in above if pair.choice == "chosen")
-        if above:  # nothing, if rounding up has passed the largest gap
-            result[smallest] = share(correct, len(above))
-    return result
-
-
-def is_safe(measured: Measured) -> bool:
-    """Whether enough labels were checked, and enough of them are correct."""
-    return measured.n >= SAFE_CASES and measured.value >= SAFE_SHARE
+        if len(above) >= SAFE_CASES and correct >= SAFE_SHARE * len(above):
+            measured = with_interval({"unit": "%"} | share(correct, len(above))._asdict())
+            kept = sum(1 for value in gaps if value >= smallest) / len(gaps)
+            return (
+                f"--min-score-gap {smallest:g} is the smallest score gap with at least "
+                f"{SAFE_SHARE:.0%} correct labels ({measured}); it keeps {kept:.0%} of the pairs."
+            )
+    return (
+        f"No --min-score-gap has {SAFE_SHARE:.0%} correct labels among {SAFE_CASES} or more "
+        f"reviewed pairs of the random half (n={len(known)})."
+    )
 
 
 # --------------------------------------------------------------------------------------------------
-# §19 TERMINAL: note, show, plan_line, show_plan, ProgressBar, summary, report_lines, DROP_REASONS
+# §19 TERMINAL: DROP_REASONS, note, show, plan_line, show_plan, Progress, summary, report_lines
 # In: the counts of a run (OutputFiles, Models) and the numbers of its report. Out: lines of text,
 # at most 100 columns wide. Called by RUN (plan, progress, summary) and CLI (messages).
 # --------------------------------------------------------------------------------------------------
@@ -8587,231 +8460,124 @@ def is_safe(measured: Measured) -> bool:
 WIDTH = 100  # columns of every output, --help included
 SUMMARY_LINES = 30  # most lines of a run's summary
 FEW_PAIRS = 0.30  # share of records with a pair below which the summary says what to try
+INDENT = " " * 12  # of the lines below a level word
 
-# Kind of a drop reason (its text before the first colon) -> (what it means, what to try or "").
+# Kind of a drop reason (its text before the first colon) | what it means | what to try.
 # The summary, the report page and the README show these sentences.
-DROP_REASONS: dict[str, tuple[str, str]] = {
-    # the judge, or the signals that the input brings
-    "orders disagree": (
-        "the judge preferred a different answer when the order was swapped",
-        "a stronger --judge-model, or a weaker --low-model: the answers are alike",
-    ),
-    "low model won": (
-        "the weak model's answer was better",
-        "a weaker --low-model, or --when-low-wins flip",
-    ),
-    "rejected answer won": (
-        "the judge preferred the rejected answer in every vote",
-        "swap chosen and rejected in the method, or pair the answers with pair_up",
-    ),
-    "tie": (
-        "both answers were rated equal",
-        "a stronger --judge-model",
-    ),
-    "score gap too small": (
-        "the score gap was below the least gap (--min-score-gap)",
-        "--min-score-gap 0.5, a weaker --low-model, or --method generate_pairs",
-    ),
-    "chosen score too low": (
-        "the chosen answer's score was below --min-chosen-score",
-        "a lower --min-chosen-score, or a stronger --high-model",
-    ),
-    "unreadable judge reply": (
-        "no reply of the judge held a score for each answer",
-        "a stronger --judge-model; a larger --max-tokens if the judge thinks first",
-    ),
-    "judge disagrees with the label": (
-        "the judge preferred the answer that the label rejects",
-        "read some of these records: either the label or the judge is wrong",
-    ),
-    "judge undecided about the label": (
-        "the judge rated both answers equal or contradicted itself",
-        "a stronger --judge-model, or a second --judge-model",
-    ),
-    "no checkable answer": (
-        "no final answer was found that exact_match can compare",
-        'a prompt that asks for one: --system-prompt "End with: The answer is ..."',
-    ),
-    "no correct answer": (
-        "no candidate has the final answer of the reference",
-        "a stronger model among --candidate-models, or a larger --num-candidates",
-    ),
-    "no incorrect answer": (
-        "every candidate has the final answer of the reference",
-        "a weaker model among --candidate-models, or harder prompts",
-    ),
-    # filters on an answer or a pair
-    "truncated": (
-        "an answer was cut off, even at twice --max-tokens",
-        "a larger --max-tokens",
-    ),
-    "empty answer": ("a model returned no text", ""),
-    "error text": ("an answer is the saved error message of an API", ""),
-    "control tokens": (
-        "an answer holds marks of a chat template, such as <im_end>",
-        "a stop token on the model's server, or another model",
-    ),
-    "repetition loop": (
-        "an answer repeats the same text over and over",
-        "a larger model, or a higher --temperature",
-    ),
-    "echo of the prompt": (
-        "an answer mostly repeats the prompt",
-        "a larger model; --skip-filter echo if the prompts ask for it",
-    ),
-    "identical answers": (
-        "both answers are the same text",
-        'on label tasks: --system-prompt "Give a short reason, then the label."',
-    ),
-    "near-duplicate answers": (
-        "both answers are almost the same text",
-        "a weaker --low-model, or --method generate_pairs",
-    ),
-    "refusal": ("a candidate refuses to answer", ""),
-    "both refuse": ("both answers refuse", ""),
-    "wrong language": (
-        "the chosen answer is not in the language of the prompt",
-        "--skip-filter wrong_language if the prompts ask for another language",
-    ),
-    # calls to a model
-    "content filter": ("the provider's content filter blocked the prompt or the answer", ""),
-    "filtered by the provider": ("the provider's content filter blocked the answer", ""),
-    "only thoughts came": (
-        "the model used up its tokens on reasoning and gave no answer",
-        "a larger --max-tokens",
-    ),
-    "prompt too long for the model": (
-        "the prompt does not fit the model's context",
-        "a longer context on the server, or a smaller --max-tokens",
-    ),
-    "request refused": (
-        "the server rejected the request",
-        "read the server's message in the .dropped.jsonl file",
-    ),
-    "no text in the reply": ("the server's reply holds no text", ""),
-    "tool call instead of an answer": ("the model called a tool instead of answering", ""),
-    "timeout": (
-        "the server did not answer within --timeout",
-        "a smaller --concurrency or a larger --timeout",
-    ),
-    "connection lost": (
-        "the connection broke on every try",
-        "a smaller --concurrency; then run the same command again",
-    ),
-    "server unreachable": (
-        "no connection to the server on any try",
-        "check that the server runs, then run the same command again",
-    ),
-    "server error": (
-        "the server reported an error of its own on every try",
-        "run the same command again: it repeats only what failed",
-    ),
-    "model unavailable": (
-        "the server stopped serving this model during the run",
-        "run the same command again when the model is back",
-    ),
-    "rate limit": (
-        "the provider refused the call because of its rate limit",
-        "run the same command again later, or with a smaller --concurrency",
-    ),
-    "unfinished reply": (
-        "the server ended the reply before the model was done",
-        "run the same command again: it repeats only what failed",
-    ),
-    "garbled reply": (
-        "the server's reply cannot be read on any try",
-        "check --base-url; then run the same command again",
-    ),
-    # the input
-    "not JSON": ("the line cannot be parsed as JSON", "correct these lines of the input"),
-    "not UTF-8": ("the line is in another encoding", "convert the file to UTF-8 with iconv"),
-    "not a record": ("the line is JSON, but not an object with fields", ""),
-    "not a table row": ("the row cannot be parsed as CSV or TSV", "check the quotes of the row"),
-    "more cells than the header has": (
-        "the row has more cells than the header",
-        "check the separators and quotes of the row",
-    ),
-    "malformed record": ("a field has a shape that cannot be read", ""),
-    "no known fields": (
-        "no field of the record is a known name",
-        "--rename OLD=NEW, e.g. --rename instruction_text=prompt",
-    ),
-    "--rename": ("the record has both the old and the new field of a --rename", ""),
-    "empty prompt": ("the prompt is missing or blank", ""),
-    "unknown role": ("a turn of the conversation has an unknown role", ""),
-    "the conversation has no user turn to answer": (
-        "no turn of the conversation is the user's",
-        "",
-    ),
-    "not a text": ("a part of the record is no text, such as an image or a tool call", ""),
-    "text beside the turns": (
-        "a field beside the conversation holds text that no turn has",
-        "put it into a turn, or --rename it if it is no part of the prompt",
-    ),
-    "two system turns": ("the record has two different system prompts", ""),
-    "the prompt ends inside an answer": (
-        "the last turn is an answer that has begun",
-        "prompts that end with the user's turn",
-    ),
-    "prompt holds chat-template tokens": (
-        "the prompt holds marks of a chat template, such as <im_start>",
-        "prompts without the template",
-    ),
-    "repeated prompt": ("an earlier record has the same prompt", ""),
-    "repeated prompt and answers": ("an earlier record has the same prompt and answers", ""),
-    "repeated label": ("an earlier record has the same two answers and the same label", ""),
-    "repeated row": ("an earlier record gave the same row", ""),
-    "not a history": ("`history` is not a list of earlier turns", ""),
-    "contradictory labels": (
-        "two records prefer opposite answers of the same two",
-        "a third label for these records: the majority decides",
-    ),
-    "excluded prompt": (
-        "the prompt, or 13 words of it in a row, is in --exclude-prompts",
-        "check whether the prompts share a template of 13 words or more",
-    ),
-    "no reference answer": (
-        "an offline model needs the record's own answer, and it has none",
-        "--high-model and --low-model of a provider",
-    ),
-    "no answers": ("the record has no answers to rank", ""),
-    "too many answers for one prompt": (
-        "the record has more answers than fit one judge prompt",
-        "fewer answers in each record",
-    ),
-    "fewer than two answers": ("a pair needs two different answers", ""),
-    "answers without any signal": (
-        "nothing in the record says which answer is better",
-        "--judge-model MODEL, or --rename the field that says it",
-    ),
-    "no preference": ("the record's label prefers none of the answers", ""),
-    "winner not understood": (
-        "the record's label names none of the answers",
-        "labels such as response_a, response_b or tie",
-    ),
-    "contradictory signals": ("two fields of the record prefer different answers", ""),
-    "ambiguous": ("a label can refer to more than one of the answers", ""),
-    "ambiguous winner": (
-        "the winner's name fits none or several of the answers",
-        "labels such as model_a, response_1 or tie",
-    ),
-    "ambiguous `ranking`": (
-        "`ranking` can be an order or a list of ranks",
-        "--rename ranking=order, or --rename ranking=ranks",
-    ),
-    "lists of unequal length": ("there are not as many scores or ranks as answers", ""),
-    "votes of unequal length": ("the answers have different numbers of votes", ""),
-    "ranks out of range": ("a rank is zero, negative or too large", ""),
-    "order is not a list of all indices from 0": ("`order` does not name each answer once", ""),
-    "histories differ": ("chosen and rejected answer different conversations", ""),
-    "not one answer on each side": ("chosen or rejected holds several answers", ""),
-    # people (--annotations) and a method of one's own
-    "people see no difference": ("people called the two answers equally good", ""),
-    "both bad": ("people called both answers bad", ""),
-    "annotators disagree": ("people preferred different answers", "one more annotator"),
-    "the method made no pair": ("the method returned an empty list", ""),
-    "the format wrote no row": ("the output format returned an empty list for every pair", ""),
-}
+REASON_TABLE = """
+orders disagree | the judge preferred a different answer when the order was swapped
+    | a stronger --judge-model, or a weaker --low-model: the answers are alike
+low model won | the weak model's answer was better | a weaker --low-model, or --when-low-wins flip
+rejected answer won | the judge preferred the rejected answer in every vote
+tie | both answers were rated equal | a stronger --judge-model
+score gap too small | the score gap was below the least gap (--min-score-gap)
+    | --min-score-gap 0.5, a weaker --low-model, or --method generate_pairs
+chosen score too low | the chosen answer's score was below --min-chosen-score
+    | a lower --min-chosen-score, or a stronger --high-model
+unreadable judge reply | no reply of the judge held a score for each answer
+    | a stronger --judge-model; a larger --max-tokens if the judge thinks first
+judge disagrees with the label | the judge preferred the answer that the label rejects
+    | read some of these records: either the label or the judge is wrong
+judge undecided about the label | the judge rated both answers equal or contradicted itself
+    | a stronger --judge-model, or a second --judge-model
+no checkable answer | no final answer was found that exact_match can compare
+    | a prompt that asks for one: --system-prompt "End with: The answer is ..."
+no correct answer | no candidate has the final answer of the reference
+    | a stronger model among --candidate-models, or a larger --num-candidates
+no incorrect answer | every candidate has the final answer of the reference
+    | a weaker model among --candidate-models, or harder prompts
+truncated | an answer was cut off, even at twice --max-tokens | a larger --max-tokens
+empty answer | a model returned no text
+error text | an answer is the saved error message of an API
+control tokens | an answer holds marks of a chat template | a stop token on the server
+repetition loop | an answer repeats the same text over and over
+    | a larger model, or a higher --temperature
+echo of the prompt | an answer mostly repeats the prompt | --skip-filter echo if it shall
+identical answers | both answers are the same text
+    | on label tasks: --system-prompt "Give a short reason, then the label."
+near-duplicate answers | both answers are almost the same text
+    | a weaker --low-model, or --method generate_pairs
+refusal | a candidate refuses to answer
+both refuse | both answers refuse
+wrong language | the chosen answer is not in the language of the prompt
+    | --skip-filter wrong_language if the prompts ask for another language
+content filter | the provider's content filter blocked the prompt or the answer
+filtered by the provider | the provider's content filter blocked the answer
+only thoughts came | the model spent its tokens on reasoning, not on an answer
+    | a larger --max-tokens
+prompt too long for the model | the prompt does not fit the model's context
+    | a longer context on the server, or a smaller --max-tokens
+request refused | the server rejected the request | see its message in .dropped.jsonl
+no text in the reply | the server's reply holds no text
+tool call instead of an answer | the model called a tool instead of answering
+timeout | the server did not answer within --timeout | a smaller --concurrency or a larger --timeout
+connection lost | the connection broke on every try | a smaller --concurrency
+server unreachable | no connection to the server on any try | check that the server runs
+server error | the server failed on every try | run the same command again
+model unavailable | the server stopped serving this model during the run
+rate limit | the provider's rate limit refused the call | a smaller --concurrency
+unfinished reply | the server ended the reply before the model was done
+garbled reply | the server's reply cannot be read on any try | check --base-url
+not JSON | the line cannot be parsed as JSON | correct these lines of the input
+not UTF-8 | the line is in another encoding | convert the file to UTF-8 with iconv
+not a record | the line is JSON, but not an object with fields
+not a table row | the row cannot be parsed as CSV or TSV | check its quotes
+more cells than the header has | the row is longer than the header | check its quotes
+malformed record | a field has a shape that cannot be read
+no known fields | no field has a known name | --rename OLD=NEW, e.g. --rename ask=prompt
+--rename | the record has both the old and the new field of a --rename
+empty prompt | the prompt is missing or blank
+unknown role | a turn of the conversation has an unknown role
+the conversation has no user turn to answer | all turns are the model's or system's
+not a text | a part of the record is no text, such as an image or a tool call
+text beside the turns | a field beside the conversation has a text | put it into a turn
+two system turns | the record has two different system prompts
+the prompt ends inside an answer | the last turn is an answer that has begun
+prompt holds chat-template tokens | the prompt holds marks of a chat template
+repeated prompt | an earlier record has the same prompt
+repeated prompt and answers | an earlier record has the same prompt and answers
+repeated label | an earlier record has the same two answers and the same label
+repeated row | an earlier record gave the same row
+not a history | `history` is not a list of earlier turns
+contradictory labels | two records prefer opposite answers of the same two
+excluded prompt | the prompt, or 13 words of it in a row, is in --exclude-prompts
+    | see the shared words in .dropped.jsonl: are they a template?
+no reference answer | an offline model needs the record's answer | a provider's models
+no answers | the record has no answers to rank
+too many answers for one prompt | more answers than fit one judge prompt
+fewer than two answers | a pair needs two different answers
+answers without any signal | nothing says which answer is better
+    | --judge-model, or --rename a field
+no preference | the record's label prefers none of the answers
+winner not understood | the label names no answer | labels such as response_a or tie
+contradictory signals | two fields of the record prefer different answers
+ambiguous | a label can refer to more than one of the answers
+ambiguous winner | the winner's name fits none or several of the answers
+ambiguous `ranking` | it can be an order or a list of ranks | --rename ranking=order (or ranks)
+lists of unequal length | there are not as many scores or ranks as answers
+votes of unequal length | the answers have different numbers of votes
+ranks out of range | a rank is zero, negative or too large
+order is not a list of all indices from 0 | `order` does not name each answer once
+histories differ | chosen and rejected answer different conversations
+not one answer on each side | chosen or rejected holds several answers
+no difference | people called the two answers equally good
+both bad | people called both answers bad
+annotators disagree | people preferred different answers | one more annotator
+the method made no pair | the method returned an empty list
+the format wrote no row | the output format returned an empty list for every pair
+"""
+
+
+def read_reasons(text: str) -> dict[str, tuple[str, str]]:
+    """{kind: (meaning, advice or "")} of a table in which a long row goes on in a second line."""
+    reasons = {}
+    for row in text.strip().replace("\n    |", " |").splitlines():
+        kind, meaning, *advice = row.split(" | ")
+        reasons[kind] = (meaning, "".join(advice))
+    return reasons
+
+
+DROP_REASONS = read_reasons(REASON_TABLE)
 
 
 def reason_kind(reason: str) -> str:
@@ -8837,14 +8603,9 @@ def money_text(amount: float) -> str:
 
 def wrapped(text: str, first: str = "", later: str = "") -> list[str]:
     """Text as lines of at most WIDTH columns, with what stands before the first and later lines."""
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=first,
-        subsequent_indent=later,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    wrapper = textwrap.TextWrapper(WIDTH, initial_indent=first, subsequent_indent=later)
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
+    return wrapper.wrap(text)
 
 
 # --- Messages
@@ -8868,271 +8629,185 @@ def tolerate_closed(stream: TextIO) -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Print a message to stderr, without keys, below the progress bar."""
+    """Print a message to stderr, without keys, below a progress bar."""
     with tolerate_closed(sys.stderr):
-        ProgressBar.make_room()
+        if Progress.bar is not None:
+            print(file=sys.stderr)
         print(visible(redacted(text)), file=sys.stderr, flush=True)
-
-
-def show(text: str) -> None:
-    """Print results to stdout, in colour on a terminal."""
-    text = visible(text)
-    if has_colour(sys.stdout):
-        text = coloured(text)
-    with tolerate_closed(sys.stdout):
-        print(text, flush=True)
-
-
-def has_colour(stream: TextIO | None) -> bool:
-    """True if `stream` is a terminal that shows colours, and the user has not switched them off."""
-    if stream is None or not stream.isatty():
-        return False
-    if os.name == "nt" and "WT_SESSION" not in os.environ:  # the old console shows the codes
-        return False
-    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 COLOURS = {"CRITICAL": "1;31", "WARNING": "1;33", "ok": "1;32", "info": "1;36"}
 
 
-def coloured(text: str) -> str:
-    """Text with the level words at the start of its lines in colour."""
-    return re.sub(
-        r"(?m)^  (CRITICAL|WARNING|ok|info)(?=  )",
-        lambda match: f"  \x1b[{COLOURS[match[1]]}m{match[1]}\x1b[0m",
-        text,
-    )
+def show(text: str) -> None:
+    """Print results to stdout; on a terminal the words that start its lines have colours."""
+    text = visible(text)
+    no_colour = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or os.name == "nt"
+    if sys.stdout and sys.stdout.isatty() and not no_colour:
+        for level, code in COLOURS.items():
+            text = re.sub(f"(?m)^  {level}(?=  )", f"  \x1b[{code}m{level}\x1b[0m", text)
+    with tolerate_closed(sys.stdout):
+        print(text, flush=True)
 
 
 # --- Before the first call: the plan
 
 
 def plan_line(records: int, models: Models) -> str:
-    """`Plan: 26 records, 104 API calls (26 qwen-max, ...); 31 are cached, 73 to pay.`"""
+    """`Plan: 26 records, 104 API calls (26 qwen-max, ...); 31 from cache, 73 to pay; ...`"""
     rows = models.rows()
+    if not rows:
+        return f"Plan: {plural(records, 'record')}, no API call."
     parts = []
     for row in rows:
         judging = "judging by " if row["role"] == "judge" else ""
         parts.append(f"{row['calls'] + row['cached']:,} {judging}{row['model']}")
     sums = cost(rows)
     calls = plural(sums["calls"] + sums["cached"], "API call")
-    cached = f"{sums['cached']:,} {'is' if sums['cached'] == 1 else 'are'} cached"
-    work = f"Plan: {plural(records, 'record')}, {calls} ({', '.join(parts)});"
-    payment = f"{cached}, {sums['calls']:,} to pay."
+    text = f"Plan: {plural(records, 'record')}, {calls} ({', '.join(parts)}); "
+    text += f"{sums['cached']:,} from cache, {sums['calls']:,} to pay; "
+    text += f"about {sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out."
     if sums["money"] is not None:
-        payment += f" Expected cost: {money_text(sums['money'])} (--price)"
-        paid = sum(usage.kept for usage in models.usage.values())
-        payment += f", {money_text(paid)} of it already paid." if paid else "."
-    if len(work) + 1 + len(payment) <= WIDTH:
-        return f"{work} {payment}"
-    return "\n".join(wrapped(work, later="  ") + wrapped(payment, first="  ", later="  "))
+        text += f" Expected cost: {cost_text(models)}."
+    return "\n".join(wrapped(text, later="  "))
 
 
-def price_hint(rows: list[dict], models: Models) -> str:
-    """Why the plan names no cost, or ""."""
-    missing = list(dict.fromkeys(row["model"] for row in rows if row["money"] is None))
-    if not missing:
-        return ""
-    if not models.args.prices:
-        return "For the cost add --price MODEL=IN/OUT."
-    verb = "has" if len(missing) == 1 else "have"
-    return f"Expected cost: unknown, because {', '.join(missing)} {verb} no --price."
+def cost_text(models: Models) -> str:
+    """The cost by --price, and how much of it earlier runs have paid."""
+    text = f"{money_text(sum(usage.money for usage in models.usage.values()))} (--price)"
+    paid = sum(usage.kept for usage in models.usage.values())
+    return f"{text}, {money_text(paid)} of it in earlier runs" if paid else text
 
 
-def show_plan(records: int, asking: int, models: Models) -> None:
+def show_plan(records: int, models: Models) -> None:
     """Print what --dry-run is for: the planned calls, tokens, cost and the first prompts."""
-    show(f"Dry run: no API call is made and nothing is written. Read {plural(records, 'record')}.")
-    rows = models.rows()
-    show(plan_line(asking, models) if rows else "Plan: no API call is needed.")
-    for row in rows:
-        work = "judging" if row["role"] == "judge" else "answers"
-        text = f"{row['model']}, {work}: {plural(row['calls'], 'call')} to pay"
-        if models.args.batch:
-            batches = math.ceil(row["calls"] / BATCH_REQUESTS)
-            text += f" in at least {batches} batch{'' if batches == 1 else 'es'}"
-        text += f", {row['cached']:,} cached; about {row['tokens_in']:,} tokens in"
-        text += f", {row['tokens_out']:,} out"
-        if row["money"] is not None:
-            text += f"; {money_text(row['money'])} (--price)"
-        show("\n".join(wrapped(text, first="  ", later="    ")))
-    hint = price_hint(rows, models)
-    if hint:
-        show("\n".join(wrapped(hint, first="  ", later="    ")))
+    show(f"Dry run: no API call is made, nothing is written.\n{plan_line(records, models)}")
+    if models.rows() and not models.args.prices:
+        show("For the cost add --price MODEL=IN/OUT.")
     for receiver, messages in models.first_prompts.items():
-        receiver = receiver.removesuffix(" as answer")
         show(f"\n--- First prompt to {receiver}:\n{flatten(messages)}")
 
 
 # --- While the run goes on: the progress bar
 
 
-class ProgressBar:
-    """A tqdm bar on stderr that counts finished records; it stays silent if tqdm is missing.
+class Progress:
+    """A tqdm bar on stderr that counts records as they finish, in any order, and replies.
 
-    It is drawn from the first finished record on, so that the plan stands above it."""
+    It first appears two seconds after the start, so that the plan stands above it. It stays silent
+    if tqdm is missing."""
 
-    # The bar whose text stands on the terminal's last line.
-    on_screen: ProgressBar | None = None
+    # tqdm's, once it is drawn; a run has one at a time.
+    bar: ClassVar[Any] = None
 
-    def __init__(self) -> None:
-        self.total: int | None = None  # records to finish, once the plan knows
-        self.bar = None
-        with contextlib.suppress(ImportError):
+    def __init__(self, files: OutputFiles, models: Models) -> None:
+        self.files = files
+        self.models = models
+        self.finished = 0  # records
+        self.ticking = asyncio.create_task(self.tick())
+
+    async def tick(self) -> None:
+        """Draw the bar again and again, also while every record waits for a reply."""
+        await asyncio.sleep(2)
+        while True:
+            self.draw()
+            await asyncio.sleep(0.5 if sys.stderr.isatty() else 10)
+
+    def draw(self) -> None:
+        """Show the counts of this moment."""
+        files = self.files
+        models = self.models
+        counts = {
+            "replies": models.replies,
+            "pairs": files.pairs,
+            "drops": files.dropped.total(),
+            "tokens": models.tokens(),
+        }
+        if models.args.prices:
+            counts["cost"] = f"{models.spent:.4g}"
+        with tolerate_closed(sys.stderr), contextlib.suppress(ImportError):
             from tqdm import tqdm
 
-            tqdm.monitor_interval = 0  # no thread of its own
-            self.bar = tqdm(
-                unit=" records",
-                file=sys.stderr,
-                dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 10,  # seconds between two drawings
-                miniters=1,
-                delay=0.001,  # draw no empty bar
-            )
-
-    def update(self, finished: int = 1) -> bool:
-        """Count finished records; return True if the bar was drawn, as it is now and then."""
-        if self.bar is None:
-            return False
-        self.bar.total = self.total
-        drawn = False
-        with tolerate_closed(sys.stderr):
-            drawn = bool(self.bar.update(finished))
-        if drawn:
-            ProgressBar.on_screen = self
-        return drawn
-
-    def set_postfix(self, counts: dict) -> None:
-        """Draw the bar with these counts behind it, e.g. {"pairs": 12, "replies": 48}."""
-        if self.bar is not None:
-            ProgressBar.on_screen = self
-            with tolerate_closed(sys.stderr):
-                self.bar.set_postfix(counts)
+            if Progress.bar is None:
+                tqdm.monitor_interval = 0  # no thread of its own
+                Progress.bar = tqdm(
+                    unit=" records", initial=self.finished, file=sys.stderr, dynamic_ncols=True
+                )
+            Progress.bar.total = models.total
+            Progress.bar.n = self.finished
+            Progress.bar.set_postfix(counts)
 
     def close(self) -> None:
-        """Leave the last drawing on the terminal and end its line."""
-        if self.bar is not None:
-            if ProgressBar.on_screen is self:
-                self.bar.delay = 0  # else tqdm may think that nothing was drawn, and ends no line
+        """Draw the last counts, if a bar was drawn at all, and end its line."""
+        self.ticking.cancel()
+        if Progress.bar is not None:
+            self.draw()
             with tolerate_closed(sys.stderr):
-                self.bar.close()
-        ProgressBar.on_screen = None
-
-    @classmethod
-    def make_room(cls) -> None:
-        """Free the terminal's last line for a message; the next update draws the bar below it."""
-        if cls.on_screen and sys.stderr.isatty():
-            cls.on_screen.bar.clear()
-        elif cls.on_screen:
-            print(file=sys.stderr)  # in a file a line that was written cannot be cleared
-        cls.on_screen = None
-
-
-def progress() -> ProgressBar:
-    """A new progress bar."""
-    return ProgressBar()
+                Progress.bar.close()
+        Progress.bar = None
 
 
 # --- At the end: the summary
 
 
-def summary(files: OutputFiles, models: Models, numbers: dict | None = None) -> list[str]:
-    """The lines that end a run: result, quality (with a report's numbers), calls, files, advice."""
+def summary(files: OutputFiles, models: Models, numbers: dict | None = None) -> str:
+    """What ends a run: result, quality (with a report's numbers), calls, files, advice."""
     blocks = [result_lines(files, bool(models.stop)), call_lines(models)]
     if models.stop:
-        blocks.append(stopped_lines(models))
+        again = "continue: replies are in the cache" if models.cache.db else "start over"
+        blocks.append([f"Run the same command again to {again}."])
     else:
         blocks += [file_lines(files), advice_lines(files)]
-    blocks = [block for block in blocks if block]
     if numbers:
-        taken = sum(len(block) + 1 for block in blocks)
+        taken = sum(len(block) + 1 for block in blocks if block)
         blocks.insert(1, report_lines(numbers, room=SUMMARY_LINES - taken))
-    lines = []
-    for block in blocks:
-        if lines:
-            lines.append("")
-        lines += block
-    return lines
-
-
-def dropped_kinds(files: OutputFiles) -> Counter:
-    """Number of dropped records by kind of reason, whichever stage dropped them."""
-    kinds = Counter()
-    for (_, reason), count in files.dropped.items():
-        kinds[reason_kind(reason)] += count
-    return kinds
+    return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
 def result_lines(files: OutputFiles, stopped: bool = False) -> list[str]:
     """Records read, pairs written, records dropped; the most frequent reasons in five lines."""
     dropped = files.dropped.total()
     paired = files.read - dropped
-    paired_share = f"{paired / files.read:.0%}" if files.read else "0%"
-    wrote = f"{plural(files.pairs, 'pair')} ({paired_share})"
+    pairs = plural(files.pairs, "pair")
     if files.pairs != paired:  # some strategies make several pairs of a record
-        wrote = f"{plural(files.pairs, 'pair')} from {plural(paired, 'record')} ({paired_share})"
-    lines = [f"Read {plural(files.read, 'record')}, wrote {wrote}, dropped {dropped:,}."]
+        pairs += f" from {plural(paired, 'record')}"
+    lines = [
+        f"Read {plural(files.read, 'record')}, wrote {pairs} ({paired / max(1, files.read):.0%}), "
+        f"dropped {dropped:,}."
+    ]
     if stopped:
-        lines = [stopped_result(files)]
-    kinds = dropped_kinds(files)
-    frequent = kinds.most_common(5 if len(kinds) <= 5 else 4)
+        place = f"{files.output}.part"
+        lines = [f"Stopped after {plural(files.read, 'record')}; {pairs} so far, in {place}."]
+    frequent = files.dropped.most_common(4)
     others = dropped - sum(count for _, count in frequent)
-    digits = len(f"{max([others, *kinds.values()]):,}")
     column = max((len(kind) for kind, _ in frequent), default=0)
     for kind, count in frequent:
-        start = f"  {count:{digits},}  {kind:{column}}  "
+        start = f"{count:6,}  {kind:{column}}  "
         lines += wrapped(f"{start}{explain_reason(kind)[0]}", later=" " * len(start))
     if others:
-        lines.append(f"  {others:{digits},}  other reasons")
+        lines.append(f"{others:6,}  other reasons")
     return lines
 
 
-def stopped_result(files: OutputFiles) -> str:
-    """What a stopped run has done so far, and where its pairs are."""
-    if not files.read:
-        return "No pair was made."
-    result = f"Stopped after {plural(files.read, 'record')}; "
-    if not files.pairs:
-        return f"{result}no pair so far."
-    return f"{result}{plural(files.pairs, 'pair')} so far, in {files.output}.part."
-
-
 def report_lines(numbers: dict, room: int = 14) -> list[str]:
-    """The quality of the pairs in at most `room` lines: the worst warnings, then what is well."""
+    """The quality of the pairs in about `room` lines: the worst warnings, then what is well."""
     lines = [f"Quality of the {plural(numbers['pairs'], 'pair')}"]
-    closing = quality_lines(numbers)[: max(3, room - 5)]
+    closing = quality_lines(numbers)
     warnings = numbers["warnings"]
+    explained = []
     for position, warning in enumerate(warnings):
-        block = warning_lines(warning)
-        if position and same_advice(warning, warnings[position - 1]):
-            block = finding_lines(warning)
-        last = position == len(warnings) - 1
-        needed = len(lines) + len(block) + len(closing) + (0 if last else 1)
-        if position and needed > room:
+        level = "CRITICAL" if warning["level"] == "critical" else "WARNING"
+        block = wrapped(warning["finding"], first=f"  {level:8}  ", later=INDENT)
+        explanation = [warning["meaning"], warning["advice"]]
+        if explanation != explained:  # it may be the same for two warnings in a row
+            for sentence in explanation:
+                block += wrapped(sentence, first=INDENT, later=INDENT)
+        explained = explanation
+        if position and len(lines) + len(block) + len(closing) >= room:
             lines.append(f"  {plural(len(warnings) - position, 'more warning')} in the report")
             break
         lines += block
     return lines + closing
-
-
-def same_advice(warning: dict, other: dict) -> bool:
-    """Whether two warnings have the same meaning and advice."""
-    return (warning["meaning"], warning["advice"]) == (other["meaning"], other["advice"])
-
-
-def finding_lines(warning: dict) -> list[str]:
-    """What a warning found."""
-    level = "CRITICAL" if warning["level"] == "critical" else "WARNING"
-    return wrapped(warning["finding"], first=f"  {level:8}  ", later=" " * 12)
-
-
-def warning_lines(warning: dict) -> list[str]:
-    """A warning as sentences: what was found, why it matters, what to try."""
-    indent = " " * 12
-    lines = finding_lines(warning)
-    for key in ("meaning", "advice"):
-        lines += wrapped(warning.get(key, ""), first=indent, later=indent)
-    return lines
 
 
 def quality_lines(numbers: dict) -> list[str]:
@@ -9141,13 +8816,12 @@ def quality_lines(numbers: dict) -> list[str]:
     text = f"{checks['passed']} of {checks['total']} checks passed"
     if checks["too_few"]:
         text += f", {checks['too_few']} need more data"
-    text = "; ".join([", ".join(numbers["headline"]), text]).removeprefix("; ")
+    if numbers["headline"]:
+        text = f"{', '.join(numbers['headline'])}; {text}"
     level = "ok" if checks["passed"] else "info"
-    lines = []
-    if numbers["pairs"]:
-        lines += wrapped(text, first=f"  {level:8}  ", later=" " * 12)
+    lines = wrapped(text, first=f"  {level:8}  ", later=INDENT)
     for sentence in [numbers["few"], *numbers["people"], *numbers["notes"]]:
-        lines += wrapped(sentence, first="  note      ", later=" " * 12)
+        lines += wrapped(sentence, first="  note      ", later=INDENT)
     return lines
 
 
@@ -9160,31 +8834,26 @@ def call_lines(models: Models) -> list[str]:
     text = f"API calls: {sums['calls']:,} made, {sums['cached']:,} from cache; "
     text += f"{sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out"
     if sums["money"] is not None:
-        text += f"; cost {money_text(sums['money'])} (--price)"
-        paid = sum(usage.kept for usage in models.usage.values())
-        text += f", {money_text(paid)} of it in earlier runs" if paid else ""
+        text += f"; cost {cost_text(models)}"
     return wrapped(text, later="  ")
 
 
 def file_lines(files: OutputFiles) -> list[str]:
     """The files that were written, each with what it holds."""
-    row = "row" if hasattr(OUTPUTS[files.run.args.output_format], "once") else "pair"
     page, _, review_page = files.pages
-    dropped = plural(files.rows[files.drops], "record")
-    held_out = plural(files.rows[files.test], row)
-    candidates = plural(files.rows[files.candidates], "record")
+    rows = files.rows
     contents = {
-        files.output: plural(files.rows[files.output], row),
-        files.test: f"{held_out} held out for testing (--test-fraction)",
-        files.drops: f"{dropped} with {'its' if dropped == '1 record' else 'their'} reasons",
-        files.candidates: f"{candidates} with all answers, an input for rank_responses",
+        files.output: plural(rows[files.output], "row"),
+        files.test: f"{plural(rows[files.test], 'row')} held out for testing (--test-fraction)",
+        files.drops: f"{plural(rows[files.drops], 'dropped record')} and why",
+        files.candidates: "all answers of the records, an input for rank_responses",
         page: "quality report, open it in a browser",
         review_page: "pairs to review by hand, open it in a browser",
     }
-    if not files.rows[files.drops]:
+    if not rows[files.drops]:
         del contents[files.drops]
     contents.pop("", None)
-    column = min(60, max(len(path) for path in contents))
+    column = max(len(path) for path in contents)
     return ["Wrote", *(f"  {path:{column}}  {text}" for path, text in contents.items())]
 
 
@@ -9195,27 +8864,16 @@ def advice_lines(files: OutputFiles) -> list[str]:
         text = f"{plural(files.retryable, 'record')} failed for a reason that may pass: "
         lines += wrapped(text + "run the same command again to retry them.")
     paired = files.read - files.dropped.total()
-    if paired and (files.read < 10 or paired >= FEW_PAIRS * files.read):
+    if paired and paired >= FEW_PAIRS * files.read:
         return lines
     advice = []
-    for kind, _ in dropped_kinds(files).most_common(2):
+    for kind, _ in files.dropped.most_common(2):
         remedy = explain_reason(kind)[1]
         if remedy:
             advice += wrapped(f"{kind}: {remedy}", first="  ", later="    ")
     if advice:
         lines += ["Few records gave a pair. What to try:", *advice]
     return lines
-
-
-def stopped_lines(models: Models) -> list[str]:
-    """How to go on after a stopped run."""
-    if models.cache.db:
-        text = "Run the same command again to continue: replies are in the cache."
-    elif any(row["calls"] for row in models.rows()):
-        text = "There is no cache, so the same command pays for all calls again."
-    else:
-        text = "Run the same command again to start over."
-    return wrapped(text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9235,19 +8893,8 @@ async def gather_all(tasks: list) -> list:
         if task.cancelled() or task.exception():
             raised.append(result)
     if raised:
-        raise min(raised, key=urgency)
+        raise min(raised, key=lambda error: URGENCY.get(type(error), 1))
     return results
-
-
-def urgency(error: BaseException) -> int:
-    """Which of several errors is raised, the lowest first: Stop, a bug, Pending, Failed."""
-    if isinstance(error, Stop):
-        return 0
-    if isinstance(error, Pending):
-        return 2
-    if isinstance(error, Failed):
-        return 3
-    return 1
 
 
 def unique_names(models: list[Model | None]) -> dict[Model, str]:
@@ -9256,8 +8903,9 @@ def unique_names(models: list[Model | None]) -> dict[Model, str]:
     counts = Counter(model.name for model in known)
     names = {}
     for model in known:
-        address = model.url or model.provider
-        names[model] = f"{model.name}@{address}" if counts[model.name] > 1 else model.name
+        names[model] = model.name
+        if counts[model.name] > 1:
+            names[model] += f"@{model.url or model.provider}"
     return names
 
 
@@ -9273,15 +8921,11 @@ def remember_judged(record: Record, answers: list[Answer], judged: list[Answer])
     """Put the judged answers in the place of the unjudged in record.answers; new ones come last.
 
     So an answer that a method made by hand reaches the files, too."""
-    places = {id(answer): place for place, answer in enumerate(record.answers)}
-    known = list(record.answers)
+    judged_answers = {}
     for answer, with_votes in zip(answers, judged, strict=True):
-        place = places.get(id(answer))
-        if place is None:
-            known.append(with_votes)
-        else:
-            known[place] = with_votes
-    record.answers = known
+        judged_answers[id(answer)] = with_votes
+    known = [judged_answers.pop(id(answer), answer) for answer in record.answers]
+    record.answers = known + list(judged_answers.values())
 
 
 def dropped_outcome(record: Record, failed: Failed) -> Outcome:
@@ -9348,6 +8992,10 @@ class Outcome:
 
 class Pending(Exception):
     """This record needs a reply that is not there yet, in a pass that makes no call."""
+
+
+# Which of several errors is raised, the lowest first; a bug is 1.
+URGENCY = {Stop: 0, Pending: 2, Failed: 3}
 
 
 class PartError(Exception):
@@ -9617,7 +9265,6 @@ def counting_copy(run: Run, models: Models) -> Run:
     other = copy.copy(run)
     other.models = models
     other.annotations = None  # they count the pairs that they meet
-    other.shared_passages = Counter()
     return other
 
 
@@ -9637,7 +9284,7 @@ def on_judge_scale(points: float) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# §21 RUN: records_of, plan, Labels, OutputFiles, in_order, construct, run_job
+# §21 RUN: records_of, plan, Labels, OutputFiles, construct, Job, run_job
 # In: checked flags. Out: the files, and an exit status. `main` (CLI) calls `construct`.
 # --------------------------------------------------------------------------------------------------
 
@@ -9649,31 +9296,35 @@ def records_of(path: str, run: Run) -> Iterator[tuple[int, Record | Failed]]:
     """Yields (line, Record, or Failed): the input; repeated and excluded prompts are Failed."""
     limit = run.args.max_samples if run.args.max_samples >= 0 else None
     records = read_records(path, dict(run.args.rename), run.reads_answers, run.numbers)
-    seen: set[int] = set()  # hashes: all that is kept of a record
+    seen = set()  # hashes: all that is kept of a record
     for line, record in itertools.islice(records, limit):
-        reason = ""
         if isinstance(record, Record):
             reason = repeated_or_excluded(record, seen, run)
-        yield line, Failed("input", reason, record=record) if reason else record
+            if reason:
+                record = Failed("input", reason, record=record)
+        yield line, record
 
 
 def repeated_or_excluded(record: Record, seen: set[int], run: Run) -> str:
     """Why the record's prompt is left out, "" if it is not.
 
     Answers with labels may come again: that is for `Labels` to count."""
-    words = [(turn["role"], *turn["content"].split()) for turn in record.messages]
     if not record.signal:
         texts = sorted(answer.text for answer in record.answers)
-        key = hash(repr((words, texts)))
+        key = hash(repr((turn_words(record), texts)))
         if key in seen:
             return "repeated prompt and answers" if texts else "repeated prompt"
         seen.add(key)
     if run.excluded:
         for passage in prompt_passages(record):
             if hash(passage) in run.excluded:
-                run.shared_passages[passage] += 1
-                return "excluded prompt"
+                return f"excluded prompt: {passage[:200]}"
     return ""
+
+
+def turn_words(record: Record) -> list[tuple[str, ...]]:
+    """Role and words of each turn: what two records have in common if their prompt is the same."""
+    return [(turn["role"], *turn["content"].split()) for turn in record.messages]
 
 
 def prompt_passages(record: Record) -> list[str]:
@@ -9683,54 +9334,29 @@ def prompt_passages(record: Record) -> list[str]:
     turns = [turn["content"] for turn in record.messages if turn["role"] == "user"]
     text = "\n".join(turns).lower()
     words = split_words(text)
-    passages = []
-    for start in range(len(words) - CONTAMINATION_RUN + 1):
-        passages.append(" ".join(words[start : start + CONTAMINATION_RUN]))
+    starts = range(len(words) - CONTAMINATION_RUN + 1)
+    passages = [" ".join(words[start : start + CONTAMINATION_RUN]) for start in starts]
     all_words = re.findall(r"\w+", text)  # of any script; a text of emojis has none
     return [*passages, " ".join(all_words) or text]
 
 
-def prompt_hashes(record: Record) -> set[int]:
-    """Hashes of the passages of a prompt in --exclude-prompts."""
-    return {hash(passage) for passage in prompt_passages(record)}
-
-
-def excluded_note(run: Run, files: OutputFiles) -> str:
-    """What to say if --exclude-prompts left out more than half of the records, else ""."""
-    count = files.dropped["input", "excluded prompt"]
-    if not count or 2 * count <= files.read:
-        return ""
-    [(passage, shared)] = run.shared_passages.most_common(1)
-    return (
-        f"--exclude-prompts left out {count} of {files.read} records; {shared} of them share "
-        f'"{passage[:200]}". If that is a template, not a test question, take it out of '
-        f"{run.args.exclude_prompts}"
-    )
-
-
-async def plan(path: str, run: Run, cache: Cache) -> tuple[int, int, Models]:
-    """Pass over the input without a call -> (records read, records that would ask, the counts)."""
+async def plan(path: str, run: Run, cache: Cache) -> tuple[int, Models]:
+    """Pass over the input without a call -> (records, the calls that they would make)."""
     planned = Models(run.args, cache, dry=True)
     copied = counting_copy(run, planned)
     if cache.empty:  # then every reply is guessed, and filters have nothing to look at
         copied.rules = {"answer": {}, "pair": {}}
     total = 0
-    asking = 0
-    calls_before = 0
     for _, record in records_of(path, copied):
         # A guessed reply may break a method that reads replies; the run itself guesses none.
         with contextlib.suppress(*BUGS):
             await process_record(record, copied)
-        calls = sum(usage.calls + usage.cached for usage in planned.usage.values())
-        if calls > calls_before:
-            asking += 1
-        calls_before = calls
         total += 1
         if total % 50 == 0:
             await asyncio.sleep(0)  # lets Ctrl-C through
             if run.models.stop:
                 raise run.models.stop
-    return total, asking, planned
+    return total, planned
 
 
 class Labels:
@@ -9739,18 +9365,17 @@ class Labels:
     The output streams, so a contradiction may show when its first label is written already. Then
     the whole pass is run again with `decided`. No text is kept, one dict entry for two answers."""
 
-    def __init__(self, decided: dict[int, int] | None = None) -> None:
-        # Two answers to a prompt -> labels for the one that sorts first, less those for the other.
-        self.leads: dict[int, int] = {}
-        # Two answers whose labels contradict each other.
-        self.contradicted: set[int] = set()
-        # Their leads over the whole input, from the pass before.
-        self.decided = decided or {}
-        # Two answers whose label is written.
-        self.written: set[int] = set()
-
     # A choice of people outweighs any number of labels.
     PEOPLE = 1_000_000
+
+    def __init__(self) -> None:
+        # Two answers to a prompt -> labels for the one that sorts first, less those for the other.
+        self.leads = {}
+        # Those of contradictory labels over the whole input, from the pass before.
+        self.decided = {}
+        # Two answers whose labels contradict each other; those whose label is written.
+        self.contradicted = set()
+        self.written = set()
 
     def apply(self, outcome: Outcome) -> Outcome:
         """The outcome without pairs whose label was written before or is contradicted."""
@@ -9759,33 +9384,30 @@ class Labels:
         for pair in outcome.pairs:
             reason = self.rejection_reason(pair)
             if reason:
-                outcome.record.facts[reason] += 1
                 reasons.append(reason)
             else:
                 kept.append(pair)
         if not reasons:
             return outcome
+        outcome.record.facts.update(reasons)
         if kept:
             return replace(outcome, pairs=kept)
-        contradictory = "contradictory labels"
-        reason = contradictory if contradictory in reasons else reasons[0]
-        return dropped_outcome(outcome.record, Failed("input", reason))
+        first = min(reasons)  # "contradictory labels" before "repeated label"
+        return dropped_outcome(outcome.record, Failed("input", first))
 
     def rejection_reason(self, pair: Pair) -> str:
         """Count the pair's label -> why it is not written, "" if it is."""
         better = " ".join(pair.chosen.text.split())
         worse = " ".join(pair.rejected.text.split())
-        prompt = [(turn["role"], *turn["content"].split()) for turn in pair.record.messages]
-        key = hash(repr((prompt, min(better, worse), max(better, worse))))
+        texts = sorted([better, worse])
+        key = hash(repr((turn_words(pair.record), texts)))
         weight = self.PEOPLE if pair.human else 1
         vote = weight if better < worse else -weight
-        before = self.leads.get(key)
-        self.leads[key] = vote + (before or 0)
-        if before is None:
-            before = vote
-        elif before * vote < 0:
+        lead = self.leads.get(key, vote)  # so far; the first label leads alone
+        self.leads[key] = lead + vote if key in self.leads else vote
+        if lead * vote < 0:
             self.contradicted.add(key)
-        lead = self.decided.get(key, before)
+        lead = self.decided.get(key, lead)
         if lead * vote <= 0:
             return "contradictory labels"
         if key in self.written:
@@ -9815,19 +9437,17 @@ class OutputFiles:
 
     def restart(self) -> None:
         """Empty all files and counts."""
-        # Records read; pairs written; records whose failure a rerun may cure.
-        self.read = 0
-        self.pairs = 0
-        self.retryable = 0
-        # path -> rows; (stage, kind of reason) -> records.
-        self.rows: Counter[str] = Counter()
-        self.dropped: Counter[tuple[str, str]] = Counter()
+        self.read = 0  # records
+        self.pairs = 0  # written
+        self.retryable = 0  # records whose failure a rerun may cure
+        # path -> rows; kind of reason -> records.
+        self.rows = Counter()
+        self.dropped = Counter()
         # Hashes of what a format writes only `once`.
-        self.written_once: set[int] = set()
+        self.written_once = set()
         # Whether rows with and without scores were written.
-        self.has_scores: set[bool] = set()
-        # Keys of the first row, scores aside.
-        self.columns: list[str] = []
+        self.has_scores = set()
+        self.columns: list[str] = []  # of the first row, scores aside
         self.warned_of_turns = False
         for file in self.open.values():
             file.seek(0)
@@ -9849,28 +9469,25 @@ class OutputFiles:
             row = {"prompt": record.messages, "prompt_id": record.prompt_id}
             self.write(self.candidates, row | {"completions": answers})
         if not outcome.pairs:
-            self.add_drop(outcome, answers)
+            row = {
+                "line": record.line,
+                "stage": outcome.stage,
+                "reason": outcome.reason,
+                "prompt_id": record.prompt_id if record.messages else "",
+                "prompt": record.prompt,
+                "answers": answers,
+            }
+            self.write(self.drops, row)
+            self.dropped[reason_kind(outcome.reason)] += 1
+        draw = int(record.prompt_id, 16) / 16**16  # of the test split: by prompt, for good
+        path = self.test if draw < self.run.args.test_fraction else self.output
         for row in rows:
             self.has_scores.add("score_chosen" in row)
-            self.write(self.file_of(record), row)
+            self.write(path, row)
         self.pairs += len(outcome.pairs)
         self.read += 1
         self.retryable += outcome.retryable
         return outcome
-
-    def add_drop(self, outcome: Outcome, answers: list[dict]) -> None:
-        """Write the record's line among the dropped, and count its reason."""
-        record = outcome.record
-        row = {
-            "line": record.line,
-            "stage": outcome.stage,
-            "reason": outcome.reason,
-            "prompt_id": record.prompt_id if record.messages else "",
-            "prompt": record.prompt,
-            "answers": answers,
-        }
-        self.write(self.drops, row)
-        self.dropped[outcome.stage, outcome.reason.split(":")[0]] += 1
 
     def checked_rows(self, pair: Pair) -> list[dict]:
         """The rows of a pair; raises PartError if the pair or its rows are not as they must be."""
@@ -9911,12 +9528,6 @@ class OutputFiles:
         self.written_once.add(key)
         return is_known
 
-    def file_of(self, record: Record) -> str:
-        """The output, or the test split for its share of prompts."""
-        test_share = self.run.args.test_fraction
-        draw = int(digest(self.run.seed, record.messages)[:8], 16) / 16**8
-        return self.test if test_share and draw < test_share else self.output
-
     def write(self, path: str, row: dict) -> None:
         """Write a row to the part of a file."""
         self.open[path].write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -9931,9 +9542,8 @@ class OutputFiles:
                 file.flush()
         if len(self.has_scores) > 1:
             note("some pairs have no scores, so the score columns are left out of the whole file")
-            remove_scores(self.output + ".part")
-            if self.test:
-                remove_scores(self.test + ".part")
+            for path in filter(None, (self.output, self.test)):
+                remove_scores(path + ".part")
         for path in self.open:
             part = path + ".part"
             if os.path.exists(path) and not filecmp.cmp(path, part, shallow=False):
@@ -9994,7 +9604,7 @@ def remove_scores(path: str) -> None:
 
 
 def opened(path: str) -> TextIO:
-    """A locked file to write, readable by its owner alone.
+    """A file to write, readable by its owner alone, locked until it is closed.
 
     Raises UserError if another run uses it or it cannot be written."""
     try:
@@ -10003,123 +9613,25 @@ def opened(path: str) -> TextIO:
         file = open(path, "a", encoding="utf-8", newline="\n", opener=owned)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {disk_message(error)}") from None
+    renamed = False
     try:
-        lock(file)
-        # Its former owner may have renamed it since it was opened.
-        renamed = os.name != "nt" and not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(0)  # it locks a byte from there
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its former owner may have renamed it since it was opened.
+            renamed = not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except OSError:
         renamed = True
     if renamed:
         file.close()
         raise UserError(f"{path}: another run is using it")
     return file
-
-
-def lock(file: TextIO) -> None:
-    """Lock a file until it is closed or the process ends; raises OSError if another one has it."""
-    if os.name == "nt":
-        import msvcrt
-
-        file.seek(0)  # it locks a byte from there
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-async def in_order(
-    source: Iterable[Any],
-    work: Callable[[Any], Awaitable[Outcome]],
-    emit: Callable[[Outcome], None],
-    workers: int,
-    models: Models,
-) -> None:
-    """Work on `workers` items at once and emit the results in order; a bounded window waits.
-
-    Whatever ends this early halts the run; what is in work ends first, for its calls are paid."""
-    free = asyncio.Semaphore(workers)
-    window: deque[asyncio.Task] = deque()
-    try:
-        for item in source:
-            await free.acquire()
-            if models.stop:
-                break
-            task = asyncio.create_task(work(item))
-            task.add_done_callback(lambda _: free.release())
-            window.append(task)
-            while window and (window[0].done() or len(window) > workers * WINDOW):
-                emit(await window.popleft())
-        while window:
-            emit(await window.popleft())
-    except Pending:
-        hint = "a reply is missing after all batches: does the method ask something new"
-        models.halt(f"{hint} each time?")
-    except Stop as stop:
-        models.halt(str(stop), stop.status)
-    except BaseException as error:
-        models.halt(repr(error))
-        raise
-    finally:
-        await asyncio.gather(*window, return_exceptions=True)
-
-
-class Progress:
-    """A bar on stderr that counts records as they finish, in any order, and replies.
-
-    It first appears two seconds after the start, so that the plan stands on a line of its own."""
-
-    def __init__(self, files: OutputFiles, models: Models) -> None:
-        self.files = files
-        self.models = models
-        # Records finished, and how many of them the bar shows.
-        self.finished = 0
-        self.drawn = 0
-        # tqdm's, once it is drawn.
-        self.bar = None
-        self.ticking: asyncio.Task | None = None
-
-    async def __aenter__(self) -> Progress:
-        self.ticking = asyncio.create_task(self.tick())
-        return self
-
-    async def tick(self) -> None:
-        """Draw the bar again and again, also while every record waits for a reply."""
-        await asyncio.sleep(2)
-        while True:
-            self.draw()
-            await asyncio.sleep(0.5 if sys.stderr.isatty() else 10)
-
-    def draw(self) -> None:
-        """Show the counts of this moment."""
-        if self.bar is None:
-            self.bar = progress()
-        files, models = self.files, self.models
-        counts = {
-            "replies": getattr(models, "replies", 0),
-            "pairs": files.pairs,
-            "drops": files.dropped.total(),
-            "failures": files.retryable,
-            "tokens": models.tokens(),
-        }
-        if models.args.prices:
-            counts["cost"] = f"{models.spent:.4g}"
-        self.bar.total = models.total
-        self.bar.update(self.finished - self.drawn)
-        self.drawn = self.finished
-        self.bar.set_postfix(counts)
-
-    def line(self, text: str) -> None:
-        """Write a line of its own, though a bar may be drawn."""
-        if self.bar is not None:
-            note("")
-        note(text)
-
-    async def __aexit__(self, *_: object) -> None:
-        self.ticking.cancel()
-        if self.bar is not None:
-            self.draw()
-            self.bar.close()
 
 
 async def construct(args: argparse.Namespace) -> int:
@@ -10166,20 +9678,19 @@ async def construct_with(cache: Cache, path: str, run: Run) -> int:
         if not args.batch:
             refuse_running_batches(cache, run)
         with contextlib.closing(OutputFiles(run)) as files, interruptible(models):
-            progress_bar = Progress(files, models)
 
             async def announce_plan() -> None:
                 """Before the first call: say what may be called."""
                 try:
-                    models.total, asking, planned = await plan(path, run, cache)
+                    models.total, planned = await plan(path, run, cache)
                 except UserError as error:  # the input breaks off
                     raise models.halt(str(error), 2) from None
-                progress_bar.line(plan_line(asking, planned))
+                note(plan_line(models.total, planned))
 
             models.announce_plan = announce_plan
             if args.batch and is_paid(run):
                 await fill_cache(path, run)
-            return await run_job(path, run, files, progress_bar)
+            return await run_job(path, run, files)
     finally:
         await models.close()
 
@@ -10190,12 +9701,11 @@ def refuse_running_batches(cache: Cache, run: Run) -> None:
         return
     names = {name_of(model) for model in asked_models(run)}
     running = [name for (name,) in cache.do("SELECT model FROM batches") if name in names]
-    if running:
-        count = "1 batch" if len(running) == 1 else f"{len(running)} batches"
-        raise UserError(
-            f"{count} of this cache may still run at the provider: add --batch to collect the "
-            "replies, or name another --cache-path"
-        )
+    refuse(
+        running,
+        f"batches of this cache may still run at the provider ({len(running)}): add --batch to "
+        "collect the replies, or name another --cache-path",
+    )
 
 
 async def fill_cache(path: str, run: Run) -> None:
@@ -10220,7 +9730,9 @@ async def fill_cache(path: str, run: Run) -> None:
 
 
 class Job:
-    """One or two passes over the input: record -> method -> outcome -> files and report."""
+    """A pass over the input: record -> method -> outcome -> files and report.
+
+    A second pass knows which labels contradicted each other in the first."""
 
     def __init__(self, path: str, run: Run, files: OutputFiles) -> None:
         self.path = path
@@ -10229,107 +9741,112 @@ class Job:
         self.report = Report(run.seed, run.args.judge_orders)
         self.review = ReviewQueue(run.seed)
         self.labels = Labels()
-        # Place in the input -> the failed call there, so that a second pass makes none.
-        self.failures: dict[int, Failed] = {}
 
-    async def run_pass(self, progress_bar: Progress) -> None:
-        """Process every record and write it."""
+    async def run_pass(self) -> None:
+        """Process --concurrency records at once and emit them in order; a bounded window waits.
+
+        What ends this early halts the run; the records in work end first, for they are paid."""
         run = self.run
+        models = run.models
+        workers = run.args.concurrency
+        free = asyncio.Semaphore(workers)
+        window = deque()  # of tasks
+        progress_bar = Progress(self.files, models)
 
-        async def work(item: tuple[int, tuple[int, Record | Failed]]) -> tuple[int, Outcome]:
-            place, (line, record) = item
-            outcome = await process_line(line, self.failures.get(place, record), run)
+        def finish(_: asyncio.Task) -> None:
             progress_bar.finished += 1
-            return place, outcome
+            free.release()
 
-        async with progress_bar:
-            source = enumerate(records_of(self.path, run))
-            await in_order(source, work, self.emit, run.args.concurrency, run.models)
+        try:
+            for line, record in records_of(self.path, run):
+                await free.acquire()
+                if models.stop:
+                    break
+                task = asyncio.create_task(process_line(line, record, run))
+                task.add_done_callback(finish)
+                window.append(task)
+                while window and (window[0].done() or len(window) > workers * WINDOW):
+                    self.emit(await window.popleft())
+            while window:
+                self.emit(await window.popleft())
+        except Pending:
+            models.halt("a reply is missing after all batches: does the method ask anew each time?")
+        except Stop as stop:
+            models.halt(str(stop), stop.status)
+        except BaseException as error:
+            models.halt(repr(error))
+            raise
+        finally:
+            await asyncio.gather(*window, return_exceptions=True)
+            progress_bar.close()
 
-    def emit(self, result: tuple[int, Outcome]) -> None:
+    def emit(self, outcome: Outcome) -> None:
         """Write one outcome and count it; called in the order of the input."""
-        place, outcome = result
-        line = outcome.record.line
+        where = f"{self.run.args.input_file}:{outcome.record.line}"
         try:
             if self.run.reads_answers:
                 outcome = self.labels.apply(outcome)
-                if outcome.stage == "model" or outcome.retryable:
-                    failure = Failed(outcome.stage, outcome.reason, outcome.retryable)
-                    self.failures[place] = failure
             outcome = self.files.add(outcome)
-        except (AttributeError, TypeError, ValueError) as error:  # an answer with odd values
-            bug = broken(f"writing what the method `{self.run.args.method}` made", error)
-            raise halt_at(f"{self.run.args.input_file}:{line}", bug, self.run.models) from None
-        except PartError as error:
-            raise halt_at(f"{self.run.args.input_file}:{line}", error, self.run.models) from None
+        except OSError:  # a full disk
+            raise
+        except Exception as error:  # of an output format, or of an answer with odd values
+            raise halt_at(where, error, self.run.models) from None
         if self.files.pages[0]:
             self.report.add(outcome)
         if self.files.pages[2]:
             self.review.add(outcome)
 
-    async def run_again(self) -> None:
-        """The second pass, which knows the contradicted labels. Every reply is in the cache."""
-        models = self.run.models
-        count = len(self.labels.contradicted)
-        note(f"contradictory labels: {count} answer pairs; the input is read again without them")
-        usage = copy.deepcopy(models.usage)
-        self.labels = Labels(self.labels.decisions())
-        self.report = Report(self.run.seed, self.run.args.judge_orders)
-        self.review = ReviewQueue(self.run.seed)
-        self.run.shared_passages = Counter()
-        if self.run.annotations:  # they have counted the pairs that they met
-            self.run.annotations = Annotations(self.run.args.annotations)
-        self.files.restart()
-        await self.run_pass(Progress(self.files, models))
-        models.usage = usage
 
-
-async def run_job(path: str, run: Run, files: OutputFiles, progress_bar: Progress) -> int:
+async def run_job(path: str, run: Run, files: OutputFiles) -> int:
     """The run itself -> exit status: the passes, then report and review page, then the summary."""
     models = run.models
     job = Job(path, run, files)
-    await job.run_pass(progress_bar)
-    if job.labels.contradicted and not models.stop:
-        await job.run_again()
+    await job.run_pass()
+    contradicted = len(job.labels.contradicted)
+    if contradicted and not models.stop:
+        note(f"contradictory labels of {contradicted} answer pairs: the input is read again")
+        usage = copy.deepcopy(models.usage)  # every reply is in the cache by now
+        files.restart()
+        if run.annotations:  # they have counted the pairs that they met
+            run.annotations = Annotations(run.args.annotations)
+        decisions = job.labels.decisions()
+        job = Job(path, run, files)
+        job.labels.decided = decisions
+        await job.run_pass()
+        models.usage = usage
     if run.annotations:
         note_annotations(run.annotations, models)
-    excluded = excluded_note(run, files)
-    if excluded:
-        note(excluded)
     numbers = None
     if not models.stop:
         files.finish()
-        numbers = report_out(path, run, files, job.report, job.review)
-    show("\n".join(summary(files, models, numbers)))
+        numbers = report_out(path, run, files, job)
+    show(summary(files, models, numbers))
     if models.stop:
         raise models.stop
     return 1 if files.retryable or not files.pairs else 0
 
 
-def note_annotations(saved_choices: Annotations, models: Models) -> None:
+def note_annotations(people: Annotations, models: Models) -> None:
     """Say which annotations were not used; stop if none was."""
-    problems = saved_choices.problems + saved_choices.unused()
-    for problem in problems[:20]:
+    for problem in people.problems[:20]:
         note(problem)
-    if len(problems) > 20:
-        note(f"... and {len(problems) - 20} more")
-    if not saved_choices.reviewed:
-        hint = "none of the choices is about a pair of this input"
-        models.halt(f"{hint}: give the page's own input", 2)
+    unused = people.unused()
+    if unused:
+        note(f"--annotations: {plural(unused, 'choice')} not used: no such pair in the input")
+    if not people.reviewed:
+        models.halt("none of the choices is about a pair of this input: give the page's own", 2)
 
 
-def report_out(
-    path: str, run: Run, files: OutputFiles, report: Report, review: ReviewQueue
-) -> dict | None:
+def report_out(path: str, run: Run, files: OutputFiles, job: Job) -> dict | None:
     """Write the report and the review page -> the report's numbers; None without a report."""
     page, data, review_page = files.pages
     texts = {}
     numbers = None
     if review_page:
-        texts[review_page] = review.page()
+        texts[review_page] = job.review.page()
     if page:
         human = run.annotations.numbers() if run.annotations else None
-        numbers = report.numbers(settings_of(path, run), run.models.rows(), human)
+        numbers = job.report.numbers(settings_of(path, run), run.models.rows(), human)
         texts[data] = json.dumps(numbers, ensure_ascii=False, indent=1) + "\n"
         texts[page] = report_html(numbers)
     try:
@@ -10344,19 +9861,9 @@ def report_out(
 
 def settings_of(path: str, run: Run) -> dict:
     """How the data was made, for the report: no key and no date, so a rerun gives equal bytes."""
-    import importlib.metadata
-
     settings = {name: value for name, value in vars(run.args).items() if value}
-    if run.args.rubric:
-        settings["rubric"] = digest(run.rubric)[:16]
     settings["models"] = [run.names[model] for model in writing_models(run)]
     settings["judges"] = [run.names[model] for model in run.judges]
-    versions = {}
-    for name in ("openai", "dashscope"):
-        if importlib.util.find_spec(name):
-            versions[name] = importlib.metadata.version(name)
-    versions["python"] = ".".join(str(part) for part in sys.version_info[:3])
-    settings["versions"] = versions
     settings["input_sha256"] = ""
     with contextlib.suppress(OSError), open(path, "rb") as file:  # it may have been moved by now
         settings["input_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -10381,11 +9888,7 @@ def interruptible(models: Models) -> Iterator[None]:
         if pressed:  # every paid reply is committed, so there is nothing to tidy up
             os._exit(130)
         pressed.append(time.monotonic())
-        calls = plural(models.in_flight, "call")
-        note(
-            f"\nstopping: waiting for {calls} in flight, which are paid; "
-            "Ctrl-C again leaves at once"
-        )
+        note("\nCtrl-C again leaves at once")
         events.call_soon_threadsafe(models.halt, "interrupted", 130)
 
     on_interrupt = signal.signal(signal.SIGINT, stop)
@@ -10422,24 +9925,12 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line; an @FILE holds a flag and its value on each line."""
 
     def error(self, text: str) -> Never:
-        """Raise UserError with argparse's message in plain words."""
-        text = text.removeprefix("argument ")
+        """Raise UserError with argparse's message, and the nearest flag for an unknown one."""
         unknown = re.match(r"unrecognized arguments: ([^\s=]*)", text)
-        choice = re.match(r"(\S+): invalid choice: '(.*)' \(choose from (.*)\)$", text)
-        missing_file = re.match(r"\[Errno \d+\] (.*): '(.*)'$", text)
         if unknown:
-            text = f"{unknown[1]!r} is not a flag"
-            text += did_you_mean(unknown[1], self._option_string_actions) or "; see --help"
-        elif choice:
-            flag_name, value, names = choice.groups()
-            known = re.findall(r"[\w-]+", names)
-            text = f"{flag_name}: {value!r} is not {one_of(known)}{did_you_mean(value, known)}"
-        elif missing_file:
-            reason, path = missing_file.groups()
-            text = f"@{path}: {reason.lower()} (@FILE reads flags; write a value as FLAG=@...)"
-        else:
-            text = re.sub("expected (one|at least one) argument", "its value is missing", text)
-        raise UserError(text)
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.7)
+            text += f" (did you mean {near[0]}?)" if near else "; see --help"
+        raise UserError(text.removeprefix("argument "))
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """The arguments of a line of an @FILE: none for a blank line or a # comment."""
@@ -10449,212 +9940,138 @@ class Parser(argparse.ArgumentParser):
             return []
         if not value:
             return [flag_name]
-        quoted = len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]
-        if quoted:
-            value = value[1:-1]
-        elif re.search(r"\s--[a-z]", value):
-            raise UserError(f"{arg_line.strip()!r}: an @FILE holds one flag a line")
-        action = self._option_string_actions.get(flag_name)
-        if action and action.nargs == "+":
+        if flag_name == "--candidate-models":
             return [flag_name, *value.split()]
-        return [f"{flag_name}={value}"]
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all flags; --help shows them, three examples and every entry of the tables."""
-    tables = {
-        "methods": METHODS,
-        "strategies": STRATEGIES,
-        "input formats": INPUTS,
-        "output formats": OUTPUTS,
-        "filters": FILTERS,
-        "providers": PROVIDERS,
-    }
-    title, _, example_commands, *_ = __doc__.split("\n\n")
-    about = f"{title}\n\n{example_commands}\n\n"
-    about += "@FILE reads flags from a file: a flag and its value on each line, # for comments."
-    parser = Parser(
-        prog=PROGRAM,
-        usage=f"{PROGRAM} --input-file FILE [options]",
-        description=about,
-        epilog=catalogue(tables),
-        formatter_class=help_formatter,
-        allow_abbrev=False,
-        fromfile_prefix_chars="@",
-    )
-    add_main_flags(parser.add_argument_group("main flags").add_argument)
-    add_data_flags(parser.add_argument_group("data").add_argument)
-    add_method_flags(parser.add_argument_group("method").add_argument)
-    add_model_flags(parser.add_argument_group("models").add_argument)
-    add_quality_flags(parser.add_argument_group("quality").add_argument)
-    add_running_flags(parser.add_argument_group("running").add_argument)
-    add_report_flags(parser.add_argument_group("report and review").add_argument)
-    return parser
-
-
-def help_formatter(prog: str) -> argparse.HelpFormatter:
-    """argparse's layout, at most WIDTH columns wide."""
-    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=width)
+        quoted = re.fullmatch(r"(['\"])(.*)\1", value)
+        return [f"{flag_name}={quoted[2] if quoted else value}"]
 
 
 # A flag a line or two: name, type or choices, default, then what --help says: a noun phrase with
 # its unit and default.
 # fmt: off
-def add_main_flags(add: Callable) -> None:
-    """Add the flags of the lesson's command."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all flags; --help shows them, three examples and every entry of the tables."""
+    title, _, example_commands, *_ = __doc__.split("\n\n")
+    highs = ", ".join(f"{name} {models[0]}" for name, models in DEFAULT_MODELS.items())
+    lows = ", ".join(f"{name} {models[1]}" for name, models in DEFAULT_MODELS.items())
+    about = "@FILE reads flags from a file: a flag and its value on each line, # for comments."
+    parser = Parser(
+        prog=PROGRAM, usage=f"{PROGRAM} --input-file FILE [options]", allow_abbrev=False,
+        description=f"{title}\n\n{example_commands}\n\n{about}", fromfile_prefix_chars="@",
+        epilog=catalogue({"methods": METHODS, "strategies": STRATEGIES, "input formats": INPUTS,
+                          "output formats": OUTPUTS, "filters": FILTERS, "providers": PROVIDERS}),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    add = parser.add_argument_group("main flags").add_argument
     add("--input-file", metavar="FILE",
         help="input records: .jsonl, .json, .csv, .tsv (each also .gz, .bz2 or .xz) or .parquet "
              '(needs pyarrow); "-" reads JSONL from stdin (required)')
     add("--method", choices=list(METHODS), default="model_comparison", metavar="METHOD",
-        help=f"how pairs are made: {one_of(METHODS)} (default model_comparison)")
+        help="how pairs are made, see the list below (default model_comparison)")
     providers = [name for name in PROVIDERS if name != "reward"]
     add("--provider", choices=providers, default="dashscope", metavar="NAME",
-        help=f"whose API serves the models: {one_of(providers)} (default dashscope)")
+        help="whose API serves the models, see the list below (default dashscope)")
     add("--high-model", metavar="MODEL",
         help='strong model, written [provider:]model[@URL], or "reference" for the record\'s own '
-             f"answer (default: {default_models(0)})")
-    add("--low-model", metavar="MODEL",
-        help=f"weak model, written the same way (default: {default_models(1)})")
+             f"answer (default: {highs})")
+    add("--low-model", metavar="MODEL", help=f"weak model, written the same way (default: {lows})")
     add("--output-path", default="data/rlhf_preference.jsonl", metavar="FILE",
         help="file for the pairs (default %(default)s)")
 
-
-def add_data_flags(add: Callable) -> None:
-    """Add the flags of what is read and written."""
+    add = parser.add_argument_group("data").add_argument
     add("--rename", type=renaming, action="append", default=[], metavar="OLD=NEW",
         help="field of the input and the known name to read it as, e.g. ask=prompt; repeatable")
     add("--output-format", choices=list(OUTPUTS), default="standard", metavar="NAME",
-        help=f"shape of the output rows: {one_of(OUTPUTS)} (default standard)")
-    add("--max-samples", type=sample_count, default=-1, metavar="N",
+        help="shape of the output rows, see the list below (default standard)")
+    add("--max-samples", type=int, default=-1,
         help="number of records to read, from the first on (default -1 = all)")
     add("--exclude-prompts", metavar="FILE",
-        help="file of prompts to leave out, e.g. a benchmark; a prompt that shares "
-             f"{CONTAMINATION_RUN} words in a row with one of them is left out too (default: none)")
-    add("--test-fraction", type=number_between(0.0, 0.99), default=0.0, metavar="X",
+        help="file of prompts to leave out, e.g. a benchmark, with all prompts that share "
+             f"{CONTAMINATION_RUN} words in a row with one of them (default: none)")
+    add("--test-fraction", type=number_between(0.0, 0.99), default=0.0,
         help="share of prompts written to <output>.test.jsonl instead, 0 to 0.99 (default 0)")
 
-
-def add_method_flags(add: Callable) -> None:
-    """Add the flags of how pairs are made."""
-    add("--num-candidates", type=number_between(2, 8), default=4, metavar="N",
+    add = parser.add_argument_group("method").add_argument
+    add("--num-candidates", type=number_between(2, 8), default=4,
         help="number of answers per prompt for generate_pairs, 2 to 8 (default %(default)s)")
     add("--candidates-path", metavar="FILE",
         help="file for all answers with their scores, an input for rank_responses (default: none)")
     add("--strategy", choices=list(STRATEGIES), default="best_worst", metavar="NAME",
-        help=f"which answers of a prompt form pairs: {one_of(STRATEGIES)} (default best_worst)")
+        help="which answers of a prompt form pairs, see the list below (default best_worst)")
 
-
-def add_model_flags(add: Callable) -> None:
-    """Add the flags of the models that write answers."""
+    add = parser.add_argument_group("models").add_argument
     add("--candidate-models", nargs="+", metavar="MODEL",
-        help="models that write the candidates of generate_pairs (default: the high and the low "
-             "model)")
+        help="models that write the candidates (default: the high and the low model)")
     add("--base-url", metavar="URL",
-        help="address of the provider's API, e.g. http://localhost:8000/v1 (default: the "
-             "provider's own)")
-    add("--system-prompt", type=utf8_text, default="", metavar="TEXT",
+        help="address of the provider's API (default: the provider's own)")
+    add("--system-prompt", type=utf8_text, default="",
         help="system prompt for all answers; not exported, not shown to the judge (default: none)")
-    first, *others = TEMPERATURES
-    add("--temperature", type=number_between(0.0, 2.0), metavar="X",
-        help=f"sampling temperature of answers, 0 to 2 (default {first}; further candidates of a "
-             f"model {', '.join(map(str, others))})")
-    add("--max-tokens", type=number_between(1, 10**7), default=4096, metavar="N",
-        help="maximum tokens per answer (default %(default)s); a truncated answer is requested "
-             "once more with twice the limit")
+    add("--temperature", type=number_between(0.0, 2.0),
+        help="sampling temperature of answers, 0 to 2 (default of a model's first, second, ... "
+             f"answer: {TEMPERATURES})")
+    add("--max-tokens", type=number_between(1, 10**7), default=4096,
+        help="maximum tokens per answer (default %(default)s); twice that if it is truncated")
     add("--model-option", type=model_option, action="append", default=[],
         metavar="[MODEL:]KEY=JSON",
         help="extra field of the API request, for all models or one, e.g. top_p=0.9; repeatable")
 
-
-def add_quality_flags(add: Callable) -> None:
-    """Add the flags of judges and filters."""
+    add = parser.add_argument_group("quality").add_argument
     add("--judge-model", action="append", default=[], metavar="MODEL",
-        help="model that scores the answers; or reward:NAME@URL (a reward model), exact_match "
-             "(compare final answers with the reference), none (no scores); repeatable (default: "
-             "the high model, for rank_responses none)")
-    add("--judge-orders", type=number_between(1, 2), default=2, metavar="1|2",
-        help="number of orders in which the judge sees the answers (default %(default)s); 1 is "
-             "cheaper, but position bias stays hidden")
+        help="model that scores the answers; also reward:NAME@URL, exact_match (compares with the "
+             "reference) or none; repeatable (default: the high model; rank_responses: none)")
+    add("--judge-orders", type=number_between(1, 2), default=2,
+        help="orders in which a judge sees the answers (default %(default)s); 1 hides its bias")
     add("--rubric", type=text_file, metavar="FILE",
         help="text file with grading rules for the judge (default: the built-in rules)")
     add("--no-reference", action="store_true",
         help="hide the record's own answer from the judge (default: the judge sees it)")
-    add("--min-score-gap", type=number_between(0.0, 1e6), metavar="X",
-        help="smallest score gap of a kept pair, in points (default 1, for generate_pairs 2; "
-             "for answers with scores of their own any gap above 0, but "
-             f"{100 * SCORE_GAP_SHARE:.0f}%% of the scale for named scales such as ratings)")
-    add("--min-chosen-score", type=number_between(-1e6, 1e6), metavar="X",
+    add("--min-score-gap", type=number_between(0.0, 1e6),
+        help="smallest score gap of a kept pair, in points (default 1, for generate_pairs 2, for "
+             f"scores of the input 0 or {100 * SCORE_GAP_SHARE:.0f}%% of a known scale)")
+    add("--min-chosen-score", type=number_between(-1e6, 1e6),
         help="lowest score of a chosen answer, in points (default: no limit)")
-    add("--when-low-wins", choices=["drop", "flip"], default="drop", metavar="drop|flip",
+    add("--when-low-wins", choices=["drop", "flip"], default="drop",
         help="what happens if the weak model's answer wins: drop the record, or flip the pair if "
              f"it leads by {on_judge_scale(FLIP_GAP):g} points in every judge reply (default drop)")
-    add("--length-penalty", type=number_between(0.0, 100.0), default=0.0, metavar="X",
-        help="points taken off the score gap for each factor 1.5 by which the chosen answer is "
-             "longer (default 0)")
+    add("--length-penalty", type=number_between(0.0, 100.0), default=0.0,
+        help="points off the score gap for each factor 1.5 by which chosen is longer (default 0)")
     skippable = [name for name, rule in FILTERS.items() if not getattr(rule, "fixed", False)]
+    optional = [name for name, rule in FILTERS.items() if getattr(rule, "opt_in", False)]
     add("--skip-filter", choices=skippable, action="append", default=[], metavar="NAME",
         help="filter to switch off, see the list below; repeatable")
-    add("--use-filter", type=optional_filter, action="append", default=[], metavar="NAME",
-        help=f"optional filter to switch on: {one_of(optional_filters()) or 'none is built in'}; "
-             "repeatable")
+    add("--use-filter", choices=optional, action="append", default=[], metavar="NAME",
+        help="optional filter to switch on, registered with opt_in=True; repeatable")
 
-
-def add_running_flags(add: Callable) -> None:
-    """Add the flags of calls, cache and cost."""
-    add("--concurrency", type=number_between(1, 4096), default=16, metavar="N",
+    add = parser.add_argument_group("running").add_argument
+    add("--concurrency", type=number_between(1, 4096), default=16,
         help="number of records processed at the same time (default %(default)s)")
-    add("--timeout", type=number_between(0.01, 1e6), default=600.0, metavar="SECONDS",
+    add("--timeout", type=number_between(0.01, 1e6), default=600.0,
         help="seconds to wait for one API call (default 600)")
-    add("--max-retries", type=number_between(0, 100), default=6, metavar="N",
-        help="number of retries after a connection error or a server error (default %(default)s); "
-             "waiting for a rate limit does not count")
+    add("--max-retries", type=number_between(0, 100), default=6,
+        help="retries after a connection error or a server error (default %(default)s)")
     add("--cache-path", metavar="FILE",
         help="SQLite file that stores every API reply, so that a rerun is free (default: "
              '.rlhf_cache.sqlite next to the output; "none" = no cache)')
     add("--batch", action="store_true",
         help="send all calls through the provider's batch API: half the price, done within a day")
-    add("--seed", type=whole_number, default=0, metavar="N",
+    add("--seed", type=int, default=0,
         help="random seed for sampling and tie-breaking (default %(default)s)")
     add("--dry-run", action="store_true",
-        help="make no API call and write nothing; print the planned calls, tokens, cost and the "
-             "first prompts")
+        help="make no API call, write nothing; print planned calls, tokens, cost, first prompts")
     add("--price", type=price, action="append", default=[], metavar="MODEL=IN/OUT",
-        help="price of a model per million input and output tokens, e.g. qwen3-max=1.2/6; "
-             "repeatable")
-    add("--max-cost", type=number_between(0.0, 1e9), metavar="X",
-        help="limit on the cost of all runs for this output, in the currency of --price (default: "
-             "no limit)")
+        help="price per million input and output tokens, e.g. qwen3-max=1.2/6; repeatable")
+    add("--max-cost", type=number_between(0.0, 1e9),
+        help="limit on the cost of all runs for this output, by --price (default: no limit)")
 
-
-def add_report_flags(add: Callable) -> None:
-    """Add the flags of the report and of review by people."""
+    add = parser.add_argument_group("report and review").add_argument
     add("--report-path", metavar="FILE",
-        help="HTML file for the quality report; its numbers are written next to it as .json "
-             '(default: <output>.report.html; "none" = no report)')
+        help='HTML report, beside it a .json (default: <output>.report.html; "none" = no report)')
     add("--review-path", metavar="FILE",
-        help="HTML file for a page on which people judge pairs without seeing the labels (default: "
-             "none)")
+        help="HTML page on which people judge pairs without seeing the labels (default: none)")
     add("--annotations", action="append", default=[], metavar="FILE",
         help="file of choices that people saved on the review page, for rank_responses; repeatable")
+    return parser
 # fmt: on
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean --high-model?)` if one of the known names is near, else ""."""
-    near = difflib.get_close_matches(name, known, 1, 0.7)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def one_of(names: Iterable[str]) -> str:
-    """`a, b or c`."""
-    *first, last = list(names) or [""]
-    return f"{', '.join(first)} or {last}" if first else last
-
-
-def default_models(position: int) -> str:
-    """The high (0) or low (1) model of each provider: `dashscope qwen3-max, openai gpt-5`."""
-    return ", ".join(f"{name} {pair[position]}" for name, pair in DEFAULT_MODELS.items())
 
 
 def catalogue(tables: dict[str, dict]) -> str:
@@ -10699,21 +10116,6 @@ def number_between(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def whole_number(text: str) -> int:
-    """A whole number, also a negative one."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def sample_count(text: str) -> int:
-    """The number of records to read: -1 for all."""
-    if text == "-1" or (text.isdecimal() and int(text) > 0):
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of records: 1 or more, -1 for all")
-
-
 def renaming(text: str) -> tuple[str, str]:
     """OLD=NEW -> (old, new)."""
     old, _, new = utf8_text(text).partition("=")
@@ -10752,24 +10154,10 @@ def text_file(path: str) -> tuple[str, str]:
     try:
         text = Path(path).read_text("utf-8-sig").strip()
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise argparse.ArgumentTypeError(f"{path}: cannot be read ({reason})") from None
+        raise argparse.ArgumentTypeError(f"cannot be read: {error}") from None
     if not text:
         raise argparse.ArgumentTypeError(f"{path}: the file is empty")
     return path, text
-
-
-def optional_filters() -> list[str]:
-    """Names of the filters that run only with --use-filter."""
-    return [name for name, rule in FILTERS.items() if getattr(rule, "opt_in", False)]
-
-
-def optional_filter(name: str) -> str:
-    """The name of a filter that --use-filter can switch on."""
-    if name not in optional_filters():
-        known = one_of(optional_filters()) or "none so far"
-        raise argparse.ArgumentTypeError(f"{name!r} is not an optional filter (there is: {known})")
-    return name
 
 
 # --- Checks before anything is called or written
@@ -10779,221 +10167,152 @@ def check(args: argparse.Namespace) -> Run:
     """Flags -> Run; raises UserError for whatever cannot work, before any call and any writing."""
     args.prices = dict(args.price)
     check_paths(args)
-    reads_answers = getattr(METHODS[args.method], "reads_answers", False)
-    if args.annotations and not reads_answers:
-        raise UserError(
-            "--annotations works with --method rank_responses: it reads the reviewed pairs again"
-        )
     run = Run(args)
-    check_method(run)
-    check_judges(run)
+    check_flags(run)
     for model in asked_models(run):
         if model.is_online:
             check_model(model, args)
     return run
 
 
-def check_method(run: Run) -> None:
-    """Raise UserError if method, models, strategy and output format do not go together."""
+def check_flags(run: Run) -> None:
+    """Raise UserError if method, models, judges, strategy and format do not go together."""
     args = run.args
-    asks_high = "high" in getattr(run.method, "asks", ("high", "low"))
-    if asks_high and run.high == run.low:
-        raise UserError(
-            f"--high-model and --low-model are both {run.high.name}: name two different models"
-        )
+    unread = args.annotations and not run.reads_answers
+    refuse(unread, "--annotations works with --method rank_responses: it reads the pairs again")
+    if "high" in getattr(run.method, "asks", ("high", "low")) and run.high == run.low:
+        name = run.high.name
+        raise UserError(f"--high-model and --low-model are both {name}: name two different models")
     several_pairs = args.strategy in ("all_pairs", "adjacent") and args.min_chosen_score is None
     may_flip = args.annotations and args.strategy != "best_worst"
-    if args.output_format == "kto" and (several_pairs or may_flip):
-        raise UserError(
-            "--output-format kto would label one answer both true and false: use --strategy "
-            "best_worst, or (without --annotations) --min-chosen-score"
-        )
-    if args.batch and args.cache_path == "none":
-        raise UserError("--batch stores its replies in the cache: leave out --cache-path none")
-
-
-def check_judges(run: Run) -> None:
-    """Raise UserError if these judges cannot work, alone or together."""
-    args = run.args
-    if getattr(run.method, "needs_judge", False) and not run.judges:
-        raise UserError(f"--method {args.method} needs a judge: leave out --judge-model none")
-    if len(set(run.judges)) < len(run.judges):
-        raise UserError("--judge-model: one judge is named twice; name different judges")
-    rewards = [judge for judge in run.judges if judge.is_reward]
-    if rewards and len(rewards) < len(run.judges):
-        raise UserError(
-            "--judge-model: a reward model has its own scale, so it cannot be combined with other "
-            "judges"
-        )
-    if EXACT_MATCH in run.judges and len(run.judges) > 1:
-        raise UserError(
-            "--judge-model: exact_match knows only right and wrong, so it cannot be combined with "
-            "other judges"
-        )
-    writers = [run.high, run.low, *(model for model, _ in run.candidates)]
-    if EXACT_MATCH in writers:
-        raise UserError("exact_match writes no answers: use it as --judge-model")
-    if rewards and args.batch:
-        raise UserError("--batch does not work with a reward model: leave out --batch")
+    refuse(
+        args.output_format == "kto" and (several_pairs or may_flip),
+        "--output-format kto would label one answer both true and false: use --strategy "
+        "best_worst, or (without --annotations) --min-chosen-score",
+    )
+    uncached = args.batch and args.cache_path == "none"
+    refuse(uncached, "--batch stores its replies in the cache: leave out --cache-path none")
+    judges = run.judges
+    needs_judge = getattr(run.method, "needs_judge", False)
+    method = args.method
+    refuse(needs_judge and not judges, f"--method {method} needs a judge: name a --judge-model")
+    refuse(len(set(judges)) < len(judges), "--judge-model: one judge is named twice")
+    rewards = [judge for judge in judges if judge.is_reward]
+    mixed = rewards and len(rewards) < len(judges)
+    refuse(mixed, "--judge-model: a reward model has its own scale: use no other judge beside it")
+    several = EXACT_MATCH in judges and len(judges) > 1
+    refuse(several, "--judge-model: exact_match knows only right and wrong: use no other beside it")
+    writes = EXACT_MATCH in writing_models(run)
+    refuse(writes, "exact_match writes no answers: use it as --judge-model")
+    refuse(rewards and args.batch, "--batch does not work with a reward model: leave it out")
 
 
 def check_model(model: Model, args: argparse.Namespace) -> None:
     """Raise UserError if a package, key or price that calls to `model` need is missing."""
     provider = PROVIDERS[model.provider]
-    key = key_of(model)
-    if provider.key and args.max_cost is not None and model.name not in args.prices:
-        raise UserError(f"--max-cost needs the price of every model: --price {model.name}=IN/OUT")
-    packages = [getattr(provider, "package", None)]
-    if args.batch:
-        packages.append("openai")
+    refuse(
+        provider.key and args.max_cost is not None and model.name not in args.prices,
+        f"--max-cost needs the price of every model: --price {model.name}=IN/OUT",
+    )
+    packages = [getattr(provider, "package", None), "openai" if args.batch else None]
     for package in filter(None, packages):
-        if not args.dry_run and not importlib.util.find_spec(package):
-            source = "-r requirements.txt" if package in ("openai", "dashscope") else package
-            raise UserError(
-                f"the package {package} is missing: pip install {source} "
-                "(or try --provider offline)"
-            )
-    if re.search(r"[^!-~]", key):
-        raise UserError(
-            f"{provider.key} holds a character that no key has (a curly quote? a space?): "
-            "set it again"
+        source = "-r requirements.txt" if package in ("openai", "dashscope") else package
+        refuse(
+            not args.dry_run and not importlib.util.find_spec(package),
+            f"the package {package} is missing: pip install {source} (or --provider offline)",
         )
-    needs_key = provider.key and not args.dry_run and not model.url
-    if needs_key and not key:
-        raise UserError(
-            f"{provider.key} is not set: export {provider.key}=sk-..., or try --provider offline"
-        )
+    key = key_of(model)
+    refuse(
+        re.search(r"[^!-~]", key),
+        f"{provider.key} holds a character that no key has (a curly quote? a space?): set it again",
+    )
+    refuse(
+        provider.key and not args.dry_run and not model.url and not key,
+        f"{provider.key} is not set: export {provider.key}=sk-..., or try --provider offline",
+    )
 
 
 def check_prices(run: Run) -> None:
-    """With --max-cost every model that was paid has a price; note a price that no model needs."""
-    paid = {name for name, *_ in run.models.bill}
-    prices = set(run.args.prices)
-    if run.args.max_cost is not None:
-        for name in sorted(paid - prices):
-            raise UserError(
-                f"--max-cost: earlier runs for this output paid for {name}: add --price "
-                f"{name}=IN/OUT"
-            )
-    asked = {model.name for model in asked_models(run)}
-    for name in sorted(prices - paid - asked):
-        note(f"--price {name}: this run uses no model of that name")
+    """Raise UserError unless --max-cost comes with the price of every model that was paid."""
+    if run.args.max_cost is None:
+        return
+    for name, *_ in run.models.bill:
+        hint = f"paid for {name}: add --price {name}=IN/OUT"
+        refuse(name not in run.args.prices, f"--max-cost: earlier runs for this output {hint}")
 
 
 def check_paths(args: argparse.Namespace) -> None:
     """Raise UserError if an input is missing or a file cannot be written; set the cache's path."""
-    if not args.input_file:
-        raise UserError(
-            "--input-file FILE is missing, e.g. --input-file data/alpaca_demo.jsonl; see --help"
-        )
+    refuse(
+        not args.input_file,
+        "--input-file FILE is missing, e.g. --input-file data/alpaca_demo.jsonl; see --help",
+    )
     inputs = [args.input_file, args.exclude_prompts, *args.annotations]
     inputs = [path for path in inputs if path not in (None, "-")]
     for path in inputs:
-        check_readable(path)
+        refuse(not os.path.isfile(path), f"{path}: no such file")
     if args.rubric:
         inputs.append(args.rubric[0])
     target = args.output_path
-    if not re.search(r"[^/\\]\.jsonl?$", target):
-        raise UserError(f"--output-path {target}: name a .jsonl file, e.g. data/pairs.jsonl")
+    refuse(
+        not re.search(r"[^/\\]\.jsonl?$", target),
+        f"--output-path {target}: name a .jsonl file, e.g. data/pairs.jsonl",
+    )
     default_cache = os.path.join(os.path.dirname(target), ".rlhf_cache.sqlite")
     args.cache_path = args.cache_path or default_cache
-    written = [path for path in [*written_paths(args), args.cache_path] if path]
-    written = [path for path in written if path != "none"]
-    check_writable(written, inputs)
-
-
-def check_readable(path: str) -> None:
-    """Raise UserError unless `path` is a file of a type that is read."""
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file{nearest(path)}")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: not a file")
-    other = re.search(r"\.(xlsx?|arrow|docx?|pdf|zip)$", path, re.I)
-    if other:
-        raise UserError(
-            f"{path}: {other[0]} is not read: convert it to .jsonl, .json, .csv or .parquet"
-        )
-
-
-def check_writable(written: list[str], inputs: list[str]) -> None:
-    """Raise UserError if a file to write is an input, is named twice or cannot be written."""
+    written = [path for path in [*written_paths(args), args.cache_path] if path not in ("", "none")]
+    inputs = {os.path.realpath(path) for path in inputs}
     taken = []
     for path in written:
-        taken += [path, path + ".part", path + ".bak"]
-    if len({os.path.realpath(path) for path in taken}) < len(taken):
-        raise UserError(f"two of the files to write are the same: {', '.join(written)}")
-    for path in taken:
-        if os.path.exists(path):
-            if any(os.path.samefile(path, source) for source in inputs):
-                raise UserError(f"{path} is an input and would be overwritten: choose another name")
-            if not os.path.isfile(path):
-                raise UserError(f"{path}: not a file; choose another name")
-        folder = next(filter(os.path.exists, Path(path).absolute().parents), Path(path))
-        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-            raise UserError(f"{path}: {folder} cannot be written to; choose another folder")
+        real = os.path.realpath(path)
+        taken += [real, real + ".part", real + ".bak"]
+        is_input = inputs.intersection(taken)
+        refuse(is_input, f"{path}: an input would be overwritten: choose another name")
+        refuse(os.path.exists(path) and not os.path.isfile(path), f"{path}: not a file")
+        folder = next(filter(os.path.exists, Path(real).parents))
+        refuse(not os.access(folder, os.W_OK), f"{path}: {folder} cannot be written to")
+    names = ", ".join(written)
+    refuse(len(set(taken)) < len(taken), f"two of the files to write are the same: {names}")
 
 
 def written_paths(args: argparse.Namespace) -> list[str]:
     """[output, drops, test split, candidates, report, its numbers, review]; "" if unwanted."""
     stem = re.sub(r"\.jsonl?$", "", args.output_path)
     test = f"{stem}.test.jsonl" if args.test_fraction else ""
-    paths = [args.output_path, f"{stem}.dropped.jsonl", test, args.candidates_path or ""]
-    if args.report_path == "none":
-        paths += ["", ""]
-    else:
+    paths = [args.output_path, f"{stem}.dropped.jsonl", test, args.candidates_path or "", "", ""]
+    if args.report_path != "none":
         report = re.sub(r"\.(html|json)$", "", args.report_path or f"{stem}.report")
-        paths += [f"{report}.html", f"{report}.json"]
+        paths[4:] = [f"{report}.html", f"{report}.json"]
     paths.append(args.review_path or "")
     # A link stays: what it points to is written.
     return [os.path.realpath(path) if os.path.islink(path) else path for path in paths]
 
 
-def nearest(path: str) -> str:
-    """`; did you mean data/alpaca_demo.jsonl?` if a file of about that name is near, else ""."""
-    known = {}
-    for folder in (Path(__file__).resolve().parent / "data", Path("data"), Path(path).parent):
-        for file in folder.glob("*"):
-            known[file.name] = file
-    near = difflib.get_close_matches(Path(path).name, known, 1, 0.75)
-    return f"; did you mean {known[near[0]]}?" if near else ""
-
-
 def check_input(path: str, run: Run) -> None:
     """Raise UserError if the first 20 records cannot be used; print a note of fields not used."""
-    name = "stdin" if run.args.input_file == "-" else run.args.input_file
+    name = run.args.input_file
     rename = dict(run.args.rename)
     run.numbers = ChoiceNumbers(row for _, row in renamed_rows(path, rename))
     records = read_records(path, rename, run.reads_answers, run.numbers)
     first = list(itertools.islice(records, 20))
-    if not first:
-        raise UserError(f"{name}: holds no record")
+    refuse(not first, f"{name}: holds no record")
     rows = [row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict)]
-    fields = ", ".join(dict.fromkeys(itertools.chain.from_iterable(rows)))
     for old, new in run.args.rename:
-        if not any(has_field(row, old) for row in rows):
-            raise UserError(f"--rename {old}={new}: no {old!r} among the fields: {fields:.200}")
+        known = any(has_field(row, old) for row in rows)
+        refuse(not known, f"--rename {old}={new}: no record of the first 20 has a field {old!r}")
     good = [record for _, record in first if isinstance(record, Record)]
     if not good:
         line, failed = first[0]
         raise UserError(f"{name}:{line}: {failed.reason}{shapes_hint(failed.reason, run)}")
     run.writes_decided_by |= any(record.decided_by for record in good)
-    needs_references = any(
-        model.provider == "offline" and model.name != "heuristic" for model in asked_models(run)
-    )
-    has_reference = any(record.reference for record in good)
-    if EXACT_MATCH in run.judges and not has_reference:
-        raise UserError(
-            f"{name}: no record has an answer to compare with: exact_match needs a reference"
-        )
-    if needs_references and not has_reference:
-        raise UserError(
-            f"{name}: no record has an answer, which offline models need (one that a label or a "
-            "score may call bad does not count): name a provider's models"
-        )
+    offline = {model.name for model in asked_models(run) if model.provider == "offline"}
+    needy = offline - {"heuristic"}
+    if needy and not any(record.reference for record in good):
+        text = "no record has an answer (one that a label or a score may call bad does not count)"
+        raise UserError(f"{name}: {text}: exact_match and offline models need one")
     unused = unused_fields(rows, rename, run.reads_answers)
     if unused:
-        more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
-        names = ", ".join(unused[:8]) + more
+        names = f"{', '.join(unused):.200}"
         note(f"fields not used: {names}; --rename OLD=NEW says what a field means")
     if run.args.exclude_prompts:
         run.excluded = excluded_prompts(run.args.exclude_prompts)
@@ -11005,23 +10324,17 @@ def shapes_hint(reason: str, run: Run) -> str:
         return ""
     shapes = [first_line(adapter) for adapter in INPUTS.values()]
     if run.reads_answers:
-        shapes += [
-            "lists of answers with `scores`, `ranks` or `order`",
-            "objects with `score` or `rank`",
-            "`response_a`, `response_b` with `score_a` or `winner`",
-            "`chosen` and `rejected`",
-        ]
+        shapes.append("answers with `scores`, `ranks`, `order` or `winner`; `chosen`, `rejected`")
     return f". Accepted: {'; '.join(shapes)}. Other fields: --rename OLD=NEW"
 
 
 def excluded_prompts(path: str) -> set[int]:
-    """The hashes of the prompts of a file (see `prompt_hashes`)."""
-    hashes: set[int] = set()
+    """The hashes of the passages of all prompts in a file."""
+    hashes = set()
     for _, record in read_records(path):
         if isinstance(record, Record):
-            hashes |= prompt_hashes(record)
-    if not hashes:
-        raise UserError(f"--exclude-prompts {path}: no record in it is recognised")
+            hashes |= {hash(passage) for passage in prompt_passages(record)}
+    refuse(not hashes, f"--exclude-prompts {path}: no record in it is recognised")
     return hashes
 
 
@@ -11037,33 +10350,25 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     if not argv:
-        show(first_steps())
+        show(__doc__.partition("\n\nThe one flow")[0])
+        show(f"{catalogue({'Methods': METHODS})}\n\nAll flags: --help")
         return 0
     try:
         return asyncio.run(construct(build_parser().parse_args(argv)))
     except UserError as error:
-        complain("error", str(error))
-        return 2
+        return complain("error", error, 2)
     except Stop as stop:
-        complain("stopped", str(stop))
-        return stop.status
+        return complain("stopped", stop, stop.status)
     except (OSError, sqlite3.Error) as error:
-        complain("stopped", disk_message(error))
-        return 3
+        return complain("stopped", disk_message(error), 3)
     except KeyboardInterrupt:
-        complain("interrupted", "run the same command again to continue")
-        return 130
+        return complain("interrupted", "run the same command again to continue", 130)
 
 
-def first_steps() -> str:
-    """What a start without flags shows: what the program does, three commands, the methods."""
-    title, _, example_commands, *_ = __doc__.split("\n\n")
-    return f"{title}\n\n{example_commands}\n{catalogue({'Methods': METHODS})}\n\nAll flags: --help"
-
-
-def complain(kind: str, reason: str) -> None:
-    """Print why the program ends, on one line."""
-    note(f"{PROGRAM}: {kind}: {' '.join(reason.split())}")
+def complain(kind: str, reason: object, status: int) -> int:
+    """Print on one line why the program ends -> its exit status."""
+    note(f"{PROGRAM}: {kind}: {' '.join(str(reason).split())}")
+    return status
 
 
 def disk_message(error: OSError | sqlite3.Error) -> str:

@@ -83,7 +83,7 @@ def test_a_run_without_batch_is_refused_while_batches_of_its_models_run(rlhf):
                 row = (f"file-{name}", f"openai:{name}@{api.url}/v1")
                 cache.do("INSERT INTO batches (file, model, id) VALUES (?, ?, 'b')", *row)
         result = rlhf(PROMPTS, *OPENAI, api=api)
-    assert result.status == 2 and "1 batch of this cache may still run" in result.err
+    assert result.status == 2 and "batches of this cache may still run" in result.err
 
 
 def test_methods_need_not_know_of_it(rlhf):
@@ -247,7 +247,7 @@ def test_without_a_cache_or_with_a_reward_model_it_is_refused(rlhf):
     )
     judge = ("--judge-model", "reward:rm@http://localhost:9")
     assert (
-        "a reward model: leave out"
+        "a reward model: leave it out"
         in rlhf(PROMPTS, *OPENAI, "--batch", *judge, OPENAI_API_KEY="k" * 9).err
     )
 
@@ -255,8 +255,6 @@ def test_without_a_cache_or_with_a_reward_model_it_is_refused(rlhf):
 def test_the_budget_holds_for_what_is_submitted(rlhf):
     price = ("--price", "strong=10/10", "--price", "weak=10/10")
     with Api(world) as api:
-        planned = rlhf(PROMPTS, *OPENAI, "--batch", "--dry-run", *price, api=api).out
-        assert "in at least 1 batch" in planned
         result = rlhf(PROMPTS, *OPENAI, "--batch", *price, "--max-cost", 0.03, api=api)
         assert result.status == 3 and "--max-cost" in result.err and 0 < len(api.engine.keys) < 48
         first = len(api.engine.keys)

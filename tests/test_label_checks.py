@@ -263,6 +263,6 @@ def test_exact_match_is_a_judge_and_stands_alone(rlhf, flags):
 
 def test_exact_match_needs_a_reference(rlhf):
     result = rlhf([{"prompt": "Add.", "responses": ["1", "2"]}], *RANK, *EXACT)
-    assert result.status == 2 and "exact_match needs a reference" in result.err
+    assert result.status == 2 and "exact_match and offline models need one" in result.err
     row = {"prompt": "Add.", "responses": ["1", "2"]}
     assert rlhf([row, SUM], *RANK, *EXACT).reasons == ["input: no reference answer"]

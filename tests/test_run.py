@@ -128,7 +128,9 @@ def test_a_second_ctrl_c_leaves_at_once_and_quietly(process, tmp_path):
         err = ""
         run.send_signal(signal.SIGINT)
         while "Ctrl-C again" not in err:
-            err += run.stderr.readline()
+            line = run.stderr.readline()
+            assert line, f"the program ended: {err}"
+            err += line
         while run.poll() is None:  # within a second it counts as the first one, forwarded
             run.send_signal(signal.SIGINT)
             time.sleep(0.05)
@@ -226,7 +228,7 @@ def test_prompts_of_another_file_are_left_out(rlhf, tmp_path):
         for p in ("Short?", f"B, {long}!", chinese + "吧", "Fine?")
     ]
     result = rlhf(records, "--provider", "offline", "--exclude-prompts", "eval.jsonl")
-    assert [row["reason"] for row in result.dropped] == ["excluded prompt"] * 3
+    assert all(row["reason"].startswith("excluded prompt: ") for row in result.dropped)
     assert [pair["prompt"] for pair in result.pairs] == ["Fine?"]
 
 
@@ -395,8 +397,8 @@ def test_what_people_say_confirms_flips_and_drops(rlhf, tmp_path):
         first[1]["score_rejected"],
         first[1]["score_chosen"],
     )
-    assert result.reasons == ["human: people see no difference", "human: both bad"]
-    assert "v.jsonl:5: not used" in result.err
+    assert result.reasons == ["human: no difference", "human: both bad"]
+    assert "1 choice not used: no such pair in the input" in result.err
     metrics = json.loads((tmp_path / "out.report.json").read_text("utf-8"))["metrics"]
     assert [m["n"] for m in metrics if m["metric"] == "human_agreement"] == [2]
 
@@ -502,7 +504,7 @@ def test_a_dry_run_reads_a_cache_and_writes_nothing_into_it(rlhf, tmp_path, olde
                 db.execute("DROP TABLE batches")
         before = cache.read_bytes()
         result = rlhf(PROMPTS[:2], *MODELS, "--dry-run", api=api)
-    assert result.status == 0 and "0 calls" in result.out
+    assert result.status == 0 and "8 from cache, 0 to pay" in result.out
     assert cache.read_bytes() == before
 
 
@@ -639,7 +641,7 @@ def test_the_second_pass_over_contradictory_labels_makes_no_call(rlhf, tmp_path,
     with Api(counting_judge) as api:
         result = rlhf(records, *flags, "--cache-path", cache, "--min-score-gap", 1, api=api)
         failed = sum("FAIL" in call.prompt for call in api.calls)
-        assert api.count() == 4 + failed and failed <= 2
+        assert api.count() == 4 + failed and failed <= 4
     assert result.dropped[0]["reason"] == "contradictory labels" and len(result.pairs) == 1
     assert (tmp_path / "c.sqlite").exists() == (cache != "none")
 
@@ -682,44 +684,6 @@ def test_the_bar_counts_records_as_they_finish_not_in_the_order_of_the_input(rlh
     with Api(answer) as api:
         result = rlhf(PROMPTS, *MODELS, "--judge-model", "none", api=api)
     assert result.status == 0 and max(finished_before) == 11 and bars[0].finished == 12
-
-
-class Bar:
-    """What a progress bar was told."""
-
-    def __init__(self):
-        self.n = 0
-
-    def update(self, count):
-        self.n += count
-
-    def set_postfix(self, counts):
-        self.counts = counts
-
-    def close(self):
-        pass
-
-
-def test_the_bar_shows_replies_pairs_and_drops(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rc, "progress", Bar)
-    run = run_of()
-    run.models.replies = 5
-    with contextlib.closing(rc.OutputFiles(run)) as files:
-        bar = rc.Progress(files, run.models)
-        bar.finished = 3
-        bar.draw()
-        bar.draw()
-    assert bar.bar.n == 3
-    assert {"replies": 5, "pairs": 0, "drops": 0}.items() <= bar.bar.counts.items()
-
-
-def test_the_plan_stands_on_a_line_of_its_own_though_a_bar_is_drawn(capsys):
-    bar = rc.Progress(None, None)
-    bar.line("the plan")
-    bar.bar = Bar()
-    bar.line("the plan again")
-    assert capsys.readouterr().err == "the plan\n\nthe plan again\n"
 
 
 def test_ctrl_c_stops_the_plan_at_once(tmp_path):
@@ -789,7 +753,9 @@ def test_too_many_open_files_are_named_as_the_cause(tmp_path):
     resource = pytest.importorskip("resource")
     files = [open(os.devnull) for _ in range(30)]  # noqa: SIM115
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
+    with open(os.devnull) as file:
+        lowest_free = file.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
     try:
         with pytest.raises(
             rc.UserError, match="too many open files. Nothing is lost: lower --concurrency"
@@ -807,12 +773,6 @@ def test_a_template_shared_with_the_excluded_prompts_is_named(rlhf, tmp_path):
     records = [{"prompt": f"{template}: {word}?", "output": "Yes."} for word in "abc"]
     records.append({"prompt": "Is tea hot?", "output": "It is, as a rule. Yes. Very."})
     result = rlhf(records, "--provider", "offline", "--exclude-prompts", "eval.jsonl")
-    assert "left out 3 of 4 records; 3 of them share" in result.err
-    assert "you are a careful assistant who answers the following question" in result.err
-
-
-def test_a_few_excluded_prompts_need_no_note(rlhf, tmp_path):
-    write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "Short?"}])
-    records = [{"prompt": p, "output": "It is. Very. Yes."} for p in ("Short?", "Fine?", "Well?")]
-    result = rlhf(records, "--provider", "offline", "--exclude-prompts", "eval.jsonl")
-    assert "left out" not in result.err and len(result.dropped) >= 1
+    assert "are they a template?" in result.out
+    reason = result.dropped[0]["reason"]
+    assert "you are a careful assistant who answers the following question" in reason
