@@ -1983,7 +1983,7 @@ class Provider:
     takes_seed = False  # True if the API takes an option `seed`
 
     def __init__(self, url: str, key: str, timeout: float) -> None:
-        """`url`: "" for the provider's own. Called once for each address, inside the event loop."""
+        """`url`: "" for the provider's own. Called once for each model, inside the event loop."""
         self.url = url
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
@@ -5960,9 +5960,8 @@ ERROR_RULES = [
               "this server has no /classify: is it a reward model's server?"),
     ErrorRule(r"^(200|404|405) web page", "", "stop if new", "server error",
               "a web page came, not JSON: is /v1 missing in the address?"),
-    ErrorRule(r"open files$", "", "stop", "server unreachable",
-              "too many open files: lower --concurrency, or raise the limit (ulimit -n 4096)"),
-    ErrorRule(r"^0 certificate", "", "stop", "server unreachable", "$certificate"),
+    ErrorRule(r"^0 certificate", "", "stop", "server unreachable",
+              "the server's certificate is not trusted: name its CA's file in SSL_CERT_FILE"),
     ErrorRule(r"^429|\bThrottling", "", "wait", "rate limit",
               f"nothing but 429 for {PATIENCE // 60} minutes; run the same command later"),
     ErrorRule(r"context_length_exceeded|exceed_context_size|^413", "", "record", TOO_LONG),
@@ -5971,7 +5970,8 @@ ERROR_RULES = [
               "the server refuses this temperature: choose another --temperature"),
     ErrorRule(r"^0 timeout", "", "retry once", "timeout"),
     ErrorRule(r"^0 unreachable", "", "retry", "server unreachable",
-              "the server cannot be reached: $place"),
+              "the server cannot be reached: does it run at that address (or the proxy in "
+              "HTTP_PROXY or HTTPS_PROXY, if one is set)?"),
     ErrorRule(r"^0", "", "retry", "connection lost"),
     ErrorRule(r"^200 no text", "", "retry once", "no text in the reply"),
     ErrorRule(r"^200 tool call", "", "record", "tool call instead of an answer"),
@@ -5999,9 +5999,8 @@ def find_rule(error: ApiError, model: Model, has_succeeded: bool) -> ErrorRule:
     return ERROR_RULES[-1]
 
 
-# Names in the chain of causes of an SDK's error: classes, errno -> (status, code, message).
+# Classes in the chain of causes of an SDK's error -> (status, code, message) of the ApiError.
 CAUSES = {
-    "EMFILE ENFILE": (0, "open files", "too many open files"),
     "ContentTypeError": (200, "web page", "the reply is no JSON"),
     "SSLCertVerificationError ClientConnectorCertificateError": (
         0, "certificate", "the server's certificate is not trusted"),
@@ -6033,7 +6032,6 @@ def read_error(error: Exception) -> ApiError:
     link = error
     while link is not None:  # the truth about a connection is in the chain of causes
         names |= {cls.__name__ for cls in type(link).__mro__}
-        names.add(errno.errorcode.get(getattr(link, "errno", 0)))
         detail = str(link) or detail
         link = link.__cause__ or link.__context__
     for causes, (status, code, meaning) in CAUSES.items():
@@ -6232,14 +6230,12 @@ class Endpoint:
         self.no_longer_replies = False  # a request with twice the tokens was refused
         self.largest_batch = BATCH_REQUESTS  # less where the account's queue is too small
         self.served_models: list[str] = []  # what the server lists, once that was asked
-        self.last_failure = ""
-        self.equal_failures = 0  # in a row
+        self.failures = deque(maxlen=SAME_FAILURES)  # status and code of those since a success
         self.throttled_since = 0.0  # the first 429 after the last success
         self.note_times: dict[str, float] = {}  # cause -> when it was said
         self.pacing_lock = asyncio.Lock()
         self.next_start = 0.0  # of a call
         self.burst_end = 0.0  # time of the first 429
-        self.burst_passed = 0  # calls of the first burst that were not refused
         self.burst_seconds = 1.0
         self.rate = 0.0  # calls a second; 0: no limit is known
         self.growth = 1.05  # of the rate after a second without refusals
@@ -6271,13 +6267,12 @@ class Endpoint:
         now = time.monotonic()
         if not self.rate:
             self.burst_end = now
-            self.burst_passed = self.starts
             self.burst_seconds = max(1.0, now - self.since)
+            self.rate = self.starts / self.burst_seconds
             self.count_from(max(now, self.since + 1))
             self.next_start = self.since
         if start <= self.burst_end:
-            self.burst_passed -= 1
-            self.rate = max(0.5, self.burst_passed / self.burst_seconds)
+            self.rate = max(0.5, self.rate - 1 / self.burst_seconds)
         else:
             self.refusals += 1
         self.throttled_since = self.throttled_since or now
@@ -6305,7 +6300,7 @@ class Endpoint:
     def on_success(self, fixes: list[RequestFix]) -> None:
         """A reply came, to a request with these fixes: they are kept, failures are forgotten."""
         self.has_succeeded = True
-        self.last_failure = ""
+        self.failures.clear()
         self.throttled_since = 0.0
         known = {fix.name for fix in self.fixes}
         for fix in fixes:
@@ -6314,15 +6309,6 @@ class Endpoint:
                 self.say(fix.name, text, once=True)
                 if fix.lasting:
                     self.fixes.append(fix)
-
-    def on_failure(self, error: ApiError) -> bool:
-        """Count a failure -> True if SAME_FAILURES alike have come in a row."""
-        cause = f"{error.status} {error.code}"
-        if cause != self.last_failure:
-            self.equal_failures = 0
-        self.last_failure = cause
-        self.equal_failures += 1
-        return self.equal_failures >= SAME_FAILURES
 
     def say(self, cause: str, text: str, once: bool = False) -> None:
         """A note, at most one a minute for each cause (or only one)."""
@@ -6503,7 +6489,6 @@ class Models:
         self.total = None  # records in the input, once that is known
         self.asking = {}  # key -> future of the call that is under way
         self.endpoints = {}  # Model -> Endpoint
-        self.providers = {}  # (provider, url, key) -> Provider
         self.usage = defaultdict(Usage)  # (Model, role) -> Usage
         self.stop = None  # the Stop to raise, once the run stops
         self.stopping = asyncio.Event()
@@ -6650,25 +6635,17 @@ class Models:
         """Money to expect of a call, at the online price; 0 where no --max-cost asks."""
         if self.args.max_cost is None:
             return 0.0
-        if model.name not in self.args.prices and PROVIDERS[model.provider].key:
-            hint = f"--price {model.name}=IN/OUT"
-            raise self.halt(f"--max-cost needs the price of {model.name}, too: {hint}")
         return self.price(model.name, *self.expected_tokens(model, messages, role))
 
-    def is_over_budget(self, extra: float = 0.0) -> bool:
-        """True if what is spent, under way and `extra` together reach --max-cost."""
+    def over_budget(self, extra: float = 0.0) -> str:
+        """What to say if what is spent, under way and `extra` reach --max-cost, else ""."""
         limit = self.args.max_cost
-        return limit is not None and self.spent + self.cost_in_flight + extra >= limit
-
-    def check_budget(self, extra: float = 0.0) -> None:
-        """Raise Stop if what is spent, under way and `extra` together reach --max-cost."""
-        if not self.is_over_budget(extra):
-            return
-        limit = f"--max-cost {self.args.max_cost:g}"
-        reason = f"the next call might exceed {limit}: {self.spent:.4g} is spent"
+        if limit is None or self.spent + self.cost_in_flight + extra < limit:
+            return ""
+        reason = f"the next call might exceed --max-cost {limit:g}: {self.spent:.4g} is spent"
         if self.cost_in_flight > 1e-9:
             reason += f", about {self.cost_in_flight:.4g} is under way"
-        raise self.halt(f"{reason}. Raise it and run the same command again.")
+        return f"{reason}. Raise it and run the same command again."
 
     def guess(self, model: Model, messages: list, hints: dict) -> Reply:
         """A pending reply, with the tokens to expect, also of answers that are not there yet."""
@@ -6685,31 +6662,24 @@ class Models:
         return Reply(text, "stop", tokens_in, tokens_out, rate, pending=True)
 
     def endpoint(self, model: Model) -> Endpoint:
-        """The model's endpoint, made on first use; the SDK is imported here."""
-        if model not in self.endpoints:
-            address = (model.provider, model.url, key_of(model))
-            if address not in self.providers:
-                self.providers[address] = self.make_provider(model)
-            self.endpoints[model] = Endpoint(model, self.providers[address])
-        return self.endpoints[model]
-
-    def make_provider(self, model: Model) -> Provider:
-        """A client for the model's address."""
-        make = PROVIDERS[model.provider]
+        """The model's endpoint with its client, made on first use; the SDK is imported here."""
+        if model in self.endpoints:
+            return self.endpoints[model]
         try:
-            provider = make(model.url, key_of(model), self.args.timeout)
+            provider = PROVIDERS[model.provider](model.url, key_of(model), self.args.timeout)
         except Exception as error:  # its text may quote a proxy's password
             if is_own_bug(error):
                 raise broken(f"the provider `{model.provider}`", error) from error
             hint = "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
             if isinstance(error, FileNotFoundError):
-                hint = certificate_advice()
+                hint = "SSL_CERT_FILE or SSL_CERT_DIR names what does not exist"
             text = f"{model.name}: no client ({type(error).__name__}): {hint}"
             raise self.halt(text) from None
         # an SDK's objects stay, and looking for garbage among them took 15% of the time
         gc.freeze()
         gc.set_threshold(20_000)
-        return provider
+        self.endpoints[model] = Endpoint(model, provider)
+        return self.endpoints[model]
 
     async def fetch(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
         """Call the provider; a model's first call goes alone: a wrong key costs one call."""
@@ -6758,7 +6728,9 @@ class Models:
         async with self.open_calls:
             if self.stop:
                 raise self.stop
-            self.check_budget()
+            over_budget = self.over_budget()
+            if over_budget:
+                raise self.halt(over_budget)
             expected = self.expected_cost(model, messages, hints["role"])
             if options.pop("fold_system", False):
                 messages = fold_system_turn(messages)
@@ -6818,8 +6790,6 @@ class Models:
     def halt_by_rule(self, endpoint: Endpoint, rule: ErrorRule, error: ApiError) -> Stop:
         """Stop the run with the advice of a rule -> the Stop to raise."""
         values = {"key": endpoint.provider.key or "the key", "served": served_advice(endpoint)}
-        values["certificate"] = certificate_advice()
-        values["place"] = place_advice(endpoint.model.url)
         return self.halt(f"{endpoint.model.name}: {fill(rule.advice, **values)} ({error})")
 
     def retries_after(self, rule: ErrorRule) -> int:
@@ -6848,7 +6818,10 @@ class Models:
             return failed
         if rule.advice:
             return self.halt_by_rule(endpoint, rule, error)
-        if rule.kind not in ("content filter", TOO_LONG) and endpoint.on_failure(error):
+        cause = f"{error.status} {error.code}"
+        if rule.kind not in ("content filter", TOO_LONG):
+            endpoint.failures.append(cause)
+        if endpoint.failures.count(cause) == SAME_FAILURES:
             alike = f"{SAME_FAILURES} calls in a row failed alike"
             return self.halt(f"{endpoint.model.name}: {alike} ({error})")
         return failed
@@ -6886,8 +6859,8 @@ class Models:
 
     async def close(self) -> None:
         """Close every client once."""
-        for provider in self.providers.values():
-            await provider.close()
+        for endpoint in self.endpoints.values():
+            await endpoint.provider.close()
 
 
 def failed_call(endpoint: Endpoint, rule: ErrorRule, error: ApiError) -> Failed:
@@ -6904,27 +6877,6 @@ def served_advice(endpoint: Endpoint) -> str:
     nearest_names = difflib.get_close_matches(endpoint.model.name, served, 5, 0.0)
     more = f" and {len(served) - 5} more" if len(served) > 5 else ""
     return f"the server serves {', '.join(map(one_line, nearest_names))}{more}"
-
-
-def certificate_advice() -> str:
-    """What to do about a certificate that is not trusted, or a file of certificates."""
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
-        path = os.environ.get(name)
-        if path and not os.path.exists(path):
-            return f"{name} names {path}, which does not exist: correct it, or unset {name}"
-    return "the server's certificate is not trusted: name its CA's file in SSL_CERT_FILE"
-
-
-def place_advice(url: str) -> str:
-    """A question about the server at this address, or the proxy that calls go through."""
-    import urllib.request
-
-    address = urllib.parse.urlsplit(url or "https://default.invalid")
-    proxies = urllib.request.getproxies()
-    names = [name for name in (address.scheme, "all") if name in proxies]
-    if not names or urllib.request.proxy_bypass(address.hostname or ""):
-        return "does it run at that address?"
-    return f"calls go through the proxy in {names[0].upper()}_PROXY: does it run?"
 
 
 @functools.cache
@@ -7041,7 +6993,7 @@ class Batches:
         self.fresh: set[int] = set()  # hashes of the keys whose replies came in this run
         self.longer: set[str] = set()  # keys of requests with twice the tokens
         self.new_files: set[str] = set()  # uploaded by this run
-        self.cost_too_high = 0.0  # of the first request that --max-cost has no room for
+        self.over_budget = ""  # what to say if --max-cost has no room for a request
         columns = "key TEXT UNIQUE, model, role, request, file"
         self.cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
         self.cache.do("DELETE FROM wanted WHERE file NOT IN (SELECT file FROM batches)")
@@ -7065,7 +7017,7 @@ class Batches:
         """Submit what is wanted, and wait until every batch has ended and is in the cache."""
         endpoints = {name_of(model): place for model, place in self.models.endpoints.items()}
         while True:
-            self.cost_too_high = 0.0
+            self.over_budget = ""
             await gather_all([self.upload_waiting(endpoint) for endpoint in endpoints.values()])
             tasks = []
             for name, file, batch_id in self.cache.do("SELECT model, file, id FROM batches"):
@@ -7074,8 +7026,8 @@ class Batches:
             if not tasks:
                 break
             await gather_all(tasks)
-        if self.cost_too_high:
-            self.models.check_budget(self.cost_too_high)
+        if self.over_budget:
+            raise self.models.halt(self.over_budget)
 
     # --- from the table to the provider
 
@@ -7101,26 +7053,22 @@ class Batches:
             if client is None:
                 raise self.models.halt(f"{endpoint.model.name}: {NO_ENGINE}")
 
-            async def send(tries: int) -> Any:
-                requests.seek(0)
-                upload = ("batch.jsonl", requests)
-                stored = await client.files.create(file=upload, purpose="batch")
-                if isinstance(stored, str):
-                    raise ApiError(404, "web page", "a web page came, not JSON")
-                return stored
-
+            requests.seek(0)
+            upload = {"file": ("batch.jsonl", requests), "purpose": "batch"}
             try:
-                file = (await self.with_retries(endpoint, send)).id
+                stored = await self.with_retries(
+                    endpoint, lambda tries: client.files.create(**upload)
+                )
             except ApiError as error:
                 cause = NO_ENGINE if lacks_engine(error) else "the batch engine refused the file"
                 raise self.models.halt(f"{endpoint.model.name}: {cause} ({error})") from None
         # A batch is made of the file only after this: a killed run can then look for it.
         with self.cache.transaction():
             insert = "INSERT INTO batches (file, model, id, money, payer) VALUES (?, ?, '', ?, ?)"
-            self.cache.do(insert, file, name, money, self.cache.output_id)
+            self.cache.do(insert, stored.id, name, money, self.cache.output_id)
             update = "UPDATE wanted SET file = ? WHERE model = ? AND file = '' AND rowid <= ?"
-            self.cache.do(update, file, name, last_row)
-        self.new_files.add(file)
+            self.cache.do(update, stored.id, name, last_row)
+        self.new_files.add(stored.id)
         return True
 
     def write_requests(self, endpoint: Endpoint, requests: BinaryIO) -> tuple[int, float]:
@@ -7134,8 +7082,8 @@ class Batches:
         for row, key, role, request in waiting:
             messages, options = json.loads(request)
             money = models.expected_cost(endpoint.model, messages, role) * BATCH_RATE
-            if models.is_over_budget(money):
-                self.cost_too_high = money
+            self.over_budget = self.over_budget or models.over_budget(money)
+            if self.over_budget:
                 break  # until the batches under way have come in, and may have cost less
             own_fixes = [fix for fix in self.fixes.get(key, []) if fix not in endpoint.fixes]
             options = endpoint.wire_options(options, endpoint.fixes + own_fixes)
@@ -7169,7 +7117,8 @@ class Batches:
                 raise error
             tries += 1
             if tries > self.models.args.max_retries and rule.action != "wait":
-                cause = f"the batch engine is out of reach ({error}); run it again later"
+                hint = "run the same command later, or leave out --batch"
+                cause = f"the batch engine is out of reach ({error}): {hint}"
                 raise self.models.halt(f"{endpoint.model.name}: {cause}")
             await self.models.wait_to_retry(endpoint, rule, error, tries)
 
@@ -7217,14 +7166,10 @@ class Batches:
     async def wait_for_end(self, endpoint: Endpoint, batch_id: str) -> Any:
         """The batch, once it has ended; raises ApiError if it cannot be looked at."""
         batches = endpoint.provider.batch_client().batches
-
-        async def look(tries: int) -> Any:
-            return await batches.retrieve(batch_id)
-
         last_line = ""
         seconds = BATCH_POLL[0]
         while True:
-            batch = await self.with_retries(endpoint, look)
+            batch = await self.with_retries(endpoint, lambda tries: batches.retrieve(batch_id))
             status = one_line(batch.status).replace("_", " ")
             line = f"batch {one_line(batch.id)} ({endpoint.model.name}): {status}"
             counts = batch.request_counts

@@ -807,28 +807,20 @@ def test_a_dead_proxy_is_named(rlhf):
         env = {"HTTP_PROXY": dead, "http_proxy": dead, "NO_PROXY": "", "no_proxy": ""}
         flags = ("--base-url", "http://models.invalid/api/v1", "--max-retries", 0)
         result = rlhf(PROMPTS, *sdk, *flags, **env)
-        assert result.status == 3 and re.search("proxy in http_proxy", result.err, re.I)
+        assert result.status == 3 and "the proxy in HTTP_PROXY" in result.err
 
 
 def test_a_stale_certificate_file_is_named(rlhf):
     env = {"SSL_CERT_FILE": "/nowhere/ca.pem", "OPENAI_API_KEY": "k" * 9}
     result = rlhf(PROMPTS, *OPENAI, "--base-url", "https://models.invalid/v1", **env)
-    assert result.status == 3 and "SSL_CERT_FILE names /nowhere/ca.pem" in result.err
+    assert result.status == 3 and "SSL_CERT_FILE or SSL_CERT_DIR names" in result.err
 
 
-def test_a_certificate_that_is_not_trusted_has_its_own_advice(monkeypatch):
-    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+def test_a_certificate_that_is_not_trusted_has_its_own_advice():
     failure = type("SSLCertVerificationError", (OSError,), {})("self-signed certificate")
     error = rc.read_error(failure)
-    assert rc.find_rule(error, rc.Model("openai", "m"), False).action == "stop"
-    assert "name its CA's file in SSL_CERT_FILE" in rc.certificate_advice()
-
-
-def test_too_many_open_files_are_named():
-    failure = ConnectionError("no connection")
-    failure.__cause__ = OSError(24, "Too many open files")
-    rule = rc.find_rule(rc.read_error(failure), rc.Model("openai", "m"), True)
-    assert rule.action == "stop" and "ulimit" in rule.advice
+    rule = rc.find_rule(error, rc.Model("openai", "m"), False)
+    assert rule.action == "stop" and "name its CA's file in SSL_CERT_FILE" in rule.advice
 
 
 # --- requests that are refused
