@@ -2029,9 +2029,8 @@ class ask_openai(Provider):
         create = self.client.chat.completions.create
         if "stream" not in options:
             return read_completion(await create(model=name, messages=messages, extra_body=options))
-        body = dict(options)
-        if body.pop("stream") == "with usage":
-            body["stream_options"] = {"include_usage": True}
+        body = options | {"stream_options": {"include_usage": True}}
+        del body["stream"]
         chunks = await create(model=name, messages=messages, stream=True, extra_body=body)
         joined = JoinedReply("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
         async for chunk in chunks:
@@ -5983,6 +5982,7 @@ ERROR_RULES = [
     ErrorRule(r"^40[345]", "", "later", "model unavailable"),
     ErrorRule(r"", "", "record", "request refused"),
 ]  # fmt: skip
+MOST_RETRIES = {"wait": math.inf, "retry": math.inf, "retry once": 1}  # whatever --max-retries is
 
 
 def find_rule(error: ApiError, model: Model, has_succeeded: bool) -> ErrorRule:
@@ -6105,7 +6105,7 @@ def raise_zero_temperature(options: dict) -> None:
 def switch_thinking(options: dict) -> None:
     """Stream if the user wants thoughts; else leave enable_thinking out, or send false."""
     if options.get("enable_thinking"):
-        options["stream"] = "with usage"
+        options["stream"] = True
     elif "enable_thinking" in options:
         del options["enable_thinking"]
     else:
@@ -6131,10 +6131,7 @@ REQUEST_FIXES = [
     RequestFix(rf"temperature(?!{RANGE_WORDS})", "no temperature",
                lambda options: options.pop("temperature", None)),
     RequestFix(r"enable[_ ]thinking", "enable_thinking switched", switch_thinking),
-    RequestFix(r"stream_options|include_usage", "no stream_options",
-               lambda options: options.update(stream=True)),
-    RequestFix(STREAM_ONLY, "replies are streamed",
-               lambda options: options.update(stream="with usage")),
+    RequestFix(STREAM_ONLY, "replies are streamed", lambda options: options.update(stream=True)),
     RequestFix(NO_SYSTEM_ROLE, "the system turn becomes part of the first user turn",
                lambda options: options.update(fold_system=True)),
     RequestFix(r"url error", "multimodal address", lambda options: options.update(multimodal=True)),
@@ -6152,15 +6149,13 @@ LOWER_LIMITS = [
     r"at most (\d+) (?:completion |output )?tokens",
     r"less than or equal to\D{0,3}(\d+)",
     r"\d+ > (\d+)\b",
-    r"to (\d+) \((?:in|ex)clusive\)",
+    r"to (\d+) \(inclusive\)",
     r"(?:maximum|limit|exceed|up to)\b\D{0,60}(\d+)",
 ]
 LEAST_ROOM = 16  # tokens for an answer; with less, the prompt is too long
 
 
-def find_fix(
-    error: ApiError, sent: dict, tried: list[RequestFix], longer: bool = False
-) -> RequestFix | None:
+def find_fix(error: ApiError, sent: dict, tried: list, longer: bool = False) -> RequestFix | None:
     """How to change a refused request so that the server may take it; None if nothing is known.
 
     `longer`: the request has twice the tokens; with fewer it would be the first one again."""
@@ -6194,8 +6189,6 @@ def find_lower_limit(explanation: str) -> RequestFix | None:
             limit -= in_prompt[0]
         elif not speaks_of_it:
             return None
-        elif "exclusive" in numbers[0]:
-            limit -= 1
         if limit < LEAST_ROOM:
             return None
         change = functools.partial(limit_max_tokens, limit)
@@ -6213,8 +6206,6 @@ def fold_system_turn(messages: list[dict]) -> list[dict]:
 
 # --- one model at one address
 
-NOTE_SECONDS = 60.0  # between two notes of the same cause
-
 
 class Endpoint:
     """One model at one address: its pace, what its refusals taught, its failures."""
@@ -6222,8 +6213,7 @@ class Endpoint:
     def __init__(self, model: Model, provider: Provider) -> None:
         self.model = model
         self.provider = provider
-        self.first_call_lock = asyncio.Lock()
-        self.first_call_done = False
+        self.first_call: asyncio.Event | None = None  # set once it has ended
         self.has_succeeded = False
         self.fixes: list[RequestFix] = []  # of every request
         self.no_longer_replies = False  # a request with twice the tokens was refused
@@ -6231,7 +6221,7 @@ class Endpoint:
         self.served_models: list[str] = []  # what the server lists, once that was asked
         self.failures = deque(maxlen=SAME_FAILURES)  # status and code of those since a success
         self.throttled_since = 0.0  # the first 429 after the last success
-        self.note_times: dict[str, float] = {}  # cause -> when it was said
+        self.causes_said: set[str] = set()  # of notes
         self.pacing_lock = asyncio.Lock()
         self.since = time.monotonic()  # when the first burst of calls began
         self.starts = 0  # of calls in it
@@ -6285,17 +6275,14 @@ class Endpoint:
         known = {fix.name for fix in self.fixes}
         for fix in fixes:
             if fix.name not in known:
-                text = f"{self.model.name}: {fix.name} (as the server asks)"
-                self.say(fix.name, text, once=True)
+                self.say(fix.name, f"{self.model.name}: {fix.name} (as the server asks)")
                 if fix.lasting:
                     self.fixes.append(fix)
 
-    def say(self, cause: str, text: str, once: bool = False) -> None:
-        """A note, at most one a minute for each cause (or only one)."""
-        now = time.monotonic()
-        last = self.note_times.get(cause)
-        if last is None or (not once and now - last >= NOTE_SECONDS):
-            self.note_times[cause] = now
+    def say(self, cause: str, text: str) -> None:
+        """A note, once for each cause."""
+        if cause not in self.causes_said:
+            self.causes_said.add(cause)
             note(text)
 
     def check_reply(self, messages: list[dict], reply: Reply) -> Reply:
@@ -6311,13 +6298,12 @@ class Endpoint:
         expected = about_tokens(flatten(messages))
         name = self.model.name
         if not counted:
-            text = f"{name}: bills no tokens: they are estimated from the text"
-            self.say("estimates", text, once=True)
+            self.say("tokens", f"{name}: bills no tokens: they are estimated from the text")
             reply.tokens_in = reply.tokens_in or expected
             reply.tokens_out = reply.tokens_out or about_tokens(reply.text)
         elif reply.tokens_in < 0.6 * expected:
             read = f"the server read {reply.tokens_in:,} of about {expected:,} tokens of a prompt"
-            self.say("context", f"{name}: {read}: raise its context length", once=True)
+            self.say("context", f"{name}: {read}: raise its context length")
         return reply
 
     def wire_options(self, options: dict, fixes: list[RequestFix]) -> dict:
@@ -6664,16 +6650,16 @@ class Models:
     async def fetch(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
         """Call the provider; a model's first call goes alone: a wrong key costs one call."""
         endpoint = self.endpoint(model)
-        if not endpoint.first_call_done:
-            async with endpoint.first_call_lock:
-                if not endpoint.first_call_done:
-                    try:
-                        return await self.call_until_done(endpoint, messages, options, hints)
-                    finally:
-                        endpoint.first_call_done = True
-                        endpoint.since = time.monotonic()
-                        endpoint.starts = 0
-        return await self.call_until_done(endpoint, messages, options, hints)
+        if endpoint.first_call:
+            await endpoint.first_call.wait()
+            return await self.call_until_done(endpoint, messages, options, hints)
+        endpoint.first_call = asyncio.Event()
+        try:
+            return await self.call_until_done(endpoint, messages, options, hints)
+        finally:
+            endpoint.first_call.set()
+            endpoint.since = time.monotonic()
+            endpoint.starts = 0
 
     async def call_until_done(
         self, endpoint: Endpoint, messages: list, options: dict, hints: dict
@@ -6695,17 +6681,17 @@ class Models:
                     continue
                 rule = await self.rule_for(endpoint, error, start)
                 if rule.action != "wait":
-                    if tries >= self.retries_after(rule):
+                    if tries >= min(self.args.max_retries, MOST_RETRIES.get(rule.action, 0)):
                         raise self.give_up(endpoint, rule, error, hints) from None
                     tries += 1
-                await self.wait_to_retry(endpoint, rule, error, tries)
+                await self.wait_to_retry(endpoint, error, tries)
 
     async def call(self, endpoint: Endpoint, messages: list, options: dict, hints: dict) -> Reply:
         """One call as it goes over the wire; whatever goes wrong comes out as ApiError."""
         model = endpoint.model
         if self.open_calls.locked():
             limit = f"at most {most_calls():,} calls at once: ulimit -n allows few open files"
-            endpoint.say("open files", limit, once=True)
+            endpoint.say("open files", limit)
         async with self.open_calls:
             if self.stop:
                 raise self.stop
@@ -6773,19 +6759,11 @@ class Models:
         values = {"key": endpoint.provider.key or "the key", "served": served_advice(endpoint)}
         return self.halt(f"{endpoint.model.name}: {fill(rule.advice, **values)} ({error})")
 
-    def retries_after(self, rule: ErrorRule) -> int:
-        """How often a call is tried again after such an error."""
-        if rule.action in ("retry", "wait"):
-            return self.args.max_retries
-        return min(1, self.args.max_retries) if rule.action == "retry once" else 0
-
-    async def wait_to_retry(
-        self, endpoint: Endpoint, rule: ErrorRule, error: ApiError, tries: int
-    ) -> None:
+    async def wait_to_retry(self, endpoint: Endpoint, error: ApiError, tries: int) -> None:
         """Say what is waited for, and wait: longer after each try."""
         model = endpoint.model
         place = f"{model.name} at {model.url}" if model.url else model.name
-        endpoint.say(rule.action, f"waiting for {place}: {error}; trying again")
+        endpoint.say(str(error.status), f"waiting for {place}: {error}; trying again")
         backoff = min(30, 2**tries / 4) * random.uniform(0.5, 1)
         await self.pause(max(error.retry_after, backoff))
 
@@ -7101,7 +7079,7 @@ class Batches:
                 hint = "run the same command later, or leave out --batch"
                 cause = f"the batch engine is out of reach ({error}): {hint}"
                 raise self.models.halt(f"{endpoint.model.name}: {cause}")
-            await self.models.wait_to_retry(endpoint, rule, error, tries)
+            await self.models.wait_to_retry(endpoint, error, tries)
 
     # --- from the provider to the cache
 
@@ -7167,7 +7145,7 @@ class Batches:
     async def on_refusal(self, endpoint: Endpoint, file: str, error: ApiError) -> None:
         """Put the requests of a refused batch back, in smaller parts if it was too big; or stop."""
         name = endpoint.model.name
-        count = self.put_back(file)
+        count = len(self.put_back(file))
         if error.code == TOO_BIG and count > 1:
             endpoint.largest_batch = min(endpoint.largest_batch, (count + 1) // 2)
             note(f"{name}: too big a batch for this account; going on in parts")
@@ -7179,20 +7157,14 @@ class Batches:
         elif file in self.new_files:  # else the file may be gone
             raise self.models.halt(f"{name}: {NO_ENGINE} ({error})")
 
-    def put_back(self, file: str) -> int:
-        """Let the requests of a batch wait again and forget the batch -> how many they are."""
-        with self.cache.transaction():
-            update = "UPDATE wanted SET file = '' WHERE file = ? RETURNING key"
-            count = len(self.cache.do(update, file))
-            self.forget_batch(file)
-        return count
-
-    def forget_batch(self, file: str) -> None:
-        """Delete a batch from the table; its money is no longer under way."""
+    def put_back(self, file: str) -> list[str]:
+        """Forget a batch; its requests without a reply wait again -> their keys."""
         delete = "DELETE FROM batches WHERE file = ? RETURNING money, payer"
         for money, payer in self.cache.do(delete, file):
-            if payer == self.cache.output_id:
+            if payer == self.cache.output_id:  # it is no longer under way
                 self.models.cost_in_flight = round(self.models.cost_in_flight - money, 12)
+        update = "UPDATE wanted SET file = '' WHERE file = ? RETURNING key"
+        return [key for (key,) in self.cache.do(update, file)]
 
     async def download(self, endpoint: Endpoint, results_id: str | None, target: BinaryIO) -> None:
         """Stream a file of results to disk; leave the target empty if there is none."""
@@ -7224,16 +7196,13 @@ class Batches:
                     raise self.models.halt(f"batch {batch.id}: {hint}")
                 for line in failures:
                     self.store_result(endpoint, file, line, errors)
-                delete = "DELETE FROM wanted WHERE file = ? RETURNING key, request"
-                left = self.cache.do(delete, file)
-                self.forget_batch(file)
+                left = self.put_back(file)
         if batch.status == "cancelled":  # by a person, who meant it
             hint = "the same command submits its rest again"
             raise self.models.halt(f"batch {batch.id} was cancelled; {hint}")
         missing = ApiError(200, "unfinished", f"batch {batch.id} {batch.status} without a result")
-        for key, request in left:
-            error = errors.get(key, missing)
-            await self.count_failure(endpoint, key, error, json.loads(request)[1])
+        for key in left:
+            await self.count_failure(endpoint, key, errors.get(key, missing))
 
     def store_result(
         self, endpoint: Endpoint, file: str, line: bytes, errors: dict[str, ApiError]
@@ -7267,11 +7236,11 @@ class Batches:
             return True
         return False
 
-    async def count_failure(
-        self, endpoint: Endpoint, key: str, error: ApiError, options: dict
-    ) -> None:
-        """Note a failed request: whether the next pass sends it again, and with which fix."""
+    async def count_failure(self, endpoint: Endpoint, key: str, error: ApiError) -> None:
+        """Note a failed request: whether it is sent again in this run, and with which fix."""
         fixes = self.fixes.setdefault(key, [])
+        [(request,)] = self.cache.do("SELECT request FROM wanted WHERE key = ?", key)
+        options = json.loads(request)[1]
         sent = endpoint.wire_options(options, fixes)
         fix = find_fix(error, sent, fixes, longer=key in self.longer)
         if fix and "stream" not in endpoint.wire_options(options, [*fixes, fix]):
@@ -7282,8 +7251,9 @@ class Batches:
             raise self.models.halt(f"{endpoint.model.name}: {cause} ({error})")
         rule = await self.models.rule_for(endpoint, error)
         self.tries[key] += 1
-        if self.tries[key] > self.models.retries_after(rule):
+        if self.tries[key] > min(self.models.args.max_retries, MOST_RETRIES.get(rule.action, 0)):
             self.final[key] = failed_call(endpoint, rule, error)
+            self.cache.do("DELETE FROM wanted WHERE key = ?", key)
 
 
 def name_of(model: Model) -> str:
