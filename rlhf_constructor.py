@@ -6682,7 +6682,7 @@ class Models:
                 rule = await self.rule_for(endpoint, error, start)
                 if rule.action != "wait":
                     if tries >= min(self.args.max_retries, MOST_RETRIES.get(rule.action, 0)):
-                        raise self.give_up(endpoint, rule, error, hints) from None
+                        raise self.fail(endpoint, rule, error, hints) from None
                     tries += 1
                 await self.wait_to_retry(endpoint, error, tries)
 
@@ -6767,9 +6767,7 @@ class Models:
         backoff = min(30, 2**tries / 4) * random.uniform(0.5, 1)
         await self.pause(max(error.retry_after, backoff))
 
-    def give_up(
-        self, endpoint: Endpoint, rule: ErrorRule, error: ApiError, hints: dict
-    ) -> Exception:
+    def fail(self, endpoint: Endpoint, rule: ErrorRule, error: ApiError, hints: dict) -> Exception:
         """What to raise for a call that failed for good: Failed for the record, or Stop."""
         failed = failed_call(endpoint, rule, error)
         if "again" in hints and not failed.retryable:
@@ -6957,9 +6955,7 @@ class Batches:
         self.cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
         self.cache.do("DELETE FROM wanted WHERE file NOT IN (SELECT file FROM batches)")
 
-    def want(
-        self, key: str, model: Model, messages: list[dict], options: dict, hints: dict
-    ) -> Never:
+    def want(self, key: str, model: Model, messages: list, options: dict, hints: dict) -> Never:
         """Note a request; raises Pending, or Failed if it is not sent again in this run."""
         if key in self.final:
             raise self.final[key]
@@ -7011,13 +7007,10 @@ class Batches:
             client = endpoint.provider.batch_client()
             if client is None:
                 raise self.models.halt(f"{endpoint.model.name}: {NO_ENGINE}")
-
             requests.seek(0)
-            upload = {"file": ("batch.jsonl", requests), "purpose": "batch"}
+            body = {"file": ("batch.jsonl", requests), "purpose": "batch"}
             try:
-                stored = await self.with_retries(
-                    endpoint, lambda tries: client.files.create(**upload)
-                )
+                stored = await self.with_retries(endpoint, lambda _: client.files.create(**body))
             except ApiError as error:
                 cause = NO_ENGINE if lacks_engine(error) else "the batch engine refused the file"
                 raise self.models.halt(f"{endpoint.model.name}: {cause} ({error})") from None
@@ -7204,9 +7197,7 @@ class Batches:
         for key in left:
             await self.count_failure(endpoint, key, errors.get(key, missing))
 
-    def store_result(
-        self, endpoint: Endpoint, file: str, line: bytes, errors: dict[str, ApiError]
-    ) -> bool:
+    def store_result(self, endpoint: Endpoint, file: str, line: bytes, errors: dict) -> bool:
         """Store one line by its custom_id, never by its place -> False: no result of this batch.
 
         A reply goes into the cache, another result into `errors` by its key. A reply counts once;

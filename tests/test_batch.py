@@ -768,7 +768,13 @@ def test_the_progress_is_told_in_plain_words(rlhf):
 
 
 @pytest.mark.parametrize(
-    "moment", ["INSERT INTO batches", "UPDATE batches SET id", "DELETE FROM wanted WHERE file ="]
+    "moment",
+    [
+        "INSERT INTO batches",
+        "UPDATE batches SET id",
+        "DELETE FROM batches",
+        "UPDATE wanted SET file = ''",
+    ],
 )
 def test_killed_at_each_step_of_the_bookkeeping_nothing_is_submitted_twice(
     rlhf, monkeypatch, moment
