@@ -5927,9 +5927,7 @@ ACCOUNT = (
 USED_UP = "the account's quota or balance is used up: top it up, then run the same command again"
 KEY_CODES = r"^401|\b(InvalidApiKey|invalid_api_key)$|AccessDenied\S*$"
 KEY_WORDS = r"api[ _]key.{0,20}(not valid|invalid)|invalid api[ _]key"
-KEY_REFUSED = (
-    "the key was refused: check $key; a DashScope key works only in its own region (--base-url)"
-)
+KEY_REFUSED = "the key was refused: check $key; DashScope keys work in one region only (--base-url)"
 REGION = r"(country|region|territory|location)\b.{0,40}(not supported|unsupported|not available)"
 CONTENT = r"\b(DataInspectionFailed|data_inspection_failed|content_(policy_violation|filter))$"
 NO_MODEL = "there is no such model (retired?): $served"
@@ -5969,8 +5967,7 @@ ERROR_RULES = [
               "the server refuses this temperature: choose another --temperature"),
     ErrorRule(r"^0 timeout", "", "retry once", "timeout"),
     ErrorRule(r"^0 unreachable", "", "retry", "server unreachable",
-              "the server cannot be reached: does it run at that address (or the proxy in "
-              "HTTP_PROXY or HTTPS_PROXY, if one is set)?"),
+              "the server cannot be reached: does it run, and the proxy in HTTP_PROXY, if set?"),
     ErrorRule(r"^0", "", "retry", "connection lost"),
     ErrorRule(r"^200 no text", "", "retry once", "no text in the reply"),
     ErrorRule(r"^200 tool call", "", "record", "tool call instead of an answer"),
@@ -6152,7 +6149,6 @@ LOWER_LIMITS = [
     r"to (\d+) \(inclusive\)",
     r"(?:maximum|limit|exceed|up to)\b\D{0,60}(\d+)",
 ]
-LEAST_ROOM = 16  # tokens for an answer; with less, the prompt is too long
 
 
 def find_fix(error: ApiError, sent: dict, tried: list, longer: bool = False) -> RequestFix | None:
@@ -6189,7 +6185,7 @@ def find_lower_limit(explanation: str) -> RequestFix | None:
             limit -= in_prompt[0]
         elif not speaks_of_it:
             return None
-        if limit < LEAST_ROOM:
+        if limit < 16:  # tokens for an answer; with less, the prompt is too long
             return None
         change = functools.partial(limit_max_tokens, limit)
         return RequestFix("", name, change, lasting=not in_prompt)
@@ -6274,10 +6270,9 @@ class Endpoint:
         self.throttled_since = 0.0
         known = {fix.name for fix in self.fixes}
         for fix in fixes:
-            if fix.name not in known:
-                self.say(fix.name, f"{self.model.name}: {fix.name} (as the server asks)")
-                if fix.lasting:
-                    self.fixes.append(fix)
+            self.say(fix.name, f"{self.model.name}: {fix.name} (as the server asks)")
+            if fix.lasting and fix.name not in known:
+                self.fixes.append(fix)
 
     def say(self, cause: str, text: str) -> None:
         """A note, once for each cause."""
@@ -6410,17 +6405,6 @@ class Cache:
         sums = "SELECT model, sum(rate * tokens_in), sum(rate * tokens_out) FROM replies"
         return self.do(f"{sums} WHERE payer = ? GROUP BY model", self.output_id)
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All statements inside, or none."""
-        self.do("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self.do("ROLLBACK")
-            raise
-        self.do("COMMIT")
-
     def close(self) -> None:
         if self.db:
             self.db.close()
@@ -6495,12 +6479,10 @@ class Models:
                 if failed.retryable:  # the next run may get it whole
                     raise
         if reply.finish == "content_filter":
-            what = "the provider's content filter withheld the answer"
-            raise Failed("model", f"content filter: {model.name}: {what}")
+            raise Failed("model", f"content filter: {model.name}: the provider withheld the answer")
         has_thoughts = role == "answer" and reply.finish == "stop" and "think" in reply.text[:20]
         if has_thoughts and not answer_text(reply.text):
-            advice = "raise --max-tokens, or switch its thinking off (--model-option)"
-            raise Failed("model", f"only thoughts came: {model.name}: {advice}")
+            raise Failed("model", f"only thoughts came: {model.name}: raise --max-tokens")
         return reply
 
     def may_ask_longer(self, model: Model, reply: Reply, options: dict) -> bool:
@@ -6707,11 +6689,6 @@ class Models:
                 # openai alone never times out on a slow drip
                 async with asyncio.timeout(self.args.timeout):
                     reply = await endpoint.provider.call(model.name, messages, options, hints)
-                self.replies += 1
-                check_is_reply(model.provider, reply)
-                return endpoint.check_reply(messages, reply)
-            except PartError:
-                raise
             except Exception as failure:  # SDKs let anything through: TypeError, IndexError, ...
                 if is_own_bug(failure):
                     raise broken(f"the provider `{model.provider}`", failure) from failure
@@ -6721,6 +6698,9 @@ class Models:
             finally:
                 self.in_flight -= 1
                 self.cost_in_flight -= expected
+        self.replies += 1
+        check_is_reply(model.provider, reply)
+        return endpoint.check_reply(messages, reply)
 
     def check_served(self, model: Model, reply: Reply, role: str) -> None:
         """Say it if another model answers than was asked; stop if one answers for high and low."""
@@ -6736,11 +6716,9 @@ class Models:
         for other, served in self.served.items():
             twin = other.url == model.url and served == reply.model and other.name != model.name
             if twin and (other, "answer") in self.usage:
-                raise self.halt(
-                    f"{other.name} and {model.name} are both answered by {one_line(served)}: a "
-                    "model would be compared with itself; load both models, or give each its own "
-                    "address (MODEL@URL), and name another --cache-path"
-                )
+                both = f"{other.name} and {model.name} are both answered by {one_line(served)}"
+                hint = "load both, or give each its own MODEL@URL, and name another --cache-path"
+                raise self.halt(f"{both}, so it would be compared with itself: {hint}")
 
     async def rule_for(self, endpoint: Endpoint, error: ApiError, start: float = 0.0) -> ErrorRule:
         """The rule for an error of a call that began at `start`; raises Stop if it says so."""
@@ -6973,7 +6951,10 @@ class Batches:
         endpoints = {name_of(model): place for model, place in self.models.endpoints.items()}
         while True:
             self.over_budget = ""
-            await gather_all([self.upload_waiting(endpoint) for endpoint in endpoints.values()])
+            for endpoint in endpoints.values():
+                uploaded = True
+                while uploaded:
+                    uploaded = await self.upload_file(endpoint)
             tasks = []
             for name, file, batch_id in self.cache.do("SELECT model, file, id FROM batches"):
                 if name in endpoints:
@@ -6986,20 +6967,14 @@ class Batches:
 
     # --- from the table to the provider
 
-    async def upload_waiting(self, endpoint: Endpoint) -> None:
-        """Upload all waiting requests of a model; only one file where batches go in turn."""
-        query = "SELECT count(*) FROM batches WHERE model = ?"
-        [(under_way,)] = self.cache.do(query, name_of(endpoint.model))
-        while not under_way or endpoint.largest_batch == BATCH_REQUESTS:
-            if not await self.upload_file(endpoint):
-                return
-            under_way += 1
-
     async def upload_file(self, endpoint: Endpoint) -> bool:
-        """Upload the next requests as one file; False if none waits or the budget has no room."""
+        """Upload the next requests as one file; False if none waits, or none may be sent now."""
         if self.models.stop:
             raise self.models.stop
         name = name_of(endpoint.model)
+        in_turn = endpoint.largest_batch < BATCH_REQUESTS
+        if in_turn and self.cache.do("SELECT file FROM batches WHERE model = ?", name):
+            return False
         with tempfile.TemporaryFile() as requests:
             last_row, money = self.write_requests(endpoint, requests)
             if not last_row:
@@ -7015,11 +6990,10 @@ class Batches:
                 cause = NO_ENGINE if lacks_engine(error) else "the batch engine refused the file"
                 raise self.models.halt(f"{endpoint.model.name}: {cause} ({error})") from None
         # A batch is made of the file only after this: a killed run can then look for it.
-        with self.cache.transaction():
-            insert = "INSERT INTO batches (file, model, id, money, payer) VALUES (?, ?, '', ?, ?)"
-            self.cache.do(insert, stored.id, name, money, self.cache.output_id)
-            update = "UPDATE wanted SET file = ? WHERE model = ? AND file = '' AND rowid <= ?"
-            self.cache.do(update, stored.id, name, last_row)
+        update = "UPDATE wanted SET file = ? WHERE model = ? AND file = '' AND rowid <= ?"
+        self.cache.do(update, stored.id, name, last_row)
+        insert = "INSERT INTO batches (file, model, id, money, payer) VALUES (?, ?, '', ?, ?)"
+        self.cache.do(insert, stored.id, name, money, self.cache.output_id)
         self.new_files.add(stored.id)
         return True
 
@@ -7118,7 +7092,6 @@ class Batches:
     async def wait_for_end(self, endpoint: Endpoint, batch_id: str) -> Any:
         """The batch, once it has ended; raises ApiError if it cannot be looked at."""
         batches = endpoint.provider.batch_client().batches
-        last_line = ""
         seconds = BATCH_POLL[0]
         while True:
             batch = await self.with_retries(endpoint, lambda tries: batches.retrieve(batch_id))
@@ -7127,9 +7100,7 @@ class Batches:
             counts = batch.request_counts
             if counts:
                 line += f", {counts.completed:,} of {counts.total:,} done, {counts.failed:,} failed"
-            if line != last_line:
-                note(line)
-            last_line = line
+            endpoint.say(line, line)
             if batch.status in ("completed", "failed", "expired", "cancelled"):
                 return batch
             await self.models.pause(seconds)
@@ -7181,7 +7152,8 @@ class Batches:
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as failures:
             await self.download(endpoint, batch.output_file_id, output)
             await self.download(endpoint, batch.error_file_id, failures)
-            with self.cache.transaction():
+            with self.cache.db:  # one transaction
+                self.cache.do("BEGIN IMMEDIATE")
                 known = [self.store_result(endpoint, file, line, errors) for line in output]
                 completed = batch.request_counts.completed if batch.request_counts else 0
                 if completed and not any(known):  # kept, for its replies are paid
