@@ -6208,6 +6208,7 @@ class Endpoint:
 
     def __init__(self, model: Model, provider: Provider) -> None:
         self.model = model
+        self.name = model.name
         self.provider = provider
         self.first_call: asyncio.Event | None = None  # set once it has ended
         self.has_succeeded = False
@@ -6270,7 +6271,7 @@ class Endpoint:
         self.throttled_since = 0.0
         known = {fix.name for fix in self.fixes}
         for fix in fixes:
-            self.say(fix.name, f"{self.model.name}: {fix.name} (as the server asks)")
+            self.say(fix.name, f"{self.name}: {fix.name} (as the server asks)")
             if fix.lasting and fix.name not in known:
                 self.fixes.append(fix)
 
@@ -6291,14 +6292,13 @@ class Endpoint:
         if counted and not fills_context:
             return reply
         expected = about_tokens(flatten(messages))
-        name = self.model.name
         if not counted:
-            self.say("tokens", f"{name}: bills no tokens: they are estimated from the text")
+            self.say("tokens", f"{self.name}: bills no tokens: they are estimated from the text")
             reply.tokens_in = reply.tokens_in or expected
             reply.tokens_out = reply.tokens_out or about_tokens(reply.text)
         elif reply.tokens_in < 0.6 * expected:
             read = f"the server read {reply.tokens_in:,} of about {expected:,} tokens of a prompt"
-            self.say("context", f"{name}: {read}: raise its context length")
+            self.say("context", f"{self.name}: {read}: raise its context length")
         return reply
 
     def wire_options(self, options: dict, fixes: list[RequestFix]) -> dict:
@@ -6381,9 +6381,11 @@ class Cache:
         if not self.db:
             return None
         fields = "text, finish, tokens_in, tokens_out, rate, served"
-        for *values, served in self.do(f"SELECT {fields} FROM replies WHERE key = ?", key):
-            return Reply(*values, model=served)
-        return None
+        rows = self.do(f"SELECT {fields} FROM replies WHERE key = ?", key)
+        if not rows:
+            return None
+        [(*values, served)] = rows
+        return Reply(*values, model=served)
 
     def put(self, key: str, reply: Reply, model: str) -> bool:
         """Store a reply -> False if there is one: that one stays, this one is only billed."""
@@ -6470,7 +6472,7 @@ class Models:
             options = {"seed": int(digest(seed, sample)[:7], 16)} | options
         hints = {"sample": sample, "reference": reference, "role": role, "seed": seed}
         reply = cut_at_end_mark(await self.ask_once(model, messages, options, hints))
-        if self.may_ask_longer(model, reply, options):
+        if reply.finish == "length" and self.may_ask_longer(model, reply, options):
             longer = options | {"max_tokens": 2 * options["max_tokens"]}
             hints["again"] = True
             try:
@@ -6486,10 +6488,8 @@ class Models:
         return reply
 
     def may_ask_longer(self, model: Model, reply: Reply, options: dict) -> bool:
-        """True if a reply is cut, and may come whole with twice the tokens."""
-        if reply.finish != "length" or "max_tokens" not in options:
-            return False
-        if is_repetition_loop(reply.text):
+        """True if a cut reply may come whole with twice the tokens."""
+        if "max_tokens" not in options or is_repetition_loop(reply.text):
             return False
         endpoint = self.endpoints.get(model)
         if not endpoint:
@@ -6735,7 +6735,7 @@ class Models:
     def halt_by_rule(self, endpoint: Endpoint, rule: ErrorRule, error: ApiError) -> Stop:
         """Stop the run with the advice of a rule -> the Stop to raise."""
         values = {"key": endpoint.provider.key or "the key", "served": served_advice(endpoint)}
-        return self.halt(f"{endpoint.model.name}: {fill(rule.advice, **values)} ({error})")
+        return self.halt(f"{endpoint.name}: {fill(rule.advice, **values)} ({error})")
 
     async def wait_to_retry(self, endpoint: Endpoint, error: ApiError, tries: int) -> None:
         """Say what is waited for, and wait: longer after each try."""
@@ -6758,7 +6758,7 @@ class Models:
             endpoint.failures.append(cause)
         if endpoint.failures.count(cause) == SAME_FAILURES:
             alike = f"{SAME_FAILURES} calls in a row failed alike"
-            return self.halt(f"{endpoint.model.name}: {alike} ({error})")
+            return self.halt(f"{endpoint.name}: {alike} ({error})")
         return failed
 
     def halt(self, reason: str, status: int = 3) -> Stop:
@@ -6800,7 +6800,7 @@ class Models:
 
 def failed_call(endpoint: Endpoint, rule: ErrorRule, error: ApiError) -> Failed:
     """The Failed of a record whose call gave nothing."""
-    reason = f"{rule.kind}: {endpoint.model.name}: {error}"
+    reason = f"{rule.kind}: {endpoint.name}: {error}"
     return Failed("model", reason, retryable=rule.action != "record")
 
 
@@ -6809,7 +6809,7 @@ def served_advice(endpoint: Endpoint) -> str:
     served = endpoint.served_models
     if not served:
         return "name another one"
-    nearest_names = difflib.get_close_matches(endpoint.model.name, served, 5, 0.0)
+    nearest_names = difflib.get_close_matches(endpoint.name, served, 5, 0.0)
     more = f" and {len(served) - 5} more" if len(served) > 5 else ""
     return f"the server serves {', '.join(map(one_line, nearest_names))}{more}"
 
@@ -6948,7 +6948,7 @@ class Batches:
 
     async def submit_and_wait(self) -> None:
         """Submit what is wanted, and wait until every batch has ended and is in the cache."""
-        endpoints = {name_of(model): place for model, place in self.models.endpoints.items()}
+        endpoints = {name_of(model): endpoint for model, endpoint in self.models.endpoints.items()}
         while True:
             self.over_budget = ""
             for endpoint in endpoints.values():
@@ -6981,14 +6981,14 @@ class Batches:
                 return False
             client = endpoint.provider.batch_client()
             if client is None:
-                raise self.models.halt(f"{endpoint.model.name}: {NO_ENGINE}")
+                raise self.models.halt(f"{endpoint.name}: {NO_ENGINE}")
             requests.seek(0)
             body = {"file": ("batch.jsonl", requests), "purpose": "batch"}
             try:
                 stored = await self.with_retries(endpoint, lambda _: client.files.create(**body))
             except ApiError as error:
                 cause = NO_ENGINE if lacks_engine(error) else "the batch engine refused the file"
-                raise self.models.halt(f"{endpoint.model.name}: {cause} ({error})") from None
+                raise self.models.halt(f"{endpoint.name}: {cause} ({error})") from None
         # A batch is made of the file only after this: a killed run can then look for it.
         update = "UPDATE wanted SET file = ? WHERE model = ? AND file = '' AND rowid <= ?"
         self.cache.do(update, stored.id, name, last_row)
@@ -7045,7 +7045,7 @@ class Batches:
             if tries > self.models.args.max_retries and rule.action != "wait":
                 hint = "run the same command later, or leave out --batch"
                 cause = f"the batch engine is out of reach ({error}): {hint}"
-                raise self.models.halt(f"{endpoint.model.name}: {cause}")
+                raise self.models.halt(f"{endpoint.name}: {cause}")
             await self.models.wait_to_retry(endpoint, error, tries)
 
     # --- from the provider to the cache
@@ -7054,7 +7054,6 @@ class Batches:
         """Start the batch of a file unless it runs, wait for its end, and store what it brings.
 
         `batch_id`: "" if none is known: the file is new, or a run was killed in between."""
-        name = endpoint.model.name
         try:
             batch_id = batch_id or await self.start(endpoint, file)
         except ApiError as error:
@@ -7069,8 +7068,12 @@ class Batches:
         except ApiError as error:
             if error.status != 404 or error.code == "web page":  # kept, for its replies are paid
                 hint = "run the same command later"
-                raise self.models.halt(f"{name}: batch {batch_id}: {error}; {hint}") from None
-            note(f"{name}: a batch is gone at the provider; its requests are submitted again")
+                raise self.models.halt(
+                    f"{endpoint.name}: batch {batch_id}: {error}; {hint}"
+                ) from None
+            note(
+                f"{endpoint.name}: a batch is gone at the provider; its requests are submitted again"
+            )
             self.put_back(file)
 
     async def start(self, endpoint: Endpoint, file: str) -> str:
@@ -7096,7 +7099,7 @@ class Batches:
         while True:
             batch = await self.with_retries(endpoint, lambda tries: batches.retrieve(batch_id))
             status = one_line(batch.status).replace("_", " ")
-            line = f"batch {one_line(batch.id)} ({endpoint.model.name}): {status}"
+            line = f"batch {one_line(batch.id)} ({endpoint.name}): {status}"
             counts = batch.request_counts
             if counts:
                 line += f", {counts.completed:,} of {counts.total:,} done, {counts.failed:,} failed"
@@ -7108,18 +7111,17 @@ class Batches:
 
     async def on_refusal(self, endpoint: Endpoint, file: str, error: ApiError) -> None:
         """Put the requests of a refused batch back, in smaller parts if it was too big; or stop."""
-        name = endpoint.model.name
         count = len(self.put_back(file))
         if error.code == TOO_BIG and count > 1:
             endpoint.largest_batch = min(endpoint.largest_batch, (count + 1) // 2)
-            note(f"{name}: too big a batch for this account; going on in parts")
+            note(f"{endpoint.name}: too big a batch for this account; going on in parts")
         elif not lacks_engine(error):
             if (await self.models.rule_for(endpoint, error)).action != "wait":
-                raise self.models.halt(f"{name}: the batch was refused ({error})")
-            note(f"{name}: the batch was refused ({error}); trying again")
+                raise self.models.halt(f"{endpoint.name}: the batch was refused ({error})")
+            note(f"{endpoint.name}: the batch was refused ({error}); trying again")
             await self.models.pause(BATCH_POLL[1])
         elif file in self.new_files:  # else the file may be gone
-            raise self.models.halt(f"{name}: {NO_ENGINE} ({error})")
+            raise self.models.halt(f"{endpoint.name}: {NO_ENGINE} ({error})")
 
     def put_back(self, file: str) -> list[str]:
         """Forget a batch; its requests without a reply wait again -> their keys."""
@@ -7180,24 +7182,24 @@ class Batches:
         except (ValueError, RecursionError):
             return False
         key = look_up(result, "custom_id")
-        if not isinstance(key, str):
-            return False
         query = "SELECT role, request FROM wanted WHERE key = ? AND file = ?"
-        for role, request in self.cache.do(query, key, file):
-            try:
-                reply = read_result(result)
-            except ApiError as error:
-                self.models.write_off(model, error, role, BATCH_RATE)
-                errors[key] = error
-                return True
-            reply = endpoint.check_reply(json.loads(request)[0], reply)
-            self.cache.put(key, reply, model.name)
-            self.cache.do("DELETE FROM wanted WHERE key = ?", key)
-            self.models.pay(model, self.models.count(model, role, reply))
-            endpoint.on_success(self.fixes.get(key, []))
-            self.fresh.add(hash(key))
+        rows = self.cache.do(query, key, file) if isinstance(key, str) else []
+        if not rows:
+            return False
+        [(role, request)] = rows
+        try:
+            reply = read_result(result)
+        except ApiError as error:
+            self.models.write_off(model, error, role, BATCH_RATE)
+            errors[key] = error
             return True
-        return False
+        reply = endpoint.check_reply(json.loads(request)[0], reply)
+        self.cache.put(key, reply, model.name)
+        self.cache.do("DELETE FROM wanted WHERE key = ?", key)
+        self.models.pay(model, self.models.count(model, role, reply))
+        endpoint.on_success(self.fixes.get(key, []))
+        self.fresh.add(hash(key))
+        return True
 
     async def count_failure(self, endpoint: Endpoint, key: str, error: ApiError) -> None:
         """Note a failed request: whether it is sent again in this run, and with which fix."""
@@ -7211,7 +7213,7 @@ class Batches:
             return
         if fix and not endpoint.has_succeeded:
             cause = "the model only streams its replies, which a batch cannot: leave out --batch"
-            raise self.models.halt(f"{endpoint.model.name}: {cause} ({error})")
+            raise self.models.halt(f"{endpoint.name}: {cause} ({error})")
         rule = await self.models.rule_for(endpoint, error)
         self.tries[key] += 1
         if self.tries[key] > min(self.models.args.max_retries, MOST_RETRIES.get(rule.action, 0)):
