@@ -6384,7 +6384,7 @@ class Cache:
         rows = self.do(f"SELECT {fields} FROM replies WHERE key = ?", key)
         if not rows:
             return None
-        [(*values, served)] = rows
+        *values, served = rows[0]
         return Reply(*values, model=served)
 
     def put(self, key: str, reply: Reply, model: str) -> bool:
@@ -7067,13 +7067,9 @@ class Batches:
                 await self.store_results(endpoint, file, batch)
         except ApiError as error:
             if error.status != 404 or error.code == "web page":  # kept, for its replies are paid
-                hint = "run the same command later"
-                raise self.models.halt(
-                    f"{endpoint.name}: batch {batch_id}: {error}; {hint}"
-                ) from None
-            note(
-                f"{endpoint.name}: a batch is gone at the provider; its requests are submitted again"
-            )
+                problem = f"batch {batch_id}: {error}; run the same command later"
+                raise self.models.halt(f"{endpoint.name}: {problem}") from None
+            note(f"{endpoint.name}: a batch is gone at the provider: its requests are sent again")
             self.put_back(file)
 
     async def start(self, endpoint: Endpoint, file: str) -> str:
