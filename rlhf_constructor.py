@@ -51,7 +51,6 @@ import ast
 import asyncio
 import atexit
 import base64
-import bisect
 import bz2
 import contextlib
 import copy
@@ -193,19 +192,6 @@ class Answer:
         return self.votes[0] if self.votes else None
 
 
-class LabelCheck(NamedTuple):
-    """What the judges made of one labelled pair (a judge named beside labels that exist)."""
-
-    # "agrees", "disagrees" or "undecided" (the judges' votes tie or contradict each other).
-    result: str
-    # The label's own score gap, in points of its scale; None if the label is a choice.
-    gap: float | None
-    # The judges' mean score of the labelled-better answer minus that of the other.
-    judge_gap: float
-    # Per judge and order: the lead of the labelled-better answer, and whether it was shown first.
-    votes: tuple[tuple[float, bool], ...]
-
-
 @dataclass
 class Record:
     """One input record: a conversation that ends with a user turn, and its known answers."""
@@ -226,7 +212,8 @@ class Record:
     line: int = 0
     # What the report counts, e.g. "no correct answer".
     facts: Counter = field(default_factory=Counter)
-    label_checks: list[LabelCheck] = field(default_factory=list)
+    # What the judges say of each labelled pair: "agrees", "disagrees", "undecided".
+    label_checks: list[str] = field(default_factory=list)
     # Who decided the label in an earlier run: "people", "scores", or "" if the row does not say.
     # With "people" the votes are their choice alone; scores may say the opposite.
     decided_by: str = ""
@@ -935,10 +922,10 @@ async def check_labels(record: Record, pairs: list[Pair], run: Run) -> list[Pair
             record.facts["no checkable answer"] = 1
             reasons[id(pair)] = "no checkable answer: the label cannot be checked"
             continue
-        label_check = check_label(pair, better, worse)
-        record.label_checks.append(label_check)
-        if label_check.result != "agrees":
-            reasons[id(pair)] = LABEL_DROPS[label_check.result]
+        result = check_label(better, worse)
+        record.label_checks.append(result)
+        if result != "agrees":
+            reasons[id(pair)] = LABEL_DROPS[result]
     if any(answer.score is None for answer in answers):
         record.signal = "choice"  # from here on the points are the judges', the label a choice
         for answer, graded in zip(answers, judged, strict=True):
@@ -955,19 +942,12 @@ LABEL_DROPS = {
 }
 
 
-def check_label(pair: Pair, better: Answer, worse: Answer) -> LabelCheck:
-    """What judges say of a pair's label; `better`, `worse`: chosen, rejected with their scores."""
+def check_label(better: Answer, worse: Answer) -> str:
+    """Whether the votes agree that `better` is better; undecided if they tie or differ."""
     leads = [b - w for b, w in zip(better.votes, worse.votes, strict=True)]
     if min(leads) > 0:
-        result = "agrees"
-    elif max(leads) < 0:
-        result = "disagrees"
-    else:
-        result = "undecided"
-    is_choice = pair.record.signal == "choice" and pair.chosen.score is None
-    shown_first = [b < w for b, w in zip(better.positions, worse.positions, strict=True)]
-    votes = tuple(zip(leads, shown_first, strict=False))  # none if the judge sees no order
-    return LabelCheck(result, None if is_choice else pair.gap, better.score - worse.score, votes)
+        return "agrees"
+    return "disagrees" if max(leads) < 0 else "undecided"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7268,46 +7248,24 @@ def read_batch_error(batch: Any) -> ApiError:
 # Called by RUN. REVIEW adds what people say; TERMINAL prints the warnings.
 # --------------------------------------------------------------------------------------------------
 
-REPORT_SAMPLE = 2_000  # pairs whose texts are kept for the text metrics
+REPORT_SAMPLE = 1_000  # pairs whose texts are kept for the text metrics
 SAMPLE_TEXT = 4_000  # characters kept of each of their texts
 DIVERSITY_SAMPLE = 500  # texts that are compared with each other
 DIVERSITY_WORDS = 500  # words of each text that the self-repetition looks at
 DISTINCT_WORDS = 20_000  # word pairs that distinct-2 looks at: it falls with the amount of text
 LONG_ENOUGH = 10  # words; shorter texts (labels, numbers) repeat by nature and are not compared
 SHOWN_PAIRS = 3  # pairs of each kind under "Pairs to read"
-SHOWN_TEXT = 1_200  # characters of each of their texts
-SHOWN_REASONS = 12  # drop reasons with a bar of their own
-SHOWN_MODELS = 20
-FARTHEST = 1e9  # points; a score beyond counts as this, so that no sum overflows
+SHOWN_ROWS = 20  # models, telling words, drop reasons on the page
 Z = 1.96  # standard errors to either side of a 95% interval
 FOLDS = 5  # of the cross-validation
 OFTEN = 5  # pairs that a feature needs to count as a clue
-RATIOS = (1.1, 1.25, 1.5, 2.0)  # longer to shorter answer: steps of "Does the longer one win?"
-DECISIVE = ("agrees", "disagrees")  # results of a LabelCheck that say something about the label
-HEADLINES = {  # metrics that the terminal repeats while they raise no warning
+HEADLINES = {  # metrics at the top of the page; the terminal shows them if they raise no warning
     "flips": "order flips {}",
     "longer": "chosen is longer {}",
     "gap": "median score gap {}",
     "label_agreement": "judges agree with {} of the labels",
     "human_agreement": "people agree with {} of the labels",
 }
-# How the names of a family's models begin; the first word is the family's name.
-FAMILIES = (
-    "gpt chatgpt o1 o3 o4",
-    "qwen qwq qvq",
-    "gemini gemma",
-    "claude",
-    "llama",
-    "glm chatglm",
-    "yi-",
-    "mistral mixtral",
-    "deepseek",
-    "kimi moonshot",
-    "doubao",
-    "ernie",
-    "baichuan",
-    "hunyuan",
-)
 # Searched in an answer whose code blocks are cut to their fence (after FastChat's style control).
 FORMATS = {
     "headers": re.compile(r"^#{1,6}[ \t]", re.M),
@@ -7374,9 +7332,7 @@ def distinct_pairs(texts: list[str]) -> Measured:
     pairs = []
     for text in texts:
         pairs += itertools.pairwise(split_words(text))
-        if len(pairs) >= DISTINCT_WORDS:
-            break
-    del pairs[DISTINCT_WORDS:]
+    pairs = pairs[:DISTINCT_WORDS]
     return share(len(set(pairs)), len(pairs))
 
 
@@ -7386,9 +7342,7 @@ def self_repetition(texts: list[str]) -> Measured:
     passages = []
     for text in texts:
         words = split_words(text)[:DIVERSITY_WORDS]
-        cjk = sum(word >= "\u3040" for word in words)
-        size = 20 if cjk > 0.3 * len(words) else 10
-        passages.append({hash(run) for run in word_runs(words, size)})
+        passages.append({hash(run) for run in word_runs(words, run_size(words))})
         texts_with.update(passages[-1])
     common = {run for run, count in texts_with.items() if count > 3}
     repeating = sum(not common.isdisjoint(passage) for passage in passages)
@@ -7413,11 +7367,6 @@ def near_duplicates(texts: list[str]) -> Measured:
         similar = (similarity(text, other, NEAR_DUPLICATE) for other in others)
         duplicates += any(value >= NEAR_DUPLICATE for value in similar)
     return share(duplicates, len(texts))
-
-
-def has_enough_words(text: str) -> bool:
-    """Whether a text has LONG_ENOUGH words to be compared with others."""
-    return next(itertools.islice(TOKEN.finditer(text), LONG_ENOUGH - 1, None), None) is not None
 
 
 def features(text: str, model: str) -> dict[str, set[str]]:
@@ -7451,29 +7400,21 @@ def find_differences(
     return result
 
 
-def count_features(pairs: list[Difference], least: int = 1) -> dict[str, tuple[int, int]]:
-    """Feature -> pairs that have it in chosen only, in rejected only; `least` or more together."""
+def count_features(pairs: list[Difference]) -> dict[str, tuple[int, int]]:
+    """Feature -> pairs that have it in chosen only, in rejected only."""
     in_chosen = Counter()
     in_rejected = Counter()
     for pair in pairs:
         in_chosen.update(pair.chosen)
         in_rejected.update(pair.rejected)
-    counts = {}
-    for feature in in_chosen.keys() | in_rejected.keys():
-        chosen = in_chosen.get(feature, 0)
-        rejected = in_rejected.get(feature, 0)
-        if chosen + rejected >= least:
-            counts[feature] = (chosen, rejected)
-    return counts
+    names = in_chosen.keys() | in_rejected.keys()
+    return {name: (in_chosen[name], in_rejected[name]) for name in names}
 
 
-def log_odds(counts: dict, held_out: dict) -> dict[str, float]:
-    """Feature -> ln((chosen + 1) / (rejected + 1)) of the pairs that are not held out, if OFTEN."""
+def log_odds(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
+    """Feature -> ln((chosen + 1) / (rejected + 1)), for features that occur OFTEN."""
     weights = {}
     for feature, (chosen, rejected) in counts.items():
-        held_chosen, held_rejected = held_out.get(feature, (0, 0))
-        chosen -= held_chosen
-        rejected -= held_rejected
         if chosen + rejected >= OFTEN:
             weights[feature] = math.log((chosen + 1) / (rejected + 1))
     return weights
@@ -7481,12 +7422,12 @@ def log_odds(counts: dict, held_out: dict) -> dict[str, float]:
 
 def cross_validated_accuracy(pairs: list[Difference]) -> Measured:
     """How often a sum of log-odds, learned on the other folds, picks the chosen answer."""
-    counts = count_features(pairs, OFTEN)
     correct = 0.0
     for fold in range(FOLDS):
-        held_out = [pair for pair in pairs if pair.fold == fold]
-        weights = log_odds(counts, count_features(held_out))
-        for pair in held_out:
+        weights = log_odds(count_features([pair for pair in pairs if pair.fold != fold]))
+        for pair in pairs:
+            if pair.fold != fold:
+                continue
             # fsum is exact: the order of a set differs from run to run
             chosen = math.fsum(weights.get(feature, 0.0) for feature in pair.chosen)
             rejected = math.fsum(weights.get(feature, 0.0) for feature in pair.rejected)
@@ -7495,31 +7436,6 @@ def cross_validated_accuracy(pairs: list[Difference]) -> Measured:
             elif chosen == rejected:
                 correct += 0.5
     return share(correct, len(pairs))
-
-
-def top_log_odds_words(pairs: list[Difference]) -> list[dict]:
-    """The ten phrases that speak most clearly for each side, with the pairs that have them."""
-    counts = count_features(pairs, OFTEN)
-    weights = log_odds(counts, {})
-    ordered = sorted(weights, key=lambda word: (-weights[word], word))
-    for_chosen = [word for word in ordered if weights[word] > 0][:10]
-    for_rejected = [word for word in reversed(ordered) if weights[word] < 0][:10]
-    rows = []
-    for side, words in (("chosen", for_chosen), ("rejected", for_rejected)):
-        for word in words:
-            chosen, rejected = counts[word]
-            rows.append({"word": word[:40], "side": side, "chosen": chosen, "rejected": rejected})
-    return rows
-
-
-def family(model: str) -> str:
-    """The family of `[provider:][owner/]model[@URL]`: the first word of its row, or ""."""
-    pieces = re.split("[:/]", model.partition("@")[0].lower())
-    for row in FAMILIES:
-        names = tuple(row.split())
-        if any(part.startswith(names) for part in pieces):
-            return names[0]
-    return ""
 
 
 # What a warning says: what it means, what to try, and what to try where the answers were given.
@@ -7534,137 +7450,81 @@ class Advice(NamedTuple):
 
 
 JUDGE_AGAIN = "Try to remove such pairs, or remove the labels and judge again (--judge-model)."
+# fmt: off
 ADVICE = {
     "yield": Advice(
         "Most prompts are lost, and the remaining pairs may not represent them.",
         "Try a higher --temperature, a higher --num-candidates, or a weaker --low-model.",
-        "Read the drop reasons.",
-    ),
+        "Read the drop reasons."),
     "ties": Advice(
         "Such replies give no pair. The judge may be too weak to see the differences.",
         "Try a stronger --judge-model first, then a higher --temperature or a weaker --low-model.",
-        "Try a stronger --judge-model.",
-    ),
+        "Try a stronger --judge-model."),
     "writer": Advice(
         "A reward model can learn to recognise the model instead of quality.",
         "Try --method generate_pairs, or the same models on both sides (--candidate-models).",
-        JUDGE_AGAIN,
-    ),
+        JUDGE_AGAIN),
     "words": Advice(
         "A reward model can learn these words instead of quality; the report lists them.",
         "Try another --system-prompt, or --method generate_pairs.",
-        JUDGE_AGAIN,
-    ),
+        JUDGE_AGAIN),
     "longer": Advice(
         "A model trained on this learns to write more.",
         "Try --length-penalty 1.",
-        "Try to remove such pairs, or judge again with --judge-model and --length-penalty 1.",
-    ),
+        "Try to remove such pairs, or judge again with --judge-model and --length-penalty 1."),
     "shorter": Advice(
         "A model trained on this learns to write less.",
         "Try a lower --length-penalty, or a --rubric that asks for complete answers.",
-        JUDGE_AGAIN,
-    ),
+        JUDGE_AGAIN),
     "order": Advice(
         "Part of the labels depend on the order in which the judge saw the answers.",
-        "Keep --judge-orders 2, and try a higher --min-score-gap or a second --judge-model.",
-    ),
+        "Keep --judge-orders 2, and try a higher --min-score-gap or a second --judge-model."),
     "format": Advice(
         "A reward model can learn this format instead of quality.",
         "Try a --rubric that ignores format, or a --system-prompt that asks for one format.",
-        JUDGE_AGAIN,
-    ),
+        JUDGE_AGAIN),
     "prompts": Advice(
         "A model trained on this sees few different tasks.",
-        "Add other prompts; take fewer of a repetitive source (--max-samples).",
-    ),
+        "Add other prompts; take fewer of a repetitive source (--max-samples)."),
     "answers": Advice(
         "A model trained on this learns the template of the answers.",
         "Try a higher --temperature, more --candidate-models, or another --system-prompt.",
-        "Try to find out where they come from, remove them, or add other sources.",
-    ),
+        "Try to find out where they come from, remove them, or add other sources."),
     "checked": Advice(
         "Either many labels are wrong, or the judge cannot grade this task.",
-        "Read some of the dropped pairs. If their labels are right, try a stronger --judge-model.",
-    ),
-    "undecided": Advice(
-        "The judge sees no clear difference, so these labels are not confirmed.",
-        "Try a stronger --judge-model, or a second one.",
-    ),
+        "Read some of the dropped pairs. If their labels are right, try a stronger --judge-model."),
     "labels": Advice(
         "Part of the pairs teach the opposite of what people prefer.",
-        "Try a higher --min-score-gap, a stronger --judge-model, or a second one.",
-    ),
+        "Try a higher --min-score-gap, a stronger --judge-model, or a second one."),
     "people": Advice(
         "The annotators do not share one idea of a better answer, so their choices check little.",
-        "Agree on examples of a better answer, then review again (--review-path).",
-    ),
+        "Agree on examples of a better answer, then review again (--review-path)."),
 }
+# fmt: on
 
 
 class Problem(NamedTuple):
-    """What it means that a metric is too low or too high: a clause, and a topic of ADVICE."""
+    """The value from which a metric is too low or too high, and what to say then."""
 
-    finding: str
-    topic: str
-
-
-class Limits(NamedTuple):
-    """The range of a metric that is fine, and the wider one outside of which it is critical."""
-
-    critical_below: float = -math.inf
-    warn_below: float = -math.inf
-    warn_above: float = math.inf
-    critical_above: float = math.inf
-
-
-def at_least(warn: float, critical: float = -math.inf) -> Limits:
-    """Limits of a metric that can only be too low."""
-    return Limits(critical_below=critical, warn_below=warn)
-
-
-def at_most(warn: float, critical: float = math.inf) -> Limits:
-    """Limits of a metric that can only be too high."""
-    return Limits(warn_above=warn, critical_above=critical)
-
-
-NO_LIMITS = Limits()
-AROUND_HALF = Limits(0.3, 0.4, 0.6, 0.7)
+    warn: float
+    critical: float
+    finding: str  # a clause
+    topic: str  # of ADVICE
 
 
 @dataclass
 class Metric:
-    """One number about the data, and the range in which it is fine."""
+    """One number about the data, and when it is a problem."""
 
     key: str
     section: str  # of the page, see SECTIONS
     label: str
     unit: str = ""  # "%": a share 0..1; "×": a ratio; "": a plain number
-    limits: Limits = NO_LIMITS
-    needs: int = 30  # cases; with fewer the metric raises no warning
+    # Report (HUMAN_METRICS: Annotations) -> Measured; None: the share of True in Report.counts.
+    formula: Callable[[Any], Measured] | None = None
     too_low: Problem | None = None
     too_high: Problem | None = None
-    formula: object = None  # Report (HUMAN_METRICS: Annotations) -> Measured
-
-
-def format_share(report: Report, name: str) -> Measured:
-    """Of the pairs with a format in one answer only: how often that answer is chosen."""
-    chosen, rejected = count_features(report.differences["format"]).get(name, (0, 0))
-    return share(chosen, chosen + rejected)
-
-
-def format_metric(name: str) -> Metric:
-    """The metric of one format."""
-    return Metric(
-        f"format_{name}",
-        "bias",
-        f"{name} in one answer only: it is chosen",
-        "%",
-        Limits(0.25, 0.40, 0.60, 0.75),
-        too_low=Problem(f"The answer with {name} is usually rejected", "format"),
-        too_high=Problem(f"The answer with {name} is usually chosen", "format"),
-        formula=functools.partial(format_share, name=name),
-    )
+    needs: int = 30  # cases; with fewer the metric raises no warning
 
 
 # Warnings keep this order. Limits: AlpacaEval refuses judges that prefer the longer answer in over
@@ -7672,95 +7532,83 @@ def format_metric(name: str) -> Metric:
 # answer in 94-99%; GPT-4 flips in 35% of close pairs.
 # fmt: off
 METRICS = [
-    Metric("kept", "quality", "records that give a pair", "%", at_least(0.30, 0.05),
-           too_low=Problem("Few records give a pair", "yield"),
-           formula=lambda report: share_true(report.kept)),
-    Metric("identity", "bias", "label predicted from the model name", "%", at_most(0.80, 0.95),
-           too_high=Problem("The model name alone predicts the label", "writer"),
-           formula=lambda report: cross_validated_accuracy(report.differences["identity"])),
-    Metric("longer", "length", "chosen is longer", "%", AROUND_HALF,
-           too_low=Problem("The shorter answer is usually chosen", "shorter"),
-           too_high=Problem("The longer answer is usually chosen", "longer"),
-           formula=lambda report: share_true(report.longer)),
-    Metric("length_ratio", "length", "length of chosen / rejected, median", "×", at_most(1.5, 2.0),
-           too_high=Problem("Chosen answers are much longer than rejected ones", "longer"),
-           formula=lambda report: median(report.column("ratio"))),
-    Metric("words", "bias", "label predicted from the words", "%", at_most(0.70, 0.85), needs=100,
-           too_high=Problem("The choice of words predicts the label", "words"),
-           formula=lambda report: cross_validated_accuracy(report.differences["words"])),
-    Metric("flips", "bias", "judge prefers another answer in the swapped order", "%",
-           at_most(0.25, 0.40),
-           too_high=Problem("The judge often changes its preference when the order is swapped",
-                            "order"),
-           formula=lambda report: share_true(report.flips)),
-    Metric("first_slot", "bias", "first-shown answer preferred", "%", AROUND_HALF,
-           too_low=Problem("The judge rarely prefers the answer that it sees first", "order"),
-           too_high=Problem("The judge usually prefers the answer that it sees first", "order"),
-           formula=lambda report: share_true(report.positions[0])),
-    Metric("ties", "quality", "judge replies that score all answers alike", "%", at_most(0.5, 0.75),
-           too_high=Problem("The judge scores all answers alike in most replies", "ties"),
-           formula=lambda report: share_true(report.ties)),
-    Metric("label_agreement", "labels", "judges agree with the label", "%", at_least(0.70, 0.55),
-           too_low=Problem("The judges often disagree with the labels", "checked"),
-           formula=lambda report: report.label_agreement()),
-    Metric("label_undecided", "labels", "labels that the judges leave undecided", "%", at_most(0.5),
-           too_high=Problem("The judges cannot decide most labels", "undecided"),
-           formula=lambda report: report.label_undecided()),
-    Metric("repeated_prompts", "diversity", "repeated prompts", "%", at_most(0.05, 0.50),
-           too_high=Problem("Many prompts occur more than once", "prompts"),
-           formula=lambda report: share_true(report.repeated)),
+    Metric("kept", "quality", "records that give a pair", "%",
+           too_low=Problem(0.3, 0.05, "Few records give a pair", "yield")),
+    Metric("identity", "bias", "label predicted from the model name", "%",
+           lambda report: cross_validated_accuracy(report.differences["identity"]),
+           too_high=Problem(0.8, 0.95, "The model name alone predicts the label", "writer")),
+    Metric("longer", "length", "chosen is longer", "%",
+           too_low=Problem(0.4, 0.3, "The shorter answer is usually chosen", "shorter"),
+           too_high=Problem(0.6, 0.7, "The longer answer is usually chosen", "longer")),
+    Metric("length_ratio", "length", "length of chosen / rejected, median", "×",
+           lambda report: median(report.column("ratio")),
+           too_high=Problem(1.5, 2, "Chosen answers are much longer than rejected ones", "longer")),
+    Metric("words", "bias", "label predicted from the words", "%",
+           lambda report: cross_validated_accuracy(report.differences["words"]), needs=100,
+           too_high=Problem(0.7, 0.85, "The choice of words predicts the label", "words")),
+    Metric("flips", "bias", "order flips", "%",
+           too_high=Problem(0.25, 0.4, "The judge's choice often flips with the order", "order")),
+    Metric("first_slot", "bias", "first-shown answer preferred", "%",
+           too_low=Problem(0.4, 0.3, "The judge rarely prefers the first-shown answer", "order"),
+           too_high=Problem(0.6, 0.7, "The judge usually prefers the first-shown answer", "order")),
+    Metric("ties", "quality", "judge replies that score all answers alike", "%",
+           too_high=Problem(0.5, 0.75, "Most judge replies score all answers alike", "ties")),
+    Metric("label_agreement", "labels", "judges agree with the label, where they decide", "%",
+           too_low=Problem(0.7, 0.55, "The judges often disagree with the labels", "checked")),
+    Metric("label_undecided", "labels", "labels that the judges leave undecided", "%",
+           too_high=Problem(0.5, 1, "The judges cannot decide most labels", "checked")),
+    Metric("repeated_prompts", "diversity", "repeated prompts", "%",
+           too_high=Problem(0.05, 0.5, "Many prompts occur more than once", "prompts")),
     Metric("near_duplicates_prompts", "diversity", "near-duplicate prompts", "%",
-           at_most(0.05, 0.25),
-           too_high=Problem("Many prompts are near-duplicates of each other", "prompts"),
-           formula=lambda report: near_duplicates(report.texts["prompts"])),
+           lambda report: near_duplicates(report.texts["prompt"]),
+           too_high=Problem(0.05, 0.25, "Many prompts are near-duplicates", "prompts")),
     Metric("near_duplicates_chosen", "diversity", "near-duplicate chosen answers", "%",
-           at_most(0.05, 0.25),
-           too_high=Problem("Many chosen answers are near-duplicates of each other", "answers"),
-           formula=lambda report: near_duplicates(report.texts["chosen"])),
+           lambda report: near_duplicates(report.texts["chosen"]),
+           too_high=Problem(0.05, 0.25, "Many chosen answers are near-duplicates", "answers")),
     Metric("self_repetition_chosen", "diversity", "chosen answers that share a passage", "%",
-           at_most(0.15, 0.50),
-           too_high=Problem("Many chosen answers share a passage with three others", "answers"),
-           formula=lambda report: self_repetition(report.texts["chosen"])),
+           lambda report: self_repetition(report.texts["chosen"]),
+           too_high=Problem(0.15, 0.5, "Many chosen answers share a passage", "answers")),
     Metric("distinct_2_chosen", "diversity", "distinct word pairs of chosen answers", "%",
-           formula=lambda report: distinct_pairs(report.texts["chosen"])),
-    Metric("gap", "quality", "score gap, median",
-           formula=lambda report: median(report.column("gap"))),
-    Metric("score_chosen", "quality", "score of chosen, median",
-           formula=lambda report: median(report.column("score_chosen"))),
-    Metric("score_rejected", "quality", "score of rejected, median",
-           formula=lambda report: median(report.column("score_rejected"))),
-    Metric("characters_chosen", "length", "characters of chosen, median",
-           formula=lambda report: median(report.column("characters_chosen"))),
-    Metric("characters_rejected", "length", "characters of rejected, median",
-           formula=lambda report: median(report.column("characters_rejected"))),
+           lambda report: distinct_pairs(report.texts["chosen"])),
+    Metric("gap", "quality", "score gap, median", "", lambda report: median(report.column("gap"))),
 ]
+for _format in FORMATS:
+    METRICS.append(Metric(
+        f"format_{_format}", "bias", f"{_format} in one answer only: it is chosen", "%",
+        too_low=Problem(0.4, 0.25, f"The answer with {_format} is usually rejected", "format"),
+        too_high=Problem(0.6, 0.75, f"The answer with {_format} is usually chosen", "format")))
 # fmt: on
-METRICS += [format_metric(name) for name in FORMATS]
 
 
 def metric_row(metric: Metric, measured: Measured, answers_given: bool = False) -> dict:
     """The report's row of a metric; the interval's end nearer to the range decides the level."""
+    too_low = metric.too_low
+    too_high = metric.too_high
     row = {
         "metric": metric.key,
         "section": metric.section,
         "label": metric.label,
         "unit": metric.unit,
         **measured._asdict(),
-        "level": "",  # "ok", "warn", "critical", "too few", "not applicable"; "": it has no limits
+        "fine": fine_range(metric),
+        "level": "",  # "ok", "warn", "critical", "too few"; "": it has no limits or no case
         "finding": "",
         "meaning": "",
         "advice": "",
     }
-    if metric.limits == NO_LIMITS:
+    if not measured.n or not row["fine"]:
         return row
     if measured.n < metric.needs:
-        return row | {"level": "too few" if measured.n else "not applicable"}
-    limits = metric.limits
-    low, high = measured.interval or (measured.value, measured.value)
-    if high >= limits.warn_below and low <= limits.warn_above:
+        return row | {"level": "too few"}
+    low, high = measured.interval
+    if too_low and high < too_low.warn:
+        problem = too_low
+        critical = high < too_low.critical
+    elif too_high and low > too_high.warn:
+        problem = too_high
+        critical = low > too_high.critical
+    else:
         return row | {"level": "ok"}
-    critical = high < limits.critical_below or low > limits.critical_above
-    problem = metric.too_high if low > limits.warn_above else metric.too_low
     advice = ADVICE[problem.topic]
     row["level"] = "critical" if critical else "warn"
     row["finding"] = f"{problem.finding} ({with_interval(row)})."
@@ -7771,6 +7619,15 @@ def metric_row(metric: Metric, measured: Measured, answers_given: bool = False) 
     return row
 
 
+def fine_range(metric: Metric) -> str:
+    """The values that raise no warning, in words: "40-60%", "up to 25%"; without limits ""."""
+    if metric.too_low and metric.too_high:
+        return shown_interval((metric.too_low.warn, metric.too_high.warn), metric.unit)
+    if metric.too_high:
+        return f"up to {shown(metric.too_high.warn, metric.unit)}"
+    return f"{shown(metric.too_low.warn, metric.unit)} or more" if metric.too_low else ""
+
+
 class Report:
     """Counts every outcome; keeps the texts of a seeded sample of pairs only."""
 
@@ -7778,36 +7635,31 @@ class Report:
         self.random = random.Random(seed)
         self.orders = orders  # in which each judge sees the answers
         self.pairs = 0
-        self.kept = Counter()  # of records: whether they gave a pair
-        self.dropped = Counter()  # (stage, kind of reason) -> records
+        self.dropped = Counter()  # kind of reason -> records
         self.prompts: set[int] = set()  # ids of the records that gave a pair
-        self.repeated = Counter()  # of those records: whether their prompt came before
-        self.longer = Counter()  # of pairs of unequal length: whether chosen is longer
-        self.longer_by_ratio = [Counter() for _ in range(len(RATIOS) + 1)]
         self.models = defaultdict(Counter)  # model -> whether chosen, against another model
-        self.positions = defaultdict(Counter)  # position -> whether above the reply's median
-        self.flips = Counter()  # of judged records: whether the swapped order was decided otherwise
-        self.ties = Counter()  # of judge replies: whether all answers got one score
         self.facts = Counter()  # what the records note down, e.g. "no correct answer"
-        self.label_checks = Counter()  # (the label's gap, result) -> labels
-        self.label_positions = defaultdict(Counter)  # shown first? -> whether the vote agrees
-        self.rows = []  # the sample
-        self.differences = defaultdict(list)  # kind of feature -> [Difference, ...] of the sample
-        self.texts = {}  # "prompts", "chosen" -> texts that are compared with each other
+        self.counts = defaultdict(Counter)  # key of a metric -> cases where it is True and False
+        # The sample, and what `numbers` makes of it: kind of feature -> [Difference, ...]; and
+        # "prompt", "chosen" -> texts that are compared with each other.
+        self.rows = []
+        self.differences = defaultdict(list)
+        self.texts = {}
 
     def add(self, outcome: Outcome) -> None:
         """Count one record's outcome; a dropped one counts for what the judges said about it."""
         self._add_votes([answer for answer in outcome.answers if answer.positions])
         self.facts.update(outcome.record.facts)
-        for label_check in outcome.record.label_checks:
-            self._add_label_check(label_check)
-        self.kept[bool(outcome.pairs)] += 1
+        for result in outcome.record.label_checks:
+            self.counts["label_undecided"][result == "undecided"] += 1
+            if result != "undecided":
+                self.counts["label_agreement"][result == "agrees"] += 1
+        self.counts["kept"][bool(outcome.pairs)] += 1
         if not outcome.pairs:
-            kind = outcome.reason.partition(":")[0]
-            self.dropped[outcome.stage, kind] += 1
+            self.dropped[reason_kind(outcome.reason)] += 1
             return
         prompt = int(outcome.record.prompt_id, 16)
-        self.repeated[prompt in self.prompts] += 1
+        self.counts["repeated_prompts"][prompt in self.prompts] += 1
         self.prompts.add(prompt)
         for pair in outcome.pairs:
             self._add_pair(pair)
@@ -7820,13 +7672,13 @@ class Report:
             return
         replies = list(zip(*(answer.votes for answer in answers), strict=True))
         for call, votes in enumerate(replies):
-            self.ties[min(votes) == max(votes)] += 1
+            self.counts["ties"][min(votes) == max(votes)] += 1
             # Each answer stands early in one order and late in the other: a fair judge puts an
             # answer above the middle as often in the first position as in any other.
             middle = statistics.median(votes)
             for answer, vote in zip(answers, votes, strict=True):
-                if vote != middle:
-                    self.positions[answer.positions[call]][vote > middle] += 1
+                if answer.positions[call] == 0 and vote != middle:
+                    self.counts["first_slot"][vote > middle] += 1
         if self.orders == 2:
             for votes, swapped in zip(replies[::2], replies[1::2], strict=False):
                 self._add_order_swap(votes, swapped)
@@ -7836,17 +7688,7 @@ class Report:
         best = votes.index(max(votes))
         worst = votes.index(min(votes))
         if votes[best] != votes[worst] and swapped[best] != swapped[worst]:
-            self.flips[swapped[best] < swapped[worst]] += 1
-
-    def _add_label_check(self, label_check: LabelCheck) -> None:
-        """Count what the judges made of a label; its gap is rounded, so that memory is bounded."""
-        label_gap = label_check.gap
-        if label_gap is not None:
-            label_gap = float(f"{label_gap:.2g}")
-        self.label_checks[label_gap, label_check.result] += 1
-        for lead, shown_first in label_check.votes:
-            if lead:
-                self.label_positions[bool(shown_first)][lead > 0] += 1
+            self.counts["flips"][swapped[best] < swapped[worst]] += 1
 
     def _add_pair(self, pair: Pair) -> None:
         """Count one pair, and keep it if it is drawn into the sample."""
@@ -7856,39 +7698,19 @@ class Report:
         if chosen.model != rejected.model:
             self.models[chosen.model][True] += 1
             self.models[rejected.model][False] += 1
-        ratio = max(1, len(chosen.text)) / max(1, len(rejected.text))
-        if ratio != 1:
-            step = bisect.bisect(RATIOS, max(ratio, 1 / ratio))
-            self.longer[ratio > 1] += 1
-            self.longer_by_ratio[step][ratio > 1] += 1
+        if len(chosen.text) != len(rejected.text):
+            self.counts["longer"][len(chosen.text) > len(rejected.text)] += 1
         # Algorithm R: each pair so far is as likely as any other to be in the sample.
         if len(self.rows) < REPORT_SAMPLE:
-            self.rows.append(sample_row(pair, ratio))
+            self.rows.append(sample_row(pair))
             return
         place = self.random.randrange(self.pairs)
         if place < REPORT_SAMPLE:
-            self.rows[place] = sample_row(pair, ratio)
+            self.rows[place] = sample_row(pair)
 
     def column(self, name: str) -> list[float]:
         """The known values of one field of the sample."""
         return [row[name] for row in self.rows if row[name] is not None]
-
-    def label_agreement(self) -> Measured:
-        """Of the labels that the judges decided: the share that they agree with."""
-        results = self.label_results()
-        return share(results["agrees"], results["agrees"] + results["disagrees"])
-
-    def label_undecided(self) -> Measured:
-        """The share of labels whose votes tie or contradict each other."""
-        results = self.label_results()
-        return share(results["undecided"], results.total())
-
-    def label_results(self) -> Counter:
-        """Result of a label check -> labels."""
-        results = Counter()
-        for (_, result), count in self.label_checks.items():
-            results[result] += count
-        return results
 
     def numbers(self, settings: dict, usage: list[dict], human: dict | None = None) -> dict:
         """All numbers of the report, ready for JSON; terminal and page show these and no others.
@@ -7896,107 +7718,112 @@ class Report:
         `usage`: a row per model and role; `human`: what `Annotations.numbers` returns (REVIEW)."""
         self.random.shuffle(self.rows)
         self.differences = find_differences(self.rows, features)
+        for difference in self.differences["format"]:
+            for name in difference.chosen:
+                self.counts[f"format_{name}"][True] += 1
+            for name in difference.rejected:
+                self.counts[f"format_{name}"][False] += 1
         prompts = {row["prompt_id"]: row for row in self.rows}
         unique = list(prompts.values())[:DIVERSITY_SAMPLE]
-        for name in ("prompts", "chosen"):
-            self.texts[name] = [row[name] for row in unique if has_enough_words(row[name])]
+        for name in ("prompt", "chosen"):
+            texts = [row[name] for row in unique]
+            self.texts[name] = [text for text in texts if len(split_words(text)) >= LONG_ENOUGH]
         answers_given = getattr(METHODS.get(settings.get("method")), "reads_answers", False)
-        human = human or {"metrics": [], "lines": []}
-        metrics = [metric_row(metric, metric.formula(self), answers_given) for metric in METRICS]
-        metrics += human["metrics"]
-        if answers_given and any(kind == "score gap too small" for _, kind in self.dropped):
-            add_gap_advice(metrics)
-        words = find_differences(self.rows[:DIVERSITY_SAMPLE], phrases)["phrases"]
-        numbers = {
-            "warnings": warnings_of(metrics),
-            "checks": count_checks(metrics),
-            "few": "",
+        metrics = []
+        for metric in METRICS:
+            formula = metric.formula
+            measured = formula(self) if formula else share_true(self.counts[metric.key])
+            metrics.append(metric_row(metric, measured, answers_given))
+        metrics += human["metrics"] if human else []
+        levels = Counter(row["level"] for row in metrics)
+        checks = {"passed": levels["ok"], "too_few": levels["too few"]}
+        checks["total"] = levels.total() - levels[""]
+        warnings = [row for row in metrics if row["level"] == "critical"]
+        warnings += [row for row in metrics if row["level"] == "warn"]
+        return {
+            "warnings": warnings,
+            "checks": checks,
+            "few": few_sentence(self.pairs, checks),
             "headline": headline(metrics),
-            "records": self.kept.total(),
-            "kept": self.kept[True],
+            "records": self.counts["kept"].total(),
+            "kept": self.counts["kept"][True],
             "pairs": self.pairs,
             "dropped": dropped_rows(self.dropped),
-            "metrics": metrics,
-            "charts": chart_data(self),
-            "words": top_log_odds_words(words),
-            "notes": judge_family_notes(self, settings),
-            "people": human["lines"],
-            "facts": dict(self.facts.most_common()),
+            "metrics": metrics + self.plain_rows(),
+            "charts": self.charts(),
+            "notes": judge_family_notes(settings, self.models),
+            "people": human["lines"] if human else [],
             "samples": examples(self.rows),
-            "sample": {
-                "pairs": len(self.rows),
-                "characters": SAMPLE_TEXT,
-                "diversity_texts": DIVERSITY_SAMPLE,
-            },
-            "cost": cost(usage, self.pairs),
+            "sampled_pairs": len(self.rows),
+            "cost": cost(usage),
             "usage": usage,
             "settings": settings,
         }
-        numbers["few"] = few_sentence(numbers)
-        return numbers
+
+    def plain_rows(self) -> list[dict]:
+        """Rows without limits: what records note down, how often models win, telling words."""
+        rows = []
+        for fact, count in self.facts.most_common():
+            measured = share(count, self.counts["kept"].total())
+            rows.append(metric_row(Metric("records", "labels", f"records: {fact}", "%"), measured))
+        busiest = sorted(self.models, key=lambda name: -self.models[name].total())
+        for name in busiest[:SHOWN_ROWS]:
+            label = f"{name} chosen over other models"
+            measured = share_true(self.models[name])
+            rows.append(metric_row(Metric("model", "bias", label, "%"), measured))
+        pairs = find_differences(self.rows[:DIVERSITY_SAMPLE], phrases)["phrases"]
+        counts = count_features(pairs)
+        weights = log_odds(counts)
+        words = sorted(weights, key=lambda word: (-weights[word], word))
+        ends = words[: SHOWN_ROWS // 2] + words[SHOWN_ROWS // 2 :][-SHOWN_ROWS // 2 :]
+        for word in ends:
+            chosen, rejected = counts[word]
+            measured = share(chosen, chosen + rejected)
+            rows.append(metric_row(Metric("word", "words", word[:40], "%"), measured))
+        return rows
+
+    def charts(self) -> dict[str, dict]:
+        """The data of the histograms, by name."""
+        scores = {side: self.column(f"score_{side}") for side in ("chosen", "rejected")}
+        lengths = {side: self.column(f"characters_{side}") for side in ("chosen", "rejected")}
+        gaps = self.column("gap")
+        of_gaps = histogram({"pairs": gaps})
+        of_gaps["columns"].append("this gap or more")
+        for row in of_gaps["rows"]:
+            row.append(sum(value >= row[0] for value in gaps) / len(gaps))
+        return {"scores": histogram(scores), "gap": of_gaps, "lengths": histogram(lengths)}
 
 
-def sample_row(pair: Pair, ratio: float) -> dict:
-    """What the report keeps of a sampled pair; `ratio`: characters of chosen to rejected."""
+def sample_row(pair: Pair) -> dict:
+    """What the report keeps of a sampled pair."""
+    chosen = pair.chosen
+    rejected = pair.rejected
+    scored = chosen.score is not None and rejected.score is not None
     row = {
         "prompt_id": pair.record.prompt_id,
-        "prompts": readable(pair.record.prompt[:SAMPLE_TEXT]),
-        "ratio": ratio,
-        "gap": None,
+        "prompt": pair.record.prompt[:SAMPLE_TEXT],
+        "ratio": max(1, len(chosen.text)) / max(1, len(rejected.text)),
+        # Ranks and choices are no points, people's choices are no gap.
+        "gap": pair.gap if scored and not pair.human else None,
     }
-    scored = pair.chosen.score is not None and pair.rejected.score is not None
-    if scored and not pair.human:  # ranks and choices are no points, people's choices are no gap
-        row["gap"] = bounded(pair.gap)
-    for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        row[side] = readable(answer.text[:SAMPLE_TEXT])
-        row[f"model_{side}"] = readable(answer.model)
-        row[f"score_{side}"] = bounded(answer.score) if scored else None
+    for side, answer in (("chosen", chosen), ("rejected", rejected)):
+        row[side] = answer.text[:SAMPLE_TEXT]
+        row[f"model_{side}"] = answer.model
+        row[f"score_{side}"] = answer.score if scored else None
         row[f"characters_{side}"] = len(answer.text)
     return row
-
-
-def bounded(value: float) -> float:
-    """A score between -FARTHEST and FARTHEST."""
-    return max(-FARTHEST, min(FARTHEST, value))
-
-
-def readable(text: str) -> str:
-    """The text without lone surrogates, which no UTF-8 file can hold."""
-    return text.encode("utf-8", "replace").decode()
 
 
 # Parts of Report.numbers.
 
 
-def warnings_of(metrics: list[dict]) -> list[dict]:
-    """The warnings as the terminal and the page show them, critical ones first."""
-    warnings = []
-    for level in ("critical", "warn"):
-        for row in metrics:
-            if row["level"] == level:
-                keys = ("level", "metric", "finding", "meaning", "advice")
-                warnings.append({key: row[key] for key in keys})
-    return warnings
-
-
-def count_checks(metrics: list[dict]) -> dict[str, int]:
-    """How many metrics with limits passed, how many had too few cases, and how many there are."""
-    levels = Counter(row["level"] for row in metrics)
-    total = levels["ok"] + levels["warn"] + levels["critical"] + levels["too few"]
-    return {"passed": levels["ok"], "too_few": levels["too few"], "total": total}
-
-
-def few_sentence(numbers: dict) -> str:
+def few_sentence(pairs: int, checks: dict[str, int]) -> str:
     """A sentence if there are too few pairs for most checks, else ""."""
-    checks = numbers["checks"]
-    pairs = numbers["pairs"]
-    if pairs >= 100 or 2 * checks["too_few"] < checks["total"]:
-        return ""
     if not pairs:
         return "There are no pairs, so their quality cannot be checked."
-    verb = "is" if pairs == 1 else "are"
-    subject = plural(pairs, "pair")
-    return f"{subject} {verb} too few for most quality checks (they need 30 to 100 cases)."
+    if pairs >= 100 or 2 * checks["too_few"] < checks["total"]:
+        return ""
+    return f"Too few pairs ({pairs}) for most quality checks: they need 30 to 100 cases."
 
 
 def headline(metrics: list[dict]) -> list[str]:
@@ -8010,204 +7837,95 @@ def headline(metrics: list[dict]) -> list[str]:
     return facts
 
 
-def add_gap_advice(metrics: list[dict]) -> None:
-    """Let the warning of few pairs name --min-score-gap, which has dropped some."""
-    for row in metrics:
-        if row["metric"] == "kept" and row["advice"]:
-            row["advice"] += " A lower --min-score-gap keeps more pairs."
-
-
 def dropped_rows(dropped: Counter) -> list[dict]:
-    """Stage, reason, records, meaning and advice of each kind of drop, most frequent first."""
+    """Reason, records, meaning and advice of each kind of drop, most frequent first."""
     rows = []
-    for (stage, reason), records in dropped.most_common():
+    for reason, records in dropped.most_common():
         meaning, advice = explain_reason(reason)
-        row = {"stage": stage, "reason": readable(reason), "records": records}
-        rows.append(row | {"meaning": meaning, "advice": advice})
+        row = {"reason": reason, "records": records, "meaning": meaning, "advice": advice}
+        rows.append(row)
     return rows
 
 
-def judge_family_notes(report: Report, settings: dict) -> list[str]:
+def judge_family_notes(settings: dict, models: Iterable[str]) -> list[str]:
     """A sentence if a judge and a candidate are of one family."""
-    judges = {family(name) for name in settings.get("judges", [])} - {""}
-    related = [readable(name) for name in sorted(report.models) if family(name) in judges]
+    families = {family(judge) for judge in settings.get("judges", [])} - {""}
+    related = [name for name in sorted(models) if family(name) in families]
     if not related:
         return []
-    names = ", ".join(related[:5])
-    whose = "its" if len(related) == 1 else "their"
     return [
-        f"The judge is of the same model family as {names} and may favour {whose} answers. "
-        "Add a --judge-model of another family to check this."
+        f"The judge may favour answers of its own family: its name begins like that of "
+        f"{', '.join(related[:5])}. Add a --judge-model of another family to check this."
     ]
 
 
-def chart_data(report: Report) -> dict:
-    """The data of all charts, by name."""
-    sides = ("chosen", "rejected")
-    gaps = report.column("gap")
-    of_gaps = histogram({"pairs": gaps})
-    if of_gaps:
-        edges = of_gaps["edges"][:-1]
-        of_gaps["at_least"] = []
-        for edge in edges:
-            of_gaps["at_least"].append(sum(x >= edge for x in gaps) / len(gaps))
-    steps = [f"{low:g}-{high:g}×" for low, high in itertools.pairwise((1.0, *RATIOS))]
-    steps.append(f"over {RATIOS[-1]:g}×")
-    models = {readable(name): share_true(counts) for name, counts in report.models.items()}
-    busiest = sorted(models, key=lambda name: -models[name].n)[:SHOWN_MODELS]
-    positions = sorted(position for position, counts in report.positions.items() if counts)
-    formats = {name: format_share(report, name) for name in FORMATS}
-    return {
-        "scores": histogram({side: report.column(f"score_{side}") for side in sides}),
-        "gap": of_gaps,
-        "lengths": histogram({side: report.column(f"characters_{side}") for side in sides}),
-        "longer_by_ratio": share_rows(
-            dict(zip(steps, map(share_true, report.longer_by_ratio), strict=True))
-        ),
-        "positions": share_rows(
-            {f"shown {ordinal(place)}": share_true(report.positions[place]) for place in positions}
-        ),
-        "formats": share_rows(formats),
-        "models": share_rows({name: models[name] for name in busiest}),
-        "labels_by_gap": share_rows(label_agreement_by_gap(report.label_checks)),
-        "labels_by_position": share_rows(
-            {
-                "shown first": share_true(report.label_positions[True]),
-                "shown later": share_true(report.label_positions[False]),
-            }
-        ),
-    }
-
-
-def ordinal(position: int) -> str:
-    """0 -> "first", 1 -> "second", 2 -> "third", 3 -> "4th", ..."""
-    names = ("first", "second", "third")
-    return names[position] if position < len(names) else f"{position + 1}th"
-
-
-def share_rows(shares: dict[str, Measured]) -> list[dict]:
-    """Rows of a bar chart, without those that have no case."""
-    rows = []
-    for label, measured in shares.items():
-        if measured.n:
-            rows.append({"label": label, **measured._asdict()})
-    return rows
-
-
-def label_agreement_by_gap(checks: Counter) -> dict[str, Measured]:
-    """Range of the label's gap -> how often the judges agree with labels of this gap."""
-    decided = {}
-    for (label_gap, result), count in checks.items():
-        if label_gap is not None and result in DECISIVE:
-            decided[label_gap, result] = count
-    if not decided:
-        return {}
-    gaps = sorted(label_gap for label_gap, _ in decided)
-    step = round_step(gaps[-1] - gaps[0], 4)
-    by_step = defaultdict(Counter)
-    for (label_gap, result), count in decided.items():
-        by_step[math.floor(label_gap / step + 1e-9)][result == "agrees"] += count
-    rows = {}
-    for place in sorted(by_step):
-        name = f"gap {rounded(place * step):g} to {rounded((place + 1) * step):g}"
-        rows[name] = share_true(by_step[place])
-    return rows
+def family(model: str) -> str:
+    """The letters that the name in `[owner/]name[@URL]` begins with: "qwen" for Qwen/Qwen3-32B."""
+    name = model.partition("@")[0].lower().rpartition("/")[2]
+    return re.match("[a-z]*", name)[0]
 
 
 def histogram(series: dict[str, list[float]]) -> dict:
-    """Counts of each series' values in up to 26 equal steps: {"edges", "counts", ...}, or {}.
+    """{"columns": names, "rows": [[start, share of the first series, ...], ...]}; about ten steps.
 
-    If some values are far away, the outermost 1% at either end count in the first and the last
-    step ("open_start", "open_end"). "centred": each step has one value in its middle."""
-    values = sorted(itertools.chain.from_iterable(series.values()))
-    if not values:
-        return {}
-    low = values[math.floor(0.01 * (len(values) - 1))]
-    high = values[math.ceil(0.99 * (len(values) - 1))]
-    if values[-1] - values[0] <= 1.5 * (high - low):  # no value is far away
-        low = values[0]
-        high = values[-1]
-    width = high - low
-    if width < 1e-6 * max(abs(low), abs(high)):
-        width = 0.0
-    step = round_step(width, 24)
-    centred = all(abs(value / step - round(value / step)) < 1e-6 for value in values)
-    shift = 0.5 if centred else 1e-9  # 1e-9: 0.3 / 0.1 is a little less than 3
-    first = math.floor(low / step + shift)
-    last = math.floor(high / step + shift)
-    counts = {}
-    for name, numbers in series.items():
-        places = Counter(math.floor(value / step + shift) for value in numbers)
-        row = [places[place] for place in range(first, last + 1)]
-        row[0] += sum(count for place, count in places.items() if place < first)
-        row[-1] += sum(count for place, count in places.items() if place > last)
-        counts[name] = row
-    start = first - 0.5 if centred else first
-    edges = [rounded((start + i) * step) for i in range(last - first + 2)]
-    return {
-        "edges": edges,
-        "centred": centred,
-        "open_start": values[0] < edges[0],
-        "open_end": values[-1] > edges[-1],
-        "counts": counts,
-        "medians": {name: median(numbers).value for name, numbers in series.items()},
-    }
-
-
-def round_step(width: float, steps: int) -> float:
-    """The smallest of ..., 0.5, 1, 2, 5, 10, 20, ... of which `steps` cover `width`."""
-    if width <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(width / steps))
-    for factor in (1, 2, 5):
-        if factor * power * steps >= width:
-            return factor * power
-    return 10 * power
-
-
-def rounded(value: float) -> float:
-    """The value without the last digits of a sum of decimals: 0.30000000000000004 -> 0.3."""
-    return float(f"{value:.12g}")
+    The outermost 1% at either end count in the first and the last step: some are far away."""
+    columns = []
+    for name, values in series.items():
+        columns.append(f"{name}, median {shown(median(values).value)}")
+    together = sorted(itertools.chain.from_iterable(series.values()))
+    if not together:
+        return {"columns": columns, "rows": []}
+    outside = len(together) // 100
+    low = together[outside]
+    high = together[-1 - outside]
+    width = (high - low) or 12.0
+    power = 10.0 ** math.floor(math.log10(width / 12))
+    step = power
+    for factor in (2, 5, 10):
+        if 12 * step < width:
+            step = factor * power
+    first = math.floor(low / step + 1e-9)  # 1e-9: 0.3 / 0.1 is a little less than 3
+    last = math.floor(high / step + 1e-9)
+    rows = [[float(f"{place * step:.12g}")] for place in range(first, last + 1)]
+    for values in series.values():
+        places = Counter()
+        for value in values:
+            places[min(max(math.floor(value / step + 1e-9), first), last)] += 1
+        for place, row in enumerate(rows, first):
+            row.append(places[place] / len(values))
+    return {"columns": columns, "rows": rows}
 
 
 def examples(rows: list[dict]) -> list[dict]:
     """Up to SHOWN_PAIRS pairs each with the lowest gap, with the highest gap, and at random."""
-    with_gap = [row for row in rows if row["gap"] is not None]
-    with_gap.sort(key=lambda row: row["gap"])
-    kinds = {"lowest gap": with_gap, "highest gap": with_gap[::-1], "random": rows}
+    ordered = [row for row in rows if row["gap"] is not None]
+    ordered.sort(key=lambda row: row["gap"])
+    lowest = ordered[:SHOWN_PAIRS]
+    highest = ordered[SHOWN_PAIRS:][-SHOWN_PAIRS:]
+    others = [row for row in rows if row not in lowest + highest]
+    kinds = {"lowest gap": lowest, "highest gap": highest, "random": others[:SHOWN_PAIRS]}
     samples = []
-    taken: set[int] = set()  # ids of the rows: a pair is shown once
-    for kind, candidates in kinds.items():
-        others = [row for row in candidates if id(row) not in taken]
-        for row in others[:SHOWN_PAIRS]:
-            taken.add(id(row))
-            texts = {name: row[name][:SHOWN_TEXT] for name in ("prompts", "chosen", "rejected")}
-            samples.append({"kind": kind, **row, **texts})
+    for kind, group in kinds.items():
+        samples += [{"kind": kind, **row} for row in group]
     return samples
 
 
-def cost(usage: list[dict], pairs: int) -> dict:
-    """Sums over all models, and per pair; money is None if a model has no price."""
+def cost(usage: list[dict]) -> dict:
+    """Sums over all models; money is None if a model has no price."""
     total = {}
     for key in ("calls", "cached", "tokens_in", "tokens_out", "money"):
         values = [row[key] for row in usage]
         total[key] = None if None in values else sum(values)
-    per_pair = {}
-    for key, value in total.items():
-        unknown = value is None or not pairs
-        per_pair[f"{key}_per_pair"] = None if unknown else value / pairs
-    return total | per_pair
+    return total
 
 
 # Numbers as people read them.
 
 
-def shown(value: float | str | None, unit: str = "") -> str:
+def shown(value: float | None, unit: str = "") -> str:
     """A value as people read it: `62%`, `1.25×`, `1,204`; unknown: a dash."""
-    if value is None or value == "":
+    if value is None:
         return "–"
-    if isinstance(value, str):
-        return value
     if unit == "%":
         return f"{100 * value:.0f}%"
     if abs(value) >= 100 or value == int(value):
@@ -8215,16 +7933,9 @@ def shown(value: float | str | None, unit: str = "") -> str:
     return f"{value:.3g}{unit}"
 
 
-def shown_money(value: float | None) -> str:
-    """An amount of money: `1,204.50`, `0.0086`; unknown: a dash."""
-    if value is None:
-        return "–"
-    return f"{value:,.2f}" if value >= 1 else f"{value:.2g}"
-
-
 def shown_interval(interval: tuple[float, float] | None, unit: str = "") -> str:
     """An interval as people read it: `58-66%`, `2.5-3.1`, `-0.4 to 0.2`; none: a dash."""
-    if not interval or None in interval:
+    if not interval:
         return "–"
     low, high = interval
     if low < 0:
@@ -8235,70 +7946,55 @@ def shown_interval(interval: tuple[float, float] | None, unit: str = "") -> str:
 def with_interval(row: dict) -> str:
     """A row's value with its interval and cases: `62%, 95% CI 58-66%, n=400`."""
     unit = row["unit"]
-    pieces = [shown(row["value"], unit)]
-    if row["interval"]:
-        pieces.append(f"95% CI {shown_interval(row['interval'], unit)}")
-    pieces.append(f"n={row['n']:,}")
-    return ", ".join(pieces)
+    interval = shown_interval(row["interval"], unit)
+    return f"{shown(row['value'], unit)}, 95% CI {interval}, n={row['n']:,}"
 
 
 # The page: numbers -> HTML. Every text in the numbers is escaped before any of this runs.
 
-SECTIONS = {
-    "quality": "Pair quality",
-    "length": "Length",
-    "diversity": "Diversity",
-    "bias": "Bias",
-    "people": "People",
-    "labels": "Labels checked",
+SECTIONS = {  # section of a metric -> title, and what its numbers tell
+    "quality": ("Pair quality", "How many records give a pair, and how much better chosen is."),
+    "length": ("Length", "Whether a model could learn length instead of quality."),
+    "diversity": ("Diversity", "Whether prompts and chosen answers repeat each other."),
+    "bias": ("Bias", "What besides quality predicts which answer is chosen; 50% is chance."),
+    "words": ("Telling words", "How often the answer that alone has this word is chosen."),
+    "people": ("People", "What the annotators say about the labels."),
+    "labels": ("Labels checked", "What judges or exact match say about labels and answers."),
 }
-TASKS = {"answer": "writing answers", "judge": "judging"}  # role of a model -> what it was paid for
-STAGES = {
-    "input": 0,
-    "model": 1,
-    "judge": 2,
-    "filter": 3,
-    "human": 4,
-}  # the order of a record's way
-LEVEL_WORDS = {"warn": "warning"}  # level -> its word on the page, where it is another
-# A histogram's drawing area, in units of its view box (about a pixel on a phone).
-PLOT_LEFT = 44
-PLOT_RIGHT = 372
-PLOT_TOP = 14
-PLOT_BOTTOM = 176
-VIEW_BOX = "0 0 412 206"
 
 
 def report_html(numbers: dict) -> str:
     """The report as one page that runs and requests nothing; model texts enter it only escaped."""
     numbers = escaped(numbers)
-    sections = [
-        quality_section(numbers),
-        length_section(numbers),
-        diversity_section(numbers),
-        bias_section(numbers),
-        people_section(numbers),
-        labels_section(numbers),
-        cost_section(numbers),
-        samples_section(numbers),
-        settings_section(numbers),
-    ]
-    sections = [section for section in sections if section]
-    links = [f'<a href="#{anchor(title)}">{title}</a>' for title, _ in sections]
-    pieces = {
-        "SUMMARY": page_summary(numbers),
-        "TILES": tiles(numbers),
-        "WARNINGS": warning_list(numbers),
-        "LINKS": "".join(links),
-        "SECTIONS": "".join(section_html(title, body) for title, body in sections),
+    charts = numbers["charts"]
+    scores = histogram_table("Score", charts["scores"])
+    gaps = histogram_table("Score gap", charts["gap"])
+    more = {  # section -> what stands below its metrics
+        "quality": f'<div class="grid">{scores}{gaps}</div>{dropped_table(numbers)}',
+        "length": histogram_table("Characters", charts["lengths"]),
+        "bias": paragraphs(numbers["notes"]),
+        "people": paragraphs(numbers["people"]),
     }
+    body = ""
+    for section, (title, sentence) in SECTIONS.items():
+        rows = [row for row in numbers["metrics"] if row["section"] == section and row["n"]]
+        body += section_html(title, sentence, metric_table(rows) + more.get(section, ""))
+    sentence = (
+        f"Medians, charts, words, formats come from {numbers['sampled_pairs']:,} sampled pairs, "
+        f"diversity from up to {DIVERSITY_SAMPLE}; texts are cut at {SAMPLE_TEXT:,} characters."
+    )
+    articles = "".join(pair_article(row) for row in numbers["samples"])
+    body += section_html("Cost", "By model and task.", cost_table(numbers))
+    body += section_html("Pairs to read", "No metric replaces reading some pairs.", articles)
+    body += section_html("Settings", sentence, settings_table(numbers["settings"]))
+    pieces = {"TILES": tiles(numbers), "WARNINGS": warning_list(numbers), "SECTIONS": body}
     return filled_page(REPORT_PAGE, pieces)
 
 
 def escaped(value: object) -> object:
     """The value with every text in it, keys included, escaped for HTML text and attributes."""
     if isinstance(value, str):
-        return html.escape(readable(value))
+        return html.escape(value)
     if isinstance(value, dict):
         return {escaped(key): escaped(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -8306,579 +8002,122 @@ def escaped(value: object) -> object:
     return value
 
 
-def anchor(title: str) -> str:
-    """The id of a section: "Pair quality" -> "pair-quality"."""
-    return title.lower().replace(" ", "-")
+def section_html(title: str, sentence: str, content: str) -> str:
+    """One section of the page; none without content."""
+    return f"<section><h2>{title}</h2><p>{sentence}</p>{content}</section>" if content else ""
 
 
-def section_html(title: str, body: str) -> str:
-    """One section of the page."""
-    return f'<section id="{anchor(title)}"><h2>{title}</h2>{body}</section>'
+def paragraphs(sentences: list[str]) -> str:
+    """Sentences as paragraphs, with flags as code."""
+    return "".join(f"<p>{mark_flags(sentence)}</p>" for sentence in sentences)
 
 
-def page_summary(numbers: dict) -> str:
-    """Where the data comes from, below the page's title."""
-    settings = numbers["settings"]
-    pieces = []
-    if settings.get("method"):
-        pieces.append(f"method {settings['method']}")
-    if settings.get("models"):
-        pieces.append(f"models {', '.join(settings['models'])}")
-    if settings.get("judges"):
-        pieces.append(f"judge {', '.join(settings['judges'])}")
-    if settings.get("input_file"):
-        pieces.append(f"input {settings['input_file']}")
-    return " · ".join(pieces)
+def mark_flags(text: str) -> str:
+    """The text with its flags as code."""
+    return re.sub("--[a-z-]+", r"<code>\g<0></code>", text)
 
 
 def tiles(numbers: dict) -> str:
     """The figures that a reader looks for first."""
-    rows = {row["metric"]: row for row in numbers["metrics"]}
-    cells = [
-        (f"{numbers['pairs']:,}", "pairs"),
-        (shown(rows["kept"]["value"], "%"), f"of {numbers['records']:,} records kept"),
-        (shown(rows["gap"]["value"]), "median score gap"),
-        (shown(rows["longer"]["value"], "%"), "chosen is longer"),
-        (shown(rows["flips"]["value"], "%"), "order flips"),
-    ]
-    shown_cells = [(value, label) for value, label in cells if value != "–"]
-    return "".join(f"<div><b>{value}</b>{label}</div>" for value, label in shown_cells)
+    cells = [f"<div><b>{numbers['pairs']:,}</b>pairs of {numbers['records']:,} records</div>"]
+    for row in numbers["metrics"]:
+        if row["metric"] in HEADLINES and row["n"]:
+            cells.append(f"<div><b>{shown(row['value'], row['unit'])}</b>{row['label']}</div>")
+    return "".join(cells)
 
 
 def warning_list(numbers: dict) -> str:
-    """The warnings as cards; without any, what the checks say."""
+    """The warnings as cards, then what the other checks say."""
     cards = []
     for row in numbers["warnings"]:
-        cards.append(card(row["level"], row["finding"], f"{row['meaning']} {row['advice']}"))
+        text = mark_flags(f"{row['meaning']} {row['advice']}")
+        head = f'<b class="level">{row["level"]}</b> <strong>{row["finding"]}</strong>'
+        cards.append(f'<li class="{row["level"]}"><p>{head}</p><p>{text}</p></li>')
     checks = numbers["checks"]
-    sentence = f"{checks['passed']} of {checks['total']} checks passed"
-    if checks["too_few"]:
-        sentence += f", {checks['too_few']} had too few cases"
-    if numbers["few"]:
-        cards.append(card("too few", numbers["few"], f"{sentence}."))
-    elif cards:
-        sentence = f"<p>{sentence}.</p>"
-        return f"<ul>{''.join(cards)}</ul>{sentence}"
-    else:
-        cards.append(card("ok", "No warnings.", f"{sentence}."))
-    return f"<ul>{''.join(cards)}</ul>"
-
-
-def card(level: str, finding: str, text: str) -> str:
-    """One warning, or what stands there instead."""
-    word = LEVEL_WORDS.get(level, level)
-    head = f'<p><b class="level">{word}</b> <strong>{finding}</strong></p>'
-    return f'<li class="{level.replace(" ", "-")}">{head}<p>{mark_flags(text)}</p></li>'
-
-
-def mark_flags(text: str) -> str:
-    """The text with its flags as code, with a number or a name_like_this as their value."""
-    flag_pattern = r"--[a-z-]+(?: \d+(?:\.\d+)?| [a-z]+_[a-z]+)?"
-    return re.sub(flag_pattern, r"<code>\g<0></code>", text)
-
-
-def quality_section(numbers: dict) -> tuple[str, str]:
-    """Records, scores, and the gap between them."""
-    kept = numbers["kept"]
-    median_gap = metric_of(numbers, "gap")
-    pairs = plural(numbers["pairs"], "pair")
-    sentence = f"{kept:,} of {plural(numbers['records'], 'record')} gave {pairs}"
-    if median_gap["n"]:
-        sentence += f"; the median score gap is {shown(median_gap['value'])}."
-    elif numbers["pairs"]:
-        sentence += "; the data has no scores (choices or ranks), so there is no score gap."
-    else:
-        sentence += "."
-    charts = numbers["charts"]
-    figures = [
-        mirrored_histogram("Scores", "score", "answers", charts["scores"]),
-        gap_chart(charts["gap"]),
-        funnel(numbers),
-    ]
-    return SECTIONS["quality"], section_body(numbers, "quality", [sentence], figures)
-
-
-def length_section(numbers: dict) -> tuple[str, str]:
-    """Whether the longer answer wins."""
-    longer = metric_of(numbers, "longer")
-    ratio = metric_of(numbers, "length_ratio")
-    sentence = "There is no pair with answers of different length."
-    if longer["n"]:
-        sentence = (
-            f"The chosen answer is the longer one in {shown(longer['value'], '%')} of the pairs; "
-            f"the median length ratio, chosen to rejected, is {ratio['value']:.2f}."
-        )
-    charts = numbers["charts"]
-    figures = [
-        mirrored_histogram("Length", "characters", "answers", charts["lengths"]),
-        share_bars(
-            "Does the longer answer win?",
-            "How often the longer answer is chosen, by how much longer it is",
-            charts["longer_by_ratio"],
-            fair=True,
-        ),
-    ]
-    return SECTIONS["length"], section_body(numbers, "length", [sentence], figures)
-
-
-def diversity_section(numbers: dict) -> tuple[str, str]:
-    """Whether prompts and answers repeat."""
-    section = "diversity"
-    rows = rows_of(numbers, section)
-    pieces = []
-    for key, texts in (("chosen", "chosen answers"), ("prompts", "prompts")):
-        row = metric_of(numbers, f"near_duplicates_{key}")
-        if row["n"]:
-            pieces.append(f"{shown(row['value'], '%')} of the {texts}")
-    sentence = f"{' and '.join(pieces)} are near-duplicates of another one."
-    if not pieces:
-        sentence = f"The texts have fewer than {LONG_ENOUGH} words, so they are not compared."
-    figures = [share_bars("Repetition", "Share of the sampled texts", shares_of(rows))]
-    return SECTIONS[section], section_body(numbers, section, [sentence], figures)
-
-
-def bias_section(numbers: dict) -> tuple[str, str]:
-    """What predicts the label besides quality."""
-    rows = rows_of(numbers, "bias")
-    findings = [row["finding"] for row in rows if row["finding"]]
-    sentence = " ".join(findings)
-    if not findings:
-        sentence = "No check found anything but quality that predicts which answer is chosen."
-    too_few = sum(1 for row in rows if row["level"] == "too few")
-    if too_few and not findings:
-        sentence = "No check with enough cases found a bias."
-    if too_few:
-        sentence += f" {plural(too_few, 'check')} had too few cases."
-    if not any(row["level"] in ("ok", "warn", "critical") for row in rows):
-        sentence = "There are too few cases to tell what besides quality predicts the label."
-    charts = numbers["charts"]
-    figures = [
-        share_bars(
-            "Position",
-            "How often the answer shown first (second) got the higher score",
-            charts["positions"],
-            fair=True,
-        ),
-        share_bars(
-            "Format",
-            "How often an answer is chosen if it alone has this format",
-            charts["formats"],
-            fair=True,
-        ),
-        share_bars(
-            "Model identity",
-            "How often a model's answer is chosen against another model's",
-            charts["models"],
-            fair=True,
-        ),
-        words_figure(numbers["words"]),
-    ]
-    return SECTIONS["bias"], section_body(numbers, "bias", [sentence, *numbers["notes"]], figures)
-
-
-def people_section(numbers: dict) -> tuple[str, str] | None:
-    """What the annotators say about the labels."""
-    section = "people"
-    rows = rows_of(numbers, section)
-    if not rows and not numbers["people"]:
-        return None
-    shares = [row for row in rows if row["unit"] == "%"]
-    figures = [share_bars("What people say", "Share of reviewed pairs", shares)]
-    sentences = [mark_flags(sentence) for sentence in numbers["people"]]
-    return SECTIONS[section], section_body(numbers, section, sentences, figures)
-
-
-def labels_section(numbers: dict) -> tuple[str, str] | None:
-    """What a judge or exact match says about labels and answers that can be checked."""
-    agreement = metric_of(numbers, "label_agreement")
-    undecided = metric_of(numbers, "label_undecided")
-    facts = numbers["facts"]
-    if not undecided["n"] and not facts:
-        return None
-    sentences = []
-    if undecided["n"]:
-        sentences.append(
-            f"The judges agree with {shown(agreement['value'], '%')} of the labels that they "
-            f"decide, and leave {shown(undecided['value'], '%')} of all labels undecided."
-        )
-    if facts:
-        listing = "; ".join(f"{plural(facts[fact], 'record')}: {fact}" for fact in facts)
-        sentences.append(f"{listing}.")
-    charts = numbers["charts"]
-    figures = [
-        share_bars(
-            "Agreement by the label's gap",
-            "How often the judges agree with labels whose scores differ by this much",
-            charts["labels_by_gap"],
-        ),
-        share_bars(
-            "Agreement by position",
-            "How often a judge reply prefers the labelled-better answer, by where it stood",
-            charts["labels_by_position"],
-        ),
-    ]
-    return SECTIONS["labels"], section_body(numbers, "labels", sentences, figures)
-
-
-def cost_section(numbers: dict) -> tuple[str, str] | None:
-    """API calls, tokens and money, by model and task."""
-    if not numbers["usage"]:
-        return None
-    total = numbers["cost"]
-    sentence = (
-        f"API calls: {total['calls']:,} made, {total['cached']:,} replies from the cache; "
-        f"{total['tokens_in']:,} tokens in, {total['tokens_out']:,} out"
-    )
-    if total["money"] is None:
-        sentence += "."
-    else:
-        sentence += f", {shown_money(total['money'])} at the given prices"
-        if total["money_per_pair"] is not None:
-            sentence += f" ({shown_money(total['money_per_pair'])} per pair)"
-        sentence += "."
-    rows = []
-    for row in numbers["usage"]:
-        rows.append(
-            [
-                row["model"],
-                TASKS.get(row["role"], row["role"]),
-                shown(row["calls"]),
-                shown(row["cached"]),
-                shown(row["tokens_in"]),
-                shown(row["tokens_out"]),
-                shown_money(row["money"]),
-            ]
-        )
-    columns = ["Model", "Task", "API calls", "From cache", "Tokens in", "Tokens out", "Cost"]
-    return "Cost", f"<p>{sentence}</p>{table(columns, rows)}"
-
-
-def samples_section(numbers: dict) -> tuple[str, str] | None:
-    """Pairs with the lowest and the highest gap, and random ones."""
-    if not numbers["samples"]:
-        return None
-    sentence = "Read some pairs yourself: no metric replaces it."
-    articles = [pair_article(row) for row in numbers["samples"]]
-    return "Pairs to read", f"<p>{sentence}</p>{''.join(articles)}"
-
-
-def settings_section(numbers: dict) -> tuple[str, str]:
-    """How the data was made."""
-    sample = numbers["sample"]
-    sentence = (
-        f"Medians, charts of scores and lengths, and bias come from {sample['pairs']:,} sampled "
-        f"pairs, diversity and telling words from up to {sample['diversity_texts']:,} of them; "
-        f"each text is cut at {sample['characters']:,} characters."
-    )
-    rows = []
-    for name, value in numbers["settings"].items():
-        if isinstance(value, dict):
-            value = [f"{key} {item}" for key, item in value.items()]
-        if isinstance(value, list):
-            value = ", ".join(map(str, value))
-        rows.append([name, str(value)])
-    return "Settings", f"<p>{sentence}</p>{table(['Setting', 'Value'], rows)}"
-
-
-def metric_of(numbers: dict, key: str) -> dict:
-    """The row of one metric."""
-    return next(row for row in numbers["metrics"] if row["metric"] == key)
-
-
-def rows_of(numbers: dict, section: str) -> list[dict]:
-    """The metrics of one section that have any case."""
-    return [row for row in numbers["metrics"] if row["section"] == section and row["n"]]
-
-
-def shares_of(rows: list[dict]) -> list[dict]:
-    """The metrics that are shares of texts or pairs, for a bar chart."""
-    return [row for row in rows if row["unit"] == "%" and row["level"]]
-
-
-def section_body(numbers: dict, section: str, sentences: list[str], figures: list[str]) -> str:
-    """A section's sentences, its figures and the table of its metrics that apply."""
-    text = "".join(f"<p>{sentence}</p>" for sentence in sentences)
-    drawings = "".join(figures)
-    if drawings:
-        text += f'<div class="grid">{drawings}</div>'
-    return text + metric_table(rows_of(numbers, section))
+    passed = f"{checks['passed']} of {checks['total']} checks passed"
+    text = f"{numbers['few']} {passed}, {checks['too_few']} had too few cases."
+    return f"<ul>{''.join(cards)}</ul><p>{text}</p>"
 
 
 def metric_table(rows: list[dict]) -> str:
-    """Metrics with value, interval, number of cases and level."""
-    if not rows:
-        return ""
+    """Metrics with a bar for shares, value, interval, cases, fine range and level."""
     cells = []
     for row in rows:
         unit = row["unit"]
-        word = LEVEL_WORDS.get(row["level"], row["level"])
-        cells.append(
-            [
-                row["label"],
-                shown(row["value"], unit),
-                shown_interval(row["interval"], unit),
-                f"{row['n']:,}",
-                f'<span class="{row["level"].replace(" ", "-")}">{word}</span>',
-            ]
-        )
-    return table(["Metric", "Value", "95% CI", "Cases", "Level"], cells)
+        drawing = bar(row["value"], interval=row["interval"]) if unit == "%" else ""
+        value = shown(row["value"], unit)
+        interval = shown_interval(row["interval"], unit)
+        level = f'<b class="level {row["level"]}">{row["level"]}</b>'
+        cells.append([row["label"], drawing, value, interval, f"{row['n']:,}", row["fine"], level])
+    return table(["Metric", "", "Value", "95% CI", "Cases", "Fine", "Level"], cells)
+
+
+def histogram_table(title: str, data: dict) -> str:
+    """The steps of a histogram, each with a bar for every series."""
+    rows = []
+    for start, *shares in data["rows"]:
+        bars = "".join(map(bar, shares, ("chosen", "rejected")))
+        rows.append([f"{start:,g}", bars, *(shown(value, "%") for value in shares)])
+    keys = []
+    for name, side in zip(data["columns"], ("chosen", "rejected"), strict=False):
+        keys.append(f'<span class="key {side}">{name}</span>')
+    return table([f"{title}, from", "", *keys], rows)
+
+
+def bar(value: float, color: str = "chosen", interval: tuple[float, float] | None = None) -> str:
+    """A share as a bar from 0 to 100%, with its 95% interval as a line."""
+    line = ""
+    if interval:
+        line = f'<path d="M{100 * interval[0]:.1f} 6H{100 * interval[1]:.1f}"/>'
+    return (
+        '<svg viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect class="{color}" y="2" width="{100 * value:.1f}" height="8"/>{line}</svg>'
+    )
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
-    """An HTML table that scrolls by itself on a narrow screen."""
+    """An HTML table that scrolls by itself on a narrow screen; none without rows."""
+    if not rows:
+        return ""
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     body = ""
     for first, *others in rows:
         cells = "".join(f"<td>{cell}</td>" for cell in others)
         body += f'<tr><th scope="row">{first}</th>{cells}</tr>'
-    return f'<div class="wide" tabindex="0"><table><tr>{head}</tr>{body}</table></div>'
+    return f'<div class="card wide" tabindex="0"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def figure(title: str, caption: str, drawing: str, full: bool = False) -> str:
-    """A chart with its title and what it shows; `full`: as wide as the page."""
-    start = '<figure class="full">' if full else "<figure>"
-    return f"{start}<figcaption><h3>{title}</h3>{caption}</figcaption>{drawing}</figure>"
-
-
-def share_bars(title: str, caption: str, rows: list[dict], fair: bool = False) -> str:
-    """Shares as bars from 0 to 100% with their 95% intervals; `fair`: with a mark at 50%."""
-    if not rows:
-        return ""
-    mark = '<path class="fair" d="M50 0V12"/>' if fair else ""
-    body = ""
-    for row in rows:
-        low, high = [100 * end for end in row["interval"]]
-        svg = (
-            '<svg viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
-            f'<rect class="track" width="100" height="12"/>{mark}'
-            f'<rect class="chosen" y="2" width="{100 * row["value"]:.1f}" height="8"/>'
-            f'<path class="interval" d="M{low:.1f} 6H{high:.1f}"/></svg>'
-        )
-        interval = shown_interval(row["interval"], "%")
-        value = shown(row["value"], "%")
-        body += (
-            f'<tr><th scope="row">{row["label"]}</th><td>{svg}</td>'
-            f"<td>{value} <small>{interval} <span>n={row['n']:,}</span></small></td></tr>"
-        )
-    ticks = "<div><span>0%</span><span>50%</span><span>100%</span></div>"
-    scale = f'<tr class="scale" aria-hidden="true"><td></td><td>{ticks}</td></tr>'
-    columns = '<th scope="col">Case</th><td></td><th scope="col">Share, 95% CI, cases</th>'
-    head = f'<tr class="hidden">{columns}</tr>'
-    caption += "; the dashed line is a fair 50%." if fair else "."
-    return figure(title, caption, f'<table class="bars">{head}{body}{scale}</table>')
-
-
-def funnel(numbers: dict) -> str:
-    """From records to pairs: what each drop reason takes away."""
-    total = numbers["records"]
-    if not total:
-        return ""
-    reasons = numbers["dropped"][:SHOWN_REASONS]
-    others = sum(row["records"] for row in numbers["dropped"][SHOWN_REASONS:])
-    reasons = sorted(reasons, key=lambda row: STAGES.get(row["stage"], len(STAGES)))
-    body = funnel_row("records read", "", 0, total, total, "chosen")
-    left = total
-    for row in reasons:
-        left -= row["records"]
-        explanation = row["meaning"]
+def dropped_table(numbers: dict) -> str:
+    """What each drop reason takes away, and what to try about it."""
+    rows = []
+    for row in numbers["dropped"][:SHOWN_ROWS]:
+        text = row["meaning"]
         if row["advice"]:
-            explanation += f". Try: {mark_flags(row['advice'])}"
-        body += funnel_row(row["reason"], explanation, left, row["records"], total, "rejected")
-    if others:
-        left -= others
-        body += funnel_row("other reasons", "", left, others, total, "rejected")
-    body += funnel_row("records that give a pair", "", 0, numbers["kept"], total, "chosen")
-    caption = "Records read, dropped for each reason, and kept."
-    body = f'<table class="bars funnel">{body}</table>'
-    return figure("From records to pairs", caption, body, full=True)
+            text += f". Try: {mark_flags(row['advice'])}"
+        part = bar(row["records"] / numbers["records"], "rejected")
+        rows.append([f"{row['reason']}<small>{text}</small>", part, f"{row['records']:,}"])
+    return table(["Dropped because", "", "Records"], rows)
 
 
-def funnel_row(label: str, text: str, start: int, width: int, total: int, color: str) -> str:
-    """One bar of the funnel: `width` of `total` records, drawn from the `start`th on."""
-    x = 100 * start / total
-    svg = (
-        '<svg viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
-        '<rect class="track" width="100" height="12"/>'
-        f'<rect class="{color}" x="{x:.2f}" y="2" width="{100 * width / total:.2f}" height="8"/>'
-        "</svg>"
-    )
-    sign = "−" if color == "rejected" else ""
-    if text:
-        label += f"<small>{text}</small>"
-    return f'<tr><th scope="row">{label}</th><td>{svg}</td><td>{sign}{width:,}</td></tr>'
-
-
-def words_figure(words: list[dict]) -> str:
-    """The words that speak most clearly for each side, side by side."""
-    tables = ""
-    for side in ("chosen", "rejected"):
-        rows = []
-        for row in words:
-            if row["side"] == side:
-                rows.append([row["word"], f"{row['chosen']:,}", f"{row['rejected']:,}"])
-        columns = [
-            f'<span class="key {side}">speaks for {side}</span>',
-            "only in chosen",
-            "only in rejected",
-        ]
-        if rows:
-            tables += table(columns, rows)
-    if not tables:
-        return ""
-    caption = "Words that stand on one side more often: in how many pairs only that side has them."
-    return figure("Telling words", caption, f'<div class="grid">{tables}</div>', full=True)
-
-
-def mirrored_histogram(title: str, unit: str, things: str, data: dict) -> str:
-    """Chosen above the axis and rejected below it, on one scale."""
-    if not data:
-        return ""
-    totals = {side: max(1, sum(counts)) for side, counts in data["counts"].items()}
-    shares = {}
-    for side, counts in data["counts"].items():
-        shares[side] = [count / totals[side] for count in counts]
-    highest = max(max(row) for row in shares.values())
-    middle = (PLOT_TOP + PLOT_BOTTOM) / 2
-    height = middle - PLOT_TOP
-    drawing = percent_lines(highest, middle, -height) + percent_lines(highest, middle, height)
-    for side, sign in (("chosen", -1), ("rejected", 1)):
-        for place, value in enumerate(shares[side]):
-            size = value / highest * height
-            top = middle - size if sign < 0 else middle
-            drawing += bar(data, place, top, size, side)
-        x = plot_x(data, data["medians"][side])
-        drawing += f'<path class="median" d="M{x:.1f} {middle}v{sign * height:.1f}"/>'
-    drawing += f'<path class="axis" d="M{PLOT_LEFT} {middle}H{PLOT_RIGHT}"/>'
-    medians = {side: shown(value) for side, value in data["medians"].items()}
-    caption = (
-        f'<span class="key chosen">chosen, median {medians["chosen"]}</span> '
-        f'<span class="key rejected">rejected, median {medians["rejected"]}</span> '
-        f"Share of {things} by {unit}; the lines are the medians."
-    )
-    label = (
-        f"{title}: histogram of chosen (median {medians['chosen']}) above and rejected "
-        f"(median {medians['rejected']}) below the axis; the numbers stand in the table."
-    )
+def cost_table(numbers: dict) -> str:
+    """API calls, tokens and money, by model and task."""
     rows = []
-    for place, name in enumerate(step_names(data)):
-        rows.append([name, *(shown(shares[side][place], "%") for side in shares)])
-    numbers = details([unit.capitalize(), "Chosen", "Rejected"], rows)
-    return figure(title, caption, svg_image(label, drawing + x_axis(data)) + numbers)
+    for row in [*numbers["usage"], {"model": "total", "role": "", **numbers["cost"]}]:
+        counts = [f"{row[key]:,}" for key in ("calls", "cached", "tokens_in", "tokens_out")]
+        money = "–" if row["money"] is None else money_text(row["money"])
+        rows.append([row["model"], row["role"], *counts, money])
+    columns = ["Model", "Task", "API calls", "From cache", "Tokens in", "Tokens out", "Cost"]
+    return table(columns, rows if numbers["usage"] else [])
 
 
-def gap_chart(data: dict) -> str:
-    """The gaps as a histogram, with the share of pairs that have at least this gap as a line."""
-    if not data:
-        return ""
-    counts = data["counts"]["pairs"]
-    total = sum(counts)
-    highest = max(counts) / total
-    height = PLOT_BOTTOM - PLOT_TOP
-    drawing = percent_lines(highest, PLOT_BOTTOM, -height)
-    for place, count in enumerate(counts):
-        size = count / total / highest * height
-        drawing += bar(data, place, PLOT_BOTTOM - size, size, "chosen")
-    points = []
+def settings_table(settings: dict) -> str:
+    """How the data was made."""
     rows = []
-    for place, name in enumerate(step_names(data)):
-        kept_share = data["at_least"][place]
-        x = plot_x(data, data["edges"][place])
-        points.append(f"{x:.1f} {PLOT_BOTTOM - kept_share * height:.1f}")
-        rows.append([name, shown(counts[place] / total, "%"), shown(kept_share, "%")])
-    drawing += f'<path class="line" d="M{" L".join(points)}"/>'
-    for value in (0, 0.5, 1):
-        y = PLOT_BOTTOM - value * height + 4
-        drawing += f'<text class="line" x="{PLOT_RIGHT + 6}" y="{y:.1f}">{value:.0%}</text>'
-    drawing += f'<path class="axis" d="M{PLOT_LEFT} {PLOT_BOTTOM}H{PLOT_RIGHT}"/>'
-    middle = shown(data["medians"]["pairs"])
-    caption = (
-        f'<span class="key chosen">share of pairs, median {middle}</span> '
-        '<span class="key line">share with at least this gap (right axis)</span> '
-        f"The line shows what {mark_flags('--min-score-gap')} keeps."
-    )
-    label = f"Score gap: histogram of {total:,} pairs, median {middle}; numbers in the table."
-    numbers = details(["Gap", "Pairs", "At least this gap"], rows)
-    return figure("Score gap", caption, svg_image(label, drawing + x_axis(data)) + numbers)
-
-
-def svg_image(label: str, drawing: str) -> str:
-    """A drawing that a screen reader names by its label."""
-    return f'<svg class="plot" viewBox="{VIEW_BOX}" role="img" aria-label="{label}">{drawing}</svg>'
-
-
-def details(columns: list[str], rows: list[list[str]]) -> str:
-    """A chart's numbers as a table that is closed at first."""
-    return f"<details><summary>Numbers</summary>{table(columns, rows)}</details>"
-
-
-def plot_x(data: dict, value: float) -> float:
-    """Where a value stands on a histogram's axis."""
-    low = data["edges"][0]
-    high = data["edges"][-1]
-    share_of_axis = (min(max(value, low), high) - low) / (high - low)
-    return PLOT_LEFT + share_of_axis * (PLOT_RIGHT - PLOT_LEFT)
-
-
-def bar(data: dict, place: int, top: float, height: float, color: str) -> str:
-    """One bar of a histogram."""
-    left = plot_x(data, data["edges"][place])
-    width = plot_x(data, data["edges"][place + 1]) - left
-    return (
-        f'<rect class="{color}" x="{left + 0.6:.1f}" y="{top:.1f}" '
-        f'width="{max(1, width - 1.2):.1f}" height="{height:.1f}"/>'
-    )
-
-
-def percent_lines(highest: float, base: float, height: float) -> str:
-    """Lines and labels of one or two round shares; `highest` stands `height` beyond `base`."""
-    step = round_step(highest, 2)
-    if step > highest:
-        step /= 2
-    drawing = ""
-    value = step
-    while value <= highest + 1e-9:
-        y = base + value / highest * height
-        drawing += f'<path class="grid-line" d="M{PLOT_LEFT} {y:.1f}H{PLOT_RIGHT}"/>'
-        drawing += f'<text class="y" x="{PLOT_LEFT - 6}" y="{y + 4:.1f}">{shown(value, "%")}</text>'
-        value += step
-    return drawing
-
-
-def x_axis(data: dict) -> str:
-    """Ticks below a histogram at round values, about six of them."""
-    low = data["edges"][0]
-    high = data["edges"][-1]
-    step = round_step(high - low, 7)
-    drawing = ""
-    for place in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1):
-        value = rounded(place * step)
-        x = plot_x(data, value)
-        drawing += f'<path class="axis" d="M{x:.1f} {PLOT_BOTTOM}v5"/>'
-        drawing += f'<text class="x" x="{x:.1f}" y="{PLOT_BOTTOM + 20}">{axis_number(value)}</text>'
-    return drawing
-
-
-def axis_number(value: float) -> str:
-    """A number of at most about five characters: 12000 -> 12k."""
-    for size, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= max(size, 10_000):
-            return f"{value / size:g}{sign}"
-    return f"{value:g}"
-
-
-def step_names(data: dict) -> list[str]:
-    """The steps of a histogram in words: `1 to 2`, `5`, `10 or more`."""
-    names = []
-    for low, high in itertools.pairwise(data["edges"]):
-        if data["centred"]:
-            names.append(f"{rounded((low + high) / 2):,g}")
-        else:
-            names.append(f"{low:,g} to {high:,g}")
-    if data["open_start"]:
-        names[0] = f"below {data['edges'][1]:,g}"
-    if data["open_end"]:
-        names[-1] = f"{data['edges'][-2]:,g} or more"
-    return names
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            value = [f"{key} {item}" for key, item in value.items()]
+        rows.append([name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)])
+    return table(["Setting", "Value"], rows)
 
 
 def pair_article(row: dict) -> str:
@@ -8886,20 +8125,16 @@ def pair_article(row: dict) -> str:
     head = row["kind"]
     if row["gap"] is not None:
         head += f", score gap {shown(row['gap'])}"
-    texts = ""
+    facts = {"prompt": head}
     for side in ("chosen", "rejected"):
-        facts = [row[f"model_{side}"]]
+        facts[side] = row[f"model_{side}"]
         if row[f"score_{side}"] is not None:
-            facts.append(f"score {shown(row[f'score_{side}'])}")
-        facts = ", ".join(fact for fact in facts if fact)
-        texts += (
-            f'<div class="{side}"><h4>{side} <small>{facts}</small></h4>'
-            f'<p dir="auto" tabindex="0">{row[side]}</p></div>'
-        )
-    return (
-        f'<article><div class="prompt"><h4>prompt <small>{head}</small></h4>'
-        f'<p dir="auto" tabindex="0">{row["prompts"]}</p></div>{texts}</article>'
-    )
+            facts[side] += f" score {shown(row[f'score_{side}'])}"
+    texts = ""
+    for side, fact in facts.items():
+        title = f"<h3>{side} <small>{fact}</small></h3>"
+        texts += f'<div class="{side}">{title}<p dir="auto" tabindex="0">{row[side]}</p></div>'
+    return f'<article class="card">{texts}</article>'
 
 
 def filled_page(page: str, pieces: dict[str, str]) -> str:
@@ -9268,16 +8503,13 @@ def majority(choices: list[str]) -> str:
 # in up to 85% (MT-bench).
 # fmt: off
 HUMAN_METRICS = [
-    Metric("human_agreement", "people", "people agree with the label", "%", at_least(0.80, 0.65),
-           too_low=Problem("People often disagree with the labels", "labels"),
-           formula=Annotations.agreement),
+    Metric("human_agreement", "people", "people agree with the label", "%", Annotations.agreement,
+           too_low=Problem(0.8, 0.65, "People often disagree with the labels", "labels")),
     Metric("annotator_agreement", "people", "annotators agree with each other", "%",
-           at_least(0.65, 0.50),
-           too_low=Problem("The annotators often disagree with each other", "people"),
-           formula=Annotations.annotator_agreement),
-    Metric("label_error", "people", "wrong labels, random half", "%", at_most(0.05, 0.20),
-           too_high=Problem("People find many labels wrong", "labels"),
-           formula=Annotations.label_error),
+           Annotations.annotator_agreement,
+           too_low=Problem(0.65, 0.5, "The annotators often disagree with each other", "people")),
+    Metric("label_error", "people", "wrong labels, random half", "%", Annotations.label_error,
+           too_high=Problem(0.05, 0.2, "People find many labels wrong", "labels")),
 ]
 # fmt: on
 
@@ -9674,7 +8906,7 @@ def plan_line(records: int, models: Models) -> str:
     for row in rows:
         judging = "judging by " if row["role"] == "judge" else ""
         parts.append(f"{row['calls'] + row['cached']:,} {judging}{row['model']}")
-    sums = cost(rows, 0)
+    sums = cost(rows)
     calls = plural(sums["calls"] + sums["cached"], "API call")
     cached = f"{sums['cached']:,} {'is' if sums['cached'] == 1 else 'are'} cached"
     work = f"Plan: {plural(records, 'record')}, {calls} ({', '.join(parts)});"
@@ -9798,7 +9030,7 @@ def progress() -> ProgressBar:
 
 def summary(files: OutputFiles, models: Models, numbers: dict | None = None) -> list[str]:
     """The lines that end a run: result, quality (with a report's numbers), calls, files, advice."""
-    blocks = [result_lines(files, bool(models.stop)), call_lines(models, files.pairs)]
+    blocks = [result_lines(files, bool(models.stop)), call_lines(models)]
     if models.stop:
         blocks.append(stopped_lines(models))
     else:
@@ -9911,12 +9143,12 @@ def quality_lines(numbers: dict) -> list[str]:
     return lines
 
 
-def call_lines(models: Models, pairs: int) -> list[str]:
+def call_lines(models: Models) -> list[str]:
     """API calls, tokens and cost; no line if every model was offline."""
     rows = models.rows()
     if not rows:
         return []
-    sums = cost(rows, pairs)
+    sums = cost(rows)
     text = f"API calls: {sums['calls']:,} made, {sums['cached']:,} from cache; "
     text += f"{sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out"
     if sums["money"] is not None:
@@ -11530,200 +10762,106 @@ def disk_message(error: OSError | sqlite3.Error) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# §23 PAGES: REPORT_PAGE, REVIEW_PAGE
+# §23 PAGES: PAGE_START, REPORT_PAGE, REVIEW_PAGE
 # --------------------------------------------------------------------------------------------------
 
-REPORT_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{{POLICY}}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Preference data report</title>
-<style>
-:root { color-scheme: light dark; --page: light-dark(#f7f7f5, #14171b);
-  --card: light-dark(#fff, #1c2025); --ink: light-dark(#1f2429, #e6e8ea);
-  --soft: light-dark(#59626c, #a0a9b3); --line: light-dark(#dfe1e4, #333a42);
-  --track: light-dark(#eef0f2, #262c33); --chosen: light-dark(#2b6ca3, #6aaee0);
-  --rejected: light-dark(#cf8a2e, #dca559); --curve: light-dark(#8a3a86, #d08bcb);
-  --ok: light-dark(#23704a, #6cc390); --warn: light-dark(#8a5a06, #e8b957);
-  --critical: light-dark(#b02a26, #f28b82) }
-* { box-sizing: border-box; margin: 0 }
-body { margin: 0 auto; max-width: 70rem; padding: 2.5rem 1.25rem 4rem; background: var(--page);
-  color: var(--ink); font: 16px/1.55 system-ui, "Noto Sans", "PingFang SC", "Microsoft YaHei",
-  "Noto Sans CJK SC", sans-serif; overflow-wrap: break-word }
-h1 { font-size: 1.75rem; line-height: 1.2 }
-h2 { border-top: 1px solid var(--line); font-size: 1.25rem; margin: 2.5rem 0 .5rem;
-  padding-top: 1.5rem }
-h3, h4 { font-size: .95rem; font-weight: 600 }
-small, header p, figcaption, summary { color: var(--soft); font-size: .85rem; font-weight: 400 }
-header p { overflow-wrap: anywhere }
-section > p { margin-bottom: .6rem; max-width: 48rem }
-code { background: var(--track); border-radius: 4px; font: .88em ui-monospace, monospace;
-  padding: .1em .3em; white-space: nowrap }
-nav { display: flex; flex-wrap: wrap; font-size: .9rem; gap: .3rem 1rem; margin-top: 1.25rem }
-nav a { color: var(--chosen) }
-.tiles { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr));
-  margin: 1.5rem 0 1rem }
-.tiles div { color: var(--soft); font-size: .85rem; line-height: 1.35; padding: .8rem 1rem }
-.tiles b { color: var(--ink); display: block; font-size: 1.55rem; font-weight: 600 }
-.tiles div, figure, article, .wide, li { background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px }
-ul { display: grid; gap: .6rem; list-style: none; margin-bottom: .6rem; padding: 0 }
-li { border-left: 5px solid var(--level, var(--soft)); padding: .8rem 1.1rem }
-.ok { --level: var(--ok) } .warn { --level: var(--warn) } .critical { --level: var(--critical) }
-.level { color: var(--level, var(--soft)); font-size: .72rem; letter-spacing: .07em;
-  margin-right: .5rem; text-transform: uppercase }
-.grid { align-items: start; display: grid; gap: 1rem; margin: 1rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)) }
-figure { min-width: 0; padding: 1rem 1.1rem }
-figcaption { line-height: 1.45; margin-bottom: .6rem } figcaption h3 { color: var(--ink) }
-figure.full { grid-column: 1 / -1 } figure .grid { margin: 0 }
-.key { color: var(--ink); margin-right: .6rem }
-.key::before { background: var(--side); border-radius: 2px; content: ""; display: inline-block;
-  height: .7em; margin-right: .4em; width: .7em }
-.key.chosen { --side: var(--chosen) } .key.rejected { --side: var(--rejected) }
-.key.line { --side: var(--curve) }
-svg { display: block; width: 100% } svg.plot { height: auto; max-width: 34rem }
-rect.chosen { fill: var(--chosen) } rect.rejected { fill: var(--rejected) }
-rect.track { fill: var(--track) }
-path { fill: none; stroke: var(--soft); vector-effect: non-scaling-stroke }
-path.grid-line { stroke: var(--line) } path.median { stroke: var(--ink); stroke-dasharray: 4 3 }
-path.line { stroke: var(--curve); stroke-linejoin: round; stroke-width: 2.5 }
-path.fair { stroke: var(--soft); stroke-dasharray: 2 2 }
-path.interval { stroke: var(--ink); stroke-width: 1.5 }
-text { fill: var(--soft); font-size: 11.5px } text.x { text-anchor: middle }
-text.y { text-anchor: end } text.line { fill: var(--curve) }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums;
-  width: 100% }
-th, td { padding: .4rem .8rem .4rem 0; text-align: left; vertical-align: top }
-th { font-weight: 500 }
-.wide { overflow-x: auto; padding: .3rem 1.1rem } figure .wide { border: 0; padding: 0 }
-.wide :is(th, td) { border-bottom: 1px solid var(--line) }
-.wide tr:last-child > * { border-bottom: 0 } .wide th[scope=col] { color: var(--soft) }
-.wide td { white-space: nowrap } .wide > table > tbody > tr > :first-child { min-width: 7rem }
-.wide td:last-child { padding-right: 0 }
-#settings td { overflow-wrap: anywhere; white-space: normal }
-td span:is(.ok, .warn, .critical) { color: var(--level); font-weight: 600 }
-td span:is(.too-few, .not-applicable) { color: var(--soft) }
-details { margin-top: .6rem } summary { cursor: pointer } details .wide { max-height: 18rem }
-.bars td, .bars th { padding: .18rem .6rem .18rem 0; vertical-align: middle }
-.bars th { line-height: 1.3; min-width: 5.5rem; overflow-wrap: anywhere;
-  width: 36% }
-.bars td:nth-child(2) { width: 99%; min-width: 6rem }
-.bars td:nth-child(n + 3) { padding-right: .4rem; white-space: nowrap }
-.bars svg { height: .85rem } .bars .hidden { clip-path: inset(50%); position: absolute }
-.scale td { color: var(--soft); font-size: .75rem; line-height: 1 }
-.scale div { display: flex } .scale span { flex: 1 } .scale span + span { text-align: center }
-.scale span:last-child { text-align: right }
-.funnel th { min-width: 12rem; width: 45% } .funnel small { display: block }
-article { display: grid; gap: .9rem 1.4rem; margin-bottom: 1rem; padding: 1rem 1.1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)) }
-article div { border-top: 3px solid var(--line); min-width: 0; padding-top: .5rem }
-article .prompt { border: 0; grid-column: 1 / -1; padding: 0 }
-article .chosen { border-color: var(--chosen) } article .rejected { border-color: var(--rejected) }
-article p { font-size: .92rem; margin-top: .3rem; max-height: 20rem; overflow: auto;
-  overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap }
-@media (max-width: 40rem) {
-  body { padding: 1.25rem .75rem 3rem }
-  th, td { padding-right: .55rem } table { font-size: .84rem }
-  .bars small span { display: block } .bars td:nth-child(2) { min-width: 4.5rem }
-  .funnel th { min-width: 9rem; width: 60% } text { font-size: 13px }
-}
-@media print {
-  :root { color-scheme: light; --page: #fff }
-  body { max-width: none; padding: 0; print-color-adjust: exact }
-  nav, details { display: none }
-  figure, article, li { break-inside: avoid } h2 { break-after: avoid }
-  article p, .wide { max-height: none; overflow: visible }
-}
-</style>
-</head>
-<body>
-<header><h1>Preference data report</h1><p>{{SUMMARY}}</p>
-<div class="tiles">{{TILES}}</div></header>
-<main>
-{{WARNINGS}}
-<nav aria-label="Sections">{{LINKS}}</nav>
-{{SECTIONS}}
-</main>
-</body>
-</html>
-"""
-
-REVIEW_PAGE = r"""<!DOCTYPE html>
+PAGE_START = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{{POLICY}}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title data-zh="哪个回答更好？">Which answer is better?</title>
 <style>
 :root {
   color-scheme: light dark;
-  --back: light-dark(#f3f4f6, #13161b);
-  --card: light-dark(#ffffff, #1c2129);
-  --ink: light-dark(#1b212b, #e6e9ee);
-  --soft: light-dark(#545d6b, #a6afbd);
-  --edge: light-dark(#767f8d, #7f8998);
-  --mark: light-dark(#1a56c4, #8ab4f8);
-  --on: light-dark(#ffffff, #101419);
-  --alarm: light-dark(#8f1d14, #ffb4a9);
+  --back: light-dark(#f3f4f6, #13161b); --card: light-dark(#ffffff, #1c2129);
+  --ink: light-dark(#1b212b, #e6e9ee); --soft: light-dark(#545d6b, #a6afbd);
+  --edge: light-dark(#767f8d, #7f8998); --line: light-dark(#dfe1e4, #333a42);
+  --mark: light-dark(#1a56c4, #8ab4f8); --on: light-dark(#ffffff, #101419);
+  --alarm: light-dark(#8f1d14, #ffb4a9); --warn: light-dark(#8a5a06, #e8b957);
+  --ok: light-dark(#23704a, #6cc390); --second: light-dark(#cf8a2e, #dca559);
 }
 * { box-sizing: border-box; margin: 0; }
-body {
-  height: 100dvh;
-  display: flex;
-  flex-direction: column;
-  background: var(--back);
-  color: var(--ink);
-  font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif;
-}
-header, footer, footer div, label { display: flex; align-items: center; gap: 8px; }
-header, footer { padding: 8px 16px; gap: 16px; }
-header, h3 { color: var(--soft); font-size: 0.875rem; }
+body { background: var(--back); color: var(--ink);
+  font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif; }
+"""
+
+REPORT_PAGE = (
+    PAGE_START
+    + """
+body { margin: 0 auto; max-width: 70rem; padding: 2rem 1rem 4rem; overflow-wrap: break-word; }
+h2 { border-top: 1px solid var(--line); font-size: 1.25rem; margin-top: 2rem; padding-top: 1.5rem; }
+h3 { font-size: .95rem; }
+small, .tiles, th[scope=col] { color: var(--soft); font-size: .85rem; font-weight: 400; }
+code { background: var(--back); padding: .1em .3em; white-space: nowrap; }
+.tiles, ul, .grid, article { display: grid; gap: .75rem; margin: 1rem 0; padding: 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(var(--column, 8.5rem), 100%), 1fr)); }
+.grid, article { --column: 24rem; align-items: start; }
+ul { --column: 100%; list-style: none; }
+.tiles div, .card, li { background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px; padding: .8rem 1rem; }
+.tiles b { color: var(--ink); display: block; font-size: 1.5rem; }
+li { border-left: 5px solid var(--level); }
+.ok { --level: var(--ok); } .warn { --level: var(--warn); } .critical { --level: var(--alarm); }
+.level { color: var(--level, var(--soft)); font-size: .75rem; text-transform: uppercase; }
+.key::before { background: var(--side); content: ""; display: inline-block; height: .7em;
+  margin-right: .4em; width: .7em; }
+.chosen { --side: var(--mark); } .rejected { --side: var(--second); }
+svg { background: var(--back); display: block; height: .8rem; min-width: 6rem; width: 100%; }
+rect { fill: var(--side); }
+path { stroke: var(--ink); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+.wide { margin: 1rem 0; overflow: auto; } .grid .wide { margin: 0; }
+table { border-collapse: collapse; font-size: .88rem; width: 100%; }
+th, td { padding: .35rem .8rem .35rem 0; text-align: left; }
+th { font-weight: 500; } th small { display: block; }
+td { white-space: nowrap; } td:only-of-type { overflow-wrap: anywhere; white-space: normal; }
+tr + tr > * { border-top: 1px solid var(--line); }
+td:has(svg) { width: 40%; }
+article div { border-top: 3px solid var(--side); min-width: 0; }
+article .prompt { border: 0; grid-column: 1 / -1; }
+article p { font-size: .92rem; max-height: 20rem; overflow: auto; overflow-wrap: anywhere;
+  unicode-bidi: isolate; white-space: pre-wrap; }
+</style>
+<title>Preference data report</title>
+<h1>Preference data report</h1>
+<div class="tiles">{{TILES}}</div>
+<main>
+{{WARNINGS}}
+{{SECTIONS}}
+</main>
+"""
+)
+
+REVIEW_PAGE = (
+    PAGE_START
+    + r"""
+body { display: flex; flex-direction: column; height: 100dvh; }
+header, footer { align-items: center; display: flex; gap: 8px; padding: 8px 16px; }
+header, h3 { color: var(--soft); font-size: .875rem; }
 h1, h2 { flex: 1; font-size: 1rem; }
 #problem { color: var(--alarm); font-weight: 600; padding: 0 16px; }
-main {
-  flex: 1;
-  min-height: 0;
-  padding: 0 16px;
-  display: grid;
-  gap: 12px;
-  grid-template: minmax(4rem, auto) minmax(0, 1fr) / 1fr 1fr;
-}
-section, dialog, button, input {
-  padding: 8px 16px;
-  border: 1px solid var(--edge);
-  border-radius: 6px;
-  background: var(--card);
-  color: inherit;
-  font: inherit;
-}
+#status { min-width: 0; overflow-wrap: anywhere; }
+main { display: grid; flex: 1; gap: 12px; min-height: 0; padding: 0 16px;
+  grid-template: minmax(4rem, auto) minmax(0, 1fr) / 1fr 1fr; }
+section, dialog, button, input { background: var(--card); border: 1px solid var(--edge);
+  border-radius: 6px; color: inherit; font: inherit; padding: 8px 16px; }
 section { overflow: auto; }
-section p { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
+section p { overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap; }
 #turns { grid-column: 1 / 3; max-height: 30dvh; }
 [aria-pressed=true], form button { background: var(--mark); color: var(--on); }
-footer div, footer button, footer label, #note { flex: 1 1 auto; white-space: nowrap; }
-#number, #note { width: 5rem; }
-#status { min-width: 0; overflow-wrap: anywhere; }
+footer button { flex: 1 1 auto; white-space: nowrap; }
 dialog { margin: auto; max-width: min(36rem, 100% - 16px); }
 dialog form { display: grid; gap: 12px; }
 @media (max-width: 900px) {
   main { display: block; overflow: auto; padding: 0 8px; }
   section { margin-bottom: 8px; max-height: 60dvh; }
-  header, footer { padding: 6px 8px; gap: 6px; justify-content: space-between; }
-  footer { flex-wrap: wrap; }
-  footer div { flex-basis: 100%; }
-  header h1, progress, kbd, #keys { display: none; }
-  button, input { padding: 8px 6px; }
+  header, footer { flex-wrap: wrap; padding: 6px 8px; }
+  h1, kbd { display: none; }
 }
 </style>
+<title data-zh="哪个回答更好？">Which answer is better?</title>
 <header>
   <h1 data-zh="哪个回答更好？">Which answer is better?</h1>
-  <label data-zh="第 ">Pair
-    <input id="number" type="number" data-key="j"> / <b id="total"></b><span
-      id="unit"></span></label>
-  <progress id="bar" value="0" aria-label="Pairs judged" data-zh="已评数量"></progress>
+  <b id="place"></b>
   <span id="status" role="status"></span>
   <button data-do="download" data-key="d" data-zh="下载 ">Download <kbd>D</kbd></button>
   <button data-do="help" data-key="?" data-zh="帮助 ">Help <kbd>?</kbd></button>
@@ -11737,18 +10875,12 @@ dialog form { display: grid; gap: 12px; }
     <h3 data-zh="回答 B">Answer B</h3><p id="b" dir="auto"></p></section>
 </main>
 <footer>
-  <div>
-    <button data-do="a" data-key="a arrowleft" data-zh="A 更好 ">A is better
-      <kbd>← A</kbd></button>
-    <button data-do="tie" data-key="t" data-zh="差不多 ">Tie <kbd>T</kbd></button>
-    <button data-do="bad" data-key="x" data-zh="都不好 ">Both bad <kbd>X</kbd></button>
-    <button data-do="b" data-key="b arrowright" data-zh="B 更好 ">B is better
-      <kbd>→ B</kbd></button>
-  </div>
+  <button data-do="a" data-key="a arrowleft" data-zh="A 更好 ">A is better <kbd>← A</kbd></button>
+  <button data-do="tie" data-key="t" data-zh="差不多 ">Tie <kbd>T</kbd></button>
+  <button data-do="bad" data-key="x" data-zh="都不好 ">Both bad <kbd>X</kbd></button>
+  <button data-do="b" data-key="b arrowright" data-zh="B 更好 ">B is better <kbd>→ B</kbd></button>
+  <button data-do="back" data-key="p" data-zh="上一对 ">Previous <kbd>P</kbd></button>
   <button data-do="skip" data-key="s" data-zh="跳过 ">Skip <kbd>S</kbd></button>
-  <button data-do="undo" data-key="u" data-zh="撤销 ">Undo <kbd>U</kbd></button>
-  <label data-zh="备注 ">Note <kbd>N</kbd>
-    <input id="note" autocomplete="off" data-key="n"></label>
 </footer>
 <dialog id="start" aria-labelledby="hello">
   <form method="dialog" id="who">
@@ -11758,10 +10890,6 @@ dialog form { display: grid; gap: 12px; }
       Length and formatting do not count.</p>
     <p data-zh="看不出优劣时选“差不多”；两个回答都不值得模型学习时选“都不好”。">
       Tie: you see no difference. Both bad: a model should learn from neither answer.</p>
-    <p id="keys"
-      data-zh="按钮上标有快捷键。J：跳转到指定序号；↑ ↓：同时滚动两个回答；回车：退出输入框。">
-      Each button shows its key. J: go to a pair. ↑ ↓: scroll both answers.
-      Enter: leave a field.</p>
     <p data-zh="每次选择都会立即保存在此浏览器中，不会上传。评完后请下载结果，中途也可随时下载。">
       Each choice is saved in this browser at once; nothing is sent. Download the file when you
       are done, or at any time before.</p>
@@ -11779,15 +10907,11 @@ const {salt, pairs} = JSON.parse($("data").textContent);
 const chinese = navigator.language.startsWith("zh");
 const ROLES = {user: "用户", assistant: "助手", system: "系统"};
 const STORE = "verdicts";  // where browsers have saved choices since the first version
-const entries = new Map();  // annotator + pair_id -> entry, see entryOf
+const choices = new Map();  // annotator + pair_id -> a, b, tie or bad
 
 let database;
 let me = "";  // name of the annotator
 let at = 0;  // index of the pair that is shown
-let since = 0;  // when it was shown
-
-
-// Texts
 
 function say(id, english, zh) {
   $(id).textContent = chinese ? zh : english;
@@ -11798,43 +10922,16 @@ function warnUnsaved() {
     "此浏览器无法保存您的选择：关闭页面前请先下载。");
 }
 
-function visible(text) {  // control characters as ⟦U+202E⟧
-  const controls = /[\0-\x08\x0b-\x1f\x7f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g;
-  return text.replace(controls, sign => {
-    if (sign === "\r") return "";
-    const code = sign.charCodeAt(0).toString(16).toUpperCase();
-    return `⟦U+${code.padStart(4, "0")}⟧`;
-  });
-}
-
 function create(tag, fields) {
   return Object.assign(document.createElement(tag), fields);
 }
 
-
-// Choices, and where they are saved
-
-function entryOf(pair) {  // what this annotator chose
-  const saved = entries.get(me + pair.pair_id);
-  if (saved) return saved;
-  return {
-    salt,  // of this page
-    annotator: me,
-    pair_id: pair.pair_id,
-    seen: "",  // a, b, tie or bad
-    note: "",
-    seconds: 0,
-    when: 0,
-  };
+function choiceOf(pair) {  // of this annotator; undefined if there is none
+  return choices.get(me + pair.pair_id);
 }
 
-function isJudged(pair) {
-  return entryOf(pair).seen !== "";
-}
 
-function byTime(first, second) {
-  return first.when - second.when;
-}
+// Where choices are saved: IndexedDB, because Chromium may lose the localStorage of a local file.
 
 function resultOf(request) {
   return new Promise((resolve, reject) => {
@@ -11843,86 +10940,64 @@ function resultOf(request) {
   });
 }
 
-// IndexedDB, because Chromium may lose the localStorage of a local file that is reloaded.
-async function load() {  // the entries of every annotator of this page, latest last
+async function load() {  // the choices of every annotator of this page
   const request = indexedDB.open("rlhf-review");
   request.onupgradeneeded = () => {
     request.result.createObjectStore(STORE, {keyPath: ["salt", "annotator", "pair_id"]});
   };
   database = await resultOf(request);
   const store = database.transaction(STORE).objectStore(STORE);
-  const ofThisPage = IDBKeyRange.bound([salt], [salt, []]);
-  const saved = await resultOf(store.getAll(ofThisPage));
-  return saved.sort(byTime);
-}
-
-function save(pair, change) {
-  const entry = {...entryOf(pair), ...change};
-  entries.set(me + pair.pair_id, entry);
-  try {
-    const saving = database.transaction(STORE, "readwrite");
-    saving.onabort = warnUnsaved;
-    saving.objectStore(STORE).put(entry);
-    saving.commit();  // at once: closing the tab aborts what is not committed
-  } catch {
-    warnUnsaved();
-  }
-}
-
-
-// Showing and judging pairs
-
-function nextIndex(index) {  // of the next pair without a choice; if all have one, of the next
-  const order = pairs.map((pair, step) => (index + 1 + step) % pairs.length);
-  return order.find(i => !isJudged(pairs[i])) ?? order[0];
-}
-
-function show(index) {
-  at = index;
-  since = performance.now();
-  const pair = pairs[at];
-  const entry = entryOf(pair);
-  const turns = [];
-  for (const {role, content} of pair.messages) {
-    turns.push(create("h3", {textContent: chinese ? ROLES[role] ?? role : role}));
-    turns.push(create("p", {textContent: visible(content), dir: "auto"}));
-  }
-  $("turns").replaceChildren(...turns);
-  $("a").textContent = visible(pair.a);
-  $("b").textContent = visible(pair.b);
-  for (const section of all("section")) section.scrollTop = 0;
-  $("turns").scrollTop = $("turns").scrollHeight;  // the last question is what A and B answer
-  for (const button of all("footer div button")) {
-    button.ariaPressed = button.dataset.do === entry.seen;
-  }
-  $("number").value = at + 1;
-  $("note").value = entry.note;
-  showProgress();
-}
-
-function showProgress() {
-  const done = pairs.filter(isJudged).length;
-  $("bar").value = done;
-  if (done < pairs.length) {
-    say("status", `${done} judged by ${me}`, `${me}：已评 ${done} 对`);
-  } else {
-    say("status", "All judged: download the file", "已全部评完，请下载结果");
+  const saved = await resultOf(store.getAll(IDBKeyRange.bound([salt], [salt, []])));
+  for (const {annotator, pair_id, seen} of saved) {
+    choices.set(annotator + pair_id, seen);
+    $("name").value = annotator;
   }
 }
 
 function judge(seen) {
-  const seconds = entryOf(pairs[at]).seconds + (performance.now() - since) / 1000;
-  save(pairs[at], {seen, seconds, when: Date.now()});
-  show(nextIndex(at));
+  const {pair_id} = pairs[at];
+  choices.set(me + pair_id, seen);
+  try {
+    const saving = database.transaction(STORE, "readwrite");
+    saving.onabort = warnUnsaved;
+    saving.objectStore(STORE).put({salt, annotator: me, pair_id, seen});
+    saving.commit();  // at once: closing the tab aborts what is not committed
+  } catch {
+    warnUnsaved();
+  }
+  showNext(at);
 }
 
-function undo() {
-  const judged = pairs.filter(isJudged);
-  judged.sort((first, second) => byTime(entryOf(first), entryOf(second)));
-  const last = judged.at(-1);
-  if (last) {
-    save(last, {seen: ""});
-    show(pairs.indexOf(last));
+
+// Showing pairs
+
+function showNext(index) {  // the next pair without a choice; if all have one, the next
+  const order = pairs.map((pair, step) => (index + 1 + step) % pairs.length);
+  show(order.find(i => !choiceOf(pairs[i])) ?? order[0]);
+}
+
+function show(index) {
+  at = index;
+  const pair = pairs[at];
+  const turns = [];
+  for (const {role, content} of pair.messages) {
+    turns.push(create("h3", {textContent: chinese ? ROLES[role] ?? role : role}));
+    turns.push(create("p", {textContent: content, dir: "auto"}));
+  }
+  $("turns").replaceChildren(...turns);
+  $("a").textContent = pair.a;
+  $("b").textContent = pair.b;
+  for (const section of all("section")) section.scrollTop = 0;
+  $("turns").scrollTop = $("turns").scrollHeight;  // the last question is what A and B answer
+  for (const button of all("footer button")) {
+    button.ariaPressed = button.dataset.do === choiceOf(pair);
+  }
+  $("place").textContent = `${at + 1} / ${pairs.length}`;
+  const done = pairs.filter(choiceOf).length;
+  if (done < pairs.length) {
+    say("status", `${done} judged by ${me}`, `${me}：已评 ${done} 对`);
+  } else {
+    say("status", "All judged: download the file", "已全部评完，请下载结果");
   }
 }
 
@@ -11939,28 +11014,13 @@ function chosenIsLeft(text) {  // FNV-1a, folded
 
 function lineOf(pair) {
   const {pair_id, prompt_id, queue} = pair;
-  const entry = entryOf(pair);
-  const left = chosenIsLeft(salt + pair_id);
-  const labels = {
-    a: left ? "chosen" : "rejected",
-    b: left ? "rejected" : "chosen",
-    tie: "tie",
-    bad: "bad",
-  };
-  const line = {
-    pair_id,
-    prompt_id,
-    choice: labels[entry.seen],
-    queue,
-    note: entry.note,
-    annotator: me,
-    seconds: Number(entry.seconds.toFixed(1)),
-  };
-  return JSON.stringify(line) + "\n";
+  const [a, b] = chosenIsLeft(salt + pair_id) ? ["chosen", "rejected"] : ["rejected", "chosen"];
+  const choice = {a, b, tie: "tie", bad: "bad"}[choiceOf(pair)];
+  return JSON.stringify({pair_id, prompt_id, choice, queue, annotator: me}) + "\n";
 }
 
 function download() {
-  const lines = pairs.filter(isJudged).map(lineOf);
+  const lines = pairs.filter(choiceOf).map(lineOf);
   const href = URL.createObjectURL(new Blob(lines));
   const name = me.replace(/[^\p{L}\p{N}]+/gu, "-");
   create("a", {href, download: `annotations-${name}.jsonl`}).click();
@@ -11974,39 +11034,27 @@ const actions = {
   b: () => judge("b"),
   tie: () => judge("tie"),
   bad: () => judge("bad"),
-  skip: () => show(nextIndex(at)),
-  undo,
+  back: () => show((at || pairs.length) - 1),
+  skip: () => showNext(at),
   download,
   help: () => $("start").showModal(),
 };
 
 document.onkeydown = event => {
-  const typing = event.target.matches("input");
-  const key = event.key.toLowerCase();
-  const distance = {arrowup: -80, arrowdown: 80}[key];
-  const control = document.querySelector(`[data-key~="${CSS.escape(key)}"]`);
+  const key = CSS.escape(event.key.toLowerCase());
+  const button = document.querySelector(`[data-key~="${key}"]`);
   if (!me || $("start").open || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (typing) {
-    if (key === "escape" || key === "enter") event.target.blur();
-  } else if (distance && !event.target.matches("section")) {  // a focused text scrolls by itself
-    for (const section of all("section + section")) section.scrollBy(0, distance);
-  } else if (control && !event.repeat) {  // a key that is held down judges once
+  if (button && !event.repeat) {  // a key that is held down judges once
     event.preventDefault();
-    if (control.matches("input")) control.focus();
-    else control.click();
+    button.click();
   }
 };
-
-function goToNumber() {
-  const number = Math.round($("number").value);
-  show(Math.max(1, Math.min(pairs.length, number)) - 1);
-}
 
 $("who").onsubmit = () => {
   const name = $("name").value.trim();
   if (name === me) return;  // after reading the help the same pair stays
   me = name;
-  show(nextIndex(-1));
+  showNext(-1);
 };
 
 $("start").onclose = () => {
@@ -12014,43 +11062,27 @@ $("start").onclose = () => {
   if (!me) $("start").showModal();
 };
 
-function translate() {
-  document.documentElement.lang = "zh";
-  for (const part of all("[data-zh]")) {
-    if (part.ariaLabel) part.ariaLabel = part.dataset.zh;
-    else part.firstChild.data = part.dataset.zh;
-  }
-}
-
 async function begin() {  // nothing can be judged before saved choices are loaded and a name given
-  if (chinese) translate();
-  say("unit", "", " 对");
-  $("total").textContent = pairs.length;
-  $("number").max = pairs.length;
-  $("bar").max = pairs.length;
+  if (chinese) {
+    document.documentElement.lang = "zh";
+    for (const part of all("[data-zh]")) {
+      if (part.ariaLabel) part.ariaLabel = part.dataset.zh;
+      else part.firstChild.data = part.dataset.zh;
+    }
+  }
   if (!pairs.length) {
     say("problem", "There are no pairs to review.", "没有需要评审的数据。");
     return;
   }
-  let saved = [];
-  try {
-    saved = await load();
-  } catch {
-    warnUnsaved();
-  }
-  for (const entry of saved) entries.set(entry.annotator + entry.pair_id, entry);
+  await load().catch(warnUnsaved);
   for (const button of all("[data-do]")) button.onclick = actions[button.dataset.do];
-  $("number").onfocus = () => $("number").select();
-  $("number").onchange = goToNumber;
-  $("note").oninput = () => save(pairs[at], {note: $("note").value});
-  $("name").value = saved.at(-1)?.annotator ?? "";
   $("start").showModal();
 }
 
 begin();
 </script>
-</html>
 """
+)
 
 
 if __name__ == "__main__":

@@ -326,14 +326,14 @@ FORTY = [{"prompt": f"Question {n}"} for n in range(40)]
 
 
 @pytest.mark.parametrize("text", [None, ""], ids=["", "some without text"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_budget_is_passed_by_the_two_calls_in_flight_at_most(rlhf, seed, text):
     luck, spent = random.Random(seed), []
 
     async def answer(call):
         await asyncio.sleep(luck.random() / 50)
         spent.append(50 if len(spent) < 90 else luck.choice((50, 200, 3000)))
-        lost = text is not None and luck.random() < 0.3
+        lost = text is not None and luck.random() < 0.1
         return Reply(text if lost else demo_world(call), tokens_in=0, tokens_out=spent[-1])
 
     with Api(answer) as api:

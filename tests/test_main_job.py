@@ -173,7 +173,7 @@ def test_a_judge_cleans_labels_and_its_agreement_is_measured(rlhf, monkeypatch):
     with Api(noisy_world(1.5, still=True)) as api:
         kept = rlhf(records, *flags, api=api).pairs
     assert 0.15 < wrong_share(records) < 0.25
-    decided = [check.result == "agrees" for check in checks if check.result != "undecided"]
+    decided = [check == "agrees" for check in checks if check != "undecided"]
     agreement = rc.share(sum(decided), len(decided))
     print(
         f"{wrong_share(records):.1%} wrong labels; kept {len(kept)}: {wrong_share(kept):.1%} wrong; {agreement}"
