@@ -6373,8 +6373,7 @@ class Cache:
             return True
         numbers = (reply.tokens_in, reply.tokens_out, reply.rate)
         row = (reply.text, reply.finish, *numbers, model, self.output_id, reply.model)
-        marks = "?, ?, ?, ?, ?, ?, ?, ?, ?"
-        insert = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES ({marks})"
+        insert = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
         if self.do(f"{insert} RETURNING 1", key, *row):
             return True
         self.do(insert, f"paid twice: {os.urandom(16).hex()}", *row)
@@ -6578,13 +6577,10 @@ class Models:
     def guess(self, model: Model, messages: list, hints: dict) -> Reply:
         """A pending reply, with the tokens to expect, also of answers that are not there yet."""
         role = hints["role"]
-        place = hints["sample"] + 1
         self.first_prompts.setdefault(f"{model.name} as {role}", messages)
-        models = {model, *(other for other, _ in self.usage)}
-        name = unique_names(list(models))[model]
-        text = f"<answer {place} of {name}>" if place > 1 else f"<answer of {name}>"
+        text = f"<answer {hints['sample'] + 1} of {model.name}>"
         tokens_in, tokens_out = self.expected_tokens(model, messages, role)
-        missing = re.findall(r"^[<‹]answer(?: \d+)? of .*>$", flatten(messages), re.M)
+        missing = re.findall(r"^[<‹]answer \d+ of .*>$", flatten(messages), re.M)
         tokens_in += GUESSED_TOKENS["answer"] * len(missing)
         rate = BATCH_RATE if self.args.batch else 1.0
         return Reply(text, "stop", tokens_in, tokens_out, rate, pending=True)
