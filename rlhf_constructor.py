@@ -6119,8 +6119,7 @@ REQUEST_FIXES = [
 # Lower limits in a refusal. Two groups: a context, and the tokens of the prompt in it.
 # One group: the model's highest max_tokens, where the refusal speaks of that.
 LOWER_LIMITS = [
-    r"maximum context length is (\d+) tokens.*?\((\d+) in (?:the messages|your prompt)",
-    r"maximum context length is (\d+) tokens.*?\b(\d+) input tokens",
+    r"context length is (\d+) tokens.*?\b(\d+) (?:in the messages|in your prompt|input tokens)",
     r"must be <= (\d+)\. Given: (\d+) `?inputs`? tokens",
     r"\[\s*\d+\s*,\s*(\d+)\s*\]",
     r"at most (\d+) (?:completion |output )?tokens",
