@@ -6101,7 +6101,7 @@ NO_SYSTEM_ROLE = (
 REQUEST_FIXES = [
     RequestFix(rf"max_completion_tokens|max_tokens{UNKNOWN_OPTION}",
                "max_completion_tokens", rename_max_tokens),
-    RequestFix(rf"max_completion_tokens{UNKNOWN_OPTION}", "no max_tokens",
+    RequestFix(rf"max_(completion_)?tokens{UNKNOWN_OPTION}", "no max_tokens",
                lambda options: options.pop("max_completion_tokens", None)),
     RequestFix(r"temperature.{0,80}(positive|greater than 0|> ?0\b|\(0)",
                "temperature 0.01 for 0", raise_zero_temperature),
