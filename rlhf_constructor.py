@@ -6577,7 +6577,9 @@ class Models:
         """A pending reply, with the tokens to expect, also of answers that are not there yet."""
         role = hints["role"]
         self.first_prompts.setdefault(f"{model.name} as {role}", messages)
-        text = f"<answer {hints['sample'] + 1} of {model.name}>"
+        models = {model, *(other for other, _ in self.usage)}
+        name = unique_names(list(models))[model]  # alike texts would be dropped as identical
+        text = f"<answer {hints['sample'] + 1} of {name}>"
         tokens_in, tokens_out = self.expected_tokens(model, messages, role)
         missing = re.findall(r"^[<‹]answer \d+ of .*>$", flatten(messages), re.M)
         tokens_in += GUESSED_TOKENS["answer"] * len(missing)
