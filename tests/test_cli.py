@@ -412,13 +412,6 @@ def test_a_capital_field_is_named_as_it_is_and_renamed_in_either_case(rlhf):
         assert len(rlhf(records, *flags, "--rename", f"{name}=prompt").pairs) == 1
 
 
-def test_answers_without_a_signal_name_the_fields_that_were_not_used(rlhf):
-    rows = [{"prompt": "Why?", "response_a": "So.", "response_b": "Because.", "mood": "good"}]
-    [reason] = rlhf(rows, "--method", "rank_responses").reasons
-    assert reason.startswith("input: answers without any signal: ")
-    assert reason.endswith("(fields not used: mood)")
-
-
 def test_a_model_that_writes_and_judges_is_named_as_both(rlhf):
     with Api(demo_world) as api:
         result = rlhf(PROMPTS, *MODELS, api=api)

@@ -87,7 +87,7 @@ def checks_of(row: dict, score_of, *flags) -> tuple[rc.Record, rc.Outcome]:
 
     run = run_of(*RANK, "--judge-model", "openai:big@http://localhost:9/v1", *flags, says=says)
     [record] = rc.parse_row(row, with_answers=True)
-    return record, rc.asyncio.run(run.make_pairs(record))
+    return record, rc.asyncio.run(rc.process_record(record, run))
 
 
 FOUR = {"prompt": "Which?", "responses": ["a1", "b2", "c3", "d4"], "scores": [1, 2, 3, 4]}
@@ -194,7 +194,7 @@ def test_a_record_without_right_and_wrong_says_so(rlhf, reason, row):
     assert rlhf([row, SUM], *RANK, *EXACT).reasons == [f"judge: {reason}"]
     run = run_of(*RANK, *EXACT)
     [record] = rc.parse_row(row, with_answers=True)
-    rc.asyncio.run(run.make_pairs(record))
+    rc.asyncio.run(rc.process_record(record, run))
     assert record.facts == {"checked by exact match": 1, reason.partition(":")[0]: 1}
 
 
