@@ -6166,7 +6166,7 @@ class Models:
                     continue
                 rule = await self.rule_for(endpoint, error, start)
                 if rule.action != "wait":
-                    if tries >= min(self.args.max_retries, MOST_RETRIES.get(rule.action, 0)):
+                    if tries >= self.retries_after(rule):
                         raise self.fail(endpoint, rule, error, hints) from None
                     tries += 1
                 await self.wait_to_retry(endpoint, error, tries)
@@ -6238,7 +6238,11 @@ class Models:
     def halt_by_rule(self, endpoint: Endpoint, rule: ErrorRule, error: ApiError) -> Stop:
         """Stop the run with the advice of a rule -> the Stop to raise."""
         values = {"key": endpoint.provider.key or "the key", "served": served_advice(endpoint)}
-        return self.halt(f"{endpoint.name}: {fill(rule.advice, **values)} ({error})")
+        return self.halt_for(endpoint, f"{fill(rule.advice, **values)} ({error})")
+
+    def retries_after(self, rule: ErrorRule) -> int:
+        """How often a call is tried again after such an error."""
+        return min(self.args.max_retries, MOST_RETRIES.get(rule.action, 0))
 
     async def wait_to_retry(self, endpoint: Endpoint, error: ApiError, tries: int) -> None:
         """Say what is waited for, and wait: longer after each try."""
@@ -6261,7 +6265,7 @@ class Models:
             endpoint.failures.append(cause)
         if endpoint.failures.count(cause) == SAME_FAILURES:
             alike = f"{SAME_FAILURES} calls in a row failed alike"
-            return self.halt(f"{endpoint.name}: {alike} ({error})")
+            return self.halt_for(endpoint, f"{alike} ({error})")
         return failed
 
     def halt(self, reason: str, status: int = 3) -> Stop:
@@ -6271,6 +6275,10 @@ class Models:
         self.stop = self.stop or Stop(reason, status)
         self.stopping.set()
         return self.stop
+
+    def halt_for(self, endpoint: Endpoint, problem: str) -> Stop:
+        """Stop the run because of one model -> the Stop to raise."""
+        return self.halt(f"{endpoint.name}: {problem}")
 
     async def pause(self, seconds: float) -> None:
         """Sleep, unless the run stops; then raise Stop."""
@@ -6508,14 +6516,14 @@ class Batches:
                 return False
             client = endpoint.provider.batch_client()
             if client is None:
-                raise self.models.halt(f"{endpoint.name}: {NO_ENGINE}")
+                raise self.models.halt_for(endpoint, NO_ENGINE)
             requests.seek(0)
             body = {"file": ("batch.jsonl", requests), "purpose": "batch"}
             try:
                 stored = await self.with_retries(endpoint, lambda _: client.files.create(**body))
             except ApiError as error:
                 cause = NO_ENGINE if lacks_engine(error) else "the batch engine refused the file"
-                raise self.models.halt(f"{endpoint.name}: {cause} ({error})") from None
+                raise self.models.halt_for(endpoint, f"{cause} ({error})") from None
         # A batch is made of the file only after this: a killed run can then look for it.
         update = "UPDATE wanted SET file = ? WHERE model = ? AND file = '' AND rowid <= ?"
         self.cache.do(update, stored.id, name, last_row)
@@ -6572,7 +6580,7 @@ class Batches:
             if tries > self.models.args.max_retries and rule.action != "wait":
                 hint = "run the same command later, or leave out --batch"
                 cause = f"the batch engine is out of reach ({error}): {hint}"
-                raise self.models.halt(f"{endpoint.name}: {cause}")
+                raise self.models.halt_for(endpoint, cause)
             await self.models.wait_to_retry(endpoint, error, tries)
 
     # --- from the provider to the cache
@@ -6595,7 +6603,7 @@ class Batches:
         except ApiError as error:
             if error.status != 404 or error.code == "web page":  # kept, for its replies are paid
                 problem = f"batch {batch_id}: {error}; run the same command later"
-                raise self.models.halt(f"{endpoint.name}: {problem}") from None
+                raise self.models.halt_for(endpoint, problem) from None
             note(f"{endpoint.name}: a batch is gone at the provider: its requests are sent again")
             self.put_back(file)
 
@@ -6640,11 +6648,11 @@ class Batches:
             note(f"{endpoint.name}: too big a batch for this account; going on in parts")
         elif not lacks_engine(error):
             if (await self.models.rule_for(endpoint, error)).action != "wait":
-                raise self.models.halt(f"{endpoint.name}: the batch was refused ({error})")
+                raise self.models.halt_for(endpoint, f"the batch was refused ({error})")
             note(f"{endpoint.name}: the batch was refused ({error}); trying again")
             await self.models.pause(BATCH_POLL[1])
         elif file in self.new_files:  # else the file may be gone
-            raise self.models.halt(f"{endpoint.name}: {NO_ENGINE} ({error})")
+            raise self.models.halt_for(endpoint, f"{NO_ENGINE} ({error})")
 
     def put_back(self, file: str) -> list[str]:
         """Forget a batch; its requests without a reply wait again -> their keys."""
@@ -6736,10 +6744,10 @@ class Batches:
             return
         if fix and not endpoint.has_succeeded:
             cause = "the model only streams its replies, which a batch cannot: leave out --batch"
-            raise self.models.halt(f"{endpoint.name}: {cause} ({error})")
+            raise self.models.halt_for(endpoint, f"{cause} ({error})")
         rule = await self.models.rule_for(endpoint, error)
         self.tries[key] += 1
-        if self.tries[key] > min(self.models.args.max_retries, MOST_RETRIES.get(rule.action, 0)):
+        if self.tries[key] > self.models.retries_after(rule):
             self.final[key] = failed_call(endpoint, rule, error)
             self.cache.do("DELETE FROM wanted WHERE key = ?", key)
 
