@@ -674,7 +674,7 @@ def test_no_pair_stands_whose_rejected_answer_alone_has_votes():
         rc.Answer("It is 43, is it not?", score=3.0, votes=(9.0,)),
     )
     with pytest.raises(rc.PartError, match="judge both answers together"):
-        run_of().check_pair(rc.Pair(ask(), *made))
+        rc.check_pair(rc.Pair(ask(), *made), run_of())
 
 
 # --- one reading of an error
