@@ -1028,7 +1028,7 @@ class Provider:
     takes_seed = False  # True if the API takes an option `seed`
 
     def __init__(self, url: str, key: str, timeout: float) -> None:
-        """`url`: "" for the provider's own. Called once for each address, inside the event loop."""
+        """`url`: "" for the provider's own. Called once for each model, inside the event loop."""
         self.url = url
 
     async def call(self, name: str, messages: list[dict], options: dict, hints: dict) -> Reply:
@@ -5260,9 +5260,8 @@ async def streamed_completion(
     create: Callable, name: str, messages: list[dict], options: dict
 ) -> Reply:
     """One chat completion that comes in chunks, joined."""
-    body = dict(options)
-    if body.pop("stream") == "with usage":
-        body["stream_options"] = {"include_usage": True}
+    body = options | {"stream_options": {"include_usage": True}}
+    del body["stream"]
     chunks = await create(model=name, messages=messages, stream=True, extra_body=body)
     joined = JoinedReply("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
     async for chunk in chunks:
@@ -5416,6 +5415,21 @@ class ask_offline(Provider):
 # with pacing, retries and a budget. Raises Failed for one record, Stop where all calls would fail.
 # --------------------------------------------------------------------------------------------------
 
+# Tokens that a --price is for.
+PRICE_UNIT = 1_000_000
+# Assumed tokens of a reply, for estimates before the call.
+GUESSED_TOKENS = {"answer": 400, "judge": 120}
+# Rows keep the input's order: finished records per worker that may wait for a slower one.
+WINDOW = 32
+# Seconds of nothing but 429 until the run stops.
+PATIENCE = 600
+# Seconds to wait for a cache that another process is writing.
+CACHE_PATIENCE = 60
+# Failures of one model in a row until the run stops.
+SAME_FAILURES = 20
+# Replies of a judge, none of them readable, until the run stops.
+UNREADABLE_REPLIES = 40
+
 # --- one reading of an error
 
 
@@ -5429,7 +5443,7 @@ class ErrorRule(NamedTuple):
     # "record": drop this record for good
     action: str
     kind: str  # of the drop reason
-    advice: str = ""
+    advice: str = ""  # where the run stops, at once or after the last try
 
 
 # Codes before words: Gemini's rate limit has the words of OpenAI's account without credit.
@@ -5438,16 +5452,18 @@ ACCOUNT = (
     r"|exceeded_current_quota_error|insufficient_balance|billing_hard_limit_reached)$"
 )
 USED_UP = "the account's quota or balance is used up: top it up, then run the same command again"
-KEY_REFUSED = (
-    "the key was refused: check $key; a DashScope key works only in its own region (--base-url)"
-)
-NO_MODEL = "there is no such model (retired?): $served"
+KEY_CODES = r"^401|\b(InvalidApiKey|invalid_api_key)$|AccessDenied\S*$"
+KEY_WORDS = r"api[ _]key.{0,20}(not valid|invalid)|invalid api[ _]key"
+KEY_REFUSED = "the key was refused: check $key; DashScope keys work in one region only (--base-url)"
+REGION = r"(country|region|territory|location)\b.{0,40}(not supported|unsupported|not available)"
 CONTENT = r"\b(DataInspectionFailed|data_inspection_failed|content_(policy_violation|filter))$"
+NO_MODEL = "there is no such model (retired?): $served"
 UNKNOWN_MODEL = (
     r"invalid model name|unknown model|no such model|not a valid model|no endpoints found"
     r"|model\b.{0,80}\b(not found|not exist|not available|not supported|not served|unavailable)"
 )
-TOO_LONG = (
+TOO_LONG = "prompt too long for the model"
+TOO_LONG_WORDS = (
     r"context (length|window|size)|maximum context|prompt is too long|input is too long"
     r"|too many (input )?tokens|range of input length|exceeds? the (model'?s )?(maximum|available)"
     r"|exceed_context_size"
@@ -5456,143 +5472,99 @@ RANGE_WORDS = r".{0,120}(range|between|less than|at most|maximum|exceed|greater|
 ERROR_RULES = [
     ErrorRule(r"^(400|403|429)", r"key limit exceeded", "stop", "account", USED_UP),
     ErrorRule(ACCOUNT, "", "stop", "account", USED_UP),
-    ErrorRule(
-        r"unsupported_country|^40[03]",
-        r"(country|region|territory|location)\b.{0,40}(not supported|unsupported|not available)",
-        "stop if new",
-        "region",
-        "the provider refuses calls from this region",
-    ),
-    ErrorRule(r"^401|\b(InvalidApiKey|invalid_api_key)$", "", "stop", "key", KEY_REFUSED),
-    ErrorRule(r"AccessDenied\S*$", "", "stop", "key", KEY_REFUSED),
-    ErrorRule(
-        r"^40[03]", r"api[ _]key.{0,20}(not valid|invalid)|invalid api[ _]key", "stop if new",
-        "key", KEY_REFUSED,
-    ),
+    ErrorRule(r"unsupported_country|^40[03]", REGION, "stop if new", "region",
+              "the provider refuses calls from this region"),
+    ErrorRule(KEY_CODES, "", "stop", "key", KEY_REFUSED),
+    ErrorRule(r"^40[03]", KEY_WORDS, "stop if new", "key", KEY_REFUSED),
     ErrorRule(r"^403", r"moderation|flagged", "record", "content filter"),
     ErrorRule(CONTENT, "", "record", "content filter"),
     ErrorRule(r"\b(ModelNotFound|model_not_found)$", "", "stop if new", "model", NO_MODEL),
     ErrorRule(r"^40[0345]|^422", UNKNOWN_MODEL, "stop if new", "model", NO_MODEL),
-    ErrorRule(
-        r"no /classify$", "", "stop if new", "model",
-        "this server has no /classify: is it a reward model's server?",
-    ),
-    ErrorRule(
-        r"^(200|404|405) web page", "", "stop if new", "server error",
-        "a web page came, not JSON: is /v1 missing in the address?",
-    ),
-    ErrorRule(
-        r"open files$", "", "stop", "server unreachable",
-        "too many open files: lower --concurrency, or raise the limit (ulimit -n 4096)",
-    ),
-    ErrorRule(r"^0 certificate", "", "stop", "server unreachable", "$certificate"),
-    ErrorRule(r"^429|\bThrottling", "", "wait", "rate limit"),
-    ErrorRule(
-        r"context_length_exceeded|exceed_context_size", "", "record",
-        "prompt too long for the model",
-    ),
-    ErrorRule(r"^(400|413|422|500)", TOO_LONG, "record", "prompt too long for the model"),
-    ErrorRule(r"^413", "", "record", "prompt too long for the model"),
-    ErrorRule(
-        r"^4(00|22)", "temperature" + RANGE_WORDS, "stop if new", "request refused",
-        "the server refuses this temperature: choose another --temperature",
-    ),
+    ErrorRule(r"no /classify$", "", "stop if new", "model",
+              "this server has no /classify: is it a reward model's server?"),
+    ErrorRule(r"^(200|404|405) web page", "", "stop if new", "server error",
+              "a web page came, not JSON: is /v1 missing in the address?"),
+    ErrorRule(r"^0 certificate", "", "stop", "server unreachable",
+              "the server's certificate is not trusted: name its CA's file in SSL_CERT_FILE"),
+    ErrorRule(r"^429|\bThrottling", "", "wait", "rate limit",
+              f"nothing but 429 for {PATIENCE // 60} minutes; run the same command later"),
+    ErrorRule(r"context_length_exceeded|exceed_context_size|^413", "", "record", TOO_LONG),
+    ErrorRule(r"^(400|422|500)", TOO_LONG_WORDS, "record", TOO_LONG),
+    ErrorRule(r"^4(00|22)", "temperature" + RANGE_WORDS, "stop if new", "request refused",
+              "the server refuses this temperature: choose another --temperature"),
     ErrorRule(r"^0 timeout", "", "retry once", "timeout"),
-    ErrorRule(r"^0 unreachable", "", "retry", "server unreachable"),
+    ErrorRule(r"^0 unreachable", "", "retry", "server unreachable",
+              "the server cannot be reached: does it run, and the proxy in HTTP_PROXY, if set?"),
     ErrorRule(r"^0", "", "retry", "connection lost"),
     ErrorRule(r"^200 no text", "", "retry once", "no text in the reply"),
     ErrorRule(r"^200 tool call", "", "record", "tool call instead of an answer"),
     ErrorRule(r"^200 unfinished", "", "retry", "unfinished reply"),
     ErrorRule(r"^200", "", "retry", "garbled reply"),
     ErrorRule(r"^(408|409|5\d\d)", "", "retry", "server error"),
-    ErrorRule(
-        r"^40[345]", "", "stop if new", "model",
-        "no such model or address: check the name and --base-url$also_served",
-    ),
+    ErrorRule(r"^40[345]", "", "stop if new", "model",
+              "no such model or address: check the name and --base-url; $served"),
     ErrorRule(r"^40[345]", "", "later", "model unavailable"),
     ErrorRule(r"", "", "record", "request refused"),
 ]  # fmt: skip
-RATE_LIMIT = ErrorRule(r"", "", "wait", "rate limit")
+MOST_RETRIES = {"wait": math.inf, "retry": math.inf, "retry once": 1}  # whatever --max-retries is
 
 
 def find_rule(error: ApiError, model: Model, has_succeeded: bool) -> ErrorRule:
     """The first rule that applies to a failed call."""
-    dashscope = model.provider == "dashscope" or "aliyuncs.com" in model.url
-    if dashscope and (error.status, error.code) == (429, "insufficient_quota"):
-        return RATE_LIMIT  # its compatible mode calls a limit per minute so
     subject = f"{error.status} {error.code}"
+    dashscope = model.provider == "dashscope" or "aliyuncs.com" in model.url
+    if dashscope and subject == "429 insufficient_quota":
+        subject = "429 Throttling"  # its compatible mode calls a limit per minute so
     for rule in ERROR_RULES:
         if rule.action == "stop if new" and has_succeeded:
             continue
         if re.search(rule.code, subject) and re.search(rule.words, error.message, re.I | re.S):
             return rule
-    raise AssertionError("the last rule applies to all")
+    return ERROR_RULES[-1]
 
 
-# Names of exceptions in the chain of causes of an SDK's error -> (code, message) of the ApiError.
-CAUSES = [
-    (
-        {"SSLCertVerificationError", "ClientConnectorCertificateError"},
-        "certificate",
-        "the server's certificate is not trusted",
-    ),
-    (
-        {"ClientConnectorError", "ConnectionRefusedError", "gaierror"},
-        "unreachable",
-        "no connection",
-    ),
-    (
-        {"ClientError", "ConnectionError", "ReadError", "RemoteProtocolError", "WriteError"},
-        "dropped",
-        "the connection was dropped",
-    ),
-    (
-        {"TimeoutError", "TimeoutException", "APITimeoutError"},
-        "timeout",
-        "no answer in time (--timeout)",
-    ),
-]
+# Classes in the chain of causes of an SDK's error -> (status, code, message) of the ApiError.
+CAUSES = {
+    "ContentTypeError": (200, "web page", "the reply is no JSON"),
+    "SSLCertVerificationError ClientConnectorCertificateError": (
+        0, "certificate", "the server's certificate is not trusted"),
+    "ClientConnectorError ConnectionRefusedError gaierror": (0, "unreachable", "no connection"),
+    "ClientError ConnectionError ReadError RemoteProtocolError WriteError": (
+        0, "dropped", "the connection was dropped"),
+    "TimeoutError TimeoutException APITimeoutError": (
+        0, "timeout", "no answer in time (--timeout)"),
+}  # fmt: skip
 
 
 def read_error(error: Exception) -> ApiError:
-    """Whatever an SDK raises -> ApiError."""
+    """Whatever an SDK raises -> ApiError, with the server's own words where there are any."""
     if isinstance(error, ApiError):
         return error
     status = getattr(error, "status_code", None)
+    body = getattr(error, "body", None)
     if status:
-        return read_status_error(error, status)
-    in_stream = body_error(getattr(error, "body", None))
+        code, explanation = read_error_body(body)
+        code = code or getattr(error, "code", None) or getattr(error, "type", None)
+        explanation = explanation or getattr(error, "message", "")
+        headers = getattr(getattr(error, "response", None), "headers", {})
+        return ApiError(status, code, explanation, headers.get("Retry-After"))
+    in_stream = body_error(body)
     if in_stream:
         return in_stream
-    names, texts = set(), []
+    names = set()
+    detail = ""
     link = error
     while link is not None:  # the truth about a connection is in the chain of causes
         names |= {cls.__name__ for cls in type(link).__mro__}
-        texts.append(str(link))
-        if getattr(link, "errno", 0) in (errno.EMFILE, errno.ENFILE):
-            return ApiError(0, "open files", str(link))
+        detail = str(link) or detail
         link = link.__cause__ or link.__context__
-    if "ContentTypeError" in names:
-        code = "web page" if "text/html" in texts[0] else "garbled"
-        return ApiError(200, code, texts[0])
-    for causes, code, meaning in CAUSES:
-        if names & causes:
-            detail = next((text for text in reversed(texts) if text), "")
-            timeout = code == "timeout"
-            return ApiError(0, code, meaning if timeout or not detail else f"{meaning}: {detail}")
-    cause = type(error).__name__
-    if str(error):
-        cause += f": {shorten(str(error), 200)}"
+    for causes, (status, code, meaning) in CAUSES.items():
+        if names & set(causes.split()):
+            if detail and code != "timeout":
+                meaning += f": {detail}"
+            return ApiError(status, code, meaning)
+    cause = f"{type(error).__name__}: {shorten(str(error), 200)}".rstrip(": ")
     return ApiError(200, "garbled", f"the reply cannot be read ({cause})")
-
-
-def read_status_error(error: Exception, status: int) -> ApiError:
-    """An SDK's error with an HTTP status -> ApiError with the server's own words."""
-    code, explanation = read_error_body(getattr(error, "body", None))
-    code = code or getattr(error, "code", None) or getattr(error, "type", None)
-    explanation = explanation or getattr(error, "message", "")
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    return ApiError(status, code, explanation, headers.get("Retry-After"))
 
 
 def check_is_reply(provider: str, reply: object) -> None:
@@ -5641,12 +5613,6 @@ def rename_max_tokens(options: dict) -> None:
         options.setdefault("max_completion_tokens", limit)
 
 
-def drop_max_tokens(options: dict) -> None:
-    """No limit at all."""
-    options.pop("max_tokens", None)
-    options.pop("max_completion_tokens", None)
-
-
 def limit_max_tokens(limit: int, options: dict) -> None:
     """At most `limit` tokens, by either name."""
     for name in ("max_tokens", "max_completion_tokens"):
@@ -5663,93 +5629,64 @@ def raise_zero_temperature(options: dict) -> None:
 def switch_thinking(options: dict) -> None:
     """Stream if the user wants thoughts; else leave enable_thinking out, or send false."""
     if options.get("enable_thinking"):
-        request_stream(options)
+        options["stream"] = True
     elif "enable_thinking" in options:
         del options["enable_thinking"]
     else:
         options["enable_thinking"] = False
 
 
-def request_stream(options: dict) -> None:
-    """Streaming, with the tokens counted in its last chunk."""
-    options["stream"] = "with usage"
-
-
-def drop_stream_usage(options: dict) -> None:
-    """Streaming without the count of tokens."""
-    if options.get("stream"):
-        options["stream"] = True
-
-
+UNKNOWN_OPTION = r".{0,60}(not supported|unsupported|unknown|unrecognized)"
+STREAM_ONLY = (
+    r"only supports? stream|stream(ing)?\W{1,3}(is )?(true|required)|must be stream"
+    r"|stream.{0,20}must be.{0,12}true|non-?streaming.{0,40}not supported"
+)
+NO_SYSTEM_ROLE = (
+    r"system (role|messages?|prompts?|turns?)\b.{0,60}\b(not|n't|un)\s?(be )?support"
+    r"|role\W{1,3}system\b.{0,60}(not support|invalid|unsupported)"
+)
 REQUEST_FIXES = [
-    RequestFix(r"max_completion_tokens", "max_completion_tokens", rename_max_tokens),
-    RequestFix(
-        r"max_(completion_)?tokens.{0,60}(not supported|unsupported|unknown|unrecognized)",
-        "no max_tokens",
-        drop_max_tokens,
-    ),
-    RequestFix(
-        r"temperature.{0,80}(positive|greater than 0|> ?0\b|\(0)",
-        "temperature 0.01 for 0",
-        raise_zero_temperature,
-    ),
-    RequestFix(
-        rf"temperature(?!{RANGE_WORDS})",
-        "no temperature",
-        lambda options: options.pop("temperature", None),
-    ),
+    RequestFix(rf"max_completion_tokens|max_tokens{UNKNOWN_OPTION}",
+               "max_completion_tokens", rename_max_tokens),
+    RequestFix(rf"max_(completion_)?tokens{UNKNOWN_OPTION}", "no max_tokens",
+               lambda options: options.pop("max_completion_tokens", None)),
+    RequestFix(r"temperature.{0,80}(positive|greater than 0|> ?0\b|\(0)",
+               "temperature 0.01 for 0", raise_zero_temperature),
+    RequestFix(rf"temperature(?!{RANGE_WORDS})", "no temperature",
+               lambda options: options.pop("temperature", None)),
     RequestFix(r"enable[_ ]thinking", "enable_thinking switched", switch_thinking),
-    RequestFix(r"stream_options|include_usage", "no stream_options", drop_stream_usage),
-    RequestFix(
-        r"only supports? stream|stream(ing)?\W{1,3}(is )?(true|required)|must be stream"
-        r"|stream.{0,20}must be.{0,12}true|non-?streaming.{0,40}not supported",
-        "replies are streamed",
-        request_stream,
-    ),
-    RequestFix(
-        r"system (role|messages?|prompts?|turns?)\b.{0,60}\b(not|n't|un)\s?(be )?support"
-        r"|role\W{1,3}system\b.{0,60}(not support|invalid|unsupported)",
-        "the system turn becomes part of the first user turn",
-        lambda options: options.update(fold_system=True),
-    ),
+    RequestFix(STREAM_ONLY, "replies are streamed", lambda options: options.update(stream=True)),
+    RequestFix(NO_SYSTEM_ROLE, "the system turn becomes part of the first user turn",
+               lambda options: options.update(fold_system=True)),
     RequestFix(r"url error", "multimodal address", lambda options: options.update(multimodal=True)),
-    RequestFix(
-        r"\binput\b.{0,40}Field required",
-        "input instead of messages",
-        lambda options: options.update(as_input=True),
-    ),
+    RequestFix(r"\binput\b.{0,40}Field required", "input instead of messages",
+               lambda options: options.update(as_input=True)),
     RequestFix(r"\bseed\b", "no seed", lambda options: options.pop("seed", None)),
-]
-# The highest max_tokens in a refusal that speaks of it; group 1 is the number.
-TOKEN_LIMITS = [
+]  # fmt: skip
+# Lower limits in a refusal. Two groups: a context, and the tokens of the prompt in it.
+# One group: the model's highest max_tokens, where the refusal speaks of that.
+LOWER_LIMITS = [
+    r"context length is (\d+) tokens.*?\b(\d+) (?:in the messages|in your prompt|input tokens)",
+    r"must be <= (\d+)\. Given: (\d+) `?inputs`? tokens",
     r"\[\s*\d+\s*,\s*(\d+)\s*\]",
     r"at most (\d+) (?:completion |output )?tokens",
     r"less than or equal to\D{0,3}(\d+)",
     r"\d+ > (\d+)\b",
-    r"to (\d+) \((?:in|ex)clusive\)",
+    r"to (\d+) \(inclusive\)",
     r"(?:maximum|limit|exceed|up to)\b\D{0,60}(\d+)",
 ]
-# A context and the tokens of the prompt in it: groups 1 and 2.
-CONTEXT_USE = [
-    r"maximum context length is (\d+) tokens.*?\((\d+) in (?:the messages|your prompt)",
-    r"maximum context length is (\d+) tokens.*?\b(\d+) input tokens",
-    r"must be <= (\d+)\. Given: (\d+) `?inputs`? tokens",
-]
-LEAST_ROOM = 16  # tokens for an answer; with less, the prompt is too long
 
 
-def find_fix(
-    error: ApiError, sent: dict, tried: list[RequestFix], longer: bool = False
-) -> RequestFix | None:
+def find_fix(error: ApiError, sent: dict, tried: list, longer: bool = False) -> RequestFix | None:
     """How to change a refused request so that the server may take it; None if nothing is known.
 
     `longer`: the request has twice the tokens; with fewer it would be the first one again."""
     if error.status not in (400, 404, 422) or len(tried) > 10:
         return None
-    lower_limits = [find_room(error.message), find_token_limit(error.message)]
-    if longer and any(lower_limits):
+    lower_limit = find_lower_limit(error.message)
+    if longer and lower_limit:
         return None
-    for fix in [*lower_limits, *REQUEST_FIXES]:
+    for fix in [lower_limit, *REQUEST_FIXES]:
         if fix is None or fix in tried or not re.search(fix.words, error.message, re.I | re.S):
             continue
         changed = dict(sent)
@@ -5759,31 +5696,25 @@ def find_fix(
     return None
 
 
-def find_room(explanation: str) -> RequestFix | None:
-    """The fix of one request whose prompt leaves less of the context than max_tokens."""
-    for pattern in CONTEXT_USE:
-        numbers = re.search(pattern, explanation, re.I | re.S)
-        if numbers:
-            room = int(numbers[1]) - int(numbers[2])
-            name = (
-                f"max_tokens is lowered where its context of {int(numbers[1]):,} tokens asks for it"
-            )
-            change = functools.partial(limit_max_tokens, room)
-            return RequestFix("", name, change, lasting=False) if room >= LEAST_ROOM else None
-    return None
-
-
-def find_token_limit(explanation: str) -> RequestFix | None:
-    """The fix for a max_tokens above the model's limit, which the refusal names."""
-    start = explanation.partition("max_")[0]
-    if not re.search(r"max_(\w+_)?tokens", explanation) or "context" in start:
-        return None
-    for pattern in TOKEN_LIMITS:
+def find_lower_limit(explanation: str) -> RequestFix | None:
+    """The fix for a max_tokens above the limit of the model, or of what a prompt leaves of it."""
+    before, *after = re.split(r"max_(?:\w+_)?tokens", explanation, maxsplit=1)
+    speaks_of_it = after and "context" not in before
+    for pattern in LOWER_LIMITS:
         numbers = re.search(pattern, explanation, re.I)
-        if numbers and int(numbers[1]) > 1:
-            limit = int(numbers[1]) - ("exclusive" in numbers[0])
-            change = functools.partial(limit_max_tokens, limit)
-            return RequestFix("", f"max_tokens {limit:,}, the model's limit", change)
+        if not numbers:
+            continue
+        limit, *in_prompt = map(int, numbers.groups())
+        name = f"max_tokens {limit:,}, the model's limit"
+        if in_prompt:
+            name = f"max_tokens is lowered where the context of {limit:,} tokens has no room"
+            limit -= in_prompt[0]
+        elif not speaks_of_it:
+            return None
+        if limit < 16:  # tokens for an answer; with less, the prompt is too long
+            return None
+        change = functools.partial(limit_max_tokens, limit)
+        return RequestFix("", name, change, lasting=not in_prompt)
     return None
 
 
@@ -5797,166 +5728,104 @@ def fold_system_turn(messages: list[dict]) -> list[dict]:
 
 # --- one model at one address
 
-PACE_SECONDS = 1.0  # after which a rate is adjusted
-NOTE_SECONDS = 60.0  # between two notes of the same cause
-SLOW_SECONDS = 5.0  # until a first reply is said to be waited for
-GONE_SECONDS = (10.0, 25.0)  # of refused connections until the run stops: new, has answered
-
 
 class Endpoint:
     """One model at one address: its pace, what its refusals taught, its failures."""
 
     def __init__(self, model: Model, provider: Provider) -> None:
         self.model = model
+        self.name = model.name
         self.provider = provider
-        self.first_call_lock = asyncio.Lock()
-        self.first_call_done = False
+        self.first_call: asyncio.Event | None = None  # set once it has ended
         self.has_succeeded = False
         self.fixes: list[RequestFix] = []  # of every request
         self.no_longer_replies = False  # a request with twice the tokens was refused
+        self.largest_batch = BATCH_REQUESTS  # less where the account's queue is too small
         self.served_models: list[str] = []  # what the server lists, once that was asked
-        self.last_failure = ""
-        self.equal_failures = 0  # in a row
+        self.failures = deque(maxlen=SAME_FAILURES)  # status and code of those since a success
         self.throttled_since = 0.0  # the first 429 after the last success
-        self.unreachable_since = 0.0  # the first refused connection after any reply
-        self.note_times: dict[str, float] = {}  # cause -> when it was said
+        self.causes_said: set[str] = set()  # of notes
         self.pacing_lock = asyncio.Lock()
-        self.next_start = 0.0  # of a call
+        self.since = time.monotonic()  # when the first burst of calls began
+        self.starts = 0  # of calls in it
         self.burst_end = 0.0  # time of the first 429
-        self.burst_passed = 0  # calls of the first burst that were not refused
         self.burst_seconds = 1.0
         self.rate = 0.0  # calls a second; 0: no limit is known
-        self.growth = 1.05  # of the rate after a second without refusals
-        self.count_from(time.monotonic())
-
-    def count_from(self, now: float) -> None:
-        """Count starts and refusals anew."""
-        self.since = now
-        self.starts = 0
-        self.refusals = 0
+        self.rate_changed = 0.0  # when
+        self.next_start = 0.0  # of a call
 
     async def wait_for_turn(self, pause: Callable[[float], Awaitable]) -> float:
-        """Wait for this call's turn, first come first served -> the time at which it starts."""
+        """Wait for this call's turn, first come first served -> the time at which it starts.
+
+        A rate that calls have to wait for grows by 10% after each second without a refusal."""
         if self.rate:
             async with self.pacing_lock:
-                await pause(self.next_start - time.monotonic())
-                self.next_start = max(self.next_start, time.monotonic() - 0.05) + 1 / self.rate
-        now = time.monotonic()
+                wait = self.next_start - time.monotonic()
+                await pause(wait)
+                now = time.monotonic()
+                self.next_start = max(self.next_start, now - 0.05) + 1 / self.rate
+                if wait > 0 and now > self.rate_changed + 1:
+                    self.rate *= 1.1
+                    self.rate_changed = now
         self.starts += 1
-        if self.rate:
-            self.adjust_rate(now)
-        return now
+        return time.monotonic()
 
     def on_rate_limit(self, start: float) -> float:
         """Count a 429 for the call that began at `start` -> seconds since the last success.
 
         The first one ends the burst with which a run begins: the calls of it that were not refused
-        are the first guess of the rate, and its second is over before the next call."""
+        are the first guess of the rate. Later ones lower it by 10%, once for the calls that began
+        before. Simulated with 64 in flight: 97% of a limit of 50/s, 93% of 10/s at 2 s latency."""
         now = time.monotonic()
         if not self.rate:
             self.burst_end = now
-            self.burst_passed = self.starts
             self.burst_seconds = max(1.0, now - self.since)
-            self.count_from(max(now, self.since + 1))
-            self.next_start = self.since
+            self.rate = self.starts / self.burst_seconds
+            self.next_start = self.rate_changed = now + 1
         if start <= self.burst_end:
-            self.burst_passed -= 1
-            self.rate = max(0.5, self.burst_passed / self.burst_seconds)
-        else:
-            self.refusals += 1
+            self.rate = max(0.5, self.rate - 1 / self.burst_seconds)
+        elif start > self.rate_changed:
+            self.rate = max(0.1, 0.9 * self.rate)
+            self.rate_changed = now
         self.throttled_since = self.throttled_since or now
         return now - self.throttled_since
-
-    def adjust_rate(self, now: float) -> None:
-        """Each second: a little above what was accepted if calls were refused, else 5-20% faster.
-
-        Measured with 64 in flight: 96% of a limit of 50/s, 93% of 10/s at 2 s latency."""
-        seconds = now - self.since
-        few = self.refusals and self.starts < 20 and seconds < 3
-        if seconds < PACE_SECONDS or few:
-            return
-        accepted = (self.starts - self.refusals) / seconds
-        refused_share = self.refusals / self.starts
-        if refused_share > 0.03:
-            least = 0.95 if refused_share < 0.3 else 0.8
-            self.rate = max(least * self.rate, min(self.rate, 1.03 * accepted))
-            self.growth = 1.05
-        elif accepted > 0.7 * self.rate:  # no faster than it is used
-            self.rate *= self.growth
-            self.growth = min(1.2, 2 * self.growth - 1)
-        self.count_from(now)
 
     def on_success(self, fixes: list[RequestFix]) -> None:
         """A reply came, to a request with these fixes: they are kept, failures are forgotten."""
         self.has_succeeded = True
-        self.last_failure = ""
+        self.failures.clear()
         self.throttled_since = 0.0
-        self.unreachable_since = 0.0
-        if len(fixes) > len(self.fixes):
-            self.keep_fixes(fixes)
-
-    def keep_fixes(self, fixes: list[RequestFix]) -> None:
-        """Use what was learned in all later calls, and say it once."""
-        names = [fix.name for fix in self.fixes]
+        known = {fix.name for fix in self.fixes}
         for fix in fixes:
-            if fix.lasting and fix.name not in names:
+            self.say(fix.name, f"{self.name}: {fix.name} (as the server asks)")
+            if fix.lasting and fix.name not in known:
                 self.fixes.append(fix)
-                note(f"{self.model.name}: {fix.name} (as the server asks)")
-            elif not fix.lasting:
-                self.say(fix.name, f"{self.model.name}: {fix.name}", once=True)
 
-    def on_failure(self, cause: str) -> bool:
-        """Count a failure -> True if SAME_FAILURES alike have come in a row."""
-        if cause != self.last_failure:
-            self.equal_failures = 0
-        self.last_failure = cause
-        self.equal_failures += 1
-        return self.equal_failures >= SAME_FAILURES
-
-    def seconds_unreachable(self, error: ApiError) -> float:
-        """How long connections have been refused, 0 if this error is another one."""
-        if error.code != "unreachable":
-            self.unreachable_since = 0.0
-            return 0.0
-        now = time.monotonic()
-        self.unreachable_since = self.unreachable_since or now
-        return now - self.unreachable_since
-
-    def say(self, cause: str, text: str, once: bool = False) -> None:
-        """A note, at most one a minute for each cause (or only one)."""
-        now = time.monotonic()
-        last = self.note_times.get(cause)
-        if last is not None and (once or now - last < NOTE_SECONDS):
-            return
-        self.note_times[cause] = now
-        note(text)
-
-    def say_waiting(self, cause: str, why: str) -> None:
-        """`waiting for qwen-max at URL: why`."""
-        place = f" at {self.model.url}" if self.model.url else ""
-        self.say(cause, f"waiting for {self.model.name}{place}: {why}")
+    def say(self, cause: str, text: str) -> None:
+        """A note, once for each cause."""
+        if cause not in self.causes_said:
+            self.causes_said.add(cause)
+            note(text)
 
     def check_reply(self, messages: list[dict], reply: Reply) -> Reply:
-        """The reply with tokens, estimated where the server counts none; says what looks wrong."""
+        """The reply with tokens, estimated where the server counts none.
+
+        Say it if the server has read only a part of the prompt: up to its context's length."""
         if not self.model.is_online:
             return reply
-        if reply.tokens_in and (reply.tokens_out or self.model.is_reward):
-            self.check_context(messages, reply)
+        counted = reply.tokens_in and (reply.tokens_out or self.model.is_reward)
+        fills_context = reply.tokens_in >= 1000 and abs((reply.tokens_in + 64) % 1024 - 64) <= 32
+        if counted and not fills_context:
             return reply
-        text = f"{self.model.name}: bills no tokens: they are estimated from the text"
-        self.say("estimates", text, once=True)
-        reply.tokens_in = reply.tokens_in or about_tokens(flatten(messages))
-        reply.tokens_out = reply.tokens_out or about_tokens(reply.text)
-        return reply
-
-    def check_context(self, messages: list[dict], reply: Reply) -> None:
-        """Say it if the server has read only a part of the prompt: up to its context's length."""
-        if reply.tokens_in < 1000 or abs((reply.tokens_in + 64) % 1024 - 64) > 32:
-            return
         expected = about_tokens(flatten(messages))
-        if reply.tokens_in < 0.6 * expected:
+        if not counted:
+            self.say("tokens", f"{self.name}: bills no tokens: they are estimated from the text")
+            reply.tokens_in = reply.tokens_in or expected
+            reply.tokens_out = reply.tokens_out or about_tokens(reply.text)
+        elif reply.tokens_in < 0.6 * expected:
             read = f"the server read {reply.tokens_in:,} of about {expected:,} tokens of a prompt"
-            self.say("context", f"{self.model.name}: {read}: raise its context length", once=True)
+            self.say("context", f"{self.name}: {read}: raise its context length")
+        return reply
 
     def wire_options(self, options: dict, fixes: list[RequestFix]) -> dict:
         """Options as they are sent: the provider's defaults, ours, and what was learned."""
@@ -5975,8 +5844,7 @@ def same_model(asked: str, served: str) -> bool:
         name = re.sub(r"\.(gguf|bin|safetensors)$", "", name.strip().lower())
         names.append(re.split(r"[/\\]", name)[-1])
     short, long = sorted(names, key=len)
-    following = long[len(short) :][:1]
-    return long.startswith(short) and (not following or following in "-@:._ ")
+    return long.startswith(short) and long[len(short) :][:1] in ("", *"-@:._ ")
 
 
 class Cache:
@@ -5992,9 +5860,8 @@ class Cache:
         self.output_id = output_id
         self.db = None
         self.empty = True  # at the start
-        self.knows_served = True  # which model each reply came from
         self.under_way = 0.0  # money expected for this output's batches that run
-        if not path:
+        if not path or (read_only and not os.path.getsize(path)):
             return
         address = path
         if read_only:
@@ -6008,42 +5875,24 @@ class Cache:
             )
             if not read_only:
                 self.make_tables()
-            self.read_tables()
+            query = f"SELECT {self.FIELDS} FROM replies LIMIT 1"
+            self.empty = not self.db.execute(query).fetchall()
+            query = "SELECT total(money) FROM batches WHERE payer = ?"
+            [(self.under_way,)] = self.db.execute(query, (output_id,))
         except sqlite3.DatabaseError as error:
             cause = f"{error}: in use elsewhere, damaged or of another version?"
             text = f"{path}: is no cache to use ({cause}); name another --cache-path"
             raise UserError(text) from None
 
     def make_tables(self) -> None:
-        """Make the tables and the column that are missing."""
+        """Make the tables that are missing."""
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
             with contextlib.suppress(sqlite3.OperationalError):  # some file systems have no WAL
                 self.db.execute(f"PRAGMA {pragma}")
         columns = self.FIELDS.replace("key", "key PRIMARY KEY", 1)
         self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
-        names = [column[1] for column in self.db.execute("PRAGMA table_info(replies)")]
-        if "served" not in names:  # made by an older version
-            with contextlib.suppress(sqlite3.OperationalError):  # another process did it just now
-                self.db.execute("ALTER TABLE replies ADD COLUMN served")
         columns = "file PRIMARY KEY, model, id, money, payer"
         self.db.execute(f"CREATE TABLE IF NOT EXISTS batches ({columns})")
-
-    def read_tables(self) -> None:
-        """Read how the file stands; one that is opened to be read may lack tables and a column."""
-        tables = [name for (name,) in self.db.execute("SELECT name FROM sqlite_master")]
-        if "replies" not in tables:
-            self.close()
-            self.db = None
-            return
-        names = [column[1] for column in self.db.execute("PRAGMA table_info(replies)")]
-        self.knows_served = "served" in names
-        fields = self.FIELDS if self.knows_served else self.FIELDS.removesuffix(", served")
-        first = self.db.execute(f"SELECT {fields} FROM replies LIMIT 1").fetchall()
-        self.empty = not first
-        if "batches" not in tables:
-            return
-        query = "SELECT total(money) FROM batches WHERE payer = ?"
-        [(self.under_way,)] = self.db.execute(query, (self.output_id,))
 
     def do(self, sql: str, *values: object) -> list[tuple]:
         """One statement, committed -> its rows; raises Stop where the file cannot be used."""
@@ -6057,13 +5906,12 @@ class Cache:
         """The reply stored under `key`, if there is one."""
         if not self.db:
             return None
-        served = "served" if self.knows_served else "''"
-        fields = f"text, finish, {served}, tokens_in, tokens_out, rate"
-        query = f"SELECT {fields} FROM replies WHERE key = ?"
-        for text, finish, served, *numbers in self.do(query, key):
-            # an older version stored failed finishes, too: what they left counts as cut
-            return Reply(text, finish_kind(finish) or "length", *numbers, model=served or "")
-        return None
+        fields = "text, finish, tokens_in, tokens_out, rate, served"
+        rows = self.do(f"SELECT {fields} FROM replies WHERE key = ?", key)
+        if not rows:
+            return None
+        *values, served = rows[0]
+        return Reply(*values, model=served)
 
     def put(self, key: str, reply: Reply, model: str) -> bool:
         """Store a reply -> False if there is one: that one stays, this one is only billed."""
@@ -6071,8 +5919,7 @@ class Cache:
             return True
         numbers = (reply.tokens_in, reply.tokens_out, reply.rate)
         row = (reply.text, reply.finish, *numbers, model, self.output_id, reply.model)
-        marks = "?, ?, ?, ?, ?, ?, ?, ?, ?"
-        insert = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES ({marks})"
+        insert = f"INSERT OR IGNORE INTO replies ({self.FIELDS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
         if self.do(f"{insert} RETURNING 1", key, *row):
             return True
         self.do(insert, f"paid twice: {os.urandom(16).hex()}", *row)
@@ -6084,17 +5931,6 @@ class Cache:
             return []
         sums = "SELECT model, sum(rate * tokens_in), sum(rate * tokens_out) FROM replies"
         return self.do(f"{sums} WHERE payer = ? GROUP BY model", self.output_id)
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All statements inside, or none."""
-        self.do("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self.do("ROLLBACK")
-            raise
-        self.do("COMMIT")
 
     def close(self) -> None:
         if self.db:
@@ -6111,20 +5947,6 @@ class Usage:
     tokens_out: int = 0
     money: float = 0.0
     kept: float = 0.0  # money that the cached ones had cost
-
-    def add(self, reply: Reply, cached: bool, money: float) -> None:
-        """Count one reply."""
-        self.calls += not cached
-        self.cached += cached
-        self.tokens_in += reply.tokens_in
-        self.tokens_out += reply.tokens_out
-        self.money += money
-        self.kept += money * cached
-
-    def tokens_of_a_reply(self, guess: int) -> int:
-        """Tokens to expect of the next reply: the average, or a guess before the first one."""
-        replies = self.calls + self.cached
-        return round(self.tokens_out / replies) if replies else guess
 
 
 class Models:
@@ -6144,7 +5966,6 @@ class Models:
         self.total = None  # records in the input, once that is known
         self.asking = {}  # key -> future of the call that is under way
         self.endpoints = {}  # Model -> Endpoint
-        self.providers = {}  # (provider, url, key) -> Provider
         self.usage = defaultdict(Usage)  # (Model, role) -> Usage
         self.stop = None  # the Stop to raise, once the run stops
         self.stopping = asyncio.Event()
@@ -6178,12 +5999,18 @@ class Models:
         hints = {"sample": sample, "reference": reference, "role": role, "seed": seed}
         reply = cut_at_end_mark(await self.ask_once(model, messages, options, hints))
         if reply.finish == "length" and self.may_ask_longer(model, reply, options):
-            reply = await self.ask_longer(model, messages, options, hints, reply)
+            longer = options | {"max_tokens": 2 * options["max_tokens"]}
+            hints["again"] = True
+            try:
+                reply = cut_at_end_mark(await self.ask_once(model, messages, longer, hints))
+            except Failed as failed:
+                if failed.retryable:  # the next run may get it whole
+                    raise
         if reply.finish == "content_filter":
-            what = "the provider's content filter withheld the answer"
-            raise Failed("model", f"content filter: {model.name}: {what}")
-        if role == "answer" and reply.finish == "stop" and "think" in reply.text[:20]:
-            self.check_thoughts(model, reply)
+            raise Failed("model", f"content filter: {model.name}: the provider withheld the answer")
+        has_thoughts = role == "answer" and reply.finish == "stop" and "think" in reply.text[:20]
+        if has_thoughts and not answer_text(reply.text):
+            raise Failed("model", f"only thoughts came: {model.name}: raise --max-tokens")
         return reply
 
     def may_ask_longer(self, model: Model, reply: Reply, options: dict) -> bool:
@@ -6194,46 +6021,31 @@ class Models:
         if not endpoint:
             return True
         longer = options | {"max_tokens": 2 * options["max_tokens"]}
-        now = endpoint.wire_options(options, endpoint.fixes)
-        return not endpoint.no_longer_replies and now != endpoint.wire_options(
-            longer, endpoint.fixes
-        )
-
-    async def ask_longer(
-        self, model: Model, messages: list[dict], options: dict, hints: dict, reply: Reply
-    ) -> Reply:
-        """The reply to the same request with twice the tokens; the cut one if that is refused."""
-        longer = options | {"max_tokens": 2 * options["max_tokens"]}
-        try:
-            return cut_at_end_mark(
-                await self.ask_once(model, messages, longer, hints | {"again": True})
-            )
-        except Failed as failed:
-            if failed.retryable:  # the next run may get it whole
-                raise
-            return reply
-
-    @staticmethod
-    def check_thoughts(model: Model, reply: Reply) -> None:
-        """Raise Failed if the reply holds thoughts and no answer."""
-        if not answer_text(reply.text):
-            advice = "raise --max-tokens, or switch its thinking off (--model-option)"
-            raise Failed("model", f"only thoughts came: {model.name}: {advice}")
+        fixes = endpoint.fixes  # one may have lowered both to the model's limit
+        differs = endpoint.wire_options(options, fixes) != endpoint.wire_options(longer, fixes)
+        return differs and not endpoint.no_longer_replies
 
     async def ask_once(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
         """One request through the cache; its key is what was asked for, before any fix."""
+        role = hints["role"]
         if not model.is_online:
-            return self.count(model, hints, await self.fetch(model, messages, options, hints))
+            return self.count(model, role, await self.fetch(model, messages, options, hints))
         if self.dry and self.cache.empty:  # no need to look
-            return self.count(model, hints, self.guess(model, messages, hints))
+            return self.count(model, role, self.guess(model, messages, hints))
         key = digest(model.provider, model.url, model.name, messages, options, hints["sample"])
         reply = self.cache.get(key)
-        if reply:
-            fresh = self.batches and int(key[:16], 16) in self.batches.fresh
-            self.check_served(model, reply, hints["role"])
-            return self.count(model, hints, reply, cached=not fresh)
-        if self.dry:
-            return self.count(model, hints, self.guess(model, messages, hints))
+        cached = not self.batches or hash(key) not in self.batches.fresh
+        if not reply and self.dry:
+            return self.count(model, role, self.guess(model, messages, hints))
+        if not reply:
+            reply, cached = await self.fetch_once(key, model, messages, options, hints)
+        self.check_served(model, reply, role)
+        return self.count(model, role, reply, cached)
+
+    async def fetch_once(
+        self, key: str, model: Model, messages: list, options: dict, hints: dict
+    ) -> tuple[Reply, bool]:
+        """-> a reply that is in the cache from now on, and whether another call has paid for it."""
         if self.announce_plan:
             async with self.plan_lock:
                 if self.announce_plan:
@@ -6244,7 +6056,7 @@ class Models:
         while waiting := self.asking.get(key):  # the same is asked now: one call serves all
             await asyncio.wait([waiting])
             if not waiting.cancelled():
-                return self.count(model, hints, waiting.result(), cached=True)
+                return waiting.result(), True
         waiting = asyncio.get_running_loop().create_future()
         self.asking[key] = waiting
         try:
@@ -6253,16 +6065,21 @@ class Models:
             if not self.cache.put(key, reply, model.name):
                 reply = self.cache.get(key)  # another process was first: its reply counts
             waiting.set_result(reply)
-            self.check_served(model, reply, hints["role"])
         finally:
             waiting.cancel()
-            self.asking.pop(key, None)
-        return self.count(model, hints, reply)
+            del self.asking[key]
+        return reply, False
 
-    def count(self, model: Model, hints: dict, reply: Reply, cached: bool = False) -> Reply:
+    def count(self, model: Model, role: str, reply: Reply, cached: bool = False) -> Reply:
         """Count a reply's tokens and money -> the reply."""
         money = self.price(model.name, reply.tokens_in, reply.tokens_out) * reply.rate
-        self.usage[model, hints["role"]].add(reply, cached, money)
+        usage = self.usage[model, role]
+        usage.calls += not cached
+        usage.cached += cached
+        usage.tokens_in += reply.tokens_in
+        usage.tokens_out += reply.tokens_out
+        usage.money += money
+        usage.kept += money * cached
         return reply
 
     def pay(self, model: Model, reply: Reply) -> None:
@@ -6274,7 +6091,7 @@ class Models:
         if any(error.billed):
             nothing = Reply("", "no text", *error.billed, rate)
             self.cache.put(f"no text: {os.urandom(16).hex()}", nothing, model.name)
-            self.pay(model, self.count(model, {"role": role}, nothing))
+            self.pay(model, self.count(model, role, nothing))
 
     def price(self, name: str, tokens_in: float, tokens_out: float) -> float:
         """Money for tokens of a model at --price, 0 without one."""
@@ -6282,94 +6099,74 @@ class Models:
         return (tokens_in * price_in + tokens_out * price_out) / PRICE_UNIT
 
     def expected_tokens(self, model: Model, messages: list, role: str) -> tuple[int, int]:
-        """Tokens to expect of a call, in and out."""
-        tokens_out = self.usage[model, role].tokens_of_a_reply(GUESSED_TOKENS[role])
+        """Tokens to expect of a call, in and out: as many as its replies had so far."""
+        usage = self.usage[model, role]
+        replies = usage.calls + usage.cached
+        tokens_out = round(usage.tokens_out / replies) if replies else GUESSED_TOKENS[role]
         return about_tokens(flatten(messages)), tokens_out
 
     def expected_cost(self, model: Model, messages: list, role: str) -> float:
         """Money to expect of a call, at the online price; 0 where no --max-cost asks."""
         if self.args.max_cost is None:
             return 0.0
-        if model.name not in self.args.prices and PROVIDERS[model.provider].key:
-            hint = f"--price {model.name}=IN/OUT"
-            raise self.halt(f"--max-cost needs the price of {model.name}, too: {hint}")
         return self.price(model.name, *self.expected_tokens(model, messages, role))
 
-    def is_over_budget(self, extra: float = 0.0) -> bool:
-        """True if what is spent, under way and `extra` together reach --max-cost."""
+    def over_budget(self, extra: float = 0.0) -> str:
+        """What to say if what is spent, under way and `extra` reach --max-cost, else ""."""
         limit = self.args.max_cost
-        return limit is not None and self.spent + self.cost_in_flight + extra >= limit
-
-    def check_budget(self, extra: float = 0.0) -> None:
-        """Raise Stop if what is spent, under way and `extra` together reach --max-cost."""
-        if not self.is_over_budget(extra):
-            return
-        limit = f"--max-cost {self.args.max_cost:g}"
-        reason = f"the next call might exceed {limit}: {self.spent:.4g} is spent"
+        if limit is None or self.spent + self.cost_in_flight + extra < limit:
+            return ""
+        reason = f"the next call might exceed --max-cost {limit:g}: {self.spent:.4g} is spent"
         if self.cost_in_flight > 1e-9:
             reason += f", about {self.cost_in_flight:.4g} is under way"
-        raise self.halt(f"{reason}. Raise it and run the same command again.")
+        return f"{reason}. Raise it and run the same command again."
 
     def guess(self, model: Model, messages: list, hints: dict) -> Reply:
         """A pending reply, with the tokens to expect, also of answers that are not there yet."""
         role = hints["role"]
-        place = hints["sample"] + 1
         self.first_prompts.setdefault(f"{model.name} as {role}", messages)
         models = {model, *(other for other, _ in self.usage)}
-        name = unique_names(list(models))[model]
-        text = f"<answer {place} of {name}>" if place > 1 else f"<answer of {name}>"
+        name = unique_names(list(models))[model]  # alike texts would be dropped as identical
+        text = f"<answer {hints['sample'] + 1} of {name}>"
         tokens_in, tokens_out = self.expected_tokens(model, messages, role)
-        missing = re.findall(r"^[<‹]answer(?: \d+)? of .*>$", flatten(messages), re.M)
+        missing = re.findall(r"^[<‹]answer \d+ of .*>$", flatten(messages), re.M)
         tokens_in += GUESSED_TOKENS["answer"] * len(missing)
         rate = BATCH_RATE if self.args.batch else 1.0
         return Reply(text, "stop", tokens_in, tokens_out, rate, pending=True)
 
     def endpoint(self, model: Model) -> Endpoint:
-        """The model's endpoint, made on first use; the SDK is imported here."""
-        if model not in self.endpoints:
-            address = (model.provider, model.url, key_of(model))
-            if address not in self.providers:
-                self.providers[address] = self.make_provider(model)
-            self.endpoints[model] = Endpoint(model, self.providers[address])
-        return self.endpoints[model]
-
-    def make_provider(self, model: Model) -> Provider:
-        """A client for the model's address."""
-        make = PROVIDERS[model.provider]
+        """The model's endpoint with its client, made on first use; the SDK is imported here."""
+        if model in self.endpoints:
+            return self.endpoints[model]
         try:
-            provider = make(model.url, key_of(model), self.args.timeout)
+            provider = PROVIDERS[model.provider](model.url, key_of(model), self.args.timeout)
         except Exception as error:  # its text may quote a proxy's password
             if is_own_bug(error):
                 raise broken(f"the provider `{model.provider}`", error) from error
             hint = "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
-            if isinstance(error, OSError) and stale_certificates():
-                hint = stale_certificates()
+            if isinstance(error, FileNotFoundError):
+                hint = "SSL_CERT_FILE or SSL_CERT_DIR names what does not exist"
             text = f"{model.name}: no client ({type(error).__name__}): {hint}"
             raise self.halt(text) from None
         # an SDK's objects stay, and looking for garbage among them took 15% of the time
         gc.freeze()
         gc.set_threshold(20_000)
-        return provider
+        self.endpoints[model] = Endpoint(model, provider)
+        return self.endpoints[model]
 
     async def fetch(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
         """Call the provider; a model's first call goes alone: a wrong key costs one call."""
         endpoint = self.endpoint(model)
-        if endpoint.first_call_done:
+        if endpoint.first_call:
+            await endpoint.first_call.wait()
             return await self.call_until_done(endpoint, messages, options, hints)
-        async with endpoint.first_call_lock:
-            if not endpoint.first_call_done:
-                event_loop = asyncio.get_running_loop()
-                text = "no reply to the first call yet"
-                timer = event_loop.call_later(
-                    SLOW_SECONDS, endpoint.say_waiting, "first reply", text
-                )
-                try:
-                    return await self.call_until_done(endpoint, messages, options, hints)
-                finally:
-                    timer.cancel()
-                    endpoint.first_call_done = True
-                    endpoint.count_from(time.monotonic())
-        return await self.call_until_done(endpoint, messages, options, hints)
+        endpoint.first_call = asyncio.Event()
+        try:
+            return await self.call_until_done(endpoint, messages, options, hints)
+        finally:
+            endpoint.first_call.set()
+            endpoint.since = time.monotonic()
+            endpoint.starts = 0
 
     async def call_until_done(
         self, endpoint: Endpoint, messages: list, options: dict, hints: dict
@@ -6377,11 +6174,8 @@ class Models:
         """Call until there is a reply, or the rule for the failure says otherwise."""
         fixes = list(endpoint.fixes)
         tries = 0  # that count for --max-retries
-        pauses = 0
         while True:
             start = await endpoint.wait_for_turn(self.pause)
-            if self.stop:
-                raise self.stop
             sent = endpoint.wire_options(options, fixes)
             try:
                 reply = await self.call(endpoint, messages, sent, hints)
@@ -6392,38 +6186,25 @@ class Models:
                 if fix:
                     fixes.append(fix)
                     continue
-                await self.list_served_models(endpoint, error)
-                action = self.classify_error(endpoint, error, start)
-                self.check_reachable(endpoint, error, tries)
-                if action not in ("wait", "retry", "retry once"):
-                    raise self.give_up(endpoint, error, hints) from None
-                most = self.args.max_retries
-                if action == "retry once":
-                    most = min(1, most)
-                if action != "wait" and tries >= most:
-                    raise self.give_up(endpoint, error, hints) from None
-                if action == "wait":
-                    endpoint.say_waiting("rate limit", "rate limit (429), calls are slowed down")
-                    await self.pause(error.retry_after)
-                    continue
-                endpoint.say_waiting(action, f"{error}; trying again")
-                gone = error.code == "unreachable" and endpoint.has_succeeded
-                tries += not gone  # a server that has answered may come back: GONE_SECONDS decide
-                pauses += 1
-                longest = 5 if gone else 30
-                backoff = min(longest, 2**pauses / 4) * random.uniform(0.5, 1)
-                await self.pause(max(error.retry_after, backoff))
+                rule = await self.rule_for(endpoint, error, start)
+                if rule.action != "wait":
+                    if tries >= self.retries_after(rule):
+                        raise self.fail(endpoint, rule, error, hints) from None
+                    tries += 1
+                await self.wait_to_retry(endpoint, error, tries)
 
     async def call(self, endpoint: Endpoint, messages: list, options: dict, hints: dict) -> Reply:
         """One call as it goes over the wire; whatever goes wrong comes out as ApiError."""
         model = endpoint.model
         if self.open_calls.locked():
             limit = f"at most {most_calls():,} calls at once: ulimit -n allows few open files"
-            endpoint.say("open files", limit, once=True)
+            endpoint.say("open files", limit)
         async with self.open_calls:
             if self.stop:
                 raise self.stop
-            self.check_budget()
+            over_budget = self.over_budget()
+            if over_budget:
+                raise self.halt(over_budget)
             expected = self.expected_cost(model, messages, hints["role"])
             if options.pop("fold_system", False):
                 messages = fold_system_turn(messages)
@@ -6433,11 +6214,6 @@ class Models:
                 # openai alone never times out on a slow drip
                 async with asyncio.timeout(self.args.timeout):
                     reply = await endpoint.provider.call(model.name, messages, options, hints)
-                self.replies += 1
-                check_is_reply(model.provider, reply)
-                return endpoint.check_reply(messages, reply)
-            except PartError:
-                raise
             except Exception as failure:  # SDKs let anything through: TypeError, IndexError, ...
                 if is_own_bug(failure):
                     raise broken(f"the provider `{model.provider}`", failure) from failure
@@ -6447,6 +6223,9 @@ class Models:
             finally:
                 self.in_flight -= 1
                 self.cost_in_flight -= expected
+        self.replies += 1
+        check_is_reply(model.provider, reply)
+        return endpoint.check_reply(messages, reply)
 
     def check_served(self, model: Model, reply: Reply, role: str) -> None:
         """Say it if another model answers than was asked; stop if one answers for high and low."""
@@ -6463,60 +6242,52 @@ class Models:
             twin = other.url == model.url and served == reply.model and other.name != model.name
             if twin and (other, "answer") in self.usage:
                 both = f"{other.name} and {model.name} are both answered by {one_line(served)}"
-                hint = (
-                    "load both models, or give each its own address (MODEL@URL), "
-                    "and name another --cache-path"
-                )
-                raise self.halt(f"{both}: a model would be compared with itself; {hint}")
+                hint = "load both, or give each its own MODEL@URL, and name another --cache-path"
+                raise self.halt(f"{both}, so it would be compared with itself: {hint}")
 
-    async def list_served_models(self, endpoint: Endpoint, error: ApiError) -> None:
-        """Ask a server that does not know a model what it serves; no answer is no error."""
+    async def rule_for(self, endpoint: Endpoint, error: ApiError, start: float = 0.0) -> ErrorRule:
+        """The rule for an error of a call that began at `start`; raises Stop if it says so."""
         rule = find_rule(error, endpoint.model, endpoint.has_succeeded)
-        if rule.kind != "model" or endpoint.served_models:
-            return
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(min(10, self.args.timeout)):
-                endpoint.served_models = await endpoint.provider.list_models()
+        if rule.kind == "model" and not endpoint.served_models:
+            with contextlib.suppress(Exception):  # no list of models is no error
+                async with asyncio.timeout(min(10, self.args.timeout)):
+                    endpoint.served_models = await endpoint.provider.list_models()
+        throttled = rule.action == "wait" and endpoint.on_rate_limit(start) > PATIENCE
+        if throttled or rule.action in ("stop", "stop if new"):
+            raise self.halt_by_rule(endpoint, rule, error)
+        return rule
 
-    def classify_error(self, endpoint: Endpoint, error: ApiError, start: float = 0.0) -> str:
-        """The action of the rule for an error; raises Stop where no further call can succeed."""
-        rule = find_rule(error, endpoint.model, endpoint.has_succeeded)
-        name = endpoint.model.name
-        if rule.action in ("stop", "stop if new"):
-            values = {"key": endpoint.provider.key or "the key"}
-            values["served"] = served_advice(endpoint) or "name another one"
-            values["also_served"] = ""
-            if endpoint.served_models and name not in endpoint.served_models:
-                values["also_served"] = f"; {served_advice(endpoint)}"
-            values["certificate"] = certificate_advice()
-            raise self.halt(f"{name}: {fill(rule.advice, **values)} ({error})")
-        if rule.action == "wait" and endpoint.on_rate_limit(start) > PATIENCE:
-            waited = f"nothing but 429 for {PATIENCE // 60} minutes"
-            raise self.halt(f"{name}: {waited}; run the same command later")
-        return rule.action
+    def halt_by_rule(self, endpoint: Endpoint, rule: ErrorRule, error: ApiError) -> Stop:
+        """Stop the run with the advice of a rule -> the Stop to raise."""
+        values = {"key": endpoint.provider.key or "the key", "served": served_advice(endpoint)}
+        return self.halt_for(endpoint, f"{fill(rule.advice, **values)} ({error})")
 
-    def check_reachable(self, endpoint: Endpoint, error: ApiError, tries: int) -> None:
-        """Raise Stop if connections have been refused for too long."""
-        seconds = endpoint.seconds_unreachable(error)
-        last_try = tries >= self.args.max_retries and not endpoint.has_succeeded
-        patience = GONE_SECONDS[endpoint.has_succeeded]
-        if error.code != "unreachable" or (seconds < patience and not last_try):
-            return
-        name, url = endpoint.model.name, endpoint.model.url
-        hint = proxy_advice(url) or "does it run at that address?"
-        raise self.halt(f"{name}: the server cannot be reached: {hint} ({error})")
+    def retries_after(self, rule: ErrorRule) -> int:
+        """How often a call is tried again after such an error."""
+        return min(self.args.max_retries, MOST_RETRIES.get(rule.action, 0))
 
-    def give_up(self, endpoint: Endpoint, error: ApiError, hints: dict) -> Exception:
+    async def wait_to_retry(self, endpoint: Endpoint, error: ApiError, tries: int) -> None:
+        """Say what is waited for, and wait: longer after each try."""
+        model = endpoint.model
+        place = f"{model.name} at {model.url}" if model.url else model.name
+        endpoint.say(str(error.status), f"waiting for {place}: {error}; trying again")
+        backoff = min(30, 2**tries / 4) * random.uniform(0.5, 1)
+        await self.pause(max(error.retry_after, backoff))
+
+    def fail(self, endpoint: Endpoint, rule: ErrorRule, error: ApiError, hints: dict) -> Exception:
         """What to raise for a call that failed for good: Failed for the record, or Stop."""
-        failed = failed_call(endpoint, error)
-        if hints.get("again") and not failed.retryable:
+        failed = failed_call(endpoint, rule, error)
+        if "again" in hints and not failed.retryable:
             endpoint.no_longer_replies = True
             return failed
-        rule = find_rule(error, endpoint.model, endpoint.has_succeeded)
-        about_prompt = rule.kind in ("content filter", "prompt too long for the model")
-        if not about_prompt and endpoint.on_failure(f"{error.status} {error.code}"):
+        if rule.advice:
+            return self.halt_by_rule(endpoint, rule, error)
+        cause = f"{error.status} {error.code}"
+        if rule.kind not in ("content filter", TOO_LONG):
+            endpoint.failures.append(cause)
+        if endpoint.failures.count(cause) == SAME_FAILURES:
             alike = f"{SAME_FAILURES} calls in a row failed alike"
-            return self.halt(f"{endpoint.model.name}: {alike} ({error})")
+            return self.halt_for(endpoint, f"{alike} ({error})")
         return failed
 
     def count_judge_reply(self, judge: Model, problem: str = "") -> None:
@@ -6538,6 +6309,10 @@ class Models:
         self.stopping.set()
         return self.stop
 
+    def halt_for(self, endpoint: Endpoint, problem: str) -> Stop:
+        """Stop the run because of one model -> the Stop to raise."""
+        return self.halt(f"{endpoint.name}: {problem}")
+
     async def pause(self, seconds: float) -> None:
         """Sleep, unless the run stops; then raise Stop."""
         if seconds > 0 and not self.stop:
@@ -6550,13 +6325,11 @@ class Models:
         """Usage per model and role, ready for the report; money is None without a price."""
         rows = []
         for (model, role), usage in self.usage.items():
-            if not model.is_online:
-                continue
-            row = {"model": model.name, "role": role}
-            row |= {"calls": usage.calls, "cached": usage.cached}
-            row |= {"tokens_in": usage.tokens_in, "tokens_out": usage.tokens_out}
-            row["money"] = usage.money if model.name in self.args.prices else None
-            rows.append(row)
+            if model.is_online:
+                row = {"model": model.name, "role": role, **vars(usage)}
+                del row["kept"]
+                row["money"] = usage.money if model.name in self.args.prices else None
+                rows.append(row)
         return rows
 
     def tokens(self) -> int:
@@ -6565,66 +6338,24 @@ class Models:
 
     async def close(self) -> None:
         """Close every client once."""
-        for provider in self.providers.values():
-            await provider.close()
+        for endpoint in self.endpoints.values():
+            await endpoint.provider.close()
 
 
-def failed_call(endpoint: Endpoint, error: ApiError, retryable: bool | None = None) -> Failed:
-    """The Failed of a record whose call gave nothing.
-
-    `retryable`: may the next run get a reply; None: as the rule for the error says."""
-    rule = find_rule(error, endpoint.model, endpoint.has_succeeded)
-    if retryable is None:
-        retryable = rule.action != "record"
-    return Failed("model", f"{rule.kind}: {endpoint.model.name}: {error}", retryable)
+def failed_call(endpoint: Endpoint, rule: ErrorRule, error: ApiError) -> Failed:
+    """The Failed of a record whose call gave nothing."""
+    reason = f"{rule.kind}: {endpoint.name}: {error}"
+    return Failed("model", reason, retryable=rule.action != "record")
 
 
 def served_advice(endpoint: Endpoint) -> str:
     """`the server serves a, b`: the names nearest to the one asked for, five at most."""
     served = endpoint.served_models
     if not served:
-        known = DEFAULT_MODELS.get(endpoint.model.provider)
-        return f"name another, such as {' or '.join(known)}" if known else ""
-    asked = endpoint.model.name.lower()
-
-    def likeness(name: str) -> float:
-        return difflib.SequenceMatcher(None, asked, name.lower()).ratio()
-
-    nearest_names = [one_line(name) for name in sorted(served, key=likeness, reverse=True)[:5]]
+        return "name another one"
+    nearest_names = difflib.get_close_matches(endpoint.name, served, 5, 0.0)
     more = f" and {len(served) - 5} more" if len(served) > 5 else ""
-    return f"the server serves {', '.join(nearest_names)}{more}"
-
-
-def stale_certificates() -> str:
-    """Advice about SSL_CERT_FILE or SSL_CERT_DIR if it names nothing that exists, else ""."""
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
-        path = os.environ.get(name)
-        if path and not os.path.exists(path):
-            return f"{name} names {path}, which does not exist: correct it, or unset {name}"
-    return ""
-
-
-def certificate_advice() -> str:
-    """What to do about a certificate that is not trusted."""
-    path = os.environ.get("SSL_CERT_FILE")
-    now = f" (now {path})" if path else ""
-    advice = f"the server's certificate is not trusted: name its CA's file in SSL_CERT_FILE{now}"
-    return stale_certificates() or advice
-
-
-def proxy_advice(url: str) -> str:
-    """A question about the proxy that calls to this address go through, "" if there is none."""
-    import urllib.request
-
-    address = urllib.parse.urlsplit(url or "https://default.invalid")
-    proxies = urllib.request.getproxies()
-    proxy = proxies.get(address.scheme) or proxies.get("all")
-    if not proxy or urllib.request.proxy_bypass(address.hostname or ""):
-        return ""
-    for name, value in os.environ.items():
-        if name.lower().endswith("_proxy") and value and proxy.endswith(value):
-            return f"calls go through the proxy in {name}: does it run?"
-    return "calls go through the system's proxy: does it run?"
+    return f"the server serves {', '.join(map(one_line, nearest_names))}{more}"
 
 
 @functools.cache
@@ -6635,9 +6366,7 @@ def most_calls() -> int:
     except ImportError:  # Windows has no such limit
         return 2**20
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return 2**20
-    return max(8, (soft - 64) // 2)
+    return 2**20 if soft == resource.RLIM_INFINITY else max(8, (soft - 64) // 2)
 
 
 def key_of(model: Model) -> str:
@@ -6709,22 +6438,6 @@ def check_address(spec: str, provider: str, name: str, url: str) -> None:
         raise UserError(f"{url} speaks the OpenAI protocol: use --provider openai with it")
 
 
-# Tokens that a --price is for.
-PRICE_UNIT = 1_000_000
-# Assumed tokens of a reply, for estimates before the call.
-GUESSED_TOKENS = {"answer": 400, "judge": 120}
-# Rows keep the input's order: finished records per worker that may wait for a slower one.
-WINDOW = 32
-# Seconds of nothing but 429 until the run stops.
-PATIENCE = 600
-# Seconds to wait for a cache that another process is writing.
-CACHE_PATIENCE = 60
-# Failures of one model in a row until the run stops.
-SAME_FAILURES = 20
-# Replies of a judge, none of them readable, until the run stops.
-UNREADABLE_REPLIES = 40
-
-
 @dataclass(frozen=True)
 class Model:
     """`[provider:]model[@URL]`, parsed; `url` is the one in effect, "" for the SDK's own."""
@@ -6769,59 +6482,47 @@ NO_ENGINE = "this server has no batch engine: leave out --batch"
 LINE_URL = "/v1/chat/completions"  # of every request in a batch
 
 
-@dataclass
-class FailedRequest:
-    """A request whose result was an error or is missing."""
-
-    tries: int = 0
-    reason: str = ""  # of the drop, if it stays so
-    retryable: bool = True  # may a rerun cure it
-    is_final: bool = False  # True: not sent again in this run
-    fixes: list[RequestFix] = field(default_factory=list)  # of the next try
-
-
 class Batches:
     """The requests that a run wants, and the batches that fetch them; none is submitted twice."""
 
     def __init__(self, models: Models) -> None:
         self.models = models
         self.cache = models.cache
-        self.retries = models.args.max_retries
-        self.asked_models: dict[str, Model] = {}  # by name_of
-        self.failed: dict[str, FailedRequest] = {}  # by key
-        self.fresh: set[int] = set()  # replies of this run, by the first 16 digits of the key
+        # By key of a request: its failed tries, the fixes its refusals taught, and why it is not
+        # sent again in this run.
+        self.tries: Counter = Counter()
+        self.fixes: dict[str, list[RequestFix]] = {}
+        self.final: dict[str, Failed] = {}
+        self.fresh: set[int] = set()  # hashes of the keys whose replies came in this run
         self.longer: set[str] = set()  # keys of requests with twice the tokens
-        self.sent_fixes: dict[str, list[RequestFix]] = {}  # of the requests in an uploaded file
-        self.largest: dict[Model, int] = {}  # requests in a batch, where the queue is too small
-        self.cost_too_high = 0.0  # of the first request that --max-cost has no room for
+        self.new_files: set[str] = set()  # uploaded by this run
+        self.over_budget = ""  # what to say if --max-cost has no room for a request
         columns = "key TEXT UNIQUE, model, role, request, file"
         self.cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
         self.cache.do("DELETE FROM wanted WHERE file NOT IN (SELECT file FROM batches)")
 
-    def want(
-        self, key: str, model: Model, messages: list[dict], options: dict, hints: dict
-    ) -> Never:
+    def want(self, key: str, model: Model, messages: list, options: dict, hints: dict) -> Never:
         """Note a request; raises Pending, or Failed if it is not sent again in this run."""
-        failed = self.failed.get(key)
-        if failed and failed.is_final:
-            raise Failed("model", failed.reason, failed.retryable)
-        if hints.get("again"):
+        if key in self.final:
+            raise self.final[key]
+        self.models.endpoint(model)  # to submit it to
+        if "again" in hints:
             self.longer.add(key)
-        name = name_of(model)
-        self.asked_models[name] = model
         request = json.dumps([messages, options], ensure_ascii=False)
         insert = "INSERT OR IGNORE INTO wanted (key, model, role, request, file)"
-        self.cache.do(f"{insert} VALUES (?, ?, ?, ?, '')", key, name, hints["role"], request)
+        values = (key, name_of(model), hints["role"], request)
+        self.cache.do(f"{insert} VALUES (?, ?, ?, ?, '')", *values)
         raise Pending
 
     async def submit_and_wait(self) -> None:
         """Submit what is wanted, and wait until every batch has ended and is in the cache."""
-        endpoints = {}
-        for name, model in self.asked_models.items():
-            endpoints[name] = self.models.endpoint(model)
+        endpoints = {name_of(model): endpoint for model, endpoint in self.models.endpoints.items()}
         while True:
-            self.cost_too_high = 0.0
-            await gather_all([self.upload_waiting(endpoint) for endpoint in endpoints.values()])
+            self.over_budget = ""
+            for endpoint in endpoints.values():
+                uploaded = True
+                while uploaded:
+                    uploaded = await self.upload_file(endpoint)
             tasks = []
             for name, file, batch_id in self.cache.do("SELECT model, file, id FROM batches"):
                 if name in endpoints:
@@ -6829,54 +6530,39 @@ class Batches:
             if not tasks:
                 break
             await gather_all(tasks)
-        if self.cost_too_high:
-            self.models.check_budget(self.cost_too_high)
+        if self.over_budget:
+            raise self.models.halt(self.over_budget)
 
     # --- from the table to the provider
 
-    async def upload_waiting(self, endpoint: Endpoint) -> None:
-        """Upload all waiting requests of a model; only one file where batches go in turn."""
-        model = endpoint.model
-        query = "SELECT count(*) FROM batches WHERE model = ?"
-        [(under_way,)] = self.cache.do(query, name_of(model))
-        while not under_way or model not in self.largest:
-            if not await self.upload_file(endpoint):
-                return
-            under_way += 1
-
     async def upload_file(self, endpoint: Endpoint) -> bool:
-        """Upload the next requests as one file; False if none waits or the budget has no room."""
+        """Upload the next requests as one file; False if none waits, or none may be sent now."""
         if self.models.stop:
             raise self.models.stop
-        client = endpoint.provider.batch_client()
-        if client is None:
-            raise self.models.halt(f"{endpoint.model.name}: {NO_ENGINE}")
+        name = name_of(endpoint.model)
+        in_turn = endpoint.largest_batch < BATCH_REQUESTS
+        if in_turn and self.cache.do("SELECT file FROM batches WHERE model = ?", name):
+            return False
         with tempfile.TemporaryFile() as requests:
             last_row, money = self.write_requests(endpoint, requests)
             if not last_row:
                 return False
-
-            async def send(tries: int) -> Any:
-                requests.seek(0)
-                upload = ("batch.jsonl", requests)
-                stored = await client.files.create(file=upload, purpose="batch")
-                if isinstance(stored, str):
-                    raise ApiError(404, "web page", "a web page came, not JSON")
-                return stored
-
+            client = endpoint.provider.batch_client()
+            if client is None:
+                raise self.models.halt_for(endpoint, NO_ENGINE)
+            requests.seek(0)
+            body = {"file": ("batch.jsonl", requests), "purpose": "batch"}
             try:
-                file = (await self.with_retries(endpoint, send)).id
+                stored = await self.with_retries(endpoint, lambda _: client.files.create(**body))
             except ApiError as error:
                 cause = NO_ENGINE if lacks_engine(error) else "the batch engine refused the file"
-                raise self.models.halt(f"{endpoint.model.name}: {cause} ({error})") from None
+                raise self.models.halt_for(endpoint, f"{cause} ({error})") from None
         # A batch is made of the file only after this: a killed run can then look for it.
-        name = name_of(endpoint.model)
-        with self.cache.transaction():
-            insert = "INSERT INTO batches (file, model, id, money, payer) VALUES (?, ?, '', ?, ?)"
-            self.cache.do(insert, file, name, money, self.cache.output_id)
-            update = "UPDATE wanted SET file = ? WHERE model = ? AND file = '' AND rowid <= ?"
-            self.cache.do(update, file, name, last_row)
-        self.sent_fixes[file] = list(endpoint.fixes)
+        update = "UPDATE wanted SET file = ? WHERE model = ? AND file = '' AND rowid <= ?"
+        self.cache.do(update, stored.id, name, last_row)
+        insert = "INSERT INTO batches (file, model, id, money, payer) VALUES (?, ?, '', ?, ?)"
+        self.cache.do(insert, stored.id, name, money, self.cache.output_id)
+        self.new_files.add(stored.id)
         return True
 
     def write_requests(self, endpoint: Endpoint, requests: BinaryIO) -> tuple[int, float]:
@@ -6885,16 +6571,16 @@ class Batches:
         last_row = 0
         total = 0.0
         query = "SELECT rowid, key, role, request FROM wanted WHERE model = ? AND file = ''"
-        limit = self.largest.get(endpoint.model, BATCH_REQUESTS)
-        values = (name_of(endpoint.model), limit)
+        values = (name_of(endpoint.model), endpoint.largest_batch)
         waiting = self.cache.db.execute(f"{query} ORDER BY rowid LIMIT ?", values)
         for row, key, role, request in waiting:
             messages, options = json.loads(request)
             money = models.expected_cost(endpoint.model, messages, role) * BATCH_RATE
-            if models.is_over_budget(money):
-                self.cost_too_high = money
+            self.over_budget = self.over_budget or models.over_budget(money)
+            if self.over_budget:
                 break  # until the batches under way have come in, and may have cost less
-            options = endpoint.wire_options(options, self.fixes_of(key, endpoint.fixes))
+            own_fixes = [fix for fix in self.fixes.get(key, []) if fix not in endpoint.fixes]
+            options = endpoint.wire_options(options, endpoint.fixes + own_fixes)
             data = request_line(key, endpoint.model, messages, options)
             if last_row and requests.tell() + len(data) > BATCH_BYTES:
                 break
@@ -6903,101 +6589,6 @@ class Batches:
             total += money
             last_row = row
         return last_row, total
-
-    def fixes_of(self, key: str, usual: list[RequestFix]) -> list[RequestFix]:
-        """The fixes to try with a request that was refused, else the usual ones."""
-        failed = self.failed.get(key)
-        return failed.fixes if failed and failed.fixes else usual
-
-    # --- from the provider to the cache
-
-    async def collect(self, endpoint: Endpoint, file: str, batch_id: str) -> None:
-        """Start the batch of a file unless it runs, wait for its end, and store what it brings.
-
-        `batch_id`: "" if none is known: the file is new, or a run was killed in between."""
-        try:
-            batch_id = batch_id or await self.start(endpoint, file)
-        except ApiError as error:
-            await self.on_refusal(endpoint, file, error)
-            return
-        try:
-            batch = await self.wait_for_end(endpoint, batch_id)
-            if batch.status != "failed":
-                await self.store_results(endpoint, file, batch)
-                return
-        except ApiError as error:
-            name = endpoint.model.name
-            if error.status != 404 or error.code == "web page":  # kept, for its replies are paid
-                hint = "run the same command later"
-                raise self.models.halt(f"{name}: batch {batch_id}: {error}; {hint}") from None
-            note(f"{name}: a batch is gone at the provider; its requests are submitted again")
-            self.put_back(file)
-            return
-        await self.on_refusal(endpoint, file, read_batch_error(batch))
-
-    async def start(self, endpoint: Endpoint, file: str) -> str:
-        """The id of a file's batch; where one may exist already, it is looked for first."""
-        batches = endpoint.provider.batch_client().batches
-        is_new = file in self.sent_fixes
-
-        async def find_or_create(tries: int) -> Any:
-            if tries or not is_new:
-                async for batch in batches.list(limit=100):
-                    if batch.input_file_id == file:
-                        return batch
-            settings = {"endpoint": LINE_URL, "completion_window": "24h"}
-            return await batches.create(input_file_id=file, **settings)
-
-        batch = await self.with_retries(endpoint, find_or_create)
-        self.cache.do("UPDATE batches SET id = ? WHERE file = ?", batch.id, file)
-        return batch.id
-
-    async def wait_for_end(self, endpoint: Endpoint, batch_id: str) -> Any:
-        """The batch, once it has ended; raises ApiError if it cannot be looked at."""
-        batches = endpoint.provider.batch_client().batches
-
-        async def look(tries: int) -> Any:
-            return await batches.retrieve(batch_id)
-
-        last_line = ""
-        seconds = BATCH_POLL[0]
-        while True:
-            batch = await self.with_retries(endpoint, look)
-            line = progress_line(endpoint.model, batch)
-            if line != last_line:
-                note(line)
-            last_line = line
-            if batch.status in ("completed", "failed", "expired", "cancelled"):
-                return batch
-            await self.models.pause(seconds)
-            seconds = min(BATCH_POLL[1], 1.5 * seconds)
-
-    async def on_refusal(self, endpoint: Endpoint, file: str, error: ApiError) -> None:
-        """Put the requests of a refused batch back, in smaller parts if it was too big; or stop."""
-        name = endpoint.model.name
-        count = self.put_back(file)
-        if error.code == TOO_BIG and count > 1:
-            largest = self.largest.get(endpoint.model, BATCH_REQUESTS)
-            self.largest[endpoint.model] = min(largest, (count + 1) // 2)
-            note(f"{name}: too big a batch for this account; going on in parts")
-            return
-        if lacks_engine(error) and file in self.sent_fixes:  # else the file may be gone
-            raise self.models.halt(f"{name}: {NO_ENGINE} ({error})")
-        if lacks_engine(error):
-            return
-        await self.models.list_served_models(endpoint, error)
-        if self.models.classify_error(endpoint, error) != "wait":
-            raise self.models.halt(f"{name}: the batch was refused ({error})")
-        endpoint.say_waiting("rate limit", f"the batch was refused ({error}); trying again")
-        await self.models.pause(BATCH_POLL[1])
-
-    def put_back(self, file: str) -> int:
-        """Let the requests of a batch wait again and forget the batch -> how many they are."""
-        with self.cache.transaction():
-            update = "UPDATE wanted SET file = '' WHERE file = ? RETURNING key"
-            count = len(self.cache.do(update, file))
-            self.forget_batch(file)
-        return count
 
     async def with_retries(self, endpoint: Endpoint, call: Callable[[int], Awaitable]) -> Any:
         """What `await call(tries)` returns in the end; raises ApiError if the engine refuses."""
@@ -7015,16 +6606,95 @@ class Batches:
                 error = read_error(failure)
             if error.code == TOO_BIG or lacks_engine(error):
                 raise error
-            await self.models.list_served_models(endpoint, error)
-            action = self.models.classify_error(endpoint, error)
-            if action in ("record", "later"):
+            rule = await self.models.rule_for(endpoint, error)
+            if rule.action in ("record", "later"):
                 raise error
             tries += 1
-            if tries > self.retries and action != "wait":
-                cause = f"the batch engine is out of reach ({error}); run it again later"
-                raise self.models.halt(f"{endpoint.model.name}: {cause}")
-            endpoint.say_waiting(action, f"the batch engine: {error}; trying again")
-            await self.models.pause(max(error.retry_after, min(30, 2**tries / 4)))
+            if tries > self.models.args.max_retries and rule.action != "wait":
+                hint = "run the same command later, or leave out --batch"
+                cause = f"the batch engine is out of reach ({error}): {hint}"
+                raise self.models.halt_for(endpoint, cause)
+            await self.models.wait_to_retry(endpoint, error, tries)
+
+    # --- from the provider to the cache
+
+    async def collect(self, endpoint: Endpoint, file: str, batch_id: str) -> None:
+        """Start the batch of a file unless it runs, wait for its end, and store what it brings.
+
+        `batch_id`: "" if none is known: the file is new, or a run was killed in between."""
+        try:
+            batch_id = batch_id or await self.start(endpoint, file)
+        except ApiError as error:
+            await self.on_refusal(endpoint, file, error)
+            return
+        try:
+            batch = await self.wait_for_end(endpoint, batch_id)
+            if batch.status == "failed":
+                await self.on_refusal(endpoint, file, read_batch_error(batch))
+            else:
+                await self.store_results(endpoint, file, batch)
+        except ApiError as error:
+            if error.status != 404 or error.code == "web page":  # kept, for its replies are paid
+                problem = f"batch {batch_id}: {error}; run the same command later"
+                raise self.models.halt_for(endpoint, problem) from None
+            note(f"{endpoint.name}: a batch is gone at the provider: its requests are sent again")
+            self.put_back(file)
+
+    async def start(self, endpoint: Endpoint, file: str) -> str:
+        """The id of a file's batch; where one may exist already, it is looked for first."""
+        batches = endpoint.provider.batch_client().batches
+
+        async def find_or_create(tries: int) -> Any:
+            if tries or file not in self.new_files:
+                async for batch in batches.list(limit=100):
+                    if batch.input_file_id == file:
+                        return batch
+            settings = {"endpoint": LINE_URL, "completion_window": "24h"}
+            return await batches.create(input_file_id=file, **settings)
+
+        batch = await self.with_retries(endpoint, find_or_create)
+        self.cache.do("UPDATE batches SET id = ? WHERE file = ?", batch.id, file)
+        return batch.id
+
+    async def wait_for_end(self, endpoint: Endpoint, batch_id: str) -> Any:
+        """The batch, once it has ended; raises ApiError if it cannot be looked at."""
+        batches = endpoint.provider.batch_client().batches
+        seconds = BATCH_POLL[0]
+        while True:
+            batch = await self.with_retries(endpoint, lambda tries: batches.retrieve(batch_id))
+            status = one_line(batch.status).replace("_", " ")
+            line = f"batch {one_line(batch.id)} ({endpoint.name}): {status}"
+            counts = batch.request_counts
+            if counts:
+                line += f", {counts.completed:,} of {counts.total:,} done, {counts.failed:,} failed"
+            endpoint.say(line, line)
+            if batch.status in ("completed", "failed", "expired", "cancelled"):
+                return batch
+            await self.models.pause(seconds)
+            seconds = min(BATCH_POLL[1], 1.5 * seconds)
+
+    async def on_refusal(self, endpoint: Endpoint, file: str, error: ApiError) -> None:
+        """Put the requests of a refused batch back, in smaller parts if it was too big; or stop."""
+        count = len(self.put_back(file))
+        if error.code == TOO_BIG and count > 1:
+            endpoint.largest_batch = min(endpoint.largest_batch, (count + 1) // 2)
+            note(f"{endpoint.name}: too big a batch for this account; going on in parts")
+        elif not lacks_engine(error):
+            if (await self.models.rule_for(endpoint, error)).action != "wait":
+                raise self.models.halt_for(endpoint, f"the batch was refused ({error})")
+            note(f"{endpoint.name}: the batch was refused ({error}); trying again")
+            await self.models.pause(BATCH_POLL[1])
+        elif file in self.new_files:  # else the file may be gone
+            raise self.models.halt_for(endpoint, f"{NO_ENGINE} ({error})")
+
+    def put_back(self, file: str) -> list[str]:
+        """Forget a batch; its requests without a reply wait again -> their keys."""
+        delete = "DELETE FROM batches WHERE file = ? RETURNING money, payer"
+        for money, payer in self.cache.do(delete, file):
+            if payer == self.cache.output_id:  # it is no longer under way
+                self.models.cost_in_flight = round(self.models.cost_in_flight - money, 12)
+        update = "UPDATE wanted SET file = '' WHERE file = ? RETURNING key"
+        return [key for (key,) in self.cache.do(update, file)]
 
     async def download(self, endpoint: Endpoint, results_id: str | None, target: BinaryIO) -> None:
         """Stream a file of results to disk; leave the target empty if there is none."""
@@ -7044,112 +6714,75 @@ class Batches:
 
     async def store_results(self, endpoint: Endpoint, file: str, batch: Any) -> None:
         """Put the replies of an ended batch into the cache and forget the batch, in one step."""
-        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        errors = {}
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as failures:
             await self.download(endpoint, batch.output_file_id, output)
-            await self.download(endpoint, batch.error_file_id, errors)
-            results = BatchResults(self, endpoint, file)
-            with self.cache.transaction():
-                known = [results.store(line) for line in output]
+            await self.download(endpoint, batch.error_file_id, failures)
+            with self.cache.db:  # one transaction
+                self.cache.do("BEGIN IMMEDIATE")
+                known = [self.store_result(endpoint, file, line, errors) for line in output]
                 completed = batch.request_counts.completed if batch.request_counts else 0
                 if completed and not any(known):  # kept, for its replies are paid
                     hint = "its results cannot be read yet; run the same command later"
                     raise self.models.halt(f"batch {batch.id}: {hint}")
-                for line in errors:
-                    results.store(line)
-                delete = "DELETE FROM wanted WHERE file = ? RETURNING key, request"
-                left = self.cache.do(delete, file)
-                self.forget_batch(file)
+                for line in failures:
+                    self.store_result(endpoint, file, line, errors)
+                left = self.put_back(file)
         if batch.status == "cancelled":  # by a person, who meant it
             hint = "the same command submits its rest again"
             raise self.models.halt(f"batch {batch.id} was cancelled; {hint}")
-        for role, reply in results.first_replies.items():
-            self.models.check_served(endpoint.model, reply, role)
         missing = ApiError(200, "unfinished", f"batch {batch.id} {batch.status} without a result")
-        for key, request in left:
-            error = results.errors.get(key, missing)
-            await self.count_failure(endpoint, file, key, error, json.loads(request)[1])
+        for key in left:
+            await self.count_failure(endpoint, key, errors.get(key, missing))
 
-    def forget_batch(self, file: str) -> None:
-        """Delete a batch from the table; its money is no longer under way."""
-        delete = "DELETE FROM batches WHERE file = ? RETURNING money, payer"
-        for money, payer in self.cache.do(delete, file):
-            if payer == self.cache.output_id:
-                self.models.cost_in_flight = round(self.models.cost_in_flight - money, 12)
-
-    async def count_failure(
-        self, endpoint: Endpoint, file: str, key: str, error: ApiError, options: dict
-    ) -> None:
-        """Note a failed request: whether the next pass sends it again, and with which fix."""
-        failed = self.failed.setdefault(key, FailedRequest())
-        fixes = self.fixes_of(key, self.sent_fixes.get(file, []))
-        sent = endpoint.wire_options(options, fixes)
-        fix = find_fix(error, sent, fixes, longer=key in self.longer)
-        if fix and not needs_stream(fix, sent):
-            failed.fixes = [*fixes, fix]
-            return
-        if fix and not endpoint.has_succeeded:
-            cause = "the model only streams its replies, which a batch cannot: leave out --batch"
-            raise self.models.halt(f"{endpoint.model.name}: {cause} ({error})")
-        await self.models.list_served_models(endpoint, error)
-        action = self.models.classify_error(endpoint, error)
-        failed.tries += 1
-        failed.is_final = failed.tries > self.retries_after(action)
-        failure = failed_call(endpoint, error)
-        failed.reason = failure.reason
-        failed.retryable = failure.retryable
-
-    def retries_after(self, action: str) -> int:
-        """How often a request is sent again after an error with this action."""
-        if action in ("wait", "retry"):
-            return self.retries
-        return min(1, self.retries) if action == "retry once" else 0
-
-
-class BatchResults:
-    """The results of one batch, line by line: replies go into the cache, errors are kept here."""
-
-    def __init__(self, batches: Batches, endpoint: Endpoint, file: str) -> None:
-        self.batches = batches
-        self.endpoint = endpoint
-        self.file = file
-        self.errors: dict[str, ApiError] = {}  # by key
-        self.first_replies: dict[str, Reply] = {}  # by role
-
-    def store(self, line: bytes) -> bool:
+    def store_result(self, endpoint: Endpoint, file: str, line: bytes, errors: dict) -> bool:
         """Store one line by its custom_id, never by its place -> False: no result of this batch.
 
-        A reply counts once; it may follow an error for the same request."""
-        cache = self.batches.cache
-        models = self.batches.models
-        model = self.endpoint.model
+        A reply goes into the cache, another result into `errors` by its key. A reply counts once;
+        it may follow an error for the same request."""
+        model = endpoint.model
         try:
             result = json.loads(line)
         except (ValueError, RecursionError):
             return False
         key = look_up(result, "custom_id")
-        if not isinstance(key, str):
-            return False
         query = "SELECT role, request FROM wanted WHERE key = ? AND file = ?"
-        rows = cache.do(query, key, self.file)
+        rows = self.cache.do(query, key, file) if isinstance(key, str) else []
         if not rows:
             return False
         [(role, request)] = rows
         try:
             reply = read_result(result)
         except ApiError as error:
-            models.write_off(model, error, role, BATCH_RATE)
-            self.errors[key] = error
+            self.models.write_off(model, error, role, BATCH_RATE)
+            errors[key] = error
             return True
-        reply = self.endpoint.check_reply(json.loads(request)[0], reply)
-        cache.put(key, reply, model.name)
-        cache.do("DELETE FROM wanted WHERE key = ?", key)
-        models.pay(model, models.count(model, {"role": role}, reply))
-        usual = self.batches.sent_fixes.get(self.file, [])
-        self.endpoint.on_success(self.batches.fixes_of(key, usual))
-        self.batches.failed.pop(key, None)
-        self.batches.fresh.add(int(key[:16], 16))
-        self.first_replies.setdefault(role, reply)
+        reply = endpoint.check_reply(json.loads(request)[0], reply)
+        self.cache.put(key, reply, model.name)
+        self.cache.do("DELETE FROM wanted WHERE key = ?", key)
+        self.models.pay(model, self.models.count(model, role, reply))
+        endpoint.on_success(self.fixes.get(key, []))
+        self.fresh.add(hash(key))
         return True
+
+    async def count_failure(self, endpoint: Endpoint, key: str, error: ApiError) -> None:
+        """Note a failed request: whether it is sent again in this run, and with which fix."""
+        fixes = self.fixes.setdefault(key, [])
+        [(request,)] = self.cache.do("SELECT request FROM wanted WHERE key = ?", key)
+        options = json.loads(request)[1]
+        sent = endpoint.wire_options(options, fixes)
+        fix = find_fix(error, sent, fixes, longer=key in self.longer)
+        if fix and "stream" not in endpoint.wire_options(options, [*fixes, fix]):
+            fixes.append(fix)
+            return
+        if fix and not endpoint.has_succeeded:
+            cause = "the model only streams its replies, which a batch cannot: leave out --batch"
+            raise self.models.halt_for(endpoint, f"{cause} ({error})")
+        rule = await self.models.rule_for(endpoint, error)
+        self.tries[key] += 1
+        if self.tries[key] > self.models.retries_after(rule):
+            self.final[key] = failed_call(endpoint, rule, error)
+            self.cache.do("DELETE FROM wanted WHERE key = ?", key)
 
 
 def name_of(model: Model) -> str:
@@ -7183,15 +6816,6 @@ def read_result(result: dict) -> Reply:
     raise ApiError(int(status), code, words)
 
 
-def progress_line(model: Model, batch: Any) -> str:
-    """`batch ID (MODEL): in progress, 0 of 24 done, 0 failed`."""
-    line = f"batch {one_line(batch.id)} ({model.name}): {one_line(batch.status).replace('_', ' ')}"
-    counts = batch.request_counts
-    if counts:
-        line += f", {counts.completed:,} of {counts.total:,} done, {counts.failed:,} failed"
-    return line
-
-
 def lacks_engine(error: ApiError) -> bool:
     """True if the server has no such address: it has no batch engine, or no such file."""
     return error.status in (404, 405, 501) and "model" not in error.code
@@ -7204,13 +6828,6 @@ def read_batch_error(batch: Any) -> ApiError:
     words = errors[0].message if errors else ""
     is_limit = re.search(r"quota|throttling|rate_limit", code or "", re.I)
     return ApiError(429 if is_limit else 400, code, words)
-
-
-def needs_stream(fix: RequestFix, sent: dict) -> bool:
-    """True if a fix makes the reply a stream."""
-    changed = dict(sent)
-    fix.change(changed)
-    return "stream" in changed and "stream" not in sent
 
 
 # --------------------------------------------------------------------------------------------------

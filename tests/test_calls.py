@@ -616,15 +616,17 @@ def test_a_throttle_on_the_very_first_call_does_not_put_the_run_to_sleep():
     assert endpoint.rate == 0.5
 
 
-@pytest.mark.parametrize(
-    "starts, refusals, rate",
-    [(50, 0, 52.5), (50, 5, 47.5), (50, 40, 40), (20, 0, 50), (50, 1, 52.5)],
-)
-def test_a_rate_follows_what_came_through_in_small_steps(starts, refusals, rate):
+def test_a_rate_falls_once_for_calls_of_one_time_and_rises_again():
     endpoint = rc.Endpoint(rc.Model("openai", "m"), None)
-    endpoint.rate, endpoint.starts, endpoint.refusals = 50.0, starts, refusals
-    endpoint.adjust_rate(endpoint.since + 1)
-    assert endpoint.rate == pytest.approx(rate) and endpoint.starts == 0
+    endpoint.rate = 50.0
+    starts = asyncio.run(turns(endpoint, 3))
+    for start in starts:
+        endpoint.on_rate_limit(start)
+    assert endpoint.rate == pytest.approx(45)
+    endpoint.rate_changed -= 2
+    endpoint.next_start = rc.time.monotonic() + 1
+    asyncio.run(turns(endpoint, 2))
+    assert endpoint.rate == pytest.approx(49.5)
 
 
 def test_an_answer_all_spent_on_thinking_is_called_truncated(rlhf):
@@ -833,28 +835,20 @@ def test_a_dead_proxy_is_named(rlhf):
         env = {"HTTP_PROXY": dead, "http_proxy": dead, "NO_PROXY": "", "no_proxy": ""}
         flags = ("--base-url", "http://models.invalid/api/v1", "--max-retries", 0)
         result = rlhf(PROMPTS, *sdk, *flags, **env)
-        assert result.status == 3 and re.search("proxy in http_proxy", result.err, re.I)
+        assert result.status == 3 and "the proxy in HTTP_PROXY" in result.err
 
 
 def test_a_stale_certificate_file_is_named(rlhf):
     env = {"SSL_CERT_FILE": "/nowhere/ca.pem", "OPENAI_API_KEY": "k" * 9}
     result = rlhf(PROMPTS, *OPENAI, "--base-url", "https://models.invalid/v1", **env)
-    assert result.status == 3 and "SSL_CERT_FILE names /nowhere/ca.pem" in result.err
+    assert result.status == 3 and "SSL_CERT_FILE or SSL_CERT_DIR names" in result.err
 
 
-def test_a_certificate_that_is_not_trusted_has_its_own_advice(monkeypatch):
-    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+def test_a_certificate_that_is_not_trusted_has_its_own_advice():
     failure = type("SSLCertVerificationError", (OSError,), {})("self-signed certificate")
     error = rc.read_error(failure)
-    assert rc.find_rule(error, rc.Model("openai", "m"), False).action == "stop"
-    assert "name its CA's file in SSL_CERT_FILE" in rc.certificate_advice()
-
-
-def test_too_many_open_files_are_named():
-    failure = ConnectionError("no connection")
-    failure.__cause__ = OSError(24, "Too many open files")
-    rule = rc.find_rule(rc.read_error(failure), rc.Model("openai", "m"), True)
-    assert rule.action == "stop" and "ulimit" in rule.advice
+    rule = rc.find_rule(error, rc.Model("openai", "m"), False)
+    assert rule.action == "stop" and "name its CA's file in SSL_CERT_FILE" in rule.advice
 
 
 # --- requests that are refused
@@ -1016,15 +1010,6 @@ def test_a_rerun_on_the_cached_replies_of_one_model_stops_again_without_a_call(r
         assert api.count() == 2
 
 
-def test_a_cache_of_an_older_version_is_used(rlhf, tmp_path):
-    with Api(world) as api:
-        rlhf(PROMPTS[:1], *OPENAI, api=api)
-        calls = api.count()
-        with contextlib.closing(rc.sqlite3.connect(tmp_path / ".rlhf_cache.sqlite")) as db:
-            db.execute("ALTER TABLE replies DROP COLUMN served")
-        assert rlhf(PROMPTS[:1], *OPENAI, api=api).status == 0 and api.count() == calls
-
-
 @pytest.mark.parametrize(
     "asked, served, same",
     [
@@ -1056,20 +1041,7 @@ def test_the_first_retry_says_what_is_waited_for(rlhf):
         )
 
 
-def test_a_slow_first_reply_is_said_to_be_waited_for(rlhf, monkeypatch):
-    monkeypatch.setattr(rc, "SLOW_SECONDS", 0.05)
-
-    async def answer(call):
-        await asyncio.sleep(0.3 if call.model == "weak" and api.count("weak") == 1 else 0)
-        return world(call)
-
-    with Api(answer) as api:
-        result = rlhf(PROMPTS, *OPENAI, api=api)
-        assert result.err.count(f"waiting for weak at {api.url}/v1: no reply to the first") == 1
-
-
-def test_a_server_that_goes_away_in_mid_run_stops_it_though_retries_are_left(rlhf, monkeypatch):
-    monkeypatch.setattr(rc, "GONE_SECONDS", (10, 0.2))
+def test_a_server_that_goes_away_in_mid_run_stops_it(rlhf):
     prompts = [{"prompt": f"Question {n}"} for n in range(200)]
     with Api(world) as cloud:
         local = Api(world)
@@ -1088,7 +1060,7 @@ def test_a_server_that_goes_away_in_mid_run_stops_it_though_retries_are_left(rlh
                 return world(call)
 
             again._answer = last
-            result = rlhf(prompts, *OPENAI, "--low-model", low, "--max-retries", 50, api=cloud)
+            result = rlhf(prompts, *OPENAI, "--low-model", low, api=cloud)
             assert leave
     assert result.status == 3 and "weak: the server cannot be reached" in result.err
 

@@ -493,15 +493,10 @@ def test_a_request_asked_four_times_at_once_is_paid_once_though_the_first_call_f
     assert [isinstance(reply, rc.Failed) for reply in replies] == [True, False, False, False]
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_a_dry_run_reads_a_cache_and_writes_nothing_into_it(rlhf, tmp_path, older):
+def test_a_dry_run_reads_a_cache_and_writes_nothing_into_it(rlhf, tmp_path):
     cache = tmp_path / ".rlhf_cache.sqlite"
     with Api(demo_world) as api:
         rlhf(PROMPTS[:2], *MODELS, api=api)
-        if older:
-            with contextlib.closing(rc.sqlite3.connect(cache)) as db:
-                db.execute("ALTER TABLE replies DROP COLUMN served")
-                db.execute("DROP TABLE batches")
         before = cache.read_bytes()
         result = rlhf(PROMPTS[:2], *MODELS, "--dry-run", api=api)
     assert result.status == 0 and "8 from cache, 0 to pay" in result.out
