@@ -4657,84 +4657,76 @@ class UnreadableReply(Exception):
 # How a judge may write its scores. Full-width characters are made ASCII before.
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0xFFE5: "¥"}
 QUOTES = "\"'“”‘’「」`*"
+NAME = re.compile(r"(?<![a-z0-9])[a-z]\d(?![a-z0-9])", re.I)  # what may be an id
 SCORE_NUMBER = r"[-+]?\d+(?:,\d{1,2}(?!\d)|\.\d*)?(?:e[-+]?\d+)?"
 SCORE = re.compile(rf"({SCORE_NUMBER})(?:\s*(?:/|out of)\s*(\d+)|\s*(?:points?|分))?", re.I)
 KEY = rf"[\s{QUOTES}]*(?:answer\s+)?(\w+)[\s{QUOTES}]*[:=]"
 ENTRY = re.compile(rf"{KEY}(.*?)(?:,(?={KEY})|,?\s*\Z)", re.I | re.S)
-SCORE_LINE = re.compile(
-    rf"\W*(?:answer\s+)?([a-z]\d)[\s{QUOTES}]*[:=][\s{QUOTES}]*({SCORE.pattern})\W*", re.I
-)
 OBJECT = re.compile(r"\{([^{}]*)\}")
-OBJECT_LIST = re.compile(r"\[\s*(?:\{[^{}]*\}[\s,]*)+\]")
+INNER_LIST = re.compile(r"\[([^\[\]{}]*)\]")
 STRING = re.compile(r""":\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'"\\]|\\.)*)')(?=\s*[,}])""", re.S)
 ID_OR_SCORE = re.compile(rf"\W*(?:(?:answer\s+)?[a-z]\d|{SCORE.pattern})\W*", re.I)
+# An object for one id: `K3: {score: 8, reason: ""}` or `{id: K3, score: 8}`.
+ID_OBJECT = re.compile(rf"(?:([a-z]\d)[\s{QUOTES}]*[:=]\s*)?{OBJECT.pattern}", re.I)
 SCORE_KEYS = ("SCORE", "RATING", "GRADE", "评分", "分数", "得分")
-NAME = re.compile(r"(?<![a-z0-9])[a-z]\d(?![a-z0-9])", re.I)  # what may be an id
-NESTED = re.compile(rf"(([a-z]\d)[\s{QUOTES}]*[:=])\s*{OBJECT.pattern}", re.I)
-GRADED = re.compile(rf"(?:{NAME.pattern}|scores)[\s{QUOTES}]*[:=][\s{QUOTES}]*\d", re.I)
+SCORE_LINE = re.compile(
+    rf"^[^\w\n]*(?:answer )?([a-z]\d)[ {QUOTES}]*[:=][ {QUOTES}]*({SCORE.pattern})[^\w\n]*$",
+    re.I | re.M,
+)
+SCORE_LINES = re.compile(rf"(?:{SCORE_LINE.pattern}\n?)+", re.I | re.M)
+# The key that the scores, or an object around them, may have: none of drafts, ranks or errors.
+SCORES_KEY = re.compile(r"(?:final_?)?(?:scores?|ratings?|grades?)|verdict|result|评分|分数|得分")
+LAST_KEY = re.compile(rf"{KEY}\s*\Z", re.I)
+GRADED = re.compile(
+    rf"(?<![a-z0-9])(scores|[a-z]\d)[\s{QUOTES}]*[:=][\s{QUOTES}]*({SCORE_NUMBER})", re.I
+)
 THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratch(?:pad)?|draft|example"
 THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
-THOUGHT_MARK = re.compile(rf"<(/?)(?:{THOUGHTS})>", re.I)
-# A heading or key of numbers that are no scores: a small one is good.
+THOUGHT_MARK = re.compile(rf"</?(?:{THOUGHTS})>", re.I)
+# In the heading of numbers: they are no scores, or another's, an example, a draft, or denied.
 NO_SCORES = re.compile(
     r"rank|^\W*order|position|\bplace|error|issue|mistake|flaw|defect|deduct|penal|violation|worst"
-    r"|harm(?!less)|toxic|hallucinat|\bloss|\blost|\brisk"
-    r"|排名|名次|排序|顺序|扣分|减分|失分|错误|缺点|有害|危害",
+    r"|harm(?!less)|toxic|hallucinat|\bloss|\blost|\brisk|例如|比如|示例|格式是|草稿"
+    r"|排名|名次|排序|顺序|扣分|减分|失分|错误|缺点|有害|危害|不(?:会|该|应|能|给|是)"
+    r"|\b(?:says?|said|wrote|writes|claims?|tries|attempts?|inject\w*|quot\w+|draft|initial)\b"
+    r"|\b(?:for example|e\.g|(?:format|example) is)\b|^\W*example"
+    r"|(?:\bnot|\bnever|n['’]t)\s*(?:give|score|grade|say|be|award|\Z)",
     re.I,
 )
 # The same, said anywhere in the reply.
 SMALL_IS_GOOD = re.compile(
-    r"(?:_|\b)(?:lower|lowest|smaller|smallest|fewer|less)"
-    r"(?:[\s_]+(?:one|number|score|value)s?)?[\s_]*"
+    r"(?:low|small|few)(?:er|est)[\s_]+(?:(?:one|number|score|value)s?[\s_]+)?"
     r"(?:(?:is|are|=|means?)[\s_]*(?:the[\s_]+)?(?:better|best)|wins?\b)"
-    r"|\b1\s*(?:is|=|means|being)\s*(?:the\s+)?best"
-    r"|(?:numbers|values|scores|these|they)\s+(?:are|mean|count)"
-    r"\s+(?:the\s+)?(?:ranks?\b|penalt|deduct)"
-    r"|(?:numbers|values|scores)\s+(?:are|mean|count)\s+(?:the\s+)?(?:errors|mistakes)"
-    r'|:\s*"(?:ranks?|ranking|errors?|penalty|penalties|deductions?|排名|名次|扣分)"'
+    r"|\b1\s*(?:is|=|means|being)\s*(?:the\s+)?best|:\s*\"(?:rank|error|penalt|deduct|排名|名次|扣分)"
+    r"|\b(?:are|mean|count)\s+(?:the\s+)?(?:ranks?\b|penalt|deduct|number of)"
     r"|越[低小少]越[好优]|1\s*分?\s*(?:最|为最|是最|代表最|表示最)[好优佳]",
     re.I,
 )
-# Before scores: they are another's, an example, a draft, or denied.
-NOT_MEANT = re.compile(
-    r"\b(?:says?|said|wrote|writes|claims?|tries|attempts?|inject\w*|quot\w+|draft|initial"
-    r"|for example|e\.g|(?:format|example) is)\b|^\W*example"
-    r"|(?:\bnot|\bnever|n['’]t)\s*(?:give|score|grade|say|be|award|\Z)"
-    r"|例如|比如|示例|格式是|草稿|不(?:会|该|应|能|给|是)",
-    re.I,
-)
-LAST_WORD = re.compile(r"\bfinal|correct(?:ed|ion)|revis|最终|最后|更正|修正|纠正", re.I)
 BEST = r"winner|best|better|preferred|preference|chosen|更好|最好|胜者|胜出者"
-WORST = r"worse|worst|loser|rejected|更差|最差"
 CLAIM = re.compile(  # `"winner": "K3"`, `the better answer is K3`, `更好的是 K3`
-    rf"(?:(?P<best>{BEST})|(?P<worst>{WORST}))(?:[\s_]*(?:answer|response|one|id|的|回答))*"
+    rf"(?:(?P<best>{BEST})|worse|worst|loser|rejected|更差|最差)"
+    rf"(?:[\s_]*(?:answer|response|one|id|的|回答))*"
     rf"[\s{QUOTES}]*(?:[:=]|\bis\b|是|为)[\s{QUOTES}]*(?:answer\s+)?(?P<id>[a-z]\d)(?![a-z0-9])",
     re.I,
 )
 WINS = re.compile(  # `K3 wins.`, `K3 is much better`, `K3 更差`, after the scores
     rf"(?P<id>{NAME.pattern})\s*(?:is\s+)?(?:the\s+|much\s+|far\s+|clearly\s+|明显)*"
-    rf"(?:(?P<best>wins|winner|better|best|更好|最好|胜出|获胜)|(?P<worst>loses|worse|worst|更差|最差))"
+    r"(?:(?P<best>wins|winner|better|best|更好|最好|胜出|获胜)|loses|worse|worst|更差|最差)"
     r"(?=(?:\s+(?:answer|response|one))?\s*(?:[.!,;，。]|$))",
     re.I | re.M,
 )
-WORD_SCORE = re.compile(  # `K3: three`, `K3 merits nine`, `K3 三`
-    rf"{NAME.pattern}[^a-z0-9]*(?:[a-z]+\s+)?"
-    r"(?:\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b|[零一二两三四五六七八九十](?![个点条些]))",
-    re.I,
-)
 # Words after the scores that may take them back or give others.
 REVISION = re.compile(
-    r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|oops|apolog"
-    r"|invert|reflection|second thought|re-?(?:do|evaluat|consider)|instead|should|rather"
-    r"|exchang|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal|other way"
-    r"|scor|grad(?:e|ing)|rating"
-    r"|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
-    r"|\b(?:an?|gets?|to|is|be|of)\s+(?:one|two|three|four|five|six|seven|eight|nine|ten|zero)\b"
-    r"|confus|\bwrong (?:way|order|ids?)|\bids? wrong|\b(?:that|this|it) (?:is|was) wrong|\bno[.,!]"
+    r"\A\W*(?:is|was|were|would)\b|correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix"
+    r"|my mistake|sorry|oops|apolog|invert|reflection|second thought|re-?(?:do|evaluat|consider)"
+    r"|instead|should|rather|exchang|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal"
+    r"|other way|scor|grad(?:e|ing)|rating|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
+    r"|\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten)\b|confus|\bno[.,!]"
+    r"|\bwrong (?:way|order|ids?)|\bids? wrong|\b(?:that|this|it) (?:is|was) wrong"
     r"|\b(?:was|is|were) (?:an|the|my|only|just) (?:an? )?(?:example|format|guess)"
-    r"|penal|deduct|\branks?\b"
-    r"|颠倒|弄混|混淆|有误|反了|示例|扣分|排名|更正|修正|纠正|改|其实|应|不对|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分"
-    r"|得分|打分|[零一二两三四五六七八九十]\s*分",
+    r"|penal|deduct|\branks?\b|颠倒|弄混|混淆|有误|反了|示例|扣分|排名|更正|修正|纠正|改|其实|应|不对"
+    r"|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分|得分|打分"
+    r"|[零一二两三四五六七八九十]\s*(?:分|\W|\Z)",
     re.I,
 )
 
@@ -4742,27 +4734,34 @@ REVISION = re.compile(
 def parse_scores(reply: str, ids: list[str]) -> list[float]:
     """A judge's reply -> one score for each id; raises UnreadableReply, for there are no defaults.
 
-    The last innermost {...} that names an id counts: it must give each id one score, and no number
-    to anything else. What stands around it is free, unless it may mean other scores: another
-    grading in the same object, thoughts that do not end, numbers or words of correction after it.
+    The last innermost {...} that names an id counts (or lines that hold an id and its score alone):
+    it must give each id one score, and no number to anything else. What stands around it is free,
+    unless it may mean other scores, or that these are none.
 
     >>> parse_scores('Q7 errs. {"reason": "5", "scores": {"K3": 8, "Q7": "3.5"}}', ["Q7", "K3"])
     [3.5, 8.0]
+    >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
+    [8.0, 3.0]
     """
-    text = plain_reply(reply, ids)
+    text = plain_reply(reply)
     gradings = [match for match in OBJECT.finditer(text) if names_id(match[1], ids)]
     if not gradings:
-        return scores_in_lines(text, ids)
+        raise UnreadableReply("no scores in it")
     start, end = gradings[-1].span()
-    check_meaning(text[:start])
     scores = read_entries(split_entries(gradings[-1][1]), ids)
-    open_brackets = count_open_brackets(text[:start], gradings[:-1])
-    if text.count("}", end) + text.count("]", end) < open_brackets:
-        raise UnreadableReply("it ends inside the JSON")  # this may have been a draft
-    check_drafts(text[:start], gradings[:-1], scores, ids)
-    check_claims(text, text[end:], dict(zip(ids, scores, strict=True)))
-    check_after(text[end:], ids)
-    return scores
+    for match in GRADED.finditer(text):
+        name = match[1].upper()
+        if name == "SCORES" or (name in ids and read_score(name, match[2]) != scores[name]):
+            raise UnreadableReply("scores that contradict each other")
+    check_place(text[:start])
+    after = NAME.sub(lambda name: "_" if name[0].upper() in ids else name[0], text[end:])
+    if re.search(r"[{\d]", after) or REVISION.search(after):
+        raise UnreadableReply("words after the scores that may change them")
+    for claim in itertools.chain(CLAIM.finditer(text), WINS.finditer(text, end)):
+        extreme = max(scores.values()) if claim["best"] else min(scores.values())
+        if scores.get(claim["id"].upper(), extreme) != extreme:
+            raise UnreadableReply("scores that contradict the named winner")
+    return [scores[name] for name in ids]
 
 
 def names_id(text: str, ids: list[str]) -> bool:
@@ -4770,127 +4769,23 @@ def names_id(text: str, ids: list[str]) -> bool:
     return any(name.upper() in ids for name in NAME.findall(text))
 
 
-def without_ids(text: str, ids: list[str]) -> str:
-    """The text without the ids, whose digits are no scores."""
-    return NAME.sub(lambda name: "" if name[0].upper() in ids else name[0], text)
+def plain_reply(reply: str) -> str:
+    """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`.
 
-
-def headings(before: str) -> list[str]:
-    """The clauses that lead to the numbers after `before`: a key, a heading, a half sentence."""
-    ends = [len(before)]
-    depth = 0
-    for brace in reversed(list(re.finditer("[{}]", before))):
-        if brace[0] == "}":
-            depth += 1
-        elif depth:
-            depth -= 1
-        else:
-            ends.append(brace.start())
-        if len(ends) > 5:
-            break
-    clauses = []
-    for end in ends:
-        near = before[max(0, end - 200) : end]
-        leading = re.sub(r"```\w*\s*\Z", "", near).rstrip(" \n[#" + QUOTES)
-        line = leading.rpartition("\n")[2]
-        clause = re.split(r"[.,;{}。，；、]", line)[-1]
-        leads_on = "\n" not in near[len(leading) :] or clause.endswith((":", "="))
-        is_sentence = re.search(r"[.!?。！？][)\s]*\Z", line)
-        is_title = len(line) <= 30 and not NAME.search(line)
-        if not is_sentence and (leads_on or is_title):
-            clauses.append(clause)
-    return clauses
-
-
-def check_meaning(before: str) -> None:
-    """Raises UnreadableReply if the numbers after `before` are no scores, or not the judge's."""
-    for heading in headings(before):
-        if NO_SCORES.search(heading):
-            raise UnreadableReply("numbers that are no scores, such as ranks or errors")
-        if NOT_MEANT.search(heading):
-            raise UnreadableReply("scores that are quoted, denied or an example")
-
-
-def check_drafts(before: str, drafts: list[re.Match], scores: list[float], ids: list[str]) -> None:
-    """Raises UnreadableReply if an earlier grading ranks the answers otherwise, without a reason.
-
-    `before` ends where the last grading starts. A quoted grading is none, nor is a draft."""
-    for draft in drafts[-20:]:
-        try:
-            earlier = read_entries(split_entries(draft[1]), ids)
-        except UnreadableReply:
-            continue
-        pairs = itertools.combinations(zip(earlier, scores, strict=True), 2)
-        opposite = any((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in pairs)
-        quoted = any(NOT_MEANT.search(text) for text in headings(before[: draft.start()]))
-        if opposite and not quoted and not LAST_WORD.search(before[draft.end() :]):
-            raise UnreadableReply("two gradings that contradict each other")
-
-
-def check_claims(text: str, after: str, scores: dict[str, float]) -> None:
-    """Raises UnreadableReply if the text names a best or worst answer that the scores deny."""
-    for claim in itertools.chain(CLAIM.finditer(text), WINS.finditer(after)):
-        score = scores.get(claim["id"].upper())
-        extreme = min(scores.values()) if claim["worst"] else max(scores.values())
-        if score is not None and score != extreme:
-            raise UnreadableReply("scores that contradict the named winner")
-
-
-def scores_in_lines(text: str, ids: list[str]) -> list[float]:
-    """`parse_scores` for a reply without JSON, from lines that hold an id and its score alone.
-
-    >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
-    [8.0, 3.0]
-    """
-    entries = []
-    first = 0  # where the first score stands
-    before = text
-    after = ""
-    position = 0
-    for line in text.splitlines(keepends=True):
-        position += len(line)
-        if match := SCORE_LINE.fullmatch(line):
-            first = first if entries else position - len(line)
-            entries.append((match[1].upper(), match[2]))
-            before = text[:position]
-            after = text[position:]
-        elif names_id(line, ids) and re.search(r"\d", without_ids(line, ids)):
-            raise UnreadableReply("a number beside an id on a line of another form")
-    if "{" in text or not entries:
-        raise UnreadableReply("no scores in it")
-    check_meaning(text[:first])
-    count_open_brackets(before, [])  # raises for thoughts that do not end
-    scores = read_entries(entries, ids)
-    check_claims(text, after, dict(zip(ids, scores, strict=True)))
-    check_after(after, ids)
-    return scores
-
-
-def plain_reply(reply: str, ids: list[str]) -> str:
-    """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`."""
+    Raises UnreadableReply where thoughts do not end, or numbers are said to be no scores."""
     text = THOUGHT_BLOCK.sub("", without_thinking(reply)).translate(FULL_WIDTH)
     if SMALL_IS_GOOD.search(text):
         raise UnreadableReply("numbers that are no scores, such as ranks or errors")
     text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
     text = STRING.sub(empty_text, text)
-
-    def flat_object(match: re.Match) -> str:
-        """`K3: {score: 8, reason: ...}` -> `K3: 8`"""
-        score = score_entry(match[3]) if match[2].upper() in ids else ""
-        return f"{match[1]} {score}" if score else match[0]
-
-    def flat_list(match: re.Match) -> str:
-        """`[{id: K3, score: 8}, {id: Q7, score: 3}]` -> `{K3: 8, Q7: 3}`"""
-        entries = []
-        for item in OBJECT.findall(match[0]):
-            named = [value for _, value in split_entries(item) if short_id(value) in ids]
-            score = score_entry(item)
-            if len(named) != 1 or not score:
-                return match[0]
-            entries.append(f"{short_id(named[0])}: {score}")
-        return "{" + ", ".join(entries) + "}"
-
-    return OBJECT_LIST.sub(flat_list, NESTED.sub(flat_object, text))
+    if THOUGHT_MARK.search(text):
+        raise UnreadableReply("the scores may stand in thoughts")
+    if "{" not in text:
+        text = SCORE_LINES.sub(join_lines, text)
+        if re.search(r"\d", NAME.sub("", OBJECT.sub("", text))):
+            raise UnreadableReply("other numbers beside lines of scores")
+        return text
+    return INNER_LIST.sub(r"{\1}", ID_OBJECT.sub(flatten_object, text))
 
 
 def empty_text(match: re.Match) -> str:
@@ -4899,15 +4794,24 @@ def empty_text(match: re.Match) -> str:
     return match[0] if ID_OR_SCORE.fullmatch(text) else ': ""'
 
 
-def short_id(value: str) -> str:
-    """`answer k3` -> `K3`."""
-    return re.sub(r"(?i)^answer\s+", "", value).upper()
+def join_lines(match: re.Match) -> str:
+    """The lines `- K3: 8` and `- Q7: 3` -> `{K3: 8, Q7: 3}`"""
+    entries = [f"{line[1]}: {line[2]}" for line in SCORE_LINE.finditer(match[0])]
+    return "{" + ", ".join(entries) + "}\n"
 
 
-def score_entry(inner: str) -> str:
-    """The value of an object's only score, "" if it has none or several."""
-    scores = [value for key, value in split_entries(inner) if key in SCORE_KEYS]
-    return scores[0] if len(scores) == 1 else ""
+def flatten_object(match: re.Match) -> str:
+    """`K3: {score: 8, reason: ...}` or `{id: K3, score: 8}` -> `K3: 8`; any other stays."""
+    entries = split_entries(match[2])
+    names = [match[1]] if match[1] else []
+    scores = []
+    for key, value in entries:
+        value_as_id = re.sub(r"(?i)^answer\s+", "", value)
+        if NAME.fullmatch(value_as_id):
+            names.append(value_as_id)
+        if key in SCORE_KEYS:
+            scores.append(value)
+    return f"{names[0]}: {scores[0]}" if len(names) == len(scores) == 1 else match[0]
 
 
 def split_entries(inner: str) -> list[tuple[str, str]]:
@@ -4928,8 +4832,8 @@ def split_entries(inner: str) -> list[tuple[str, str]]:
     return entries
 
 
-def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> list[float]:
-    """(id, score) entries -> the scores in the order of `ids`; raises UnreadableReply."""
+def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> dict[str, float]:
+    """(id, score) entries -> the score of each id; raises UnreadableReply."""
     scores = {}
     for key, value in entries:
         if key in scores:
@@ -4941,7 +4845,7 @@ def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> list[float]:
     for name in ids:
         if name not in scores:
             raise UnreadableReply(f"no score for {name}")
-    return [scores[name] for name in ids]
+    return scores
 
 
 def read_score(name: str, value: str) -> float:
@@ -4956,56 +4860,30 @@ def read_score(name: str, value: str) -> float:
     return score
 
 
-def count_open_brackets(before: str, drafts: list[re.Match]) -> int:
-    """How many brackets around the scores have to be closed after them.
+def check_place(before: str) -> None:
+    """Raises UnreadableReply if the numbers after `before` may be no scores, or not the judge's.
 
-    before: the reply up to the scores; drafts: the earlier gradings in it. A lone bracket that
-    holds a reason and "scores" may stay open: that makes 0. Raises UnreadableReply if an open
-    bracket holds another grading, or if thoughts have not ended."""
-    marks = THOUGHT_MARK.findall(before)
-    if marks and not marks[-1]:
-        raise UnreadableReply("the scores stand in thoughts that do not end")
-    open_positions = []  # positions of the brackets that are not closed before the scores
-    for bracket in re.finditer(r"[{}\[\]]", before):
-        if bracket[0] in "{[":
-            open_positions.append(bracket.start())
-        elif open_positions and before[open_positions[-1]] + bracket[0] in ("{}", "[]"):
-            open_positions.pop()
-    if open_positions and any(draft.start() > open_positions[0] for draft in drafts):
-        raise UnreadableReply("two gradings in one object")
-    count = 0
+    So may the keys of the objects that hold them say, from the inside, or the heading of it all."""
     end = len(before)
-    may_stay_open = False
-    for start in reversed(open_positions):  # from the scores outwards
-        is_object = before[start] == "{"
-        content = before[start + 1 : end]
-        last_key = re.fullmatch(
-            rf"(?:.*,)?{KEY}\s*" if is_object else r"(?:.*,)?\s*", content, re.S | re.I
-        )
-        if not last_key:  # a bracket in a sentence: the scores are no value of it
-            break
-        if GRADED.search(content):
-            raise UnreadableReply("two gradings in one object")
-        if count == 0 and is_object and last_key[1].lower() == "scores":
-            may_stay_open = True
-        count += 1
-        end = start
-    return 0 if count == 1 and may_stay_open else count
-
-
-def check_after(text: str, ids: list[str]) -> None:
-    """Raises UnreadableReply if what follows the scores may change them."""
-    if WORD_SCORE.search(text):
-        raise UnreadableReply("more numbers after the scores")
-    if re.match(r"\W*(?:is|was|were|would)\b", text):  # {...} would be unfair
-        raise UnreadableReply("a correction after the scores")
-    text = without_ids(text, ids)
-    if "{" in text or re.search(r"\d", text):
-        raise UnreadableReply("more numbers after the scores")
-    if REVISION.search(text):
-        raise UnreadableReply("a correction after the scores")
-    if THOUGHT_MARK.search(text):
-        raise UnreadableReply("the scores stand in thoughts")
+    depth = 0
+    for brace in reversed(list(re.finditer("[{}]", before))):
+        depth += 1 if brace[0] == "}" else -1
+        if depth < 0:  # a brace that is open
+            key = LAST_KEY.search(before[brace.end() : end][-60:])
+            if not key:  # it stands in prose, or around these numbers alone
+                break
+            if not SCORES_KEY.fullmatch(key[1].lower()):
+                raise UnreadableReply(f"numbers under the key {key[1][:20]}")
+            end = brace.start()
+            depth = 0
+    near = before[max(0, end - 200) : end]
+    lead = re.sub(r"```\w*\s*\Z", "", near).rstrip(" \n[{#" + QUOTES)
+    line = lead.rpartition("\n")[2]
+    clause = re.split(r"[.,;!?{}。，；、]", line)[-1]
+    leads_on = "\n" not in near[len(lead) :] or clause.endswith((":", "="))
+    is_title = len(line) <= 30 and not NAME.search(line)
+    if (leads_on or is_title) and NO_SCORES.search(clause):
+        raise UnreadableReply("numbers that are no scores, or not the judge's")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def checked(reference: str, answer: str, prompt: str = "") -> bool | None:
     return rc.same_answer(one, other, prompt)
 
 
-@pytest.mark.parametrize("section", ["final_answer", "read_answer", "chinese_number", "same_answer", "parse_scores", "scores_in_lines",
+@pytest.mark.parametrize("section", ["final_answer", "read_answer", "chinese_number", "same_answer", "parse_scores",
                                      "split_entries", "default_rubric"])  # fmt: skip
 def test_the_examples_in_the_docstrings_hold(section):
     finder = doctest.DocTestFinder(recurse=False)
