@@ -2033,10 +2033,10 @@ class ask_openai(Provider):
         if body.pop("stream") == "with usage":
             body["stream_options"] = {"include_usage": True}
         chunks = await create(model=name, messages=messages, stream=True, extra_body=body)
-        joined = JoinedReply("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
+        parts = ReplyParts("choices.delta", *OPENAI_TOKENS)
         async for chunk in chunks:
-            joined.add(chunk)
-        return joined.reply()
+            parts.add(chunk)
+        return parts.reply(streamed=True)
 
     async def list_models(self) -> list[str]:
         """What GET /models lists."""
@@ -2094,22 +2094,15 @@ class ask_dashscope(Provider):
         if options.pop("stream", False):
             options |= {"stream": True, "incremental_output": True}
         reply = await api.call(model=name, messages=messages, **options, **self.common)
-        message_path = "output.choices.message"
-        tokens = ("usage.input_tokens", "usage.output_tokens")
-        if "stream" in options:
-            joined = JoinedReply(message_path, *tokens)
-            async for chunk in reply:
-                self.check_status(chunk)
-                joined.add(chunk)
-            return joined.reply()
-        self.check_status(reply)
-        return make_reply(
-            look_up(reply, f"{message_path}.content"),
-            look_up(reply, "output.choices.finish_reason"),
-            look_up(reply, tokens[0]),
-            look_up(reply, tokens[1]),
-            thoughts=look_up(reply, f"{message_path}.reasoning_content"),
-        )
+        parts = ReplyParts("output.choices.message", "usage.input_tokens", "usage.output_tokens")
+        if "stream" not in options:
+            self.check_status(reply)
+            parts.add(reply)
+            return parts.reply()
+        async for chunk in reply:
+            self.check_status(chunk)
+            parts.add(chunk)
+        return parts.reply(streamed=True)
 
     @staticmethod
     def check_status(reply: Any) -> None:
@@ -5421,12 +5414,7 @@ def checked_pool(record: Record, answers: list[Answer]) -> list[Answer]:
 def one_line(text: object) -> str:
     """A text from a server as one safe line: no key, no control character, no lone surrogate."""
     line = " ".join(redacted(scrub(str(text or ""))).split())
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", escape_character, line)
-
-
-def escape_character(match: re.Match) -> str:
-    r"""A control character made visible: `\x1b`."""
-    return f"\\x{ord(match[0]):02x}"
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", line)
 
 
 def shorten(text: str, size: int) -> str:
@@ -5444,45 +5432,37 @@ CUT = "length max_tokens max_length max_output_tokens max_new_tokens max_complet
 CUT += " model_length model_context_window_exceeded context_length_exceeded"
 FILTERED = "content_filter content_filtered content-filter safety recitation language blocklist"
 FILTERED += " prohibited_content spii image_safety sensitive error_toxic refusal data_inspection"
-FINISH_REASONS = dict.fromkeys(COMPLETE.split(), "stop")
+FINISH_REASONS = {"": "stop"} | dict.fromkeys(COMPLETE.split(), "stop")
 FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
 FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
 
 
 def finish_kind(reason: object) -> str:
     """A finish reason -> "stop", "length", "content_filter", or "" for a failed reply."""
-    if reason is None or reason == "":
-        return "stop"
     return FINISH_REASONS.get(str(reason).strip().lower(), "")
 
 
-def make_reply(
-    content: Any,
-    finish: Any,
-    tokens_in: Any,
-    tokens_out: Any,
-    model: Any = None,
-    refusal_text: Any = None,
-    thoughts: Any = None,
-) -> Reply:
+def make_reply(content: Any, finish: Any, tokens_in: Any, tokens_out: Any, **more: Any) -> Reply:
     """The fields of a chat completion -> Reply; raises ApiError where it holds no answer.
 
-    `refusal_text` stands for a missing text. So do thoughts, in their marks: `answer_text` takes
-    them out again, and the run can say that only thoughts came."""
+    `more` may hold `model`, and `refusal`, which stands for a missing text. So do thoughts
+    (`reasoning_content`, `reasoning`), in their marks: `answer_text` takes them out again, and the
+    run can say that only thoughts came."""
     billed = (token_count(tokens_in), token_count(tokens_out))
     kind = finish_kind(finish)
     if not kind:
         code = "tool call" if re.search("tool|function", str(finish)) else "unfinished"
         raise ApiError(200, code, f"the reply ended with finish_reason {finish!r}", billed=billed)
-    text = content if isinstance(content, str) else join_parts(content)
-    if not text.strip() and isinstance(refusal_text, str):
-        text = refusal_text
+    text = join_parts(content)
+    if not text.strip():
+        text = join_parts(more.get("refusal")) or text
     if not text.strip() and kind == "stop":
-        if not isinstance(thoughts, str) or not thoughts.strip():
+        thoughts = join_parts(more.get("reasoning_content") or more.get("reasoning"))
+        if not thoughts.strip():
             raise ApiError(200, "no text", "the reply holds no text", billed=billed)
         text = f"<think>\n{thoughts}\n</think>"
-    name = model if isinstance(model, str) else ""
-    return Reply(scrub(text), kind, *billed, model=name)
+    model = more.get("model")
+    return Reply(scrub(text), kind, *billed, model=model if isinstance(model, str) else "")
 
 
 def token_count(value: object) -> int:
@@ -5492,15 +5472,10 @@ def token_count(value: object) -> int:
 
 
 def join_parts(content: object) -> str:
-    """A message's content in parts -> its text; "" for anything that holds none."""
-    if not isinstance(content, list):
-        return ""
-    texts = []
-    for part in content:
-        text = part if isinstance(part, str) else look_up(part, "text")
-        if isinstance(text, str):
-            texts.append(text)
-    return "".join(texts)
+    """A message's content, a text or a list of parts -> its text; "" for anything else."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part if isinstance(part, str) else look_up(part, "text") for part in parts]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def look_up(value: Any, path: str) -> Any:
@@ -5512,30 +5487,49 @@ def look_up(value: Any, path: str) -> Any:
     return value
 
 
+class ReplyParts:
+    """A reply that comes whole or in chunks, as an SDK's objects or JSON."""
+
+    TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
+
+    def __init__(self, message_path: str, tokens_in: str, tokens_out: str) -> None:
+        """The arguments are the paths of these things in a chunk."""
+        self.paths = {name: f"{message_path}.{name}" for name in self.TEXTS}
+        self.paths |= {"tokens_in": tokens_in, "tokens_out": tokens_out, "model": "model"}
+        self.paths["finish"] = message_path.rpartition(".")[0] + ".finish_reason"
+        self.fields = dict.fromkeys(self.paths)
+
+    def add(self, chunk: Any) -> None:
+        """Take in one chunk: texts are joined, of other fields the last counts."""
+        error = body_error(look_up(chunk, "error"))
+        if error:
+            raise error
+        for name, path in self.paths.items():
+            value = look_up(chunk, path)
+            if name in self.TEXTS:
+                self.fields[name] = (self.fields[name] or "") + join_parts(value)
+            elif value is not None and value != "null":
+                self.fields[name] = value
+
+    def reply(self, streamed: bool = False) -> Reply:
+        """The whole reply; raises ApiError where it holds no answer or the stream was cut."""
+        if streamed and self.fields["finish"] is None:
+            raise ApiError(0, "dropped", "the stream ended too early")
+        return make_reply(**self.fields)
+
+
+# The paths in OpenAI's protocol, but for the message: "message" in a whole reply, "delta" in a
+# stream.
+OPENAI_TOKENS = ("usage.prompt_tokens", "usage.completion_tokens")
+
+
 def read_completion(body: Any) -> Reply:
     """A chat completion in OpenAI's form (an SDK's object, or JSON) -> Reply; raises ApiError."""
     if isinstance(body, str):
         raise ApiError(200, *read_error_body(body))
-    reply_message = look_up(body, "choices.message")
-    if reply_message is None:
-        raise_body_error(body)
-    tokens_in = look_up(body, "usage.prompt_tokens")
-    tokens_out = look_up(body, "usage.completion_tokens")
-    finish = look_up(body, "choices.finish_reason")
-    content = look_up(reply_message, "content")
-    served = look_up(body, "model")
-    if isinstance(content, str) and content:
-        return make_reply(content, finish, tokens_in, tokens_out, served)
-    refusal_text = look_up(reply_message, "refusal")
-    thoughts = look_up(reply_message, "reasoning_content") or look_up(reply_message, "reasoning")
-    return make_reply(content, finish, tokens_in, tokens_out, served, refusal_text, thoughts)
-
-
-def raise_body_error(body: Any) -> None:
-    """Raise the ApiError for a 200 that holds an error."""
-    error = body_error(look_up(body, "error"))
-    if error:
-        raise error
+    parts = ReplyParts("choices.message", *OPENAI_TOKENS)
+    parts.add(body)
+    return parts.reply()
 
 
 def body_error(error: Any) -> ApiError | None:
@@ -5554,7 +5548,13 @@ def read_error_body(body: Any) -> tuple[str, str]:
     if isinstance(body, str):
         return read_error_text(body)
     if isinstance(body, list):
-        return read_error_list(body)
+        problems = []  # FastAPI's: each names a place in the request
+        for item in body:
+            if isinstance(look_up(item, "loc"), list):
+                problems.append(f"{'.'.join(map(str, item['loc']))}: {item.get('msg')}")
+        if problems or not body:
+            return "", "; ".join(problems)
+        return read_error_body(body[0])
     if not isinstance(body, dict):
         return "", ""
     codes = [body.get(name) for name in ("code", "type", "status")]
@@ -5572,18 +5572,6 @@ def read_error_body(body: Any) -> tuple[str, str]:
     return code, ""
 
 
-def read_error_list(items: list) -> tuple[str, str]:
-    """(code, explanation) of a list of errors: FastAPI's details joined, else the first one."""
-    problems = []
-    for item in items:
-        if isinstance(item, dict) and isinstance(item.get("loc"), list):
-            place = ".".join(map(str, item["loc"]))
-            problems.append(f"{place}: {item.get('msg')}")
-    if problems:
-        return "", "; ".join(problems)
-    return read_error_body(items[0]) if items else ("", "")
-
-
 def read_error_text(text: str) -> tuple[str, str]:
     """(code, explanation) of an error body that is text: of a page its title, JSON is read."""
     text = text.strip()
@@ -5598,34 +5586,23 @@ def read_error_text(text: str) -> tuple[str, str]:
 
 
 # Marks between which a model thinks: opening -> closing.
-THOUGHT_MARKS = {
-    "<think>": "</think>",
-    "<thinking>": "</thinking>",
-    "<thought>": "</thought>",
-    "<thoughts>": "</thoughts>",
-    "<reasoning>": "</reasoning>",
-    "<seed:think>": "</seed:think>",
+THOUGHT_TAGS = ("think", "thinking", "thought", "thoughts", "reasoning", "seed:think")
+THOUGHT_MARKS = {f"<{tag}>": f"</{tag}>" for tag in THOUGHT_TAGS} | {
     "[think]": "[/think]",
     "◁think▷": "◁/think▷",
     "<|begin_of_thought|>": "<|end_of_thought|>",
     "<|channel>thought": "<channel|>",
 }
-# These may mark up an answer, too: they hold thoughts only at its start, with both marks.
-LOOSE_THOUGHT_MARKS = {
-    "<analysis>": "</analysis>",
-    "<scratchpad>": "</scratchpad>",
-    "<reflection>": "</reflection>",
-    "<reason>": "</reason>",
-}
+OPENING = re.compile(rf"(?i)\s*({'|'.join(map(re.escape, THOUGHT_MARKS))})")
 FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")  # gpt-oss (harmony)
 PLAIN_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*?assistantfinal", re.S)  # marks lost
+START_MARK = re.compile(r"<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<s>")
 # What ends a turn in a chat template: at the end of a line, or before the next turn's mark.
 END_MARK = re.compile(
-    r"(?<![`\"'“‘])(?:<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>)"
-    r"(?=[^\S\n]*(?:\n|\Z|<\|im_start|<\|start|<start_of_turn>|<s>))"
-    r"|(?<![`\"'“‘])</s>(?=\s*(?:\Z|<\|im_start|<\|start|<start_of_turn>|<s>))"  # HTML has it, too
+    r"(?<![`\"'“‘])(?:(?:<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>)"
+    rf"(?=[^\S\n]*(?:\n|\Z|{START_MARK.pattern}))"
+    rf"|</s>(?=\s*(?:\Z|{START_MARK.pattern})))"  # HTML has it, too
 )
-START_MARK = re.compile(r"<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<s>")
 
 
 def without_thinking(text: str) -> str:
@@ -5633,18 +5610,18 @@ def without_thinking(text: str) -> str:
 
     A closing mark whose block was opened in the prompt ends thoughts, too, if it stands on a line
     of its own or at the start; an answer that speaks of `</think>` in a sentence stays as it is."""
-    rest = re.sub(r"(?i)\A(\s*<think)[^\S\n]+>", r"\1>", without_channels(text))
-    marks = THOUGHT_MARKS | LOOSE_THOUGHT_MARKS
-    opening = leading_mark(rest)
-    while opening:
-        thoughts_and_rest = split_thoughts(rest.lstrip()[len(opening) :], marks[opening])
-        if thoughts_and_rest is None:
-            return rest if opening in LOOSE_THOUGHT_MARKS else ""
-        rest = thoughts_and_rest
-        opening = leading_mark(rest)
+    rest = without_channels(text)
+    while opening := OPENING.match(rest):
+        mark = re.escape(THOUGHT_MARKS[opening[1].lower()])
+        not_quoted = re.compile(rf"(?i)(?<![`\"'“‘]){mark}|{mark}(?![`\"'”’])")
+        end = not_quoted.search(rest, opening.end())
+        if not end:
+            return ""
+        # The line after it keeps its indentation.
+        rest = re.sub(r"\A(?:\s*\n|\s+)", "", rest[end.end() :])
     lowered = rest.lower()
-    for opening, closing in THOUGHT_MARKS.items():
-        if closing in lowered and opening not in lowered:
+    for opening_mark, closing in THOUGHT_MARKS.items():
+        if closing in lowered and opening_mark not in lowered:
             mark = re.escape(closing)
             alone = rf"(?i)\A\s*{mark}|\n[^\S\n]*{mark}[^\S\n]*(?=\n|\Z)"
             for end in re.finditer(alone, rest):
@@ -5652,28 +5629,6 @@ def without_thinking(text: str) -> str:
                     return rest[end.end() :]
             return rest
     return rest
-
-
-def leading_mark(text: str) -> str:
-    """The opening mark of thoughts with which a text starts, "" if there is none."""
-    start = text[:200].lstrip().lower()
-    if not start.startswith(("<", "[", "◁")):
-        return ""
-    for opening in (*THOUGHT_MARKS, *LOOSE_THOUGHT_MARKS):
-        if start.startswith(opening):
-            return opening
-    return ""
-
-
-def split_thoughts(text: str, closing: str) -> str | None:
-    """What follows the closing mark (not one in quotes), or None if the thoughts never end."""
-    mark = re.escape(closing)
-    end = re.search(rf"(?i)(?<![`\"'“‘]){mark}|{mark}(?![`\"'”’])", text)
-    if not end:
-        return None
-    rest = text[end.end() :]
-    line_break = re.match(r"\s*\n", rest)  # the line after it keeps its indentation
-    return rest[line_break.end() :] if line_break else rest.lstrip()
 
 
 def without_channels(text: str) -> str:
@@ -5714,40 +5669,6 @@ def about_tokens(text: str) -> int:
     return round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
 
 
-class JoinedReply:
-    """A reply that is sent in chunks."""
-
-    def __init__(self, message_path: str, tokens_in: str, tokens_out: str) -> None:
-        """The arguments are the paths of these things in a chunk."""
-        self.paths = {"content": f"{message_path}.content", "tokens_in": tokens_in}
-        self.paths["tokens_out"] = tokens_out
-        self.paths["finish"] = message_path.rpartition(".")[0] + ".finish_reason"
-        self.paths["refusal"] = f"{message_path}.refusal"
-        self.paths["thoughts"] = f"{message_path}.reasoning_content"
-        self.paths["model"] = "model"
-        self.fields = {}
-
-    def add(self, chunk: Any) -> None:
-        """Take in one chunk: texts are joined, of other fields the last counts."""
-        raise_body_error(chunk)
-        for name, path in self.paths.items():
-            value = look_up(chunk, path)
-            if name == "content" and isinstance(value, list):
-                value = join_parts(value)
-            if value is None or value == "null":
-                continue
-            if name in ("content", "refusal", "thoughts") and isinstance(value, str):
-                value = self.fields.get(name, "") + value
-            self.fields[name] = value
-
-    def reply(self) -> Reply:
-        """The whole reply; raises ApiError where the chunks hold no answer or end too early."""
-        if "finish" not in self.fields:
-            raise ApiError(0, "dropped", "the stream ended too early")
-        names = ("content", "finish", "tokens_in", "tokens_out", "model", "refusal", "thoughts")
-        return make_reply(*[self.fields.get(name) for name in names])
-
-
 def degrade(text: str, chinese: bool, draw: random.Random) -> str:
     """A worse version of a good answer: some of its sentences; an evasion for a short one."""
     sentences = re.findall(r".+?(?:[.!?](?=\s)|[。！？\n]|$)\s*", text, re.S)
@@ -5768,12 +5689,13 @@ def reference_f1(text: str, reference: str) -> float:
     total = words.total()
     if reference_words:
         shared = (words & reference_words).total()
-        f1 = 2 * shared / max(1, total + reference_words.total())
-        return lowest + (highest - lowest) * f1
-    score = 2 * math.log10(1 + total) + 3 * len(words) / max(1, total)
-    score += text.rstrip()[-1:] in ".!?。！？)`”"
-    score -= 3 * is_refusal(text)
-    return lowest + (highest - lowest) * min(1.0, max(0.0, score / 9))
+        share = 2 * shared / max(1, total + reference_words.total())
+    else:
+        score = 2 * math.log10(1 + total) + 3 * len(words) / max(1, total)
+        score += text.rstrip()[-1:] in ".!?。！？)`”"
+        score -= 3 * is_refusal(text)
+        share = min(1.0, max(0.0, score / 9))
+    return lowest + (highest - lowest) * share
 
 
 # --------------------------------------------------------------------------------------------------
