@@ -4329,12 +4329,6 @@ def character_runs(text: str, size: int, step: int = 1) -> list[str]:
     return [text[start : start + size] for start in range(0, len(text) - size + 1, step)]
 
 
-def is_chinese(words: list[str]) -> bool:
-    """Whether over 30 % of the words of `split_words` are Chinese, Japanese, Korean characters."""
-    characters = sum(word >= "\u3040" for word in words)
-    return characters > 0.3 * len(words)
-
-
 def without_code(text: str) -> str:
     """The text without code blocks and markup tags: in those, repetition is right."""
     if "```" in text:
@@ -4411,6 +4405,8 @@ LOOP_SHARE = 0.75  # of the words in consecutive repeats, from which a text is a
 REPEATS_ITSELF = 0.30  # of the words in repeated runs, from which a kept text is worth a review
 RULED_LINE = re.compile(r"[-_=*~#|:+\\\[\]—–─━═\s]*")  # also the empty cells of a table
 NUMBER = re.compile(r"\d+")
+# `1.`, `Week 2:` at the start of a line or sentence; the end of the text may cut it.
+NUMBERING = re.compile(r"(?m)((?:^|[.!?。！？])\s*(?:[^\W\d]{1,20} )?)\d+(?=[.):、：]|\Z)")
 
 
 def is_repetition_loop(text: str) -> bool:
@@ -4419,25 +4415,21 @@ def is_repetition_loop(text: str) -> bool:
     Passages that return after other text (a refrain, the weeks of a plan) are no loop."""
     if len(text) < LOOP_LENGTH:
         return False
-    return ends_in_repeats(text) or consecutive_share(text) >= LOOP_SHARE
+    return ends_in_repeats(text) or repeated_share(text, LOOP_SHARE, in_a_row=True) >= LOOP_SHARE
 
 
 def ends_in_repeats(text: str) -> bool:
     """Whether the text ends in a unit repeated 4 times (from 200 characters: 3 times) or more.
 
-    If one number counts on ("1. Wait. 2. Wait. 3. Wait."), that is no difference: over 10 times."""
+    Numbered units ("1. Wait. 2. Wait. 3. Wait.") are alike, too: over 10 of them."""
     end = text[-5 * LOOP_UNIT :].rstrip()
     unit, times = repeated_end(end)
     if times:
         return not RULED_LINE.fullmatch(unit)
-    if not NUMBER.search(end[-200:]):
+    if not NUMBERING.search(end[-200:]):
         return False
-    end = end[-2 * LOOP_UNIT :]
-    unit, times = repeated_end(NUMBER.sub("0", end))
-    words = split_words(unit.replace("0", " "))
-    if times <= 10 or len(words) < 2:  # a program that counts to 10 prints such lines rightly
-        return False
-    return counts_on(NUMBER.findall(end), times, unit.count("0"))
+    unit, times = repeated_end(NUMBERING.sub(r"\1", end))
+    return times > 10 and len(split_words(unit)) > 1  # a program that counts to 10 is no loop
 
 
 def repeated_end(text: str) -> tuple[str, int]:
@@ -4450,41 +4442,26 @@ def repeated_end(text: str) -> tuple[str, int]:
         if place < 0:
             break
         unit = text[place - last_place :]
-        least = max(4 if len(unit) < 200 else 3, math.ceil(LOOP_LENGTH / len(unit)))
-        if text.endswith(unit * least):
-            times = least
+        times = max(4 if len(unit) < 200 else 3, math.ceil(LOOP_LENGTH / len(unit)))
+        if text.endswith(unit * times):
             while text.endswith(unit * (times + 1)):
                 times += 1
             return unit, times
     return "", 0
 
 
-def counts_on(numbers: list[str], times: int, columns: int) -> bool:
-    """Whether in the last `times` units one number at most counts on, and the others stay."""
-    numbers = numbers[len(numbers) - times * columns :]
-    counting = 0
-    for column in range(columns):
-        values = [int(digits[-9:]) for digits in numbers[column::columns]]
-        steps = {after - before for before, after in itertools.pairwise(values)}
-        # At both ends a number may be cut: its steps are left out.
-        inner_steps = {after - before for before, after in itertools.pairwise(values[1:-1])}
-        if inner_steps == {1}:
-            counting += 1
-        elif steps != {0}:
-            return False
-    return counting <= 1
+def repeated_share(text: str, least_share: float = REPEATS_ITSELF, in_a_row: bool = False) -> float:
+    """Share (0..1) of the words, but for numbers, in passages that occur again; 0 if surely below.
 
-
-def consecutive_share(text: str) -> float:
-    """Share (0..1) of the words in a unit that stands three times in a row or more; numbers aside.
-
-    Words that stood `distance` words before are part of a repeat; if that goes on for two units at
-    the same distance, the unit stands there three times."""
+    A passage has 10 words (20 Chinese characters) at least. `in_a_row`: only those that stand three
+    times in a row count, that is, that repeat what stood `distance` words before for 2 x `distance`
+    words."""
     prose = without_code(text)
-    if not has_repeats(prose, LOOP_SHARE):
+    if not has_repeats(prose, least_share):
         return 0.0
     words = split_words(prose)
-    size = run_size(words)
+    chinese_characters = sum(word >= "\u3040" for word in words)
+    size = 20 if chinese_characters > 0.3 * len(words) else 10
     last_place = {}
     spans = [[0, 0, 0]]  # first word, word after the last, distance
     for place, run in enumerate(word_runs(words, size)):
@@ -4496,31 +4473,11 @@ def consecutive_share(text: str) -> float:
             spans.append([place, place + size, distance])
     inside = set()
     for start, end, distance in spans:
-        if distance and end - start >= 2 * distance:
-            inside.update(range(start - distance, end))
+        if distance and (not in_a_row or end - start >= 2 * distance):
+            inside.update(range(start, end))
+            inside.update(range(start - distance, end - distance))
     counted = [place for place in inside if not words[place].isdigit()]
     return len(counted) / max(1, len(words))
-
-
-def repeated_share(text: str) -> float:
-    """Share (0..1) of the words in runs of 10 words (20 Chinese characters) that occur again."""
-    prose = without_code(text)
-    if not has_repeats(prose, REPEATS_ITSELF):
-        return 0.0
-    words = split_words(prose)
-    size = run_size(words)
-    runs = word_runs(words, size)
-    counts = Counter(runs)
-    inside = set()
-    for start, run in enumerate(runs):
-        if counts[run] > 1:
-            inside.update(range(start, start + size))
-    return len(inside) / max(1, len(words))
-
-
-def run_size(words: list[str]) -> int:
-    """Words in a row that two passages do not share by chance: 10, or 20 Chinese characters."""
-    return 20 if is_chinese(words) else 10
 
 
 def has_repeats(text: str, least_share: float) -> bool:

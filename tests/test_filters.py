@@ -471,7 +471,7 @@ def test_jaccard_similarity_by_hand():
     ],
 )
 def test_the_share_of_consecutive_repeats_by_hand(text, share):
-    assert rc.consecutive_share(text) == pytest.approx(share)
+    assert rc.repeated_share(text, rc.LOOP_SHARE, in_a_row=True) == pytest.approx(share)
 
 
 def test_a_text_that_repeats_itself_with_other_text_between_is_kept_and_flagged_for_review():
