@@ -4858,74 +4858,49 @@ class FinalAnswer(NamedTuple):
 START = (
     r"(?:^|[.!?。！？;；,，:])(?:so|thus|hence|therefore|finally|所以|因此|故|综上所述|,|，|\s)*"
 )
-MARKS = (
-    re.compile(r"^[ \t]*####[ \t]*(.+)$", re.M),
-    re.compile(r"^[ \t]*A[ \t]*:[ \t]*(?=[-+$¥€£(\\.\d])(.+)$", re.M),
-    re.compile(
-        rf"{START}(?:the\s+|my\s+)?(?:(?:final|correct|right)\s+)?answer"
-        r"[ \t]*(?:is|:|=)[ \t:]*(.+)$",
-        re.M | re.I,
-    ),
-    re.compile(
-        rf"{START}(?:最终|正确|本题|此题)?的?答案[ \t]*(?:应该是|应为|是|为|:)[ \t:]*(.+)$", re.M
-    ),
-    re.compile(
-        r"^[ \t]*(?:label|sentiment|category|情感|标签|类别|分类|结论)[ \t]*:[ \t]*(.+)$",
-        re.M | re.I,
-    ),
+MARK = re.compile(
+    r"(?:^[ \t]*(?:####|(?-i:A)[ \t]*:(?=[ \t]*[-+$¥€£(\\.\d])"
+    r"|(?:label|sentiment|category|情感|标签|类别|分类|结论)[ \t]*:)"
+    rf"|{START}(?:the\s+|my\s+)?(?:(?:final|correct|right)\s+)?answer[ \t]*(?:is|:|=)"
+    rf"|{START}(?:最终|正确|本题|此题)?的?答案[ \t]*(?:应该是|应为|是|为|:))[ \t:]*(.+)$",
+    re.M | re.I,
 )
-# In the sentence before a mark: it is only supposed, or denied.
-SUPPOSED = re.compile(
-    r"\b(?:if|unless|suppose|assum\w*|whether|doubt|not|wrong|never|cannot|why|guess|option|other|"
-    r"would|could|might|may|think"
-    r"|incorrect\w*|false\w*|mistake|mistaken|mistakes|misconception|lie|trap|"
-    r"claim|claims|claimed|says|said)\b|n['’]t\b"
-    r"|如果|若|假如|假设|假定|要是|倘|并非|不|(?<![分特区差])别|错|误|认为|反例|为什么|难道|可能|也许",
-    re.I,
-)
-# After the answer: it may be taken back.
-TAKEN_BACK = re.compile(
-    r"\d|\?|？|\b(?:but|however|not?|wrong|unless|or|if|incorrect\w*|false\w*|mistak\w+"
-    r"|impossible|intermediate|candidate|plus"
-    r"|hundred|thousand|twenty|thirty|forty|fifty|sixty"
-    r"|seventy|eighty|ninety|\w+teen|twelve|eleven)\b"
-    r"|n['’]t\b|不|但|错|或|而|误|漏|再算|重算|有问题|干扰",
-    re.I,
-)
-# In the text behind a choice: it is taken back, or it is not the only one.
-SECOND_CHOICE = re.compile(
-    r"(?<![A-Za-z])(?-i:[A-Hb-h])(?![A-Za-z])|\?"
-    r"|\b(?:but|however|not?|wrong|unless|or|if|incorrect\w*|false|"
-    r"mistak\w+|wait|actually|both|all|none|sorry"
-    r"|correction|maybe|rather|instead|because)\b|n['’]t\b"
-    r"|不|但|错|或|而|误|漏|都|均|也|应|改|等等|重新|[甲乙丙丁]",
-    re.I,
-)
-# Around a box: they change its number, or go on with it.
+BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
+# Before a box: it is a part of something larger, or changed by it.
 BEFORE_BOX = re.compile(
-    r"(?:[-−–—+^_/*·×÷<>~≈≠≤≥±]|\d|"
-    r"\\(?:sqrt|times|cdot|div|ne|neq|leq?|geq?|lt|gt|approx|sim|pm|[dt]?frac)"
-    r"|\b(?:minus|negative|about|approximately|roughly|around|over|under|than|least|most)|[负约近超])"
-    r"[\s${(\\]*\Z",
+    r"(?:[-−–—+^_/*·×÷<>~≈≠≤≥±\d]|\\(?:sqrt|times|cdot|div|neq?|leq?|geq?|[lg]t|approx|sim|pm"
+    r"|[dt]?frac)|\b(?:minus|negative|about|approximately|roughly|around|over|under|than|least|most)"
+    r"|[负约近超])[\s${(\\]*\Z",
     re.I,
 )
-AFTER_BOX = re.compile(r"(?:[ \t$})\]]|\\[)\],; ])*([^\s.,;:。，；：$})\]!*]\S*|!)?")
-WORDS_AFTER_BOX = set(
-    "is are was were in for as and which with since so left total altogether each 个 人".split()
+# In the sentence before a mark: the answer is only supposed, or denied.
+DOUBT = re.compile(
+    r"\b(?:if|unless|suppose|assum\w*|whether|doubt|not|wrong|never|cannot|why|guess|option|other"
+    r"|would|could|might|may|maybe|think|incorrect\w*|false\w*|mistak\w*|misconception|lie|trap"
+    r"|claim|claims|claimed|says|said)\b|n['’]t\b"
+    r"|如果|若|假如|假设|假定|要是|倘|不|(?<![分特区差])别|错|误|认为|反例|为什么|难道|可能|也许",
+    re.I,
 )
-
-YES_OR_NO = dict.fromkeys(("yes", "true", "correct", "是", "是的", "对", "正确", "真"), "yes")
-YES_OR_NO |= dict.fromkeys(
-    ("no", "false", "incorrect", "否", "不是", "不对", "错", "错误", "不正确", "假"), "no"
+# After the answer, or behind the letter of a choice: it is taken back, or not the only one.
+TAKEN_BACK = re.compile(
+    rf"{DOUBT.pattern}|[?？]|\b(?:but|however|no|or|impossible|intermediate|candidate|plus|wait"
+    r"|actually|both|all|none|sorry|correction|rather|instead|because)\b"
+    r"|但|或|而|漏|再算|重算|有问题|干扰|都|均|也|应|改|等等|重新|[甲乙丙丁]",
+    re.I,
 )
 CHOICE = re.compile(
     r"(?:(?i:option|choice)|选项?)?\s*(?:\(([A-H])\)|([A-H]))(?:\s*\Z|(?:(?<=\))|[.):、,])\s*(.*))",
     re.S,
 )
+CHOICE_LETTER = re.compile(r"(?<![A-Za-z])[A-Hb-h](?![A-Za-z])")
+YES_OR_NO = dict.fromkeys(("yes", "true", "correct", "是", "是的", "对", "正确", "真"), "yes")
+YES_OR_NO |= dict.fromkeys(
+    ("no", "false", "incorrect", "否", "不是", "不对", "错", "错误", "不正确", "假"), "no"
+)
 # Words that say more than the label they stand beside, in both languages.
 HEDGES = re.compile(
-    r"\b(?:not?|non|never|n?either|nor|or|and|but|maybe|between|except|than|to|less|more|about|"
-    r"without|un\w+|likely|possibly|partly)\b|n['’]t\b|[不没非无未或否但和与]|可能|大概|以外|部分",
+    r"\b(?:not?|non|never|n?either|nor|or|and|but|maybe|between|except|than|to|less|more|about"
+    r"|without|un\w+|likely|possibly|partly)\b|n['’]t\b|[不没非无未或否但和与]|可能|大概|以外|部分",
     re.I,
 )
 LABEL_SETS = (  # labels that exclude each other, though the prompt may not list them
@@ -4936,62 +4911,59 @@ LABEL_SETS = (  # labels that exclude each other, though the prompt may not list
     ("spam", "ham"),
 )
 # Units of one dimension, each with all its names. Single letters (m, g) are none: in mathematics
-# they are variables.
+# they are variables. A unit that is not listed has this one name and no dimension.
 # fmt: off
 UNITS = {
     "money": ("$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分",
-              "¥ yuan rmb cny 元 块 块钱 元钱 人民币", "角 毛",
-              "€ euro euros eur 欧元", "£ gbp 英镑", "yen jpy 日元"),
+              "¥ yuan rmb cny 元 块 块钱 元钱 人民币", "€ euro euros eur 欧元", "£ gbp 英镑"),
     "length": ("km kilometer kilometers kilometre kilometres 千米 公里",
-               "meter meters metre metres 米",
-               "cm centimeter centimeters centimetre centimetres 厘米",
-               "mm millimeter millimeters 毫米",
-               "mile miles 英里", "foot feet ft 英尺", "inch inches 英寸", "yard yards 码"),
+               "meter meters metre metres 米", "cm centimeter centimeters 厘米", "里",
+               "mile miles 英里", "feet ft 英尺", "inch inches 英寸"),
     "weight": ("kg kilogram kilograms 千克 公斤", "gram grams 克", "ton tons 吨",
-               "pound pounds lb lbs 磅", "ounce ounces oz 盎司"),
+               "pound pounds lb lbs 磅", "ounce ounces oz 盎司", "斤"),
     "volume": ("liter liters litre litres 升", "ml milliliter milliliters 毫升",
-               "gallon gallons 加仑", "quart quarts", "pint pints", "cup cups 杯"),
-    "time": ("second seconds sec 秒 秒钟", "minute minutes min mins 分钟",
-             "hour hours hr hrs 小时 个小时", "day days 天", "week weeks 周 星期",
-             "month months 个月", "year years 年 岁"),
-    "angle or heat": ("° degree degrees 度", "radian radians 弧度"),
-    "part": ("% percent percents",),
-    "speed": ("mph",),
-    "count": ("个", "people person persons 人", "child children", "men", "women"),
+               "gallon gallons 加仑"),
+    "time": ("seconds sec 秒 秒钟", "minute minutes min mins 分钟", "hour hours hr hrs 小时 个小时",
+             "day days 天", "week weeks 周 星期", "month months 个月", "year years 年 岁"),
+    "angle": ("° degree degrees 度",),
+    "part": ("% percent",),
 }
 # fmt: on
 UNIT_OF = {}  # name -> the first of its names
-DIMENSION_OF = {}  # name -> its dimension
+DIMENSION_OF = {}  # the first of its names -> its dimension
 for _dimension, _units in UNITS.items():
     for _names in map(str.split, _units):
         UNIT_OF |= dict.fromkeys(_names, _names[0])
-        DIMENSION_OF |= dict.fromkeys(_names, _dimension)
-NO_UNITS = set(
-    "times halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths "
-    "thousandths hundreds thousands millions billions dozens pairs couples minus plus less loss "
-    "losses debts radians logs others perhaps sometimes besides overs scores cubes squares".split()
-)
+        DIMENSION_OF[_names[0]] = _dimension
+_longest_first = sorted(UNIT_OF, key=len, reverse=True)
+UNIT_NAME = re.compile(rf"(?<![a-z])(?:{'|'.join(map(re.escape, _longest_first))})(?![a-z])")
+UNIT_OF["个"] = ""  # it counts anything
+# In the plural, these words after a number change it; so do the characters.
+NO_UNITS = set("times dozens pairs couples minus plus less losses debts logs others cubes".split())
+NO_UNITS |= set("halves quarters hundreds thousands millions billions squares perhaps".split())
 NO_UNIT_CHARACTERS = "之倍多少成半折万亿千百十负零下上亏欠余几约右到至或和比点每不没非双对打分"
 # Factors between units: a number that differs by one of them may be right, in another unit.
 FACTORS = (3, 7, 10, 12, 16, 24, 36, 52, 60, 365, 1.609, 2.2046, 2.54, 30.48, 28.35, 3.6, 4.2, 30)
-WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-DIGITS = {character: i for i, character in enumerate("零一二三四五六七八九")} | {"两": 2}
-TENS = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
-MULTIPLES = {
-    "hundred": 2,
-    "thousand": 3,
-    "million": 6,
-    "billion": 9,
-    "trillion": 12,
-    "万": 4,
-    "亿": 8,
-}
+POWERS_OF_TEN = {10**power for power in range(2, 13)}
+# Numbers in words, up to twelve and 九十九.
+NUMERALS = {}
+for _value, _characters in enumerate(
+    itertools.product(
+        ("", *"十 二十 三十 四十 五十 六十 七十 八十 九十".split()), ("", *"一二三四五六七八九")
+    )
+):
+    NUMERALS["".join(_characters)] = _value
+for _value, _name in enumerate(
+    "zero one two three four five six seven eight nine ten eleven twelve".split()
+):
+    NUMERALS[_name] = _value
+NUMERALS |= {"零": 0, "两": 2}
+MULTIPLES = {"thousand": 3, "million": 6, "billion": 9, "万": 4, "亿": 8}
 AMOUNT = re.compile(
-    r"(?P<sign>[-+]?)\s*(?P<currency>US\$|[$¥€£])?\s*(?P<sign2>-?)(?:"
-    r"(?:(?P<whole>\d+)\s+)?(?P<top>\d+)\s*/\s*(?P<bottom>\d+)"
-    r"|(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?:\s*[×x*]\s*10\s*\^\s*(?P<power>-?\d+)|e(?P<exponent>[-+]?\d+))?"
-    r")(?:\s*(?P<multiple>hundred|thousand|million|billion|trillion|万|亿))?\s*(?P<unit>.*)",
+    r"(?P<sign>[-+]?)\s*(?P<currency>US\$|[$¥€£])?\s*"
+    r"(?:(?:(?P<whole>\d+)\s+)?(?P<top>\d+)\s*/\s*(?P<bottom>\d+)"
+    r"|(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+))"
+    r"(?:\s*(?P<multiple>thousand|million|billion|万|亿))?\s*(?P<unit>.*)",
     re.I | re.S,
 )
 
@@ -5012,12 +4984,12 @@ def final_answer(text: str) -> FinalAnswer | None:
     marked = marked_answers(text)
     if marked:
         tail = text[marked[-1][0] :]
-        if TAKEN_BACK.search(tail) or REVISION.search(tail):
+        if TAKEN_BACK.search(tail) or REVISION.search(tail) or re.search(r"\d", tail):
             return None
         answers = [read_answer(raw) for _, raw in marked]
-        if not all(same_answer(answers[-1], answer) for answer in answers):
-            return None
-        return answers[-1]
+        values = {(answer.kind, answer.value) for answer in answers}
+        details = {answer.detail for answer in answers} - {""}
+        return answers[-1] if len(values) == 1 and len(details) < 2 else None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or len(lines[-1]) > 80:
         return None
@@ -5031,49 +5003,22 @@ def final_answer(text: str) -> FinalAnswer | None:
 
 
 def marked_answers(text: str) -> list[tuple[int, str]]:
-    """Where each marked answer ends, and its text, in the order of the text."""
-    places = []  # where the text of each answer starts and ends
-    doubtful = set()  # where those end of which more stands around a box
-    for box in re.finditer(r"\\boxed\s*\{", text):
-        if end := closing_brace(text, box.end()):
-            places.append((box.end(), end))
-            if not is_whole_answer(text, box.start(), end + 1):
-                doubtful.add(end)
-    for mark in MARKS:
-        for match in mark.finditer(text):
-            if r"\boxed" not in match[1]:  # else it is found already
-                places.append(match.span(1))
+    """Where each marked answer ends, and its text ("?" if in doubt), in the order of the text."""
     found = []
-    for start, end in sorted(places):
+    for match in MARK.finditer(text):
+        if r"\boxed" not in match[1]:  # else it is found below
+            found.append((match.start(1), match.end(), match[1]))
+    for box in BOX.finditer(text):
+        rest = re.compile(r"[^\n.,;:。，；：]*").match(text, box.end())  # a unit, or more of it
+        raw = box[1] + re.sub(r"[${})\]]|\\[)\]]", " ", rest[0])
+        if BEFORE_BOX.search(text[max(0, box.start() - 40) : box.start()]):
+            raw = "?"
+        found.append((box.start(), rest.end(), raw))
+    answers = []
+    for start, end, raw in sorted(found):
         sentence = re.split(r"[.!?。！？\n]", text[:start])[-1]
-        is_doubtful = end in doubtful or SUPPOSED.search(sentence)
-        found.append((end, "?" if is_doubtful else text[start:end]))
-    return found
-
-
-def is_whole_answer(text: str, start: int, end: int) -> bool:
-    """True if the box from `start` to `end` holds the whole answer, as `-\\boxed{5}` does not.
-
-    Counted things may follow it, but no unit, operator or other command."""
-    if BEFORE_BOX.search(text[max(0, start - 40) : start]):
-        return False
-    following = AFTER_BOX.match(text, end)[1]
-    if not following:
-        return True
-    word = following.rstrip(".,;:!?。，；：！？$)}*").lower()
-    if word in WORDS_AFTER_BOX:
-        return True
-    return word not in UNIT_OF and word.isascii() and is_unit(word, touching=False)
-
-
-def closing_brace(text: str, start: int) -> int:
-    """Where the brace that was opened before `start` is closed, 0 if it is not."""
-    depth = 1
-    for brace in re.finditer(r"[{}]", text[start:]):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return start + brace.start()
-    return 0
+        answers.append((end, "?" if DOUBT.search(sentence) else raw))
+    return answers
 
 
 def read_answer(raw: str) -> FinalAnswer:
@@ -5089,9 +5034,9 @@ def read_answer(raw: str) -> FinalAnswer:
     if folded in YES_OR_NO:
         return FinalAnswer("yes or no", YES_OR_NO[folded])
     if choice := CHOICE.fullmatch(text):
-        detail = fold_answer(choice[3] or "")
-        if not SECOND_CHOICE.search(choice[3] or ""):
-            return FinalAnswer("choice", choice[1] or choice[2], detail)
+        detail = choice[3] or ""
+        if not TAKEN_BACK.search(detail) and not CHOICE_LETTER.search(detail):
+            return FinalAnswer("choice", choice[1] or choice[2], fold_answer(detail))
     elif amount := read_number(text):
         return amount
     elif is_label(text) and not re.fullmatch("[A-Za-z]{1,2}", text):  # X and x are two variables
@@ -5102,11 +5047,9 @@ def read_answer(raw: str) -> FinalAnswer:
 def plain_math(raw: str) -> str:
     """A final answer without LaTeX, Markdown, and a full stop."""
     text = raw.translate(FULL_WIDTH).replace("−", "-").strip()
-    text = re.sub(r"\\(?:left|right|[,;:! ])|\\\(|\\\)|\\\[|\\\]", "", text)
+    text = re.sub(r"\\(?:left|right|[,;:! ])|\\[()\[\]]", "", text)
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\^\{?\\circ\}?", "°", text.replace("{,}", ",").replace(r"\%", "%"))
-    text = re.sub(r"\\times\b", "×", text)
-    text = re.sub(r"(?<=\d)\^\s*\{(-?\d+)\}", r"^\1", text)
     text = re.sub(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}", r" \1/\2", text)
     text = re.sub(r"\\[dt]?frac\s*(\d)\s*(\d)(?!\d)", r" \1/\2", text)
     text = re.sub(r"(?<!\\)\$(.+)(?<!\\)\$", r"\1", text)  # $18$ is mathematics, $18 is money
@@ -5123,8 +5066,7 @@ def fold_answer(text: str) -> str:
 
 def is_label(text: str) -> bool:
     """True for at most five words, or eight Chinese characters, that neither deny nor hedge."""
-    words = text.split()
-    long = len(words) > 5 or len(re.findall(rf"[{CJK}]", text)) > 8
+    long = len(text.split()) > 5 or len(CHINESE_CHARACTER.findall(text)) > 8
     letters_only = re.fullmatch(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*", text)
     return bool(letters_only) and not long and not HEDGES.search(text)
 
@@ -5134,24 +5076,22 @@ def read_number(text: str) -> FinalAnswer | None:
     if len(text) > 60:
         return None
     text = re.sub(r"^(?:minus |negative |负)\s*(?=[\d.])", "-", text, flags=re.I)
-    percent = re.fullmatch(r"百分之\s*(.+)", text)
-    text = f"{percent[1]}%" if percent else text
-    chinese = re.fullmatch(rf"([{''.join(DIGITS | TENS)}]+)\s*(\D*)", text)
-    if text.lower() in WORDS:
-        return FinalAnswer("number", Fraction(WORDS.index(text.lower())))
-    if chinese and (not chinese[2] or chinese[2] in UNIT_OF):
-        value = chinese_number(chinese[1])
-        return value if value is None else scaled(Fraction(value), chinese[2], 0)
+    text = re.sub(r"^百分之\s*(.+)", r"\1%", text)
+    numeral = re.fullmatch(r"([a-z]+|[零一二两三四五六七八九十]+)\s*(\D*)", text.lower())
+    if numeral and numeral[1] in NUMERALS and numeral[2] in ("", *UNIT_OF):
+        text = f"{NUMERALS[numeral[1]]}{numeral[2]}"
     match = AMOUNT.fullmatch(text)
-    if not match or (match["sign"] and match["sign2"]):
+    if not match:
         return None
-    unit = (match["unit"] or "").strip()
+    unit = match["unit"].strip().lower()
     if match["currency"]:
-        if unit and unit.lower() not in UNIT_OF:
+        if unit and unit not in UNIT_OF:
             return None
-        unit = match["currency"]
+        unit = match["currency"].lower()
     elif unit and not is_unit(unit, touching=text[match.start("unit") - 1] != " "):
         return None
+    unit = UNIT_OF.get(unit, unit)
+    power = MULTIPLES.get((match["multiple"] or "").lower(), 0) - 2 * (unit == "%")
     if match["top"]:
         if int(match["bottom"]) == 0:
             return None
@@ -5159,60 +5099,20 @@ def read_number(text: str) -> FinalAnswer | None:
         places = math.inf
     else:
         value = Fraction(match["number"].replace(",", ""))
-        places = len(match["number"].partition(".")[2])
-    power = int(match["power"] or match["exponent"] or 0)
-    if abs(power) > 50:
-        return None
-    power += MULTIPLES.get((match["multiple"] or "").lower(), 0)
+        places = len(match["number"].partition(".")[2]) - power
     value *= Fraction(10) ** power
-    if "-" in (match["sign"], match["sign2"]):
-        value = -value
-    return scaled(value, unit, places - power)
-
-
-def scaled(value: Fraction, unit: str, places: float) -> FinalAnswer:
-    """A number with the common name of its unit; percent become hundredths."""
-    unit = UNIT_OF.get(unit.lower(), unit.lower())
-    if unit == "%":
-        return FinalAnswer("number", value / 100, unit, places + 2)
-    return FinalAnswer("number", value, unit, places)
+    return FinalAnswer("number", -value if match["sign"] == "-" else value, unit, places)
 
 
 def is_unit(text: str, touching: bool) -> bool:
     """True for the name of a unit or of counted things, not for x, more, tenths (in `5 tenths`)."""
-    if text.lower() in UNIT_OF:
+    if text in UNIT_OF:
         return True
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
         return not set(text) & set(NO_UNIT_CHARACTERS)
-    plural_word = re.fullmatch(r"[A-Za-z]{2,}[A-RT-Za-rt-z]s", text)
-    is_part = re.search(r"(?:teen|tie|lf|if|en|igh|ix|nin|ur|red|and|ion)ths\Z", text, re.I)
-    return bool(plural_word) and not touching and not is_part and text.lower() not in NO_UNITS
-
-
-def chinese_number(text: str) -> int | None:
-    """`十五` -> 15, `两千零三` -> 2003, None for what is no number below ten thousand.
-
-    >>> [chinese_number(text) for text in ("十五", "三十", "一百零二", "两千三百", "三二")]
-    [15, 30, 102, 2300, None]
-    """
-    total = 0
-    digit = None
-    last_unit = 10**5
-    for character in text:
-        if character in DIGITS:
-            if digit:  # two digits in a row: a year, or a slip
-                return None
-            digit = DIGITS[character]
-        else:
-            unit = TENS[character]
-            if unit >= last_unit or unit > 1000:
-                return None
-            total += (1 if digit is None else digit) * unit
-            digit = None
-            last_unit = unit
-    if digit and last_unit in (100, 1000) and "零" not in text:  # 一百五 is 150
-        return None
-    return total + (digit or 0)
+    counted = re.fullmatch(r"[a-z]{2,}[a-rt-z]s|people|children|men|women", text)
+    is_part = re.search(r"(?:teen|tie|lf|if|en|igh|ix|nin|ur|red|and|ion)ths\Z|thirds", text)
+    return bool(counted) and not touching and not is_part and text not in NO_UNITS
 
 
 def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -> bool | None:
@@ -5245,19 +5145,14 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
     """`same_answer` for numbers: None where rounding or another unit may explain the difference."""
     a, b = reference.value, answer.value
     units = {reference.detail, answer.detail} - {""}
-    if len(units) == 2:
-        return None
     one_sided = reference.detail != answer.detail
-    if one_sided and not fits_prompt(*units, prompt):
+    if len(units) == 2 or (one_sided and not fits_prompt(*units, prompt)):
         return None
     if a == b:
         return True
-    if one_sided and "°" in units:
-        return None
-    if a * b > 0:
+    if a * b > 0 and (one_sided or not units):
         ratio = max(a / b, b / a)
-        tens = round(math.log10(ratio))
-        if (one_sided or not units) and tens > 1 and ratio == 10**tens:
+        if ratio in POWERS_OF_TEN:
             return None
         if one_sided and any(abs(ratio / factor - 1) < 0.01 for factor in FACTORS):
             return None
@@ -5269,45 +5164,19 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
 
 
 def fits_prompt(unit: str, prompt: str) -> bool:
-    """True if a number without a unit may be meant in this one, as far as the prompt says."""
-    if rivals(unit, prompt):
-        return False
+    """True if a number without a unit may be meant in this one, as far as the prompt says.
+
+    It must name this unit and no other of the dimension (or none, for money), or ask how many of
+    these things there are. Percents are another number where it asks for percents."""
     text = prompt.translate(FULL_WIDTH).lower()
     if unit == "%":
         return not re.search(r"percent|%|百分", text)
-    if not text or (unit in DIMENSION_OF and unit != "mph"):
-        return True
-    if unit.isascii():
-        counted = re.findall(r"how many((?:\W+\w+){1,4})", text)
-    else:
-        counted = re.findall(rf"(?:多少|几)\s*([{CJK}]+)", text)
-    if counted and not any(unit.removesuffix("s") in words for words in counted):
-        return False  # 5 boxes where it asks how many bottles
-    if unit.isascii():
-        return unit.removesuffix("s") in text
-    return bool(re.search(rf"(?<![公千厘分毫微市英海方]){unit}", text))  # 斤 is not 公斤
-
-
-# Units of one letter that a prompt may ask for.
-LETTER_UNITS = {"length": "m", "weight": "gt", "volume": "l", "time": "hs"}
-
-
-def rivals(unit: str, prompt: str) -> list[str]:
-    """Other units of its dimension that the prompt names: 5 cents are not 5 where it asks for $."""
-    dimension = DIMENSION_OF.get(unit, "count")
-    if dimension in ("count", "part"):
-        return []
-    text = prompt.translate(FULL_WIDTH).lower()
-    named = []
-    for name, other in UNIT_OF.items():
-        if DIMENSION_OF[name] == dimension and other != unit and name in text:
-            latin = name.isascii() and name.isalpha()
-            if not latin or re.search(rf"(?<![a-z]){name}(?![a-z])", text):
-                named.append(other)
-    letters = LETTER_UNITS.get(dimension, "")
-    if letters:
-        named += re.findall(rf"(?<![a-z'’])[{letters}](?![a-z'’])", text)
-    return named
+    if dimension := DIMENSION_OF.get(unit):
+        named = {UNIT_OF[name] for name in UNIT_NAME.findall(text)}
+        named = {other for other in named if DIMENSION_OF[other] == dimension}
+        return named == {unit} or (unit in "$¥€£" and not named)
+    asked = r"how many((?:\W+\w+){1,4})" if unit.isascii() else rf"(?:多少|几)\s*([{CJK}]+)"
+    return any(unit.removesuffix("s") in things for things in re.findall(asked, text))
 
 
 def exclude_each_other(one: str, other: str, prompt: str) -> bool:
@@ -5338,11 +5207,9 @@ def exact_scores(record: Record, answers: list[Answer]) -> list[Answer]:
     for answer in answers:
         own = final_answer(answer.text)
         same = None if own is None else same_answer(reference, own, record.prompt)
-        if same is None:
-            scored.append(replace(answer, score=None, votes=(), positions=()))
-        else:
-            score = high if same else low
-            scored.append(replace(answer, score=score, votes=(score,), positions=()))
+        score = {True: high, False: low, None: None}[same]
+        votes = () if same is None else (score,)
+        scored.append(replace(answer, score=score, votes=votes, positions=()))
     return scored
 
 
@@ -5350,14 +5217,12 @@ def checked_pool(record: Record, answers: list[Answer]) -> list[Answer]:
     """The answers that could be checked; raises Failed unless some are right and some are wrong."""
     pool = [answer for answer in answers if answer.score is not None]
     right = [answer for answer in pool if answer.score == JUDGE_SCALE[1]]
-    if not pool:
-        missing = "no checkable answer"
-    elif not right:
-        missing = "no correct answer"
-    elif len(right) == len(pool):
-        missing = "no incorrect answer"
-    else:
+    if right and len(right) < len(pool):
         return pool
+    if pool:
+        missing = "no incorrect answer" if right else "no correct answer"
+    else:
+        missing = "no checkable answer"
     record.facts[missing] = 1
     raise Failed("judge", missing)
 
