@@ -4421,19 +4421,18 @@ def is_repetition_loop(text: str) -> bool:
 def ends_in_repeats(text: str) -> bool:
     """Whether the text ends in a unit repeated 4 times (from 200 characters: 3 times) or more.
 
-    Numbered units ("1. Wait. 2. Wait. 3. Wait.") are alike, too: over 10 of them."""
+    Numbered units ("1. Wait. 2. Wait. 3. Wait.") are alike, too: from 11 of them, for a program may
+    well count to 10."""
     end = text[-5 * LOOP_UNIT :].rstrip()
-    unit, times = repeated_end(end)
-    if times:
+    if unit := repeated_end(end, 3):
         return not RULED_LINE.fullmatch(unit)
     if not NUMBERING.search(end[-200:]):
         return False
-    unit, times = repeated_end(NUMBERING.sub(r"\1", end))
-    return times > 10 and len(split_words(unit)) > 1  # a program that counts to 10 is no loop
+    return len(split_words(repeated_end(NUMBERING.sub(r"\1", end), 11))) > 1
 
 
-def repeated_end(text: str) -> tuple[str, int]:
-    """The shortest unit that the text ends with several times, and how often; ("", 0) if none."""
+def repeated_end(text: str, least: int) -> str:
+    """The shortest unit that the text ends with `least` times (a short one more often), or ""."""
     last_characters = text[-8:]
     last_place = len(text) - len(last_characters)
     place = last_place
@@ -4442,12 +4441,10 @@ def repeated_end(text: str) -> tuple[str, int]:
         if place < 0:
             break
         unit = text[place - last_place :]
-        times = max(4 if len(unit) < 200 else 3, math.ceil(LOOP_LENGTH / len(unit)))
+        times = max(least, 4 if len(unit) < 200 else 3, math.ceil(LOOP_LENGTH / len(unit)))
         if text.endswith(unit * times):
-            while text.endswith(unit * (times + 1)):
-                times += 1
-            return unit, times
-    return "", 0
+            return unit
+    return ""
 
 
 def repeated_share(text: str, least_share: float = REPEATS_ITSELF, in_a_row: bool = False) -> float:
@@ -4483,22 +4480,14 @@ def repeated_share(text: str, least_share: float = REPEATS_ITSELF, in_a_row: boo
 def has_repeats(text: str, least_share: float) -> bool:
     """False if surely less than `least_share` of the text repeats: few of 8 samples occur twice."""
     samples = character_runs(text, 12, max(12, len(text) // 8))
-    allowed_misses = len(samples) * (1 - least_share / 2)
-    misses = 0
-    for sample in samples:
-        if text.count(sample) < 2:
-            misses += 1
-            if misses > allowed_misses:
-                return False
-    return True
+    misses = sum(text.count(sample) < 2 for sample in samples)
+    return misses <= len(samples) * (1 - least_share / 2)
 
 
 ECHO_ASKED = re.compile(  # work on the prompt's own text
-    r"(?i)\b(?:repeat|rewrit|re-?phras|paraphras|correct|proof-?read|edit|translat|fix|improv"
-    r"|summar"
+    r"(?i)\b(?:repeat|rewrit|re-?phras|paraphras|correct|proof-?read|edit|translat|fix|improv|summar"
     r"|extract|copy|quot|punctuat|complet|continu|fill|echo|recit|convert|format)|_{2,}"
-    r"|重复|复述|改写|改正|修改|修正|翻译|译成|译为|润色|纠正|校对|补全|补充|续写|填空|提取"
-    r"|摘录|总结|概括|朗读|抄写|转换|标点"
+    r"|重复|复述|改写|改正|修改|修正|翻译|译成|译为|润色|纠正|校对|补全|补充|续写|填空|提取|摘录|总结|概括|朗读|抄写|转换|标点"
 )
 NEGATION = re.compile(
     r"(?i)\b(?:not|no|never|none|nor|neither|without|cannot)\b|n['’]t\b|[不没无非未别莫勿否]"
@@ -4519,13 +4508,10 @@ def differ_in_what_counts(a: str, b: str) -> bool:
 CANNOT = r"(?:can(?:no|['’])t|cannot|am (?:unable|not able) to|won['’]t|will not)"
 ZH_CANNOT = "(?:无法|不能|没有办法|没法|不便|拒绝)"
 REFUSAL_OPENS = re.compile(
-    r"(?i)\W*(?:(?:i['’]?m|i am)\s+(?:really |very |so |truly |deeply )?"
-    r"(?:sorry|afraid|unable|not able)"
-    rf"|sorry,?\s+(?:but|i\b)|i\s+(?:apologi[sz]e|{CANNOT}"
-    r"|do(?:n['’]t| not) (?:feel able|have access))"
+    r"(?i)\W*(?:(?:i['’]?m|i am)\s+(?:really |very |so |truly |deeply )?(?:sorry|afraid|unable"
+    rf"|not able)|sorry,?\s+(?:but|i\b)|i\s+(?:apologi[sz]e|{CANNOT}|do(?:n['’]t| not) have access)"
     r"|as an (?:ai|artificial)|unfortunately,?\s+(?:i\b|as an)|my apologies"
-    r"|it(?:['’]s| is) not (?:appropriate|possible)"
-    r"|(?:很|非常|十分)?(?:抱歉|遗憾|对不起)|不好意思"
+    r"|it(?:['’]s| is) not (?:appropriate|possible)|(?:很|非常|十分)?(?:抱歉|遗憾|对不起)|不好意思"
     r"|作为(?:一个|一名)?(?:AI|人工智能|大?语言模型)"
     rf"|我(?:是一个?(?:AI|人工智能|语言模型)[^。]{{0,30}})?{ZH_CANNOT})"
 )
@@ -4534,15 +4520,13 @@ REFUSAL_SAYS = re.compile(
     r"|do that|answer|engage|support|offer|give|share|discuss|recommend)"
     r"|unable to (?:help|assist|provide|comply)"
     r"|(?:i['’]?m|i am) (?:just an|an) ai\b[^.]{0,80}\b(?:can(?:no|['’])t|cannot|unable|not able))"
-    rf"|{ZH_CANNOT}(?:[为给][您你])?"
-    r"(?:确切|准确|直接)?地?"
+    rf"|{ZH_CANNOT}(?:[为给][您你])?(?:确切|准确|直接)?地?"
     r"(?:提供|回答|帮助|协助|满足|完成|讨论|生成|执行|访问|查看|获取|给出|直接)"
 )
 # After "I cannot ...": the turn to an answer that follows all the same.
 ANSWER_FOLLOWS = re.compile(
     r"(?i)\b(?:however|but|that said|instead|nevertheless|still|nonetheless)\b[^.:。]{0,60}?"
-    r"\b(?:here|i can|i could|i['’]ll|let me|you can|some|several|there (?:is|are)|generally"
-    r"|in general|general|typically|usually)\b"
+    r"\b(?:here|i can|i could|i['’]ll|let me|you can|some|several|there (?:is|are))\b"
     r"|\b(?:generally|in general|in most cases|typically|usually|here (?:is|are)|here['’]s an?)\b"
     r"|一般(?:来说|而言|情况)|通常(?:来说|情况|，)|总的来说|以下是|下面是|根据"
     r"|(?:但|不过|然而)[^。]{0,20}(?:可以|以下|一般|通常)"
@@ -4578,11 +4562,10 @@ LANGUAGE_ASKED = re.compile(
 QUOTED_LATIN = re.compile(r"[“\"'‘「][A-Za-z][^”\"'’」]*[”\"'’」]")  # a Chinese prompt about a word
 QUOTED = re.compile(r"“[^”]*”|\"[^\"\n]*\"|「[^」]*」|『[^』]*』")
 CODE_LINE = re.compile(
-    r"(?m)^[ \t]*(?:<.*|.*[;{}\]]|.*\)\s*[:{]|.*\w\(.*\)|\w+ = .*"
-    r"|(?i:SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE|ALTER|DROP|FROM|(?:LEFT |INNER )?JOIN|WHERE"
-    r"|GROUP BY|ORDER BY|VALUES|HAVING|LIMIT)\b.*"
-    r"|(?:#|//|(?:import|from|def|class|return|const|let|var|print|echo|sudo|pip|npm|git)\b).*"
-    r")[ \t]*$"
+    r"(?m)^.*(?:[{};\]]|\)\s*[:{]|\w\(.*\)| = .*)[ \t]*$|^\s*(?:<|#|//"
+    r"|(?:import|from|def|class|return|const|let|var|print|echo|sudo|pip|npm|git)\b"
+    r"|(?i:select|insert into|update|delete from|create|alter|drop|from|(?:left |inner )?join|where"
+    r"|group by|order by|values|having|limit)\b).*$"
 )
 
 
