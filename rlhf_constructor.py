@@ -4886,13 +4886,13 @@ HEDGES = re.compile(
     r"|without|un\w+|likely|possibly|partly)\b|n['’]t\b|[不没非无未或否但和与]|可能|大概|以外|部分",
     re.I,
 )
-LABEL_SETS = (  # labels that exclude each other, though the prompt may not list them
-    ("positive", "negative", "neutral", "mixed"),
-    ("entailment", "contradiction", "neutral"),
-    ("正面", "负面", "中性"),
-    ("积极", "消极", "中性"),
-    ("spam", "ham"),
-)
+LABEL_SETS = [  # labels that exclude each other, though the prompt may not list them
+    labels.split()
+    for labels in (
+        "positive negative neutral mixed", "entailment contradiction neutral", "spam ham",
+        "正面 负面 中性", "积极 消极 中性",
+    )
+]  # fmt: skip
 # Units of one dimension, each with all its names. Single letters (m, g) are none: in mathematics
 # they are variables. A unit that is not listed has this one name and no dimension.
 # fmt: off
@@ -4921,26 +4921,9 @@ for _dimension, _units in UNITS.items():
 _longest_first = sorted(UNIT_OF, key=len, reverse=True)
 UNIT_NAME = re.compile(rf"(?<![a-z])(?:{'|'.join(map(re.escape, _longest_first))})(?![a-z])")
 UNIT_OF["个"] = ""  # it counts anything
-# In the plural, these words after a number change it; so do the characters.
-NO_UNITS = set("times dozens pairs couples minus plus less losses debts logs others cubes".split())
-NO_UNITS |= set("halves quarters hundreds thousands millions billions squares perhaps".split())
-NO_UNIT_CHARACTERS = "之倍多少成半折万亿千百十负零下上亏欠余几约右到至或和比点每不没非双对打分"
 # Factors between units: a number that differs by one of them may be right, in another unit.
 FACTORS = (3, 7, 10, 12, 16, 24, 36, 52, 60, 365, 1.609, 2.2046, 2.54, 30.48, 28.35, 3.6, 4.2, 30)
 POWERS_OF_TEN = {10**power for power in range(2, 13)}
-# Numbers in words, up to twelve and 九十九.
-NUMERALS = {}
-for _value, _characters in enumerate(
-    itertools.product(
-        ("", *"十 二十 三十 四十 五十 六十 七十 八十 九十".split()), ("", *"一二三四五六七八九")
-    )
-):
-    NUMERALS["".join(_characters)] = _value
-for _value, _name in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve".split()
-):
-    NUMERALS[_name] = _value
-NUMERALS |= {"零": 0, "两": 2}
 MULTIPLES = {"thousand": 3, "million": 6, "billion": 9, "万": 4, "亿": 8}
 AMOUNT = re.compile(
     r"(?P<sign>[-+]?)\s*(?P<currency>US\$|[$¥€£])?\s*"
@@ -5055,14 +5038,10 @@ def is_label(text: str) -> bool:
 
 
 def read_number(text: str) -> FinalAnswer | None:
-    """`-3.5`, `1,200 eggs`, `50%`, `1/2`, `3万`, `十五` -> a number with its unit, or None."""
+    """`-3.5`, `1,200 eggs`, `50%`, `1/2`, `3万` -> a number with its unit, or None."""
     if len(text) > 60:
         return None
     text = re.sub(r"^(?:minus |negative |负)\s*(?=[\d.])", "-", text, flags=re.I)
-    text = re.sub(r"^百分之\s*(.+)", r"\1%", text)
-    numeral = re.fullmatch(r"([a-z]+|[零一二两三四五六七八九十]+)\s*(\D*)", text.lower())
-    if numeral and numeral[1] in NUMERALS and numeral[2] in ("", *UNIT_OF):
-        text = f"{NUMERALS[numeral[1]]}{numeral[2]}"
     match = AMOUNT.fullmatch(text)
     if not match:
         return None
@@ -5092,10 +5071,9 @@ def is_unit(text: str, touching: bool) -> bool:
     if text in UNIT_OF:
         return True
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
-        return not set(text) & set(NO_UNIT_CHARACTERS)
+        return not re.search("[左右余多几约上下半之]", text)
     counted = re.fullmatch(r"[a-z]{2,}[a-rt-z]s|people|children|men|women", text)
-    is_part = re.search(r"(?:teen|tie|lf|if|en|igh|ix|nin|ur|red|and|ion)ths\Z|thirds", text)
-    return bool(counted) and not touching and not is_part and text not in NO_UNITS
+    return bool(counted) and not touching and not text.endswith("ths")
 
 
 def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -> bool | None:
