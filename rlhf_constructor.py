@@ -4601,13 +4601,12 @@ STRING = re.compile(r""":\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'"\\]|\\.)*)')(?=\s*[,
 ID_OR_SCORE = re.compile(rf"\W*(?:(?:answer\s+)?[a-z]\d|{SCORE.pattern})\W*", re.I)
 # An object for one id: `K3: {score: 8, reason: ""}` or `{id: K3, score: 8}`.
 ID_OBJECT = re.compile(rf"(?:([a-z]\d)[\s{QUOTES}]*[:=]\s*)?{OBJECT.pattern}", re.I)
-SCORE_KEYS = ("SCORE", "RATING", "GRADE", "评分", "分数", "得分")
 SCORE_LINE = re.compile(
     rf"^[^\w\n]*(?:answer )?([a-z]\d)[ {QUOTES}]*[:=][ {QUOTES}]*({SCORE.pattern})[^\w\n]*$",
     re.I | re.M,
 )
 SCORE_LINES = re.compile(rf"(?:{SCORE_LINE.pattern}\n?)+", re.I | re.M)
-# The key that the scores, or an object around them, may have: none of drafts, ranks or errors.
+# The key of a score, of the scores, or of an object around them: none of drafts, ranks or errors.
 SCORES_KEY = re.compile(r"(?:final_?)?(?:scores?|ratings?|grades?)|verdict|result|评分|分数|得分")
 LAST_KEY = re.compile(rf"{KEY}\s*\Z", re.I)
 GRADED = re.compile(
@@ -4677,7 +4676,8 @@ def parse_scores(reply: str, ids: list[str]) -> list[float]:
     [8.0, 3.0]
     """
     text = plain_reply(reply)
-    gradings = [match for match in OBJECT.finditer(text) if names_id(match[1], ids)]
+    own_id = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(ids)})(?![a-z0-9])", re.I)
+    gradings = [match for match in OBJECT.finditer(text) if own_id.search(match[1])]
     if not gradings:
         raise UnreadableReply("no scores in it")
     start, end = gradings[-1].span()
@@ -4687,7 +4687,7 @@ def parse_scores(reply: str, ids: list[str]) -> list[float]:
         if name == "SCORES" or (name in ids and read_score(name, match[2]) != scores[name]):
             raise UnreadableReply("scores that contradict each other")
     check_place(text[:start])
-    after = NAME.sub(lambda name: "_" if name[0].upper() in ids else name[0], text[end:])
+    after = own_id.sub("_", text[end:])
     if re.search(r"[{\d]", after) or REVISION.search(after):
         raise UnreadableReply("words after the scores that may change them")
     for claim in itertools.chain(CLAIM.finditer(text), WINS.finditer(text, end)):
@@ -4695,11 +4695,6 @@ def parse_scores(reply: str, ids: list[str]) -> list[float]:
         if scores.get(claim["id"].upper(), extreme) != extreme:
             raise UnreadableReply("scores that contradict the named winner")
     return [scores[name] for name in ids]
-
-
-def names_id(text: str, ids: list[str]) -> bool:
-    """True if one of the ids stands in the text."""
-    return any(name.upper() in ids for name in NAME.findall(text))
 
 
 def plain_reply(reply: str) -> str:
@@ -4742,7 +4737,7 @@ def flatten_object(match: re.Match) -> str:
         value_as_id = re.sub(r"(?i)^answer\s+", "", value)
         if NAME.fullmatch(value_as_id):
             names.append(value_as_id)
-        if key in SCORE_KEYS:
+        if SCORES_KEY.fullmatch(key.lower()):
             scores.append(value)
     return f"{names[0]}: {scores[0]}" if len(names) == len(scores) == 1 else match[0]
 
@@ -4886,43 +4881,20 @@ HEDGES = re.compile(
     r"|without|un\w+|likely|possibly|partly)\b|n['’]t\b|[不没非无未或否但和与]|可能|大概|以外|部分",
     re.I,
 )
-LABEL_SETS = [  # labels that exclude each other, though the prompt may not list them
-    labels.split()
-    for labels in (
-        "positive negative neutral mixed", "entailment contradiction neutral", "spam ham",
-        "正面 负面 中性", "积极 消极 中性",
-    )
-]  # fmt: skip
-# Units of one dimension, each with all its names. Single letters (m, g) are none: in mathematics
-# they are variables. A unit that is not listed has this one name and no dimension.
-# fmt: off
-UNITS = {
-    "money": ("$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分",
-              "¥ yuan rmb cny 元 块 块钱 元钱 人民币", "€ euro euros eur 欧元", "£ gbp 英镑"),
-    "length": ("km kilometer kilometers kilometre kilometres 千米 公里",
-               "meter meters metre metres 米", "cm centimeter centimeters 厘米", "里",
-               "mile miles 英里", "feet ft 英尺", "inch inches 英寸"),
-    "weight": ("kg kilogram kilograms 千克 公斤", "gram grams 克", "ton tons 吨",
-               "pound pounds lb lbs 磅", "ounce ounces oz 盎司", "斤"),
-    "volume": ("liter liters litre litres 升", "ml milliliter milliliters 毫升",
-               "gallon gallons 加仑"),
-    "time": ("seconds sec 秒 秒钟", "minute minutes min mins 分钟", "hour hours hr hrs 小时 个小时",
-             "day days 天", "week weeks 周 星期", "month months 个月", "year years 年 岁"),
-    "angle": ("° degree degrees 度",),
-    "part": ("% percent",),
-}
-# fmt: on
-UNIT_OF = {}  # name -> the first of its names
-DIMENSION_OF = {}  # the first of its names -> its dimension
-for _dimension, _units in UNITS.items():
-    for _names in map(str.split, _units):
-        UNIT_OF |= dict.fromkeys(_names, _names[0])
-        DIMENSION_OF[_names[0]] = _dimension
-_longest_first = sorted(UNIT_OF, key=len, reverse=True)
-UNIT_NAME = re.compile(rf"(?<![a-z])(?:{'|'.join(map(re.escape, _longest_first))})(?![a-z])")
-UNIT_OF["个"] = ""  # it counts anything
-# Factors between units: a number that differs by one of them may be right, in another unit.
-FACTORS = (3, 7, 10, 12, 16, 24, 36, 52, 60, 365, 1.609, 2.2046, 2.54, 30.48, 28.35, 3.6, 4.2, 30)
+LABEL_SETS = (  # labels that exclude each other, though the prompt may not list them
+    "positive negative neutral mixed", "entailment contradiction neutral", "spam ham",
+    "正面 负面 中性", "积极 消极 中性",
+)  # fmt: skip
+# Currencies, each with all its names. Any other unit has one name.
+MONEY = (
+    "$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分", "€ euro euros eur 欧元", "£ gbp 英镑",
+    "¥ yuan rmb cny 元 块 块钱 元钱 人民币",
+)  # fmt: skip
+CURRENCY_OF = {}  # name -> the first of its names
+for _names in map(str.split, MONEY):
+    CURRENCY_OF |= dict.fromkeys(_names, _names[0])
+MONEY_NAME = re.compile(rf"(?<![a-z])(?:{'|'.join(map(re.escape, CURRENCY_OF))})(?![a-z])")
+UNIT_OF = CURRENCY_OF | {"%": "%", "percent": "%", "个": ""}  # 个 counts anything
 POWERS_OF_TEN = {10**power for power in range(2, 13)}
 MULTIPLES = {"thousand": 3, "million": 6, "billion": 9, "万": 4, "亿": 8}
 AMOUNT = re.compile(
@@ -5072,8 +5044,8 @@ def is_unit(text: str, touching: bool) -> bool:
         return True
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
         return not re.search("[左右余多几约上下半之]", text)
-    counted = re.fullmatch(r"[a-z]{2,}[a-rt-z]s|people|children|men|women", text)
-    return bool(counted) and not touching and not text.endswith("ths")
+    plural = r"[a-z]{2,}[a-rt-z]s|people|children|men|women|[ckm]m|kg|ml|ft|mph"
+    return bool(re.fullmatch(plural, text)) and not touching and not text.endswith("ths")
 
 
 def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -> bool | None:
@@ -5111,12 +5083,9 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
         return None
     if a == b:
         return True
-    if a * b > 0 and (one_sided or not units):
-        ratio = max(a / b, b / a)
-        if ratio in POWERS_OF_TEN:
-            return None
-        if one_sided and any(abs(ratio / factor - 1) < 0.01 for factor in FACTORS):
-            return None
+    may_be_scaled = one_sided or not units  # cents, percent, thousands
+    if may_be_scaled and a * b > 0 and max(a / b, b / a) in POWERS_OF_TEN:
+        return None
     places = min(reference.places, answer.places)
     if places == max(reference.places, answer.places) == 0:
         return False
@@ -5125,26 +5094,25 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
 
 
 def fits_prompt(unit: str, prompt: str) -> bool:
-    """True if a number without a unit may be meant in this one, as far as the prompt says.
+    """True if a number without a unit is surely meant in this one, as the prompt says.
 
-    It must name this unit and no other of the dimension (or none, for money), or ask how many of
-    these things there are. Percents are another number where it asks for percents."""
+    It must ask how many of these things there are, and name no other currency. Percents are another
+    number where it asks for percents."""
     text = prompt.translate(FULL_WIDTH).lower()
     if unit == "%":
         return not re.search(r"percent|%|百分", text)
-    if dimension := DIMENSION_OF.get(unit):
-        named = {UNIT_OF[name] for name in UNIT_NAME.findall(text)}
-        named = {other for other in named if DIMENSION_OF[other] == dimension}
-        return named == {unit} or (unit in "$¥€£" and not named)
-    asked = r"how many((?:\W+\w+){1,4})" if unit.isascii() else rf"(?:多少|几)\s*([{CJK}]+)"
-    return any(unit.removesuffix("s") in things for things in re.findall(asked, text))
+    if unit in CURRENCY_OF:
+        named = {CURRENCY_OF[name] for name in MONEY_NAME.findall(text)}
+        return named == {unit} or (unit != "¢" and not named)
+    asked = rf"how many\W+(?:\w+\W+){{0,3}}{unit.removesuffix('s')}"
+    return bool(re.search(asked if unit.isascii() else rf"(?:多少|几)\s*{unit}", text))
 
 
 def exclude_each_other(one: str, other: str, prompt: str) -> bool:
     """True if two labels are a choice that the prompt offers, or that everybody knows."""
     if one in other or other in one:
         return False
-    if any(one in labels and other in labels for labels in LABEL_SETS):
+    if any({one, other} <= set(labels.split()) for labels in LABEL_SETS):
         return True
     text = fold_answer(prompt.translate(FULL_WIDTH))
     pattern = r"(?<![a-z0-9]){}(?![a-z0-9])"

@@ -58,7 +58,12 @@ RIGHT = [
     ("18", "So the final answer is: \\boxed{18}.", ""),
     ("18", "6 + 12 = 18, so the answer is 18 eggs.", "How many eggs has she?"),
     ("18", r"So she has \boxed{18} eggs.", "How many eggs has she?"),
-    ("18", r"It takes $\boxed{18}$ minutes.", "It takes a minute a page. How long for 18 pages?"),
+    (
+        "18",
+        r"It takes $\boxed{18}$ minutes.",
+        "It takes a minute a page. How many minutes are that?",
+    ),
+    ("18", "答案：18瓶", "每箱6瓶，3箱有多少瓶？"),
     ("18", "6 + 12 makes it.\n\n18", ""),
     ("18", "一共有18个。\n答案：18", ""),
     ("18", "所以答案是18。", ""),
@@ -72,8 +77,7 @@ RIGHT = [
     ("50%", "Answer: 0.5", ""),
     ("50%", "Answer: 50 percent", ""),
     ("$18", "Answer: 18 dollars", ""),
-    ("18 cm", "Answer: 18 centimeters", ""),
-    ("18厘米", "答案：18 cm", ""),
+    ("18 cm", "Answer: 18 cm", ""),
     ("18元", "答案：18 块钱", ""),
     ("30000", "答案：3万", ""),
     ("3 million", "Answer: 3,000,000", ""),
@@ -198,6 +202,9 @@ UNCHECKED = [
     ("18", "答案是二十。", ""),
     ("50%", "答案：百分之50", ""),
     ("18", "Answer: 18 eggs", "How many hens has she?"),
+    ("18", "Answer: 18 men", "How many women are there?"),
+    ("18", "Answer: 18 minutes", "How long does it take?"),
+    ("18 cm", "Answer: 18 centimeters", ""),
 ]  # fmt: skip
 
 AROUND_A_BOX = [
