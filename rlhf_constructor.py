@@ -1581,13 +1581,11 @@ def control_tokens(record: Record, answer: Answer) -> str | None:
     Keep: "The model closes its thoughts with </think> and then answers." for "How does R1 think?"
     Keep: "模型用</think>标签结束思考，再给出答案。" for "模型怎样结束思考？"
     """
-    if not any(start in answer.text for start in CONTROL_STARTS):
+    if not any(name in answer.text for name in MARK_NAMES):
         return None
     prompt = "\n".join(turn["content"] for turn in record.messages).lower()
-    prose = SPOKEN_OF.sub("", CODE.sub("", answer.text))
-    for mark in CONTROL.finditer(prose):
-        opening = mark[mark.lastindex]  # the one group that took part: what names the mark
-        if opening.lower() not in prompt:
+    for mark in CONTROL.findall(CODE.sub("", answer.text)):
+        if not any(name in mark and name.rstrip(": ").lower() in prompt for name in MARK_NAMES):
             return "control tokens"
     return None
 
@@ -4329,13 +4327,6 @@ def character_runs(text: str, size: int, step: int = 1) -> list[str]:
     return [text[start : start + size] for start in range(0, len(text) - size + 1, step)]
 
 
-def without_code(text: str) -> str:
-    """The text without code blocks and markup tags: in those, repetition is right."""
-    if "```" in text:
-        text = CODE_BLOCK.sub(" ", text)
-    return MARKUP_TAG.sub(" ", text) if "<" in text else text
-
-
 @functools.lru_cache(maxsize=64)
 def fold_text(text: str, keep_case: bool = False) -> str:
     """For comparing: without case, white space and a final full stop; 42 and -42 stay different."""
@@ -4354,16 +4345,8 @@ def similarity(a: str, b: str, threshold: float) -> float:
     samples = character_runs(shorter, 5, max(1, len(shorter) // 16))
     if sum(sample in longer for sample in samples) < len(samples) / 2:
         return 0.0
-    # The sets of a book take 40 MB each: those are not kept.
-    five_grams = grams if len(longer) <= SAMPLE_TEXT else grams.__wrapped__
-    grams_a, grams_b = five_grams(shorter), five_grams(longer)
+    grams_a, grams_b = set(character_runs(shorter, 5)), set(character_runs(longer, 5))
     return len(grams_a & grams_b) / len(grams_a | grams_b)
-
-
-@functools.lru_cache(maxsize=64)
-def grams(text: str) -> set[str]:
-    """The character 5-grams of a text, kept for a while: the report compares one with several."""
-    return set(character_runs(text, 5))
 
 
 def chinese_share(text: str) -> tuple[float, int]:
@@ -4380,16 +4363,12 @@ ERROR_TEXT = re.compile(
     r"\s*(?:\*\*(?:API REQUEST|NETWORK) ERROR|NETWORK ERROR DUE TO|\$(?:ERROR|MODERATION)\$"
     r"|生成失败\s*(?:$|[:：!！。]|[,，]\s*请))"
 )
+MARK_NAMES = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
+TEMPLATE_MARK = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
+# Marks at the start or end of a line or sentence: those inside of one are spoken of.
 CONTROL = re.compile(
-    r"(?m)(<\|)\w[^|\n<>]*\|>|\[/?(INST\])|</?(think>)|<</?(SYS>)>|^(Human|Assistant): "
-)
-CONTROL_STARTS = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
-# A mark that a sentence speaks of: in quotes, or with words of the same sentence on both sides.
-MARK = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
-SPOKEN_OF = re.compile(
-    rf"[\"'“‘「『(（]{MARK}[\"'”’」』)）]"
-    rf"|(?<=[\w,，、]) {MARK}(?=[,，、;；:：)）]| ?[a-z(（]| ?[{CJK}])"
-    rf"|(?<=[{CJK}，、：]){MARK}(?= ?(?:和|与|或|之|的|来|标|符|等|结尾|开头))"
+    rf"(?m)(?:^|[.!?。！？])\s*{TEMPLATE_MARK}|{TEMPLATE_MARK}(?=\s*(?:[A-Z]|$))"
+    r"|^(?:Human|Assistant): "
 )
 ZH_COUNT = "二三四五六七八九十百千两几"
 # "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not.
@@ -4404,7 +4383,6 @@ LOOP_UNIT = 1000  # characters of the longest unit that is looked for at the end
 LOOP_SHARE = 0.75  # of the words in consecutive repeats, from which a text is a loop
 REPEATS_ITSELF = 0.30  # of the words in repeated runs, from which a kept text is worth a review
 RULED_LINE = re.compile(r"[-_=*~#|:+\\\[\]—–─━═\s]*")  # also the empty cells of a table
-NUMBER = re.compile(r"\d+")
 # `1.`, `Week 2:` at the start of a line or sentence; the end of the text may cut it.
 NUMBERING = re.compile(r"(?m)((?:^|[.!?。！？])\s*(?:[^\W\d]{1,20} )?)\d+(?=[.):、：]|\Z)")
 
@@ -4453,8 +4431,10 @@ def repeated_share(text: str, least_share: float = REPEATS_ITSELF, in_a_row: boo
     A passage has 10 words (20 Chinese characters) at least. `in_a_row`: only those that stand three
     times in a row count, that is, that repeat what stood `distance` words before for 2 x `distance`
     words."""
-    prose = without_code(text)
-    if not has_repeats(prose, least_share):
+    prose = MARKUP_TAG.sub(" ", CODE_BLOCK.sub(" ", text))  # in those, repetition is right
+    samples = character_runs(prose, 12, max(12, len(prose) // 8))
+    misses = sum(prose.count(sample) < 2 for sample in samples)
+    if misses > len(samples) * (1 - least_share / 2):
         return 0.0
     words = split_words(prose)
     chinese_characters = sum(word >= "\u3040" for word in words)
@@ -4477,32 +4457,23 @@ def repeated_share(text: str, least_share: float = REPEATS_ITSELF, in_a_row: boo
     return len(counted) / max(1, len(words))
 
 
-def has_repeats(text: str, least_share: float) -> bool:
-    """False if surely less than `least_share` of the text repeats: few of 8 samples occur twice."""
-    samples = character_runs(text, 12, max(12, len(text) // 8))
-    misses = sum(text.count(sample) < 2 for sample in samples)
-    return misses <= len(samples) * (1 - least_share / 2)
-
-
 ECHO_ASKED = re.compile(  # work on the prompt's own text
     r"(?i)\b(?:repeat|rewrit|re-?phras|paraphras|correct|proof-?read|edit|translat|fix|improv|summar"
     r"|extract|copy|quot|punctuat|complet|continu|fill|echo|recit|convert|format)|_{2,}"
     r"|重复|复述|改写|改正|修改|修正|翻译|译成|译为|润色|纠正|校对|补全|补充|续写|填空|提取|摘录|总结|概括|朗读|抄写|转换|标点"
 )
-NEGATION = re.compile(
-    r"(?i)\b(?:not|no|never|none|nor|neither|without|cannot)\b|n['’]t\b|[不没无非未别莫勿否]"
+# A number, a negation, or a sign or piece of code.
+TELLING = re.compile(
+    r"\d+|(?i:\b(?:not|no|never|none|nor|neither|without|cannot)\b|n['’]t\b)|[不没无非未别莫勿否]"
+    r"|[(){}\[\]<>=+/\\^&|%$@~_]|(?<=\w)\*(?=\w)"
 )
-CODE_SIGN = re.compile(r"[(){}\[\]<>=+/\\^&|%$@~_]|(?<=\w)\*(?=\w)")
 
 
 def differ_in_what_counts(a: str, b: str) -> bool:
     """Whether two texts differ in a number, a negation, a token of code, or in nothing but case."""
     if fold_text(a) == fold_text(b):
         return True
-    for pattern in (NUMBER, NEGATION, CODE_SIGN, CODE):
-        if Counter(pattern.findall(a)) != Counter(pattern.findall(b)):
-            return True
-    return False
+    return any(Counter(part.findall(a)) != Counter(part.findall(b)) for part in (TELLING, CODE))
 
 
 CANNOT = r"(?:can(?:no|['’])t|cannot|am (?:unable|not able) to|won['’]t|will not)"
@@ -4627,8 +4598,8 @@ NO_SCORES = re.compile(
 )
 # The same, said anywhere in the reply.
 SMALL_IS_GOOD = re.compile(
-    r"(?:low|small|few)(?:er|est)[\s_]+(?:(?:one|number|score|value)s?[\s_]+)?"
-    r"(?:(?:is|are|=|means?)[\s_]*(?:the[\s_]+)?(?:better|best)|wins?\b)"
+    r"(?:low|small|few)(?:er|est)[\s_]+(?:(?:one|number|score|value)s?[\s_]+)?(?:wins?\b"
+    r"|(?:is|are|=|means?)[\s_]*(?:the[\s_]+)?(?:better|best))"
     r"|\b1\s*(?:is|=|means|being)\s*(?:the\s+)?best|:\s*\"(?:rank|error|penalt|deduct|排名|名次|扣分)"
     r"|\b(?:are|mean|count)\s+(?:the\s+)?(?:ranks?\b|penalt|deduct|number of)"
     r"|越[低小少]越[好优]|1\s*分?\s*(?:最|为最|是最|代表最|表示最)[好优佳]",
@@ -4683,8 +4654,8 @@ def parse_scores(reply: str, ids: list[str]) -> list[float]:
     start, end = gradings[-1].span()
     scores = read_entries(split_entries(gradings[-1][1]), ids)
     for match in GRADED.finditer(text):
-        name = match[1].upper()
-        if name == "SCORES" or (name in ids and read_score(name, match[2]) != scores[name]):
+        score = scores.get(match[1].upper())
+        if match[1].lower() == "scores" or score not in (None, number(match[2].replace(",", "."))):
             raise UnreadableReply("scores that contradict each other")
     check_place(text[:start])
     after = own_id.sub("_", text[end:])
@@ -4761,31 +4732,26 @@ def split_entries(inner: str) -> list[tuple[str, str]]:
 
 
 def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> dict[str, float]:
-    """(id, score) entries -> the score of each id; raises UnreadableReply."""
+    """(id, `8` or `3,5` or `8/10`) entries -> each id's score; raises UnreadableReply."""
+    low, high = JUDGE_SCALE
     scores = {}
     for key, value in entries:
         if key in scores:
             raise UnreadableReply(f"two scores for {key}")
         if key in ids:
-            scores[key] = read_score(key, value)
+            match = SCORE.fullmatch(value)
+            score = number(match[1].replace(",", ".")) if match else None
+            if score is None:
+                raise UnreadableReply(f"the score for {key} is no number")
+            if not low <= score <= high or (match[2] and int(match[2]) != high):
+                raise UnreadableReply(f"score {value[:20]} is outside {low}-{high}")
+            scores[key] = score
         elif SCORE.match(value) or re.fullmatch("[A-Z][0-9]?", key):
             raise UnreadableReply(f"a score for {key[:20]}, which no answer is called")
     for name in ids:
         if name not in scores:
             raise UnreadableReply(f"no score for {name}")
     return scores
-
-
-def read_score(name: str, value: str) -> float:
-    """`8`, `3,5`, `8/10` -> a score within JUDGE_SCALE; raises UnreadableReply."""
-    match = SCORE.fullmatch(value)
-    score = number(match[1].replace(",", ".")) if match else None
-    if score is None:
-        raise UnreadableReply(f"the score for {name} is no number")
-    low, high = JUDGE_SCALE
-    if not low <= score <= high or (match[2] and int(match[2]) != high):
-        raise UnreadableReply(f"score {value[:20]} is outside {low}-{high}")
-    return score
 
 
 def check_place(before: str) -> None:
@@ -4826,7 +4792,7 @@ EXACT_MATCH = Model("offline", "exact_match")
 class FinalAnswer(NamedTuple):
     """What a text comes to. Only answers of one kind can be compared."""
 
-    kind: str  # number, choice, yes or no, label; other: formulas, ranges, times, negations
+    kind: str  # number, choice, label (also yes, no); other: formulas, ranges, times, negations
     value: Fraction | str
     detail: str = ""  # a number's unit, the text behind a choice's letter
     places: float = 0  # a number's decimals; inf for a fraction, -6 for "3 million"
@@ -4882,13 +4848,13 @@ HEDGES = re.compile(
     re.I,
 )
 LABEL_SETS = (  # labels that exclude each other, though the prompt may not list them
-    "positive negative neutral mixed", "entailment contradiction neutral", "spam ham",
+    "positive negative neutral mixed", "entailment contradiction neutral", "spam ham", "yes no",
     "正面 负面 中性", "积极 消极 中性",
 )  # fmt: skip
 # Currencies, each with all its names. Any other unit has one name.
 MONEY = (
-    "$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分", "€ euro euros eur 欧元", "£ gbp 英镑",
-    "¥ yuan rmb cny 元 块 块钱 元钱 人民币",
+    "$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分", "¥ yuan rmb cny 元 块 块钱 元钱",
+    "€ euro euros eur 欧元", "£ gbp 英镑",
 )  # fmt: skip
 CURRENCY_OF = {}  # name -> the first of its names
 for _names in map(str.split, MONEY):
@@ -4947,11 +4913,11 @@ def marked_answers(text: str) -> list[tuple[int, str]]:
         if r"\boxed" not in match[1]:  # else it is found below
             found.append((match.start(1), match.end(), match[1]))
     for box in BOX.finditer(text):
-        rest = re.compile(r"[^\n.,;:。，；：]*").match(text, box.end())  # a unit, or more of it
-        raw = box[1] + re.sub(r"[${})\]]|\\[)\]]", " ", rest[0])
+        rest = re.match(r"[^\n.,;:。，；：]*", text[box.end() :])[0]  # a unit, or more of it
+        raw = box[1] + re.sub(r"[${})\]]|\\[)\]]", " ", rest)
         if BEFORE_BOX.search(text[max(0, box.start() - 40) : box.start()]):
             raw = "?"
-        found.append((box.start(), rest.end(), raw))
+        found.append((box.start(), box.end() + len(rest), raw))
     answers = []
     for start, end, raw in sorted(found):
         sentence = re.split(r"[.!?。！？\n]", text[:start])[-1]
@@ -4965,12 +4931,12 @@ def read_answer(raw: str) -> FinalAnswer:
     >>> read_answer("$1,250.50"), read_answer("3\\\\frac{1}{2}").value
     (FinalAnswer(kind='number', value=Fraction(2501, 2), detail='$', places=2), Fraction(7, 2))
     >>> [read_answer(raw).kind for raw in ("B. Paris", "负面", "不对", "not 42 but 43", "10-20")]
-    ['choice', 'label', 'yes or no', 'other', 'other']
+    ['choice', 'label', 'label', 'other', 'other']
     """
     text = plain_math(raw)
     folded = fold_answer(text)
     if folded in YES_OR_NO:
-        return FinalAnswer("yes or no", YES_OR_NO[folded])
+        return FinalAnswer("label", YES_OR_NO[folded])
     if choice := CHOICE.fullmatch(text):
         detail = choice[3] or ""
         if not TAKEN_BACK.search(detail) and not CHOICE_LETTER.search(detail):
@@ -5067,8 +5033,6 @@ def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -
         return None if reference.detail and reference.detail == answer.detail else False
     if same:
         return None if "?" in answer.value else True
-    if reference.kind == "yes or no":
-        return False
     if reference.kind == "label" and exclude_each_other(reference.value, answer.value, prompt):
         return False
     return None
@@ -5104,7 +5068,7 @@ def fits_prompt(unit: str, prompt: str) -> bool:
     if unit in CURRENCY_OF:
         named = {CURRENCY_OF[name] for name in MONEY_NAME.findall(text)}
         return named == {unit} or (unit != "¢" and not named)
-    asked = rf"how many\W+(?:\w+\W+){{0,3}}{unit.removesuffix('s')}"
+    asked = rf"how many\W+(?:\w+\W+){{0,2}}{unit.removesuffix('s')}"
     return bool(re.search(asked if unit.isascii() else rf"(?:多少|几)\s*{unit}", text))
 
 
