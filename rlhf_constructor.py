@@ -2031,7 +2031,7 @@ class ask_openai(Provider):
         if body.pop("stream") == "with usage":
             body["stream_options"] = {"include_usage": True}
         chunks = await create(model=name, messages=messages, stream=True, extra_body=body)
-        parts = ReplyParts("choices.delta", *OPENAI_TOKENS)
+        parts = ReplyParts("choices.delta")
         async for chunk in chunks:
             parts.add(chunk)
         return parts.reply(streamed=True)
@@ -4647,8 +4647,10 @@ def parse_scores(reply: str, ids: list[str]) -> list[float]:
     [8.0, 3.0]
     """
     text = plain_reply(reply)
-    own_id = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(ids)})(?![a-z0-9])", re.I)
-    gradings = [match for match in OBJECT.finditer(text) if own_id.search(match[1])]
+    gradings = []
+    for match in OBJECT.finditer(text):
+        if set(ids).intersection(NAME.findall(match[1].upper())):
+            gradings.append(match)
     if not gradings:
         raise UnreadableReply("no scores in it")
     start, end = gradings[-1].span()
@@ -4658,7 +4660,7 @@ def parse_scores(reply: str, ids: list[str]) -> list[float]:
         if match[1].lower() == "scores" or score not in (None, number(match[2].replace(",", "."))):
             raise UnreadableReply("scores that contradict each other")
     check_place(text[:start])
-    after = own_id.sub("_", text[end:])
+    after = NAME.sub("_", text[end:])
     if re.search(r"[{\d]", after) or REVISION.search(after):
         raise UnreadableReply("words after the scores that may change them")
     for claim in itertools.chain(CLAIM.finditer(text), WINS.finditer(text, end)):
@@ -4837,14 +4839,14 @@ CHOICE = re.compile(
     re.S,
 )
 CHOICE_LETTER = re.compile(r"(?<![A-Za-z])[A-Hb-h](?![A-Za-z])")
-YES_OR_NO = dict.fromkeys(("yes", "true", "correct", "是", "是的", "对", "正确", "真"), "yes")
-YES_OR_NO |= dict.fromkeys(
-    ("no", "false", "incorrect", "否", "不是", "不对", "错", "错误", "不正确", "假"), "no"
-)
+YES_OR_NO = dict.fromkeys("yes true correct 是 是的 对 正确 真".split(), "yes")
+YES_OR_NO |= dict.fromkeys("no false incorrect 否 不是 不对 错 错误 不正确 假".split(), "no")
+# At most five words or eight Chinese characters, but no variable: X is not x.
+LABEL = re.compile(rf"(?![A-Za-z]{{1,2}}$|.*(?:[{CJK}].*){{9}})[^\W\d_]+(?:[ '’-][^\W\d_]+){{0,4}}")
 # Words that say more than the label they stand beside, in both languages.
 HEDGES = re.compile(
-    r"\b(?:not?|non|never|n?either|nor|or|and|but|maybe|between|except|than|to|less|more|about"
-    r"|without|un\w+|likely|possibly|partly)\b|n['’]t\b|[不没非无未或否但和与]|可能|大概|以外|部分",
+    r"\b(?:no|non|n?either|nor|or|and|but|between|except|than|to|less|more|about|without|un\w+|likely"
+    r"|possibly|partly)\b|[没非无未或否但和与]|大概|以外|部分",
     re.I,
 )
 LABEL_SETS = (  # labels that exclude each other, though the prompt may not list them
@@ -4943,7 +4945,7 @@ def read_answer(raw: str) -> FinalAnswer:
             return FinalAnswer("choice", choice[1] or choice[2], fold_answer(detail))
     elif amount := read_number(text):
         return amount
-    elif is_label(text) and not re.fullmatch("[A-Za-z]{1,2}", text):  # X and x are two variables
+    elif LABEL.fullmatch(text) and not DOUBT.search(text) and not HEDGES.search(text):
         return FinalAnswer("label", folded)
     return FinalAnswer("other", fold_text(text, keep_case=True))
 
@@ -4966,13 +4968,6 @@ def plain_math(raw: str) -> str:
 def fold_answer(text: str) -> str:
     """For comparing labels: case, white space, quotes and a final full stop gone."""
     return fold_text(text.strip(' "“”‘「」'))
-
-
-def is_label(text: str) -> bool:
-    """True for at most five words, or eight Chinese characters, that neither deny nor hedge."""
-    long = len(text.split()) > 5 or len(CHINESE_CHARACTER.findall(text)) > 8
-    letters_only = re.fullmatch(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*", text)
-    return bool(letters_only) and not long and not HEDGES.search(text)
 
 
 def read_number(text: str) -> FinalAnswer | None:
@@ -5027,10 +5022,10 @@ def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -
         return same_number(reference, answer, prompt)
     same = reference.value == answer.value
     if reference.kind == "choice":
-        known_details = {reference.detail, answer.detail} - {""}
-        if same:
-            return True if len(known_details) < 2 else None
-        return None if reference.detail and reference.detail == answer.detail else False
+        both_named = reference.detail and answer.detail
+        if both_named and (reference.detail == answer.detail) != same:
+            return None
+        return same
     if same:
         return None if "?" in answer.value else True
     if reference.kind == "label" and exclude_each_other(reference.value, answer.value, prompt):
@@ -5112,10 +5107,9 @@ def checked_pool(record: Record, answers: list[Answer]) -> list[Answer]:
     right = [answer for answer in pool if answer.score == JUDGE_SCALE[1]]
     if right and len(right) < len(pool):
         return pool
+    missing = "no checkable answer"
     if pool:
         missing = "no incorrect answer" if right else "no correct answer"
-    else:
-        missing = "no checkable answer"
     record.facts[missing] = 1
     raise Failed("judge", missing)
 
@@ -5207,8 +5201,13 @@ class ReplyParts:
 
     TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
 
-    def __init__(self, message_path: str, tokens_in: str, tokens_out: str) -> None:
-        """The arguments are the paths of these things in a chunk."""
+    def __init__(
+        self,
+        message_path: str,
+        tokens_in: str = "usage.prompt_tokens",
+        tokens_out: str = "usage.completion_tokens",
+    ) -> None:
+        """The paths of these things in a chunk; those of the tokens are OpenAI's."""
         self.paths = {name: f"{message_path}.{name}" for name in self.TEXTS}
         self.paths |= {"tokens_in": tokens_in, "tokens_out": tokens_out, "model": "model"}
         self.paths["finish"] = message_path.rpartition(".")[0] + ".finish_reason"
@@ -5233,16 +5232,11 @@ class ReplyParts:
         return make_reply(**self.fields)
 
 
-# The paths in OpenAI's protocol, but for the message: "message" in a whole reply, "delta" in a
-# stream.
-OPENAI_TOKENS = ("usage.prompt_tokens", "usage.completion_tokens")
-
-
 def read_completion(body: Any) -> Reply:
     """A chat completion in OpenAI's form (an SDK's object, or JSON) -> Reply; raises ApiError."""
     if isinstance(body, str):
         raise ApiError(200, *read_error_body(body))
-    parts = ReplyParts("choices.message", *OPENAI_TOKENS)
+    parts = ReplyParts("choices.message")
     parts.add(body)
     return parts.reply()
 
@@ -5252,10 +5246,10 @@ def body_error(error: Any) -> ApiError | None:
     if not isinstance(error, dict | str) or not error:
         return None
     status = number(look_up(error, "code")) or 200
-    if not 400 <= status < 600:
-        status = 200
     code, explanation = read_error_body(error)
-    return ApiError(int(status), code or "error in the reply", explanation)
+    return ApiError(
+        int(status) if 400 <= status < 600 else 200, code or "error in the reply", explanation
+    )
 
 
 def read_error_body(body: Any) -> tuple[str, str]:
