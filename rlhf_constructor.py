@@ -1921,7 +1921,7 @@ class ApiError(Exception):
 
     def __str__(self) -> str:
         """`400 invalid_value: the server's words`; our own codes are not shown."""
-        words = shorten(self.message, 300)
+        words = self.message[:300]
         if self.status in (0, 200):
             return words or self.code
         code = self.code
@@ -4842,7 +4842,8 @@ CHOICE_LETTER = re.compile(r"(?<![A-Za-z])[A-Hb-h](?![A-Za-z])")
 YES_OR_NO = dict.fromkeys("yes true correct 是 是的 对 正确 真".split(), "yes")
 YES_OR_NO |= dict.fromkeys("no false incorrect 否 不是 不对 错 错误 不正确 假".split(), "no")
 # At most five words or eight Chinese characters, but no variable: X is not x.
-LABEL = re.compile(rf"(?![A-Za-z]{{1,2}}$|.*(?:[{CJK}].*){{9}})[^\W\d_]+(?:[ '’-][^\W\d_]+){{0,4}}")
+LABEL_WORD = rf"(?:[^\W\d_{CJK}]+|[{CJK}]{{1,8}})"
+LABEL = re.compile(rf"(?![A-Za-z]{{1,2}}$){LABEL_WORD}(?:[ '’-]{LABEL_WORD}){{0,4}}")
 # Words that say more than the label they stand beside, in both languages.
 HEDGES = re.compile(
     r"\b(?:no|non|n?either|nor|or|and|but|between|except|than|to|less|more|about|without|un\w+|likely"
@@ -5126,14 +5127,6 @@ def one_line(text: object) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", line)
 
 
-def shorten(text: str, size: int) -> str:
-    """The first `size` characters of a text, up to a whole word, with a mark where it was cut."""
-    if len(text) <= size:
-        return text
-    start = text[:size].rpartition(" ")[0] or text[:size]
-    return f"{start} ..."
-
-
 # Finish reasons in lower case -> what they mean. Any other (error, abort, tool_calls): no reply.
 COMPLETE = "stop end_turn eos eos_token eos_found stop_sequence stop_token complete completed"
 COMPLETE += " finished normal null none finish_reason_unspecified"
@@ -5246,10 +5239,9 @@ def body_error(error: Any) -> ApiError | None:
     if not isinstance(error, dict | str) or not error:
         return None
     status = number(look_up(error, "code")) or 200
+    status = int(status) if 400 <= status < 600 else 200
     code, explanation = read_error_body(error)
-    return ApiError(
-        int(status) if 400 <= status < 600 else 200, code or "error in the reply", explanation
-    )
+    return ApiError(status, code or "error in the reply", explanation)
 
 
 def read_error_body(body: Any) -> tuple[str, str]:
@@ -5579,7 +5571,7 @@ def read_error(error: Exception) -> ApiError:
             return ApiError(0, code, meaning if timeout or not detail else f"{meaning}: {detail}")
     cause = type(error).__name__
     if str(error):
-        cause += f": {shorten(str(error), 200)}"
+        cause += f": {str(error)[:200]}"
     return ApiError(200, "garbled", f"the reply cannot be read ({cause})")
 
 
