@@ -2031,7 +2031,7 @@ class ask_openai(Provider):
         if body.pop("stream") == "with usage":
             body["stream_options"] = {"include_usage": True}
         chunks = await create(model=name, messages=messages, stream=True, extra_body=body)
-        parts = ReplyParts("choices.delta")
+        parts = ReplyParts("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
         async for chunk in chunks:
             parts.add(chunk)
         return parts.reply(streamed=True)
@@ -4508,13 +4508,9 @@ ANSWER_WORDS = 60  # words or Chinese characters after such a turn that make an 
 def is_refusal(text: str) -> bool:
     """Whether the first 240 characters open like a refusal and say it, and no answer follows.
 
-    Either alone misfires ("I'm sorry to hear that"). "I can't say exactly, but in general ..." with
-    a whole answer behind it is no refusal."""
+    Either alone misfires ("I'm sorry to hear that", "I can't say exactly, but in general ...")."""
     text = text.strip()
-    head = text[:240]
-    if not REFUSAL_OPENS.match(head):
-        return False
-    statement = REFUSAL_SAYS.search(head)
+    statement = REFUSAL_OPENS.match(text) and REFUSAL_SAYS.search(text[:240])
     if not statement:
         return False
     turn = ANSWER_FOLLOWS.search(text, statement.end(), statement.end() + 800)
@@ -4568,15 +4564,17 @@ KEY = rf"[\s{QUOTES}]*(?:answer\s+)?(\w+)[\s{QUOTES}]*[:=]"
 ENTRY = re.compile(rf"{KEY}(.*?)(?:,(?={KEY})|,?\s*\Z)", re.I | re.S)
 OBJECT = re.compile(r"\{([^{}]*)\}")
 INNER_LIST = re.compile(r"\[([^\[\]{}]*)\]")
-STRING = re.compile(r""":\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'"\\]|\\.)*)')(?=\s*[,}])""", re.S)
-ID_OR_SCORE = re.compile(rf"\W*(?:(?:answer\s+)?[a-z]\d|{SCORE.pattern})\W*", re.I)
+STRING = re.compile(  # the text of a key, unless it is an id or a score
+    rf""":\s*(?!["'][^\w"']*(?:(?:answer\s+)?[a-z]\d|{SCORE.pattern})[^\w"']*["'])"""
+    r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'"\\]|\\.)*')(?=\s*[,}])""",
+    re.I | re.S,
+)
 # An object for one id: `K3: {score: 8, reason: ""}` or `{id: K3, score: 8}`.
 ID_OBJECT = re.compile(rf"(?:([a-z]\d)[\s{QUOTES}]*[:=]\s*)?{OBJECT.pattern}", re.I)
 SCORE_LINE = re.compile(
     rf"^[^\w\n]*(?:answer )?([a-z]\d)[ {QUOTES}]*[:=][ {QUOTES}]*({SCORE.pattern})[^\w\n]*$",
     re.I | re.M,
 )
-SCORE_LINES = re.compile(rf"(?:{SCORE_LINE.pattern}\n?)+", re.I | re.M)
 # The key of a score, of the scores, or of an object around them: none of drafts, ranks or errors.
 SCORES_KEY = re.compile(r"(?:final_?)?(?:scores?|ratings?|grades?)|verdict|result|评分|分数|得分")
 LAST_KEY = re.compile(rf"{KEY}\s*\Z", re.I)
@@ -4678,27 +4676,15 @@ def plain_reply(reply: str) -> str:
     if SMALL_IS_GOOD.search(text):
         raise UnreadableReply("numbers that are no scores, such as ranks or errors")
     text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
-    text = STRING.sub(empty_text, text)
+    text = STRING.sub(': ""', text)
     if THOUGHT_MARK.search(text):
         raise UnreadableReply("the scores may stand in thoughts")
     if "{" not in text:
-        text = SCORE_LINES.sub(join_lines, text)
+        text = SCORE_LINE.sub(r"{\1: \2}", text).replace("}\n{", ", ")
         if re.search(r"\d", NAME.sub("", OBJECT.sub("", text))):
             raise UnreadableReply("other numbers beside lines of scores")
         return text
     return INNER_LIST.sub(r"{\1}", ID_OBJECT.sub(flatten_object, text))
-
-
-def empty_text(match: re.Match) -> str:
-    """`: "any text"` -> `: ""`; an id or a score stays."""
-    text = match[1] if match[1] is not None else match[2]
-    return match[0] if ID_OR_SCORE.fullmatch(text) else ': ""'
-
-
-def join_lines(match: re.Match) -> str:
-    """The lines `- K3: 8` and `- Q7: 3` -> `{K3: 8, Q7: 3}`"""
-    entries = [f"{line[1]}: {line[2]}" for line in SCORE_LINE.finditer(match[0])]
-    return "{" + ", ".join(entries) + "}\n"
 
 
 def flatten_object(match: re.Match) -> str:
@@ -4937,13 +4923,13 @@ def read_answer(raw: str) -> FinalAnswer:
     ['choice', 'label', 'label', 'other', 'other']
     """
     text = plain_math(raw)
-    folded = fold_answer(text)
+    folded = fold_text(text)
     if folded in YES_OR_NO:
         return FinalAnswer("label", YES_OR_NO[folded])
     if choice := CHOICE.fullmatch(text):
         detail = choice[3] or ""
         if not TAKEN_BACK.search(detail) and not CHOICE_LETTER.search(detail):
-            return FinalAnswer("choice", choice[1] or choice[2], fold_answer(detail))
+            return FinalAnswer("choice", choice[1] or choice[2], fold_text(detail))
     elif amount := read_number(text):
         return amount
     elif LABEL.fullmatch(text) and not DOUBT.search(text) and not HEDGES.search(text):
@@ -4958,17 +4944,10 @@ def plain_math(raw: str) -> str:
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\^\{?\\circ\}?", "°", text.replace("{,}", ",").replace(r"\%", "%"))
     text = re.sub(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}", r" \1/\2", text)
-    text = re.sub(r"\\[dt]?frac\s*(\d)\s*(\d)(?!\d)", r" \1/\2", text)
     text = re.sub(r"(?<!\\)\$(.+)(?<!\\)\$", r"\1", text)  # $18$ is mathematics, $18 is money
     text = re.sub(r"\*\*|__|`|\\(?=\$)", "", text)
     text = re.sub(r"\s+", " ", text).strip().rstrip(".。 ")
-    quoted = re.fullmatch(r"""["'“‘「](.*[^"'”’」])["'”’」]""", text)  # 6" is no quotation
-    return quoted[1].rstrip(".。 ") if quoted else text
-
-
-def fold_answer(text: str) -> str:
-    """For comparing labels: case, white space, quotes and a final full stop gone."""
-    return fold_text(text.strip(' "“”‘「」'))
+    return re.sub(r"""^["'“‘「](.*[^"'”’」.])\.?["'”’」]$""", r"\1", text)  # 6" is no quotation
 
 
 def read_number(text: str) -> FinalAnswer | None:
@@ -5074,7 +5053,7 @@ def exclude_each_other(one: str, other: str, prompt: str) -> bool:
         return False
     if any({one, other} <= set(labels.split()) for labels in LABEL_SETS):
         return True
-    text = fold_answer(prompt.translate(FULL_WIDTH))
+    text = fold_text(prompt.translate(FULL_WIDTH))
     pattern = r"(?<![a-z0-9]){}(?![a-z0-9])"
     return all(re.search(pattern.format(re.escape(label)), text) for label in (one, other))
 
@@ -5147,9 +5126,8 @@ def finish_kind(reason: object) -> str:
 def make_reply(content: Any, finish: Any, tokens_in: Any, tokens_out: Any, **more: Any) -> Reply:
     """The fields of a chat completion -> Reply; raises ApiError where it holds no answer.
 
-    `more` may hold `model`, and `refusal`, which stands for a missing text. So do thoughts
-    (`reasoning_content`, `reasoning`), in their marks: `answer_text` takes them out again, and the
-    run can say that only thoughts came."""
+    `more`: `model`; `refusal` and thoughts (`reasoning_content`, `reasoning`), which stand for a
+    missing text, thoughts in their marks."""
     billed = (token_count(tokens_in), token_count(tokens_out))
     kind = finish_kind(finish)
     if not kind:
@@ -5194,13 +5172,8 @@ class ReplyParts:
 
     TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
 
-    def __init__(
-        self,
-        message_path: str,
-        tokens_in: str = "usage.prompt_tokens",
-        tokens_out: str = "usage.completion_tokens",
-    ) -> None:
-        """The paths of these things in a chunk; those of the tokens are OpenAI's."""
+    def __init__(self, message_path: str, tokens_in: str, tokens_out: str) -> None:
+        """The arguments are the paths of these things in a chunk."""
         self.paths = {name: f"{message_path}.{name}" for name in self.TEXTS}
         self.paths |= {"tokens_in": tokens_in, "tokens_out": tokens_out, "model": "model"}
         self.paths["finish"] = message_path.rpartition(".")[0] + ".finish_reason"
@@ -5229,7 +5202,7 @@ def read_completion(body: Any) -> Reply:
     """A chat completion in OpenAI's form (an SDK's object, or JSON) -> Reply; raises ApiError."""
     if isinstance(body, str):
         raise ApiError(200, *read_error_body(body))
-    parts = ReplyParts("choices.message")
+    parts = ReplyParts("choices.message", "usage.prompt_tokens", "usage.completion_tokens")
     parts.add(body)
     return parts.reply()
 
@@ -5295,6 +5268,8 @@ THOUGHT_MARKS = {f"<{tag}>": f"</{tag}>" for tag in THOUGHT_TAGS} | {
     "<|channel>thought": "<channel|>",
 }
 OPENING = re.compile(rf"(?i)\s*({'|'.join(map(re.escape, THOUGHT_MARKS))})")
+_closing = "|".join(map(re.escape, THOUGHT_MARKS.values()))
+CLOSING = re.compile(rf"(?i)\A\s*(?:{_closing})|\n[^\S\n]*(?:{_closing})[^\S\n]*(?=\n|\Z)")
 FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")  # gpt-oss (harmony)
 PLAIN_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*?assistantfinal", re.S)  # marks lost
 START_MARK = re.compile(r"<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<s>")
@@ -5321,14 +5296,10 @@ def without_thinking(text: str) -> str:
         # The line after it keeps its indentation.
         rest = re.sub(r"\A(?:\s*\n|\s+)", "", rest[end.end() :])
     lowered = rest.lower()
-    for opening_mark, closing in THOUGHT_MARKS.items():
-        if closing in lowered and opening_mark not in lowered:
-            mark = re.escape(closing)
-            alone = rf"(?i)\A\s*{mark}|\n[^\S\n]*{mark}[^\S\n]*(?=\n|\Z)"
-            for end in re.finditer(alone, rest):
-                if rest.count("```", 0, end.start()) % 2 == 0:  # else it stands in code
-                    return rest[end.end() :]
-            return rest
+    if not any(mark in lowered for mark in THOUGHT_MARKS):
+        for end in CLOSING.finditer(rest):
+            if rest.count("```", 0, end.start()) % 2 == 0:  # else it stands in code
+                return rest[end.end() :]
     return rest
 
 

@@ -73,7 +73,7 @@ RIGHT = [
     ("0.5", "Answer: 1/2", ""),
     ("1/2", r"\boxed{\frac{1}{2}}", ""),
     ("3.5", r"\boxed{3\frac{1}{2}}", ""),
-    ("2/4", r"\boxed{\dfrac12}", ""),
+    ("2/4", r"\boxed{\dfrac{1}{2}}", ""),
     ("50%", "Answer: 0.5", ""),
     ("50%", "Answer: 50 percent", ""),
     ("$18", "Answer: 18 dollars", ""),

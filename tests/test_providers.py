@@ -272,7 +272,7 @@ def test_a_model_that_only_streams_is_streamed(rlhf, sdk, words):
 
 
 def test_a_streamed_reply_may_be_cut_or_hold_thoughts_only():
-    joined = rc.ReplyParts("choices.delta")
+    joined = rc.ReplyParts("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
     for text, finish in (("Par", None), ("is", "length")):
         joined.add({"choices": [{"delta": {"content": text}, "finish_reason": finish}]})
     assert joined.reply(streamed=True) == rc.Reply("Paris", "length")
@@ -298,7 +298,7 @@ def test_an_error_event_inside_a_stream_is_read_like_any_other(kind):
 
 
 def test_a_stream_that_ends_too_early_is_no_reply():
-    joined = rc.ReplyParts("choices.delta")
+    joined = rc.ReplyParts("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
     joined.add({"choices": [{"delta": {"content": "Par"}, "finish_reason": None}]})
     with pytest.raises(rc.ApiError, match="too early"):
         joined.reply(streamed=True)
