@@ -4364,11 +4364,10 @@ ERROR_TEXT = re.compile(
     r"|生成失败\s*(?:$|[:：!！。]|[,，]\s*请))"
 )
 MARK_NAMES = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
-TEMPLATE_MARK = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
+CHAT_TAG = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
 # Marks at the start or end of a line or sentence: those inside of one are spoken of.
 CONTROL = re.compile(
-    rf"(?m)(?:^|[.!?。！？])\s*{TEMPLATE_MARK}|{TEMPLATE_MARK}(?=\s*(?:[A-Z]|$))"
-    r"|^(?:Human|Assistant): "
+    rf"(?m)(?:^|[.!?。！？])\s*{CHAT_TAG}|{CHAT_TAG}(?=\s*(?:[A-Z]|$))|^(?:Human|Assistant): "
 )
 ZH_COUNT = "二三四五六七八九十百千两几"
 # "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not.
@@ -4388,9 +4387,7 @@ NUMBERING = re.compile(r"(?m)((?:^|[.!?。！？])\s*(?:[^\W\d]{1,20} )?)\d+(?=[
 
 
 def is_repetition_loop(text: str) -> bool:
-    """Whether the text ends in a repeated unit, or is mostly one unit that is repeated in a row.
-
-    Passages that return after other text (a refrain, the weeks of a plan) are no loop."""
+    """Whether the text ends in a repeated unit or is mostly one: a refrain after verses is none."""
     if len(text) < LOOP_LENGTH:
         return False
     return ends_in_repeats(text) or repeated_share(text, LOOP_SHARE, in_a_row=True) >= LOOP_SHARE
@@ -4428,9 +4425,8 @@ def repeated_end(text: str, least: int) -> str:
 def repeated_share(text: str, least_share: float = REPEATS_ITSELF, in_a_row: bool = False) -> float:
     """Share (0..1) of the words, but for numbers, in passages that occur again; 0 if surely below.
 
-    A passage has 10 words (20 Chinese characters) at least. `in_a_row`: only those that stand three
-    times in a row count, that is, that repeat what stood `distance` words before for 2 x `distance`
-    words."""
+    A passage has 10 words (20 Chinese characters) at least. `in_a_row`: only those count that stand
+    three times in a row: 2 x `distance` words that repeat what stood `distance` words before."""
     prose = MARKUP_TAG.sub(" ", CODE_BLOCK.sub(" ", text))  # in those, repetition is right
     samples = character_runs(prose, 12, max(12, len(prose) // 8))
     misses = sum(prose.count(sample) < 2 for sample in samples)
@@ -4458,12 +4454,12 @@ def repeated_share(text: str, least_share: float = REPEATS_ITSELF, in_a_row: boo
 
 
 ECHO_ASKED = re.compile(  # work on the prompt's own text
-    r"(?i)\b(?:repeat|rewrit|re-?phras|paraphras|correct|proof-?read|edit|translat|fix|improv|summar"
-    r"|extract|copy|quot|punctuat|complet|continu|fill|echo|recit|convert|format)|_{2,}"
+    r"(?i)\b(?:repeat|rewrit|re-?phras|paraphras|correct|proof-?read|edit|translat|fix|improv"
+    r"|summar|extract|copy|quot|punctuat|complet|continu|fill|echo|recit|convert|format)|_{2,}"
     r"|重复|复述|改写|改正|修改|修正|翻译|译成|译为|润色|纠正|校对|补全|补充|续写|填空|提取|摘录|总结|概括|朗读|抄写|转换|标点"
 )
 # A number, a negation, or a sign or piece of code.
-TELLING = re.compile(
+WHAT_COUNTS = re.compile(
     r"\d+|(?i:\b(?:not|no|never|none|nor|neither|without|cannot)\b|n['’]t\b)|[不没无非未别莫勿否]"
     r"|[(){}\[\]<>=+/\\^&|%$@~_]|(?<=\w)\*(?=\w)"
 )
@@ -4473,7 +4469,7 @@ def differ_in_what_counts(a: str, b: str) -> bool:
     """Whether two texts differ in a number, a negation, a token of code, or in nothing but case."""
     if fold_text(a) == fold_text(b):
         return True
-    return any(Counter(part.findall(a)) != Counter(part.findall(b)) for part in (TELLING, CODE))
+    return any(Counter(part.findall(a)) != Counter(part.findall(b)) for part in (WHAT_COUNTS, CODE))
 
 
 CANNOT = r"(?:can(?:no|['’])t|cannot|am (?:unable|not able) to|won['’]t|will not)"
@@ -4502,7 +4498,6 @@ ANSWER_FOLLOWS = re.compile(
     r"|一般(?:来说|而言|情况)|通常(?:来说|情况|，)|总的来说|以下是|下面是|根据"
     r"|(?:但|不过|然而)[^。]{0,20}(?:可以|以下|一般|通常)"
 )
-ANSWER_WORDS = 60  # words or Chinese characters after such a turn that make an answer
 
 
 def is_refusal(text: str) -> bool:
@@ -4514,7 +4509,7 @@ def is_refusal(text: str) -> bool:
     if not statement:
         return False
     turn = ANSWER_FOLLOWS.search(text, statement.end(), statement.end() + 800)
-    return turn is None or len(split_words(text[turn.start() :])) < ANSWER_WORDS
+    return turn is None or len(split_words(text[turn.start() :])) < 60  # no whole answer
 
 
 LANGUAGE_ASKED = re.compile(
@@ -4539,9 +4534,8 @@ CODE_LINE = re.compile(
 def answered_in_other(asked_in_chinese: bool, text: str) -> bool:
     """Whether a text of 8 words or characters at least is not in the language asked in."""
     share_of_chinese, units = chinese_share(text)
-    if units < 8:
-        return False
-    return share_of_chinese < 0.20 if asked_in_chinese else share_of_chinese > 0.50
+    is_other = share_of_chinese < 0.20 if asked_in_chinese else share_of_chinese > 0.50
+    return is_other and units >= 8
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4560,7 +4554,8 @@ QUOTES = "\"'“”‘’「」`*"
 NAME = re.compile(r"(?<![a-z0-9])[a-z]\d(?![a-z0-9])", re.I)  # what may be an id
 SCORE_NUMBER = r"[-+]?\d+(?:,\d{1,2}(?!\d)|\.\d*)?(?:e[-+]?\d+)?"
 SCORE = re.compile(rf"({SCORE_NUMBER})(?:\s*(?:/|out of)\s*(\d+)|\s*(?:points?|分))?", re.I)
-KEY = rf"[\s{QUOTES}]*(?:answer\s+)?(\w+)[\s{QUOTES}]*[:=]"
+COLON = rf"[\s{QUOTES}]*[:=]"
+KEY = rf"[\s{QUOTES}]*(?:answer\s+)?(\w+){COLON}"
 ENTRY = re.compile(rf"{KEY}(.*?)(?:,(?={KEY})|,?\s*\Z)", re.I | re.S)
 OBJECT = re.compile(r"\{([^{}]*)\}")
 INNER_LIST = re.compile(r"\[([^\[\]{}]*)\]")
@@ -4570,7 +4565,7 @@ STRING = re.compile(  # the text of a key, unless it is an id or a score
     re.I | re.S,
 )
 # An object for one id: `K3: {score: 8, reason: ""}` or `{id: K3, score: 8}`.
-ID_OBJECT = re.compile(rf"(?:([a-z]\d)[\s{QUOTES}]*[:=]\s*)?{OBJECT.pattern}", re.I)
+ID_OBJECT = re.compile(rf"(?:([a-z]\d){COLON}\s*)?{OBJECT.pattern}", re.I)
 SCORE_LINE = re.compile(
     rf"^[^\w\n]*(?:answer )?([a-z]\d)[ {QUOTES}]*[:=][ {QUOTES}]*({SCORE.pattern})[^\w\n]*$",
     re.I | re.M,
@@ -4578,17 +4573,15 @@ SCORE_LINE = re.compile(
 # The key of a score, of the scores, or of an object around them: none of drafts, ranks or errors.
 SCORES_KEY = re.compile(r"(?:final_?)?(?:scores?|ratings?|grades?)|verdict|result|评分|分数|得分")
 LAST_KEY = re.compile(rf"{KEY}\s*\Z", re.I)
-GRADED = re.compile(
-    rf"(?<![a-z0-9])(scores|[a-z]\d)[\s{QUOTES}]*[:=][\s{QUOTES}]*({SCORE_NUMBER})", re.I
-)
+GRADED = re.compile(rf"(?<![a-z0-9])(scores|[a-z]\d){COLON}[\s{QUOTES}]*({SCORE_NUMBER})", re.I)
 THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratch(?:pad)?|draft|example"
 THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
 THOUGHT_MARK = re.compile(rf"</?(?:{THOUGHTS})>", re.I)
 # In the heading of numbers: they are no scores, or another's, an example, a draft, or denied.
 NO_SCORES = re.compile(
     r"rank|^\W*order|position|\bplace|error|issue|mistake|flaw|defect|deduct|penal|violation|worst"
-    r"|harm(?!less)|toxic|hallucinat|\bloss|\blost|\brisk|例如|比如|示例|格式是|草稿"
-    r"|排名|名次|排序|顺序|扣分|减分|失分|错误|缺点|有害|危害|不(?:会|该|应|能|给|是)"
+    r"|harm(?!less)|toxic|hallucinat|\bloss|\blost|\brisk|[例比]如|示例|格式是|草稿|排[名序]|名次|顺序"
+    r"|[扣减失]分|错误|缺点|有害|危害|不[会该应能给是]"
     r"|\b(?:says?|said|wrote|writes|claims?|tries|attempts?|inject\w*|quot\w+|draft|initial)\b"
     r"|\b(?:for example|e\.g|(?:format|example) is)\b|^\W*example"
     r"|(?:\bnot|\bnever|n['’]t)\s*(?:give|score|grade|say|be|award|\Z)",
@@ -4625,9 +4618,8 @@ REVISION = re.compile(
     r"|\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten)\b|confus|\bno[.,!]"
     r"|\bwrong (?:way|order|ids?)|\bids? wrong|\b(?:that|this|it) (?:is|was) wrong"
     r"|\b(?:was|is|were) (?:an|the|my|only|just) (?:an? )?(?:example|format|guess)"
-    r"|penal|deduct|\branks?\b|颠倒|弄混|混淆|有误|反了|示例|扣分|排名|更正|修正|纠正|改|其实|应|不对"
-    r"|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分|得分|打分"
-    r"|[零一二两三四五六七八九十]\s*(?:分|\W|\Z)",
+    r"|penal|deduct|\branks?\b|颠倒|混|有误|反|示例|排名|[更修纠]正|改|其实|应|不对|对调|[互交]换|搞错"
+    r"|抱歉|最终|作废|忽略|取消|重新|一样|分数|[评得打满扣]分|[零一二两三四五六七八九十]\s*(?:分|\W|\Z)",
     re.I,
 )
 
@@ -4801,8 +4793,8 @@ BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\
 # Before a box: it is a part of something larger, or changed by it.
 BEFORE_BOX = re.compile(
     r"(?:[-−–—+^_/*·×÷<>~≈≠≤≥±\d]|\\(?:sqrt|times|cdot|div|neq?|leq?|geq?|[lg]t|approx|sim|pm"
-    r"|[dt]?frac)|\b(?:minus|negative|about|approximately|roughly|around|over|under|than|least|most)"
-    r"|[负约近超])[\s${(\\]*\Z",
+    r"|[dt]?frac)|\b(?:minus|negative|about|approximately|roughly|around|over|under|than|least"
+    r"|most)|[负约近超])[\s${(\\]*\Z",
     re.I,
 )
 # In the sentence before a mark: the answer is only supposed, or denied.
@@ -4832,25 +4824,22 @@ LABEL_WORD = rf"(?:[^\W\d_{CJK}]+|[{CJK}]{{1,8}})"
 LABEL = re.compile(rf"(?![A-Za-z]{{1,2}}$){LABEL_WORD}(?:[ '’-]{LABEL_WORD}){{0,4}}")
 # Words that say more than the label they stand beside, in both languages.
 HEDGES = re.compile(
-    r"\b(?:no|non|n?either|nor|or|and|but|between|except|than|to|less|more|about|without|un\w+|likely"
-    r"|possibly|partly)\b|[没非无未或否但和与]|大概|以外|部分",
+    r"\b(?:no|non|n?either|nor|or|and|but|between|except|than|to|less|more|about|without|un\w+"
+    r"|likely|possibly|partly)\b|[没非无未或否但和与]|大概|以外|部分",
     re.I,
 )
 LABEL_SETS = (  # labels that exclude each other, though the prompt may not list them
     "positive negative neutral mixed", "entailment contradiction neutral", "spam ham", "yes no",
     "正面 负面 中性", "积极 消极 中性",
 )  # fmt: skip
-# Currencies, each with all its names. Any other unit has one name.
-MONEY = (
-    "$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分", "¥ yuan rmb cny 元 块 块钱 元钱",
-    "€ euro euros eur 欧元", "£ gbp 英镑",
-)  # fmt: skip
-CURRENCY_OF = {}  # name -> the first of its names
-for _names in map(str.split, MONEY):
-    CURRENCY_OF |= dict.fromkeys(_names, _names[0])
+# The names of currencies. Any other unit has one name.
+CURRENCY_OF = dict.fromkeys("$ us$ dollar dollars usd 美元 美金".split(), "$")
+CURRENCY_OF |= dict.fromkeys("¢ cent cents 美分".split(), "¢")
+CURRENCY_OF |= dict.fromkeys("¥ yuan rmb cny 元 块 块钱 元钱 人民币".split(), "¥")
+CURRENCY_OF |= dict.fromkeys("€ euro euros eur 欧元".split(), "€")
+CURRENCY_OF |= dict.fromkeys("£ gbp 英镑".split(), "£")
 MONEY_NAME = re.compile(rf"(?<![a-z])(?:{'|'.join(map(re.escape, CURRENCY_OF))})(?![a-z])")
 UNIT_OF = CURRENCY_OF | {"%": "%", "percent": "%", "个": ""}  # 个 counts anything
-POWERS_OF_TEN = {10**power for power in range(2, 13)}
 MULTIPLES = {"thousand": 3, "million": 6, "billion": 9, "万": 4, "亿": 8}
 AMOUNT = re.compile(
     r"(?P<sign>[-+]?)\s*(?P<currency>US\$|[$¥€£])?\s*"
@@ -4868,8 +4857,6 @@ def final_answer(text: str) -> FinalAnswer | None:
     FinalAnswer(kind='number', value=Fraction(42, 1), detail='', places=0)
     >>> final_answer("So the answer is (B).").value
     'B'
-    >>> final_answer("答案：正面").value
-    '正面'
     >>> final_answer("The answer is 42.\\nNo, it is 43.") is None
     True
     """
@@ -4881,8 +4868,8 @@ def final_answer(text: str) -> FinalAnswer | None:
             return None
         answers = [read_answer(raw) for _, raw in marked]
         values = {(answer.kind, answer.value) for answer in answers}
-        details = {answer.detail for answer in answers} - {""}
-        return answers[-1] if len(values) == 1 and len(details) < 2 else None
+        known = {answer.detail for answer in answers} - {""}
+        return answers[-1] if len(values) == 1 and len(known) < 2 else None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or len(lines[-1]) > 80:
         return None
@@ -4985,8 +4972,8 @@ def is_unit(text: str, touching: bool) -> bool:
         return True
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
         return not re.search("[左右余多几约上下半之]", text)
-    plural = r"[a-z]{2,}[a-rt-z]s|people|children|men|women|[ckm]m|kg|ml|ft|mph"
-    return bool(re.fullmatch(plural, text)) and not touching and not text.endswith("ths")
+    counted = r"[a-z]{2,}[a-rt-z]s|people|children|men|women|[ckm]m|kg|ml|ft|mph"
+    return bool(re.fullmatch(counted, text)) and not touching and not text.endswith("ths")
 
 
 def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -> bool | None:
@@ -5022,8 +5009,8 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
         return None
     if a == b:
         return True
-    may_be_scaled = one_sided or not units  # cents, percent, thousands
-    if may_be_scaled and a * b > 0 and max(a / b, b / a) in POWERS_OF_TEN:
+    may_be_scaled = a * b > 0 and (one_sided or not units)  # cents, percent, thousands
+    if may_be_scaled and re.fullmatch("1000*", str(max(a / b, b / a))):
         return None
     places = min(reference.places, answer.places)
     if places == max(reference.places, answer.places) == 0:
@@ -5035,8 +5022,7 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
 def fits_prompt(unit: str, prompt: str) -> bool:
     """True if a number without a unit is surely meant in this one, as the prompt says.
 
-    It must ask how many of these things there are, and name no other currency. Percents are another
-    number where it asks for percents."""
+    It must ask how many of them there are, name no other currency, and not speak of percents."""
     text = prompt.translate(FULL_WIDTH).lower()
     if unit == "%":
         return not re.search(r"percent|%|百分", text)
@@ -5106,21 +5092,24 @@ def one_line(text: object) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", line)
 
 
-# Finish reasons in lower case -> what they mean. Any other (error, abort, tool_calls): no reply.
-COMPLETE = "stop end_turn eos eos_token eos_found stop_sequence stop_token complete completed"
-COMPLETE += " finished normal null none finish_reason_unspecified"
-CUT = "length max_tokens max_length max_output_tokens max_new_tokens max_completion_tokens"
-CUT += " model_length model_context_window_exceeded context_length_exceeded"
-FILTERED = "content_filter content_filtered content-filter safety recitation language blocklist"
-FILTERED += " prohibited_content spii image_safety sensitive error_toxic refusal data_inspection"
-FINISH_REASONS = {"": "stop"} | dict.fromkeys(COMPLETE.split(), "stop")
-FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
-FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
+# Finish reasons in lower case, by what they mean. Any other (error, abort, tool_calls): no reply.
+FINISH_WORDS = {
+    "stop": "stop end_turn eos eos_token eos_found stop_sequence stop_token complete completed"
+    " finished normal null none finish_reason_unspecified",
+    "length": "length max_tokens max_length max_output_tokens max_new_tokens model_length"
+    " max_completion_tokens model_context_window_exceeded context_length_exceeded",
+    "content_filter": "content_filter content_filtered content-filter safety recitation blocklist"
+    " language prohibited_content spii image_safety sensitive error_toxic refusal data_inspection",
+}
 
 
 def finish_kind(reason: object) -> str:
     """A finish reason -> "stop", "length", "content_filter", or "" for a failed reply."""
-    return FINISH_REASONS.get(str(reason).strip().lower(), "")
+    word = str(reason).strip().lower() or "stop"
+    for kind, words in FINISH_WORDS.items():
+        if word in words.split():
+            return kind
+    return ""
 
 
 def make_reply(content: Any, finish: Any, tokens_in: Any, tokens_out: Any, **more: Any) -> Reply:
@@ -5261,12 +5250,8 @@ def read_error_text(text: str) -> tuple[str, str]:
 
 # Marks between which a model thinks: opening -> closing.
 THOUGHT_TAGS = ("think", "thinking", "thought", "thoughts", "reasoning", "seed:think")
-THOUGHT_MARKS = {f"<{tag}>": f"</{tag}>" for tag in THOUGHT_TAGS} | {
-    "[think]": "[/think]",
-    "◁think▷": "◁/think▷",
-    "<|begin_of_thought|>": "<|end_of_thought|>",
-    "<|channel>thought": "<channel|>",
-}
+THOUGHT_MARKS = {f"<{tag}>": f"</{tag}>" for tag in THOUGHT_TAGS}
+THOUGHT_MARKS |= {"[think]": "[/think]", "◁think▷": "◁/think▷", "<|channel>thought": "<channel|>"}
 OPENING = re.compile(rf"(?i)\s*({'|'.join(map(re.escape, THOUGHT_MARKS))})")
 _closing = "|".join(map(re.escape, THOUGHT_MARKS.values()))
 CLOSING = re.compile(rf"(?i)\A\s*(?:{_closing})|\n[^\S\n]*(?:{_closing})[^\S\n]*(?=\n|\Z)")
@@ -5314,10 +5299,9 @@ def without_channels(text: str) -> str:
 
 
 def cut_at_end_mark(reply: Reply) -> Reply:
-    """The reply up to its chat template's end mark: the model had ended, whatever it wrote after.
+    """The reply up to its chat template's end mark: a server may know no stop token.
 
-    Servers that know no stop token let a model go on with turns of its own. Marks in code, in
-    quotes, or after a template's start mark belong to the answer."""
+    Marks in code, in quotes, or after a template's start mark belong to the answer."""
     if "<" not in reply.text or "<|channel|>" in reply.text:  # a channel's end is no turn's end
         return reply
     end = END_MARK.search(reply.text)
@@ -5361,13 +5345,13 @@ def reference_f1(text: str, reference: str) -> float:
     total = words.total()
     if reference_words:
         shared = (words & reference_words).total()
-        share = 2 * shared / max(1, total + reference_words.total())
+        closeness = 2 * shared / max(1, total + reference_words.total())
     else:
         score = 2 * math.log10(1 + total) + 3 * len(words) / max(1, total)
         score += text.rstrip()[-1:] in ".!?。！？)`”"
         score -= 3 * is_refusal(text)
-        share = min(1.0, max(0.0, score / 9))
-    return lowest + (highest - lowest) * share
+        closeness = min(1.0, max(0.0, score / 9))
+    return lowest + (highest - lowest) * closeness
 
 
 # --------------------------------------------------------------------------------------------------
