@@ -5142,7 +5142,9 @@ def token_count(value: object) -> int:
 
 def join_parts(content: object) -> str:
     """A message's content, a text or a list of parts -> its text; "" for anything else."""
-    parts = content if isinstance(content, list) else [{"text": content}]
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
     texts = [part if isinstance(part, str) else look_up(part, "text") for part in parts]
     return "".join(text for text in texts if isinstance(text, str))
 
@@ -5281,7 +5283,8 @@ def without_thinking(text: str) -> str:
         # The line after it keeps its indentation.
         rest = re.sub(r"\A(?:\s*\n|\s+)", "", rest[end.end() :])
     lowered = rest.lower()
-    if not any(mark in lowered for mark in THOUGHT_MARKS):
+    closed = any(mark in lowered for mark in THOUGHT_MARKS.values())
+    if closed and not any(mark in lowered for mark in THOUGHT_MARKS):
         for end in CLOSING.finditer(rest):
             if rest.count("```", 0, end.start()) % 2 == 0:  # else it stands in code
                 return rest[end.end() :]
