@@ -4367,7 +4367,7 @@ MARK_NAMES = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
 CHAT_TAG = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
 # Marks at the start or end of a line or sentence: those inside of one are spoken of.
 CONTROL = re.compile(
-    rf"(?m)(?:^|[.!?。！？])\s*{CHAT_TAG}|{CHAT_TAG}(?=\s*(?:[A-Z]|$))|^(?:Human|Assistant): "
+    rf"(?m)(?:^|[.!?。！？]) *{CHAT_TAG}|{CHAT_TAG}(?= *(?:[A-Z]|$))|^(?:Human|Assistant): "
 )
 ZH_COUNT = "二三四五六七八九十百千两几"
 # "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not.
@@ -4383,7 +4383,7 @@ LOOP_SHARE = 0.75  # of the words in consecutive repeats, from which a text is a
 REPEATS_ITSELF = 0.30  # of the words in repeated runs, from which a kept text is worth a review
 RULED_LINE = re.compile(r"[-_=*~#|:+\\\[\]—–─━═\s]*")  # also the empty cells of a table
 # `1.`, `Week 2:` at the start of a line or sentence; the end of the text may cut it.
-NUMBERING = re.compile(r"(?m)((?:^|[.!?。！？])\s*(?:[^\W\d]{1,20} )?)\d+(?=[.):、：]|\Z)")
+NUMBERING = re.compile(r"(?m)((?:^|[.!?。！？]) *(?:[^\W\d]{1,20} )?)\d+(?=[.):、：]|\Z)")
 
 
 def is_repetition_loop(text: str) -> bool:
@@ -4779,9 +4779,7 @@ class FinalAnswer(NamedTuple):
 
 
 # A marked answer stands at the start of a line or sentence; `so`, `thus`, `所以` may come before.
-START = (
-    r"(?:^|[.!?。！？;；,，:])(?:so|thus|hence|therefore|finally|所以|因此|故|综上所述|,|，|\s)*"
-)
+START = r"(?:^|[.!?。;,:])(?:so|thus|hence|therefore|finally|所以|因此|故|综上所述|[, \t]){0,9}"
 MARK = re.compile(
     r"(?:^[ \t]*(?:####|(?-i:A)[ \t]*:(?=[ \t]*[-+$¥€£(\\.\d])"
     r"|(?:label|sentiment|category|情感|标签|类别|分类|结论)[ \t]*:)"

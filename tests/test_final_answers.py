@@ -5,6 +5,7 @@ they are right. MIT License, Copyright (c) 2021 OpenAI."""
 
 import doctest
 import json
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -293,3 +294,10 @@ def test_a_wrong_answer_is_recognised(reference, answer, prompt):
 @pytest.mark.parametrize("reference, answer, prompt", UNCHECKED)
 def test_what_could_be_either_is_not_checkable(reference, answer, prompt):
     assert checked(reference, answer, prompt) is None
+
+
+@pytest.mark.parametrize("unit", ["\n", ", ", "so ", r"\boxed{"])
+def test_a_degenerate_answer_is_read_quickly(unit):
+    started = time.perf_counter()
+    rc.final_answer(unit * 8000 + "\n#### 42")
+    assert time.perf_counter() - started < 2
