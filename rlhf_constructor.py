@@ -4396,8 +4396,7 @@ def is_repetition_loop(text: str) -> bool:
 def ends_in_repeats(text: str) -> bool:
     """Whether the text ends in a unit repeated 4 times (from 200 characters: 3 times) or more.
 
-    Numbered units ("1. Wait. 2. Wait. 3. Wait.") are alike, too: from 11 of them, for a program may
-    well count to 10."""
+    Numbered ones ("1. Wait. 2. Wait.") are alike, too, from 11 on: a program may count to 10."""
     end = text[-5 * LOOP_UNIT :].rstrip()
     if unit := repeated_end(end, 3):
         return not RULED_LINE.fullmatch(unit)
@@ -4524,7 +4523,7 @@ LANGUAGE_ASKED = re.compile(
 QUOTED_LATIN = re.compile(r"[“\"'‘「][A-Za-z][^”\"'’」]*[”\"'’」]")  # a Chinese prompt about a word
 QUOTED = re.compile(r"“[^”]*”|\"[^\"\n]*\"|「[^」]*」|『[^』]*』")
 CODE_LINE = re.compile(
-    r"(?m)^.*(?:[{};\]]|\)\s*[:{]|\w\(.*\)| = .*)[ \t]*$|^\s*(?:<|#|//"
+    r"(?m)^.*(?:[{};\]]|\)\s*[:{]|\w\(.*\)| = .*)[ \t]*$|^[ \t]*(?:<|#|//"
     r"|(?:import|from|def|class|return|const|let|var|print|echo|sudo|pip|npm|git)\b"
     r"|(?i:select|insert into|update|delete from|create|alter|drop|from|(?:left |inner )?join|where"
     r"|group by|order by|values|having|limit)\b).*$"
@@ -4596,10 +4595,9 @@ SMALL_IS_GOOD = re.compile(
     r"|越[低小少]越[好优]|1\s*分?\s*(?:最|为最|是最|代表最|表示最)[好优佳]",
     re.I,
 )
-BEST = r"winner|best|better|preferred|preference|chosen|更好|最好|胜者|胜出者"
 CLAIM = re.compile(  # `"winner": "K3"`, `the better answer is K3`, `更好的是 K3`
-    rf"(?:(?P<best>{BEST})|worse|worst|loser|rejected|更差|最差)"
-    rf"(?:[\s_]*(?:answer|response|one|id|的|回答))*"
+    r"(?:(?P<best>winner|best|better|preferred|preference|chosen|更好|最好|胜者|胜出者)|worse|worst"
+    r"|loser|rejected|更差|最差)(?:[\s_]*(?:answer|response|one|id|的|回答))*"
     rf"[\s{QUOTES}]*(?:[:=]|\bis\b|是|为)[\s{QUOTES}]*(?:answer\s+)?(?P<id>[a-z]\d)(?![a-z0-9])",
     re.I,
 )
@@ -4735,9 +4733,8 @@ def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> dict[str, fl
 
 
 def check_place(before: str) -> None:
-    """Raises UnreadableReply if the numbers after `before` may be no scores, or not the judge's.
-
-    So may the keys of the objects that hold them say, from the inside, or the heading of it all."""
+    """Raises UnreadableReply if the keys around the numbers after `before`, or their heading, say
+    that they are no scores, or not the judge's."""
     end = len(before)
     depth = 0
     for brace in reversed(list(re.finditer("[{}]", before))):
