@@ -463,7 +463,7 @@ def test_two_answers_that_only_one_of_two_signals_tells_apart_form_no_pair(proce
 
 
 def test_no_two_shapes_in_one_row_that_differ_give_a_pair():
-    run, rows = SimpleNamespace(seed=0, strategy="all_pairs", length_penalty=0), 0
+    run, rows = SimpleNamespace(seed=0, args=SimpleNamespace(strategy="all_pairs")), 0
     shapes = SHAPES | OF_OTHERS
     del shapes["LLaMA-Factory, former ranking"]  # a mere list, if anything else says who is better
     del (
@@ -792,7 +792,7 @@ def test_a_field_renamed_onto_another_costs_the_record(tmp_path):
 def winner_of(row, *others):
     """What the first of a file's rows says is better: A or B, or `stage: reason` of its drop."""
     rows = [row, *others]
-    run = SimpleNamespace(seed=0, strategy="best_worst", length_penalty=0)
+    run = SimpleNamespace(seed=0, args=SimpleNamespace(strategy="best_worst", length_penalty=0))
     try:
         [record] = rc.parse_row(row, True, rc.ChoiceNumbers(iter(rows)))
         if not record.signal:
