@@ -3706,8 +3706,9 @@ SCORE_LINE = re.compile(
 )
 # The key of a score, of the scores, or of an object around them: none of drafts, ranks or errors.
 SCORES_KEY = re.compile(r"(?:final_?)?(?:scores?|ratings?|grades?)|verdict|result|评分|分数|得分")
-GRADED = re.compile(  # `K3: 8`, but not `K3: 8 errors`
-    rf"(?<![a-z0-9])(scores|[a-z]\d){COLON}[\s{QUOTES}]*({SCORE_NUMBER})(?![\d.]| [a-z])", re.I
+GRADED = re.compile(  # `K3: 8`, but not `K3: 8 errors`, `K3 = 8`
+    rf"(?<![a-z0-9])(scores|[a-z]\d)[\s{QUOTES}]*:[\s{QUOTES}]*({SCORE_NUMBER})(?![\d.]| [a-z])",
+    re.I,
 )
 THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratch(?:pad)?|draft|example"
 THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)

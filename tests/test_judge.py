@@ -304,6 +304,7 @@ def test_a_reply_that_contradicts_itself_is_not_read(reply):
         f"K3 is right, Q7 makes an error.\n{GOOD}",
         f"Q7 makes a mistake, so here are the scores:\n{GOOD}",
         f"- K3: 3 of 3 steps are right.\n- Q7: 2 errors\n\n{GOOD}",
+        f"K3 = 4, which is right. Q7 = 5.\n{GOOD}",
         f"**K3**: 8/10, right.\n**Q7**: 3.5/10, wrong.\n\n{GOOD}",
         GOOD.replace("ok", "Q7 has 3 errors and ranks second"),
         f"Here is the JSON in the requested format:\n{GOOD}",
