@@ -3423,7 +3423,8 @@ def fold_text(text: str, keep_case: bool = False) -> str:
 
 def similarity(a: str, b: str, threshold: float) -> float:
     """Jaccard similarity (0..1) of character 5-grams without white space; 0 below `threshold`."""
-    shorter, longer = sorted(("".join(a.split()), "".join(b.split())), key=len)
+    texts = ["".join(a.split()), "".join(b.split())]
+    shorter, longer = sorted(texts, key=len)
     if len(shorter) < 5 or len(shorter) < threshold * len(longer):
         return 0.0
     # At a similarity of .8 it happens once in 1,000 that half of 16 samples are missing.
@@ -3879,7 +3880,8 @@ def check_place(before: str) -> None:
     for brace in reversed(list(re.finditer("[{}]", before))):
         depth += 1 if brace[0] == "}" else -1
         if depth < 0:  # a brace that is open
-            key = re.search(rf"{KEY}\s*\Z", before[brace.end() : end][-60:], re.I)
+            inside = before[brace.end() : end]
+            key = re.search(rf"{KEY}\s*\Z", inside[-60:], re.I)
             if not key:  # it stands in prose, or around these numbers alone
                 break
             if not SCORES_KEY.fullmatch(key[1].lower()):
@@ -4206,7 +4208,8 @@ def marked_answers(text: str) -> list[tuple[int, str]]:
     for box in BOX.finditer(text):
         rest = re.match(r"[^\n.,;:。，；：]*", text[box.end() :])[0]  # a unit, or more of it
         raw = box[1] + re.sub(r"[${})\]]|\\[)\]]", " ", rest)
-        if BEFORE_BOX.search(text[max(0, box.start() - 40) : box.start()]):
+        before = text[max(0, box.start() - 40) : box.start()]
+        if BEFORE_BOX.search(before):
             raw = "?"
         found.append((box.start(), box.end() + len(rest), raw))
     answers = []
@@ -4268,7 +4271,9 @@ def read_number(text: str) -> FinalAnswer | None:
     elif unit and not is_unit(unit, touching=text[match.start("unit") - 1] != " "):
         return None
     unit = UNIT_OF.get(unit, unit)
-    power = MULTIPLES.get((match["multiple"] or "").lower(), 0) - 2 * (unit == "%")
+    power = MULTIPLES.get((match["multiple"] or "").lower(), 0)
+    if unit == "%":
+        power -= 2
     if match["top"]:
         if int(match["bottom"]) == 0:
             return None
