@@ -3411,19 +3411,6 @@ def character_runs(text: str, size: int, step: int = 1) -> list[str]:
     return [text[start : start + size] for start in range(0, len(text) - size + 1, step)]
 
 
-def is_chinese(words: list[str]) -> bool:
-    """Whether over 30 % of the words of `split_words` are Chinese, Japanese, Korean characters."""
-    characters = sum(word >= "\u3040" for word in words)
-    return characters > 0.3 * len(words)
-
-
-def without_code(text: str) -> str:
-    """The text without code blocks and markup tags: in those, repetition is right."""
-    if "```" in text:
-        text = CODE_BLOCK.sub(" ", text)
-    return MARKUP_TAG.sub(" ", text) if "<" in text else text
-
-
 @functools.lru_cache(maxsize=64)
 def fold_text(text: str, keep_case: bool = False) -> str:
     """For comparing: without case, white space and a final full stop; 42 and -42 stay different."""
@@ -3435,23 +3422,16 @@ def fold_text(text: str, keep_case: bool = False) -> str:
 
 def similarity(a: str, b: str, threshold: float) -> float:
     """Jaccard similarity (0..1) of character 5-grams without white space; 0 below `threshold`."""
-    shorter, longer = sorted(("".join(a.split()), "".join(b.split())), key=len)
+    texts = ["".join(a.split()), "".join(b.split())]
+    shorter, longer = sorted(texts, key=len)
     if len(shorter) < 5 or len(shorter) < threshold * len(longer):
         return 0.0
     # At a similarity of .8 it happens once in 1,000 that half of 16 samples are missing.
     samples = character_runs(shorter, 5, max(1, len(shorter) // 16))
     if sum(sample in longer for sample in samples) < len(samples) / 2:
         return 0.0
-    # The sets of a book take 40 MB each: those are not kept.
-    five_grams = grams if len(longer) <= SAMPLE_TEXT else grams.__wrapped__
-    grams_a, grams_b = five_grams(shorter), five_grams(longer)
+    grams_a, grams_b = set(character_runs(shorter, 5)), set(character_runs(longer, 5))
     return len(grams_a & grams_b) / len(grams_a | grams_b)
-
-
-@functools.lru_cache(maxsize=64)
-def grams(text: str) -> set[str]:
-    """The character 5-grams of a text, kept for a while: the report compares one with several."""
-    return set(character_runs(text, 5))
 
 
 def chinese_share(text: str) -> tuple[float, int]:
@@ -3468,16 +3448,11 @@ ERROR_TEXT = re.compile(
     r"\s*(?:\*\*(?:API REQUEST|NETWORK) ERROR|NETWORK ERROR DUE TO|\$(?:ERROR|MODERATION)\$"
     r"|生成失败\s*(?:$|[:：!！。]|[,，]\s*请))"
 )
+MARK_NAMES = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
+CHAT_TAG = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
+# Marks at the start or end of a line or sentence: those inside of one are spoken of.
 CONTROL = re.compile(
-    r"(?m)(<\|)\w[^|\n<>]*\|>|\[/?(INST\])|</?(think>)|<</?(SYS>)>|^(Human|Assistant): "
-)
-CONTROL_STARTS = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
-# A mark that a sentence speaks of: in quotes, or with words of the same sentence on both sides.
-MARK = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
-SPOKEN_OF = re.compile(
-    rf"[\"'“‘「『(（]{MARK}[\"'”’」』)）]"
-    rf"|(?<=[\w,，、]) {MARK}(?=[,，、;；:：)）]| ?[a-z(（]| ?[{CJK}])"
-    rf"|(?<=[{CJK}，、：]){MARK}(?= ?(?:和|与|或|之|的|来|标|符|等|结尾|开头))"
+    rf"(?m)(?:^|[.!?。！？]) *{CHAT_TAG}|{CHAT_TAG}(?= *(?:[A-Z]|$))|^(?:Human|Assistant): "
 )
 ZH_COUNT = "二三四五六七八九十百千两几"
 # "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not.
@@ -3492,38 +3467,31 @@ LOOP_UNIT = 1000  # characters of the longest unit that is looked for at the end
 LOOP_SHARE = 0.75  # of the words in consecutive repeats, from which a text is a loop
 REPEATS_ITSELF = 0.30  # of the words in repeated runs, from which a kept text is worth a review
 RULED_LINE = re.compile(r"[-_=*~#|:+\\\[\]—–─━═\s]*")  # also the empty cells of a table
-NUMBER = re.compile(r"\d+")
+# `1.`, `Week 2:` at the start of a line or sentence; the end of the text may cut it.
+NUMBERING = re.compile(r"(?m)((?:^|[.!?。！？]) *(?:[^\W\d]{1,20} )?)\d+(?=[.):、：]|\Z)")
 
 
 def is_repetition_loop(text: str) -> bool:
-    """Whether the text ends in a repeated unit, or is mostly one unit that is repeated in a row.
-
-    Passages that return after other text (a refrain, the weeks of a plan) are no loop."""
+    """Whether the text ends in a repeated unit or is mostly one: a refrain after verses is none."""
     if len(text) < LOOP_LENGTH:
         return False
-    return ends_in_repeats(text) or consecutive_share(text) >= LOOP_SHARE
+    return ends_in_repeats(text) or repeated_share(text, LOOP_SHARE, in_a_row=True) >= LOOP_SHARE
 
 
 def ends_in_repeats(text: str) -> bool:
     """Whether the text ends in a unit repeated 4 times (from 200 characters: 3 times) or more.
 
-    If one number counts on ("1. Wait. 2. Wait. 3. Wait."), that is no difference: over 10 times."""
+    Numbered ones ("1. Wait. 2. Wait.") are alike, too, from 11 on: a program may count to 10."""
     end = text[-5 * LOOP_UNIT :].rstrip()
-    unit, times = repeated_end(end)
-    if times:
+    if unit := repeated_end(end, 3):
         return not RULED_LINE.fullmatch(unit)
-    if not NUMBER.search(end[-200:]):
+    if not NUMBERING.search(end[-200:]):
         return False
-    end = end[-2 * LOOP_UNIT :]
-    unit, times = repeated_end(NUMBER.sub("0", end))
-    words = split_words(unit.replace("0", " "))
-    if times <= 10 or len(words) < 2:  # a program that counts to 10 prints such lines rightly
-        return False
-    return counts_on(NUMBER.findall(end), times, unit.count("0"))
+    return len(split_words(repeated_end(NUMBERING.sub(r"\1", end), 11))) > 1
 
 
-def repeated_end(text: str) -> tuple[str, int]:
-    """The shortest unit that the text ends with several times, and how often; ("", 0) if none."""
+def repeated_end(text: str, least: int) -> str:
+    """The shortest unit that the text ends with `least` times (a short one more often), or ""."""
     last_characters = text[-8:]
     last_place = len(text) - len(last_characters)
     place = last_place
@@ -3532,38 +3500,22 @@ def repeated_end(text: str) -> tuple[str, int]:
         if place < 0:
             break
         unit = text[place - last_place :]
-        least = max(4 if len(unit) < 200 else 3, math.ceil(LOOP_LENGTH / len(unit)))
-        if text.endswith(unit * least):
-            times = least
-            while text.endswith(unit * (times + 1)):
-                times += 1
-            return unit, times
-    return "", 0
+        times = 4 if len(unit) < 200 else 3
+        times = max(least, times, math.ceil(LOOP_LENGTH / len(unit)))
+        if text.endswith(unit * times):
+            return unit
+    return ""
 
 
-def counts_on(numbers: list[str], times: int, columns: int) -> bool:
-    """Whether in the last `times` units one number at most counts on, and the others stay."""
-    numbers = numbers[len(numbers) - times * columns :]
-    counting = 0
-    for column in range(columns):
-        values = [int(digits[-9:]) for digits in numbers[column::columns]]
-        steps = {after - before for before, after in itertools.pairwise(values)}
-        # At both ends a number may be cut: its steps are left out.
-        inner_steps = {after - before for before, after in itertools.pairwise(values[1:-1])}
-        if inner_steps == {1}:
-            counting += 1
-        elif steps != {0}:
-            return False
-    return counting <= 1
+def repeated_share(text: str, least_share: float = REPEATS_ITSELF, in_a_row: bool = False) -> float:
+    """Share (0..1) of the words, but for numbers, in passages that occur again; 0 if surely below.
 
-
-def consecutive_share(text: str) -> float:
-    """Share (0..1) of the words in a unit that stands three times in a row or more; numbers aside.
-
-    Words that stood `distance` words before are part of a repeat; if that goes on for two units at
-    the same distance, the unit stands there three times."""
-    prose = without_code(text)
-    if not has_repeats(prose, LOOP_SHARE):
+    A passage has 10 words (20 Chinese characters) at least. `in_a_row`: only those count that stand
+    three times in a row: 2 x `distance` words that repeat what stood `distance` words before."""
+    prose = MARKUP_TAG.sub(" ", CODE_BLOCK.sub(" ", text))  # in those, repetition is right
+    samples = character_runs(prose, 12, max(12, len(prose) // 8))
+    misses = sum(prose.count(sample) < 2 for sample in samples)
+    if misses > len(samples) * (1 - least_share / 2):
         return 0.0
     words = split_words(prose)
     size = run_size(words)
@@ -3578,64 +3530,36 @@ def consecutive_share(text: str) -> float:
             spans.append([place, place + size, distance])
     inside = set()
     for start, end, distance in spans:
-        if distance and end - start >= 2 * distance:
-            inside.update(range(start - distance, end))
+        if distance and (not in_a_row or end - start >= 2 * distance):
+            inside.update(range(start, end))
+            inside.update(range(start - distance, end - distance))
     counted = [place for place in inside if not words[place].isdigit()]
     return len(counted) / max(1, len(words))
 
 
-def repeated_share(text: str) -> float:
-    """Share (0..1) of the words in runs of 10 words (20 Chinese characters) that occur again."""
-    prose = without_code(text)
-    if not has_repeats(prose, REPEATS_ITSELF):
-        return 0.0
-    words = split_words(prose)
-    size = run_size(words)
-    runs = word_runs(words, size)
-    counts = Counter(runs)
-    inside = set()
-    for start, run in enumerate(runs):
-        if counts[run] > 1:
-            inside.update(range(start, start + size))
-    return len(inside) / max(1, len(words))
-
-
 def run_size(words: list[str]) -> int:
     """Words in a row that two passages do not share by chance: 10, or 20 Chinese characters."""
-    return 20 if is_chinese(words) else 10
-
-
-def has_repeats(text: str, least_share: float) -> bool:
-    """False if surely less than `least_share` of the text repeats: few of 8 samples occur twice."""
-    samples = character_runs(text, 12, max(12, len(text) // 8))
-    allowed_misses = len(samples) * (1 - least_share / 2)
-    misses = 0
-    for sample in samples:
-        if text.count(sample) < 2:
-            misses += 1
-            if misses > allowed_misses:
-                return False
-    return True
+    chinese_characters = sum(word >= "\u3040" for word in words)
+    return 20 if chinese_characters > 0.3 * len(words) else 10
 
 
 ECHO_ASKED = re.compile(  # work on the prompt's own text
     r"(?i)\b(?:repeat|rewrit|re-?phras|paraphras|correct|proof-?read|edit|translat|fix|improv"
-    r"|summar"
-    r"|extract|copy|quot|punctuat|complet|continu|fill|echo|recit|convert|format)|_{2,}"
-    r"|重复|复述|改写|改正|修改|修正|翻译|译成|译为|润色|纠正|校对|补全|补充|续写|填空|提取"
-    r"|摘录|总结|概括|朗读|抄写|转换|标点"
+    r"|summar|extract|copy|quot|punctuat|complet|continu|fill|echo|recit|convert|format)|_{2,}"
+    r"|重复|复述|改写|改正|修改|修正|翻译|译成|译为|润色|纠正|校对|补全|补充|续写|填空|提取|摘录|总结|概括|朗读|抄写|转换|标点"
 )
-NEGATION = re.compile(
-    r"(?i)\b(?:not|no|never|none|nor|neither|without|cannot)\b|n['’]t\b|[不没无非未别莫勿否]"
+# A number, a negation, or a sign or piece of code.
+WHAT_COUNTS = re.compile(
+    r"\d+|(?i:\b(?:not|no|never|none|nor|neither|without|cannot)\b|n['’]t\b)|[不没无非未别莫勿否]"
+    r"|[(){}\[\]<>=+/\\^&|%$@~_]|(?<=\w)\*(?=\w)"
 )
-CODE_SIGN = re.compile(r"[(){}\[\]<>=+/\\^&|%$@~_]|(?<=\w)\*(?=\w)")
 
 
 def differ_in_what_counts(a: str, b: str) -> bool:
     """Whether two texts differ in a number, a negation, a token of code, or in nothing but case."""
     if fold_text(a) == fold_text(b):
         return True
-    for pattern in (NUMBER, NEGATION, CODE_SIGN, CODE):
+    for pattern in (WHAT_COUNTS, CODE):
         if Counter(pattern.findall(a)) != Counter(pattern.findall(b)):
             return True
     return False
@@ -3644,13 +3568,10 @@ def differ_in_what_counts(a: str, b: str) -> bool:
 CANNOT = r"(?:can(?:no|['’])t|cannot|am (?:unable|not able) to|won['’]t|will not)"
 ZH_CANNOT = "(?:无法|不能|没有办法|没法|不便|拒绝)"
 REFUSAL_OPENS = re.compile(
-    r"(?i)\W*(?:(?:i['’]?m|i am)\s+(?:really |very |so |truly |deeply )?"
-    r"(?:sorry|afraid|unable|not able)"
-    rf"|sorry,?\s+(?:but|i\b)|i\s+(?:apologi[sz]e|{CANNOT}"
-    r"|do(?:n['’]t| not) (?:feel able|have access))"
+    r"(?i)\W*(?:(?:i['’]?m|i am)\s+(?:really |very |so |truly |deeply )?(?:sorry|afraid|unable"
+    rf"|not able)|sorry,?\s+(?:but|i\b)|i\s+(?:apologi[sz]e|{CANNOT}|do(?:n['’]t| not) have access)"
     r"|as an (?:ai|artificial)|unfortunately,?\s+(?:i\b|as an)|my apologies"
-    r"|it(?:['’]s| is) not (?:appropriate|possible)"
-    r"|(?:很|非常|十分)?(?:抱歉|遗憾|对不起)|不好意思"
+    r"|it(?:['’]s| is) not (?:appropriate|possible)|(?:很|非常|十分)?(?:抱歉|遗憾|对不起)|不好意思"
     r"|作为(?:一个|一名)?(?:AI|人工智能|大?语言模型)"
     rf"|我(?:是一个?(?:AI|人工智能|语言模型)[^。]{{0,30}})?{ZH_CANNOT})"
 )
@@ -3659,36 +3580,29 @@ REFUSAL_SAYS = re.compile(
     r"|do that|answer|engage|support|offer|give|share|discuss|recommend)"
     r"|unable to (?:help|assist|provide|comply)"
     r"|(?:i['’]?m|i am) (?:just an|an) ai\b[^.]{0,80}\b(?:can(?:no|['’])t|cannot|unable|not able))"
-    rf"|{ZH_CANNOT}(?:[为给][您你])?"
-    r"(?:确切|准确|直接)?地?"
+    rf"|{ZH_CANNOT}(?:[为给][您你])?(?:确切|准确|直接)?地?"
     r"(?:提供|回答|帮助|协助|满足|完成|讨论|生成|执行|访问|查看|获取|给出|直接)"
 )
 # After "I cannot ...": the turn to an answer that follows all the same.
 ANSWER_FOLLOWS = re.compile(
     r"(?i)\b(?:however|but|that said|instead|nevertheless|still|nonetheless)\b[^.:。]{0,60}?"
-    r"\b(?:here|i can|i could|i['’]ll|let me|you can|some|several|there (?:is|are)|generally"
-    r"|in general|general|typically|usually)\b"
+    r"\b(?:here|i can|i could|i['’]ll|let me|you can|some|several|there (?:is|are))\b"
     r"|\b(?:generally|in general|in most cases|typically|usually|here (?:is|are)|here['’]s an?)\b"
     r"|一般(?:来说|而言|情况)|通常(?:来说|情况|，)|总的来说|以下是|下面是|根据"
     r"|(?:但|不过|然而)[^。]{0,20}(?:可以|以下|一般|通常)"
 )
-ANSWER_WORDS = 60  # words or Chinese characters after such a turn that make an answer
 
 
 def is_refusal(text: str) -> bool:
     """Whether the first 240 characters open like a refusal and say it, and no answer follows.
 
-    Either alone misfires ("I'm sorry to hear that"). "I can't say exactly, but in general ..." with
-    a whole answer behind it is no refusal."""
+    Either alone misfires ("I'm sorry to hear that", "I can't say exactly, but in general ...")."""
     text = text.strip()
-    head = text[:240]
-    if not REFUSAL_OPENS.match(head):
-        return False
-    statement = REFUSAL_SAYS.search(head)
+    statement = REFUSAL_OPENS.match(text) and REFUSAL_SAYS.search(text[:240])
     if not statement:
         return False
     turn = ANSWER_FOLLOWS.search(text, statement.end(), statement.end() + 800)
-    return turn is None or len(split_words(text[turn.start() :])) < ANSWER_WORDS
+    return turn is None or len(split_words(text[turn.start() :])) < 60  # no whole answer
 
 
 LANGUAGE_ASKED = re.compile(
@@ -3703,31 +3617,27 @@ LANGUAGE_ASKED = re.compile(
 QUOTED_LATIN = re.compile(r"[“\"'‘「][A-Za-z][^”\"'’」]*[”\"'’」]")  # a Chinese prompt about a word
 QUOTED = re.compile(r"“[^”]*”|\"[^\"\n]*\"|「[^」]*」|『[^』]*』")
 CODE_LINE = re.compile(
-    r"(?m)^[ \t]*(?:<.*|.*[;{}\]]|.*\)\s*[:{]|.*\w\(.*\)|\w+ = .*"
-    r"|(?i:SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE|ALTER|DROP|FROM|(?:LEFT |INNER )?JOIN|WHERE"
-    r"|GROUP BY|ORDER BY|VALUES|HAVING|LIMIT)\b.*"
-    r"|(?:#|//|(?:import|from|def|class|return|const|let|var|print|echo|sudo|pip|npm|git)\b).*"
-    r")[ \t]*$"
+    r"(?m)^.*(?:[{};\]]|\)\s*[:{]|\w\(.*\)| = .*)[ \t]*$|^[ \t]*(?:<|#|//"
+    r"|(?:import|from|def|class|return|const|let|var|print|echo|sudo|pip|npm|git)\b"
+    r"|(?i:select|insert into|update|delete from|create|alter|drop|from|(?:left |inner )?join|where"
+    r"|group by|order by|values|having|limit)\b).*$"
 )
 
 
 def answered_in_other(asked_in_chinese: bool, text: str) -> bool:
     """Whether a text of 8 words or characters at least is not in the language asked in."""
     share_of_chinese, units = chinese_share(text)
-    if units < 8:
-        return False
-    return share_of_chinese < 0.20 if asked_in_chinese else share_of_chinese > 0.50
+    is_other = share_of_chinese < 0.20 if asked_in_chinese else share_of_chinese > 0.50
+    return is_other and units >= 8
 
 
 def has_control_token(text: str, messages: list[dict]) -> bool:
     """Whether a mark of a chat template stands in the text, outside code, and in no message."""
-    if not any(start in text for start in CONTROL_STARTS):
+    if not any(name in text for name in MARK_NAMES):
         return False
     prompt = "\n".join(turn["content"] for turn in messages).lower()
-    prose = SPOKEN_OF.sub("", CODE.sub("", text))
-    for mark in CONTROL.finditer(prose):
-        opening = mark[mark.lastindex]  # the one group that took part: what names the mark
-        if opening.lower() not in prompt:
+    for mark in CONTROL.findall(CODE.sub("", text)):
+        if not any(name in mark and name.rstrip(": ").lower() in prompt for name in MARK_NAMES):
             return True
     return False
 
@@ -3776,84 +3686,75 @@ class UnreadableReply(Exception):
 # How a judge may write its scores. Full-width characters are made ASCII before.
 FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0xFFE5: "¥"}
 QUOTES = "\"'“”‘’「」`*"
+NAME = re.compile(r"(?<![a-z0-9])[a-z]\d(?![a-z0-9])", re.I)  # what may be an id
 SCORE_NUMBER = r"[-+]?\d+(?:,\d{1,2}(?!\d)|\.\d*)?(?:e[-+]?\d+)?"
 SCORE = re.compile(rf"({SCORE_NUMBER})(?:\s*(?:/|out of)\s*(\d+)|\s*(?:points?|分))?", re.I)
-KEY = rf"[\s{QUOTES}]*(?:answer\s+)?(\w+)[\s{QUOTES}]*[:=]"
+COLON = rf"[\s{QUOTES}]*[:=]"
+KEY = rf"[\s{QUOTES}]*(?:answer\s+)?(\w+){COLON}"
 ENTRY = re.compile(rf"{KEY}(.*?)(?:,(?={KEY})|,?\s*\Z)", re.I | re.S)
-SCORE_LINE = re.compile(
-    rf"\W*(?:answer\s+)?([a-z]\d)[\s{QUOTES}]*[:=][\s{QUOTES}]*({SCORE.pattern})\W*", re.I
-)
 OBJECT = re.compile(r"\{([^{}]*)\}")
-OBJECT_LIST = re.compile(r"\[\s*(?:\{[^{}]*\}[\s,]*)+\]")
-STRING = re.compile(r""":\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'"\\]|\\.)*)')(?=\s*[,}])""", re.S)
-ID_OR_SCORE = re.compile(rf"\W*(?:(?:answer\s+)?[a-z]\d|{SCORE.pattern})\W*", re.I)
-SCORE_KEYS = ("SCORE", "RATING", "GRADE", "评分", "分数", "得分")
-NAME = re.compile(r"(?<![a-z0-9])[a-z]\d(?![a-z0-9])", re.I)  # what may be an id
-NESTED = re.compile(rf"(([a-z]\d)[\s{QUOTES}]*[:=])\s*{OBJECT.pattern}", re.I)
-GRADED = re.compile(rf"(?:{NAME.pattern}|scores)[\s{QUOTES}]*[:=][\s{QUOTES}]*\d", re.I)
+STRING = re.compile(  # the text of a key, unless it is an id or a score
+    rf""":\s*(?!["'][^\w"']*(?:(?:answer\s+)?[a-z]\d|{SCORE.pattern})[^\w"']*["'])"""
+    r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'"\\]|\\.)*')(?=\s*[,}])""",
+    re.I | re.S,
+)
+# An object for one id: `K3: {score: 8, reason: ""}` or `{id: K3, score: 8}`.
+ID_OBJECT = re.compile(rf"(?:([a-z]\d){COLON}\s*)?{OBJECT.pattern}", re.I)
+SCORE_LINE = re.compile(
+    rf"^[^\w\n]*(?:answer )?([a-z]\d)[ {QUOTES}]*[:=][ {QUOTES}]*({SCORE.pattern})[^\w\n]*$",
+    re.I | re.M,
+)
+# The key of a score, of the scores, or of an object around them: none of drafts, ranks or errors.
+SCORES_KEY = re.compile(r"(?:final_?)?(?:scores?|ratings?|grades?)|verdict|result|评分|分数|得分")
+GRADED = re.compile(  # `K3: 8`, but not `K3: 8 errors`, `K3 = 8`
+    rf"(?<![a-z0-9])(scores|[a-z]\d)[\s{QUOTES}]*:[\s{QUOTES}]*({SCORE_NUMBER})(?![\d.]| [a-z])",
+    re.I,
+)
 THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratch(?:pad)?|draft|example"
 THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
-THOUGHT_MARK = re.compile(rf"<(/?)(?:{THOUGHTS})>", re.I)
-# A heading or key of numbers that are no scores: a small one is good.
+THOUGHT_MARK = re.compile(rf"</?(?:{THOUGHTS})>", re.I)
+# In the heading of numbers: they are no scores, or another's, an example, a draft, or denied.
 NO_SCORES = re.compile(
     r"rank|^\W*order|position|\bplace|error|issue|mistake|flaw|defect|deduct|penal|violation|worst"
-    r"|harm(?!less)|toxic|hallucinat|\bloss|\blost|\brisk"
-    r"|排名|名次|排序|顺序|扣分|减分|失分|错误|缺点|有害|危害",
+    r"|harm(?!less)|toxic|hallucinat|\bloss|\blost|\brisk|[例比]如|示例|格式是|草稿|排[名序]|名次|顺序"
+    r"|[扣减失]分|错误|缺点|有害|危害|不[会该应能给是]"
+    r"|\b(?:says?|said|wrote|writes|claims?|tries|attempts?|inject\w*|quot\w+|draft|initial)\b"
+    r"|\b(?:for example|e\.g|(?:format|example) is)\b|^\W*example"
+    r"|(?:\bnot|\bnever|n['’]t)\s*(?:give|score|grade|say|be|award|\Z)",
     re.I,
 )
 # The same, said anywhere in the reply.
 SMALL_IS_GOOD = re.compile(
-    r"(?:_|\b)(?:lower|lowest|smaller|smallest|fewer|less)"
-    r"(?:[\s_]+(?:one|number|score|value)s?)?[\s_]*"
-    r"(?:(?:is|are|=|means?)[\s_]*(?:the[\s_]+)?(?:better|best)|wins?\b)"
-    r"|\b1\s*(?:is|=|means|being)\s*(?:the\s+)?best"
-    r"|(?:numbers|values|scores|these|they)\s+(?:are|mean|count)"
-    r"\s+(?:the\s+)?(?:ranks?\b|penalt|deduct)"
-    r"|(?:numbers|values|scores)\s+(?:are|mean|count)\s+(?:the\s+)?(?:errors|mistakes)"
-    r'|:\s*"(?:ranks?|ranking|errors?|penalty|penalties|deductions?|排名|名次|扣分)"'
+    r"(?:low|small|few)(?:er|est)[\s_]+(?:(?:one|number|score|value)s?[\s_]+)?(?:wins?\b"
+    r"|(?:is|are|=|means?)[\s_]*(?:the[\s_]+)?(?:better|best))"
+    r"|\b1\s*(?:is|=|means|being)\s*(?:the\s+)?best|:\s*\"(?:rank|error|penalt|deduct|排名|名次|扣分)"
+    r"|\b(?:are|mean|count)\s+(?:the\s+)?(?:ranks?\b|penalt|deduct|number of)"
     r"|越[低小少]越[好优]|1\s*分?\s*(?:最|为最|是最|代表最|表示最)[好优佳]",
     re.I,
 )
-# Before scores: they are another's, an example, a draft, or denied.
-NOT_MEANT = re.compile(
-    r"\b(?:says?|said|wrote|writes|claims?|tries|attempts?|inject\w*|quot\w+|draft|initial"
-    r"|for example|e\.g|(?:format|example) is)\b|^\W*example"
-    r"|(?:\bnot|\bnever|n['’]t)\s*(?:give|score|grade|say|be|award|\Z)"
-    r"|例如|比如|示例|格式是|草稿|不(?:会|该|应|能|给|是)",
-    re.I,
-)
-LAST_WORD = re.compile(r"\bfinal|correct(?:ed|ion)|revis|最终|最后|更正|修正|纠正", re.I)
-BEST = r"winner|best|better|preferred|preference|chosen|更好|最好|胜者|胜出者"
-WORST = r"worse|worst|loser|rejected|更差|最差"
 CLAIM = re.compile(  # `"winner": "K3"`, `the better answer is K3`, `更好的是 K3`
-    rf"(?:(?P<best>{BEST})|(?P<worst>{WORST}))(?:[\s_]*(?:answer|response|one|id|的|回答))*"
+    r"(?:(?P<best>winner|best|better|preferred|preference|chosen|更好|最好|胜者|胜出者)|worse|worst"
+    r"|loser|rejected|更差|最差)(?:[\s_]*(?:answer|response|one|id|的|回答))*"
     rf"[\s{QUOTES}]*(?:[:=]|\bis\b|是|为)[\s{QUOTES}]*(?:answer\s+)?(?P<id>[a-z]\d)(?![a-z0-9])",
     re.I,
 )
 WINS = re.compile(  # `K3 wins.`, `K3 is much better`, `K3 更差`, after the scores
     rf"(?P<id>{NAME.pattern})\s*(?:is\s+)?(?:the\s+|much\s+|far\s+|clearly\s+|明显)*"
-    rf"(?:(?P<best>wins|winner|better|best|更好|最好|胜出|获胜)|(?P<worst>loses|worse|worst|更差|最差))"
+    r"(?:(?P<best>wins|winner|better|best|更好|最好|胜出|获胜)|loses|worse|worst|更差|最差)"
     r"(?=(?:\s+(?:answer|response|one))?\s*(?:[.!,;，。]|$))",
     re.I | re.M,
 )
-WORD_SCORE = re.compile(  # `K3: three`, `K3 merits nine`, `K3 三`
-    rf"{NAME.pattern}[^a-z0-9]*(?:[a-z]+\s+)?"
-    r"(?:\b(?:one|two|three|four|five|six|seven|eight|nine|ten)\b|[零一二两三四五六七八九十](?![个点条些]))",
-    re.I,
-)
 # Words after the scores that may take them back or give others.
 REVISION = re.compile(
-    r"correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix|my mistake|sorry|oops|apolog"
-    r"|invert|reflection|second thought|re-?(?:do|evaluat|consider)|instead|should|rather"
-    r"|exchang|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal|other way"
-    r"|scor|grad(?:e|ing)|rating"
-    r"|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
-    r"|\b(?:an?|gets?|to|is|be|of)\s+(?:one|two|three|four|five|six|seven|eight|nine|ten|zero)\b"
-    r"|confus|\bwrong (?:way|order|ids?)|\bids? wrong|\b(?:that|this|it) (?:is|was) wrong|\bno[.,!]"
+    r"\A\W*(?:is|was|were|would)\b|correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix"
+    r"|my mistake|sorry|oops|apolog|invert|reflection|second thought|re-?(?:do|evaluat|consider)"
+    r"|instead|should|rather|exchang|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal"
+    r"|other way|scor|grad(?:e|ing)|rating|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
+    r"|\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten)\b|confus|\bno[.,!]"
+    r"|\bwrong (?:way|order|ids?)|\bids? wrong|\b(?:that|this|it) (?:is|was) wrong"
     r"|\b(?:was|is|were) (?:an|the|my|only|just) (?:an? )?(?:example|format|guess)"
-    r"|penal|deduct|\branks?\b"
-    r"|颠倒|弄混|混淆|有误|反了|示例|扣分|排名|更正|修正|纠正|改|其实|应|不对|反|对调|互换|交换|搞错|抱歉|最终|作废|忽略|取消|重新|一样|满分|分数|评分"
-    r"|得分|打分|[零一二两三四五六七八九十]\s*分",
+    r"|penal|deduct|\branks?\b|颠倒|混|有误|反|示例|排名|[更修纠]正|改|其实|应|不对|对调|[互交]换|搞错"
+    r"|抱歉|最终|作废|忽略|取消|重新|一样|分数|[评得打满扣]分|[零一二两三四五六七八九十]\s*(?:分|\W|\Z)",
     re.I,
 )
 
@@ -3861,172 +3762,72 @@ REVISION = re.compile(
 def parse_scores(reply: str, ids: list[str]) -> list[float]:
     """A judge's reply -> one score for each id; raises UnreadableReply, for there are no defaults.
 
-    The last innermost {...} that names an id counts: it must give each id one score, and no number
-    to anything else. What stands around it is free, unless it may mean other scores: another
-    grading in the same object, thoughts that do not end, numbers or words of correction after it.
+    The last innermost {...} that names an id counts (or lines that hold an id and its score alone):
+    it must give each id one score, and no number to anything else. What stands around it is free,
+    unless it may mean other scores, or that these are none.
 
     >>> parse_scores('Q7 errs. {"reason": "5", "scores": {"K3": 8, "Q7": "3.5"}}', ["Q7", "K3"])
     [3.5, 8.0]
-    """
-    text = plain_reply(reply, ids)
-    gradings = [match for match in OBJECT.finditer(text) if names_id(match[1], ids)]
-    if not gradings:
-        return scores_in_lines(text, ids)
-    start, end = gradings[-1].span()
-    check_meaning(text[:start])
-    scores = read_entries(split_entries(gradings[-1][1]), ids)
-    open_brackets = count_open_brackets(text[:start], gradings[:-1])
-    if text.count("}", end) + text.count("]", end) < open_brackets:
-        raise UnreadableReply("it ends inside the JSON")  # this may have been a draft
-    check_drafts(text[:start], gradings[:-1], scores, ids)
-    check_claims(text, text[end:], dict(zip(ids, scores, strict=True)))
-    check_after(text[end:], ids)
-    return scores
-
-
-def names_id(text: str, ids: list[str]) -> bool:
-    """True if one of the ids stands in the text."""
-    return any(name.upper() in ids for name in NAME.findall(text))
-
-
-def without_ids(text: str, ids: list[str]) -> str:
-    """The text without the ids, whose digits are no scores."""
-    return NAME.sub(lambda name: "" if name[0].upper() in ids else name[0], text)
-
-
-def headings(before: str) -> list[str]:
-    """The clauses that lead to the numbers after `before`: a key, a heading, a half sentence."""
-    ends = [len(before)]
-    depth = 0
-    for brace in reversed(list(re.finditer("[{}]", before))):
-        if brace[0] == "}":
-            depth += 1
-        elif depth:
-            depth -= 1
-        else:
-            ends.append(brace.start())
-        if len(ends) > 5:
-            break
-    clauses = []
-    for end in ends:
-        near = before[max(0, end - 200) : end]
-        leading = re.sub(r"```\w*\s*\Z", "", near).rstrip(" \n[#" + QUOTES)
-        line = leading.rpartition("\n")[2]
-        clause = re.split(r"[.,;{}。，；、]", line)[-1]
-        leads_on = "\n" not in near[len(leading) :] or clause.endswith((":", "="))
-        is_sentence = re.search(r"[.!?。！？][)\s]*\Z", line)
-        is_title = len(line) <= 30 and not NAME.search(line)
-        if not is_sentence and (leads_on or is_title):
-            clauses.append(clause)
-    return clauses
-
-
-def check_meaning(before: str) -> None:
-    """Raises UnreadableReply if the numbers after `before` are no scores, or not the judge's."""
-    for heading in headings(before):
-        if NO_SCORES.search(heading):
-            raise UnreadableReply("numbers that are no scores, such as ranks or errors")
-        if NOT_MEANT.search(heading):
-            raise UnreadableReply("scores that are quoted, denied or an example")
-
-
-def check_drafts(before: str, drafts: list[re.Match], scores: list[float], ids: list[str]) -> None:
-    """Raises UnreadableReply if an earlier grading ranks the answers otherwise, without a reason.
-
-    `before` ends where the last grading starts. A quoted grading is none, nor is a draft."""
-    for draft in drafts[-20:]:
-        try:
-            earlier = read_entries(split_entries(draft[1]), ids)
-        except UnreadableReply:
-            continue
-        pairs = itertools.combinations(zip(earlier, scores, strict=True), 2)
-        opposite = any((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in pairs)
-        quoted = any(NOT_MEANT.search(text) for text in headings(before[: draft.start()]))
-        if opposite and not quoted and not LAST_WORD.search(before[draft.end() :]):
-            raise UnreadableReply("two gradings that contradict each other")
-
-
-def check_claims(text: str, after: str, scores: dict[str, float]) -> None:
-    """Raises UnreadableReply if the text names a best or worst answer that the scores deny."""
-    for claim in itertools.chain(CLAIM.finditer(text), WINS.finditer(after)):
-        score = scores.get(claim["id"].upper())
-        extreme = min(scores.values()) if claim["worst"] else max(scores.values())
-        if score is not None and score != extreme:
-            raise UnreadableReply("scores that contradict the named winner")
-
-
-def scores_in_lines(text: str, ids: list[str]) -> list[float]:
-    """`parse_scores` for a reply without JSON, from lines that hold an id and its score alone.
-
     >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
     [8.0, 3.0]
     """
-    entries = []
-    first = 0  # where the first score stands
-    before = text
-    after = ""
-    position = 0
-    for line in text.splitlines(keepends=True):
-        position += len(line)
-        if match := SCORE_LINE.fullmatch(line):
-            first = first if entries else position - len(line)
-            entries.append((match[1].upper(), match[2]))
-            before = text[:position]
-            after = text[position:]
-        elif names_id(line, ids) and re.search(r"\d", without_ids(line, ids)):
-            raise UnreadableReply("a number beside an id on a line of another form")
-    if "{" in text or not entries:
+    text = plain_reply(reply)
+    gradings = []
+    for match in OBJECT.finditer(text):
+        if set(ids).intersection(NAME.findall(match[1].upper())):
+            gradings.append(match)
+    if not gradings:
         raise UnreadableReply("no scores in it")
-    check_meaning(text[:first])
-    count_open_brackets(before, [])  # raises for thoughts that do not end
-    scores = read_entries(entries, ids)
-    check_claims(text, after, dict(zip(ids, scores, strict=True)))
-    check_after(after, ids)
-    return scores
+    start, end = gradings[-1].span()
+    scores = read_entries(split_entries(gradings[-1][1]), ids)
+    for name, value in GRADED.findall(text.upper()):
+        score = number(value.replace(",", "."))
+        if name == "SCORES" or scores.get(name, score) != score:
+            raise UnreadableReply("scores that contradict each other")
+    check_place(text[:start])
+    after = NAME.sub("_", text[end:])
+    if re.search(r"[{\d]", after) or REVISION.search(after):
+        raise UnreadableReply("words after the scores that may change them")
+    for claim in itertools.chain(CLAIM.finditer(text), WINS.finditer(text, end)):
+        extreme = max(scores.values()) if claim["best"] else min(scores.values())
+        if scores.get(claim["id"].upper(), extreme) != extreme:
+            raise UnreadableReply("scores that contradict the named winner")
+    return [scores[name] for name in ids]
 
 
-def plain_reply(reply: str, ids: list[str]) -> str:
-    """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`."""
+def plain_reply(reply: str) -> str:
+    """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`.
+
+    Raises UnreadableReply where thoughts do not end, or numbers are said to be no scores."""
     text = THOUGHT_BLOCK.sub("", without_thinking(reply)).translate(FULL_WIDTH)
     if SMALL_IS_GOOD.search(text):
         raise UnreadableReply("numbers that are no scores, such as ranks or errors")
     text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
-    text = STRING.sub(empty_text, text)
-
-    def flat_object(match: re.Match) -> str:
-        """`K3: {score: 8, reason: ...}` -> `K3: 8`"""
-        score = score_entry(match[3]) if match[2].upper() in ids else ""
-        return f"{match[1]} {score}" if score else match[0]
-
-    def flat_list(match: re.Match) -> str:
-        """`[{id: K3, score: 8}, {id: Q7, score: 3}]` -> `{K3: 8, Q7: 3}`"""
-        entries = []
-        for item in OBJECT.findall(match[0]):
-            named = [value for _, value in split_entries(item) if short_id(value) in ids]
-            score = score_entry(item)
-            if len(named) != 1 or not score:
-                return match[0]
-            entries.append(f"{short_id(named[0])}: {score}")
-        return "{" + ", ".join(entries) + "}"
-
-    return OBJECT_LIST.sub(flat_list, NESTED.sub(flat_object, text))
+    text = STRING.sub(': ""', text)
+    if THOUGHT_MARK.search(text):
+        raise UnreadableReply("the scores may stand in thoughts")
+    if "{" not in text:
+        text = SCORE_LINE.sub(r"{\1: \2}", text).replace("}\n{", ", ")
+        if re.search(r"\d", NAME.sub("", OBJECT.sub("", text))):
+            raise UnreadableReply("other numbers beside lines of scores")
+        return text
+    return re.sub(r"\[([^\[\]{}]*)\]", r"{\1}", ID_OBJECT.sub(flatten_object, text))
 
 
-def empty_text(match: re.Match) -> str:
-    """`: "any text"` -> `: ""`; an id or a score stays."""
-    text = match[1] if match[1] is not None else match[2]
-    return match[0] if ID_OR_SCORE.fullmatch(text) else ': ""'
-
-
-def short_id(value: str) -> str:
-    """`answer k3` -> `K3`."""
-    return re.sub(r"(?i)^answer\s+", "", value).upper()
-
-
-def score_entry(inner: str) -> str:
-    """The value of an object's only score, "" if it has none or several."""
-    scores = [value for key, value in split_entries(inner) if key in SCORE_KEYS]
-    return scores[0] if len(scores) == 1 else ""
+def flatten_object(match: re.Match) -> str:
+    """`K3: {score: 8, reason: ...}` or `{id: K3, score: 8}` -> `K3: 8`; any other stays."""
+    entries = split_entries(match[2])
+    names = [match[1]] if match[1] else []
+    scores = []
+    for key, value in entries:
+        value_as_id = re.sub(r"(?i)^answer\s+", "", value)
+        if NAME.fullmatch(value_as_id):
+            names.append(value_as_id)
+        if SCORES_KEY.fullmatch(key.lower()):
+            scores.append(value)
+    if len(names) != 1 or len(scores) != 1:
+        return match[0]
+    return f"{names[0]}: {scores[0]}"
 
 
 def split_entries(inner: str) -> list[tuple[str, str]]:
@@ -4047,84 +3848,53 @@ def split_entries(inner: str) -> list[tuple[str, str]]:
     return entries
 
 
-def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> list[float]:
-    """(id, score) entries -> the scores in the order of `ids`; raises UnreadableReply."""
+def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> dict[str, float]:
+    """(id, `8` or `3,5` or `8/10`) entries -> each id's score; raises UnreadableReply."""
+    low, high = JUDGE_SCALE
     scores = {}
     for key, value in entries:
         if key in scores:
             raise UnreadableReply(f"two scores for {key}")
         if key in ids:
-            scores[key] = read_score(key, value)
+            match = SCORE.fullmatch(value)
+            score = number(match[1].replace(",", ".")) if match else None
+            if score is None:
+                raise UnreadableReply(f"the score for {key} is no number")
+            if not low <= score <= high or (match[2] and int(match[2]) != high):
+                raise UnreadableReply(f"score {value[:20]} is outside {low}-{high}")
+            scores[key] = score
         elif SCORE.match(value) or re.fullmatch("[A-Z][0-9]?", key):
             raise UnreadableReply(f"a score for {key[:20]}, which no answer is called")
     for name in ids:
         if name not in scores:
             raise UnreadableReply(f"no score for {name}")
-    return [scores[name] for name in ids]
+    return scores
 
 
-def read_score(name: str, value: str) -> float:
-    """`8`, `3,5`, `8/10` -> a score within JUDGE_SCALE; raises UnreadableReply."""
-    match = SCORE.fullmatch(value)
-    score = number(match[1].replace(",", ".")) if match else None
-    if score is None:
-        raise UnreadableReply(f"the score for {name} is no number")
-    low, high = JUDGE_SCALE
-    if not low <= score <= high or (match[2] and int(match[2]) != high):
-        raise UnreadableReply(f"score {value[:20]} is outside {low}-{high}")
-    return score
-
-
-def count_open_brackets(before: str, drafts: list[re.Match]) -> int:
-    """How many brackets around the scores have to be closed after them.
-
-    before: the reply up to the scores; drafts: the earlier gradings in it. A lone bracket that
-    holds a reason and "scores" may stay open: that makes 0. Raises UnreadableReply if an open
-    bracket holds another grading, or if thoughts have not ended."""
-    marks = THOUGHT_MARK.findall(before)
-    if marks and not marks[-1]:
-        raise UnreadableReply("the scores stand in thoughts that do not end")
-    open_positions = []  # positions of the brackets that are not closed before the scores
-    for bracket in re.finditer(r"[{}\[\]]", before):
-        if bracket[0] in "{[":
-            open_positions.append(bracket.start())
-        elif open_positions and before[open_positions[-1]] + bracket[0] in ("{}", "[]"):
-            open_positions.pop()
-    if open_positions and any(draft.start() > open_positions[0] for draft in drafts):
-        raise UnreadableReply("two gradings in one object")
-    count = 0
+def check_place(before: str) -> None:
+    """Raises UnreadableReply if the keys around the numbers after `before`, or their heading, say
+    that they are no scores, or not the judge's."""
     end = len(before)
-    may_stay_open = False
-    for start in reversed(open_positions):  # from the scores outwards
-        is_object = before[start] == "{"
-        content = before[start + 1 : end]
-        last_key = re.fullmatch(
-            rf"(?:.*,)?{KEY}\s*" if is_object else r"(?:.*,)?\s*", content, re.S | re.I
-        )
-        if not last_key:  # a bracket in a sentence: the scores are no value of it
-            break
-        if GRADED.search(content):
-            raise UnreadableReply("two gradings in one object")
-        if count == 0 and is_object and last_key[1].lower() == "scores":
-            may_stay_open = True
-        count += 1
-        end = start
-    return 0 if count == 1 and may_stay_open else count
-
-
-def check_after(text: str, ids: list[str]) -> None:
-    """Raises UnreadableReply if what follows the scores may change them."""
-    if WORD_SCORE.search(text):
-        raise UnreadableReply("more numbers after the scores")
-    if re.match(r"\W*(?:is|was|were|would)\b", text):  # {...} would be unfair
-        raise UnreadableReply("a correction after the scores")
-    text = without_ids(text, ids)
-    if "{" in text or re.search(r"\d", text):
-        raise UnreadableReply("more numbers after the scores")
-    if REVISION.search(text):
-        raise UnreadableReply("a correction after the scores")
-    if THOUGHT_MARK.search(text):
-        raise UnreadableReply("the scores stand in thoughts")
+    depth = 0
+    for brace in reversed(list(re.finditer("[{}]", before))):
+        depth += 1 if brace[0] == "}" else -1
+        if depth < 0:  # a brace that is open
+            inside = before[brace.end() : end]
+            key = re.search(rf"{KEY}\s*\Z", inside[-60:], re.I)
+            if not key:  # it stands in prose, or around these numbers alone
+                break
+            if not SCORES_KEY.fullmatch(key[1].lower()):
+                raise UnreadableReply(f"numbers under the key {key[1][:20]}")
+            end = brace.start()
+            depth = 0
+    near = before[max(0, end - 200) : end]
+    lead = re.sub(r"```\w*\s*\Z", "", near).rstrip(" \n[{#" + QUOTES)
+    line = lead.rpartition("\n")[2]
+    clause = re.split(r"[.,;!?{}。，；、]", line)[-1]
+    leads_on = "\n" not in near[len(lead) :] or clause.endswith((":", "="))
+    is_title = len(line) <= 30 and not NAME.search(line)
+    if (leads_on or is_title) and NO_SCORES.search(clause):
+        raise UnreadableReply("numbers that are no scores, or not the judge's")
 
 
 LABEL_DROPS = {
@@ -4340,150 +4110,78 @@ def judge_prompt(
 class FinalAnswer(NamedTuple):
     """What a text comes to. Only answers of one kind can be compared."""
 
-    kind: str  # number, choice, yes or no, label; other: formulas, ranges, times, negations
+    kind: str  # number, choice, label (also yes, no); other: formulas, ranges, times, negations
     value: Fraction | str
     detail: str = ""  # a number's unit, the text behind a choice's letter
     places: float = 0  # a number's decimals; inf for a fraction, -6 for "3 million"
 
 
 # A marked answer stands at the start of a line or sentence; `so`, `thus`, `所以` may come before.
-START = (
-    r"(?:^|[.!?。！？;；,，:])(?:so|thus|hence|therefore|finally|所以|因此|故|综上所述|,|，|\s)*"
+START = r"(?:^|[.!?。;,:])(?:so|thus|hence|therefore|finally|所以|因此|故|综上所述|[, \t]){0,9}"
+MARK = re.compile(
+    r"(?:^[ \t]*(?:####|(?-i:A)[ \t]*:(?=[ \t]*[-+$¥€£(\\.\d])"
+    r"|(?:label|sentiment|category|情感|标签|类别|分类|结论)[ \t]*:)"
+    rf"|{START}(?:the\s+|my\s+)?(?:(?:final|correct|right)\s+)?answer[ \t]*(?:is|:|=)"
+    rf"|{START}(?:最终|正确|本题|此题)?的?答案[ \t]*(?:应该是|应为|是|为|:))[ \t:]*(.+)$",
+    re.M | re.I,
 )
-MARKS = (
-    re.compile(r"^[ \t]*####[ \t]*(.+)$", re.M),
-    re.compile(r"^[ \t]*A[ \t]*:[ \t]*(?=[-+$¥€£(\\.\d])(.+)$", re.M),
-    re.compile(
-        rf"{START}(?:the\s+|my\s+)?(?:(?:final|correct|right)\s+)?answer"
-        r"[ \t]*(?:is|:|=)[ \t:]*(.+)$",
-        re.M | re.I,
-    ),
-    re.compile(
-        rf"{START}(?:最终|正确|本题|此题)?的?答案[ \t]*(?:应该是|应为|是|为|:)[ \t:]*(.+)$", re.M
-    ),
-    re.compile(
-        r"^[ \t]*(?:label|sentiment|category|情感|标签|类别|分类|结论)[ \t]*:[ \t]*(.+)$",
-        re.M | re.I,
-    ),
-)
-# In the sentence before a mark: it is only supposed, or denied.
-SUPPOSED = re.compile(
-    r"\b(?:if|unless|suppose|assum\w*|whether|doubt|not|wrong|never|cannot|why|guess|option|other|"
-    r"would|could|might|may|think"
-    r"|incorrect\w*|false\w*|mistake|mistaken|mistakes|misconception|lie|trap|"
-    r"claim|claims|claimed|says|said)\b|n['’]t\b"
-    r"|如果|若|假如|假设|假定|要是|倘|并非|不|(?<![分特区差])别|错|误|认为|反例|为什么|难道|可能|也许",
-    re.I,
-)
-# After the answer: it may be taken back.
-TAKEN_BACK = re.compile(
-    r"\d|\?|？|\b(?:but|however|not?|wrong|unless|or|if|incorrect\w*|false\w*|mistak\w+"
-    r"|impossible|intermediate|candidate|plus"
-    r"|hundred|thousand|twenty|thirty|forty|fifty|sixty"
-    r"|seventy|eighty|ninety|\w+teen|twelve|eleven)\b"
-    r"|n['’]t\b|不|但|错|或|而|误|漏|再算|重算|有问题|干扰",
-    re.I,
-)
-# In the text behind a choice: it is taken back, or it is not the only one.
-SECOND_CHOICE = re.compile(
-    r"(?<![A-Za-z])(?-i:[A-Hb-h])(?![A-Za-z])|\?"
-    r"|\b(?:but|however|not?|wrong|unless|or|if|incorrect\w*|false|"
-    r"mistak\w+|wait|actually|both|all|none|sorry"
-    r"|correction|maybe|rather|instead|because)\b|n['’]t\b"
-    r"|不|但|错|或|而|误|漏|都|均|也|应|改|等等|重新|[甲乙丙丁]",
-    re.I,
-)
-# Around a box: they change its number, or go on with it.
+BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
+# Before a box: it is a part of something larger, or changed by it.
 BEFORE_BOX = re.compile(
-    r"(?:[-−–—+^_/*·×÷<>~≈≠≤≥±]|\d|"
-    r"\\(?:sqrt|times|cdot|div|ne|neq|leq?|geq?|lt|gt|approx|sim|pm|[dt]?frac)"
-    r"|\b(?:minus|negative|about|approximately|roughly|around|over|under|than|least|most)|[负约近超])"
-    r"[\s${(\\]*\Z",
+    r"(?:[-−–—+^_/*·×÷<>~≈≠≤≥±\d]|\\(?:sqrt|times|cdot|div|neq?|leq?|geq?|[lg]t|approx|sim|pm"
+    r"|[dt]?frac)|\b(?:minus|negative|about|approximately|roughly|around|over|under|than|least"
+    r"|most)|[负约近超])[\s${(\\]*\Z",
     re.I,
 )
-AFTER_BOX = re.compile(r"(?:[ \t$})\]]|\\[)\],; ])*([^\s.,;:。，；：$})\]!*]\S*|!)?")
-WORDS_AFTER_BOX = set(
-    "is are was were in for as and which with since so left total altogether each 个 人".split()
+# In the sentence before a mark: the answer is only supposed, or denied.
+DOUBT = re.compile(
+    r"\b(?:if|unless|suppose|assum\w*|whether|doubt|not|wrong|never|cannot|why|guess|option|other"
+    r"|would|could|might|may|maybe|think|incorrect\w*|false\w*|mistak\w*|misconception|lie|trap"
+    r"|claim|claims|claimed|says|said)\b|n['’]t\b"
+    r"|如果|若|假如|假设|假定|要是|倘|不|(?<![分特区差])别|错|误|认为|反例|为什么|难道|可能|也许",
+    re.I,
 )
-
-YES_OR_NO = dict.fromkeys(("yes", "true", "correct", "是", "是的", "对", "正确", "真"), "yes")
-YES_OR_NO |= dict.fromkeys(
-    ("no", "false", "incorrect", "否", "不是", "不对", "错", "错误", "不正确", "假"), "no"
+# After the answer, or behind the letter of a choice: it is taken back, or not the only one.
+TAKEN_BACK = re.compile(
+    rf"{DOUBT.pattern}|[?？]|\b(?:but|however|no|or|impossible|intermediate|candidate|plus|wait"
+    r"|actually|both|all|none|sorry|correction|rather|instead|because)\b"
+    r"|但|或|而|漏|再算|重算|有问题|干扰|都|均|也|应|改|等等|重新|[甲乙丙丁]",
+    re.I,
 )
 CHOICE = re.compile(
     r"(?:(?i:option|choice)|选项?)?\s*(?:\(([A-H])\)|([A-H]))(?:\s*\Z|(?:(?<=\))|[.):、,])\s*(.*))",
     re.S,
 )
+CHOICE_LETTER = re.compile(r"(?<![A-Za-z])[A-Hb-h](?![A-Za-z])")
+YES_OR_NO = dict.fromkeys("yes true correct 是 是的 对 正确 真".split(), "yes")
+YES_OR_NO |= dict.fromkeys("no false incorrect 否 不是 不对 错 错误 不正确 假".split(), "no")
+# At most five words or eight Chinese characters, but no variable: X is not x.
+LABEL_WORD = rf"(?:[^\W\d_{CJK}]+|[{CJK}]{{1,8}})"
+LABEL = re.compile(rf"(?![A-Za-z]{{1,2}}$){LABEL_WORD}(?:[ '’-]{LABEL_WORD}){{0,4}}")
 # Words that say more than the label they stand beside, in both languages.
 HEDGES = re.compile(
-    r"\b(?:not?|non|never|n?either|nor|or|and|but|maybe|between|except|than|to|less|more|about|"
-    r"without|un\w+|likely|possibly|partly)\b|n['’]t\b|[不没非无未或否但和与]|可能|大概|以外|部分",
+    r"\b(?:no|non|n?either|nor|or|and|but|between|except|than|to|less|more|about|without|un\w+"
+    r"|likely|possibly|partly)\b|[没非无未或否但和与]|大概|以外|部分",
     re.I,
 )
 LABEL_SETS = (  # labels that exclude each other, though the prompt may not list them
-    ("positive", "negative", "neutral", "mixed"),
-    ("entailment", "contradiction", "neutral"),
-    ("正面", "负面", "中性"),
-    ("积极", "消极", "中性"),
-    ("spam", "ham"),
-)
-# Units of one dimension, each with all its names. Single letters (m, g) are none: in mathematics
-# they are variables.
-# fmt: off
-UNITS = {
-    "money": ("$ us$ dollar dollars usd 美元 美金", "¢ cent cents 美分",
-              "¥ yuan rmb cny 元 块 块钱 元钱 人民币", "角 毛",
-              "€ euro euros eur 欧元", "£ gbp 英镑", "yen jpy 日元"),
-    "length": ("km kilometer kilometers kilometre kilometres 千米 公里",
-               "meter meters metre metres 米",
-               "cm centimeter centimeters centimetre centimetres 厘米",
-               "mm millimeter millimeters 毫米",
-               "mile miles 英里", "foot feet ft 英尺", "inch inches 英寸", "yard yards 码"),
-    "weight": ("kg kilogram kilograms 千克 公斤", "gram grams 克", "ton tons 吨",
-               "pound pounds lb lbs 磅", "ounce ounces oz 盎司"),
-    "volume": ("liter liters litre litres 升", "ml milliliter milliliters 毫升",
-               "gallon gallons 加仑", "quart quarts", "pint pints", "cup cups 杯"),
-    "time": ("second seconds sec 秒 秒钟", "minute minutes min mins 分钟",
-             "hour hours hr hrs 小时 个小时", "day days 天", "week weeks 周 星期",
-             "month months 个月", "year years 年 岁"),
-    "angle or heat": ("° degree degrees 度", "radian radians 弧度"),
-    "part": ("% percent percents",),
-    "speed": ("mph",),
-    "count": ("个", "people person persons 人", "child children", "men", "women"),
-}
-# fmt: on
-UNIT_OF = {}  # name -> the first of its names
-DIMENSION_OF = {}  # name -> its dimension
-for _dimension, _units in UNITS.items():
-    for _names in map(str.split, _units):
-        UNIT_OF |= dict.fromkeys(_names, _names[0])
-        DIMENSION_OF |= dict.fromkeys(_names, _dimension)
-NO_UNITS = set(
-    "times halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths "
-    "thousandths hundreds thousands millions billions dozens pairs couples minus plus less loss "
-    "losses debts radians logs others perhaps sometimes besides overs scores cubes squares".split()
-)
-NO_UNIT_CHARACTERS = "之倍多少成半折万亿千百十负零下上亏欠余几约右到至或和比点每不没非双对打分"
-# Factors between units: a number that differs by one of them may be right, in another unit.
-FACTORS = (3, 7, 10, 12, 16, 24, 36, 52, 60, 365, 1.609, 2.2046, 2.54, 30.48, 28.35, 3.6, 4.2, 30)
-WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-DIGITS = {character: i for i, character in enumerate("零一二三四五六七八九")} | {"两": 2}
-TENS = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
-MULTIPLES = {
-    "hundred": 2,
-    "thousand": 3,
-    "million": 6,
-    "billion": 9,
-    "trillion": 12,
-    "万": 4,
-    "亿": 8,
-}
+    "positive negative neutral mixed", "entailment contradiction neutral", "spam ham", "yes no",
+    "正面 负面 中性", "积极 消极 中性",
+)  # fmt: skip
+# The names of currencies. Any other unit has one name.
+CURRENCY_OF = dict.fromkeys("$ us$ dollar dollars usd 美元 美金".split(), "$")
+CURRENCY_OF |= dict.fromkeys("¢ cent cents 美分".split(), "¢")
+CURRENCY_OF |= dict.fromkeys("¥ yuan rmb cny 元 块 块钱 元钱 人民币".split(), "¥")
+CURRENCY_OF |= dict.fromkeys("€ euro euros eur 欧元".split(), "€")
+CURRENCY_OF |= dict.fromkeys("£ gbp 英镑".split(), "£")
+MONEY_NAME = re.compile(rf"(?<![a-z])(?:{'|'.join(map(re.escape, CURRENCY_OF))})(?![a-z])")
+UNIT_OF = CURRENCY_OF | {"%": "%", "percent": "%", "个": ""}  # 个 counts anything
+MULTIPLES = {"thousand": 3, "million": 6, "billion": 9, "万": 4, "亿": 8}
 AMOUNT = re.compile(
-    r"(?P<sign>[-+]?)\s*(?P<currency>US\$|[$¥€£])?\s*(?P<sign2>-?)(?:"
-    r"(?:(?P<whole>\d+)\s+)?(?P<top>\d+)\s*/\s*(?P<bottom>\d+)"
-    r"|(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?:\s*[×x*]\s*10\s*\^\s*(?P<power>-?\d+)|e(?P<exponent>[-+]?\d+))?"
-    r")(?:\s*(?P<multiple>hundred|thousand|million|billion|trillion|万|亿))?\s*(?P<unit>.*)",
+    r"(?P<sign>[-+]?)\s*(?P<currency>US\$|[$¥€£])?\s*"
+    r"(?:(?:(?P<whole>\d+)\s+)?(?P<top>\d+)\s*/\s*(?P<bottom>\d+)"
+    r"|(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+))"
+    r"(?:\s*(?P<multiple>thousand|million|billion|万|亿))?\s*(?P<unit>.*)",
     re.I | re.S,
 )
 
@@ -4495,8 +4193,6 @@ def final_answer(text: str) -> FinalAnswer | None:
     FinalAnswer(kind='number', value=Fraction(42, 1), detail='', places=0)
     >>> final_answer("So the answer is (B).").value
     'B'
-    >>> final_answer("答案：正面").value
-    '正面'
     >>> final_answer("The answer is 42.\\nNo, it is 43.") is None
     True
     """
@@ -4504,12 +4200,12 @@ def final_answer(text: str) -> FinalAnswer | None:
     marked = marked_answers(text)
     if marked:
         tail = text[marked[-1][0] :]
-        if TAKEN_BACK.search(tail) or REVISION.search(tail):
+        if TAKEN_BACK.search(tail) or REVISION.search(tail) or re.search(r"\d", tail):
             return None
         answers = [read_answer(raw) for _, raw in marked]
-        if not all(same_answer(answers[-1], answer) for answer in answers):
-            return None
-        return answers[-1]
+        values = {(answer.kind, answer.value) for answer in answers}
+        known = {answer.detail for answer in answers} - {""}
+        return answers[-1] if len(values) == 1 and len(known) < 2 else None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or len(lines[-1]) > 80:
         return None
@@ -4523,49 +4219,23 @@ def final_answer(text: str) -> FinalAnswer | None:
 
 
 def marked_answers(text: str) -> list[tuple[int, str]]:
-    """Where each marked answer ends, and its text, in the order of the text."""
-    places = []  # where the text of each answer starts and ends
-    doubtful = set()  # where those end of which more stands around a box
-    for box in re.finditer(r"\\boxed\s*\{", text):
-        if end := closing_brace(text, box.end()):
-            places.append((box.end(), end))
-            if not is_whole_answer(text, box.start(), end + 1):
-                doubtful.add(end)
-    for mark in MARKS:
-        for match in mark.finditer(text):
-            if r"\boxed" not in match[1]:  # else it is found already
-                places.append(match.span(1))
+    """Where each marked answer ends, and its text ("?" if in doubt), in the order of the text."""
     found = []
-    for start, end in sorted(places):
+    for match in MARK.finditer(text):
+        if r"\boxed" not in match[1]:  # else it is found below
+            found.append((match.start(1), match.end(), match[1]))
+    for box in BOX.finditer(text):
+        rest = re.match(r"[^\n.,;:。，；：]*", text[box.end() :])[0]  # a unit, or more of it
+        raw = box[1] + re.sub(r"[${})\]]|\\[)\]]", " ", rest)
+        before = text[max(0, box.start() - 40) : box.start()]
+        if BEFORE_BOX.search(before):
+            raw = "?"
+        found.append((box.start(), box.end() + len(rest), raw))
+    answers = []
+    for start, end, raw in sorted(found):
         sentence = re.split(r"[.!?。！？\n]", text[:start])[-1]
-        is_doubtful = end in doubtful or SUPPOSED.search(sentence)
-        found.append((end, "?" if is_doubtful else text[start:end]))
-    return found
-
-
-def is_whole_answer(text: str, start: int, end: int) -> bool:
-    """True if the box from `start` to `end` holds the whole answer, as `-\\boxed{5}` does not.
-
-    Counted things may follow it, but no unit, operator or other command."""
-    if BEFORE_BOX.search(text[max(0, start - 40) : start]):
-        return False
-    following = AFTER_BOX.match(text, end)[1]
-    if not following:
-        return True
-    word = following.rstrip(".,;:!?。，；：！？$)}*").lower()
-    if word in WORDS_AFTER_BOX:
-        return True
-    return word not in UNIT_OF and word.isascii() and is_unit(word, touching=False)
-
-
-def closing_brace(text: str, start: int) -> int:
-    """Where the brace that was opened before `start` is closed, 0 if it is not."""
-    depth = 1
-    for brace in re.finditer(r"[{}]", text[start:]):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return start + brace.start()
-    return 0
+        answers.append((end, "?" if DOUBT.search(sentence) else raw))
+    return answers
 
 
 def read_answer(raw: str) -> FinalAnswer:
@@ -4574,19 +4244,19 @@ def read_answer(raw: str) -> FinalAnswer:
     >>> read_answer("$1,250.50"), read_answer("3\\\\frac{1}{2}").value
     (FinalAnswer(kind='number', value=Fraction(2501, 2), detail='$', places=2), Fraction(7, 2))
     >>> [read_answer(raw).kind for raw in ("B. Paris", "负面", "不对", "not 42 but 43", "10-20")]
-    ['choice', 'label', 'yes or no', 'other', 'other']
+    ['choice', 'label', 'label', 'other', 'other']
     """
     text = plain_math(raw)
-    folded = fold_answer(text)
+    folded = fold_text(text)
     if folded in YES_OR_NO:
-        return FinalAnswer("yes or no", YES_OR_NO[folded])
+        return FinalAnswer("label", YES_OR_NO[folded])
     if choice := CHOICE.fullmatch(text):
-        detail = fold_answer(choice[3] or "")
-        if not SECOND_CHOICE.search(choice[3] or ""):
-            return FinalAnswer("choice", choice[1] or choice[2], detail)
+        detail = choice[3] or ""
+        if not TAKEN_BACK.search(detail) and not CHOICE_LETTER.search(detail):
+            return FinalAnswer("choice", choice[1] or choice[2], fold_text(detail))
     elif amount := read_number(text):
         return amount
-    elif is_label(text) and not re.fullmatch("[A-Za-z]{1,2}", text):  # X and x are two variables
+    elif LABEL.fullmatch(text) and not DOUBT.search(text) and not HEDGES.search(text):
         return FinalAnswer("label", folded)
     return FinalAnswer("other", fold_text(text, keep_case=True))
 
@@ -4594,56 +4264,35 @@ def read_answer(raw: str) -> FinalAnswer:
 def plain_math(raw: str) -> str:
     """A final answer without LaTeX, Markdown, and a full stop."""
     text = raw.translate(FULL_WIDTH).replace("−", "-").strip()
-    text = re.sub(r"\\(?:left|right|[,;:! ])|\\\(|\\\)|\\\[|\\\]", "", text)
+    text = re.sub(r"\\(?:left|right|[,;:! ])|\\[()\[\]]", "", text)
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\^\{?\\circ\}?", "°", text.replace("{,}", ",").replace(r"\%", "%"))
-    text = re.sub(r"\\times\b", "×", text)
-    text = re.sub(r"(?<=\d)\^\s*\{(-?\d+)\}", r"^\1", text)
     text = re.sub(r"\\[dt]?frac\s*\{(-?\d+)\}\s*\{(\d+)\}", r" \1/\2", text)
-    text = re.sub(r"\\[dt]?frac\s*(\d)\s*(\d)(?!\d)", r" \1/\2", text)
     text = re.sub(r"(?<!\\)\$(.+)(?<!\\)\$", r"\1", text)  # $18$ is mathematics, $18 is money
     text = re.sub(r"\*\*|__|`|\\(?=\$)", "", text)
     text = re.sub(r"\s+", " ", text).strip().rstrip(".。 ")
-    quoted = re.fullmatch(r"""["'“‘「](.*[^"'”’」])["'”’」]""", text)  # 6" is no quotation
-    return quoted[1].rstrip(".。 ") if quoted else text
-
-
-def fold_answer(text: str) -> str:
-    """For comparing labels: case, white space, quotes and a final full stop gone."""
-    return fold_text(text.strip(' "“”‘「」'))
-
-
-def is_label(text: str) -> bool:
-    """True for at most five words, or eight Chinese characters, that neither deny nor hedge."""
-    words = text.split()
-    long = len(words) > 5 or len(re.findall(rf"[{CJK}]", text)) > 8
-    letters_only = re.fullmatch(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*", text)
-    return bool(letters_only) and not long and not HEDGES.search(text)
+    return re.sub(r"""^["'“‘「](.*[^"'”’」.])\.?["'”’」]$""", r"\1", text)  # 6" is no quotation
 
 
 def read_number(text: str) -> FinalAnswer | None:
-    """`-3.5`, `1,200 eggs`, `50%`, `1/2`, `3万`, `十五` -> a number with its unit, or None."""
+    """`-3.5`, `1,200 eggs`, `50%`, `1/2`, `3万` -> a number with its unit, or None."""
     if len(text) > 60:
         return None
     text = re.sub(r"^(?:minus |negative |负)\s*(?=[\d.])", "-", text, flags=re.I)
-    percent = re.fullmatch(r"百分之\s*(.+)", text)
-    text = f"{percent[1]}%" if percent else text
-    chinese = re.fullmatch(rf"([{''.join(DIGITS | TENS)}]+)\s*(\D*)", text)
-    if text.lower() in WORDS:
-        return FinalAnswer("number", Fraction(WORDS.index(text.lower())))
-    if chinese and (not chinese[2] or chinese[2] in UNIT_OF):
-        value = chinese_number(chinese[1])
-        return value if value is None else scaled(Fraction(value), chinese[2], 0)
     match = AMOUNT.fullmatch(text)
-    if not match or (match["sign"] and match["sign2"]):
+    if not match:
         return None
-    unit = (match["unit"] or "").strip()
+    unit = match["unit"].strip().lower()
     if match["currency"]:
-        if unit and unit.lower() not in UNIT_OF:
+        if unit and unit not in UNIT_OF:
             return None
-        unit = match["currency"]
+        unit = match["currency"].lower()
     elif unit and not is_unit(unit, touching=text[match.start("unit") - 1] != " "):
         return None
+    unit = UNIT_OF.get(unit, unit)
+    power = MULTIPLES.get((match["multiple"] or "").lower(), 0)
+    if unit == "%":
+        power -= 2
     if match["top"]:
         if int(match["bottom"]) == 0:
             return None
@@ -4651,60 +4300,19 @@ def read_number(text: str) -> FinalAnswer | None:
         places = math.inf
     else:
         value = Fraction(match["number"].replace(",", ""))
-        places = len(match["number"].partition(".")[2])
-    power = int(match["power"] or match["exponent"] or 0)
-    if abs(power) > 50:
-        return None
-    power += MULTIPLES.get((match["multiple"] or "").lower(), 0)
+        places = len(match["number"].partition(".")[2]) - power
     value *= Fraction(10) ** power
-    if "-" in (match["sign"], match["sign2"]):
-        value = -value
-    return scaled(value, unit, places - power)
-
-
-def scaled(value: Fraction, unit: str, places: float) -> FinalAnswer:
-    """A number with the common name of its unit; percent become hundredths."""
-    unit = UNIT_OF.get(unit.lower(), unit.lower())
-    if unit == "%":
-        return FinalAnswer("number", value / 100, unit, places + 2)
-    return FinalAnswer("number", value, unit, places)
+    return FinalAnswer("number", -value if match["sign"] == "-" else value, unit, places)
 
 
 def is_unit(text: str, touching: bool) -> bool:
     """True for the name of a unit or of counted things, not for x, more, tenths (in `5 tenths`)."""
-    if text.lower() in UNIT_OF:
+    if text in UNIT_OF:
         return True
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
-        return not set(text) & set(NO_UNIT_CHARACTERS)
-    plural_word = re.fullmatch(r"[A-Za-z]{2,}[A-RT-Za-rt-z]s", text)
-    is_part = re.search(r"(?:teen|tie|lf|if|en|igh|ix|nin|ur|red|and|ion)ths\Z", text, re.I)
-    return bool(plural_word) and not touching and not is_part and text.lower() not in NO_UNITS
-
-
-def chinese_number(text: str) -> int | None:
-    """`十五` -> 15, `两千零三` -> 2003, None for what is no number below ten thousand.
-
-    >>> [chinese_number(text) for text in ("十五", "三十", "一百零二", "两千三百", "三二")]
-    [15, 30, 102, 2300, None]
-    """
-    total = 0
-    digit = None
-    last_unit = 10**5
-    for character in text:
-        if character in DIGITS:
-            if digit:  # two digits in a row: a year, or a slip
-                return None
-            digit = DIGITS[character]
-        else:
-            unit = TENS[character]
-            if unit >= last_unit or unit > 1000:
-                return None
-            total += (1 if digit is None else digit) * unit
-            digit = None
-            last_unit = unit
-    if digit and last_unit in (100, 1000) and "零" not in text:  # 一百五 is 150
-        return None
-    return total + (digit or 0)
+        return not re.search("[左右余多几约上下半之]", text)
+    counted = r"[a-z]{2,}[a-rt-z]s|people|children|men|women|[ckm]m|kg|ml|ft|mph"
+    return bool(re.fullmatch(counted, text)) and not touching and not text.endswith("ths")
 
 
 def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -> bool | None:
@@ -4720,14 +4328,12 @@ def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -
         return same_number(reference, answer, prompt)
     same = reference.value == answer.value
     if reference.kind == "choice":
-        known_details = {reference.detail, answer.detail} - {""}
-        if same:
-            return True if len(known_details) < 2 else None
-        return None if reference.detail and reference.detail == answer.detail else False
+        both_named = reference.detail and answer.detail
+        if both_named and (reference.detail == answer.detail) != same:
+            return None
+        return same
     if same:
         return None if "?" in answer.value else True
-    if reference.kind == "yes or no":
-        return False
     if reference.kind == "label" and exclude_each_other(reference.value, answer.value, prompt):
         return False
     return None
@@ -4737,78 +4343,43 @@ def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> boo
     """`same_answer` for numbers: None where rounding or another unit may explain the difference."""
     a, b = reference.value, answer.value
     units = {reference.detail, answer.detail} - {""}
-    if len(units) == 2:
-        return None
     one_sided = reference.detail != answer.detail
-    if one_sided and not fits_prompt(*units, prompt):
+    if len(units) == 2 or (one_sided and not fits_prompt(*units, prompt)):
         return None
     if a == b:
         return True
-    if one_sided and "°" in units:
+    may_be_scaled = a * b > 0 and (one_sided or not units)  # cents, percent, thousands
+    if may_be_scaled and re.fullmatch("1000*", str(max(a / b, b / a))):
         return None
-    if a * b > 0:
-        ratio = max(a / b, b / a)
-        tens = round(math.log10(ratio))
-        if (one_sided or not units) and tens > 1 and ratio == 10**tens:
-            return None
-        if one_sided and any(abs(ratio / factor - 1) < 0.01 for factor in FACTORS):
-            return None
     places = min(reference.places, answer.places)
     if places == max(reference.places, answer.places) == 0:
         return False
-    may_be_rounded = abs(a - b) <= Fraction(10) ** -int(min(places, 9)) / 2
-    return None if may_be_rounded or abs(a - b) <= max(abs(a), abs(b)) / 100 else False
+    last_place = Fraction(10) ** -int(min(places, 9))
+    tolerance = max(last_place / 2, abs(a) / 100, abs(b) / 100)
+    return None if abs(a - b) <= tolerance else False
 
 
 def fits_prompt(unit: str, prompt: str) -> bool:
-    """True if a number without a unit may be meant in this one, as far as the prompt says."""
-    if rivals(unit, prompt):
-        return False
+    """True if a number without a unit is surely meant in this one, as the prompt says.
+
+    It must ask how many of them there are, name no other currency, and not speak of percents."""
     text = prompt.translate(FULL_WIDTH).lower()
     if unit == "%":
         return not re.search(r"percent|%|百分", text)
-    if not text or (unit in DIMENSION_OF and unit != "mph"):
-        return True
-    if unit.isascii():
-        counted = re.findall(r"how many((?:\W+\w+){1,4})", text)
-    else:
-        counted = re.findall(rf"(?:多少|几)\s*([{CJK}]+)", text)
-    if counted and not any(unit.removesuffix("s") in words for words in counted):
-        return False  # 5 boxes where it asks how many bottles
-    if unit.isascii():
-        return unit.removesuffix("s") in text
-    return bool(re.search(rf"(?<![公千厘分毫微市英海方]){unit}", text))  # 斤 is not 公斤
-
-
-# Units of one letter that a prompt may ask for.
-LETTER_UNITS = {"length": "m", "weight": "gt", "volume": "l", "time": "hs"}
-
-
-def rivals(unit: str, prompt: str) -> list[str]:
-    """Other units of its dimension that the prompt names: 5 cents are not 5 where it asks for $."""
-    dimension = DIMENSION_OF.get(unit, "count")
-    if dimension in ("count", "part"):
-        return []
-    text = prompt.translate(FULL_WIDTH).lower()
-    named = []
-    for name, other in UNIT_OF.items():
-        if DIMENSION_OF[name] == dimension and other != unit and name in text:
-            latin = name.isascii() and name.isalpha()
-            if not latin or re.search(rf"(?<![a-z]){name}(?![a-z])", text):
-                named.append(other)
-    letters = LETTER_UNITS.get(dimension, "")
-    if letters:
-        named += re.findall(rf"(?<![a-z'’])[{letters}](?![a-z'’])", text)
-    return named
+    if unit in CURRENCY_OF:
+        named = {CURRENCY_OF[name] for name in MONEY_NAME.findall(text)}
+        return named == {unit} or (unit != "¢" and not named)
+    asked = rf"how many\W+(?:\w+\W+){{0,2}}{unit.removesuffix('s')}"
+    return bool(re.search(asked if unit.isascii() else rf"(?:多少|几)\s*{unit}", text))
 
 
 def exclude_each_other(one: str, other: str, prompt: str) -> bool:
     """True if two labels are a choice that the prompt offers, or that everybody knows."""
     if one in other or other in one:
         return False
-    if any(one in labels and other in labels for labels in LABEL_SETS):
+    if any({one, other} <= set(labels.split()) for labels in LABEL_SETS):
         return True
-    text = fold_answer(prompt.translate(FULL_WIDTH))
+    text = fold_text(prompt.translate(FULL_WIDTH))
     pattern = r"(?<![a-z0-9]){}(?![a-z0-9])"
     return all(re.search(pattern.format(re.escape(label)), text) for label in (one, other))
 
@@ -4830,11 +4401,9 @@ def exact_scores(record: Record, answers: list[Answer]) -> list[Answer]:
     for answer in answers:
         own = final_answer(answer.text)
         same = None if own is None else same_answer(reference, own, record.prompt)
-        if same is None:
-            scored.append(replace(answer, score=None, votes=(), positions=()))
-        else:
-            score = high if same else low
-            scored.append(replace(answer, score=score, votes=(score,), positions=()))
+        score = {True: high, False: low, None: None}[same]
+        votes = () if same is None else (score,)
+        scored.append(replace(answer, score=score, votes=votes, positions=()))
     return scored
 
 
@@ -4842,14 +4411,11 @@ def checked_pool(record: Record, answers: list[Answer]) -> list[Answer]:
     """The answers that could be checked; raises Failed unless some are right and some are wrong."""
     pool = [answer for answer in answers if answer.score is not None]
     right = [answer for answer in pool if answer.score == JUDGE_SCALE[1]]
-    if not pool:
-        missing = "no checkable answer"
-    elif not right:
-        missing = "no correct answer"
-    elif len(right) == len(pool):
-        missing = "no incorrect answer"
-    else:
+    if right and len(right) < len(pool):
         return pool
+    missing = "no checkable answer"
+    if pool:
+        missing = "no incorrect answer" if right else "no correct answer"
     record.facts[missing] = 1
     raise Failed("judge", missing)
 
@@ -4870,68 +4436,49 @@ async def score_answers(record: Record, answers: list[Answer], run: Run) -> list
 def one_line(text: object) -> str:
     """A text from a server as one safe line: no key, no control character, no lone surrogate."""
     line = " ".join(redacted(scrub(str(text or ""))).split())
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", escape_character, line)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", line)
 
 
-def escape_character(match: re.Match) -> str:
-    r"""A control character made visible: `\x1b`."""
-    return f"\\x{ord(match[0]):02x}"
-
-
-def shorten(text: str, size: int) -> str:
-    """The first `size` characters of a text, up to a whole word, with a mark where it was cut."""
-    if len(text) <= size:
-        return text
-    start = text[:size].rpartition(" ")[0] or text[:size]
-    return f"{start} ..."
-
-
-# Finish reasons in lower case -> what they mean. Any other (error, abort, tool_calls): no reply.
-COMPLETE = "stop end_turn eos eos_token eos_found stop_sequence stop_token complete completed"
-COMPLETE += " finished normal null none finish_reason_unspecified"
-CUT = "length max_tokens max_length max_output_tokens max_new_tokens max_completion_tokens"
-CUT += " model_length model_context_window_exceeded context_length_exceeded"
-FILTERED = "content_filter content_filtered content-filter safety recitation language blocklist"
-FILTERED += " prohibited_content spii image_safety sensitive error_toxic refusal data_inspection"
-FINISH_REASONS = dict.fromkeys(COMPLETE.split(), "stop")
-FINISH_REASONS |= dict.fromkeys(CUT.split(), "length")
-FINISH_REASONS |= dict.fromkeys(FILTERED.split(), "content_filter")
+# Finish reasons in lower case, by what they mean. Any other (error, abort, tool_calls): no reply.
+FINISH_WORDS = {
+    "stop": "stop end_turn eos eos_token eos_found stop_sequence stop_token complete completed"
+    " finished normal null none finish_reason_unspecified",
+    "length": "length max_tokens max_length max_output_tokens max_new_tokens model_length"
+    " max_completion_tokens model_context_window_exceeded context_length_exceeded",
+    "content_filter": "content_filter content_filtered content-filter safety recitation blocklist"
+    " language prohibited_content spii image_safety sensitive error_toxic refusal data_inspection",
+}
 
 
 def finish_kind(reason: object) -> str:
     """A finish reason -> "stop", "length", "content_filter", or "" for a failed reply."""
-    if reason is None or reason == "":
-        return "stop"
-    return FINISH_REASONS.get(str(reason).strip().lower(), "")
+    word = str(reason).strip().lower() or "stop"
+    for kind, words in FINISH_WORDS.items():
+        if word in words.split():
+            return kind
+    return ""
 
 
-def make_reply(
-    content: Any,
-    finish: Any,
-    tokens_in: Any,
-    tokens_out: Any,
-    model: Any = None,
-    refusal_text: Any = None,
-    thoughts: Any = None,
-) -> Reply:
+def make_reply(content: Any, finish: Any, tokens_in: Any, tokens_out: Any, **more: Any) -> Reply:
     """The fields of a chat completion -> Reply; raises ApiError where it holds no answer.
 
-    `refusal_text` stands for a missing text. So do thoughts, in their marks: `answer_text` takes
-    them out again, and the run can say that only thoughts came."""
+    `more`: `model`; `refusal` and thoughts (`reasoning_content`, `reasoning`), which stand for a
+    missing text, thoughts in their marks."""
     billed = (token_count(tokens_in), token_count(tokens_out))
     kind = finish_kind(finish)
     if not kind:
         code = "tool call" if re.search("tool|function", str(finish)) else "unfinished"
         raise ApiError(200, code, f"the reply ended with finish_reason {finish!r}", billed=billed)
-    text = content if isinstance(content, str) else join_parts(content)
-    if not text.strip() and isinstance(refusal_text, str):
-        text = refusal_text
+    text = join_parts(content)
+    if not text.strip():
+        text = join_parts(more.get("refusal")) or text
     if not text.strip() and kind == "stop":
-        if not isinstance(thoughts, str) or not thoughts.strip():
+        thoughts = join_parts(more.get("reasoning_content") or more.get("reasoning"))
+        if not thoughts.strip():
             raise ApiError(200, "no text", "the reply holds no text", billed=billed)
         text = f"<think>\n{thoughts}\n</think>"
-    name = model if isinstance(model, str) else ""
-    return Reply(scrub(text), kind, *billed, model=name)
+    model = more.get("model")
+    return Reply(scrub(text), kind, *billed, model=model if isinstance(model, str) else "")
 
 
 def token_count(value: object) -> int:
@@ -4941,15 +4488,12 @@ def token_count(value: object) -> int:
 
 
 def join_parts(content: object) -> str:
-    """A message's content in parts -> its text; "" for anything that holds none."""
-    if not isinstance(content, list):
-        return ""
-    texts = []
-    for part in content:
-        text = part if isinstance(part, str) else look_up(part, "text")
-        if isinstance(text, str):
-            texts.append(text)
-    return "".join(texts)
+    """A message's content, a text or a list of parts -> its text; "" for anything else."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part if isinstance(part, str) else look_up(part, "text") for part in parts]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def look_up(value: Any, path: str) -> Any:
@@ -4961,30 +4505,44 @@ def look_up(value: Any, path: str) -> Any:
     return value
 
 
+class ReplyParts:
+    """A reply that comes whole or in chunks, as an SDK's objects or JSON."""
+
+    TEXTS = ("content", "refusal", "reasoning_content", "reasoning")
+
+    def __init__(self, message_path: str, tokens_in: str, tokens_out: str) -> None:
+        """The arguments are the paths of these things in a chunk."""
+        self.paths = {name: f"{message_path}.{name}" for name in self.TEXTS}
+        self.paths |= {"tokens_in": tokens_in, "tokens_out": tokens_out, "model": "model"}
+        self.paths["finish"] = message_path.rpartition(".")[0] + ".finish_reason"
+        self.fields = dict.fromkeys(self.paths)
+
+    def add(self, chunk: Any) -> None:
+        """Take in one chunk: texts are joined, of other fields the last counts."""
+        error = body_error(look_up(chunk, "error"))
+        if error:
+            raise error
+        for name, path in self.paths.items():
+            value = look_up(chunk, path)
+            if name in self.TEXTS:
+                self.fields[name] = (self.fields[name] or "") + join_parts(value)
+            elif value is not None and value != "null":
+                self.fields[name] = value
+
+    def reply(self, streamed: bool = False) -> Reply:
+        """The whole reply; raises ApiError where it holds no answer or the stream was cut."""
+        if streamed and self.fields["finish"] is None:
+            raise ApiError(0, "dropped", "the stream ended too early")
+        return make_reply(**self.fields)
+
+
 def read_completion(body: Any) -> Reply:
     """A chat completion in OpenAI's form (an SDK's object, or JSON) -> Reply; raises ApiError."""
     if isinstance(body, str):
         raise ApiError(200, *read_error_body(body))
-    reply_message = look_up(body, "choices.message")
-    if reply_message is None:
-        raise_body_error(body)
-    tokens_in = look_up(body, "usage.prompt_tokens")
-    tokens_out = look_up(body, "usage.completion_tokens")
-    finish = look_up(body, "choices.finish_reason")
-    content = look_up(reply_message, "content")
-    served = look_up(body, "model")
-    if isinstance(content, str) and content:
-        return make_reply(content, finish, tokens_in, tokens_out, served)
-    refusal_text = look_up(reply_message, "refusal")
-    thoughts = look_up(reply_message, "reasoning_content") or look_up(reply_message, "reasoning")
-    return make_reply(content, finish, tokens_in, tokens_out, served, refusal_text, thoughts)
-
-
-def raise_body_error(body: Any) -> None:
-    """Raise the ApiError for a 200 that holds an error."""
-    error = body_error(look_up(body, "error"))
-    if error:
-        raise error
+    parts = ReplyParts("choices.message", "usage.prompt_tokens", "usage.completion_tokens")
+    parts.add(body)
+    return parts.reply()
 
 
 def body_error(error: Any) -> ApiError | None:
@@ -4992,10 +4550,9 @@ def body_error(error: Any) -> ApiError | None:
     if not isinstance(error, dict | str) or not error:
         return None
     status = number(look_up(error, "code")) or 200
-    if not 400 <= status < 600:
-        status = 200
+    status = int(status) if 400 <= status < 600 else 200
     code, explanation = read_error_body(error)
-    return ApiError(int(status), code or "error in the reply", explanation)
+    return ApiError(status, code or "error in the reply", explanation)
 
 
 def read_error_body(body: Any) -> tuple[str, str]:
@@ -5003,7 +4560,13 @@ def read_error_body(body: Any) -> tuple[str, str]:
     if isinstance(body, str):
         return read_error_text(body)
     if isinstance(body, list):
-        return read_error_list(body)
+        problems = []  # FastAPI's: each names a place in the request
+        for item in body:
+            if isinstance(look_up(item, "loc"), list):
+                problems.append(f"{'.'.join(map(str, item['loc']))}: {item.get('msg')}")
+        if problems or not body:
+            return "", "; ".join(problems)
+        return read_error_body(body[0])
     if not isinstance(body, dict):
         return "", ""
     codes = [body.get(name) for name in ("code", "type", "status")]
@@ -5021,18 +4584,6 @@ def read_error_body(body: Any) -> tuple[str, str]:
     return code, ""
 
 
-def read_error_list(items: list) -> tuple[str, str]:
-    """(code, explanation) of a list of errors: FastAPI's details joined, else the first one."""
-    problems = []
-    for item in items:
-        if isinstance(item, dict) and isinstance(item.get("loc"), list):
-            place = ".".join(map(str, item["loc"]))
-            problems.append(f"{place}: {item.get('msg')}")
-    if problems:
-        return "", "; ".join(problems)
-    return read_error_body(items[0]) if items else ("", "")
-
-
 def read_error_text(text: str) -> tuple[str, str]:
     """(code, explanation) of an error body that is text: of a page its title, JSON is read."""
     text = text.strip()
@@ -5047,34 +4598,21 @@ def read_error_text(text: str) -> tuple[str, str]:
 
 
 # Marks between which a model thinks: opening -> closing.
-THOUGHT_MARKS = {
-    "<think>": "</think>",
-    "<thinking>": "</thinking>",
-    "<thought>": "</thought>",
-    "<thoughts>": "</thoughts>",
-    "<reasoning>": "</reasoning>",
-    "<seed:think>": "</seed:think>",
-    "[think]": "[/think]",
-    "◁think▷": "◁/think▷",
-    "<|begin_of_thought|>": "<|end_of_thought|>",
-    "<|channel>thought": "<channel|>",
-}
-# These may mark up an answer, too: they hold thoughts only at its start, with both marks.
-LOOSE_THOUGHT_MARKS = {
-    "<analysis>": "</analysis>",
-    "<scratchpad>": "</scratchpad>",
-    "<reflection>": "</reflection>",
-    "<reason>": "</reason>",
-}
+THOUGHT_TAGS = ("think", "thinking", "thought", "thoughts", "reasoning", "seed:think")
+THOUGHT_MARKS = {f"<{tag}>": f"</{tag}>" for tag in THOUGHT_TAGS}
+THOUGHT_MARKS |= {"[think]": "[/think]", "◁think▷": "◁/think▷", "<|channel>thought": "<channel|>"}
+OPENING = re.compile(rf"(?i)\s*({'|'.join(map(re.escape, THOUGHT_MARKS))})")
+_closing = "|".join(map(re.escape, THOUGHT_MARKS.values()))
+CLOSING = re.compile(rf"(?i)\A\s*(?:{_closing})|\n[^\S\n]*(?:{_closing})[^\S\n]*(?=\n|\Z)")
 FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>")  # gpt-oss (harmony)
 PLAIN_CHANNELS = re.compile(r"\A\s*analysis(?=[A-Z\s]).*?assistantfinal", re.S)  # marks lost
+START_MARK = re.compile(r"<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<s>")
 # What ends a turn in a chat template: at the end of a line, or before the next turn's mark.
 END_MARK = re.compile(
-    r"(?<![`\"'“‘])(?:<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>)"
-    r"(?=[^\S\n]*(?:\n|\Z|<\|im_start|<\|start|<start_of_turn>|<s>))"
-    r"|(?<![`\"'“‘])</s>(?=\s*(?:\Z|<\|im_start|<\|start|<start_of_turn>|<s>))"  # HTML has it, too
+    r"(?<![`\"'“‘])(?:(?:<\|(?:im_end|eot_id|end|return|endoftext)\|>|<end_of_turn>)"
+    rf"(?=[^\S\n]*(?:\n|\Z|{START_MARK.pattern}))"
+    rf"|</s>(?=\s*(?:\Z|{START_MARK.pattern})))"  # HTML has it, too
 )
-START_MARK = re.compile(r"<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<s>")
 
 
 def without_thinking(text: str) -> str:
@@ -5082,47 +4620,22 @@ def without_thinking(text: str) -> str:
 
     A closing mark whose block was opened in the prompt ends thoughts, too, if it stands on a line
     of its own or at the start; an answer that speaks of `</think>` in a sentence stays as it is."""
-    rest = re.sub(r"(?i)\A(\s*<think)[^\S\n]+>", r"\1>", without_channels(text))
-    marks = THOUGHT_MARKS | LOOSE_THOUGHT_MARKS
-    opening = leading_mark(rest)
-    while opening:
-        thoughts_and_rest = split_thoughts(rest.lstrip()[len(opening) :], marks[opening])
-        if thoughts_and_rest is None:
-            return rest if opening in LOOSE_THOUGHT_MARKS else ""
-        rest = thoughts_and_rest
-        opening = leading_mark(rest)
+    rest = without_channels(text)
+    while opening := OPENING.match(rest):
+        mark = re.escape(THOUGHT_MARKS[opening[1].lower()])
+        not_quoted = re.compile(rf"(?i)(?<![`\"'“‘]){mark}|{mark}(?![`\"'”’])")
+        end = not_quoted.search(rest, opening.end())
+        if not end:
+            return ""
+        # The line after it keeps its indentation.
+        rest = re.sub(r"\A(?:\s*\n|\s+)", "", rest[end.end() :])
     lowered = rest.lower()
-    for opening, closing in THOUGHT_MARKS.items():
-        if closing in lowered and opening not in lowered:
-            mark = re.escape(closing)
-            alone = rf"(?i)\A\s*{mark}|\n[^\S\n]*{mark}[^\S\n]*(?=\n|\Z)"
-            for end in re.finditer(alone, rest):
-                if rest.count("```", 0, end.start()) % 2 == 0:  # else it stands in code
-                    return rest[end.end() :]
-            return rest
+    closed = any(mark in lowered for mark in THOUGHT_MARKS.values())
+    if closed and not any(mark in lowered for mark in THOUGHT_MARKS):
+        for end in CLOSING.finditer(rest):
+            if rest.count("```", 0, end.start()) % 2 == 0:  # else it stands in code
+                return rest[end.end() :]
     return rest
-
-
-def leading_mark(text: str) -> str:
-    """The opening mark of thoughts with which a text starts, "" if there is none."""
-    start = text[:200].lstrip().lower()
-    if not start.startswith(("<", "[", "◁")):
-        return ""
-    for opening in (*THOUGHT_MARKS, *LOOSE_THOUGHT_MARKS):
-        if start.startswith(opening):
-            return opening
-    return ""
-
-
-def split_thoughts(text: str, closing: str) -> str | None:
-    """What follows the closing mark (not one in quotes), or None if the thoughts never end."""
-    mark = re.escape(closing)
-    end = re.search(rf"(?i)(?<![`\"'“‘]){mark}|{mark}(?![`\"'”’])", text)
-    if not end:
-        return None
-    rest = text[end.end() :]
-    line_break = re.match(r"\s*\n", rest)  # the line after it keeps its indentation
-    return rest[line_break.end() :] if line_break else rest.lstrip()
 
 
 def without_channels(text: str) -> str:
@@ -5136,10 +4649,9 @@ def without_channels(text: str) -> str:
 
 
 def cut_at_end_mark(reply: Reply) -> Reply:
-    """The reply up to its chat template's end mark: the model had ended, whatever it wrote after.
+    """The reply up to its chat template's end mark: a server may know no stop token.
 
-    Servers that know no stop token let a model go on with turns of its own. Marks in code, in
-    quotes, or after a template's start mark belong to the answer."""
+    Marks in code, in quotes, or after a template's start mark belong to the answer."""
     if "<" not in reply.text or "<|channel|>" in reply.text:  # a channel's end is no turn's end
         return reply
     end = END_MARK.search(reply.text)
@@ -5163,40 +4675,6 @@ def about_tokens(text: str) -> int:
     return round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
 
 
-class JoinedReply:
-    """A reply that is sent in chunks."""
-
-    def __init__(self, message_path: str, tokens_in: str, tokens_out: str) -> None:
-        """The arguments are the paths of these things in a chunk."""
-        self.paths = {"content": f"{message_path}.content", "tokens_in": tokens_in}
-        self.paths["tokens_out"] = tokens_out
-        self.paths["finish"] = message_path.rpartition(".")[0] + ".finish_reason"
-        self.paths["refusal"] = f"{message_path}.refusal"
-        self.paths["thoughts"] = f"{message_path}.reasoning_content"
-        self.paths["model"] = "model"
-        self.fields = {}
-
-    def add(self, chunk: Any) -> None:
-        """Take in one chunk: texts are joined, of other fields the last counts."""
-        raise_body_error(chunk)
-        for name, path in self.paths.items():
-            value = look_up(chunk, path)
-            if name == "content" and isinstance(value, list):
-                value = join_parts(value)
-            if value is None or value == "null":
-                continue
-            if name in ("content", "refusal", "thoughts") and isinstance(value, str):
-                value = self.fields.get(name, "") + value
-            self.fields[name] = value
-
-    def reply(self) -> Reply:
-        """The whole reply; raises ApiError where the chunks hold no answer or end too early."""
-        if "finish" not in self.fields:
-            raise ApiError(0, "dropped", "the stream ended too early")
-        names = ("content", "finish", "tokens_in", "tokens_out", "model", "refusal", "thoughts")
-        return make_reply(*[self.fields.get(name) for name in names])
-
-
 def degrade(text: str, chinese: bool, draw: random.Random) -> str:
     """A worse version of a good answer: some of its sentences; an evasion for a short one."""
     sentences = re.findall(r".+?(?:[.!?](?=\s)|[。！？\n]|$)\s*", text, re.S)
@@ -5217,12 +4695,13 @@ def reference_f1(text: str, reference: str) -> float:
     total = words.total()
     if reference_words:
         shared = (words & reference_words).total()
-        f1 = 2 * shared / max(1, total + reference_words.total())
-        return lowest + (highest - lowest) * f1
-    score = 2 * math.log10(1 + total) + 3 * len(words) / max(1, total)
-    score += text.rstrip()[-1:] in ".!?。！？)`”"
-    score -= 3 * is_refusal(text)
-    return lowest + (highest - lowest) * min(1.0, max(0.0, score / 9))
+        closeness = 2 * shared / max(1, total + reference_words.total())
+    else:
+        score = 2 * math.log10(1 + total) + 3 * len(words) / max(1, total)
+        score += text.rstrip()[-1:] in ".!?。！？)`”"
+        score -= 3 * is_refusal(text)
+        closeness = min(1.0, max(0.0, score / 9))
+    return lowest + (highest - lowest) * closeness
 
 
 class ApiError(Exception):
@@ -5246,7 +4725,7 @@ class ApiError(Exception):
 
     def __str__(self) -> str:
         """`400 invalid_value: the server's words`; our own codes are not shown."""
-        words = shorten(self.message, 300)
+        words = self.message[:300]
         if self.status in (0, 200):
             return words or self.code
         code = self.code
@@ -5263,10 +4742,10 @@ async def streamed_completion(
     body = options | {"stream_options": {"include_usage": True}}
     del body["stream"]
     chunks = await create(model=name, messages=messages, stream=True, extra_body=body)
-    joined = JoinedReply("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
+    parts = ReplyParts("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
     async for chunk in chunks:
-        joined.add(chunk)
-    return joined.reply()
+        parts.add(chunk)
+    return parts.reply(streamed=True)
 
 
 @register(PROVIDERS)
@@ -5313,22 +4792,15 @@ class ask_dashscope(Provider):
         if options.pop("stream", False):
             options |= {"stream": True, "incremental_output": True}
         reply = await api.call(model=name, messages=messages, **options, **self.common)
-        message_path = "output.choices.message"
-        tokens = ("usage.input_tokens", "usage.output_tokens")
-        if "stream" in options:
-            joined = JoinedReply(message_path, *tokens)
-            async for chunk in reply:
-                self.check_status(chunk)
-                joined.add(chunk)
-            return joined.reply()
-        self.check_status(reply)
-        return make_reply(
-            look_up(reply, f"{message_path}.content"),
-            look_up(reply, "output.choices.finish_reason"),
-            look_up(reply, tokens[0]),
-            look_up(reply, tokens[1]),
-            thoughts=look_up(reply, f"{message_path}.reasoning_content"),
-        )
+        parts = ReplyParts("output.choices.message", "usage.input_tokens", "usage.output_tokens")
+        if "stream" not in options:
+            self.check_status(reply)
+            parts.add(reply)
+            return parts.reply()
+        async for chunk in reply:
+            self.check_status(chunk)
+            parts.add(chunk)
+        return parts.reply(streamed=True)
 
     @staticmethod
     def check_status(reply: Any) -> None:
@@ -5563,7 +5035,7 @@ def read_error(error: Exception) -> ApiError:
             if detail and code != "timeout":
                 meaning += f": {detail}"
             return ApiError(status, code, meaning)
-    cause = f"{type(error).__name__}: {shorten(str(error), 200)}".rstrip(": ")
+    cause = f"{type(error).__name__}: {str(error)[:200]}".rstrip(": ")
     return ApiError(200, "garbled", f"the reply cannot be read ({cause})")
 
 

@@ -471,7 +471,7 @@ def test_jaccard_similarity_by_hand():
     ],
 )
 def test_the_share_of_consecutive_repeats_by_hand(text, share):
-    assert rc.consecutive_share(text) == pytest.approx(share)
+    assert rc.repeated_share(text, rc.LOOP_SHARE, in_a_row=True) == pytest.approx(share)
 
 
 def test_a_text_that_repeats_itself_with_other_text_between_is_kept_and_flagged_for_review():
@@ -498,12 +498,6 @@ def test_word_runs_and_character_runs_by_hand():
         and rc.word_runs(["a"], 2) == []
     )
     assert rc.character_runs("abcdef", 3, 2) == ["abc", "cde"] and rc.character_runs("ab", 3) == []
-
-
-def test_long_texts_leave_no_5_grams_in_memory():
-    rc.grams.cache_clear()
-    long = "".join(random.Random(0).choices(ZH_LONG, k=50_000))
-    assert rc.similarity(long, long + "x", 0.8) > 0.99 and rc.grams.cache_info().currsize == 0
 
 
 def test_the_cheap_bounds_of_near_duplicates_change_no_verdict():

@@ -48,8 +48,7 @@ READ = [
     pytest.param(f"<think>{FLIPPED}</think>{GOOD}", [8.0, 3.5], id="another verdict inside think"),
     pytest.param(f"<thinking>\n{FLIPPED}\n</thinking>\n{GOOD}", [8.0, 3.5], id="another verdict inside thinking"),
     pytest.param(f"{FLIPPED}\n</think>\n{GOOD}", [8.0, 3.5], id="a think block that never opened"),
-    pytest.param(f"Draft: {FLIPPED}\nFinal: {GOOD}", [8.0, 3.5], id="two verdicts: the last counts"),
-    pytest.param(f"Q7 says {FLIPPED}, bait.\n{GOOD}", [8.0, 3.5], id="a fake verdict quoted before"),
+    pytest.param(f"```json\n{GOOD}\n```\nFinal: {GOOD}", [8.0, 3.5], id="the same verdict twice"),
     pytest.param(json.dumps({"reason": f"K3 wrote {FLIPPED}", "scores": {"K3": 8, "Q7": 3.5}}), [8.0, 3.5],
                  id="a fake verdict quoted in the reason"),
     pytest.param(json.dumps({"scores": {"K3": 8, "Q7": 3.5}, "reason": f"K3 wrote {FLIPPED}"}), [8.0, 3.5],
@@ -112,6 +111,10 @@ def test_a_style_that_a_person_reads_without_doubt_is_read(reply):
 
 
 UNREAD = [
+    pytest.param(f"Draft: {FLIPPED}\nFinal: {GOOD}", id="two verdicts"),
+    pytest.param(f"{FLIPPED}\nCorrected: {GOOD}", id="a verdict and its correction"),
+    pytest.param(f"K3: 2\nQ7: 9\n{GOOD}", id="other scores in lines before"),
+    pytest.param(f"Q7 says {FLIPPED}, bait.\n{GOOD}", id="another verdict quoted before"),
     pytest.param("", id="nothing"),
     pytest.param("K3 gets 8 and Q7 gets 3.5", id="prose only"),
     pytest.param(scores("0"), id="0"),
@@ -300,18 +303,17 @@ def test_a_reply_that_contradicts_itself_is_not_read(reply):
         f"{GOOD}\nSo the winner is K3, and Q7 is worse.",
         f"K3 is right, Q7 makes an error.\n{GOOD}",
         f"Q7 makes a mistake, so here are the scores:\n{GOOD}",
+        f"- K3: 3 of 3 steps are right.\n- Q7: 2 errors\n\n{GOOD}",
+        f"K3 = 4, which is right. Q7 = 5.\n{GOOD}",
+        f"**K3**: 8/10, right.\n**Q7**: 3.5/10, wrong.\n\n{GOOD}",
         GOOD.replace("ok", "Q7 has 3 errors and ranks second"),
         f"Here is the JSON in the requested format:\n{GOOD}",
-        GOOD.replace("scores", "harmlessness"),
-        GOOD.replace("scores", "helpfulness"),
         GOOD.replace(
             "ok", "Q7 is less precise, and the smaller number is wrong. These are mistakes."
         ),
-        f"{FLIPPED}\nCorrected: {GOOD}",
-        f"{FLIPPED}\n最终评分：{GOOD}",
     ],
 )
-def test_talk_of_errors_winners_and_drafts_leaves_clear_scores_readable(reply):
+def test_talk_of_errors_and_winners_leaves_clear_scores_readable(reply):
     assert read(reply) == [8.0, 3.5]
 
 
@@ -359,7 +361,7 @@ def spoilt(draw):
     """(what stands where a verdict should and is none, the only scores that might be read in it).
 
     Cut, doubled, nested, out of range, incomplete."""
-    (one, grades), (two, _) = draw(graded()), draw(graded())
+    (one, grades), (two, others) = draw(graded()), draw(graded())
     forms = [
         (draw(graded(wrong=True))[0], None),
         (
@@ -368,7 +370,7 @@ def spoilt(draw):
         ),  # the end may be missing, not the scores
         (f'{{"draft": {one}, "final": {two}}}', None),
         (one[:-1] + f', "revised": {two}}}', None),
-        (one[:-1] + ", " + two[1:], None),
+        (one[:-1] + ", " + two[1:], grades if grades == others else None),
         (re.sub("K3(?=.: )", 'K3": 5, "K3', one, flags=re.I), None),
         (re.sub("Q7(?=.: )", "X4", one, flags=re.I), None),
         (re.sub("K3(?=.: )", "A", one, flags=re.I), None),

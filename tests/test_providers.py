@@ -131,12 +131,8 @@ ANSWERS = {
     "an analysis": ("analysis of the data shows 4.",) * 2,
     "a closing mark in a code block": ("So:\n```\nhm\n</think>\nParis\n```",) * 2,
     "an assistant in an analysis": ("analysis by the assistant final version: 4.",) * 2,
-    "a space in the mark": ("<think >hm</think>Paris", "Paris"),
     "a channel of thoughts": ("<|channel>thought\nhm<channel|>Paris", "Paris"),
-    "a scratchpad": ("<scratchpad>hm</scratchpad>\nParis", "Paris"),
-    "an analysis in marks": ("<analysis>\nhm\n</analysis>\n\nParis", "Paris"),
-    "a mark that is only opened": ("<reason> is the XML element to use.",) * 2,
-    "a mark that is only closed": ('<analysis type="x">\nIt is 4.\n</analysis>\nDone',) * 2,
+    "an element of XML": ("<reason> is the XML element to use.",) * 2,
     "indented code": ("<think>hm</think>\n\n    x = 1\n    y = 2\n", "    x = 1\n    y = 2"),
     "a tokenizer's space": (" Paris ", "Paris"),
 }
@@ -276,10 +272,10 @@ def test_a_model_that_only_streams_is_streamed(rlhf, sdk, words):
 
 
 def test_a_streamed_reply_may_be_cut_or_hold_thoughts_only():
-    joined = rc.JoinedReply("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
+    joined = rc.ReplyParts("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
     for text, finish in (("Par", None), ("is", "length")):
         joined.add({"choices": [{"delta": {"content": text}, "finish_reason": finish}]})
-    assert joined.reply() == rc.Reply("Paris", "length")
+    assert joined.reply(streamed=True) == rc.Reply("Paris", "length")
 
 
 IN_STREAM = {
@@ -302,10 +298,10 @@ def test_an_error_event_inside_a_stream_is_read_like_any_other(kind):
 
 
 def test_a_stream_that_ends_too_early_is_no_reply():
-    joined = rc.JoinedReply("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
+    joined = rc.ReplyParts("choices.delta", "usage.prompt_tokens", "usage.completion_tokens")
     joined.add({"choices": [{"delta": {"content": "Par"}, "finish_reason": None}]})
     with pytest.raises(rc.ApiError, match="too early"):
-        joined.reply()
+        joined.reply(streamed=True)
 
 
 # --- what a provider is

@@ -1,7 +1,6 @@
 """A run from its input to its files: every record accounted for, labels across rows, early ends."""
 
 import asyncio
-import contextlib
 import errno
 import gzip
 import json
