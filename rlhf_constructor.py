@@ -2302,19 +2302,15 @@ def choices_of(row: dict) -> dict[str, str]:
     if choices is None and "A" in row and "B" in row:
         choices = {letter: row[letter] for letter in letters if row.get(letter)}
     if isinstance(choices, dict) and isinstance(choices.get("text"), list):
-        labels = choices["label"] if isinstance(choices.get("label"), list) else letters
-        texts = choices["text"]
-    elif isinstance(choices, dict):
-        labels, texts = list(choices), list(choices.values())
-    else:
-        labels, texts = letters, choices
-    if not isinstance(texts, list) or not 2 <= len(texts) <= len(labels) <= len(letters):
+        choices = dict(zip(choices["label"], choices["text"], strict=True))
+    if isinstance(choices, list) and len(choices) <= len(letters):
+        choices = dict(zip(letters, choices, strict=False))
+    if not isinstance(choices, dict) or len(choices) < 2:
         return {}
-    if not all(isinstance(text, str | int | float) for text in texts):
-        return {}
-    if any(len(str(label)) != 1 for label in labels):  # its keys are no letters: no choices
-        return {}
-    return {str(label): str(text) for label, text in zip(labels, texts, strict=False)}
+    for label, text in choices.items():
+        if len(str(label)) != 1 or not isinstance(text, str | int | float):
+            return {}  # keys that are no letters, values that are no texts
+    return {str(label): str(text) for label, text in choices.items()}
 
 
 HISTORY_SHAPE = 'write [["question", "answer"], ...] or [{"role": "user", "content": "..."}, ...]'
@@ -2942,7 +2938,8 @@ SIGNALS = {  # a value for each answer: name -> (kind, width of the scale in poi
 }
 KINDS = ("choice", "score", "rank", "flag")  # the first kind that a row has is the record's
 ANSWER_FIELDS = ("model", *(name for name in SIGNALS if name != "order"))  # one value per answer
-LIST_FIELDS = {}  # the lists that stand beside answers: score, scores, all_scores -> score
+# The lists that stand beside answers: score, scores, all_scores -> score.
+LIST_FIELDS = {"models": "model", "generation_models": "model"}
 for _name in SIGNALS:
     LIST_FIELDS |= dict.fromkeys((_name, f"{_name}s", f"all_{_name}s"), _name)
 LEADS = {  # by how much the second is better: name -> (the answers' fields, a tie, scale's width)
@@ -2961,7 +2958,7 @@ LOOSE_WINNERS = ("comparison", "preference", "preferred", "better", "best", "pre
 LOOSE_WINNERS += ("better_response", "best_response", "human_preference", "label")
 LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers")
 LISTS += ("summaries", "replies", "output")
-LIST_NAMES = {*LISTS, *LIST_FIELDS, "models", "generation_models"} - {"output"}
+LIST_NAMES = {*LISTS, *LIST_FIELDS} - {"output"}
 TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
 SUFFIXED = re.compile(
     "(response|answer|output|completion|generation|human_ref|summary|text|candidate|回答|答案|回复)"
@@ -3096,6 +3093,15 @@ def check_same_prompt(prompt: object, turns: list[dict]) -> None:
 # --- what is known of a row's answers
 
 
+class Signal(NamedTuple):
+    """What one field (or one set of fields) says of a set of answers."""
+
+    name: str
+    kind: str  # see KINDS
+    scale: float  # width of its range in points; 0 = unknown
+    votes: dict[str, tuple[float, ...]]  # an answer's key -> its numbers; higher is better
+
+
 @dataclass
 class AnswerSet:
     """Answers of one row that belong together: a ready pair, a list, or fields with suffixes."""
@@ -3115,27 +3121,44 @@ class AnswerSet:
         """Enter what a field holds for each answer, unless it is empty."""
         if name == "model":
             self.models = self.models if any(self.models) else values
-            return
-        kind, scale = SIGNALS[name]
-        filled = [value for value in values if value not in EMPTY]
-        if kind == "flag":
-            filled = [value for value in values if flag(value) is not None]
-        if filled:
-            self.columns.append((name, kind, scale, values))
+        elif any(value not in EMPTY for value in values):
+            self.columns.append((name, *SIGNALS[name], values))
 
     def add_choice(self, name: str, best: Iterable[int]) -> None:
         """Enter which answers a field calls the better ones."""
         values = [float(index in best) for index in range(len(self.texts))]
         self.columns.append((name, "choice", 0.0, values))
 
+    def signals(self) -> Iterator[Signal]:
+        """Yield what the columns say, as votes; raises Failed."""
+        most = math.inf if self.chosen else len(self.texts)  # the highest rank there can be
+        for name, kind, scale, values in self.columns:
+            read = flag if kind == "flag" else quantity
+            votes = {}
+            ranks = ranks_of_order(values) if name == "order" else values
+            for key, value in zip(self.keys, ranks, strict=True):
+                vote = [read(item) for item in (value if isinstance(value, list) else [value])]
+                if not vote or None in vote:
+                    continue
+                if kind == "rank" and not all(0 <= rank <= most for rank in vote):
+                    raise Failed("input", "ranks out of range")
+                vote = tuple(-item if kind == "rank" else item for item in vote)
+                if votes.setdefault(key, vote) != vote and key:
+                    raise Failed("input", "contradictory signals: one answer, two ranks")
+            if len(set(map(len, votes.values()))) > 1:
+                raise Failed("input", "votes of unequal length")
+            if votes or kind != "flag":  # a flag that cannot be read is none
+                yield Signal(name, kind, scale, votes)
 
-class Signal(NamedTuple):
-    """What one field (or one set of fields) says of a set of answers."""
 
-    name: str
-    kind: str  # see KINDS
-    scale: float  # width of its range in points; 0 = unknown
-    votes: dict[str, tuple[float, ...]]  # an answer's key -> its numbers; higher is better
+def ranks_of_order(order: list) -> list:
+    """Indices from 0, the best first -> the rank of each answer; names say nothing."""
+    places = [number(value) for value in order]
+    if None in places:
+        return [None] * len(order)
+    if sorted(places) != list(range(len(places))):
+        raise Failed("input", "order is not a list of all indices from 0")
+    return [places.index(index) for index in range(len(places))]
 
 
 class ChoiceNumbers:
@@ -3225,7 +3248,7 @@ def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None)
     signals = []
     for answers in sets:
         add_leads(answers, row, numbers)
-        signals += [make_signal(answers, *column) for column in answers.columns]
+        signals += answers.signals()
     if signals:
         apply_signals(record, first, signals)
     else:
@@ -3295,15 +3318,13 @@ def add_lists(row: dict, answers: AnswerSet) -> None:
     """Give the answers the lists that stand beside them; Failed if they are of another length."""
     for name, plain in LIST_FIELDS.items():
         values = row.get(name)
-        if is_filled_list(values) and len(values) == len(answers.texts):
+        is_strange = plain == "model" and (answers.chosen or answers.fields)
+        if not is_filled_list(values) or is_strange:
+            continue
+        if len(values) == len(answers.texts):
             answers.add(plain, values)
-        elif is_filled_list(values) and not answers.chosen:
+        elif plain != "model" and not answers.chosen:
             raise Failed("input", f"lists of unequal length: {len(answers.texts)} answers")
-    for name in ("models", "generation_models"):
-        models = row.get(name)
-        is_list = not answers.chosen and not answers.fields
-        if is_list and isinstance(models, list) and len(models) == len(answers.texts):
-            answers.add("model", models)
 
 
 @functools.lru_cache(maxsize=256)
@@ -3315,11 +3336,10 @@ def suffixed_fields(names: tuple) -> list[tuple]:
         if not match:
             continue
         stem, mark, first = match.groups()
-        ends = [chr(ord(first) + i) for i in range(8)]
-        fields = [stem + mark + end for end in ends]
-        count = next((i for i, field_name in enumerate(fields) if field_name not in names), 8)
-        if count > 1 and not (first == "1" and f"{stem}{mark}0" in names):
-            groups.append((tuple(fields[:count]), tuple(ends[:count]), mark))
+        possible = [stem + mark + chr(ord(first) + i) for i in range(8)]
+        fields = tuple(itertools.takewhile(names.__contains__, possible))
+        if len(fields) > 1 and not (first == "1" and f"{stem}{mark}0" in names):
+            groups.append((fields, tuple(name[-1] for name in fields), mark))
     return groups
 
 
@@ -3467,39 +3487,6 @@ def add_leads(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> None:
         answers.columns.append((name, "score", scale, [0.0, value - tie]))
 
 
-def make_signal(answers: AnswerSet, name: str, kind: str, scale: float, values: list) -> Signal:
-    """A number (or a list of them) for each answer -> the signal; raises Failed."""
-    if name == "order":
-        values = ranks_of_order(values)
-    read = flag if kind == "flag" else quantity
-    votes = {}
-    most = math.inf if answers.chosen else len(answers.texts)  # the highest rank there can be
-    for key, value in zip(answers.keys, values, strict=True):
-        items = value if isinstance(value, list) else [value]
-        vote = tuple(read(item) for item in items)
-        if not vote or None in vote:
-            continue
-        if kind == "rank" and not all(0 <= rank <= most for rank in vote):
-            raise Failed("input", "ranks out of range")
-        if kind == "rank":
-            vote = tuple(-rank for rank in vote)
-        if votes.setdefault(key, vote) != vote and key:
-            raise Failed("input", "contradictory signals: one answer, two ranks")
-    if len(set(map(len, votes.values()))) > 1:
-        raise Failed("input", "votes of unequal length")
-    return Signal(name, kind, scale, votes)
-
-
-def ranks_of_order(order: list) -> list:
-    """Indices from 0, the best first -> the rank of each answer; names say nothing."""
-    places = [number(value) for value in order]
-    if None in places:
-        return [None] * len(order)
-    if sorted(places) != list(range(len(places))):
-        raise Failed("input", "order is not a list of all indices from 0")
-    return [places.index(index) for index in range(len(places))]
-
-
 def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]) -> None:
     """Give the record the answers that every signal rates, the kind of signal and its scale.
 
@@ -3534,23 +3521,17 @@ def check_directions(keys: list[str], signals: list[Signal], main_signals: list[
     """Raise Failed if two signals contradict each other, or if no two answers differ in all."""
     differ = False
     for one, other in itertools.combinations(keys, 2):
-        leads = [direction(entry, one, other) for entry in signals]
+        leads = []  # 1: the first is better in every vote, -1: the other is, 0: all are equal
+        for entry in signals:
+            votes = zip(entry.votes.get(one, ()), entry.votes.get(other, ()), strict=False)
+            signs = {(a > b) - (a < b) for a, b in votes}
+            leads.append(signs.pop() if len(signs) == 1 else None)
         if 1 in leads and -1 in leads and one and other:
             names = ", ".join(dict.fromkeys(entry.name for entry in signals))
             raise Failed("input", f"contradictory signals: {names}")
         differ = differ or 0 not in leads[: len(main_signals)]  # flags come last
     if not differ:
         raise Failed("input", "tie")
-
-
-def direction(entry: Signal, one: str, other: str) -> int | None:
-    """1 if the first is better in every vote, -1 if the other is, 0 if all are equal, or None."""
-    if one not in entry.votes or other not in entry.votes:
-        return None
-    signs = set()
-    for a, b in zip(entry.votes[one], entry.votes[other], strict=True):
-        signs.add((a > b) - (a < b))
-    return signs.pop() if len(signs) == 1 else None
 
 
 # Words in the names of fields that often hold a signal, and in those that name what is bad.
