@@ -2243,15 +2243,13 @@ def strip_blank_lines(text: str) -> str:
 
 def is_missing(value: object) -> bool:
     """Whether a field holds nothing: null, NaN or a spelling of it in a cell, an empty list."""
-    if value is None:
-        return True
     if isinstance(value, str):
         return len(value) < 12 and value.strip() in MISSING
     if isinstance(value, float):
         return math.isnan(value)
     if isinstance(value, dict):  # {"bytes": null, "path": null}: an empty picture of a Parquet file
         return all(part is None for part in value.values())
-    return value == []
+    return value is None or value == []
 
 
 def text_of(row: dict, name: str) -> str:
@@ -2273,9 +2271,7 @@ def first_text(row: dict, names: tuple) -> str:
 
 
 def context_texts(row: dict, prompt: str) -> list[str]:
-    """The texts beside a prompt, in the order of CONTEXT_FIELDS; a list of passages is joined.
-
-    The last is a question's choices, lines of "A. text", unless the prompt has them."""
+    """The texts beside a prompt: CONTEXT_FIELDS, then a question's choices as lines "A. text"."""
     texts = []
     for name in CONTEXT_FIELDS:
         value = row.get(name)
@@ -2319,9 +2315,7 @@ ASSISTANT_NAMES = ("assistant", "gpt", "bot", "answer", "response", "output", "c
 
 
 def read_history(row: dict) -> list[dict]:
-    """The turns before the prompt: pairs, objects or alternating texts, also as JSON text.
-
-    `context` is a history, too, where it is a list of turns; raises Failed for other shapes."""
+    """The turns before the prompt (`history`, or `context`): turns, pairs or alternating texts."""
     history = row.get("history")
     if history is None and is_turns(row.get("context")) and row["context"] is not row.get("prompt"):
         history = row["context"]
@@ -2335,20 +2329,18 @@ def read_history(row: dict) -> list[dict]:
         history = [history[start : start + 2] for start in range(0, len(history), 2)]
     turns = []
     for item in history:
-        turns += [item] if is_turns([item]) else exchange_turns(item)
+        texts = item
+        if is_turns([item]):
+            turns.append(item)
+            continue
+        if isinstance(item, dict):
+            texts = [first_value(item, USER_NAMES), first_value(item, ASSISTANT_NAMES)]
+        is_pair = isinstance(texts, list) and len(texts) == 2 and isinstance(texts[1], str)
+        if not is_pair or not isinstance(texts[0], str | None):
+            raise Failed("input", f"not a history: {HISTORY_SHAPE}")
+        exchange = chat([texts])
+        turns += exchange if texts[0] else exchange[1:]  # a greeting that nobody asked for
     return turns
-
-
-def exchange_turns(item: object) -> list[dict]:
-    """Two turns of a history: `["question", "answer"]` or `{"question": ..., "answer": ...}`."""
-    texts = item
-    if isinstance(item, dict):
-        texts = [first_value(item, USER_NAMES), first_value(item, ASSISTANT_NAMES)]
-    is_pair = isinstance(texts, list) and len(texts) == 2 and isinstance(texts[1], str)
-    if not is_pair or not isinstance(texts[0], str | None):
-        raise Failed("input", f"not a history: {HISTORY_SHAPE}")
-    turns = chat([texts])
-    return turns if texts[0] else turns[1:]  # a greeting that nobody asked for
 
 
 def with_history(turns: list, row: dict) -> list:
@@ -2416,9 +2408,7 @@ def has_template_mark(text: str) -> bool:
 
 
 def template_turns(text: str) -> list[dict]:
-    """The turns of a prompt with a chat template; [] if it has none; Failed if it is broken.
-
-    An empty last turn, which a template leaves for the answer, is left out."""
+    """The turns of a prompt with a chat template; [] if it has none; Failed if it is broken."""
     if not has_template_mark(text):
         return []
     heads = list(TEMPLATE_HEAD.finditer(text))
@@ -2433,7 +2423,7 @@ def template_turns(text: str) -> list[dict]:
         role = head[head.lastindex]  # the one group of the pattern that took part
         turns.append({"role": role, "content": content})
     is_open = turns[-1]["role"].lower() in ASSISTANTS and not turns[-1]["content"]
-    return turns[:-1] if is_open else turns
+    return turns[:-1] if is_open else turns  # a template leaves an open turn for the answer
 
 
 IMAGE_PLACE = "<(?:image|video|audio)>"
@@ -2443,8 +2433,7 @@ TOOL_MARK = re.compile(r"^Action: ?[\w.-]+ *\n+Action Input:", re.M)
 
 def check_text_only(text: str) -> None:
     """Raise Failed for a text with a picture's place (`<image>`) or a tool's call (`Action:`)."""
-    may_hold_mark = "<i" in text or "<v" in text or "<a" in text
-    if may_hold_mark and IMAGE_MARK.search(text):
+    if ("<i" in text or "<v" in text or "<a" in text) and IMAGE_MARK.search(text):
         raise Failed("input", "not a text: images")
     if "Action Input:" in text and TOOL_MARK.search(text):
         raise Failed("input", "not a text: tools")
@@ -2463,11 +2452,12 @@ THUMB_FIELDS = ("label", "kto_tag", "is_safe", "is_correct", "correct", "desirab
 GOOD_LABELS = """
     true yes 1 1.0 +1 good desirable chosen accepted positive safe correct like up thumbs_up
     好 是 正确
-""".split()
+"""
 BAD_LABELS = """
     false no 0 0.0 -1 -1.0 bad undesirable rejected negative unsafe incorrect wrong dislike down
     thumbs_down 坏 差 否 错误
-""".split()
+"""
+LABELS = dict.fromkeys(GOOD_LABELS.split(), 1.0) | dict.fromkeys(BAD_LABELS.split(), 0.0)
 # A score of a single answer -> the lowest of a good one; infinite where its scale is unknown.
 GRADE_FIELDS = {"rating": 4, "helpfulness": 3, "correctness": 3, "fine-grained_score": 4}
 GRADE_FIELDS |= {"overall_score": 8, "score": math.inf, "reward": math.inf, "rm_score": math.inf}
@@ -2475,10 +2465,7 @@ GRADE_FIELDS |= {"overall_score": 8, "score": math.inf, "reward": math.inf, "rm_
 
 def flag(value: object) -> float | None:
     """1.0 for true and the labels of good answers, 0.0 for those of bad ones, None for the rest."""
-    text = str(value).strip().lower()
-    if text in GOOD_LABELS:
-        return 1.0
-    return 0.0 if text in BAD_LABELS else None
+    return LABELS.get(str(value).strip().lower())
 
 
 def reference_of(row: dict, answer: str) -> str:
@@ -2561,10 +2548,9 @@ LOOKS_LIKE_TURNS = re.compile(
 
 def with_parsed_turns(row: dict) -> dict:
     """The row with lists of turns in place of their JSON (or Python) text."""
-    for name, value in row.items():
-        if name not in JSON_FIELDS or not isinstance(value, str):
-            continue
-        if not LOOKS_LIKE_TURNS.match(value):
+    for name in JSON_FIELDS & row.keys():
+        value = row[name]
+        if not isinstance(value, str) or not LOOKS_LIKE_TURNS.match(value):
             continue
         turns = parsed_text(value)
         if isinstance(turns, dict) and len(turns) > 1:
@@ -2691,7 +2677,10 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     name = re.sub(r"\.(gz|bz2|xz|zst)\Z", "", path.lower())
     delimiter = TABLE_DELIMITERS.get(os.path.splitext(name)[1])
     try:
-        with open(path, "rb") as packed, unpacked(packed) as file:
+        with open(path, "rb") as file:
+            for mark, unpack in COMPRESSED.items():
+                if file.peek(HEAD_SIZE).startswith(mark):
+                    file = unpack(file)
             head = file.peek(HEAD_SIZE)
             for mark, advice in UNREADABLE.items():
                 if head.startswith(mark):
@@ -2709,15 +2698,6 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error) as error:
         cause = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({cause})") from None
-
-
-def unpacked(file: BinaryIO) -> BinaryIO:
-    """The file, or a reader of what is compressed in it."""
-    head = file.peek(HEAD_SIZE)
-    for mark, opener in COMPRESSED.items():
-        if head.startswith(mark):
-            return opener(file)
-    return file
 
 
 # --- JSON
@@ -2804,9 +2784,7 @@ def scrub(text: object) -> object:
 
 
 def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Failed]]:
-    """Yield (line of the row's end, row or Failed) of a CSV or TSV file with a header.
-
-    An open quote costs all lines that it spans."""
+    """Yield (line of the row's end, row or Failed) of a CSV or TSV file with a header."""
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     header = text.readline()
@@ -2985,10 +2963,9 @@ TIE = re.compile(
 NOTHING = ("", "none", "n/a", "na", "nan", "null", "unknown", "-", "no preference", "无")
 STEM = "(?:model|response|answer|output|assistant|option|choice|completion|summary|candidate|text"
 STEM += "|generation|human_ref|system|模型|助手|回答|答案|回复|选项)"
-PLACES = (
-    {"left", "first", "former", "左", "左边", "左侧", "第一", "第一个", "前者"},
-    {"right", "second", "latter", "右", "右边", "右侧", "第二", "第二个", "后者"},
-)
+PLACES = {letter: index for index, letter in enumerate("abcdefgh")}
+PLACES |= dict.fromkeys("left first former 左 左边 左侧 第一 第一个 前者".split(), 0)
+PLACES |= dict.fromkeys("right second latter 右 右边 右侧 第二 第二个 后者".split(), 1)
 RELATION = re.compile(r"([^<>=]+?)\s*(>{1,2}|<{1,2}|={1,2})\s*([^<>=]+)")  # A>B, B >> A, A=B
 
 
@@ -2998,10 +2975,10 @@ RELATION = re.compile(r"([^<>=]+?)\s*(>{1,2}|<{1,2}|={1,2})\s*([^<>=]+)")  # A>B
 def known_data_set(row: dict) -> dict:
     """The row with the usual names in place of those of public data sets; raises Failed."""
     try:
-        if isinstance(row.get("question"), dict):  # WebGPT
-            row = row | {"prompt": row["question"]["full_text"]}
         if row.get("message_tree_id") and isinstance(row.get("prompt"), dict):  # OASST, trees
             row = row | {"prompt": row["prompt"]["text"], "replies": row["prompt"]["replies"]}
+        if isinstance(row.get("question"), dict):  # WebGPT
+            row = row | {"prompt": row["question"]["full_text"]}
         if row.get("human_ref_A") is not None:  # SHP: `labels` is 1 if the first is better
             row = row | {"prompt": row["history"], "first_is_better": row["labels"]}
             row["history"] = None
@@ -3049,9 +3026,7 @@ def turns_of_two(row: dict, fields: tuple, names: tuple) -> dict:
 
 
 def ready_pair(row: dict) -> dict:
-    """A ready pair as `chosen` and `rejected`, with the turns before it if it repeats them.
-
-    {} if the row has none; Failed for two pairs, and for turns that are not one answer each."""
+    """A ready pair as `chosen` and `rejected`, with the turns that it repeats; {} without one."""
     pairs = [names for names in READY if None not in map(row.get, names)]
     if not pairs:
         return {}
@@ -3222,9 +3197,7 @@ def quantity(value: object) -> float | None:
 
 
 def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None) -> None:
-    """Give the record the row's own answers, their votes, the kind of signal and its scale.
-
-    Raises Failed for a tie, for no preference and for signals that contradict each other."""
+    """Give the record the row's own answers, their votes, the kind of signal and its scale."""
     numbers = numbers or ChoiceNumbers([row])
     if isinstance(row.get("ranking"), list):
         raise Failed(
@@ -3291,7 +3264,7 @@ def item_set(items: list) -> AnswerSet:
     objects = [item if isinstance(item, dict) else {"text": item} for item in items]
     texts = []
     for item in objects:
-        texts.append(next((item[name] for name in TEXTS if item.get(name)), ""))
+        texts.append(next((item[name] for name in TEXTS if item.get(name) not in EMPTY), ""))
     answers = AnswerSet(texts)
     for name in ANSWER_FIELDS:
         answers.add(name, [item.get(name) for item in objects])
@@ -3425,22 +3398,14 @@ def bare(text: object) -> str:
 
 
 def named_places(text: str, answers: AnswerSet) -> set[int]:
-    """Indices of the answers that a text names by their model, field, end, letter or place."""
-    text = bare(text)
+    """Indices of the answers that a text names by their field, model, letter or place."""
+    text, count = bare(text), len(answers.texts)
+    places = {index for index, name in enumerate(answers.fields) if bare(name) == text}
+    places |= {index for index, name in enumerate(answers.models) if text and bare(name) == text}
     end = re.sub(rf"^{STEM}[ _-]*(?=\w+$)", "", text)  # model_a, response a -> a
     end = re.sub(rf"(?<=\w)[ _-]*{STEM}$", "", end)
-    places = set()
-    for index, field_name in enumerate(answers.fields):
-        if text == bare(field_name) or (end == bare(answers.ends[index]) and not end.isdigit()):
-            places.add(index)
-    for index, model in enumerate(answers.models):
-        if text and bare(model) == text:
-            places.add(index)
-    count = len(answers.texts)
-    if not answers.chosen and len(end) == 1:
-        places |= {string.ascii_lowercase.find(end)} & set(range(count))
-    if not answers.chosen and count == 2:
-        places |= {index for index, words in enumerate(PLACES) if end in words}
+    if not answers.chosen and (len(end) == 1 or count == 2):
+        places |= {PLACES.get(end)} & set(range(count))
     return places
 
 
@@ -3488,10 +3453,9 @@ def add_leads(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> None:
 
 
 def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]) -> None:
-    """Give the record the answers that every signal rates, the kind of signal and its scale.
+    """Give the record the answers that every signal rates, with their votes; raises Failed.
 
-    Each answer gets its votes in all signals, and the first score among them as its score. Flags
-    beside other signals can only contradict them: they rate many answers alike. Raises Failed."""
+    Flags beside other signals can only contradict them: they rate many answers alike."""
     signals = [entry for entry in signals if len(set(entry.votes) & set(answers.keys)) > 1]
     if any(entry.name == "fine-grained_score" for entry in signals):
         signals = [entry for entry in signals if entry.name != "overall_score"]
@@ -3590,9 +3554,7 @@ def group_rows(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
 
 
 def grouped(prompt: list[dict], answers: list[dict]) -> dict | Failed:
-    """The row that holds all answers of one prompt, and the reference if all rows agree on it.
-
-    Failed if there is only one answer."""
+    """The row of all answers to one prompt, and of a reference on which they agree; or Failed."""
     if len(answers) == 1:
         why = "one answer alone: rows of one prompt must stand together (sort the file by prompt)"
         return Failed("input", why, record=Record(prompt, answers=[Answer(answers[0]["text"])]))
@@ -3602,9 +3564,7 @@ def grouped(prompt: list[dict], answers: list[dict]) -> dict | Failed:
 
 
 def single_answer(row: object) -> tuple[list[dict], dict]:
-    """The prompt's messages and the answer of a row of one answer; ([], {}) for other rows.
-
-    The answer has its text, model, signals and reference."""
+    """The prompt's messages and the answer of a row of one answer; ([], {}) for other rows."""
     if not isinstance(row, dict) or ONE_SIGNALS.isdisjoint(row):
         return [], {}
     answer = {}
