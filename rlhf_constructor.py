@@ -2243,13 +2243,13 @@ def strip_blank_lines(text: str) -> str:
 
 def is_missing(value: object) -> bool:
     """Whether a field holds nothing: null, NaN or a spelling of it in a cell, an empty list."""
+    if value is None or value == []:
+        return True
     if isinstance(value, str):
         return len(value) < 12 and value.strip() in MISSING
-    if isinstance(value, float):
-        return math.isnan(value)
     if isinstance(value, dict):  # {"bytes": null, "path": null}: an empty picture of a Parquet file
         return all(part is None for part in value.values())
-    return value is None or value == []
+    return isinstance(value, float) and math.isnan(value)
 
 
 def text_of(row: dict, name: str) -> str:
@@ -2474,7 +2474,7 @@ def reference_of(row: dict, answer: str) -> str:
     for name in REFERENCE_FIELDS:
         if not reference and name in row:
             reference = reference_text(row, name)
-    if not reference or any(label_may_be_bad(row, name) for name in THUMB_FIELDS):
+    if not reference or any(label_may_be_bad(row, name) for name in THUMB_FIELDS if name in row):
         return ""
     for name, lowest in GRADE_FIELDS.items():
         score = number(row[name]) if name in row else None
@@ -2494,7 +2494,7 @@ def reference_text(row: dict, name: str) -> str:
         value = value[0]
     if is_missing(value):
         return ""
-    is_number = number(value) is not None
+    is_number = len(str(value)) < 20 and number(value) is not None
     if is_number and (first_value(row, CHOICE_FIELDS) or choices_of(row)):
         return ""  # the number of a choice, or its text?
     if isinstance(value, str):
@@ -2964,8 +2964,9 @@ NOTHING = ("", "none", "n/a", "na", "nan", "null", "unknown", "-", "no preferenc
 STEM = "(?:model|response|answer|output|assistant|option|choice|completion|summary|candidate|text"
 STEM += "|generation|human_ref|system|模型|助手|回答|答案|回复|选项)"
 PLACES = {letter: index for index, letter in enumerate("abcdefgh")}
-PLACES |= dict.fromkeys("left first former 左 左边 左侧 第一 第一个 前者".split(), 0)
-PLACES |= dict.fromkeys("right second latter 右 右边 右侧 第二 第二个 后者".split(), 1)
+PLACES |= {"first": 0, "第一": 0, "第一个": 0, "second": 1, "第二": 1, "第二个": 1}
+PLACES_OF_TWO = dict.fromkeys("left former 左 左边 左侧 前者".split(), 0)
+PLACES_OF_TWO |= dict.fromkeys("right latter 右 右边 右侧 后者".split(), 1)
 RELATION = re.compile(r"([^<>=]+?)\s*(>{1,2}|<{1,2}|={1,2})\s*([^<>=]+)")  # A>B, B >> A, A=B
 
 
@@ -3027,7 +3028,7 @@ def turns_of_two(row: dict, fields: tuple, names: tuple) -> dict:
 
 def ready_pair(row: dict) -> dict:
     """A ready pair as `chosen` and `rejected`, with the turns that it repeats; {} without one."""
-    pairs = [names for names in READY if None not in map(row.get, names)]
+    pairs = [names for names in READY if names[1] in row and None not in map(row.get, names)]
     if not pairs:
         return {}
     for name in (*SIDES, *[names[1] for names in pairs]):
@@ -3147,8 +3148,9 @@ class ChoiceNumbers:
         """The numbers that a field holds anywhere in the file."""
         for row in self.rows:
             plain = with_plain_names(row) if isinstance(row, dict) else {}
-            for winner in (*WINNERS, *LOOSE_WINNERS):
-                place = choice_number(plain.get(winner))
+            values = winners_of(plain) | {"a lead": quantity(plain.get("preference"))}
+            for winner, value in values.items():
+                place = choice_number(value)
                 if place is not None and len(self.seen[winner]) < 100:
                     self.seen[winner].add(place)
         self.rows = ()
@@ -3160,17 +3162,18 @@ class ChoiceNumbers:
         starts = [int(end) for end in answers.ends[:1] if end in "01"] or [0, 1]
         fitting = [start for start in starts if values <= set(range(start, start + count))]
         if len(fitting) != 1:
-            raise self.unclear(name)
+            raise unclear_numbers(name, values)
         return fitting[0]
 
-    def unclear(self, name: str) -> Failed:
-        """The reason to drop the rows of a file whose numbers may mean two things."""
-        values = ", ".join(f"{value:g}" for value in sorted(self.values(name))[:6])
-        return Failed(
-            "input",
-            f"ambiguous winner: `{name}` is {values} in this file, which may count from 0 or from "
-            f"1: --rename {name}=winner_from_0 (0, 1, 2 = tie) or =winner_from_1 (0 = tie, 1, 2)",
-        )
+
+def unclear_numbers(name: str, values: set[float]) -> Failed:
+    """The reason to drop the rows of a file whose numbers may mean two things."""
+    found = ", ".join(f"{value:g}" for value in sorted(values)[:6])
+    return Failed(
+        "input",
+        f"ambiguous winner: `{name}` is {found} in this file, which may count from 0 or from 1: "
+        f"--rename {name}=winner_from_0 (0, 1, 2 = tie) or =winner_from_1 (0 = tie, 1, 2)",
+    )
 
 
 def fold_spaces(text: object) -> str:
@@ -3266,8 +3269,10 @@ def item_set(items: list) -> AnswerSet:
     for item in objects:
         texts.append(next((item[name] for name in TEXTS if item.get(name) not in EMPTY), ""))
     answers = AnswerSet(texts)
+    names = set().union(*objects)
     for name in ANSWER_FIELDS:
-        answers.add(name, [item.get(name) for item in objects])
+        if name in names:
+            answers.add(name, [item.get(name) for item in objects])
     return answers
 
 
@@ -3346,7 +3351,7 @@ def winners_of(row: dict) -> dict:
 
 def read_winner(name: str, value: Any, sets: list[AnswerSet], numbers: ChoiceNumbers) -> None:
     """Enter the answer that a field names in each set; Failed for a tie or a strange name."""
-    text = bare("" if value is None else str(value))
+    text = bare("" if value is None else fold_spaces(str(value)))
     if name == "label" and not RELATION.fullmatch(text):
         return  # a label "a" may name the worse one
     places = [winner_places(name, value, answers, numbers) for answers in sets]
@@ -3368,7 +3373,7 @@ def read_winner(name: str, value: Any, sets: list[AnswerSet], numbers: ChoiceNum
 
 def winner_places(name: str, value: Any, answers: AnswerSet, numbers: ChoiceNumbers) -> set[int]:
     """Indices of the answers of a set that a value may name; Failed for a tie (A=B)."""
-    text = bare(str(value))
+    text = bare(fold_spaces(str(value)))
     if value in EMPTY or isinstance(value, list | dict):
         return set()
     if name == "first_is_better":
@@ -3391,22 +3396,23 @@ def winner_places(name: str, value: Any, answers: AnswerSet, numbers: ChoiceNumb
     return named | places
 
 
-def bare(text: object) -> str:
+def bare(text: str) -> str:
     """A name in lower case, without brackets, quotes and a final stop: `[[A]]`, `b.` -> a, b."""
-    name = fold_spaces(text).lower()
-    return name.lstrip(" .,。\"'`*()[]【】“”").rstrip(" .,。!\"'`*()[]【】“”")
+    return text.lower().lstrip(" .,。\"'`*()[]【】“”").rstrip(" .,。!\"'`*()[]【】“”")
 
 
 def named_places(text: str, answers: AnswerSet) -> set[int]:
     """Indices of the answers that a text names by their field, model, letter or place."""
     text, count = bare(text), len(answers.texts)
     places = {index for index, name in enumerate(answers.fields) if bare(name) == text}
-    places |= {index for index, name in enumerate(answers.models) if text and bare(name) == text}
+    models = [bare(fold_spaces(model)) for model in answers.models]
+    places |= {index for index, name in enumerate(models) if text and name == text}
     end = re.sub(rf"^{STEM}[ _-]*(?=\w+$)", "", text)  # model_a, response a -> a
     end = re.sub(rf"(?<=\w)[ _-]*{STEM}$", "", end)
-    if not answers.chosen and (len(end) == 1 or count == 2):
-        places |= {PLACES.get(end)} & set(range(count))
-    return places
+    if answers.chosen:
+        return places
+    words = PLACES | PLACES_OF_TWO if count == 2 else PLACES
+    return places | ({words.get(end)} & set(range(count)))
 
 
 def choice_number(value: object) -> float | None:
@@ -3443,8 +3449,9 @@ def add_leads(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> None:
         is_winner = any(column[0] == name for column in answers.columns)  # "response_1"
         if answers.fields != fields or row.get(name) is None or (value is None and is_winner):
             continue
-        if name == "preference" and not all(1 <= seen <= 2 for seen in numbers.values(name)):
-            raise numbers.unclear(name)
+        seen = numbers.values("a lead") if name == "preference" else set()
+        if seen and not 1 <= min(seen) <= max(seen) <= 2:  # another coding than AlpacaEval's
+            raise unclear_numbers(name, seen)
         if value == tie:
             raise Failed("input", "tie")
         if value is None or abs(value - tie) > scale:  # -100: neither
