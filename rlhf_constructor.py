@@ -2604,9 +2604,7 @@ def add_row_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = N
 
 
 def renamed_rows(path: str, rename: dict) -> Iterator[tuple[int, Any]]:
-    """Yield (line, row or Failed) for each row of a file, with --rename applied.
-
-    It finds `Frage` as `frage`; a row of which two fields then have one name is Failed."""
+    """Yield (line, row or Failed) for each row of a file, with --rename applied in any case."""
     new_names = {plain_name(old): new for old, new in rename.items()}
     for line, row in read_rows(path):
         if new_names and isinstance(row, dict):
@@ -2620,9 +2618,7 @@ ID_NAME = re.compile(r"(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
 
 
 def unused_fields(rows: list[dict], with_answers: bool) -> list[str]:
-    """Names of the filled fields that change nothing in any of these rows when they are left out.
-
-    Ids are not named, nor are labels and scores of an answer, which may all be good."""
+    """Names of the fields without which no row reads otherwise; no ids, no labels or scores."""
     used = {*THUMB_FIELDS, *GRADE_FIELDS}
     unused: dict[str, None] = {}  # in the order of the file
     for row in rows:
@@ -2827,9 +2823,7 @@ QUOTED_CELL = re.compile(r'(?:\A|\t)"(?:[^"\t]|"")*"\s*(?:\t|\Z)')
 
 
 def has_bare_quotes(text: io.TextIOWrapper) -> bool:
-    """Whether the quotes of a TSV file belong to its texts. Leaves the file after its header.
-
-    Then no cell is quoted as a whole, and all lines have the same number of cells."""
+    """Whether the quotes of a TSV file belong to its texts: no cell is quoted, no line is short."""
     text.seek(0)
     counts: set[int] = set()
     is_quoted = False
@@ -2837,7 +2831,7 @@ def has_bare_quotes(text: io.TextIOWrapper) -> bool:
         counts.add(line.count("\t"))
         is_quoted = is_quoted or QUOTED_CELL.search(line) is not None
     text.seek(0)
-    text.readline()
+    text.readline()  # the header
     return len(counts) == 1 and 0 not in counts and not is_quoted
 
 
@@ -3443,11 +3437,16 @@ def numbered_places(name: str, value: Any, answers: AnswerSet, numbers: ChoiceNu
 
 
 def add_leads(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> None:
-    """Give two answers what says by how much the second is better; raises Failed for a tie."""
+    """Give two answers what says by how much the second is better; raises Failed for a tie.
+
+    Beside other signals of two answers with other names it can only contradict them."""
     for name, (fields, tie, scale) in LEADS.items():
         value = quantity(row.get(name))
         is_winner = any(column[0] == name for column in answers.columns)  # "response_1"
-        if answers.fields != fields or row.get(name) is None or (value is None and is_winner):
+        is_check = name != "preference" and answers.columns and not answers.chosen
+        if answers.fields != fields and not (is_check and len(answers.texts) == 2):
+            continue
+        if row.get(name) is None or (value is None and is_winner):
             continue
         seen = numbers.values("a lead") if name == "preference" else set()
         if seen and not 1 <= min(seen) <= max(seen) <= 2:  # another coding than AlpacaEval's
@@ -3544,20 +3543,18 @@ GROUP_SIZE = 1000  # rows of one prompt at most, so that memory stays bounded
 def group_rows(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
     """Yields (line, row): rows of one answer and one prompt that stand together become one row."""
     group: list[dict] = []
-    start, prompt = 0, None
-    for line, row in rows:
-        asked, answer = single_answer(row)
-        if group and (asked != prompt or len(group) == GROUP_SIZE):
-            yield start, grouped(prompt, group)
+    start, asked = 0, []
+    for line, row in itertools.chain(rows, [(0, None)]):  # None ends the last group
+        prompt, answer = single_answer(row)
+        if group and (prompt != asked or len(group) == GROUP_SIZE):
+            yield start, grouped(asked, group)
             group = []
-        if not asked:
+        if not prompt and line:
             yield line, row
-            continue
-        if not group:
-            start, prompt = line, asked
-        group.append(answer)
-    if group:
-        yield start, grouped(prompt, group)
+        elif prompt:
+            start = start if group else line
+            asked = prompt
+            group.append(answer)
 
 
 def grouped(prompt: list[dict], answers: list[dict]) -> dict | Failed:

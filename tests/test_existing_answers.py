@@ -1141,6 +1141,11 @@ def scored_items(text, score):
             SIDES | {"chosen": scored_items(A, 1), "rejected": scored_items(B, 9)}, id="of lists"
         ),
         pytest.param(SIDES | {"margin": -1}, id="a negative margin"),
+        pytest.param(PLAIN_TWO | {"winner": "a", "overall_preference": 3}, id="HelpSteer3's lead"),
+        pytest.param(
+            {"prompt": Q, "responses": [A, B], "winner": "a", "preference_strength": 3},
+            id="HelpSteer2's lead",
+        ),
     ],
 )
 def test_a_signal_beside_a_pair_that_contradicts_it_gives_no_pair(process_record, row):
