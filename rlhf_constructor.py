@@ -2663,8 +2663,7 @@ UNREADABLE = {  # first bytes of a file that is not read -> what it is, and what
     b"\xff\xff\xff\xff": ARROW_ADVICE,
     b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it first, zstd -d FILE",
     b"version https://git-lfs": "a Git LFS pointer, not the data: run git lfs pull",
-    b"<!DOCTYPE": "a web page: was the file's own link downloaded?",
-    b"<!doctype": "a web page: was the file's own link downloaded?",
+    b"<": "a web page or XML: was the file's own link downloaded?",
 }
 
 
@@ -2949,6 +2948,7 @@ READY = (  # the better answer and the worse one
     ("messages", "rejected_messages"),  # ms-swift
 )
 SIDES = READY[0]  # the names that the others get
+RESPONSES = ("response_a", "response_b")  # the names that other sets of two get
 FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
 EMPTY = (None, "", [])
 TIE = re.compile(
@@ -2981,8 +2981,7 @@ def known_data_set(row: dict) -> dict:
             prompt = row["info"].get("post") or row["info"]["article"]
             row = row | {"prompt": prompt, "choice": None, "winner_from_0": row.get("choice")}
         if row.get("conversation_a") is not None:  # Chatbot Arena 33k and 140k, MT-Bench
-            names = ("conversation_a", "conversation_b")
-            row = row | turns_of_two(row, names, ("response_a", "response_b"))
+            row = row | turns_of_two(row["conversation_a"], row["conversation_b"], RESPONSES)
         if row.get("winner_model_a") is not None:
             row = row | arena_55k(row)
         return row | ready_pair(row | best_and_worst(row))
@@ -2993,13 +2992,11 @@ def known_data_set(row: dict) -> dict:
 def arena_55k(row: dict) -> dict:
     """Chatbot Arena 55k: turns are JSON lists in a string, and one of three flags says who won."""
     winners = [end for end in ("model_a", "model_b", "tie") if flag(row.get(f"winner_{end}"))]
-    turns = {}
-    for name in ("prompt", "response_a", "response_b"):
-        turns[name] = json.loads(row[name]) if row[name][:1] == "[" else [row[name]]
-    names = ("response_a", "response_b")
-    for name in names:
-        turns[name] = chat(zip(turns["prompt"], turns[name], strict=True))
-    return turns_of_two(turns, names, names) | {"winner flags": " and ".join(winners)}
+    texts = []
+    for value in map(row.get, ("prompt", *RESPONSES)):
+        texts.append(json.loads(value) if value[:1] == "[" else [value])
+    a, b = (chat(zip(texts[0], answers, strict=True)) for answers in texts[1:])
+    return turns_of_two(a, b, RESPONSES) | {"winner flags": " and ".join(winners)}
 
 
 def best_and_worst(row: dict) -> dict:
@@ -3012,12 +3009,12 @@ def best_and_worst(row: dict) -> dict:
     return dict(zip(SIDES, texts, strict=True))
 
 
-def turns_of_two(row: dict, fields: tuple, names: tuple) -> dict:
+def turns_of_two(a: Any, b: Any, names: tuple) -> dict:
     """Two conversations -> `messages`, their common history, and the two answers by `names`."""
-    a, b = conversation(row[fields[0]], {}), conversation(row[fields[1]], {})
-    if a.messages != b.messages:
+    first, second = conversation(a, {}), conversation(b, {})
+    if first.messages != second.messages:
         raise Failed("input", "histories differ: not two answers to one prompt")
-    return {"messages": a.messages, names[0]: a.reference, names[1]: b.reference}
+    return {"messages": first.messages, names[0]: first.reference, names[1]: second.reference}
 
 
 def ready_pair(row: dict) -> dict:
@@ -3035,14 +3032,13 @@ def ready_pair(row: dict) -> dict:
         sides.append([side] if isinstance(side, dict) else side)
     if is_turns(sides[0]) and isinstance(sides[1], str) and pairs[0][1] == "rejected_response":
         sides = [sides[0][-1:], chat([("", sides[1])])[1:]]
-    pair = dict(zip(SIDES, sides, strict=True))
     if is_turns(sides[0]) != is_turns(sides[1]):
         raise Failed("input", "not one answer on each side: turns and a text")
     if not is_turns(sides[0]):
-        return pair
+        return dict(zip(SIDES, sides, strict=True))
     turns = [message(turn) for turn in sides[0] + sides[1]]
     if turns[0]["role"] != "assistant":
-        pair = turns_of_two(pair, SIDES, SIDES)
+        pair = turns_of_two(*sides, SIDES)
         check_same_prompt(row.get("prompt"), pair["messages"])
         return pair
     if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
@@ -3078,7 +3074,6 @@ class AnswerSet:
 
     texts: list  # as the row holds them; broken rows hold other things than texts
     fields: tuple[str, ...] = ()  # that hold the texts; () for a list and for a ready pair
-    ends: tuple[str, ...] = ()  # what tells the fields apart: a, b; 1, 2
     chosen: int = 0  # a ready pair: how many of the texts, from the first on, are chosen
     models: list = field(default_factory=list)  # one per answer, or none
     columns: list[tuple] = field(default_factory=list)  # (name, kind, scale, a value per answer)
@@ -3153,7 +3148,7 @@ class ChoiceNumbers:
     def first_number(self, name: str, answers: AnswerSet) -> int:
         """The number of the first answer, 0 or 1; raises Failed if the file does not tell."""
         values, count = self.values(name), len(answers.texts)
-        starts = [int(end) for end in answers.ends[:1] if end in "01"] or [0, 1]
+        starts = [int(name[-1]) for name in answers.fields[:1] if name[-1] in "01"] or [0, 1]
         fitting = [start for start in starts if values <= set(range(start, start + count))]
         if len(fitting) != 1:
             raise unclear_numbers(name, values)
@@ -3234,7 +3229,7 @@ def answer_sets(row: dict) -> list[AnswerSet]:
     others = [item_set(row[name]) for name in LISTS if isinstance(row.get(name), list)]
     others = [answers for answers in others if any(answers.keys)]
     for fields, ends, mark in suffixed_fields(tuple(row)):
-        others.append(AnswerSet([row[name] for name in fields], fields, ends))
+        others.append(AnswerSet([row[name] for name in fields], fields))
         for name, columns in column_names(tuple(row), ends, (f"{{0}}{mark}{{1}}",)):
             others[-1].add(name, list(map(row.get, columns)))
     if len(others) > 1:
@@ -3249,9 +3244,7 @@ def answer_sets(row: dict) -> list[AnswerSet]:
         is_name = False
     if is_name or (pair and (others[0].fields or others[0].columns or winners_of(row))):
         raise Failed(
-            "input",
-            "ambiguous: `chosen` is none of the other answers: --rename chosen=winner if it names "
-            "the better one, or --rename the others if they are not to be ranked",
+            "input", "ambiguous: `chosen` is none of the other answers: --rename chosen=winner?"
         )
     return pair or others
 
