@@ -2458,9 +2458,10 @@ BAD_LABELS = """
     thumbs_down 坏 差 否 错误
 """
 LABELS = dict.fromkeys(GOOD_LABELS.split(), 1.0) | dict.fromkeys(BAD_LABELS.split(), 0.0)
-# A score of a single answer -> the lowest of a good one; infinite where its scale is unknown.
-GRADE_FIELDS = {"rating": 4, "helpfulness": 3, "correctness": 3, "fine-grained_score": 4}
-GRADE_FIELDS |= {"overall_score": 8, "score": math.inf, "reward": math.inf, "rm_score": math.inf}
+# A score of a single answer -> the lowest and highest of a good one; none is where it has no scale.
+GRADE_FIELDS = {"rating": (4, 5), "helpfulness": (3, 4), "correctness": (3, 4)}
+GRADE_FIELDS |= {"fine-grained_score": (4, 5), "overall_score": (8, 10)}
+GRADE_FIELDS |= dict.fromkeys(("score", "reward", "rm_score"), (math.inf, math.inf))
 
 
 def flag(value: object) -> float | None:
@@ -2476,9 +2477,9 @@ def reference_of(row: dict, answer: str) -> str:
             reference = reference_text(row, name)
     if not reference or any(label_may_be_bad(row, name) for name in THUMB_FIELDS if name in row):
         return ""
-    for name, lowest in GRADE_FIELDS.items():
+    for name, (lowest, highest) in GRADE_FIELDS.items():
         score = number(row[name]) if name in row else None
-        if score is not None and score < lowest:
+        if score is not None and not lowest <= score <= highest:
             return ""
     return reference
 
@@ -3226,8 +3227,8 @@ def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None)
 def answer_sets(row: dict) -> list[AnswerSet]:
     """The ready pair of a row and its other answers, at most one set of each; raises Failed."""
     pair = [ready_set(row)] if None not in map(row.get, SIDES) else []
-    others = [item_set(row[name]) for name in LISTS if isinstance(row.get(name), list)]
-    others = [answers for answers in others if any(answers.keys)]
+    lists = [item_set(row[name]) for name in LISTS if is_filled_list(row.get(name))]
+    others = [answers for answers in lists if any(answers.keys)]
     for fields, ends, mark in suffixed_fields(tuple(row)):
         others.append(AnswerSet([row[name] for name in fields], fields))
         for name, columns in column_names(tuple(row), ends, (f"{{0}}{mark}{{1}}",)):
@@ -3235,7 +3236,8 @@ def answer_sets(row: dict) -> list[AnswerSet]:
     if len(others) > 1:
         raise Failed("input", "ambiguous: two sets of answers: --rename the wrong one")
     for answers in others or pair:
-        add_lists(row, answers)
+        if others or not lists:
+            add_lists(row, answers)
     if not others or (pair and set(pair[0].keys) <= set(others[0].keys)):
         return pair + others
     chosen = row.get("chosen")
