@@ -662,8 +662,11 @@ def adapt(row: dict) -> list[Record] | None:
         except Exception as error:
             if is_bug_of(adapter, error):
                 raise broken(part, error) from error
-            cause = f"{type(error).__name__} under {adapter.__name__}"
-            raise Failed("input", f"malformed record: {error} ({cause})") from None
+            frames = traceback.extract_tb(error.__traceback__)
+            line = [frame.lineno for frame in frames if frame.filename == __file__][-1]
+            cause = f"{type(error).__name__} in line {line} of this script"
+            reason = f"malformed record: {error} ({cause}, under {adapter.__name__})"
+            raise Failed("input", reason) from None
         if records is None or records == []:
             continue
         if not isinstance(records, list) or not all(isinstance(item, Record) for item in records):
