@@ -3472,9 +3472,8 @@ def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]) -> 
     if not main_signals or len(rated) < 2:
         raise Failed("input", "no preference: fewer than two answers are rated")
     check_directions([key for _, key in rated], signals, main_signals)
+    # A lead is no score of one answer.
     scores = [entry for entry in main_signals if entry.kind == "score" and entry.name not in LEADS]
-    if main_signals[0].name in LEADS:
-        scores = []  # a lead is no score of one answer, and its scale is another
     scores.sort(key=lambda entry: entry.name == "votes")  # their own mean or median is better
     for answer, key in rated:
         for entry in main_signals:
@@ -3525,9 +3524,8 @@ def unread_signals(row: dict) -> str:
     if not names:
         return ""
     return (
-        f"if {' or '.join(names[:3])} says which is better, add --rename {names[0]}=winner (it "
-        "names the better answer), =winner_from_0 or =winner_from_1 (its number), "
-        "=first_is_better (1 or 0), =scores or =ranks (lists), =score_a (a field per answer)"
+        f"if {' or '.join(names[:3])} says which is better: --rename {names[0]}=winner (its name), "
+        "=winner_from_0, =winner_from_1 (its number), =first_is_better (1 or 0), =scores, =ranks"
     )
 
 
