@@ -2320,7 +2320,7 @@ ASSISTANT_NAMES = ("assistant", "gpt", "bot", "answer", "response", "output", "c
 def read_history(row: dict) -> list[dict]:
     """The turns before the prompt (`history`, or `context`): turns, pairs or alternating texts."""
     history = row.get("history")
-    if history is None and is_turns(row.get("context")) and row["context"] is not row.get("prompt"):
+    if history is None and is_turns(row.get("context")):
         history = row["context"]
     if is_missing(history):
         return []
@@ -2405,9 +2405,8 @@ TEMPLATE_SIGNS = ("<|", "<｜", "<start_of_turn>", "INST]")
 
 def has_template_mark(text: str) -> bool:
     """Whether a server could take something in the text for a mark of its chat template."""
-    if not any(sign in text for sign in TEMPLATE_SIGNS):  # faster than the search
-        return False
-    return TEMPLATE_MARK.search(text) is not None
+    may_hold_mark = any(sign in text for sign in TEMPLATE_SIGNS)  # faster than the search
+    return may_hold_mark and TEMPLATE_MARK.search(text) is not None
 
 
 def template_turns(text: str) -> list[dict]:
@@ -2507,11 +2506,9 @@ def reference_text(row: dict, name: str) -> str:
 
 
 def label_may_be_bad(row: dict, name: str) -> bool:
-    """Whether a label calls the row's answer bad; a `label` or `kto_tag` that is unknown may.
-
-    A word is a topic ("geography") unless it stands beside a `completion`, and a `label` beside
-    `text` is a class (sentiment) unless it is true or false."""
+    """Whether a label calls the row's answer bad; a `label` or `kto_tag` that is unknown may."""
     value = row.get(name)
+    # Without a `completion`, a `label` beside `text` is a class (sentiment), a word is a topic.
     is_class = name == "label" and "text" in row and not isinstance(value, bool)
     if is_missing(value) or (is_class and not row.get("completion")):
         return False
@@ -2858,7 +2855,8 @@ def parquet_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
             columns = [column_values(column) for column in batch.columns]
             for values in zip(*columns, strict=True):
                 count += 1
-                yield count, plain_value(dict(zip(names, values, strict=True)))
+                row = json.dumps(dict(zip(names, values, strict=True)), default=plain_text)
+                yield count, json.loads(row)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot be read ({cause[0]})") from None
@@ -2872,19 +2870,9 @@ def column_values(column: Any) -> list:
         return column.cast("int64").to_pylist()
 
 
-def plain_value(value: object) -> object:
-    """A value of a Parquet file as JSON would hold it: NaN is null, a date is its ISO text."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, dict):
-        return {name: plain_value(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_value(part) for part in value]
-    if isinstance(value, float):
-        return None if math.isnan(value) else value
-    if isinstance(value, bytes):  # texts of old writers, pictures
-        return value.decode("utf-8", "replace")
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)  # Decimal: a number
+def plain_text(value: object) -> str:
+    """A value of a Parquet file that JSON does not hold, as text: bytes, a date, a decimal."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 # --------------------------------------------------------------------------------------------------

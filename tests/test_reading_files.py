@@ -114,7 +114,8 @@ def test_values_of_parquet_are_those_of_json(tmp_path):
            "price": decimal.Decimal("7.50"), "raw": "é".encode(), "bytes": b"\xff", "none": None, "yes": True, "n": 7}  # fmt: skip
     (tmp_path / "in").write_bytes(parquet(row))
     [(_, found)] = rc.read_rows(str(tmp_path / "in"))
-    assert found == {"day": "2024-05-01", "at": "2024-05-01T12:30:00", "nan": None, "price": "7.50", "raw": "é",
+    assert rc.is_missing(found.pop("nan"))
+    assert found == {"day": "2024-05-01", "at": "2024-05-01 12:30:00", "price": "7.50", "raw": "é",
                      "bytes": "\ufffd", "none": None, "yes": True, "n": 7}  # fmt: skip
 
 
