@@ -2810,13 +2810,11 @@ def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Fai
             continue
         if cells is None:
             return
-        line = reader.line_num + skipped
-        if not any(cell.strip() for cell in cells):
-            continue
+        row = dict(itertools.zip_longest(names, cells))
         if len(cells) > len(names):
-            yield line, Failed("input", "more cells than the header has")
-        else:
-            yield line, dict(itertools.zip_longest(names, cells))
+            row = Failed("input", "more cells than the header has")
+        if any(cell.strip() for cell in cells):
+            yield reader.line_num + skipped, row
 
 
 QUOTED_CELL = re.compile(r'(?:\A|\t)"(?:[^"\t]|"")*"\s*(?:\t|\Z)')
@@ -3220,10 +3218,10 @@ def answer_sets(row: dict) -> list[AnswerSet]:
     pair = [ready_set(row)] if None not in map(row.get, SIDES) else []
     lists = [item_set(row[name]) for name in LISTS if is_filled_list(row.get(name))]
     others = [answers for answers in lists if any(answers.keys)]
-    for fields, ends, mark in suffixed_fields(tuple(row)):
+    for fields, columns in suffixed_fields(tuple(row)):
         others.append(AnswerSet([row[name] for name in fields], fields))
-        for name, columns in column_names(tuple(row), ends, (f"{{0}}{mark}{{1}}",)):
-            others[-1].add(name, list(map(row.get, columns)))
+        for name, column in columns:
+            others[-1].add(name, list(map(row.get, column)))
     if len(others) > 1:
         raise Failed("input", "ambiguous: two sets of answers: --rename the wrong one")
     for answers in others or pair:
@@ -3262,8 +3260,8 @@ def ready_set(row: dict) -> AnswerSet:
     answers = item_set([*better, *worse])
     answers.chosen = len(better)
     sides = (SIDES[0],) * len(better) + (SIDES[1],) * len(worse)
-    for name, columns in column_names(tuple(row), sides, FORMS):
-        answers.add(name, list(map(row.get, columns)))
+    for name, column in column_names(tuple(row), sides, FORMS):
+        answers.add(name, list(map(row.get, column)))
     answers.add_choice("chosen", range(len(better)))
     if row.get("decided_by") == "people":  # scores of the judge whom people overruled
         answers.columns = answers.columns[-1:]
@@ -3287,7 +3285,7 @@ def add_lists(row: dict, answers: AnswerSet) -> None:
 
 @functools.lru_cache(maxsize=256)
 def suffixed_fields(names: tuple) -> list[tuple]:
-    """[(fields, ends, mark)] of names like response_a, response_b: ("a", "b") and "_"."""
+    """[(answers, columns)] of a row's fields like response_a, response_b; see `column_names`."""
     groups = []
     for name in names:
         match = SUFFIXED.fullmatch(name) if isinstance(name, str) else None
@@ -3297,7 +3295,8 @@ def suffixed_fields(names: tuple) -> list[tuple]:
         possible = [stem + mark + chr(ord(first) + i) for i in range(8)]
         fields = tuple(itertools.takewhile(names.__contains__, possible))
         if len(fields) > 1 and not (first == "1" and f"{stem}{mark}0" in names):
-            groups.append((fields, tuple(name[-1] for name in fields), mark))
+            ends = tuple(mark + field_name[-1] for field_name in fields)
+            groups.append((fields, column_names(names, ends, ("{0}{1}",))))
     return groups
 
 
