@@ -220,8 +220,6 @@ class Record:
     signal: str = ""
     # Width of the signal's range in points; 0 if unknown.
     scale: float = 0.0
-    # Without a signal: the --rename of fields that look like one.
-    signal_hint: str = ""
     # Line of the input file, from 1 (in a JSON array: the item).
     line: int = 0
     # What the report counts, e.g. "no correct answer".
@@ -1198,9 +1196,10 @@ class Run:
         exact_match leaves out what it cannot check, and raises Failed unless some answers are right
         and some are wrong."""
         if not self.judges:
-            advice = record.signal_hint or "name a --judge-model"
+            advice = "name a --judge-model, or the field that is one: --rename FIELD=winner "
+            advice += "(or winner_from_0, winner_from_1, first_is_better, scores, ranks)"
             if self.unused_fields:
-                advice += f" (fields not used: {', '.join(self.unused_fields[:8])})"
+                advice += f"; fields not used: {', '.join(self.unused_fields[:8])}"
             raise Failed("input", f"answers without any signal: {advice}")
         judged = await score_answers(record, answers, self)
         remember_judged(record, answers, judged)
@@ -2620,7 +2619,7 @@ ID_NAME = re.compile(r"(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
 
 def unused_fields(rows: list[dict], with_answers: bool) -> list[str]:
     """Names of the fields without which no row reads otherwise; no ids, no labels or scores."""
-    used = {*THUMB_FIELDS, *GRADE_FIELDS}
+    used = set() if with_answers else {*THUMB_FIELDS, *GRADE_FIELDS}
     unused: dict[str, None] = {}  # in the order of the file
     for row in rows:
         records = reading_of(row, with_answers)
@@ -3206,8 +3205,6 @@ def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None)
         signals += answers.signals()
     if signals:
         apply_signals(record, first, signals)
-    else:
-        record.signal_hint = unread_signals(row)
 
 
 # --- sets of answers
@@ -3488,32 +3485,17 @@ def check_directions(keys: list[str], signals: list[Signal], main_signals: list[
         raise Failed("input", "tie")
 
 
-# Words in the names of fields that often hold a signal, and in those that name what is bad.
+# Words in the names of fields that often hold a signal.
 TELLING = re.compile(
     "label|best|better|prefer|choice|chosen|winn|win$|verdict|decision|judg|select|vote|pick|order"
     "|annotat|compar|rating|score|rank|grade|quality|reward|correct|胜|优|选|偏好|标注|得分|评分|打分",
     re.I,
 )
-INVERTED = re.compile("wors|reject|los[es]|not_|dis|un|error|败|差|劣|错", re.I)
 
 
 def may_be_signal(name: object) -> bool:
     """Whether a field's name looks like a signal."""
     return isinstance(name, str) and TELLING.search(name) is not None
-
-
-def unread_signals(row: dict) -> str:
-    """How to --rename the fields that look like a signal and were not read; "" if none does."""
-    names = []
-    for name, value in row.items():
-        if may_be_signal(name) and not INVERTED.search(name) and not is_missing(value):
-            names.append(name)
-    if not names:
-        return ""
-    return (
-        f"if {' or '.join(names[:3])} says which is better: --rename {names[0]}=winner (its name), "
-        "=winner_from_0, =winner_from_1 (its number), =first_is_better (1 or 0), =scores, =ranks"
-    )
 
 
 # --- rows of one answer each (KTO, scores of a reward model): those of one prompt are grouped
