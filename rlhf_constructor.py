@@ -2290,9 +2290,7 @@ def context_texts(row: dict, prompt: str) -> list[str]:
 
 
 def choices_of(row: dict) -> dict[str, str]:
-    """A question's choices, label -> text; {} if it has none.
-
-    They are a list, {"A": text}, lists of both in an object (ARC), or columns A, B, ... (MMLU)."""
+    """A question's choices, label -> text: a list, {"A": text}, two lists (ARC), columns (MMLU)."""
     choices = first_value(row, CHOICE_FIELDS)
     letters = string.ascii_uppercase
     if isinstance(choices, str):  # of a CSV cell
@@ -2614,7 +2612,12 @@ def renamed_rows(path: str, rename: dict) -> Iterator[tuple[int, Any]]:
         yield line, row
 
 
-ID_NAME = re.compile(r"(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
+# Names of ids; `preferred_index` and their like may name the better answer.
+ID_NAME = re.compile(
+    r"(?!.*(?:best|better|prefer|choi|chos|winn|select|pick))(.*_)?(id|ids|idx|index|uid|uuid)_*"
+    r"|unnamed: \d+|",
+    re.I,
+)
 
 
 def unused_fields(rows: list[dict], with_answers: bool) -> list[str]:
@@ -2632,8 +2635,7 @@ def unused_fields(rows: list[dict], with_answers: bool) -> list[str]:
                 used.add(name)
     names = []
     for name in unused:
-        is_id = ID_NAME.fullmatch(name) and not may_be_signal(name)
-        if not is_id and used.isdisjoint((name, plain_name(name))):
+        if not ID_NAME.fullmatch(name) and used.isdisjoint((name, plain_name(name))):
             names.append(name)
     return names
 
@@ -2656,11 +2658,9 @@ TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 HEAD_SIZE = 512  # bytes of a file's start that tell its kind
 # First bytes of a compressed file -> what opens it.
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-ARROW_ADVICE = "an Arrow file: save it as Parquet or JSONL, e.g. dataset.to_json('NEW.jsonl')"
 UNREADABLE = {  # first bytes of a file that is not read -> what it is, and what to do
     b"PK\x03\x04": "an Excel, Word or zip file: save the sheet as CSV UTF-8, or unpack it",
-    b"ARROW1": ARROW_ADVICE,
-    b"\xff\xff\xff\xff": ARROW_ADVICE,
+    b"\xff\xff\xff\xff": "an Arrow file: save it as JSONL, e.g. dataset.to_json('NEW.jsonl')",
     b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it first, zstd -d FILE",
     b"version https://git-lfs": "a Git LFS pointer, not the data: run git lfs pull",
     b"<": "a web page or XML: was the file's own link downloaded?",
@@ -2993,9 +2993,9 @@ def best_and_worst(row: dict) -> dict:
     texts = row.get("output")
     if not isinstance(texts, list) or len(texts) != 2 or "instruction" not in row:
         return {}
-    if any(may_be_signal(name) for name in row if not is_missing(row[name])):
-        return {}
-    return dict(zip(SIDES, texts, strict=True))
+    filled = {name for name in row if not is_missing(row[name])}
+    has_others = filled - {"instruction", "input", "output", "system", "history"}
+    return {} if has_others else dict(zip(SIDES, texts, strict=True))
 
 
 def turns_of_two(a: Any, b: Any, names: tuple) -> dict:
@@ -3332,8 +3332,7 @@ def read_winner(name: str, value: Any, sets: list[AnswerSet], numbers: ChoiceNum
         return  # a label "a" may name the worse one
     places = [winner_places(name, value, answers, numbers) for answers in sets]
     if TIE.match(text) and (not any(places) or TIE.fullmatch(text)):
-        is_bad = re.search("^neither|bad|不好|差", text)
-        raise Failed("input", "both bad" if is_bad else "tie")
+        raise Failed("input", "both bad" if re.search("^neither|bad|不好|差", text) else "tie")
     for answers, found in zip(sets, places, strict=True):
         if len(found) > 1:
             raise Failed("input", f"ambiguous winner: {text[:40]!r} could be either answer")
@@ -3483,19 +3482,6 @@ def check_directions(keys: list[str], signals: list[Signal], main_signals: list[
         differ = differ or 0 not in leads[: len(main_signals)]  # flags come last
     if not differ:
         raise Failed("input", "tie")
-
-
-# Words in the names of fields that often hold a signal.
-TELLING = re.compile(
-    "label|best|better|prefer|choice|chosen|winn|win$|verdict|decision|judg|select|vote|pick|order"
-    "|annotat|compar|rating|score|rank|grade|quality|reward|correct|胜|优|选|偏好|标注|得分|评分|打分",
-    re.I,
-)
-
-
-def may_be_signal(name: object) -> bool:
-    """Whether a field's name looks like a signal."""
-    return isinstance(name, str) and TELLING.search(name) is not None
 
 
 # --- rows of one answer each (KTO, scores of a reward model): those of one prompt are grouped

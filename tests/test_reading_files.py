@@ -64,7 +64,7 @@ def zip_file() -> bytes:
 
 OTHER_KINDS = [
     pytest.param(zip_file(), "Excel, Word or zip.*CSV UTF-8, or unpack it", id="xlsx, zip"),
-    pytest.param(b"ARROW1\x00\x00", "an Arrow file: save it as Parquet or JSONL", id="Arrow"),
+    pytest.param(b"\xff\xff\xff\xff\x00", "an Arrow file: save it as JSONL", id="Arrow"),
     pytest.param(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull", id="Git LFS"),
     pytest.param(b"<!doctype html><html>", "a web page", id="a web page"),
     pytest.param(b"PAR1 not really PAR1", "cannot be read", id="damaged Parquet"),
