@@ -1196,10 +1196,10 @@ class Run:
         exact_match leaves out what it cannot check, and raises Failed unless some answers are right
         and some are wrong."""
         if not self.judges:
-            advice = "name a --judge-model, or the field that is one: --rename FIELD=winner "
-            advice += "(or winner_from_0, winner_from_1, first_is_better, scores, ranks)"
+            advice = "name a --judge-model, or the field that is one: --rename FIELD=winner, "
+            advice += "=winner_from_0, =winner_from_1, =first_is_better, =scores or =ranks"
             if self.unused_fields:
-                advice += f"; fields not used: {', '.join(self.unused_fields[:8])}"
+                advice += f" (fields not used: {', '.join(self.unused_fields[:8])})"
             raise Failed("input", f"answers without any signal: {advice}")
         judged = await score_answers(record, answers, self)
         remember_judged(record, answers, judged)
@@ -2517,9 +2517,7 @@ def label_may_be_bad(row: dict, name: str) -> bool:
 
 @functools.lru_cache(maxsize=10_000)
 def plain_name(name: str) -> str:
-    """A field's name as the functions above know it: `Instruction` -> `instruction`.
-
-    A last letter that tells answers apart stays: `score_A`, `responseA`, `A`."""
+    """A field's name in lower case, but for a last letter that tells answers apart: `score_A`."""
     name = name.strip()
     keeps_last = re.search(r"(?:\A|_|[a-z])[A-Z]\Z", name)
     return name[:-1].lower() + name[-1] if keeps_last else name.lower()
@@ -2612,12 +2610,8 @@ def renamed_rows(path: str, rename: dict) -> Iterator[tuple[int, Any]]:
         yield line, row
 
 
-# Names of ids; `preferred_index` and their like may name the better answer.
-ID_NAME = re.compile(
-    r"(?!.*(?:best|better|prefer|choi|chos|winn|select|pick))(.*_)?(id|ids|idx|index|uid|uuid)_*"
-    r"|unnamed: \d+|",
-    re.I,
-)
+NO_ID = "(?!.*(?:best|better|prefer|choi|chos|winn|select|pick))"  # preferred_index
+ID_NAME = re.compile(rf"{NO_ID}(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
 
 
 def unused_fields(rows: list[dict], with_answers: bool) -> list[str]:
@@ -3418,12 +3412,11 @@ def numbered_places(name: str, value: Any, answers: AnswerSet, numbers: ChoiceNu
 
 
 def add_leads(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> None:
-    """Give two answers what says by how much the second is better; raises Failed for a tie.
-
-    Beside other signals of two answers with other names it can only contradict them."""
+    """Give two answers what says by how much the second is better; raises Failed for a tie."""
     for name, (fields, tie, scale) in LEADS.items():
         value = quantity(row.get(name))
         is_winner = any(column[0] == name for column in answers.columns)  # "response_1"
+        # Beside other signals of answers with other names, it can only contradict them.
         is_check = name != "preference" and answers.columns and not answers.chosen
         if answers.fields != fields and not (is_check and len(answers.texts) == 2):
             continue
@@ -3440,13 +3433,12 @@ def add_leads(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> None:
 
 
 def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]) -> None:
-    """Give the record the answers that every signal rates, with their votes; raises Failed.
-
-    Flags beside other signals can only contradict them: they rate many answers alike."""
+    """Give the record the answers that every signal rates, with their votes; raises Failed."""
     signals = [entry for entry in signals if len(set(entry.votes) & set(answers.keys)) > 1]
     if any(entry.name == "fine-grained_score" for entry in signals):
         signals = [entry for entry in signals if entry.name != "overall_score"]
     signals.sort(key=lambda entry: KINDS.index(entry.kind))
+    # Flags beside other signals can only contradict them: they rate many answers alike.
     main_signals = [entry for entry in signals if entry.kind != "flag"] or signals
     rated = []
     for answer, key in zip(record.answers, answers.keys, strict=True):
@@ -3500,12 +3492,12 @@ def group_rows(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         if group and (prompt != asked or len(group) == GROUP_SIZE):
             yield start, grouped(asked, group)
             group = []
-        if not prompt and line:
-            yield line, row
-        elif prompt:
+        if prompt:
             start = start if group else line
             asked = prompt
             group.append(answer)
+        elif line:
+            yield line, row
 
 
 def grouped(prompt: list[dict], answers: list[dict]) -> dict | Failed:
