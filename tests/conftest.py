@@ -16,6 +16,11 @@ DATA = ROOT / "data"
 SCRIPT = ROOT / "rlhf_constructor.py"
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """One worker more than cores: some tests wait for retries, browsers and killed processes."""
+    return (os.cpu_count() or 1) + 1
+
+
 @dataclass
 class Result:
     """What a run left: exit status, both streams, rows written, rows dropped."""

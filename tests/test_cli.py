@@ -326,14 +326,14 @@ FORTY = [{"prompt": f"Question {n}"} for n in range(40)]
 
 
 @pytest.mark.parametrize("text", [None, ""], ids=["", "some without text"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_budget_is_passed_by_the_two_calls_in_flight_at_most(rlhf, seed, text):
     luck, spent = random.Random(seed), []
 
     async def answer(call):
         await asyncio.sleep(luck.random() / 50)
         spent.append(50 if len(spent) < 90 else luck.choice((50, 200, 3000)))
-        lost = text is not None and luck.random() < 0.3
+        lost = text is not None and luck.random() < 0.1
         return Reply(text if lost else demo_world(call), tokens_in=0, tokens_out=spent[-1])
 
     with Api(answer) as api:
@@ -410,13 +410,6 @@ def test_a_capital_field_is_named_as_it_is_and_renamed_in_either_case(rlhf):
     assert "no known fields: Frage" in rlhf(records, *flags).err
     for name in ("Frage", "frage"):
         assert len(rlhf(records, *flags, "--rename", f"{name}=prompt").pairs) == 1
-
-
-def test_answers_without_a_signal_name_the_fields_that_were_not_used(rlhf):
-    rows = [{"prompt": "Why?", "response_a": "So.", "response_b": "Because.", "mood": "good"}]
-    [reason] = rlhf(rows, "--method", "rank_responses").reasons
-    assert reason.startswith("input: answers without any signal: ")
-    assert reason.endswith("(fields not used: mood)")
 
 
 def test_a_model_that_writes_and_judges_is_named_as_both(rlhf):

@@ -450,7 +450,7 @@ WRONG_SETTINGS = [
 def test_a_setting_that_cannot_work_is_refused(edited, arguments, says):
     code = f'@register({arguments})\ndef mine(record, run):\n    """mine"""\n'
     with pytest.raises(ValueError, match=says):
-        edited("methods", code)
+        edited("methods", code, *MINE)
 
 
 def test_a_name_that_the_file_uses_already_is_refused(edited):
@@ -459,9 +459,11 @@ def test_a_name_that_the_file_uses_already_is_refused(edited):
 
 
 def test_a_scale_upside_down_is_refused(edited, monkeypatch):
-    monkeypatch.setitem(globals(), "SOURCE", SOURCE.replace("(1, 10)\nif", "(10, 1)\nif"))
-    with pytest.raises(ValueError, match="the lowest score, must be below the second"):
-        edited("methods", "")
+    monkeypatch.setitem(
+        globals(), "SOURCE", SOURCE.replace("JUDGE_SCALE = (1, 10)", "JUDGE_SCALE = (10, 1)")
+    )
+    result = edited("methods", "")
+    assert result.status == 2 and "the lowest score must be below the highest" in result.err
 
 
 def test_a_python_without_docstrings_is_refused_in_a_sentence():

@@ -464,7 +464,7 @@ def test_two_answers_that_only_one_of_two_signals_tells_apart_form_no_pair(proce
 
 
 def test_no_two_shapes_in_one_row_that_differ_give_a_pair():
-    run, rows = SimpleNamespace(seed=0, strategy="all_pairs", length_penalty=0), 0
+    run, rows = SimpleNamespace(seed=0, args=SimpleNamespace(strategy="all_pairs")), 0
     shapes = SHAPES | OF_OTHERS
     del shapes["LLaMA-Factory, former ranking"]  # a mere list, if anything else says who is better
     del (
@@ -795,7 +795,7 @@ def test_a_field_renamed_onto_another_costs_the_record(tmp_path):
 def winner_of(row, *others):
     """What the first of a file's rows says is better: A or B, or `stage: reason` of its drop."""
     rows = [row, *others]
-    run = SimpleNamespace(seed=0, strategy="best_worst", length_penalty=0)
+    run = SimpleNamespace(seed=0, args=SimpleNamespace(strategy="best_worst", length_penalty=0))
     try:
         [record] = rc.parse_row(row, True, rc.ChoiceNumbers(iter(rows)))
         if not record.signal:
@@ -1103,7 +1103,7 @@ def test_the_message_names_a_field_that_is_not_read_and_a_rename_reads_it(rlhf, 
     if "winner" in rows[0] and "response_a" in rows[0]:
         rows = [rows[0], rows[2]]  # 1 alone: from 0 or from 1?
     result = rlhf(rows, *RANK)
-    text = result.reasons[0] if result.dropped else result.err
+    text = (result.reasons[0] if result.dropped else "") + result.err
     assert not result.pairs
     flags = []
     for rename in renames:

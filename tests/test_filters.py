@@ -33,11 +33,11 @@ def reason_against(prompt="What is 6 times 7?", chosen="It is 42.", rejected="Bl
         answer.positions = () if signal or not given else (0, 1)
         answer.score = sum(given) / len(given) if given and signal in ("", "score") else None
     looked_at = [
-        ("answer", made.record, made.chosen),
-        ("answer", made.record, made.rejected),
-        ("pair", made, run),
+        ("answer", run, made.record, made.chosen),
+        ("answer", run, made.record, made.rejected),
+        ("pair", run, made, run),
     ]
-    return next(filter(None, itertools.starmap(run.rejection_reason, looked_at)), None)
+    return next(filter(None, itertools.starmap(rc.rejection_reason, looked_at)), None)
 
 
 def case(name: str, **parts):
@@ -580,7 +580,32 @@ def reason_against_example(line: str) -> tuple[bool, str | None]:
     return kind == "Drop", reason_against(**given)
 
 
-@pytest.mark.parametrize("name, line", [p for name in rc.FILTERS for p in examples_of(name)])
+MORE_EXAMPLES = [
+    ("truncated", 'Drop: "答案是四" for "6乘7等于多少？" (finish content_filter)'),
+    ("empty", 'Keep: "7" for "Name a prime number."'),
+    ("loop", 'Keep: "Sign here: ______________________________________________" for "Make a form."'),
+    ("identical", 'Drop: "北京。" over "北京" for "中国的首都是哪里？" (signal choice)'),
+    ("refusal", 'Drop: "很抱歉，我无法提供帮助。" over "作为人工智能，我不能回答。" for "怎么撬锁？"'),
+    ("wrong_language", 'Keep: "The hall was opulent, with trimmed walls." over "无" for "用“opulent”造一句话。"'),
+    ("truncated", 'Keep: "正面" for "判断情感：太好看了！"'),
+    ("control_tokens", 'Keep: "模型用</think>标签结束思考，再给出答案。" for "模型怎样结束思考？"'),
+    ("loop", 'Keep: "我再也不迟到了。" * 20 for "把“我再也不迟到了”写20遍。"'),
+    ("echo", 'Keep: "天空为什么是蓝色的？因为空气散射蓝光。" for "天空为什么是蓝色的？"'),
+    ("echo", 'Keep: "Repeat after me: I has a dog." for "Repeat after me: I has a dog."'),
+    ("near_duplicate", 'Drop: "They met in the old town hall." over "They met in the old town halls."'
+     ' for "Where?" (signal choice)'),
+    ("near_duplicate", 'Keep: "这些鸡蛋的蛋黄里含有比较多的胆固醇，所以不能每天吃很多。" over '
+     '"这些鸡蛋的蛋黄里含有比较多的胆固醇，所以能每天吃很多。" for "能多吃吗？" (signal choice)'),
+    ("refusal", 'Keep: "Lift each pin." over "I\'m sorry, but I can\'t help with that." for "Help!" (unjudged)'),
+    ("wrong_language", 'Keep: "Der Himmel ist heute wieder sehr schön blau." over "不" for "用德文写一句话。"'),
+    ("wrong_language", 'Keep: "老师您好，祝您教师节快乐！" over "Hi" for "How do I greet a teacher in Mandarin?"'),
+    ("gap", 'Keep: "It is 42." over "Perhaps 41." for "What is 6 times 7?" (scores 6/5)'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, line", [p for name in rc.FILTERS for p in examples_of(name)] + MORE_EXAMPLES
+)
 def test_an_example_in_a_docstring_is_true(name, line):
     dropped, reason = reason_against_example(line)
     assert bool(reason) is dropped, reason

@@ -161,19 +161,19 @@ def true_agreement(records):
 
 
 def test_a_judge_cleans_labels_and_its_agreement_is_measured(rlhf, monkeypatch):
-    records, checks, process = labelled(1000, flipped=0.2), [], rc.process_record
+    records, checks, process = labelled(1000, flipped=0.2), [], rc.process_line
 
     async def noted(line, record, run):
         outcome = await process(line, record, run)
         checks.extend(record.label_checks)
         return outcome
 
-    monkeypatch.setattr(rc, "process_record", noted)
+    monkeypatch.setattr(rc, "process_line", noted)
     flags = ("--method", "rank_responses", "--judge-model", "dashscope:strong", "--concurrency", 64)
     with Api(noisy_world(1.5, still=True)) as api:
         kept = rlhf(records, *flags, api=api).pairs
     assert 0.15 < wrong_share(records) < 0.25
-    decided = [check.result == "agrees" for check in checks if check.result != "undecided"]
+    decided = [check == "agrees" for check in checks if check != "undecided"]
     agreement = rc.share(sum(decided), len(decided))
     print(
         f"{wrong_share(records):.1%} wrong labels; kept {len(kept)}: {wrong_share(kept):.1%} wrong; {agreement}"

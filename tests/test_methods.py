@@ -20,7 +20,7 @@ def comparison(judge, *flags, high="It is 42.", low="It is 41.", names=("judge",
 
 def process_record(record, run) -> str:
     """`chosen over rejected`, or `stage: reason`, of one record through its method and all filters."""
-    outcome = wait(run.make_pairs(record))
+    outcome = wait(rc.process_record(record, run))
     if not outcome.pairs:
         return f"{outcome.stage}: {outcome.reason.split(':')[0]}"
     return ", ".join(f"{p.chosen.model or p.chosen.text} over {p.rejected.model or p.rejected.text}"
@@ -132,7 +132,7 @@ def test_an_example_worked_by_hand_from_record_to_row():
         ].get,
     )
     run = comparison(judge, high="42", low="41")
-    [pair] = wait(run.make_pairs(ask())).pairs
+    [pair] = wait(rc.process_record(ask(), run)).pairs
     assert rc.as_standard(pair, run) == [
         {"prompt": "What is 6 times 7?", "chosen": "42", "rejected": "41", "score_chosen": 8.5,
          "score_rejected": 2.5, "chosen_model": "strong", "rejected_model": "weak",
@@ -185,7 +185,7 @@ def test_the_right_answer_is_chosen_from_either_slot_and_no_filter_objects(
 
 def test_without_a_judge_the_models_are_trusted_and_the_row_has_no_scores():
     run = run_of(*STRONG_AND_WEAK, "--judge-model", "none", says=lambda name, _: f"{name} says so")
-    [pair] = wait(run.make_pairs(ask())).pairs
+    [pair] = wait(rc.process_record(ask(), run)).pairs
     assert (pair.chosen.text, pair.rejected.text, pair.gap) == (
         "strong says so",
         "weak says so",
@@ -223,7 +223,7 @@ def test_a_thought_is_cut_off_before_anyone_judges_or_trains_on_it():
         high="<think>6*7</think>\n42",
         low="41",
     )
-    [pair] = wait(run.make_pairs(ask())).pairs
+    [pair] = wait(rc.process_record(ask(), run)).pairs
     assert pair.chosen.text == "42"
 
 
@@ -272,8 +272,8 @@ def test_fewer_than_two_candidates_left_end_the_record(text, reason):
 
 def test_a_rerun_may_cure_a_failure_but_not_a_filter():
     failed = rc.Failed("model", "500 InternalError", retryable=True)
-    assert wait(candidates(b=failed, c=failed, d=" ").make_pairs(ask())).retryable
-    assert not wait(candidates(b=" ", c=" ", d=" ").make_pairs(ask())).retryable
+    assert wait(rc.process_record(ask(), candidates(b=failed, c=failed, d=" "))).retryable
+    assert not wait(rc.process_record(ask(), candidates(b=" ", c=" ", d=" "))).retryable
 
 
 def test_a_pair_of_candidates_needs_two_points():
@@ -485,7 +485,7 @@ def test_another_scale_gives_as_many_pairs(monkeypatch, rlhf, scale):
 def test_gaps_in_the_code_are_fitted_to_the_scale(monkeypatch, scale, gap):
     monkeypatch.setattr(rc, "JUDGE_SCALE", scale)
     assert rc.on_judge_scale(rc.FLIP_GAP) == gap
-    assert run_of("--method", "generate_pairs").needed_gap(pair("a", "b")) == gap * 2 / 3
+    assert rc.needed_gap(pair("a", "b"), run_of("--method", "generate_pairs")) == gap * 2 / 3
 
 
 def test_the_most_urgent_of_several_errors_is_raised():
@@ -588,7 +588,7 @@ def test_a_label_that_people_decided_outlives_scores_that_say_the_opposite():
     ]
     record = ask(answers=answers, signal="choice", decided_by="people")
     run = run_of("--method", "rank_responses")
-    [pair] = wait(run.make_pairs(record)).pairs
+    [pair] = wait(rc.process_record(record, run)).pairs
     assert (pair.chosen.text, pair.human) == ("It is 42.", True)
 
 
@@ -610,7 +610,7 @@ def test_two_texts_that_differ_in_case_alone_are_a_pair_if_the_label_tells_them_
     answers = [rc.Answer("a GiAnT", votes=(1.0,)), rc.Answer("a giant", votes=(0.0,))]
     run = run_of("--method", "rank_responses")
     record = ask(answers=answers, signal="choice")
-    assert run.usable(record, answers) == answers
+    assert rc.usable_answers(record, run) == answers
 
 
 @pytest.mark.parametrize(
@@ -624,7 +624,7 @@ def test_one_text_with_two_votes(texts, reason):
     answers = [rc.Answer(text, votes=(float(place),)) for place, text in enumerate(texts)]
     run = run_of("--method", "rank_responses")
     with pytest.raises(rc.Failed) as failed:
-        run.usable(ask(answers=answers, signal="choice"), answers)
+        rc.usable_answers(ask(answers=answers, signal="choice"), run)
     assert why(failed.value).startswith(reason)
 
 

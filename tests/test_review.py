@@ -391,7 +391,7 @@ def test_three_annotators_of_a_pair_are_three_comparisons_and_one_case(tmp_path)
 
 def test_under_thirty_choices_there_is_no_warning_and_no_advice(tmp_path):
     rows, lines = reviewed(tmp_path, [(2.0, "rejected")] * 29)
-    assert {row["level"] for row in rows.values()} == {"too few", "not applicable", ""}
+    assert {row["level"] for row in rows.values()} == {"too few", ""}
     assert "needs 30 or more pairs" in lines[1] and lines[1].endswith("there are 29.")
 
 
@@ -471,7 +471,7 @@ class Reviewer:
 
     @property
     def place(self):
-        return int(self.field("number").get_attribute("value"))
+        return int(self.text("place").split()[0])
 
 
 @pytest.fixture(scope="module")
@@ -514,8 +514,6 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
         person.field("name").send_keys(Keys.ENTER)
         WebDriverWait(driver, 10).until(lambda _: person.text("status"))
         assert person.text("status") == "10 judged by ann" and person.place == 11
-        person.press("n")
-        driver.switch_to.active_element.send_keys("at a glance: 好", Keys.ENTER)
         while person.text("status").startswith(tuple("0123456789")):
             judge_as_planned(person, plan)
         person.press("d")
@@ -525,11 +523,10 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
             lambda _: file.exists() and file.read_bytes().count(b"\n") == 20
         )
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    keys = ["pair_id", "prompt_id", "choice", "queue", "note", "annotator", "seconds"]
+    keys = ["pair_id", "prompt_id", "choice", "queue", "annotator"]
     assert len(rows) == 20 and all(list(row) == keys for row in rows)
-    assert [row["note"] for row in rows if row["note"]] == ["at a glance: 好"]
     assert [row["queue"] for row in rows] == ["in doubt"] * 10 + ["random"] * 10
-    assert all(row["seconds"] >= 0 and row["annotator"] == "ann" for row in rows)
+    assert all(row["annotator"] == "ann" for row in rows)
 
     people, outcome = rc.Annotations([file]), {}
     for i, pair in enumerate([*pairs, pair_of(77)]):
@@ -547,40 +544,34 @@ def test_the_whole_loop_by_keyboard_with_the_browser_closed_half_way(tmp_path, t
 
 
 @needs_chromium
-def test_skip_undo_and_jump(driver, twenty):
+def test_skip_and_previous(driver, twenty):
     person = Reviewer(driver, twenty[1])
     person.press("s")
     assert person.place == 2
     person.press("a", "t")
     assert person.place == 4 and person.text("status").startswith("2 judged")
-    person.press("u")
-    assert person.place == 3 and person.text("status").startswith("1 judged")
-    person.press("j")
-    driver.switch_to.active_element.send_keys("20", Keys.ENTER)
+    person.press("p", "p")
+    assert person.place == 2
+    person.press("b")  # another choice
+    assert person.place == 4 and person.text("status").startswith("2 judged")
+    person.press("p", "p", "p", "p")
     assert person.place == 20
     person.press("b")
     assert person.place == 1  # skipped before, so it waits
-    person.field("number").send_keys(Keys.BACKSPACE, "2", Keys.ENTER)
-    person.press("t", "u")
-    assert person.place == 2  # what was judged last, though not for the first time
 
 
 @needs_chromium
 def test_buttons_do_what_keys_do_and_show_the_choice(driver, twenty):
     person = Reviewer(driver, twenty[1], "button")
-    for name in ("tie", "undo"):
+    for name in ("tie", "back", "b", "back"):
         driver.find_element(By.CSS_SELECTOR, f"[data-do={name}]").click()
-    driver.find_element(By.CSS_SELECTOR, "[data-do=b]").click()
-    person.field("number").send_keys(Keys.BACKSPACE, "1", Keys.ENTER)
     pressed = driver.find_elements(By.CSS_SELECTOR, "[aria-pressed=true]")
-    assert [button.get_attribute("data-do") for button in pressed] == ["b"]
+    assert [button.get_attribute("data-do") for button in pressed] == ["b"] and person.place == 1
 
 
 @needs_chromium
-def test_keys_typed_into_a_note_judge_nothing_and_a_held_key_judges_once(driver, twenty):
+def test_a_held_key_judges_once(driver, twenty):
     person = Reviewer(driver, twenty[1], "typist")
-    person.field("note").send_keys("abtx", Keys.ARROW_LEFT, Keys.ENTER)
-    assert person.place == 1
     driver.execute_script(
         "for (const repeat of [false, true, true])"
         " document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'a', repeat, bubbles: true}))"
@@ -641,7 +632,6 @@ def test_the_page_speaks_the_language_of_the_browser(driver, twenty):
         assert driver.execute_script(f"return {left}.map(e => e.outerHTML)") == []
         roles = "[...document.querySelectorAll('#turns h3')].map(e => e.textContent)"
         assert driver.execute_script(f"return {roles}") == ["用户"]
-        assert person.text("unit").strip() == "对"
     finally:
         driver.execute_cdp_cmd(
             "Emulation.setUserAgentOverride", agent | {"acceptLanguage": "en-US"}
@@ -668,16 +658,16 @@ def test_a_browser_that_refuses_to_save_says_so_and_still_downloads(
         driver, f"{refuses} = () => {{ throw new DOMException('full', 'QuotaExceededError'); }}"
     ):
         person = Reviewer(driver, twenty[1], "nomad")
-    person.press("a", "b", "u", "d")
+    person.press("a", "b", "d")
     assert "cannot save" in person.text("problem")
-    assert person.text("status") == "1 judged by nomad"
+    assert person.text("status") == "2 judged by nomad"
     file = tmp_path / "annotations-nomad.jsonl"
     WebDriverWait(driver, 10).until(lambda _: file.exists() and file.read_bytes())
-    assert len(file.read_text("utf-8").splitlines()) == 1
+    assert len(file.read_text("utf-8").splitlines()) == 2
 
 
 @needs_chromium
-def test_hostile_answers_are_shown_as_text_and_controls_as_marks(driver, tmp_path):
+def test_hostile_answers_are_shown_as_text(driver, tmp_path):
     (tmp_path / "hostile.html").write_text(hostile_page(), encoding="utf-8")
     person, seen = Reviewer(driver, tmp_path / "hostile.html"), set()
     for _ in HOSTILE:
@@ -689,7 +679,7 @@ def test_hostile_answers_are_shown_as_text_and_controls_as_marks(driver, tmp_pat
         person.press("s" if len(seen) < 3 else "t")
     assert driver.title == "Which answer is better?"
     assert {f"{HOSTILE[i]} {i}" for i in (0, 1, 2, 5, 6, 7)} < seen
-    assert "line\u2028separator\u2029and ⟦U+0000⟧ and ⟦U+202E⟧right to left⟦U+202C⟧ 3" in seen
+    assert f"{HOSTILE[3]} 3" in seen
     assert any("<b>system</b>" in text for text in seen)
 
 
@@ -737,7 +727,7 @@ def test_two_thousand_pairs_are_one_pair_in_the_page(driver, tmp_path, monkeypat
     page = queue_of([pair_of(i, chosen="good " * 100) for i in range(2000)]).page()
     (tmp_path / "many.html").write_text(page, encoding="utf-8")
     person = Reviewer(driver, tmp_path / "many.html")
-    assert person.text("total") == "2000"
+    assert person.text("place") == "1 / 2000"
     assert driver.execute_script("return document.querySelectorAll('*').length") < 100
     person.press(*"abtx" * 5)
     assert person.text("status") == "20 judged by ann"
@@ -756,7 +746,7 @@ def test_answers_stand_side_by_side_and_on_a_phone_stacked(driver, tmp_path, wid
     scrolls = "return arguments[0].scrollHeight > arguments[0].clientHeight"
     assert driver.execute_script(scrolls, a) and driver.execute_script(scrolls, b)
     outside = """const right = document.documentElement.clientWidth;
-        return [...document.querySelectorAll("[data-do], #number, #note, section")]
+        return [...document.querySelectorAll("[data-do], section")]
         .filter(e => e.getBoundingClientRect().right > right || e.scrollWidth > e.clientWidth + 1)
         .map(e => e.outerHTML.slice(0, 60))"""
     assert driver.execute_script(outside) == []
@@ -769,7 +759,7 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_it(driver, twenty):
     controls = driver.find_elements(
         By.CSS_SELECTOR, "button[data-do], input:not(dialog *), section"
     )
-    assert len(controls) == 13 and all(control.accessible_name for control in controls)
+    assert len(controls) == 11 and all(control.accessible_name for control in controls)
     reached = set()
     for _ in range(20):
         driver.switch_to.active_element.send_keys(Keys.TAB)
@@ -781,9 +771,7 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_it(driver, twenty):
         "tie",
         "bad",
         "skip",
-        "undo",
-        "note",
-        "number",
+        "back",
         "download",
         "help",
         "turns",

@@ -231,7 +231,7 @@ def test_a_run_that_is_stopped_before_its_first_pair_names_no_file():
 
 
 def test_what_earlier_runs_paid_is_named():
-    text = " ".join(" ".join(rc.call_lines(called(kept=0.4), 171)).split())
+    text = " ".join(" ".join(rc.call_lines(called(kept=0.4))).split())
     assert text.endswith("cost 1.02 (--price), 0.4000 of it in earlier runs")
 
 
