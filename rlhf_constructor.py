@@ -155,7 +155,6 @@ class Record:
     answers: list[Answer] = field(default_factory=list)  # the input's, or the models' so far
     signal: str = ""  # what the input's votes are: "score", "rank", "choice"; "": it has none
     scale: float = 0.0  # width of the signal's range in points; 0 if unknown
-    signal_hint: str = ""  # without a signal: the --rename of fields that look like one
     line: int = 0  # of the input file, from 1 (in a JSON array: the item)
     facts: Counter = field(default_factory=Counter)  # for the report, e.g. "no correct answer"
     # What the judges say of each labelled pair: "agrees", "disagrees", "undecided".
@@ -279,7 +278,7 @@ def register(entries: dict, **settings: object) -> Callable:
 #   prompt_record(prompt, row)    the record of a prompt as text, with the row's history and context
 #   conversation(turns, row)      the record of a list of turns; a last answer is the reference
 #   text_of(row, name)            a field as text, "" if it is missing; Failed if it is no text
-#   optional_text, first_text, first_value, is_filled_list, is_turns    see §8
+#   first_text, first_value, is_filled_list, is_turns    see §8
 #   raise Failed("input", "no question: ...")    drops the row for that reason
 #
 # What a row may hold beside a list of turns or a prompt, and what becomes of it:
@@ -288,13 +287,13 @@ def register(entries: dict, **settings: object) -> Callable:
 #   input, context, passage, article         after the prompt, with a blank line between
 #   choices, options; columns A, B, C ...    after these, one a line: "A. text"
 #   output, completion, answer ...           the reference, if no label or score may call it bad
-TURN_FIELDS = ("messages", "conversations", "conversation")
+TURN_FIELDS = ("messages", "conversations", "conversation", "conversation_input")
 PROMPT_FIELDS = ("prompt", "question", "query", "problem", "text", "input")
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 CONTEXT_FIELDS = ("input", "context", "passage", "article")
 CHOICE_FIELDS = ("choices", "options")
 GOLD_FIELDS = ("reference", "solution", "answerkey", "answer")
-REFERENCE_FIELDS = (*GOLD_FIELDS, "output", "completion", "response")  # the last may be a model's
+REFERENCE_FIELDS = (*GOLD_FIELDS, "output", "completion", "response", "answers")
 
 
 @register(INPUTS)
@@ -339,7 +338,7 @@ def from_prompt(row: dict) -> list[Record] | None:
         return [prompt_record(prompt, row)]
     if isinstance(prompt, list):
         refuse_open_answer(prompt, row)
-        return [conversation(all_turns(prompt, row), row)]
+        return [conversation(with_history(prompt, row), row)]
     return None
 
 
@@ -348,7 +347,7 @@ def prompt_record(prompt: str, row: dict) -> Record:
     turns = template_turns(prompt) or human_turns(prompt)
     refuse_open_answer(turns, row)
     if not turns:
-        parts = [prompt, *context_texts(row, prompt), *choice_lines(row, prompt)]
+        parts = [prompt, *context_texts(row, prompt)]
         turns = [{"role": "user", "content": "\n\n".join(map(strip_blank_lines, parts))}]
     return conversation(with_history(turns, row), row)
 
@@ -639,7 +638,8 @@ class Run:
         exact_match leaves out what it cannot check, and raises Failed unless some answers are right
         and some are wrong."""
         if not self.judges:
-            advice = record.signal_hint or "name a --judge-model"
+            advice = "name a --judge-model, or the field that is one: --rename FIELD=winner, "
+            advice += "=winner_from_0, =winner_from_1, =first_is_better, =scores or =ranks"
             raise Failed("input", f"answers without any signal: {advice}")
         judged = await score_answers(record, answers, self)
         remember_judged(record, answers, judged)
@@ -1102,16 +1102,14 @@ class ask_openai(Provider):
 
 def part_text(part: object, role: str) -> str:
     """The text of one part of a turn's content: `{"type": "text", "text": ...}` or a string."""
-    if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("text", "input_text", "output_text"):
-        text = first_value(part, ("text", "value"))
-        if isinstance(text, str):
-            return text
-    if isinstance(kind, str) and "image" in kind:
+    kind, text = "text", part
+    if isinstance(part, dict):
+        kind, text = part.get("type"), first_value(part, ("text", "value"))
+    if "image" in str(kind):
         raise Failed("input", "not a text: images")
-    raise Failed("input", f"not a text: the {role} turn holds a part that is no text")
+    if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+        raise Failed("input", f"not a text: the {role} turn holds a part that is no text")
+    return text
 
 
 def first_value(row: dict, names: tuple) -> object:
@@ -1134,31 +1132,24 @@ def is_turns(value: object) -> bool:
     return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
 
 
+# Blank lines at a text's start, and the single space before the first word of a completion.
+BLANK_START = re.compile(r"\A(?:\s*\n)?(?: (?=\S))?")
+
+
 def strip_blank_lines(text: str) -> str:
-    """The text without blank lines around it and space at its end; its first line stays indented.
-
-    A single space before the first word, which completions have, is removed."""
-    text = text.rstrip()
-    if not text[:1].isspace():
-        return text
-    text = BLANK_START.sub("", text)
-    return text[1:] if text[:1] == " " and not text[1:2].isspace() else text
-
-
-BLANK_START = re.compile(r"\A(?:\s*\n)?")
+    """The text without blank lines around it and space at its end; code stays indented."""
+    return BLANK_START.sub("", text.rstrip(), count=1)
 
 
 def is_missing(value: object) -> bool:
     """Whether a field holds nothing: null, NaN or a spelling of it in a cell, an empty list."""
-    if value is None:
+    if value is None or value == []:
         return True
     if isinstance(value, str):
         return len(value) < 12 and value.strip() in MISSING
-    if isinstance(value, float):
-        return math.isnan(value)
     if isinstance(value, dict):  # {"bytes": null, "path": null}: an empty picture of a Parquet file
         return all(part is None for part in value.values())
-    return value == []
+    return isinstance(value, float) and math.isnan(value)
 
 
 def text_of(row: dict, name: str) -> str:
@@ -1171,73 +1162,49 @@ def text_of(row: dict, name: str) -> str:
     raise Failed("input", f"not a text: `{name}` holds a {type(value).__name__}")
 
 
-def optional_text(row: dict, name: str) -> str:
-    """The text of an optional field, "" where it is missing (see `is_missing`)."""
-    return "" if is_missing(row.get(name)) else strip_blank_lines(text_of(row, name))
-
-
 def first_text(row: dict, names: tuple) -> str:
     """The text of the first of these optional fields that is filled, "" if none is."""
     for name in names:
-        if name in row and optional_text(row, name):
-            return optional_text(row, name)
+        if not is_missing(row.get(name)):
+            return strip_blank_lines(text_of(row, name))
     return ""
 
 
 def context_texts(row: dict, prompt: str) -> list[str]:
-    """The texts beside a prompt, in the order of CONTEXT_FIELDS; a list of passages is joined."""
+    """The texts beside a prompt: CONTEXT_FIELDS, then a question's choices as lines "A. text"."""
     texts = []
     for name in CONTEXT_FIELDS:
         value = row.get(name)
-        if value is None or value == prompt or is_missing(value):
+        if value == prompt or is_missing(value):
             continue
         if isinstance(value, list) and all(isinstance(part, str) for part in value):
             value = "\n\n".join(value)
         if name == "input" or isinstance(value, str):
             texts.append(text_of({name: value}, name))
+    choices = choices_of(row)
+    if not all(text in prompt for text in choices.values()):
+        texts.append("\n".join(f"{label}. {text}" for label, text in choices.items()))
     return texts
 
 
-def choice_lines(row: dict, prompt: str) -> list[str]:
-    """A question's choices as one text of lines "A. text"; [] if none or if the prompt has them."""
-    labels, texts = choices_of(row)
-    if not texts or all(str(text) in prompt for text in texts):
-        return []
-    lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=False)]
-    return ["\n".join(lines)]
-
-
-def choices_of(row: dict) -> tuple[list, list]:
-    """The labels and the texts of a question's choices; two empty lists if there are none."""
+def choices_of(row: dict) -> dict[str, str]:
+    """A question's choices, label -> text: a list, {"A": text}, two lists (ARC), columns (MMLU)."""
     choices = first_value(row, CHOICE_FIELDS)
+    letters = string.ascii_uppercase
     if isinstance(choices, str):  # of a CSV cell
         choices = parsed_text(choices)
-    if choices is None and "A" in row and "B" in row:  # MMLU and C-Eval as tables
-        choices = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
-    if not isinstance(choices, dict | list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
-        return [], []
-    labels, texts = labels_and_texts(choices)
-    if not all(isinstance(part, str | int | float) for part in [*labels, *texts]):
-        return [], []
-    return labels, texts
-
-
-def labels_and_texts(choices: dict | list) -> tuple[list, list]:
-    """The labels and the texts of choices: a list, {"A": text}, or lists of both (ARC)."""
-    letters = list(string.ascii_uppercase)
-    if isinstance(choices, dict):
-        texts = choices.get("text")
-        if not isinstance(texts, list):
-            if any(len(str(label)) != 1 for label in choices):
-                return list(choices), []  # its keys are no letters: these are no choices
-            return list(choices), list(choices.values())
-        labels = choices.get("label")
-        fits = isinstance(labels, list) and len(labels) == len(texts)
-        return (labels if fits else letters), texts
-    if all(isinstance(choice, dict) for choice in choices):
-        labels = [choice.get("label") for choice in choices]
-        return (letters if None in labels else labels), [choice.get("text") for choice in choices]
-    return letters, choices
+    if choices is None and "A" in row and "B" in row:
+        choices = {letter: row[letter] for letter in letters if row.get(letter)}
+    if isinstance(choices, dict) and isinstance(choices.get("text"), list):
+        choices = dict(zip(choices["label"], choices["text"], strict=True))
+    if isinstance(choices, list) and len(choices) <= len(letters):
+        choices = dict(zip(letters, choices, strict=False))
+    if not isinstance(choices, dict) or len(choices) < 2:
+        return {}
+    for label, text in choices.items():
+        if len(str(label)) != 1 or not isinstance(text, str | int | float):
+            return {}  # keys that are no letters, values that are no texts
+    return {str(label): str(text) for label, text in choices.items()}
 
 
 HISTORY_SHAPE = 'write [["question", "answer"], ...] or [{"role": "user", "content": "..."}, ...]'
@@ -1246,27 +1213,31 @@ ASSISTANT_NAMES = ("assistant", "gpt", "bot", "answer", "response", "output", "c
 
 
 def read_history(row: dict) -> list[dict]:
-    """The turns before the prompt: pairs, objects or alternating texts, also as JSON text.
-
-    `context` is a history, too, where it is a list of turns; raises Failed for other shapes."""
+    """The turns before the prompt (`history`, or `context`): turns, pairs or alternating texts."""
     history = row.get("history")
-    if isinstance(history, str) and history == row.get("prompt"):  # SHP's name of its prompt
-        history = None
-    if history is None and is_turns(row.get("context")) and row["context"] is not row.get("prompt"):
+    if history is None and is_turns(row.get("context")):
         history = row["context"]
     if is_missing(history):
         return []
     if isinstance(history, str):
         history = parsed_text(history)
     if not isinstance(history, list):
-        raise Failed("input", f"not a history: a {type(history).__name__}; {HISTORY_SHAPE}")
+        raise Failed("input", f"not a history: {HISTORY_SHAPE}")
     if all(isinstance(item, str) for item in history):
-        if len(history) % 2:
-            raise Failed("input", f"not a history: a question without answer; {HISTORY_SHAPE}")
-        history = list(zip(history[::2], history[1::2], strict=True))
+        history = [history[start : start + 2] for start in range(0, len(history), 2)]
     turns = []
     for item in history:
-        turns += [item] if is_turns([item]) else exchange_turns(item)
+        texts = item
+        if is_turns([item]):
+            turns.append(item)
+            continue
+        if isinstance(item, dict):
+            texts = [first_value(item, USER_NAMES), first_value(item, ASSISTANT_NAMES)]
+        is_pair = isinstance(texts, list) and len(texts) == 2 and isinstance(texts[1], str)
+        if not is_pair or not isinstance(texts[0], str | None):
+            raise Failed("input", f"not a history: {HISTORY_SHAPE}")
+        exchange = chat([texts])
+        turns += exchange if texts[0] else exchange[1:]  # a greeting that nobody asked for
     return turns
 
 
@@ -1275,41 +1246,11 @@ def with_history(turns: list, row: dict) -> list:
     history = read_history(row)
     if not history or not turns:
         return turns
-    start = turns[1:] if is_system_turn(turns[0]) else turns
+    is_system = message(turns[0])["role"] == "system"
+    start = turns[1:] if is_system else turns
     if [message(turn) for turn in start[: len(history)]] == [message(turn) for turn in history]:
         return turns
-    if not is_system_turn(turns[0]):
-        return [*history, *turns]
-    if is_system_turn(history[0]):
-        raise Failed("input", "two system turns: one in the history, one in the prompt")
-    return [turns[0], *history, *turns[1:]]
-
-
-def is_system_turn(turn: object) -> bool:
-    """Whether the turn is one of the system."""
-    name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
-    return isinstance(name, str) and ROLES.get(name.strip().lower()) == "system"
-
-
-def all_turns(turns: list, row: dict) -> list:
-    """The turns after the row's history; Failed for a context or choices that they do not hold."""
-    turns = with_history(turns, row)
-    texts = {}
-    for name in CONTEXT_FIELDS:
-        if name != "input" and isinstance(row.get(name), str) and not is_missing(row[name]):
-            texts[name] = row[name].strip()
-    if not texts and not choice_lines(row, ""):
-        return turns
-    text = "\n".join(message(turn)["content"] for turn in turns)
-    for name, value in texts.items():
-        if value not in text:
-            raise Failed("input", f"text beside the turns: `{name}`; {BESIDE_TURNS}")
-    if choice_lines(row, text):
-        raise Failed("input", f"text beside the turns: choices; {BESIDE_TURNS}")
-    return turns
-
-
-BESIDE_TURNS = "put it into a turn, or --rename it if it is no part of the prompt"
+    return [turns[0], *history, *start] if is_system else [*history, *turns]
 
 
 def refuse_open_answer(turns: list, row: dict) -> None:
@@ -1321,23 +1262,7 @@ def refuse_open_answer(turns: list, row: dict) -> None:
         raise Failed("input", "the prompt ends inside an answer")
 
 
-def exchange_turns(item: object) -> list[dict]:
-    """Two turns of a history: `["question", "answer"]` or `{"question": ..., "answer": ...}`."""
-    texts = item
-    if isinstance(item, dict):
-        texts = [first_value(item, USER_NAMES), first_value(item, ASSISTANT_NAMES)]
-    if not isinstance(texts, list | tuple) or len(texts) != 2:
-        raise Failed(
-            "input", f"not a history: an item is no question with its answer; {HISTORY_SHAPE}"
-        )
-    question, answer = texts
-    if not isinstance(answer, str) or not isinstance(question, str | None):
-        raise Failed("input", f"not a history: an item holds no text; {HISTORY_SHAPE}")
-    turns = chat([(question, answer)])
-    return turns if question else turns[1:]  # a greeting that nobody asked for
-
-
-def chat(exchanges: Iterable[tuple]) -> list[dict]:
+def chat(exchanges: Iterable) -> list[dict]:
     """[(question, answer), ...] -> turns."""
     turns = []
     for question, answer in exchanges:
@@ -1348,14 +1273,12 @@ def chat(exchanges: Iterable[tuple]) -> list[dict]:
 
 def human_turns(text: str) -> list[dict]:
     """The turns of a text that begins with `\\n\\nHuman:` (HH-RLHF) or `### Human:` (Guanaco)."""
-    if text.startswith("\n\nHuman:"):
-        parts = re.split(r"\n\n(Human|Assistant): ?", text)[1:]
-    elif text.startswith("### Human:"):
-        parts = re.split(r"### (Human|Assistant): ?", text)[1:]
-    else:
-        return []
-    pairs = zip(parts[::2], parts[1::2], strict=True)
-    return [{"from": speaker, "value": content} for speaker, content in pairs]
+    for mark in ("\n\n", "### "):
+        if text.startswith(f"{mark}Human:"):
+            parts = re.split(rf"{mark}(Human|Assistant): ?", text)[1:]
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            return [{"from": speaker, "value": content} for speaker, content in pairs]
+    return []
 
 
 # What opens a turn in ChatML (Qwen), Llama 3, Gemma, Zephyr and Phi, DeepSeek; group: the role.
@@ -1367,16 +1290,9 @@ TEMPLATE_HEADS = (
     r"<｜(User|Assistant)｜>",
 )
 TEMPLATE_HEAD = re.compile("|".join(TEMPLATE_HEADS))
-TEMPLATE_STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>")
-TEMPLATE_ENDS = (
-    "</s>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<end_of_turn>",
-    "<|end|>",
-    "<|endoftext|>",
-    "<｜end▁of▁sentence｜>",
-)
+TEMPLATE_STARTS = ("", "<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>")
+TEMPLATE_ENDS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+TEMPLATE_ENDS += ("<｜end▁of▁sentence｜>",)
 # A prompt with one of these is no plain text: a server would take them for turns.
 TEMPLATE_MARK = re.compile(rf"{TEMPLATE_HEAD.pattern}|<\|im_end\|>|<\|eot_id\|>|\[/?INST\]")
 TEMPLATE_SIGNS = ("<|", "<｜", "<start_of_turn>", "INST]")
@@ -1384,75 +1300,37 @@ TEMPLATE_SIGNS = ("<|", "<｜", "<start_of_turn>", "INST]")
 
 def has_template_mark(text: str) -> bool:
     """Whether a server could take something in the text for a mark of its chat template."""
-    if not any(sign in text for sign in TEMPLATE_SIGNS):  # faster than the search
-        return False
-    return TEMPLATE_MARK.search(text) is not None
+    may_hold_mark = any(sign in text for sign in TEMPLATE_SIGNS)  # faster than the search
+    return may_hold_mark and TEMPLATE_MARK.search(text) is not None
 
 
 def template_turns(text: str) -> list[dict]:
     """The turns of a prompt with a chat template; [] if it has none; Failed if it is broken."""
     if not has_template_mark(text):
         return []
-    if "[INST]" in text:
-        return inst_turns(text)
     heads = list(TEMPLATE_HEAD.finditer(text))
-    start = text[: heads[0].start()].strip() if heads else text
-    if start and start not in TEMPLATE_STARTS:
+    if not heads or text[: heads[0].start()].strip() not in TEMPLATE_STARTS:
         raise Failed("input", "prompt holds chat-template tokens")
     ends = [head.start() for head in heads[1:]] + [len(text)]
     turns = []
     for head, end in zip(heads, ends, strict=True):
-        content = without_end_marks(text[head.end() : end])
+        content = text[head.end() : end].rstrip()
+        for mark in TEMPLATE_ENDS:
+            content = content.removesuffix(mark).rstrip()
         role = head[head.lastindex]  # the one group of the pattern that took part
         turns.append({"role": role, "content": content})
-    return without_open_turn(turns)
-
-
-def inst_turns(text: str) -> list[dict]:
-    """The turns of Llama 2's and Mistral's template: `[INST] question [/INST] answer </s>`."""
-    start, *exchanges = text.split("[INST]")
-    turns = []
-    if start.lstrip().removeprefix("<s>").strip():
-        raise Failed("input", "prompt holds chat-template tokens")
-    for exchange in exchanges:
-        question, _, answer = exchange.partition("[/INST]")
-        if not turns and question.lstrip().startswith("<<SYS>>"):
-            system, _, question = question.lstrip().removeprefix("<<SYS>>").partition("<</SYS>>")
-            turns.append({"role": "system", "content": system})
-        answer = without_end_marks(answer.rstrip().removesuffix("<s>"))
-        if "</s>" in answer or "[/INST]" not in exchange:
-            raise Failed("input", "prompt holds chat-template tokens")
-        turns += chat([(question, answer)])
-    return without_open_turn(turns)
-
-
-def without_end_marks(text: str) -> str:
-    """The text of a turn without the marks that end it."""
-    text = text.rstrip()
-    while text.endswith(TEMPLATE_ENDS):
-        for mark in TEMPLATE_ENDS:
-            text = text.removesuffix(mark)
-        text = text.rstrip()
-    return text
-
-
-def without_open_turn(turns: list[dict]) -> list[dict]:
-    """The turns without an empty last one, which a template leaves for the answer."""
-    is_open = bool(turns) and turns[-1]["role"].lower() in ASSISTANTS
-    return turns[:-1] if is_open and not turns[-1]["content"].strip() else turns
+    is_open = turns[-1]["role"].lower() in ASSISTANTS and not turns[-1]["content"]
+    return turns[:-1] if is_open else turns  # a template leaves an open turn for the answer
 
 
 IMAGE_PLACE = "<(?:image|video|audio)>"
-IMAGE_MARK = re.compile(
-    rf"(?:\A|\n)[ \t]*{IMAGE_PLACE}|{IMAGE_PLACE}[ \t]*(?:\n|\Z)|<img>[^<\n]+</img>"
-)
+IMAGE_MARK = re.compile(rf"^[ \t]*{IMAGE_PLACE}|{IMAGE_PLACE}[ \t]*$|<img>[^<\n]+</img>", re.M)
 TOOL_MARK = re.compile(r"^Action: ?[\w.-]+ *\n+Action Input:", re.M)
 
 
 def check_text_only(text: str) -> None:
     """Raise Failed for a text with a picture's place (`<image>`) or a tool's call (`Action:`)."""
-    may_hold_mark = "<i" in text or "<v" in text or "<a" in text
-    if may_hold_mark and IMAGE_MARK.search(text):
+    if ("<i" in text or "<v" in text or "<a" in text) and IMAGE_MARK.search(text):
         raise Failed("input", "not a text: images")
     if "Action Input:" in text and TOOL_MARK.search(text):
         raise Failed("input", "not a text: tools")
@@ -1471,22 +1349,21 @@ THUMB_FIELDS = ("label", "kto_tag", "is_safe", "is_correct", "correct", "desirab
 GOOD_LABELS = """
     true yes 1 1.0 +1 good desirable chosen accepted positive safe correct like up thumbs_up
     好 是 正确
-""".split()
+"""
 BAD_LABELS = """
     false no 0 0.0 -1 -1.0 bad undesirable rejected negative unsafe incorrect wrong dislike down
     thumbs_down 坏 差 否 错误
-""".split()
-# A score of a single answer -> the lowest and highest of a good one; None: the scale is unknown.
-GRADE_FIELDS: dict[str, tuple | None] = {
-    "rating": (4, 5),
-    "helpfulness": (3, 4),
-    "correctness": (3, 4),
-    "fine-grained_score": (4, 5),
-    "overall_score": (8, 10),
-    "score": None,
-    "reward": None,
-    "rm_score": None,
-}
+"""
+LABELS = dict.fromkeys(GOOD_LABELS.split(), 1.0) | dict.fromkeys(BAD_LABELS.split(), 0.0)
+# A score of a single answer -> the lowest and highest of a good one; none is where it has no scale.
+GRADE_FIELDS = {"rating": (4, 5), "helpfulness": (3, 4), "correctness": (3, 4)}
+GRADE_FIELDS |= {"fine-grained_score": (4, 5), "overall_score": (8, 10)}
+GRADE_FIELDS |= dict.fromkeys(("score", "reward", "rm_score"), (math.inf, math.inf))
+
+
+def flag(value: object) -> float | None:
+    """1.0 for true and the labels of good answers, 0.0 for those of bad ones, None for the rest."""
+    return LABELS.get(str(value).strip().lower())
 
 
 def reference_of(row: dict, answer: str) -> str:
@@ -1495,82 +1372,50 @@ def reference_of(row: dict, answer: str) -> str:
     for name in REFERENCE_FIELDS:
         if not reference and name in row:
             reference = reference_text(row, name)
-    if not reference and isinstance(row.get("answers"), dict):  # SQuAD
-        texts = row["answers"].get("text")
-        reference = texts[0] if is_filled_list(texts) and isinstance(texts[0], str) else ""
-    if not reference or may_be_bad(row):
+    if not reference or any(label_may_be_bad(row, name) for name in THUMB_FIELDS if name in row):
         return ""
+    for name, (lowest, highest) in GRADE_FIELDS.items():
+        score = number(row[name]) if name in row else None
+        if score is not None and not lowest <= score <= highest:
+            return ""
     return reference
 
 
 def reference_text(row: dict, name: str) -> str:
     """The text of a reference field, "" for what is none; a number counts as an `answer`."""
     value = row.get(name)
-    if name == "reference" and is_filled_list(value):  # MT-Bench: one for each turn
-        value = value[0]
-    if isinstance(value, dict):  # TriviaQA
-        value = value.get("value")
-    if is_missing(value) or may_be_index(row, value):
+    if isinstance(value, dict):  # TriviaQA, SQuAD
+        value = first_value(value, ("value", "text"))
+    elif name == "answers":
         return ""
+    if name in ("reference", "answers") and is_filled_list(value):  # MT-Bench: one for each turn
+        value = value[0]
+    if is_missing(value):
+        return ""
+    is_number = len(str(value)) < 20 and number(value) is not None
+    if is_number and (first_value(row, CHOICE_FIELDS) or choices_of(row)):
+        return ""  # the number of a choice, or its text?
     if isinstance(value, str):
         return strip_blank_lines(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    has_choices = any(row.get(key) for key in CHOICE_FIELDS)  # then it is an index, from 0 or 1
-    if name != "answer" or not is_number or has_choices or number(value) is None:
-        return ""
-    return str(int(value)) if value == int(value) else str(value)
-
-
-def may_be_index(row: dict, value: object) -> bool:
-    """Whether digits beside choices could be the number of one, or one's label and one's text."""
-    digits = str(value).strip()
-    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,2}", digits):
-        return False
-    labels, texts = choices_of(row)
-    if digits in map(str, labels):
-        return digits in [str(text).strip() for text in texts]
-    return bool(texts) and int(digits) <= len(texts)
-
-
-def may_be_bad(row: dict) -> bool:
-    """Whether a label or a score of the row calls its answer bad, or cannot be read."""
-    if any(label_may_be_bad(row, name) for name in THUMB_FIELDS):
-        return True
-    return any(score_may_be_bad(row, name) for name in GRADE_FIELDS)
+    return f"{value:.15g}" if name == "answer" and is_number else ""
 
 
 def label_may_be_bad(row: dict, name: str) -> bool:
     """Whether a label calls the row's answer bad; a `label` or `kto_tag` that is unknown may."""
     value = row.get(name)
-    if value is None or is_missing(value) or (name == "label" and is_class(row)):
+    # Without a `completion`, a `label` beside `text` is a class (sentiment), a word is a topic.
+    is_class = name == "label" and "text" in row and not isinstance(value, bool)
+    if is_missing(value) or (is_class and not row.get("completion")):
         return False
-    word = str(value).strip().lower() if isinstance(value, str | int | float) else ""
-    if word in GOOD_LABELS or word in BAD_LABELS:
-        return word in BAD_LABELS
-    is_topic = not row.get("completion") and number(value) is None  # {"label": "geography"}
+    if flag(value) is not None:
+        return flag(value) == 0
+    is_topic = not row.get("completion") and number(value) is None
     return name in ("label", "kto_tag") and not is_topic
-
-
-def score_may_be_bad(row: dict, name: str) -> bool:
-    """Whether a score of the row's answer is low, or of an unknown scale."""
-    score = number(row.get(name)) if name in row else None
-    if score is None:
-        return False
-    good_scores = GRADE_FIELDS[name]
-    return good_scores is None or not good_scores[0] <= score <= good_scores[1]
-
-
-def is_class(row: dict) -> bool:
-    """Whether the row's number `label` is a class of its `text` (sentiment) and no thumb."""
-    label = row["label"]
-    return "text" in row and not row.get("completion") and not isinstance(label, bool)
 
 
 @functools.lru_cache(maxsize=10_000)
 def plain_name(name: str) -> str:
-    """A field's name as the functions above know it: `Instruction` -> `instruction`.
-
-    A last letter that tells answers apart stays: `score_A`, `responseA`, `A`."""
+    """A field's name in lower case, but for a last letter that tells answers apart: `score_A`."""
     name = name.strip()
     keeps_last = re.search(r"(?:\A|_|[a-z])[A-Z]\Z", name)
     return name[:-1].lower() + name[-1] if keeps_last else name.lower()
@@ -1593,36 +1438,30 @@ JSON_FIELDS |= {*TURN_FIELDS, *PROMPT_FIELDS}
 LOOKS_LIKE_TURNS = re.compile(
     r"""\s*(?:\[\s*)?\{\s*['"](?:role|from|content|value)['"]\s*:\s*['"]"""
 )
-BROKEN_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|from)['"].*\]\s*""", re.S)
 
 
 def with_parsed_turns(row: dict) -> dict:
     """The row with lists of turns in place of their JSON (or Python) text."""
-    for name, value in row.items():
-        if name not in JSON_FIELDS or not isinstance(value, str):
-            continue
-        if not LOOKS_LIKE_TURNS.match(value):
+    for name in JSON_FIELDS & row.keys():
+        value = row[name]
+        if not isinstance(value, str) or not LOOKS_LIKE_TURNS.match(value):
             continue
         turns = parsed_text(value)
         if isinstance(turns, dict) and len(turns) > 1:
             turns = [turns]
         if is_turns(turns):
             row = row | {name: turns}
-        elif turns is None and BROKEN_TURNS.fullmatch(value):
+        elif turns is None and value.strip().endswith("]"):
             raise Failed("input", f"malformed record: `{name}` looks like turns but is no JSON")
     return row
 
 
 def parsed_text(text: str) -> object:
     """The value of JSON text or of a Python literal (pandas writes it in CSV cells), else None."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return read(text.strip())
+    return None
 
 
 def is_bug_of(adapter: Callable, error: Exception) -> bool:
@@ -1631,13 +1470,6 @@ def is_bug_of(adapter: Callable, error: Exception) -> bool:
     names = [frame.f_code.co_name for frame, _ in frames][1:]  # the first is `adapt`
     own_lines = all(name == adapter.__name__ or name.startswith("<") for name in names)
     return own_lines or isinstance(error, NameError)
-
-
-def line_in_script(error: Exception) -> int:
-    """The number of the line of this file at which the error came up."""
-    frames = traceback.walk_tb(error.__traceback__)
-    own_file = line_in_script.__code__.co_filename
-    return [line for frame, line in frames if frame.f_code.co_filename == own_file][-1]
 
 
 def why_unknown(row: dict, original_names: list) -> str:
@@ -1654,20 +1486,10 @@ def why_unknown(row: dict, original_names: list) -> str:
 JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
 
 
-def known_data_set(row: dict) -> dict:
-    """The row with the plain names of EXISTING ANSWERS's DATA_SETS added."""
-    try:
-        return plain_names(row)
-    except JUNK as error:
-        raise Failed("input", f"malformed record: {error}") from None
-
-
 def add_row_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None) -> None:
     """Give the record the row's own answers; a Failed that this raises knows the record."""
     try:
         add_answers(record, row, numbers)
-        for answer in record.answers:
-            check_text_only(answer.text)
     except Failed as error:
         error.record = record
         raise
@@ -1675,79 +1497,46 @@ def add_row_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = N
         raise Failed("input", f"malformed record: {error}", record=record) from None
 
 
-def new_name(name: str, row: dict, rename: dict) -> str:
-    """A field's name after --rename, which finds `Frage` as `frage` if no field is `frage`."""
-    if name in rename:
-        return rename[name]
-    for old, new in rename.items():
-        if old not in row and plain_name(old) == plain_name(str(name)):
-            return new
-    return name
-
-
-def has_field(row: dict, name: str) -> bool:
-    """Whether --rename finds a field of this name in the row."""
-    return plain_name(name) in [plain_name(str(field_name)) for field_name in row]
-
-
-def renamed_row(row: object, rename: dict) -> object:
-    """The row with --rename applied; raises Failed if two of its fields then have one name."""
-    if not rename or not isinstance(row, dict):
-        return row
-    renamed = {new_name(name, row, rename): value for name, value in row.items()}
-    if len(renamed) < len(row):
-        raise Failed("input", "--rename: two fields of one name")
-    return renamed
-
-
 def renamed_rows(path: str, rename: dict) -> Iterator[tuple[int, Any]]:
-    """Yield (line, row or Failed) for each row of a file, with --rename applied."""
+    """Yield (line, row or Failed) for each row of a file, with --rename applied in any case."""
+    new_names = {plain_name(old): new for old, new in rename.items()}
     for line, row in read_rows(path):
-        try:
-            yield line, row if isinstance(row, Failed) else renamed_row(row, rename)
-        except Failed as error:
-            yield line, error
+        if new_names and isinstance(row, dict):
+            renamed = {new_names.get(plain_name(name), name): row[name] for name in row}
+            is_whole = len(renamed) == len(row)
+            row = renamed if is_whole else Failed("input", "--rename: two fields of one name")
+        yield line, row
 
 
-ID_NAME = re.compile(r"(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
+NO_ID = "(?!.*(?:best|better|prefer|choi|chos|winn|select|pick))"  # preferred_index
+ID_NAME = re.compile(rf"{NO_ID}(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|", re.I)
 
 
-def unused_fields(rows: list, rename: dict, with_answers: bool) -> list[str]:
-    """Names of the filled fields that change nothing in any of these rows when they are left out.
-
-    Ids are not named, nor are labels and scores of an answer, which may all be good."""
-    used: set[str] = set()
-    filled: dict[str, None] = {}  # in the order of the file
+def unused_fields(rows: list[dict], with_answers: bool) -> list[str]:
+    """Names of the fields without which no row reads otherwise; no ids, no labels or scores."""
+    used = set() if with_answers else {*THUMB_FIELDS, *GRADE_FIELDS}
+    unused: dict[str, None] = {}  # in the order of the file
     for row in rows:
-        if not isinstance(row, dict):
-            continue
-        result = reading_of(row, rename, with_answers)
-        if result is None:
-            continue
-        for name, value in row.items():
-            if is_missing(value):
-                continue
-            filled[name] = None
+        records = reading_of(row, with_answers)
+        for name in [name for name in row if not is_missing(row[name]) and records]:
             rest = {key: row[key] for key in row if key != name}
-            if reading_of(rest, rename, with_answers) == result:
+            if reading_of(rest, with_answers) == records:
                 row = rest
+                unused[name] = None
             else:
                 used.add(name)
-    unused = []
-    for name in filled:
-        is_rating = plain_name(new_name(name, {}, rename)) in {*THUMB_FIELDS, *GRADE_FIELDS}
-        is_id = ID_NAME.fullmatch(name) and not may_be_signal(name)
-        if name not in used and not is_rating and not is_id:
-            unused.append(name)
-    return unused
+    names = []
+    for name in unused:
+        if not ID_NAME.fullmatch(name) and used.isdisjoint((name, plain_name(name))):
+            names.append(name)
+    return names
 
 
-def reading_of(row: dict, rename: dict, with_answers: bool) -> list | None:
-    """What a row is read as, to compare; None if it cannot be read."""
-    try:
-        return parse_row(renamed_row(row, rename), with_answers)
-    except (Failed, PartError):
-        return None
+def reading_of(row: dict, with_answers: bool) -> list[Record]:
+    """What a row is read as, to compare; [] if it cannot be read."""
+    with contextlib.suppress(Failed, PartError):
+        return parse_row(row, with_answers)
+    return []
 
 
 ASSISTANTS = "assistant gpt chatgpt bing bard model bot chatbot ai 助手".split()
@@ -1785,9 +1574,9 @@ def find_turns(row: dict) -> list | None:
     """The turns of a row that holds a whole conversation, or None."""
     for name in TURN_FIELDS:
         if is_filled_list(row.get(name)):
-            return all_turns(row[name], row)
+            return with_history(row[name], row)
     if is_turns(row.get("turns")):
-        return all_turns(row["turns"], row)
+        return with_history(row["turns"], row)
     nested = row.get("input")
     if isinstance(nested, dict) and is_filled_list(nested.get("messages")):
         return nested["messages"]
@@ -1844,7 +1633,9 @@ def adapt(row: dict) -> list[Record] | None:
         except Exception as error:
             if is_bug_of(adapter, error):
                 raise broken(part, error) from error
-            cause = f"{type(error).__name__} in line {line_in_script(error)} of this script"
+            frames = traceback.extract_tb(error.__traceback__)
+            line = [frame.lineno for frame in frames if frame.filename == __file__][-1]
+            cause = f"{type(error).__name__} in line {line} of this script"
             reason = f"malformed record: {error} ({cause}, under {adapter.__name__})"
             raise Failed("input", reason) from None
         if records is None or records == []:
@@ -1923,45 +1714,16 @@ def number(value: object) -> float | None:
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # no part of a line: a byte order mark (three bytes), white space
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-PARQUET_MARK = b"PAR1"
 HEAD_SIZE = 512  # bytes of a file's start that tell its kind
-
-
-def open_zstd(file: BinaryIO) -> BinaryIO:
-    """A reader of a zstd file, where this Python has one (3.14 on)."""
-    try:
-        import compression.zstd as zstd
-    except ImportError:
-        raise UserError("compressed with zstd: unpack it first, zstd -d FILE") from None
-    return zstd.open(file)
-
-
-COMPRESSED = (  # first bytes of a compressed file -> what opens it
-    (b"\x1f\x8b", gzip.open),
-    (b"BZh", bz2.open),
-    (b"\xfd7zXZ\x00", lzma.open),
-    (b"\x28\xb5\x2f\xfd", open_zstd),
-)
-ARROW_ADVICE = "an Arrow file: save it as Parquet or JSONL, e.g. dataset.to_json('NEW.jsonl')"
-OFFICE_ADVICE = "an Excel, Word or zip file: save the sheet as CSV UTF-8, or unpack it"
-UNREADABLE = (  # first bytes of a file that is not read -> what it is, and what to do
-    (b"PK\x03\x04", OFFICE_ADVICE),
-    (b"\xd0\xcf\x11\xe0", OFFICE_ADVICE),
-    (b"%PDF", "a PDF file: its records are needed as JSONL or CSV"),
-    (b"ARROW1", ARROW_ADVICE),
-    (b"\xff\xff\xff\xff", ARROW_ADVICE),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
-    (b"Rar!", "a RAR archive: unpack it first"),
-    (b"SQLite format 3", "an SQLite database: export its table as CSV"),
-    (b"\x89HDF", "an HDF5 file: save its table as Parquet, CSV or JSONL"),
-    (b"\x93NUMPY", "a NumPy file: save its records as JSONL"),
-    (b"\x80\x04\x95", "a Python pickle: save its records as JSONL"),
-    (b"\x80\x05\x95", "a Python pickle: save its records as JSONL"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the data: run git lfs pull"),
-    (b"<!DOCTYPE", "a web page: was the file's own link downloaded?"),
-    (b"<!doctype", "a web page: was the file's own link downloaded?"),
-    (b"<html", "a web page: was the file's own link downloaded?"),
-)
+# First bytes of a compressed file -> what opens it.
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+UNREADABLE = {  # first bytes of a file that is not read -> what it is, and what to do
+    b"PK\x03\x04": "an Excel, Word or zip file: save the sheet as CSV UTF-8, or unpack it",
+    b"\xff\xff\xff\xff": "an Arrow file: save it as JSONL, e.g. dataset.to_json('NEW.jsonl')",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it first, zstd -d FILE",
+    b"version https://git-lfs": "a Git LFS pointer, not the data: run git lfs pull",
+    b"<": "a web page or XML: was the file's own link downloaded?",
+}
 
 
 def read_rows(path: str) -> Iterator[tuple[int, Any]]:
@@ -1969,10 +1731,15 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     name = re.sub(r"\.(gz|bz2|xz|zst)\Z", "", path.lower())
     delimiter = TABLE_DELIMITERS.get(os.path.splitext(name)[1])
     try:
-        with open(path, "rb") as packed, unpacked(packed) as file:
-            head = file.peek(HEAD_SIZE)[:HEAD_SIZE]
-            refuse_unreadable(head)
-            if head.startswith(PARQUET_MARK):
+        with open(path, "rb") as file:
+            for mark, unpack in COMPRESSED.items():
+                if file.peek(HEAD_SIZE).startswith(mark):
+                    file = unpack(file)
+            head = file.peek(HEAD_SIZE)
+            for mark, advice in UNREADABLE.items():
+                if head.startswith(mark):
+                    raise UserError(advice)
+            if head.startswith(b"PAR1"):
                 yield from parquet_rows(file)
             elif delimiter:
                 yield from table_rows(file, delimiter)
@@ -1987,41 +1754,26 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{path}: cannot be read ({cause})") from None
 
 
-def unpacked(file: BinaryIO) -> BinaryIO:
-    """The file, or a reader of what is compressed in it."""
-    head = file.peek(HEAD_SIZE)
-    for mark, opener in COMPRESSED:
-        if head.startswith(mark):
-            return opener(file)
-    return file
-
-
-def refuse_unreadable(head: bytes) -> None:
-    """Raise UserError for a file of another kind, by its first bytes."""
-    for mark, advice in UNREADABLE:
-        if head.startswith(mark):
-            raise UserError(advice)
-    if head[257:262] == b"ustar":
-        raise UserError("a tar archive: unpack it first")
-
-
 # --- JSON
 
 
 def json_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yield (line, row or Failed) of JSON lines, or (item, row) of one JSON value."""
     lines = filled_lines(file)
-    first = next(lines, None)
-    if first is None:
+    first = list(itertools.islice(lines, 2))
+    if not first:
         return
-    second = next(lines, None)
-    rest = itertools.chain([first], [second] if second else [], lines)
-    if second is None or starts_one_value(first[1]):
-        whole = parse_json(b"\n".join(line for _, line in rest))
-        yield from whole_rows(whole, first[0])
+    rows = itertools.chain(first, lines)
+    line, start = first[0]
+    is_whole = len(first) == 1 or start == b"{"
+    if start.startswith(b"["):  # a line that is an array by itself is a row
+        is_whole = is_whole or not isinstance(parse_json(start), list)
+    if is_whole:
+        whole = parse_json(b"\n".join(text for _, text in rows))
+        yield from whole_rows(whole, line)
         return
-    for number_of_line, line in rest:
-        yield number_of_line, parse_json(line)
+    for number_of_line, text in rows:
+        yield number_of_line, parse_json(text)
 
 
 def filled_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -2032,28 +1784,17 @@ def filled_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
             yield number_of_line, line
 
 
-def starts_one_value(line: bytes) -> bool:
-    """Whether the first of several lines begins an array or an object of many lines."""
-    if line.startswith(b"["):  # a line that is an array by itself is a row
-        return not isinstance(parse_json(line), list)
-    return line == b"{"
-
-
 def whole_rows(whole: object, line: int) -> Iterator[tuple[int, Any]]:
-    """Yield (item or line, row) of the one value of a file: an array of rows, or what wraps it."""
-    rows = wrapped_rows(whole) if isinstance(whole, dict) else whole
+    """Yield (item or line, row) of a file's one value: an array, `{"data": array}` or a row."""
+    rows = whole
+    if isinstance(whole, dict):
+        rows = next(iter(whole.values())) if len(whole) == 1 else whole.get("data")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            rows = None
     if isinstance(rows, list) and not is_turns(rows):
         yield from enumerate(rows, 1)
     else:
         yield line, whole
-
-
-def wrapped_rows(whole: dict) -> list | None:
-    """The rows that an object wraps, `{"data": [...]}`; None if it is a record itself."""
-    record_fields = {"instruction", "turns", *TURN_FIELDS, *PROMPT_FIELDS, *LISTS, *DATA_SETS}
-    if not record_fields.isdisjoint(map(plain_name, whole)):
-        return None
-    return next(iter(whole.values())) if len(whole) == 1 else whole.get("data")
 
 
 def not_utf_8(error: UnicodeDecodeError) -> str:
@@ -2110,84 +1851,44 @@ def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Fai
     elif delimiter not in header:  # a semicolon is Excel's in much of Europe
         delimiter = next((sign for sign in ";\t" if sign in header), delimiter)
     quoting = csv.QUOTE_MINIMAL
-    if delimiter == "\t" and has_bare_quotes(text, skipped):
+    if delimiter == "\t" and not excel_line and has_bare_quotes(text):
         quoting = csv.QUOTE_NONE
-    span: list[str] = []  # the lines of the row that is being read
-    lines = recorded(itertools.chain([header], text), span)
+    lines = itertools.chain([header], text)
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     names = next(reader, [])
     if max(Counter(filter(None, names)).values(), default=1) > 1:
         raise csv.Error("a name stands twice in its header")
-    for line, cells in table_cells(reader, skipped, span, len(names)):
-        if isinstance(cells, list) and len(cells) > len(names):
-            cells = Failed("input", "more cells than the header has")
-        if isinstance(cells, list):
-            cells = dict(itertools.zip_longest(names, cells))
-        yield line, cells
-
-
-def recorded(lines: Iterable[str], span: list[str]) -> Iterator[str]:
-    """Yield the lines, and add each to the list."""
-    for line in lines:
-        span.append(line)
-        yield line
-
-
-def table_cells(
-    reader: Any, skipped: int, span: list[str], width: int
-) -> Iterator[tuple[int, list[str] | Failed]]:
-    """Yield (line, cells or Failed) of filled rows.
-
-    An open quote costs its line; of the others that it spans, those that are whole rows are read.
-    """
     while True:
-        span.clear()
-        start = reader.line_num + 1
+        start = reader.line_num + skipped + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            end = reader.line_num + skipped
-            lines = f"lines {start + skipped} to {end}"
-            reason = f"not a table row: {error}; check the quotes of {lines}"
-            yield start + skipped, Failed("input", reason)
-            for index, text in enumerate(span[1:], start + skipped + 1):
-                cells = cells_of_line(text, reader.dialect)
-                if len(cells) == width > 1:
-                    yield index, cells
+            reason = f"not a table row: {error}; check the quotes of lines {start} to "
+            yield start, Failed("input", f"{reason}{reader.line_num + skipped}")
             continue
         if cells is None:
             return
+        row = dict(itertools.zip_longest(names, cells))
+        if len(cells) > len(names):
+            row = Failed("input", "more cells than the header has")
         if any(cell.strip() for cell in cells):
-            yield reader.line_num + skipped, cells
+            yield reader.line_num + skipped, row
 
 
-def cells_of_line(text: str, dialect: Any) -> list[str]:
-    """The cells of a line that is a row by itself; [] for any other."""
-    try:
-        return next(csv.reader([text], dialect, strict=True), [])
-    except csv.Error:
-        return []
+QUOTED_CELL = re.compile(r'(?:\A|\t)"(?:[^"\t]|"")*"\s*(?:\t|\Z)')
 
 
-def has_bare_quotes(text: io.TextIOWrapper, skipped: int) -> bool:
-    """Whether the quotes of a TSV file belong to its texts. Leaves the file after its header.
-
-    Then they do not balance, none is doubled, and all lines have the same number of cells."""
+def has_bare_quotes(text: io.TextIOWrapper) -> bool:
+    """Whether the quotes of a TSV file belong to its texts: no cell is quoted, no line is short."""
     text.seek(0)
-    counts = {line.count("\t") for line in itertools.islice(text, skipped, None) if line.strip()}
+    counts: set[int] = set()
+    is_quoted = False
+    for line in filter(str.strip, text):
+        counts.add(line.count("\t"))
+        is_quoted = is_quoted or QUOTED_CELL.search(line) is not None
     text.seek(0)
-    doubled = any('""' in line for line in text)
-    text.seek(0)
-    is_balanced = True
-    try:
-        for _ in csv.reader(text, delimiter="\t", strict=True):
-            pass
-    except csv.Error:
-        is_balanced = False
-    text.seek(0)
-    for _ in range(skipped + 1):
-        text.readline()
-    return not is_balanced and not doubled and len(counts) == 1
+    text.readline()  # the header
+    return len(counts) == 1 and 0 not in counts and not is_quoted
 
 
 # --- Parquet
@@ -2208,48 +1909,26 @@ def parquet_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
             raise UserError("a column's name stands twice in it")
         for batch in parquet.iter_batches(batch_size=1000):
             columns = [column_values(column) for column in batch.columns]
-            for index in range(batch.num_rows):
+            for values in zip(*columns, strict=True):
                 count += 1
-                values = [column[index] for column in columns]
-                yield count, plain_value(dict(zip(names, values, strict=True)))
+                row = json.dumps(dict(zip(names, values, strict=True)), default=plain_text)
+                yield count, json.loads(row)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot be read ({cause[0]})") from None
 
 
 def column_values(column: Any) -> list:
-    """The values of a column of Arrow; a time that Python cannot hold is a text or a number."""
-    import pyarrow
-
+    """The values of a column of Arrow; times that Python cannot hold are numbers."""
     try:
         return column.to_pylist()
-    except (ValueError, OverflowError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
-    for kind in (pyarrow.string(), pyarrow.int64()):
-        with contextlib.suppress(ValueError, NotImplementedError):  # ArrowInvalid is a ValueError
-            return column.cast(kind).to_pylist()
-    raise UserError(f"cannot be read (values of the type {column.type})")
+    except (ValueError, OverflowError):
+        return column.cast("int64").to_pylist()
 
 
-def plain_value(value: object) -> object:
-    """A value of a Parquet file as JSON would hold it: NaN is null, a date is its ISO text."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        return {name: plain_value(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_value(part) for part in value]
-    if isinstance(value, float):
-        return None if math.isnan(value) else value
-    if isinstance(value, bytes):  # texts of old writers
-        with contextlib.suppress(UnicodeDecodeError):
-            return value.decode("utf-8")
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    if isinstance(value, bool | int | bytes | None):
-        return value
-    return number(value) if number(value) is not None else str(value)  # Decimal; a duration
+def plain_text(value: object) -> str:
+    """A value of a Parquet file that JSON does not hold, as text: bytes, a date, a decimal."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2262,37 +1941,24 @@ def plain_value(value: object) -> object:
 # earlier index in `order` is better. Every signal of a row is read; where two of them contradict
 # each other, or where a value could mean two things, the row gives no pair and the reason says why.
 
-# What each name means. --rename OLD=NEW gives a field of another name one of these meanings.
-SIGNAL_NAMES = {
-    "score, rating, reward, rm_score": "a number for each answer; higher is better",
-    "rank": "a number for each answer; lower is better, 1 (or 0) is best",
-    "order": "a list of indices from 0, the best answer first",
-    "is_correct, correct": "true or false for each answer; true is better",
-    "winner, choice": "the better answer: a, response_1, left, A>B, its model, its own text",
-    "winner_from_0": "the number of the better answer; 0 is the first, one past the last is a tie",
-    "winner_from_1": "the number of the better answer; 1 is the first, 0 is a tie",
-    "first_is_better": "1 or true: the first of two answers is better; 0 or false: the second",
-    "preference": "1 to 2: below 1.5 output_1 is better, else output_2 (AlpacaEval)",
-    "preference_strength": "-3 to 3: below 0 response_1 is better, else response_2 (HelpSteer2)",
-}
-SIGNALS = {  # name -> (kind, width of the scale in points; 0 = unknown)
-    # What --candidates-path writes: one number per judge and order.
-    "votes": ("score", float(JUDGE_SCALE[1] - JUDGE_SCALE[0])),
+SIGNALS = {  # a value for each answer: name -> (kind, width of the scale in points; 0 = unknown)
+    "votes": ("score", float(JUDGE_SCALE[1] - JUDGE_SCALE[0])),  # --candidates-path writes them
     "fine-grained_score": ("score", 4.0),
     "score": ("score", 0.0),
     "rm_score": ("score", 0.0),
     "reward": ("score", 0.0),
     "rating": ("score", 4.0),
     "overall_score": ("score", 9.0),  # not read beside fine-grained_score, which corrects it
-    "rank": ("rank", 0.0),
-    "order": ("rank", 0.0),
+    "rank": ("rank", 0.0),  # 1 (or 0) is best
+    "order": ("rank", 0.0),  # a list of indices from 0, the best answer first
     "is_correct": ("flag", 0.0),
     "correct": ("flag", 0.0),
     "desirable": ("flag", 0.0),  # KTO's label, once rows of one prompt are grouped
 }
 KINDS = ("choice", "score", "rank", "flag")  # the first kind that a row has is the record's
 ANSWER_FIELDS = ("model", *(name for name in SIGNALS if name != "order"))  # one value per answer
-LIST_FIELDS = {}  # the lists that stand beside answers: score, scores, all_scores -> score
+# The lists that stand beside answers: score, scores, all_scores -> score.
+LIST_FIELDS = {"models": "model", "generation_models": "model"}
 for _name in SIGNALS:
     LIST_FIELDS |= dict.fromkeys((_name, f"{_name}s", f"all_{_name}s"), _name)
 LEADS = {  # by how much the second is better: name -> (the answers' fields, a tie, scale's width)
@@ -2300,28 +1966,37 @@ LEADS = {  # by how much the second is better: name -> (the answers' fields, a t
     "preference_strength": (("response_1", "response_2"), 0.0, 3.0),  # HelpSteer2
     "overall_preference": (("response1", "response2"), 0.0, 3.0),  # HelpSteer3
 }
-# Fields that name the better answer; a value that is not understood costs the row. The last four
-# are not the user's names: DATA_SETS and chosen_as_winner enter them.
-WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "winner_from_0")
-WINNERS += ("winner_from_1", "first_is_better")
-WINNERS += ("labels of SHP", "choice of summaries", "winner flags", "chosen answer")
+# Fields that name the better answer: a, response_1, left, A>B, its model, its own text, its number.
+# A value that is not understood costs the row.
+WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "winner flags")
+FIRST_NUMBERS = {"winner_from_0": 0, "winner_from_1": 1}  # the numbers of the first answer
+FIRST_IS_BETTER = {"1": 0, "1.0": 0, "true": 0, "0": 1, "0.0": 1, "false": 1}  # -> its index
+WINNERS += (*FIRST_NUMBERS, "first_is_better")
 # Fields that name the better answer, or hold something else: read only where they name an answer.
 LOOSE_WINNERS = ("comparison", "preference", "preferred", "better", "best", "preferred_response")
 LOOSE_WINNERS += ("better_response", "best_response", "human_preference", "label")
 LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers")
 LISTS += ("summaries", "replies", "output")
-LIST_NAMES = {*LISTS, *LIST_FIELDS, "models", "generation_models"} - {"output"}
+LIST_NAMES = {*LISTS, *LIST_FIELDS} - {"output"}
 TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
 SUFFIXED = re.compile(
     "(response|answer|output|completion|generation|human_ref|summary|text|candidate|回答|答案|回复)"
     "([_ ]?)([aA01])"
 )
-READY = (
+READY = (  # the better answer and the worse one
     ("chosen", "rejected"),
-    ("preferred_output", "non_preferred_output"),
-    ("chosen_response", "rejected_response"),
-    ("better answer", "worse answer"),  # entered by DATA_SETS
+    ("preferred_output", "non_preferred_output"),  # OpenAI
+    ("chosen_response", "rejected_response"),  # NeMo
+    ("chosen_messages", "rejected_messages"),  # LLaMA-Factory v1
+    ("response_j", "response_k"),  # stack-exchange-paired: its card says that j is better
+    ("chosen", "reject"),  # RMB
+    ("bon_best", "loser_list"),  # RMB
+    ("response", "rejected_response"),  # ms-swift
+    ("messages", "rejected_response"),  # ms-swift: the last turn is the better answer
+    ("messages", "rejected_messages"),  # ms-swift
 )
+SIDES = READY[0]  # the names that the others get
+RESPONSES = ("response_a", "response_b")  # the names that other sets of two get
 FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
 EMPTY = (None, "", [])
 TIE = re.compile(
@@ -2330,228 +2005,106 @@ TIE = re.compile(
 NOTHING = ("", "none", "n/a", "na", "nan", "null", "unknown", "-", "no preference", "无")
 STEM = "(?:model|response|answer|output|assistant|option|choice|completion|summary|candidate|text"
 STEM += "|generation|human_ref|system|模型|助手|回答|答案|回复|选项)"
-PLACES = {"left": 0, "first": 0, "former": 0, "right": 1, "second": 1, "latter": 1}
-PLACES |= dict.fromkeys(("左", "左边", "左侧", "第一", "第一个", "前者"), 0)
-PLACES |= dict.fromkeys(("右", "右边", "右侧", "第二", "第二个", "后者"), 1)
+PLACES = {letter: index for index, letter in enumerate("abcdefgh")}
+PLACES |= {"first": 0, "第一": 0, "第一个": 0, "second": 1, "第二": 1, "第二个": 1}
+PLACES_OF_TWO = dict.fromkeys("left former 左 左边 左侧 前者".split(), 0)
+PLACES_OF_TWO |= dict.fromkeys("right latter 右 右边 右侧 后者".split(), 1)
 RELATION = re.compile(r"([^<>=]+?)\s*(>{1,2}|<{1,2}|={1,2})\s*([^<>=]+)")  # A>B, B >> A, A=B
 
 
-def turns_of_two(
-    row: dict, first: str, second: str, names: tuple = ("response_a", "response_b")
-) -> dict:
-    """Two conversations -> `messages`, their common history, and the two answers by `names`."""
-    a, b = conversation(row[first], {}), conversation(row[second], {})
-    if a.messages != b.messages:
-        raise Failed("input", "histories differ: not two answers to one prompt")
-    return {"messages": a.messages, names[0]: a.reference, names[1]: b.reference}
+# --- data sets whose fields have other names or other shapes
+
+
+def known_data_set(row: dict) -> dict:
+    """The row with the usual names in place of those of public data sets; raises Failed."""
+    try:
+        if row.get("message_tree_id") and isinstance(row.get("prompt"), dict):  # OASST, trees
+            row = row | {"prompt": row["prompt"]["text"], "replies": row["prompt"]["replies"]}
+        if isinstance(row.get("question"), dict):  # WebGPT
+            row = row | {"prompt": row["question"]["full_text"]}
+        if row.get("human_ref_A") is not None:  # SHP: `labels` is 1 if the first is better
+            row = row | {"prompt": row["history"], "first_is_better": row["labels"]}
+            row["history"] = None
+        if row.get("summaries") and "info" in row:  # OpenAI's comparisons: `choice` counts from 0
+            prompt = row["info"].get("post") or row["info"]["article"]
+            row = row | {"prompt": prompt, "choice": None, "winner_from_0": row.get("choice")}
+        if row.get("conversation_a") is not None:  # Chatbot Arena 33k and 140k, MT-Bench
+            row = row | turns_of_two(row["conversation_a"], row["conversation_b"], RESPONSES)
+        if row.get("winner_model_a") is not None:
+            row = row | arena_55k(row)
+        return row | ready_pair(row | best_and_worst(row))
+    except JUNK as error:
+        raise Failed("input", f"malformed record: {error}") from None
 
 
 def arena_55k(row: dict) -> dict:
     """Chatbot Arena 55k: turns are JSON lists in a string, and one of three flags says who won."""
-    winners = [end for end in ("model_a", "model_b", "tie") if is_true(row.get(f"winner_{end}"))]
-    turns = {}
-    for name in ("prompt", "response_a", "response_b"):
-        turns[name] = json.loads(row[name]) if row[name][:1] == "[" else [row[name]]
-    for name in ("response_a", "response_b"):
-        turns[name] = chat(zip(turns["prompt"], turns[name], strict=True))
-    return turns_of_two(turns, "response_a", "response_b") | {"winner flags": " and ".join(winners)}
-
-
-def is_true(value: object) -> bool:
-    """True for true, 1 and their texts."""
-    return str(value).strip().lower() in ("true", "1", "1.0")
-
-
-def ready_side(value: Any) -> Any:
-    """One side of a ready pair -> its turns, its text, or its list of texts."""
-    if isinstance(value, str):
-        return human_turns(value) or value
-    items = [value] if isinstance(value, dict) else value
-    if is_turns(items) or not isinstance(items, list) or not items:
-        return items
-    texts = [item_text(item) for item in items]
-    return texts[0] if len(texts) == 1 else texts
-
-
-def ready_texts(row: dict, names: tuple) -> dict:
-    """Two sides that are turns -> texts, and the prompt if they repeat it (HH-RLHF, TRL)."""
-    sides = {name: ready_side(row.get(name)) for name in names}
-    scores = side_scores(row, names)
-    if not any(map(is_turns, sides.values())):
-        return sides | scores if None not in sides.values() else {}
-    if not all(map(is_turns, sides.values())):
-        return {}
-    turns = [message(turn) for turn in itertools.chain.from_iterable(sides.values())]
-    if turns[0]["role"] != "assistant":
-        fields = turns_of_two(sides, *names, names)
-        fields["messages"] = with_system_of(row.get("prompt"), fields["messages"])
-        return fields | scores
-    if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
-        raise Failed("input", f"not one answer on each side: {len(turns)} turns")
-    texts = {name: turn["content"] for name, turn in zip(names, turns, strict=True)}
-    return texts | scores
-
-
-def side_scores(row: dict, names: tuple) -> dict:
-    """Scores inside the objects of a ready pair, as fields: `chosen-score`, `rejected-score`."""
-    fields = {}
-    for side in names:
-        items = row[side] if isinstance(row.get(side), list) else [row.get(side)]
-        items = items[-1:] if is_turns(items) else items
-        for name in SIGNALS:
-            values = [item.get(name) if isinstance(item, dict) else None for item in items]
-            if values != [None] * len(values):
-                fields[f"{side}-{name}"] = values[0] if len(values) == 1 else values
-    return {name: value for name, value in fields.items() if name not in row}
-
-
-def with_system_of(prompt: object, turns: list[dict]) -> list[dict]:
-    """The turns of both answers after the prompt's system turn; Failed if they differ else."""
-    if isinstance(prompt, str) and not is_missing(prompt):
-        text = fold_spaces(prompt)
-        for turn in turns:
-            content = fold_spaces(turn["content"])
-            if text in content or (content and content in text):
-                return turns
-        raise Failed("input", "histories differ: `prompt` is not among the turns of the answers")
-    if not is_turns(prompt):
-        return turns
-    asked = [message(turn) for turn in prompt]
-    systems = [turn for turn in asked if turn["role"] == "system"]
-    asked = [turn for turn in asked if turn["role"] != "system" and turn["content"]]
-    rest = [turn for turn in turns if turn["role"] != "system"]
-    if rest[: len(asked)] != asked:
-        raise Failed("input", "histories differ: `prompt` is not how the answers' turns begin")
-    own_systems = [turn for turn in turns if turn["role"] == "system"]
-    if systems and own_systems and systems != own_systems:
-        raise Failed("input", "histories differ: two system turns")
-    return turns if own_systems else [*systems, *turns]
-
-
-def ready_pair(better: Any, worse: Any) -> dict:
-    """The fields of a ready pair whose own names are others."""
-    return {"better answer": better, "worse answer": worse}
-
-
-def swift_pair(row: dict) -> dict:
-    """ms-swift: the good answer is `response` or the last turn of `messages`."""
-    if row.get("chosen_response") is not None:  # NeMo, Argilla
-        return {}
-    if isinstance(row.get("response"), str):
-        return ready_pair(row["response"], row["rejected_response"])
-    turns = row.get("messages") or row.get("conversations")
-    if not is_turns(turns) or message(turns[-1])["role"] != "assistant":
-        return {}
-    return ready_pair(message(turns[-1])["content"], row["rejected_response"])
-
-
-def message_pair(row: dict) -> dict:
-    """LLaMA-Factory v1 `chosen_messages`, ms-swift `messages`, each beside `rejected_messages`."""
-    better = row.get("chosen_messages") or row.get("messages")
-    return ready_pair(better, row["rejected_messages"])
+    winners = [end for end in ("model_a", "model_b", "tie") if flag(row.get(f"winner_{end}"))]
+    texts = []
+    for value in map(row.get, ("prompt", *RESPONSES)):
+        texts.append(json.loads(value) if value[:1] == "[" else [value])
+    a, b = (chat(zip(texts[0], answers, strict=True)) for answers in texts[1:])
+    return turns_of_two(a, b, RESPONSES) | {"winner flags": " and ".join(winners)}
 
 
 def best_and_worst(row: dict) -> dict:
     """LLaMA-Factory's former ranking: `output` is [the better, the worse], if nothing else says."""
-    texts = row["output"]
+    texts = row.get("output")
     if not isinstance(texts, list) or len(texts) != 2 or "instruction" not in row:
         return {}
-    if not row.keys().isdisjoint((*LIST_FIELDS, *WINNERS, *LOOSE_WINNERS, *LEADS)):
+    filled = {name for name in row if not is_missing(row[name])}
+    has_others = filled - {"instruction", "input", "output", "system", "history"}
+    return {} if has_others else dict(zip(SIDES, texts, strict=True))
+
+
+def turns_of_two(a: Any, b: Any, names: tuple) -> dict:
+    """Two conversations -> `messages`, their common history, and the two answers by `names`."""
+    first, second = conversation(a, {}), conversation(b, {})
+    if first.messages != second.messages:
+        raise Failed("input", "histories differ: not two answers to one prompt")
+    return {"messages": first.messages, names[0]: first.reference, names[1]: second.reference}
+
+
+def ready_pair(row: dict) -> dict:
+    """A ready pair as `chosen` and `rejected`, with the turns that it repeats; {} without one."""
+    pairs = [names for names in READY if names[1] in row and None not in map(row.get, names)]
+    if not pairs:
         return {}
-    if any(may_be_signal(name) for name in row if not is_missing(row[name])):
-        return {}
-    return ready_pair(*texts)
+    for name in (*SIDES, *[names[1] for names in pairs]):
+        if name not in pairs[0] and row.get(name) is not None:
+            raise Failed("input", f"ambiguous: two ready pairs, `{pairs[0][1]}` and `{name}`")
+    sides = []
+    for side in map(row.get, pairs[0]):
+        if isinstance(side, str):
+            side = human_turns(side) or side
+        sides.append([side] if isinstance(side, dict) else side)
+    if is_turns(sides[0]) and isinstance(sides[1], str) and pairs[0][1] == "rejected_response":
+        sides = [sides[0][-1:], chat([("", sides[1])])[1:]]
+    if is_turns(sides[0]) != is_turns(sides[1]):
+        raise Failed("input", "not one answer on each side: turns and a text")
+    if not is_turns(sides[0]):
+        return dict(zip(SIDES, sides, strict=True))
+    turns = [message(turn) for turn in sides[0] + sides[1]]
+    if turns[0]["role"] != "assistant":
+        pair = turns_of_two(*sides, SIDES)
+        check_same_prompt(row.get("prompt"), pair["messages"])
+        return pair
+    if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
+        raise Failed("input", f"not one answer on each side: {len(turns)} turns")
+    return {SIDES[0]: turns[0]["content"], SIDES[1]: turns[1]["content"]}
 
 
-def forum_posts(row: dict) -> dict:
-    """SHP: `labels` is 1 if the first answer is better."""
-    return {"prompt": row["history"], "labels of SHP": row["labels"]}
+def check_same_prompt(prompt: object, turns: list[dict]) -> None:
+    """Raise Failed if a prompt is not among the turns of the answers that stand beside it."""
+    asked = [message(turn)["content"] for turn in prompt] if is_turns(prompt) else [prompt]
+    text = fold_spaces(" ".join(turn["content"] for turn in turns))
+    last = fold_spaces(turns[-1]["content"])
+    for content in map(fold_spaces, asked):
+        if content not in text and last not in content:
+            raise Failed("input", "histories differ: `prompt` is not among the answers' turns")
 
 
-def help_steer_3(row: dict) -> dict:
-    """HelpSteer3: the prompt is `context`."""
-    return {"prompt": row["context"]} if "context" in row else {}
-
-
-def web_gpt(row: dict) -> dict:
-    """WebGPT: the prompt is inside `question`."""
-    question = row["question"]
-    return {"prompt": question["full_text"]} if isinstance(question, dict) else {}
-
-
-def summaries_of_posts(row: dict) -> dict:
-    """OpenAI's summarize comparisons: the prompt is inside `info`; `choice` counts from 0."""
-    if "info" not in row:
-        return {}
-    prompt = row["info"].get("post") or row["info"]["article"]
-    return {"prompt": prompt, "choice": None, "choice of summaries": row.get("choice")}
-
-
-def rmb_pair(row: dict) -> dict:
-    """RMB: `conversation_input` beside `chosen` and `reject`, or `bon_best` and `loser_list`."""
-    fields = {"messages": row["conversation_input"]}
-    if "loser_list" in row:
-        return fields | ready_pair(row["bon_best"], row["loser_list"])
-    if "reject" in row:
-        return fields | ready_pair(row["chosen"], row["reject"])
-    return fields
-
-
-def oasst_tree(row: dict) -> dict:
-    """OASST, trees: the prompt holds its replies, each with a rank."""
-    prompt = row.get("prompt")
-    if not isinstance(prompt, dict):
-        return {}
-    return {"prompt": prompt["text"], "replies": prompt["replies"]}
-
-
-# Data sets whose names mislead: a field that gives one away -> a function from the row to fields
-# in plain names. The order counts: a later function sees what the earlier ones entered.
-DATA_SETS = {
-    "message_tree_id": oasst_tree,
-    "rejected_response": swift_pair,
-    "rejected_messages": message_pair,
-    "human_ref_A": forum_posts,
-    "overall_preference": help_steer_3,
-    "question": web_gpt,
-    "summaries": summaries_of_posts,
-    "conversation_a": lambda row: turns_of_two(row, "conversation_a", "conversation_b"),
-    "winner_model_a": arena_55k,
-    "conversation_input": rmb_pair,
-    # stack-exchange-paired: its card says that response_j is better
-    "response_j": lambda row: ready_pair(row["response_j"], row["response_k"]),
-    "output": best_and_worst,
-    "chosen": lambda row: ready_texts(row, READY[0]),
-    "preferred_output": lambda row: ready_texts(row, READY[1]),
-    "chosen_response": lambda row: ready_texts(row, READY[2]),
-    "better answer": lambda row: ready_texts(row, READY[3]),
-}
-
-
-def plain_names(row: dict) -> dict:
-    """The row with the fields that DATA_SETS gives plain names; raises Failed."""
-    for sign, rename in DATA_SETS.items():
-        if row.get(sign) is None:
-            continue
-        fields = rename(row)
-        if "better answer" in row and "better answer" in fields and sign != "better answer":
-            raise Failed("input", "ambiguous: pairs of two data sets in one row")
-        row = row | fields
-    return row
-
-
-@dataclass
-class AnswerSet:
-    """Answers of one row that belong together: a ready pair, a list, or fields with suffixes."""
-
-    texts: list  # as the row holds them; broken rows hold other things than texts
-    keys: list[str]  # the texts with white space folded: equal keys are the same answer
-    fields: tuple[str, ...] = ()  # that hold the texts; () for a list
-    ends: tuple[str, ...] = ()  # what tells the fields apart: a, b; 1, 2; () for a list
-    chosen: int = 0  # a ready pair: how many of the texts, from the first on, are chosen
-    columns: list[tuple[str, list]] = field(default_factory=list)  # (name, a value per answer)
-    column_fields: set[str] = field(default_factory=set)  # fields of the row that columns come from
-    winners: dict[str, int] = field(default_factory=dict)  # a field -> the answer that it names
+# --- what is known of a row's answers
 
 
 class Signal(NamedTuple):
@@ -2563,90 +2116,106 @@ class Signal(NamedTuple):
     votes: dict[str, tuple[float, ...]]  # an answer's key -> its numbers; higher is better
 
 
-class ChoiceNumbers:
-    """Whether numbers that name a winner count from 0 or from 1: all values of the file decide.
+@dataclass
+class AnswerSet:
+    """Answers of one row that belong together: a ready pair, a list, or fields with suffixes."""
 
-    The file is read when the first such number is met; most files need no pass of their own."""
+    texts: list  # as the row holds them; broken rows hold other things than texts
+    fields: tuple[str, ...] = ()  # that hold the texts; () for a list and for a ready pair
+    chosen: int = 0  # a ready pair: how many of the texts, from the first on, are chosen
+    models: list = field(default_factory=list)  # one per answer, or none
+    columns: list[tuple] = field(default_factory=list)  # (name, kind, scale, a value per answer)
+
+    def __post_init__(self) -> None:
+        # The texts with white space folded: equal keys are the same answer.
+        self.keys = [fold_spaces(text) for text in self.texts]
+
+    def add(self, name: str, values: list) -> None:
+        """Enter what a field holds for each answer, unless it is empty."""
+        if name == "model":
+            self.models = self.models if any(self.models) else values
+        elif any(value not in EMPTY for value in values):
+            self.columns.append((name, *SIGNALS[name], values))
+
+    def add_choice(self, name: str, best: Iterable[int]) -> None:
+        """Enter which answers a field calls the better ones."""
+        values = [float(index in best) for index in range(len(self.texts))]
+        self.columns.append((name, "choice", 0.0, values))
+
+    def signals(self) -> Iterator[Signal]:
+        """Yield what the columns say, as votes; raises Failed."""
+        most = math.inf if self.chosen else len(self.texts)  # the highest rank there can be
+        for name, kind, scale, values in self.columns:
+            read = flag if kind == "flag" else quantity
+            votes = {}
+            ranks = ranks_of_order(values) if name == "order" else values
+            for key, value in zip(self.keys, ranks, strict=True):
+                vote = [read(item) for item in (value if isinstance(value, list) else [value])]
+                if not vote or None in vote:
+                    continue
+                if kind == "rank" and not all(0 <= rank <= most for rank in vote):
+                    raise Failed("input", "ranks out of range")
+                vote = tuple(-item if kind == "rank" else item for item in vote)
+                if votes.setdefault(key, vote) != vote and key:
+                    raise Failed("input", "contradictory signals: one answer, two ranks")
+            if len(set(map(len, votes.values()))) > 1:
+                raise Failed("input", "votes of unequal length")
+            if votes or kind != "flag":  # a flag that cannot be read is none
+                yield Signal(name, kind, scale, votes)
+
+
+def ranks_of_order(order: list) -> list:
+    """Indices from 0, the best first -> the rank of each answer; names say nothing."""
+    places = [number(value) for value in order]
+    if None in places:
+        return [None] * len(order)
+    if sorted(places) != list(range(len(places))):
+        raise Failed("input", "order is not a list of all indices from 0")
+    return [places.index(index) for index in range(len(places))]
+
+
+class ChoiceNumbers:
+    """Whether numbers that name a winner count from 0 or from 1: all values of the file decide."""
 
     def __init__(self, rows: Iterable) -> None:
-        self.rows = rows  # the rows of the file, read once
-        self.is_read = False
-        self.starts = defaultdict(lambda: {0, 1})  # (field, first end) -> what it may count from
-        self.values = defaultdict(set)  # (field, first end) -> some values that occur
-        self.preferences: set[float] = set()  # values of `preference` outside 1..2
+        self.rows = rows  # the rows of the file, read when the first such number is met
+        self.seen = defaultdict(set)  # field -> numbers that it holds
 
-    def read(self) -> None:
-        """Collect the numbers of every row."""
-        self.is_read = True
+    def values(self, name: str) -> set[float]:
+        """The numbers that a field holds anywhere in the file."""
         for row in self.rows:
-            if isinstance(row, dict):
-                with contextlib.suppress(Failed, *JUNK):
-                    self.add(plain_row(row))
-
-    def add(self, row: dict) -> None:
-        """Note the numbers of one row."""
-        value = quantity(row.get("preference"))
-        if value is not None and not 1 <= value <= 2:
-            self.preferences.add(value)
-        values = [*winners_of(row).items()]
-        if not isinstance(row.get("chosen"), list | dict):  # it may be a number, too
-            values += [("chosen answer", row.get(name)) for name in READY[0]]
-        for name, value in values:
-            place = choice_number(value)
-            if place is not None:
-                for answers in answer_sets(row):
-                    self.add_place(name, place, answers)
-
-    def add_place(self, name: str, place: float, answers: AnswerSet) -> None:
-        """Narrow down what a field counts from, by one of its values."""
-        kind = (name, answers.ends[:1])
-        starts, count = self.starts[kind], len(answers.texts)
-        if answers.ends[:1] in (("0",), ("1",)):
-            starts.intersection_update({int(answers.ends[0])})
-        if place not in range(count):
-            starts.discard(0)
-        if place not in range(1, count + 1):
-            starts.discard(1)
-        if len(self.values[kind]) < 6:
-            self.values[kind].add(f"{place:g}")
+            plain = with_plain_names(row) if isinstance(row, dict) else {}
+            values = winners_of(plain) | {"a lead": quantity(plain.get("preference"))}
+            for winner, value in values.items():
+                place = choice_number(value)
+                if place is not None and len(self.seen[winner]) < 100:
+                    self.seen[winner].add(place)
+        self.rows = ()
+        return self.seen[name]
 
     def first_number(self, name: str, answers: AnswerSet) -> int:
         """The number of the first answer, 0 or 1; raises Failed if the file does not tell."""
-        if not self.is_read:
-            self.read()
-        kind = (name, answers.ends[:1])
-        if len(self.starts[kind]) == 1:
-            return min(self.starts[kind])
-        values = ", ".join(sorted(self.values[kind]))
-        name = name.removesuffix(" answer")  # see chosen_as_winner
-        raise Failed(
-            "input",
-            f"ambiguous winner: `{name}` ({values} in this file) may count from 0 or from 1: add "
-            f"--rename {name}=winner_from_0 or --rename {name}=winner_from_1",
-        )
+        values, count = self.values(name), len(answers.texts)
+        starts = [int(name[-1]) for name in answers.fields[:1] if name[-1] in "01"] or [0, 1]
+        fitting = [start for start in starts if values <= set(range(start, start + count))]
+        if len(fitting) != 1:
+            raise unclear_numbers(name, values)
+        return fitting[0]
 
-    def check_preference(self, value: float) -> None:
-        """Raise Failed if `preference` leaves AlpacaEval's range anywhere in the file."""
-        if not self.is_read:
-            self.read()
-        if not self.preferences:
-            return
-        raise Failed(
-            "input",
-            f"ambiguous winner: `preference` is {min(self.preferences):g} in this file, but "
-            "AlpacaEval's runs from 1 (output_1) over 1.5 (tie) to 2 (output_2). Add --rename "
-            "preference=winner_from_0 (0, 1, 2 = tie) or preference=winner_from_1 (0 = tie, 1, 2)",
-        )
+
+def unclear_numbers(name: str, values: set[float]) -> Failed:
+    """The reason to drop the rows of a file whose numbers may mean two things."""
+    found = ", ".join(f"{value:g}" for value in sorted(values)[:6])
+    return Failed(
+        "input",
+        f"ambiguous winner: `{name}` is {found} in this file, which may count from 0 or from 1: "
+        f"--rename {name}=winner_from_0 (0, 1, 2 = tie) or =winner_from_1 (0 = tie, 1, 2)",
+    )
 
 
 def fold_spaces(text: object) -> str:
     """A text with its white space folded; "" for anything else."""
     return " ".join(text.split()) if isinstance(text, str) else ""
-
-
-def plain_row(row: dict) -> dict:
-    """The row as add_answers knows it: plain names, lists in place of their text."""
-    return unpacked_lists(plain_names(with_parsed_turns(with_plain_names(row))))
 
 
 def unpacked_lists(row: dict) -> dict:
@@ -2661,211 +2230,129 @@ def unpacked_lists(row: dict) -> dict:
 
 
 def quantity(value: object) -> float | None:
-    """A number, also with a decimal comma; None for the rest ("1,234" could be a thousand)."""
-    if isinstance(value, str) and re.fullmatch(r"\s*-?(?:0,\d+|\d+,(?:\d\d?|\d{4,}))\s*", value):
+    """A number, also with a decimal comma ("7,5"); None for the rest: "7,500" is a thousand."""
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+,\d\d?\s*", value):
         value = value.replace(",", ".")
     return number(value)
 
 
-def flag(value: object) -> float | None:
-    """1.0 for true and the labels of good answers, 0.0 for those of bad ones, None for the rest."""
-    text = str(value).strip().lower()
-    if text in GOOD_LABELS:
-        return 1.0
-    return 0.0 if text in BAD_LABELS else None
-
-
-def item_text(item: Any) -> Any:
-    """The text of an answer that may be an object; "" if it has none."""
-    if not isinstance(item, dict):
-        return item
-    return next((item[name] for name in TEXTS if item.get(name)), "")
-
-
 def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None) -> None:
-    """Give the record the row's own answers, their votes, the kind of signal and its scale.
-
-    Raises Failed for a tie, for no preference and for signals that contradict each other."""
+    """Give the record the row's own answers, their votes, the kind of signal and its scale."""
     numbers = numbers or ChoiceNumbers([row])
     if isinstance(row.get("ranking"), list):
         raise Failed(
-            "input",
-            "ambiguous `ranking`: name it order (indices, best first) or ranks (1 = best): "
-            "--rename ranking=order or --rename ranking=ranks",
+            "input", "ambiguous `ranking`: --rename ranking=order (best first) or ranking=ranks"
         )
-    row = chosen_as_winner(unpacked_lists(row), numbers)
+    row = unpacked_lists(row)
     sets = answer_sets(row)
     if not sets:
-        raise Failed("input", f"no answers: {', '.join(map(str, row))[:80]}{lone_hint(row)}")
+        fields = ", ".join(map(str, row))[:80]
+        advice = "rows of one answer each need its score: --rename NAME=score"
+        raise Failed("input", f"no answers: {fields}; {advice}")
     first = sets[0]
-    for _, values in first.columns:
-        if not first.chosen and len(values) != len(first.texts):
-            raise Failed("input", f"lists of unequal length: {len(first.texts)} answers")
-    record.answers = answers_of(first)
+    for text, model in zip(first.texts, first.models or [""] * len(first.texts), strict=True):
+        text = strip_blank_lines(text_of({"answer": text}, "answer"))
+        check_text_only(text)
+        record.answers.append(Answer(text, str(model or "")))
     if len(first.keys) > 1 and len(set(first.keys)) == 1 and first.keys[0]:
         raise Failed("filter", "identical answers")
-    winners = winners_of(row)
-    for name, value in winners.items():
+    for name, value in winners_of(row).items():
         read_winner(name, value, sets, numbers)
-    for one, other in itertools.combinations(sets, 2):
-        check_places(one, other, row)
     signals = []
     for answers in sets:
-        signals += signals_of(answers, row, numbers)
-    check_winners(winners, sets)
+        add_leads(answers, row, numbers)
+        signals += answers.signals()
     if signals:
         apply_signals(record, first, signals)
-    else:
-        record.signal_hint = unread_signals(row, sets)
 
 
-def answers_of(answers: AnswerSet) -> list[Answer]:
-    """The answers of a set, with their models; raises Failed for what is not a text."""
-    models = [""] * len(answers.texts)
-    for name, values in answers.columns:
-        if name == "model" and any(values):
-            models = values
-            break
-    made = []
-    for text, model in zip(answers.texts, models, strict=True):
-        text = text_of({"answer": text}, "answer")
-        made.append(Answer(strip_blank_lines(text), str(model or "")))
-    return made
-
-
-def chosen_as_winner(row: dict, numbers: ChoiceNumbers) -> dict:
-    """The row with a winner in place of a `chosen` that names another answer: "B", "response_b"."""
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if chosen in EMPTY or isinstance(chosen, bool) or not isinstance(chosen, str | int):
-        return row
-    others = {name: value for name, value in row.items() if name not in READY[0]}
-    sets = answer_sets(others)
-    is_text = any(fold_spaces(chosen) in answers.keys for answers in sets)
-    is_name = len(str(chosen)) <= 40 and not is_text
-    if sets and rejected in EMPTY and (is_text or is_name):
-        return others | {"chosen answer": chosen}
-    if not sets or rejected in EMPTY or not is_name:
-        return row
-    read_winner("chosen answer", chosen, sets, numbers)
-    if not any(answers.winners for answers in sets):
-        is_text = any(fold_spaces(rejected) in answers.keys for answers in sets)
-        is_short = len(str(rejected)) <= 40 and not is_text
-        if is_short and any(answers.ends for answers in sets):
-            raise Failed(
-                "input", f"winner not understood: `chosen` is {chosen!r}, which names no answer"
-            )
-        return row
-    place = choice_number(chosen)
-    if place is None or choice_number(rejected) in (None, place):  # two numbers need only differ
-        read_winner("rejected answer", rejected, sets, numbers)
-        for answers in sets:
-            if answers.winners and len(set(answers.winners.values())) < 2:
-                raise Failed("input", "contradictory signals: chosen, rejected")
-    return others | {"chosen answer": chosen}
-
-
-def winners_of(row: dict) -> dict:
-    """The fields of a row that name its winner, with their values; empty ones if all are empty."""
-    winners = {name: row[name] for name in WINNERS if name in row}
-    filled = {name: value for name, value in winners.items() if value not in EMPTY}
-    for name in LOOSE_WINNERS:
-        value = row.get(name)
-        if isinstance(value, dict):  # Label Studio
-            value = value.get("selected")
-        if isinstance(value, str) and number(value) is None and value.strip():
-            filled[name] = value
-    return filled or winners
-
-
-def check_winners(winners: dict, sets: list[AnswerSet]) -> Never:
-    """Raise Failed for a winner that names no answer of any set."""
-    for name, value in winners.items():
-        if name in LOOSE_WINNERS or any(name in answers.winners for answers in sets):
-            continue
-        if str("" if value is None else value).strip().lower() in NOTHING:
-            raise Failed("input", f"no preference: `{name}` is empty or none")
-        excerpt = fold_spaces(str(value))[:40]
-        raise Failed(
-            "input", f"winner not understood: `{name}` is {excerpt!r}, which names no answer"
-        )
+# --- sets of answers
 
 
 def answer_sets(row: dict) -> list[AnswerSet]:
-    """Every set of answers that the row holds; the first one's texts are the record's."""
-    beside = []
-    for name in row:
-        values = row[name]
-        if name in LIST_FIELDS and isinstance(values, list) and values:
-            plain = LIST_FIELDS[name]
-            if SIGNALS[plain][0] != "flag" or None not in map(flag, values):
-                beside.append((plain, values))
-    lists = [list_set(row, name, beside) for name in LISTS if isinstance(row.get(name), list)]
-    lists = [answers for answers in lists if answers.texts]
-    beside = [] if lists else beside
-    ready = [ready_set(row, names, beside) for names in READY if None not in map(row.get, names)]
-    suffixed = []
-    for fields, ends, mark in suffixed_fields(tuple(row)):
-        suffixed.append(field_set(row, fields, ends, (f"{{0}}{mark}{{1}}",), beside))
-    return ready + lists + suffixed
+    """The ready pair of a row and its other answers, at most one set of each; raises Failed."""
+    pair = [ready_set(row)] if None not in map(row.get, SIDES) else []
+    lists = [item_set(row[name]) for name in LISTS if is_filled_list(row.get(name))]
+    others = [answers for answers in lists if any(answers.keys)]
+    for fields, columns in suffixed_fields(tuple(row)):
+        others.append(AnswerSet([row[name] for name in fields], fields))
+        for name, column in columns:
+            others[-1].add(name, list(map(row.get, column)))
+    if len(others) > 1:
+        raise Failed("input", "ambiguous: two sets of answers: --rename the wrong one")
+    for answers in others or pair:
+        if others or not lists:
+            add_lists(row, answers)
+    if not others or (pair and set(pair[0].keys) <= set(others[0].keys)):
+        return pair + others
+    chosen = row.get("chosen")
+    is_name = isinstance(chosen, str | int) and not isinstance(chosen, bool) and chosen != ""
+    if pair and len(str(chosen)) > 40:
+        is_name = False
+    if is_name or (pair and (others[0].fields or others[0].columns or winners_of(row))):
+        raise Failed(
+            "input", "ambiguous: `chosen` is none of the other answers: --rename chosen=winner?"
+        )
+    return pair or others
 
 
-def list_set(row: dict, name: str, beside: list) -> AnswerSet:
-    """The answers in a list of texts or objects, with what stands in the objects and beside it."""
-    items = row[name]
-    texts = [item_text(item) for item in items]
-    objects = [item if isinstance(item, dict) else {} for item in items]
-    fields = set().union(*objects)
-    columns = []
-    for field_name in ANSWER_FIELDS:
-        if field_name in fields:
-            columns.append((field_name, [item.get(field_name) for item in objects]))
-    columns += beside
-    for field_name in ("models", "generation_models"):
-        models = row.get(field_name)
-        if isinstance(models, list) and len(models) == len(texts):
-            columns.append(("model", models))
-    return AnswerSet(texts, [fold_spaces(text) for text in texts], columns=columns)
+def item_set(items: list) -> AnswerSet:
+    """The answers in a list of texts or objects, with what the objects say of them."""
+    objects = [item if isinstance(item, dict) else {"text": item} for item in items]
+    texts = []
+    for item in objects:
+        texts.append(next((item[name] for name in TEXTS if item.get(name) not in EMPTY), ""))
+    answers = AnswerSet(texts)
+    names = set().union(*objects)
+    for name in ANSWER_FIELDS:
+        if name in names:
+            answers.add(name, [item.get(name) for item in objects])
+    return answers
 
 
-def ready_set(row: dict, names: tuple, beside: list) -> AnswerSet:
+def ready_set(row: dict) -> AnswerSet:
     """A ready pair, or lists of better and of worse answers."""
-    sides = [row[name] for name in names]
-    if all(isinstance(side, str) for side in sides):
-        answers = field_set(row, names, names, FORMS, beside)
-        if row.get("decided_by") == "people":  # scores of the judge whom people overruled
-            answers.columns = [item for item in answers.columns if item[0] == "model"]
-            answers.column_fields = set()
-        answers.chosen = 1
-        return answers
-    lists = [side if isinstance(side, list) else [side] for side in sides]
-    texts = lists[0] + lists[1]
-    columns = []
-    for plain in SIGNALS:
-        values = []
-        for name, side in zip(names, lists, strict=True):
-            part = row.get(f"{name}-{plain}")
-            is_column = isinstance(part, list) and len(part) == len(side)
-            values += part if is_column else [part] * len(side)
-        if values != [None] * len(values):
-            columns.append((plain, values))
-    keys = [fold_spaces(text) for text in texts]
-    return AnswerSet(texts, keys, names, chosen=len(lists[0]), columns=columns)
+    better, worse = (row[name] if isinstance(row[name], list) else [row[name]] for name in SIDES)
+    answers = item_set([*better, *worse])
+    answers.chosen = len(better)
+    sides = (SIDES[0],) * len(better) + (SIDES[1],) * len(worse)
+    for name, column in column_names(tuple(row), sides, FORMS):
+        answers.add(name, list(map(row.get, column)))
+    answers.add_choice("chosen", range(len(better)))
+    if row.get("decided_by") == "people":  # scores of the judge whom people overruled
+        answers.columns = answers.columns[-1:]
+    elif (quantity(row.get("margin")) or 0) < 0:
+        raise Failed("input", "contradictory signals: chosen, margin")
+    return answers
+
+
+def add_lists(row: dict, answers: AnswerSet) -> None:
+    """Give the answers the lists that stand beside them; Failed if they are of another length."""
+    for name, plain in LIST_FIELDS.items():
+        values = row.get(name)
+        is_strange = plain == "model" and (answers.chosen or answers.fields)
+        if not is_filled_list(values) or is_strange:
+            continue
+        if len(values) == len(answers.texts):
+            answers.add(plain, values)
+        elif plain != "model" and not answers.chosen:
+            raise Failed("input", f"lists of unequal length: {len(answers.texts)} answers")
 
 
 @functools.lru_cache(maxsize=256)
 def suffixed_fields(names: tuple) -> list[tuple]:
-    """[(fields, ends, mark)] of names like response_a, response_b: ("a", "b") and "_"."""
+    """[(answers, columns)] of a row's fields like response_a, response_b; see `column_names`."""
     groups = []
     for name in names:
         match = SUFFIXED.fullmatch(name) if isinstance(name, str) else None
         if not match:
             continue
         stem, mark, first = match.groups()
-        ends = [chr(ord(first) + i) for i in range(8)]
-        fields = [stem + mark + end for end in ends]
-        count = next((i for i, field_name in enumerate(fields) if field_name not in names), 8)
-        if count > 1 and not (first == "1" and f"{stem}{mark}0" in names):
-            groups.append((tuple(fields[:count]), tuple(ends[:count]), mark))
+        possible = [stem + mark + chr(ord(first) + i) for i in range(8)]
+        fields = tuple(itertools.takewhile(names.__contains__, possible))
+        if len(fields) > 1 and not (first == "1" and f"{stem}{mark}0" in names):
+            ends = tuple(mark + field_name[-1] for field_name in fields)
+            groups.append((fields, column_names(names, ends, ("{0}{1}",))))
     return groups
 
 
@@ -2881,271 +2368,142 @@ def column_names(names: tuple, ends: tuple, forms: tuple) -> list[tuple]:
     return found
 
 
-def field_set(row: dict, fields: tuple, ends: tuple, forms: tuple, beside: list) -> AnswerSet:
-    """Answers in fields of their own, with the fields of the same form: score_a, chosen_score."""
-    texts = [row[name] for name in fields]
-    answers = AnswerSet(texts, [fold_spaces(text) for text in texts], fields, ends)
-    for plain, names in column_names(tuple(row), ends, forms):
-        answers.columns.append((plain, [row.get(name) for name in names]))
-        if plain != "model":
-            answers.column_fields |= {name for name in names if row.get(name) is not None}
-    answers.columns += beside
-    return answers
+# --- names of the better answer
 
 
-def check_places(one: AnswerSet, other: AnswerSet, row: dict) -> None:
-    """Raise Failed if a field speaks by places and could mean two sets of different answers."""
-    keys, other_keys = set(one.keys) - {""}, set(other.keys) - {""}
-    same = keys <= other_keys if one.chosen else keys == other_keys  # a pair may be two of a list
-    if same or not keys or not other_keys:
-        return
-    both = placed_fields(one, row) & placed_fields(other, row)
-    if both:
-        raise Failed("input", f"ambiguous: which answers does `{min(both)}` speak of?")
-
-
-def placed_fields(answers: AnswerSet, row: dict) -> set[str]:
-    """The fields of the row that could speak of a set's answers by their places."""
-    fields = {*answers.column_fields, *answers.winners}
-    for name in LIST_FIELDS:
-        values = row.get(name)
-        is_column = isinstance(values, list) and len(values) == len(answers.texts)
-        if is_column and any(value not in EMPTY for value in values):
-            fields.add(name)
-    return fields
-
-
-def signals_of(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> list[Signal]:
-    """All that the row says of a set's answers; raises Failed for a tie and unreadable values."""
-    count = len(answers.texts)
-    signals = []
-
-    def add_choice(name: str, best: Iterable[int]) -> None:
-        values = [float(index in best) for index in range(count)]
-        signals.append(make_signal(answers, name, "choice", 0.0, values))
-
-    if answers.chosen:
-        add_choice("chosen", range(answers.chosen))
-        decided = row.get("decided_by") == "people"
-        if not decided and (quantity(row.get("margin")) or 0) < 0:
-            add_choice("margin", range(answers.chosen, count))
-        if fold_spaces(row.get("label")).lower() == "rejected":
-            add_choice("label", range(answers.chosen, count))
-    for name, place in answers.winners.items():
-        add_choice(name, (place,))
-    of_columns = column_signals(answers)
-    has_others = bool(signals or of_columns) or None not in map(row.get, READY[0])
-    for name, (fields, tie, scale) in LEADS.items():
-        is_own = answers.texts == [row.get(field_name) for field_name in fields]
-        # Beside other signals of two answers with other names it can only contradict them.
-        is_beside = name != "preference" and has_others and not answers.chosen and count == 2
-        if row.get(name) is None or not (is_own or is_beside):
-            continue
-        value = quantity(row[name])
-        if value is None and name in answers.winners:  # "response_1"
-            continue
-        if value is not None and name == "preference":
-            numbers.check_preference(value)
-        lead = math.nan if value is None else value - tie
-        if lead == 0:
-            raise Failed("input", "tie")
-        if not abs(lead) <= scale:  # -100: neither
-            raise Failed("input", f"no preference: `{name}` is {str(row[name])[:40]}")
-        signals.append(make_signal(answers, name, "score", scale, [0.0, lead]))
-    return signals + of_columns
-
-
-def column_signals(answers: AnswerSet) -> list[Signal]:
-    """The signals that give each answer of a set a value: scores, ranks, flags."""
-    signals = []
-    for name, values in answers.columns:
-        if name not in SIGNALS or len(values) != len(answers.texts):
-            continue
-        kind, scale = SIGNALS[name]
-        is_flag = kind == "flag" and any(flag(value) is not None for value in values)
-        if is_flag or (kind != "flag" and any(value not in EMPTY for value in values)):
-            signals.append(make_signal(answers, name, kind, scale, values))
-    return signals
+def winners_of(row: dict) -> dict:
+    """The fields of a row that name its winner, with their values; empty ones if all are empty."""
+    winners = {name: row[name] for name in WINNERS if name in row}
+    filled = {name: value for name, value in winners.items() if value not in EMPTY}
+    for name in LOOSE_WINNERS:
+        value = row.get(name)
+        if isinstance(value, dict):  # Label Studio
+            value = value.get("selected")
+        if isinstance(value, str) and number(value) is None and value.strip():
+            filled[name] = value
+    return filled or winners
 
 
 def read_winner(name: str, value: Any, sets: list[AnswerSet], numbers: ChoiceNumbers) -> None:
-    """Enter the answer that a field names in each set it speaks of; raises Failed for a tie.
-
-    A name that belongs to one set (its field, its model, its text) says nothing of the others."""
-    if value in EMPTY or isinstance(value, list | dict):
-        return
-    text = fold_spaces(str(value)).lower()
-    relation = RELATION.fullmatch(bare(text))
-    if name in ("first_is_better", "labels of SHP"):
-        places = [places_of_flag(text, answers) for answers in sets]
-    elif isinstance(value, bool) or (name == "label" and not relation):
+    """Enter the answer that a field names in each set; Failed for a tie or a strange name."""
+    text = bare("" if value is None else fold_spaces(str(value)))
+    if name == "label" and not RELATION.fullmatch(text):
         return  # a label "a" may name the worse one
-    else:
-        places = [places_of_relation(relation, answers) for answers in sets]
-        if not any(places):
-            places = [own_places(text, answers) for answers in sets]
-        is_own = any(places)
-        if not is_own:
-            places = [word_places(text, answers) for answers in sets]
-        for index, answers in enumerate(sets):
-            places[index] |= text_places(fold_spaces(str(value)), answers)
-            if not is_own or number(value) is not None:  # a model may be called model_1, or 1
-                places[index] |= numbered_places(name, value, answers, numbers)
-    if TIE.match(bare(text)) and (not any(places) or TIE.fullmatch(bare(text))):
-        is_bad = re.search("^neither|bad|不好|差", text)
-        raise Failed("input", "both bad" if is_bad else "tie")
+    places = [winner_places(name, value, answers, numbers) for answers in sets]
+    if TIE.match(text) and (not any(places) or TIE.fullmatch(text)):
+        raise Failed("input", "both bad" if re.search("^neither|bad|不好|差", text) else "tie")
     for answers, found in zip(sets, places, strict=True):
         if len(found) > 1:
             raise Failed("input", f"ambiguous winner: {text[:40]!r} could be either answer")
-        for place in found:
-            answers.winners[name] = place
+        if found:
+            answers.add_choice(name, found)
+    if any(places) or name in LOOSE_WINNERS:
+        return
+    if text in NOTHING:
+        raise Failed("input", f"no preference: `{name}` is empty or none")
+    excerpt = fold_spaces(str(value))[:40]
+    raise Failed("input", f"winner not understood: `{name}` is {excerpt!r}, which names no answer")
+
+
+def winner_places(name: str, value: Any, answers: AnswerSet, numbers: ChoiceNumbers) -> set[int]:
+    """Indices of the answers of a set that a value may name; Failed for a tie (A=B)."""
+    text = bare(fold_spaces(str(value)))
+    if value in EMPTY or isinstance(value, list | dict):
+        return set()
+    if name == "first_is_better":
+        is_two = len(answers.texts) == 2 and not answers.chosen
+        return {FIRST_IS_BETTER[text]} if is_two and text in FIRST_IS_BETTER else set()
+    if isinstance(value, bool):
+        return set()
+    named = named_places(text, answers)
+    relation = RELATION.fullmatch(text)
+    if relation and not named:
+        left, sign, right = relation.groups()
+        first, second = named_places(left, answers), named_places(right, answers)
+        if len(first) == 1 and len(second) == 1 and first != second:
+            if "=" in sign:
+                raise Failed("input", "tie")
+            named = first if ">" in sign else second
+    places = {index for index, key in enumerate(answers.keys) if text and bare(key) == text}
+    if not named or number(value) is not None:
+        places |= numbered_places(name, value, answers, numbers)
+    return named | places
 
 
 def bare(text: str) -> str:
-    """A name without brackets, quotes and a final stop: `[[a]]`, `b.` -> a, b."""
-    return text.lstrip(" .,。\"'`*()[]【】“”").rstrip(" .,。!\"'`*()[]【】“”")
+    """A name in lower case, without brackets, quotes and a final stop: `[[A]]`, `b.` -> a, b."""
+    return text.lower().lstrip(" .,。\"'`*()[]【】“”").rstrip(" .,。!\"'`*()[]【】“”")
 
 
-def ending(text: str) -> str:
-    """What tells a name from its like: `model_a`, `[[a]]`, `response a`, `a` -> a."""
-    end = re.sub(rf"^{STEM}[ _-]*(?=\w+$)", "", bare(text))
-    return re.sub(rf"(?<=\w)[ _-]*{STEM}$", "", end)
-
-
-def own_places(text: str, answers: AnswerSet) -> set[int]:
-    """Indices of the answers that a text names by their field, its end or their model."""
-    names, end = (text, bare(text)), ending(text)
-    places = set()
-    for index, answer_end in enumerate(answers.ends):
-        is_end = end == answer_end.lower() and not end.isdigit()  # numbers: see numbered_places
-        if is_end or answers.fields[index].lower() in names:
-            places.add(index)
-    for column, values in answers.columns:
-        if column == "model" and len(values) == len(answers.texts):
-            for index, model in enumerate(values):
-                if model and str(model).lower() in names:
-                    places.add(index)
-    return places
-
-
-def text_places(text: str, answers: AnswerSet) -> set[int]:
-    """Indices of the answers whose own text this is."""
-    name = bare(text.lower())
-    places = set()
-    for index, key in enumerate(answers.keys):
-        if key and (key == text or (name and bare(key.lower()) == name)):
-            places.add(index)
-    return places
-
-
-def word_places(text: str, answers: AnswerSet) -> set[int]:
-    """Indices of the answers that a text names by their place: a letter, `left`, `first`."""
-    end, count = ending(text), len(answers.texts)
+def named_places(text: str, answers: AnswerSet) -> set[int]:
+    """Indices of the answers that a text names by their field, model, letter or place."""
+    text, count = bare(text), len(answers.texts)
+    places = {index for index, name in enumerate(answers.fields) if bare(name) == text}
+    models = [bare(fold_spaces(model)) for model in answers.models]
+    places |= {index for index, name in enumerate(models) if text and name == text}
+    end = re.sub(rf"^{STEM}[ _-]*(?=\w+$)", "", text)  # model_a, response a -> a
+    end = re.sub(rf"(?<=\w)[ _-]*{STEM}$", "", end)
     if answers.chosen:
-        return set()
-    place = PLACES.get(end)
-    if end in ("left", "right", "former", "latter", "左", "右", "前者", "后者") and count != 2:
-        place = None
-    if len(end) == 1 and "a" <= end <= "h":
-        place = ord(end) - ord("a")
-    return {place} & set(range(count))
-
-
-def places_of_flag(text: str, answers: AnswerSet) -> set[int]:
-    """The index that `first_is_better` names; none for -1, beside which 0 may be a tie."""
-    if answers.chosen or len(answers.texts) != 2:
-        return set()
-    if is_true(text):
-        return {0}
-    return {1} if text in ("false", "0", "0.0") else set()
-
-
-def places_of_relation(relation: re.Match | None, answers: AnswerSet) -> set[int]:
-    """A>B, B<A -> the index of the better one; raises Failed for A=B."""
-    if not relation:
-        return set()
-    left, sign, right = relation.groups()
-    first = own_places(left, answers) or word_places(left, answers)
-    second = own_places(right, answers) or word_places(right, answers)
-    if len(first) != 1 or len(second) != 1 or first == second:
-        return set()
-    if "=" in sign:
-        raise Failed("input", "tie")
-    return first if ">" in sign else second
+        return places
+    words = PLACES | PLACES_OF_TWO if count == 2 else PLACES
+    return places | ({words.get(end)} & set(range(count)))
 
 
 def choice_number(value: object) -> float | None:
     """The number of an answer: 1, "1", "response_1", "Model 1" -> 1.0; None for the rest."""
-    if isinstance(value, bool) or value is None:
-        return None
     place = number(value)
     if place is None and isinstance(value, str):
-        match = re.fullmatch(rf"(?:{STEM}[ _-]*)?(\d)", bare(value.lower()))
+        match = re.fullmatch(rf"(?:{STEM}[ _-]*)?(\d)", bare(value))
         place = number(match[1]) if match else None
     return place
 
 
 def numbered_places(name: str, value: Any, answers: AnswerSet, numbers: ChoiceNumbers) -> set[int]:
-    """The index that a number stands for, as a set; raises Failed if the file does not tell."""
-    place = choice_number(value)
+    """The index that a number stands for, as a set; Failed for a tie, or if the file is unclear."""
+    place, count = choice_number(value), len(answers.texts)
     if place is None or answers.chosen:
         return set()
-    if isinstance(value, str) and bare(value.lower()) in map(str.lower, answers.fields):
-        return set()
-    count = len(answers.texts)
-    first = {"winner_from_0": 0, "winner_from_1": 1, "choice of summaries": 0}.get(name)
-    if first is not None:
-        if (first == 0 and place == count) or (first == 1 and place == 0):
-            raise Failed("input", "tie")
-    elif place in range(count + 1):
+    first = FIRST_NUMBERS.get(name)
+    if first is None and place in range(count + 1):
         first = numbers.first_number(name, answers)
-    else:
+    if first is None:
         return set()
+    if name in FIRST_NUMBERS and place == (count if first == 0 else 0):
+        raise Failed("input", "tie")
     return {int(place - first)} if place - first in range(count) else set()
 
 
-def make_signal(answers: AnswerSet, name: str, kind: str, scale: float, values: list) -> Signal:
-    """A number (or a list of them) for each answer -> the signal; raises Failed."""
-    if name == "order":
-        values = ranks_of_order(values)
-    read = flag if kind == "flag" else quantity
-    votes = {}
-    most = math.inf if answers.chosen else len(answers.texts)  # the highest rank there can be
-    lengths = set()
-    for key, value in zip(answers.keys, values, strict=True):
-        items = value if isinstance(value, list) else [value]
-        vote = tuple(read(item) for item in items)
-        if not vote or None in vote:
+# --- signals
+
+
+def add_leads(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> None:
+    """Give two answers what says by how much the second is better; raises Failed for a tie."""
+    for name, (fields, tie, scale) in LEADS.items():
+        value = quantity(row.get(name))
+        is_winner = any(column[0] == name for column in answers.columns)  # "response_1"
+        # Beside other signals of answers with other names, it can only contradict them.
+        is_check = name != "preference" and answers.columns and not answers.chosen
+        if answers.fields != fields and not (is_check and len(answers.texts) == 2):
             continue
-        lengths.add(len(vote))
-        if kind == "rank" and not all(0 <= rank <= most for rank in vote):
-            raise Failed("input", "ranks out of range")
-        if kind == "rank":
-            vote = tuple(-rank for rank in vote)
-        if key and votes.setdefault(key, vote) != vote:
-            raise Failed("input", "contradictory signals: one answer, two ranks")
-        votes.setdefault(key, vote)
-    if len(lengths) > 1:
-        raise Failed("input", "votes of unequal length")
-    return Signal(name, kind, scale, votes)
-
-
-def ranks_of_order(order: list) -> list:
-    """Indices from 0, the best first -> the rank of each answer; names say nothing."""
-    places = [number(value) for value in order]
-    if None in places:
-        return [None] * len(order)
-    if sorted(places) != list(range(len(places))):
-        raise Failed("input", "order is not a list of all indices from 0")
-    return [places.index(index) for index in range(len(places))]
+        if row.get(name) is None or (value is None and is_winner):
+            continue
+        seen = numbers.values("a lead") if name == "preference" else set()
+        if seen and not 1 <= min(seen) <= max(seen) <= 2:  # another coding than AlpacaEval's
+            raise unclear_numbers(name, seen)
+        if value == tie:
+            raise Failed("input", "tie")
+        if value is None or abs(value - tie) > scale:  # -100: neither
+            raise Failed("input", f"no preference: `{name}` is {str(row[name])[:40]}")
+        answers.columns.append((name, "score", scale, [0.0, value - tie]))
 
 
 def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]) -> None:
-    """Give the record the answers that every signal rates, the kind of signal and its scale.
-
-    Each answer gets its votes in all signals, and the first score among them as its score. Flags
-    beside other signals can only contradict them: they rate many answers alike. Raises Failed."""
-    signals = useful_signals(answers, signals)
+    """Give the record the answers that every signal rates, with their votes; raises Failed."""
+    signals = [entry for entry in signals if len(set(entry.votes) & set(answers.keys)) > 1]
+    if any(entry.name == "fine-grained_score" for entry in signals):
+        signals = [entry for entry in signals if entry.name != "overall_score"]
+    signals.sort(key=lambda entry: KINDS.index(entry.kind))
+    # Flags beside other signals can only contradict them: they rate many answers alike.
     main_signals = [entry for entry in signals if entry.kind != "flag"] or signals
     rated = []
     for answer, key in zip(record.answers, answers.keys, strict=True):
@@ -3154,9 +2512,8 @@ def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]) -> 
     if not main_signals or len(rated) < 2:
         raise Failed("input", "no preference: fewer than two answers are rated")
     check_directions([key for _, key in rated], signals, main_signals)
+    # A lead is no score of one answer.
     scores = [entry for entry in main_signals if entry.kind == "score" and entry.name not in LEADS]
-    if main_signals[0].name in LEADS:
-        scores = []  # a lead is no score of one answer, and its scale is another
     scores.sort(key=lambda entry: entry.name == "votes")  # their own mean or median is better
     for answer, key in rated:
         for entry in main_signals:
@@ -3167,23 +2524,15 @@ def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]) -> 
     record.scale = main_signals[0].scale
 
 
-def useful_signals(answers: AnswerSet, signals: list[Signal]) -> list[Signal]:
-    """The signals that rate two answers of the set at least, choices first."""
-    useful = []
-    for entry in signals:
-        rated = [key for key in answers.keys if key in entry.votes]
-        if len(rated) > 1:
-            useful.append(entry)
-    if any(entry.name == "fine-grained_score" for entry in useful):
-        useful = [entry for entry in useful if entry.name != "overall_score"]
-    return sorted(useful, key=lambda entry: KINDS.index(entry.kind))
-
-
 def check_directions(keys: list[str], signals: list[Signal], main_signals: list[Signal]) -> None:
     """Raise Failed if two signals contradict each other, or if no two answers differ in all."""
     differ = False
     for one, other in itertools.combinations(keys, 2):
-        leads = [direction(entry, one, other) for entry in signals]
+        leads = []  # 1: the first is better in every vote, -1: the other is, 0: all are equal
+        for entry in signals:
+            votes = zip(entry.votes.get(one, ()), entry.votes.get(other, ()), strict=False)
+            signs = {(a > b) - (a < b) for a, b in votes}
+            leads.append(signs.pop() if len(signs) == 1 else None)
         if 1 in leads and -1 in leads and one and other:
             names = ", ".join(dict.fromkeys(entry.name for entry in signals))
             raise Failed("input", f"contradictory signals: {names}")
@@ -3192,110 +2541,8 @@ def check_directions(keys: list[str], signals: list[Signal], main_signals: list[
         raise Failed("input", "tie")
 
 
-def direction(entry: Signal, one: str, other: str) -> int | None:
-    """1 if the first is better in every vote, -1 if the other is, 0 if all are equal, or None."""
-    if one not in entry.votes or other not in entry.votes:
-        return None
-    signs = set()
-    for a, b in zip(entry.votes[one], entry.votes[other], strict=True):
-        signs.add((a > b) - (a < b))
-    return signs.pop() if len(signs) == 1 else None
+# --- rows of one answer each (KTO, scores of a reward model): those of one prompt are grouped
 
-
-# Words in the names of fields that often hold a signal.
-TELLING = re.compile(
-    "label|best|better|prefer|choice|chosen|winn|win$|verdict|decision|judg|select|vote|pick"
-    "|annotat|compar|rating|score|rank|grade|quality|reward|胜|优|选|偏好|标注|排名|得分|评分|打分",
-    re.I,
-)
-
-
-def may_be_signal(name: object) -> bool:
-    """Whether a field's name looks like a signal: `preferred_index`, but not `annotator_id`."""
-    if not isinstance(name, str) or not TELLING.search(name):
-        return False
-    return not ID_NAME.fullmatch(name) or TELLING_ID.search(name) is not None
-
-
-TELLING_ID = re.compile("best|better|prefer|choice|chosen|winn|win_|select|pick", re.I)
-# In the names of fields that name the worse answer, or that count what is bad.
-INVERTED = re.compile(
-    "los(?:er|t|ing|s)|worse|worst|less|inferior|runner|second|reject|negativ|bad|poor|toxi|flag"
-    "|(?<![a-z])(?:not_|non_|dis)|un(?:prefer|safe|desir)|harm|error|mistake|penal|deduct|length"
-    "|_len|tokens|hallucinat|perplex|cost|latency|fail|wrong|incorrect|败|差|劣|错|坏|输|长度",
-    re.I,
-)
-
-
-def unread_signals(row: dict, sets: list[AnswerSet]) -> str:
-    """The --rename that reads each field that looks like a signal and was not read; "" if none."""
-    count = len(sets[0].texts)
-    known = {*LISTS, *PROMPT_FIELDS, *REFERENCE_FIELDS, *sets[0].fields}
-    grouped_fields, hints = suffix_hints(row, sets[0])
-    for name, value in row.items():
-        if name in known or name in grouped_fields or value in EMPTY or not isinstance(name, str):
-            continue
-        if isinstance(value, list) and len(value) == count and None not in map(quantity, value):
-            hints.append(
-                f"--rename {name}=scores (higher is better) or --rename {name}=ranks (lower is)"
-            )
-        elif names_answer(name, value, sets[0]):
-            hint = f"--rename {name}=winner"
-            if count == 2 and choice_number(value) in (0, 1):
-                hint += (
-                    f" (it is the better one's number) or --rename {name}=first_is_better (1 is)"
-                )
-            hints.append(hint)
-    return "; ".join(hints[:3])
-
-
-def lone_hint(row: dict) -> str:
-    """Advice for a row of one answer with numbers that may be its score, or ""."""
-    names = [name for name, value in row.items() if quantity(value) is not None]
-    if not names or not single_text(row):
-        return ""
-    return f". If rows of one prompt stand together, name the score: --rename {names[0]}=score"
-
-
-def names_answer(name: str, value: Any, answers: AnswerSet) -> bool:
-    """True if a field could name the better answer."""
-    if not TELLING.search(name) or INVERTED.search(name):
-        return False
-    if isinstance(value, str) and choice_number(value) is None:
-        with contextlib.suppress(Failed):
-            text = fold_spaces(value)
-            places = own_places(text.lower(), answers) or word_places(text.lower(), answers)
-            return len(places | text_places(text, answers)) == 1
-        return False
-    place = choice_number(value)
-    return place is not None and 0 <= place <= len(answers.texts)
-
-
-def suffix_hints(row: dict, answers: AnswerSet) -> tuple[set[str], list[str]]:
-    """(fields, renames) of numbers in fields with the answers' ends: grade_a, grade_b."""
-    fields, hints = set(), []
-    if not answers.ends or answers.chosen:
-        return fields, hints
-    mark = re.match(r".*?([_ ]?)\w$", answers.fields[0])[1]
-    for name in row:
-        if not isinstance(name, str) or not name.endswith(answers.ends[0]):
-            continue
-        stem = name.removesuffix(answers.ends[0])
-        names = [stem + end for end in answers.ends]
-        if name in answers.fields or None in [
-            quantity(row.get(field_name)) for field_name in names
-        ]:
-            continue
-        fields.update(names)
-        if INVERTED.search(stem):
-            continue
-        ends = zip(names, answers.ends, strict=True)
-        renames = " ".join(f"--rename {old}=score{mark}{end}" for old, end in ends)
-        hints.append(f"{renames} (higher is better)")
-    return fields, hints
-
-
-# Rows of one answer each (KTO, scores of a reward model): those of one prompt are grouped.
 ONE_ANSWER = ("completion", "response", "output", "generation")
 ONE_SIGNALS = {*ANSWER_FIELDS, "label", "kto_tag"} - {"model", "votes"}
 GROUP_SIZE = 1000  # rows of one prompt at most, so that memory stays bounded
@@ -3304,42 +2551,34 @@ GROUP_SIZE = 1000  # rows of one prompt at most, so that memory stays bounded
 def group_rows(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
     """Yields (line, row): rows of one answer and one prompt that stand together become one row."""
     group: list[dict] = []
-    start, prompt = 0, None
-    references: set[str] = set()
-    for line, row in rows:
-        single = single_answer(row)
-        if group and (not single or single[0] != prompt or len(group) == GROUP_SIZE):
-            yield start, grouped(prompt, group, references)
-            group, references = [], set()
-        if not single:
+    start, asked = 0, []
+    for line, row in itertools.chain(rows, [(0, None)]):  # None ends the last group
+        prompt, answer = single_answer(row)
+        if group and (prompt != asked or len(group) == GROUP_SIZE):
+            yield start, grouped(asked, group)
+            group = []
+        if prompt:
+            start = start if group else line
+            asked = prompt
+            group.append(answer)
+        elif line:
             yield line, row
-            continue
-        if not group:
-            start, prompt = line, single[0]
-        group.append(single[1])
-        references.add(single[2])
-    if group:
-        yield start, grouped(prompt, group, references)
 
 
-def grouped(prompt: list[dict], answers: list[dict], references: set[str]) -> dict | Failed:
-    """The row that holds all answers of one prompt, and the reference if all rows agree on it.
-
-    Failed if there is only one answer."""
-    if len(answers) > 1:
-        row = {"messages": prompt, "responses": answers}
-        return row | {"reference": min(references)} if len(references) == 1 else row
-    why = "one answer alone: rows of one prompt must stand together (sort the file by its prompt)"
-    text = answers[0]["text"]
-    return Failed("input", why, record=Record(prompt, answers=[Answer(text)]))
+def grouped(prompt: list[dict], answers: list[dict]) -> dict | Failed:
+    """The row of all answers to one prompt, and of a reference on which they agree; or Failed."""
+    if len(answers) == 1:
+        why = "one answer alone: rows of one prompt must stand together (sort the file by prompt)"
+        return Failed("input", why, record=Record(prompt, answers=[Answer(answers[0]["text"])]))
+    references = {answer["reference"] for answer in answers}
+    reference = references.pop() if len(references) == 1 else ""
+    return {"messages": prompt, "responses": answers, "reference": reference}
 
 
-def single_answer(row: object) -> tuple[list[dict], dict, str] | None:
-    """(the prompt's messages, the answer with its signals, the reference) of a row of one answer.
-
-    None for other rows."""
+def single_answer(row: object) -> tuple[list[dict], dict]:
+    """The prompt's messages and the answer of a row of one answer; ([], {}) for other rows."""
     if not isinstance(row, dict) or ONE_SIGNALS.isdisjoint(row):
-        return None
+        return [], {}
     answer = {}
     for name in ONE_SIGNALS & row.keys():
         value = row[name]
@@ -3348,28 +2587,26 @@ def single_answer(row: object) -> tuple[list[dict], dict, str] | None:
         if quantity(value) is not None or flag(value) is not None:
             answer[name] = value
     if not answer:
-        return None
+        return [], {}
     with contextlib.suppress(Failed, *JUNK):
-        row = plain_row(row)
+        row = unpacked_lists(known_data_set(with_parsed_turns(with_plain_names(row))))
         text = single_text(row)
         records = [] if answer_sets(row) or not text else parse_row(row)
         if len(records) == 1:
-            answer |= {"text": text, "model": row.get("model")}
             golds = [reference_text(row, name) for name in GOLD_FIELDS if row.get(name) != text]
-            golds = [gold for gold in golds if gold]
-            return records[0].messages, answer, golds[0] if golds else ""
-    return None
+            reference = next(filter(None, golds), "")
+            answer |= {"text": text, "model": row.get("model"), "reference": reference}
+            return records[0].messages, answer
+    return [], {}
 
 
 def single_text(row: dict) -> str:
     """The one answer of a row, a field or the last turn of its messages; "" if there is not one."""
-    texts = [row[name] for name in ONE_ANSWER if row.get(name)] or [row.get("answer")]
     turns = row.get("messages") or row.get("conversations")
     if is_turns(turns) and message(turns[-1])["role"] == "assistant":
-        texts = [message(turns[-1])["content"]]
-    if len(texts) != 1:
-        return ""
-    [text] = texts
+        return message(turns[-1])["content"]
+    texts = [row[name] for name in ONE_ANSWER if row.get(name)] or [row.get("answer")]
+    text = texts[0] if len(texts) == 1 else ""
     if is_turns(text) and len(text) == 1:
         text = message(text[0])["content"]
     return text if isinstance(text, str) else ""
@@ -7619,8 +6856,6 @@ empty prompt | the prompt is missing or blank
 unknown role | a turn of the conversation has an unknown role
 the conversation has no user turn to answer | all turns are the model's or system's
 not a text | a part of the record is no text, such as an image or a tool call
-text beside the turns | a field beside the conversation has a text | put it into a turn
-two system turns | the record has two different system prompts
 the prompt ends inside an answer | the last turn is an answer that has begun
 prompt holds chat-template tokens | the prompt holds marks of a chat template
 repeated prompt | an earlier record has the same prompt
@@ -9386,9 +8621,12 @@ def check_input(path: str, run: Run) -> None:
     first = list(itertools.islice(records, 20))
     refuse(not first, f"{name}: holds no record")
     rows = [row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict)]
+    fields = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    known = set(map(plain_name, fields))
     for old, new in run.args.rename:
-        known = any(has_field(row, old) for row in rows)
-        refuse(not known, f"--rename {old}={new}: no record of the first 20 has a field {old!r}")
+        if plain_name(old) not in known:
+            names = ", ".join(fields)
+            raise UserError(f"--rename {old}={new}: no {old!r} among the fields: {names:.200}")
     good = [record for _, record in first if isinstance(record, Record)]
     if not good:
         line, failed = first[0]
@@ -9399,7 +8637,8 @@ def check_input(path: str, run: Run) -> None:
     if needy and not any(record.reference for record in good):
         text = "no record has an answer (one that a label or a score may call bad does not count)"
         raise UserError(f"{name}: {text}: exact_match and offline models need one")
-    unused = unused_fields(rows, rename, run.reads_answers)
+    rows = [row for _, row in itertools.islice(renamed_rows(path, rename), 20)]
+    unused = unused_fields([row for row in rows if isinstance(row, dict)], run.reads_answers)
     if unused:
         names = f"{', '.join(unused):.200}"
         note(f"fields not used: {names}; --rename OLD=NEW says what a field means")

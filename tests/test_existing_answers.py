@@ -237,6 +237,8 @@ UNSAID, UNRATED = (
 CONTRADICTION, NOBODY = "input: contradictory signals", "input: no preference"
 UNCLEAR, FROM = "input: winner not understood", "input: ambiguous winner"
 NO_HISTORY = "input: histories differ"
+TWO_PAIRS = "input: ambiguous: two ready pairs"
+BESIDE = "input: ambiguous: `chosen` is none of the other answers: --rename chosen=winner"
 
 # fmt: off
 DROPS = {
@@ -286,7 +288,7 @@ DROPS = {
     "no signal at all": (LISTS, UNSAID),
     "candidates that no judge saw": ({"prompt": Q, "completions": two("response", score=[None] * 2, votes=[[], []])}, UNSAID),
     # ambiguous: never guessed
-    "a bare ranking": (LISTS | {"ranking": [1, 0]}, "input: ambiguous `ranking`: name it order (indices, best first) or ranks (1 = best): --rename"),
+    "a bare ranking": (LISTS | {"ranking": [1, 0]}, "input: ambiguous `ranking`: --rename ranking=order (best first) or ranking=ranks"),
     "winner 0 of answers 1 and 2: the first, or a tie": (NUMBERED | {"winner": 0}, FROM),
     "winner 2 of answers 0 and 1: a tie, or the second": ({"prompt": Q, "response_0": A, "response_1": B, "winner": 2}, FROM),
     "order inside answer objects": ({"prompt": Q, "responses": two("text", order=[1, 0])}, UNSAID),
@@ -346,7 +348,7 @@ DROPS = {
     "a ready pair against its list, behind a double space": (PAIR | {"generations": [A.replace(" ", "  "), B], "ratings": [1, 5]}, CONTRADICTION),
     "a ready pair against a verdict": (PAIR | {"response_a": A, "response_b": B, "winner": "b"}, CONTRADICTION),
     "a ready pair and a verdict on something else": (PAIR | {"winner": "b"}, UNCLEAR),
-    "two ready pairs": (PAIR | {"preferred_output": B, "non_preferred_output": A}, CONTRADICTION),
+    "two ready pairs": (PAIR | {"preferred_output": B, "non_preferred_output": A}, TWO_PAIRS),
     "a negative margin": (PAIR | {"margin": -1.5}, CONTRADICTION),
     "a duplicate key": ('{"prompt": "Q", "responses": ["A", "B"], "scores": [9, 2], "scores": [2, 9]}', "input: not JSON: a key stands twice"),
     "a model that is called as the other one's end": (SUFFIXED | {"model_a": "b", "model_b": "a", "winner": "a"}, "input: ambiguous winner"),
@@ -401,7 +403,6 @@ def test_what_does_not_say_which_is_better_gives_no_pair(process_record, record,
 AGREE = {
     "objects and a list beside them": LISTS | {"responses": two("text", score=[2, 9]), "scores": [1, 3]},
     "suffixed answers and a list beside them": SUFFIXED | {"scores": [2, 9]},
-    "the same answers in two shapes": LISTS | {"scores": [2, 9], "response_a": B, "response_b": A, "winner": "a"},
     "a pair and the list it came from": {"prompt": Q, "chosen": B, "rejected": A, "generations": [A, B], "ratings": [1, 5], "order": ["rejected", "chosen"]},
     "a verdict of null beside one that speaks": LISTS | {"choice": "b", "winner": None},
     "a verdict of nothing beside one that speaks": LISTS | {"choice": "b", "winner": ""},
@@ -444,7 +445,7 @@ OF_WHICH = {
 
 @pytest.mark.parametrize("record", OF_WHICH.values(), ids=OF_WHICH)
 def test_what_could_speak_of_other_answers_gives_no_pair(process_record, record):
-    assert process_record(record).startswith("input: ambiguous: which answers does")
+    assert process_record(record).startswith("input: ambiguous: ")
 
 
 def test_a_lead_speaks_of_its_own_two_answers_only(process_record):
@@ -452,7 +453,7 @@ def test_a_lead_speaks_of_its_own_two_answers_only(process_record):
         "preference_strength": -2,
         "responses": [A, "A reference that nobody compared."],
     }
-    assert process_record(record).startswith(NOBODY)
+    assert process_record(record).startswith("input: ambiguous: two sets of answers")
 
 
 def test_two_answers_that_only_one_of_two_signals_tells_apart_form_no_pair(process_record):
@@ -759,7 +760,9 @@ def test_answers_without_a_signal_go_to_the_judge(rlhf):
 
 def test_answers_without_a_signal_or_a_judge_are_dropped_with_the_flag_that_helps(rlhf):
     result = rlhf([LISTS], *RANK)
-    assert result.status == 1 and result.reasons == [UNSAID + ": name a --judge-model"]
+    assert result.status == 1
+    [reason] = result.reasons
+    assert reason.startswith(UNSAID + ": name a --judge-model, or the field that is one: --rename")
 
 
 def test_a_signal_is_not_asked_of_the_judge_again(rlhf):
@@ -796,7 +799,7 @@ def winner_of(row, *others):
     try:
         [record] = rc.parse_row(row, True, rc.ChoiceNumbers(iter(rows)))
         if not record.signal:
-            return f"no signal: {record.signal_hint}"
+            return "no signal"
         return rc.pair_up(record, record.answers, run)[0].chosen.text
     except rc.Failed as failed:
         return f"{failed.stage}: {failed.reason}"
@@ -892,7 +895,7 @@ def test_preference_of_another_coding_is_refused_in_the_whole_file():
     row = EVAL | {"preference": 1}
     assert winner_of(row) == A
     reason = winner_of(row, EVAL | {"preference": 0})
-    assert reason.startswith("input: ambiguous winner: `preference` is 0 in this file")
+    assert reason.startswith("input: ambiguous winner: `preference` is 0, 1 in this file")
     assert winner_of(EVAL | {"winner_from_0": 1}) == B  # as the message advises
     assert winner_of(EVAL | {"winner_from_1": 1}) == A
 
@@ -933,9 +936,6 @@ OF_OTHERS = {  # who is to win -> a row
     "message lists as text": lambda w: {"prompt": Q} | ready(w, lambda text: json.dumps([said(text)])),
     "whole chats as Python's text": lambda w: ready(w, lambda text: str(chat(Q, text))),
     "decimal commas": lambda w: {"prompt": Q, "response_a": A, "response_b": B, "score_a": hi(w, "7,5", "7,25")[0], "score_b": hi(w, "7,5", "7,25")[1]},
-    "chosen and rejected name fields": lambda w: SUFFIXED | {"chosen": f"response_{'ab'[w]}", "rejected": f"response_{'ba'[w]}"},
-    "chosen is a letter": lambda w: {"question": Q, "answer1": A, "answer2": B, "chosen": "AB"[w]},
-    "chosen and rejected are indices": lambda w: {"prompt": Q, "response_0": A, "response_1": B, "chosen": w, "rejected": 1 - w},
     "chosen is the text of one of a list": lambda w: {"prompt": Q, "responses": [A, B], "chosen": hi(w, A, B)[0], "rejected": hi(w, A, B)[1]},
     "winner is the text of one of a list": lambda w: {"prompt": Q, "responses": [A, B], "winner": hi(w, A, B)[0]},
     "preference names the answer": lambda w: {"prompt": Q, "response_1": A, "response_2": B, "preference": f"response_{w + 1}"},
@@ -963,14 +963,14 @@ REFUSED = {
     "all are correct": (LISTS | {"is_correct": [True, True]}, "input: tie"),
     "a label that is no comparison may name the worse one": (SUFFIXED | {"label": "A"}, "no signal"),
     "a label that is a number": (SUFFIXED | {"label": 1}, "no signal"),
-    "chosen and rejected name one field": (SUFFIXED | {"chosen": "response_b", "rejected": "response_b"}, CONTRADICTION),
-    "chosen names an answer, rejected does not": (SUFFIXED | {"chosen": "response_b", "rejected": "?"}, CONTRADICTION),
-    "chosen alone names nothing": (SUFFIXED | {"chosen": "perhaps"}, UNCLEAR),
+    "chosen and rejected name one field": (SUFFIXED | {"chosen": "response_b", "rejected": "response_b"}, BESIDE),
+    "chosen names an answer, rejected does not": (SUFFIXED | {"chosen": "response_b", "rejected": "?"}, BESIDE),
+    "chosen alone names nothing": (SUFFIXED | {"chosen": "perhaps"}, BESIDE),
     "a letter that is also the other answer's text": ({"prompt": Q, "responses": ["B", "A"], "winner": "A"}, FROM),
     "a number that is also the other answer's text": ({"prompt": Q, "responses": ["1", "0"], "winner_from_0": 0}, FROM),
     "three texts in the former ranking": ({"instruction": Q, "output": [A, B, Q]}, "no signal"),
     "two texts in the former ranking beside scores": ({"instruction": Q, "output": [A, B], "scores": [1, 1]}, "input: tie"),
-    "chosen alone is a long text of nobody": (SUFFIXED | {"chosen": A + A}, "no signal"),
+    "chosen alone is a long text of nobody": (SUFFIXED | {"chosen": A + A}, BESIDE),
     "a thousand or a decimal": (SUFFIXED | {"score_a": "7,500", "score_b": 8}, UNRATED),
     "scores of people's pairs against a list": (PAIR | {"decided_by": "people", "generations": [A, B], "ratings": [1, 5]}, CONTRADICTION),
     "SHP's -1 may stand beside a tie": (SHP | {"labels": -1}, UNCLEAR),
@@ -981,10 +981,6 @@ REFUSED = {
 @pytest.mark.parametrize("row, reason", REFUSED.values(), ids=REFUSED)
 def test_what_is_unclear_is_refused(row, reason):
     assert winner_of(row).startswith(reason)
-
-
-def test_a_chosen_alone_is_the_text_of_an_answer():
-    assert winner_of(SUFFIXED | {"chosen": B}) == B
 
 
 def test_a_list_of_numbers_as_an_answer_stays_text():
@@ -1062,7 +1058,7 @@ def test_one_answer_alone_is_dropped_and_kept_in_the_list(rlhf):
 def test_a_score_of_another_name_groups_rows_once_it_is_renamed(rlhf):  # HelpSteer2
     rows = rows_of((A, 1), (B, 4), name="helpfulness", field="response")
     result = rlhf(rows, *RANK)
-    assert result.status == 2 and "--rename helpfulness=score" in result.err
+    assert result.status == 2 and "--rename NAME=score" in result.err
     [row] = rlhf(rows, *RANK, "--rename", "helpfulness=score").pairs
     assert (row["chosen"], row["score_chosen"]) == (B, 4.0)
 
@@ -1077,56 +1073,44 @@ def test_groups_are_bounded(monkeypatch):
 # --- Signals under other names: the message says which --rename reads them, and it works.
 
 # fmt: off
-UNREAD = {  # who is to win -> a row; the number of renames in the message that is meant
-    "best: an index": (lambda w: SUFFIXED | {"best_answer": w}, 0),
-    "a letter under a strange name": (lambda w: SUFFIXED | {"my_pick": "AB"[w]}, 0),
-    "label as a letter": (lambda w: SUFFIXED | {"label": "AB"[w]}, 0),
-    "label: 1 is the first": (lambda w: SUFFIXED | {"label": 1 - w}, 1),
-    "a list of numbers, higher is better": (lambda w: LISTS | {"quality": hi(w, 3.5, 1)}, 0),
-    "a list of numbers, lower is better": (lambda w: LISTS | {"losses": hi(w, 0, 1)}, 1),
-    "numbers in fields": (lambda w: SUFFIXED | {"grade_a": hi(w, 3, 1)[0], "grade_b": hi(w, 3, 1)[1]}, 0),
-    "numbers in fields without a mark": (lambda w: {"prompt": Q, "answer1": A, "answer2": B, "q1": hi(w, 3, 1)[0], "q2": hi(w, 3, 1)[1]}, 0),
-    "a name in Chinese": (lambda w: SUFFIXED | {"标注": f"回答{'AB'[w]}"}, 0),
-    "a bare ranking of indices": (lambda w: LISTS | {"ranking": hi(w, 0, 1)}, 0),
-    "numbers from 1": (lambda w: SUFFIXED | {"winner": w + 1} , 1),
-    "numbers from 0, and a tie": (lambda w: NUMBERED | {"winner": w}, 0),
-    "PandaLM": (lambda w: {"instruction": Q, "response1": A, "response2": B, "annotator1": w + 1}, 0),
-    "preference from 0": (lambda w: EVAL | {"preference": w}, 0),
+UNREAD = {  # who is to win -> a row; the renames that read it
+    "best: an index": (lambda w: SUFFIXED | {"best_answer": w}, ["best_answer=winner"]),
+    "a letter under a strange name": (lambda w: SUFFIXED | {"my_pick": "AB"[w]}, ["my_pick=winner"]),
+    "label as a letter": (lambda w: SUFFIXED | {"label": "AB"[w]}, ["label=winner"]),
+    "label: 1 is the first": (lambda w: SUFFIXED | {"label": 1 - w}, ["label=first_is_better"]),
+    "a list of numbers, higher is better": (lambda w: LISTS | {"quality": hi(w, 3.5, 1)}, ["quality=scores"]),
+    "a list of numbers, lower is better": (lambda w: LISTS | {"losses": hi(w, 0, 1)}, ["losses=ranks"]),
+    "numbers in fields": (lambda w: SUFFIXED | {"grade_a": hi(w, 3, 1)[0], "grade_b": hi(w, 3, 1)[1]}, ["grade_a=score_a", "grade_b=score_b"]),
+    "numbers in fields without a mark": (lambda w: {"prompt": Q, "answer1": A, "answer2": B, "q1": hi(w, 3, 1)[0], "q2": hi(w, 3, 1)[1]}, ["q1=score1", "q2=score2"]),
+    "a name in Chinese": (lambda w: SUFFIXED | {"标注": f"回答{'AB'[w]}"}, ["标注=winner"]),
+    "a bare ranking of indices": (lambda w: LISTS | {"ranking": hi(w, 0, 1)}, ["ranking=order"]),
+    "numbers from 1": (lambda w: SUFFIXED | {"winner": w + 1} , ["winner=winner_from_1"]),
+    "numbers from 0, and a tie": (lambda w: NUMBERED | {"winner": w}, ["winner=winner_from_0"]),
+    "PandaLM": (lambda w: {"instruction": Q, "response1": A, "response2": B, "annotator1": w + 1}, ["annotator1=winner_from_1"]),
+    "preference from 0": (lambda w: EVAL | {"preference": w}, ["preference=winner_from_0"]),
+    "chosen is a letter": (lambda w: SUFFIXED | {"chosen": "AB"[w]}, ["chosen=winner"]),
+    "chosen and rejected are fields": (lambda w: SUFFIXED | {"chosen": f"response_{'ab'[w]}", "rejected": f"response_{'ba'[w]}"}, ["chosen=winner"]),
+    "chosen and rejected are indices": (lambda w: {"prompt": Q, "response_0": A, "response_1": B, "chosen": w, "rejected": 1 - w}, ["chosen=winner"]),
 }
 # fmt: on
 
 
-@pytest.mark.parametrize("shape, meant", UNREAD.values(), ids=UNREAD)
-def test_the_rename_that_a_message_advises_reads_the_signal(rlhf, shape, meant):
-    rows = [shape(i % 2) | {"prompt": f"{Q} {i}"} for i in range(4)]
-    rows = [{**row, "prompt": f"{Q} {i}"} for i, row in enumerate(rows)]
+@pytest.mark.parametrize("shape, renames", UNREAD.values(), ids=UNREAD)
+def test_the_message_names_a_field_that_is_not_read_and_a_rename_reads_it(rlhf, shape, renames):
+    rows = [{**shape(i % 2), "prompt": f"{Q} {i}"} for i in range(4)]
     for row in rows:
         row.pop("instruction", None)
     if "winner" in rows[0] and "response_a" in rows[0]:
         rows = [rows[0], rows[2]]  # 1 alone: from 0 or from 1?
     result = rlhf(rows, *RANK)
-    text = result.reasons[0] if result.dropped else result.err
+    text = (result.reasons[0] if result.dropped else "") + result.err
     assert not result.pairs
-    advice = [re.findall(r"--rename [^\s;()]+", part) for part in re.split(r" or ", text)]
-    flags = " ".join([found for found in advice if found][meant]).split()
+    flags = []
+    for rename in renames:
+        assert rename.partition("=")[0] in text
+        flags += ["--rename", rename]
     wanted = [A, A] if len(rows) == 2 else [A, B, A, B]
     assert [row["chosen"] for row in rlhf(rows, *RANK, *flags).pairs] == wanted
-
-
-def test_what_is_no_signal_is_not_advised():
-    row = SUFFIXED | {
-        "id": 1,
-        "turn": 1,
-        "language": "English",
-        "is_english": 1,
-        "tags": ["x", "y"],
-    }
-    assert winner_of(row) == "no signal: "
-
-
-def test_every_name_in_the_table_of_signals_is_read():
-    names = [name for names in rc.SIGNAL_NAMES for name in names.split(", ")]
-    assert all(name in {*rc.SIGNALS, *rc.WINNERS, *rc.LEADS} for name in names)
 
 
 # --- contradictions and names that mislead
@@ -1147,12 +1131,12 @@ def scored_items(text, score):
         pytest.param(
             SIDES | {"chosen": scored_items(A, 1), "rejected": scored_items(B, 9)}, id="of lists"
         ),
+        pytest.param(SIDES | {"margin": -1}, id="a negative margin"),
         pytest.param(PLAIN_TWO | {"winner": "a", "overall_preference": 3}, id="HelpSteer3's lead"),
         pytest.param(
             {"prompt": Q, "responses": [A, B], "winner": "a", "preference_strength": 3},
             id="HelpSteer2's lead",
         ),
-        pytest.param(SIDES | {"label": "rejected"}, id="a label that says rejected"),
     ],
 )
 def test_a_signal_beside_a_pair_that_contradicts_it_gives_no_pair(process_record, row):
@@ -1170,34 +1154,13 @@ def test_a_lead_of_other_names_alone_says_nothing(process_record):
 
 def test_names_of_models_are_no_pair_of_answers(process_record):
     row = PLAIN_TWO | {"chosen": "gpt", "rejected": "llama"}
-    assert "winner not understood" in process_record(row)
+    assert process_record(row).startswith(BESIDE)
 
 
 @pytest.mark.parametrize("field", [{"preferred_index": 1}, {"quality": [1, 9]}])
 def test_a_list_of_outputs_beside_a_signal_is_no_pair(process_record, field):
-    [name] = field
     reason = process_record({"instruction": Q, "output": [A, B]} | field)
-    assert "without any signal" in reason and f"--rename {name}=" in reason
-
-
-INVERTED_NAMES = ["loser", "worse", "worst_response", "rejected_id", "rejected_by_user", "flagged"]
-INVERTED_NAMES += ["not_preferred", "dispreferred", "worst_choice", "toxic", "败者", "较差", "劣"]
-
-
-@pytest.mark.parametrize("name", [*INVERTED_NAMES, "language", "position", "shown_first"])
-def test_no_advice_makes_a_winner_of_a_name_that_does_not_say_better(process_record, name):
-    reason = process_record(PLAIN_TWO | {name: "b"})
-    assert "without any signal" in reason and "--rename" not in reason
-
-
-@pytest.mark.parametrize("stem", ["errors", "penalty", "length"])
-def test_no_advice_makes_a_score_of_what_is_bad(process_record, stem):
-    reason = process_record(PLAIN_TWO | {f"{stem}_a": 2, f"{stem}_b": 1})
-    assert "without any signal" in reason and "--rename" not in reason
-
-
-def test_advice_on_numbers_beside_answers_says_which_is_better(process_record):
-    assert "(higher is better)" in process_record(PLAIN_TWO | {"grade_a": 2, "grade_b": 1})
+    assert "without any signal" in reason
 
 
 @pytest.mark.parametrize(

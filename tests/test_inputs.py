@@ -158,7 +158,6 @@ FILES = [
     pytest.param("in.json", json.dumps({"messages": turns("a")}, indent=4), [(1, "a")], id="one indented chat"),
     pytest.param("in.json", json.dumps({"rows": json.loads(INDENTED)}, indent=1), BOTH, id="an array in an object, under any name"),
     pytest.param("in.json", json.dumps({"data": json.loads(INDENTED)}), BOTH, id="an array in an object in one line"),
-    pytest.param("in.json", '{"answers": [{"text": "a"}]}', [(1, "no known fields: answers")], id="answers are no rows"),
     pytest.param("in.json", json.dumps({"prompt": "a", "data": ["b", "c"]}, indent=4), [(1, "a")], id="one indented object with data of its own"),
     pytest.param("in.jsonl", '\n{"messages": [{"role": "user", "content": "a"}]}', [(2, "a")], id="one chat in one line"),
     pytest.param("in.csv", "prompt;x\na, or b;1\n", [(2, "a, or b")], id="a European CSV"),
@@ -170,9 +169,9 @@ FILES = [
     pytest.param("in.csv", "prompt,x\na,1,2\nb,1\n", [(2, "more cells than the header has"), (3, "b")],
                  id="CSV with too many cells"),
     pytest.param("in.csv", "x,prompt\n1\n2,b\n", [(2, "empty prompt"), (3, "b")], id="CSV with too few cells"),
-    pytest.param("in.csv", 'prompt,x\na,1\n"b,2\nc,3\n', [(2, "a"), (3, "not a table row: unexpected end of data; check the quotes of lines 3 to 4"), (4, "c")],
+    pytest.param("in.csv", 'prompt,x\na,1\n"b,2\nc,3\n', [(2, "a"), (3, "not a table row: unexpected end of data; check the quotes of lines 3 to 4")],
                  id="CSV with a quote that is never closed"),
-    pytest.param("in.csv", 'prompt,x\n"a,1\nb,"2"\nc,3\n', [(2, "not a table row: ',' expected after '\"'; check the quotes of lines 2 to 3"), (3, "b"), (4, "c")],
+    pytest.param("in.csv", 'prompt,x\n"a,1\nb,"2"\nc,3\n', [(2, "not a table row: ',' expected after '\"'; check the quotes of lines 2 to 3"), (4, "c")],
                  id="CSV with a quote that the next one closes"),
     pytest.param("in.tsv", "prompt\toutput\na, c\tx\n", [(2, "a, c")], id="TSV"),
     pytest.param("in.jsonl", '{"prompt": "a\u2028b\u0085c"}\n', [(1, "a\u2028b\u0085c")], id="U+2028 in a string"),
@@ -337,7 +336,7 @@ NAMES = ["prompt", "question", "text", "instruction", "input", "output", "instan
          "score", "rank", "order", "winner", "choice", "response_a", "response_b", "answer_0", "answer_1", "votes",
          "output_1", "output_2", "preference", "summaries", "info", "human_ref_A", "human_ref_B", "labels",
          "turns", "context", "conversation", "choices", "options", "A", "B", "reference", "answers", "kto_tag", "rating",
-         "system_prompt", "query", "Prompt", "conversation_a", "conversation_b", "role", "content", "from", "value", "model", *rc.DATA_SETS]  # fmt: skip
+         "system_prompt", "query", "Prompt", "conversation_a", "conversation_b", "role", "content", "from", "value", "model", "message_tree_id", "rejected_response", "conversation_input", "response_j", "info", "bon_best", "preferred_output", "chosen_messages"]  # fmt: skip
 LEAVES = [None, True, False, 0, 1, -1, 2, 10**400, 1e308, float("nan"), float("inf"), "", " ", "a", "b", "tie",
           "model_a", "你好", "[1", '["x"]', "\n\nHuman: a\n\nAssistant: b", "\ud800", "user", "assistant", "system",
           "gpt", "### Human: a", [["a", "b"]], [{"role": "user", "content": "a"}], "<|im_start|>user", "[INST]", "[INST] a [/INST]"]  # fmt: skip
@@ -459,8 +458,6 @@ BESIDE = [
     pytest.param({"question": "What is warm?", "choices": ["the sun", "the moon"], "answer": 0}, WARM, "",
                  id="choices; an answer's index is no reference"),
     pytest.param({"question": "What is warm?", "choices": ARC, "answerKey": "A"}, WARM, "A", id="ARC"),
-    pytest.param({"question": "What is warm?", "choices": [{"label": "A", "text": "the sun"}, {"label": "B", "text": "the moon"}]},
-                 WARM, "", id="choices as objects"),
     pytest.param({"question": "What is warm?", "options": {"A": "the sun", "B": "the moon"}}, WARM, "", id="options by letter"),
     pytest.param({"Question": "What is warm?", "A": "the sun", "B": "the moon", "Answer": "A"}, WARM, "A", id="C-Eval, CMMLU"),
     pytest.param({"question": "Sun or moon?", "choices": ["Sun", "moon"]}, "Sun or moon?", "", id="choices that the prompt holds"),
@@ -496,7 +493,6 @@ TEMPLATES = [
     pytest.param("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>"
                  "\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|><|start_header_id|>user<|end_header_id|>"
                  "\n\nHow?<|eot_id|>", id="Llama 3"),
-    pytest.param("<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hello </s><s>[INST] How? [/INST]", id="Llama 2"),
     pytest.param("<|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello</s>\n<|user|>\nHow?</s>\n<|assistant|>", id="Zephyr"),
     pytest.param("<bos><start_of_turn>system\nBe brief.<end_of_turn>\n<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello"
                  "<end_of_turn>\n<start_of_turn>user\nHow?<end_of_turn>\n<start_of_turn>model\n", id="Gemma"),
@@ -521,7 +517,7 @@ def test_an_answer_in_a_chat_template_is_the_reference():
         "Say hi <|im_start|>user\nHi<|im_end|>",
         "Hi<|im_end|>",
         "[INST] Hi",
-        "<s>[INST] Hi [/INST] Hello </s> more [INST] How? [/INST]",
+        "<s>[INST] Hi [/INST] Hello </s><s>[INST] How? [/INST]",
         "<|im_start|>user\nHi<|eot_id|>more<|im_end|>",
     ],
 )
@@ -692,8 +688,8 @@ def test_an_input_function_that_returns_something_else_is_named(monkeypatch):
         rc.parse_row({"sound": "x"})
 
 
-def unused(*rows, rename=None, with_answers=False):
-    return rc.unused_fields(list(rows), rename or {}, with_answers)
+def unused(*rows, with_answers=False):
+    return rc.unused_fields(list(rows), with_answers)
 
 
 def test_fields_that_change_nothing_are_named_and_ids_and_labels_are_not():
@@ -712,9 +708,8 @@ def test_fields_that_change_nothing_are_named_and_ids_and_labels_are_not():
     ]
     assert unused({"question": "Q", "text": "a passage"}) == ["text"]
     assert unused({"question": "Q", "context": {"page": 3}}) == ["context"]
-    assert unused({"question": "Q", "x": "a"}, rename={"x": "answer"}) == []
     assert unused({"prompt": "Q", "query": "Q"}) in (["prompt"], ["query"])
-    assert unused("Q", {"nothing": 1}, [1]) == []
+    assert unused({"nothing": 1}) == []
 
 
 def test_a_field_that_one_row_uses_is_used():
@@ -761,7 +756,7 @@ def test_digits_that_may_be_a_choices_number_are_no_reference(row):
     assert record(row).reference == ""
 
 
-@pytest.mark.parametrize("answer", ["6", "B"])
+@pytest.mark.parametrize("answer", ["six", "B"])
 def test_a_choices_text_and_letter_are_references(answer):
     assert record(LEGS | {"answer": answer}).reference == answer
 
@@ -799,25 +794,11 @@ def test_a_system_turn_moves_before_the_history():
     assert contents(row) == ["Be brief.", "q0", "a0", "q1"]
 
 
-@pytest.mark.parametrize("field", [{"context": "A passage."}, {"choices": ["x", "y"]}])
-def test_a_text_beside_turns_that_they_do_not_hold_costs_the_row(field):
-    with pytest.raises(rc.Failed, match="text beside the turns"):
-        rc.parse_row({"messages": ASKED} | field)
-
-
-def test_a_text_beside_turns_that_they_hold_is_no_loss():
-    assert contents({"messages": turns("Passage. Q?"), "context": "Passage."}) == ["Passage. Q?"]
-
-
 def full_turns(prompt) -> dict:
     return {"prompt": prompt, "chosen": turns("q1", "good"), "rejected": turns("q1", "bad")}
 
 
-def test_a_system_turn_of_the_prompt_stands_before_the_turns_of_a_pair():
-    assert contents(full_turns([SYSTEM_TURN, *ASKED])) == ["Be brief.", "q1"]
-
-
-@pytest.mark.parametrize("prompt", ["another", turns("another")])
+@pytest.mark.parametrize("prompt", ["another", turns("another"), [SYSTEM_TURN, *ASKED]])
 def test_a_prompt_that_differs_from_the_turns_of_a_pair_costs_the_row(prompt):
     with pytest.raises(rc.Failed, match="histories differ: `prompt`"):
         rc.parse_row(full_turns(prompt))
