@@ -2935,6 +2935,7 @@ STRING = re.compile(  # the text of a key, unless it is an id or a score
     r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'"\\]|\\.)*')(?=\s*[,}])""",
     re.I | re.S,
 )
+SCORE_LIST = re.compile(r"\[(\s*[a-z]\d:[^\[\]{}]*)\]", re.I)
 # An object for one id: `K3: {score: 8, reason: ""}` or `{id: K3, score: 8}`.
 ID_OBJECT = re.compile(rf"(?:([a-z]\d){COLON}\s*)?{OBJECT.pattern}", re.I)
 SCORE_LINE = re.compile(
@@ -2942,14 +2943,18 @@ SCORE_LINE = re.compile(
     re.I | re.M,
 )
 # The key of a score, of the scores, or of an object around them: none of drafts, ranks or errors.
-SCORES_KEY = re.compile(r"(?:final_?)?(?:scores?|ratings?|grades?)|verdict|result|评分|分数|得分")
+SCORES_KEY = re.compile(
+    r"(?:(?:final|overall)_?)?(?:scores?|ratings?|grades?|gradings?)|overall|verdict|result"
+    r"|evaluations?|assessment|answers|quality|helpfulness|harmlessness|correctness|评分|分数|得分"
+)
 GRADED = re.compile(  # `K3: 8`, but not `K3: 8 errors`, `K3 = 8`
     rf"(?<![a-z0-9])(scores|[a-z]\d)[\s{QUOTES}]*:[\s{QUOTES}]*({SCORE_NUMBER})(?![\d.]| [a-z])",
     re.I,
 )
 THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratch(?:pad)?|draft|example"
 THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
-THOUGHT_MARK = re.compile(rf"</?(?:{THOUGHTS})>", re.I)
+THOUGHT_START = re.compile(rf"<(?:{THOUGHTS})>", re.I)
+THOUGHT_END = re.compile(rf"</(?:{THOUGHTS})>", re.I)
 # In the heading of numbers: they are no scores, or another's, an example, a draft, or denied.
 NO_SCORES = re.compile(
     r"rank|^\W*order|position|\bplace|error|issue|mistake|flaw|defect|deduct|penal|violation|worst"
@@ -2957,7 +2962,13 @@ NO_SCORES = re.compile(
     r"|[扣减失]分|错误|缺点|有害|危害|不[会该应能给是]"
     r"|\b(?:says?|said|wrote|writes|claims?|tries|attempts?|inject\w*|quot\w+|draft|initial)\b"
     r"|\b(?:for example|e\.g|(?:format|example) is)\b|^\W*example"
+    r"|\b(?:contains?|includes?|embeds?|hides?)\W*\Z"
     r"|(?:\bnot|\bnever|n['’]t)\s*(?:give|score|grade|say|be|award|\Z)",
+    re.I,
+)
+LAST_WORD = re.compile(  # said between two gradings: the second replaces the first
+    r"\bfinal|correct(?:ed|ion)|revis|\bwait\b|reconsider|re-?evaluat|on reflection|second thought"
+    r"|最终|最后|更正|修正|纠正|重新",
     re.I,
 )
 # The same, said anywhere in the reply.
@@ -2981,17 +2992,20 @@ WINS = re.compile(  # `K3 wins.`, `K3 is much better`, `K3 更差`, after the sc
     r"(?=(?:\s+(?:answer|response|one))?\s*(?:[.!,;，。]|$))",
     re.I | re.M,
 )
-# Words after the scores that may take them back or give others.
+# Words after the scores that may take them back or give others; `_` stands for an id.
+NUMBER_WORD = "(?:zero|one|two|three|four|five|six|seven|eight|nine|ten)"
 REVISION = re.compile(
-    r"\A\W*(?:is|was|were|would)\b|correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix"
+    r"\A\W*(?:is|was|were|would)\b|\A[^\w\n]*(?:in|inside|within|from|by) (?:answer )?_"
+    r"|correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix"
     r"|my mistake|sorry|oops|apolog|invert|reflection|second thought|re-?(?:do|evaluat|consider)"
     r"|instead|should|rather|exchang|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal"
     r"|other way|scor|grad(?:e|ing)|rating|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
-    r"|\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten)\b|confus|\bno[.,!]"
+    rf"|_\W*(?:[a-z]+\s+)?\b{NUMBER_WORD}\b|\b(?:an?|gets?|to|is|be|of)\s+{NUMBER_WORD}\b"
+    r"|_\W*[零一二两三四五六七八九十](?![个点条些])|[零一二两三四五六七八九十]\s*分|confus|\bno[.,!]"
     r"|\bwrong (?:way|order|ids?)|\bids? wrong|\b(?:that|this|it) (?:is|was) wrong"
     r"|\b(?:was|is|were) (?:an|the|my|only|just) (?:an? )?(?:example|format|guess)"
     r"|penal|deduct|\branks?\b|颠倒|混|有误|反|示例|排名|[更修纠]正|改|其实|应|不对|对调|[互交]换|搞错"
-    r"|抱歉|最终|作废|忽略|取消|重新|一样|分数|[评得打满扣]分|[零一二两三四五六七八九十]\s*(?:分|\W|\Z)",
+    r"|抱歉|最终|作废|忽略|取消|重新|一样|分数|[评得打满扣]分",
     re.I,
 )
 
@@ -3000,13 +3014,15 @@ def parse_scores(reply: str, ids: list[str]) -> list[float]:
     """A judge's reply -> one score for each id; raises UnreadableReply, for there are no defaults.
 
     The last innermost {...} that names an id counts (or lines that hold an id and its score alone):
-    it must give each id one score, and no number to anything else. What stands around it is free,
-    unless it may mean other scores, or that these are none.
+    it must give each id one score, and no number to anything else. What stands before it is free,
+    drafts too, unless it may mean that these are no scores; nothing after it may change them.
 
     >>> parse_scores('Q7 errs. {"reason": "5", "scores": {"K3": 8, "Q7": "3.5"}}', ["Q7", "K3"])
     [3.5, 8.0]
     >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
     [8.0, 3.0]
+    >>> parse_scores('Draft: {"K3": 4, "Q7": 5}. Final: {"K3": 8, "Q7": 5}', ["K3", "Q7"])
+    [8.0, 5.0]
     """
     text = plain_reply(reply)
     gradings = []
@@ -3015,17 +3031,16 @@ def parse_scores(reply: str, ids: list[str]) -> list[float]:
             gradings.append(match)
     if not gradings:
         raise UnreadableReply("no scores in it")
-    start, end = gradings[-1].span()
-    scores = read_entries(split_entries(gradings[-1][1]), ids)
-    for name, value in GRADED.findall(text.upper()):
-        score = number(value.replace(",", "."))
-        if name == "SCORES" or scores.get(name, score) != score:
-            raise UnreadableReply("scores that contradict each other")
-    check_place(text[:start])
-    after = NAME.sub("_", text[end:])
+    *drafts, grading = gradings
+    scores = read_entries(split_entries(grading[1]), ids)
+    before = text[: grading.start()]
+    check_place(before, scores)
+    for draft in drafts[-20:]:
+        check_draft(draft, before, scores)
+    after = NAME.sub("_", text[grading.end() :])
     if re.search(r"[{\d]", after) or REVISION.search(after):
         raise UnreadableReply("words after the scores that may change them")
-    for claim in itertools.chain(CLAIM.finditer(text), WINS.finditer(text, end)):
+    for claim in itertools.chain(CLAIM.finditer(text), WINS.finditer(text, grading.end())):
         extreme = max(scores.values()) if claim["best"] else min(scores.values())
         if scores.get(claim["id"].upper(), extreme) != extreme:
             raise UnreadableReply("scores that contradict the named winner")
@@ -3040,15 +3055,28 @@ def plain_reply(reply: str) -> str:
     if SMALL_IS_GOOD.search(text):
         raise UnreadableReply("numbers that are no scores, such as ranks or errors")
     text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
-    text = STRING.sub(': ""', text)
-    if THOUGHT_MARK.search(text):
+    text = THOUGHT_END.split(STRING.sub(': ""', text))[-1]
+    if THOUGHT_START.search(text):
         raise UnreadableReply("the scores may stand in thoughts")
     if "{" not in text:
-        text = SCORE_LINE.sub(r"{\1: \2}", text).replace("}\n{", ", ")
-        if re.search(r"\d", NAME.sub("", OBJECT.sub("", text))):
-            raise UnreadableReply("other numbers beside lines of scores")
+        return gather_lines(text)
+    return SCORE_LIST.sub(r"{\1}", ID_OBJECT.sub(flatten_object, text))
+
+
+def gather_lines(text: str) -> str:
+    """Lines such as `K3: 8` -> one `{K3: 8, Q7: 3}` after their heading, any other text around it.
+
+    Raises UnreadableReply where another line holds an id and a number."""
+    lines = list(SCORE_LINE.finditer(text))
+    if not lines:
         return text
-    return re.sub(r"\[([^\[\]{}]*)\]", r"{\1}", ID_OBJECT.sub(flatten_object, text))
+    for line in SCORE_LINE.sub("", text).splitlines():
+        if NAME.search(line) and re.search(r"\d", NAME.sub("", line)):
+            raise UnreadableReply("a number beside an id on a line of another form")
+    first, last = lines[0].start(), lines[-1].end()
+    reasons = SCORE_LINE.sub("", text[first:last])
+    scores = ", ".join(f"{line[1]}: {line[2]}" for line in lines)
+    return f"{reasons}\n{text[:first]}{{{scores}}}{text[last:]}"
 
 
 def flatten_object(match: re.Match) -> str:
@@ -3108,30 +3136,75 @@ def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> dict[str, fl
     return scores
 
 
-def check_place(before: str) -> None:
-    """Raises UnreadableReply if the keys around the numbers after `before`, or their heading, say
-    that they are no scores, or not the judge's."""
+def check_place(before: str, scores: dict[str, float]) -> None:
+    """Raises UnreadableReply if the keys around the scores after `before`, or their heading, say
+    that they are no scores, or not the judge's; or if the same object holds other scores."""
+    for start, key in enclosing_objects(before):
+        for name, value in GRADED.findall(before[start:].upper()):
+            score = number(value.replace(",", "."))
+            if name == "SCORES" or scores.get(name, score) != score:
+                raise UnreadableReply("two gradings in one object")
+        if key and not SCORES_KEY.fullmatch(key):
+            raise UnreadableReply(f"numbers under the key {key[:20]}")
+    if NO_SCORES.search(heading(before)):
+        raise UnreadableReply("numbers that are no scores, or not the judge's")
+
+
+def enclosing_objects(before: str) -> list[tuple[int, str]]:
+    """(start, key that leads on) of the objects that are open after `before`, the innermost first.
+
+    The last one has no key if it is a brace in prose, or stands around prose."""
+    objects = []
     end = len(before)
     depth = 0
     for brace in reversed(list(re.finditer("[{}]", before))):
         depth += 1 if brace[0] == "}" else -1
-        if depth < 0:  # a brace that is open
-            inside = before[brace.end() : end]
-            key = re.search(rf"{KEY}\s*\Z", inside[-60:], re.I)
-            if not key:  # it stands in prose, or around these numbers alone
-                break
-            if not SCORES_KEY.fullmatch(key[1].lower()):
-                raise UnreadableReply(f"numbers under the key {key[1][:20]}")
-            end = brace.start()
-            depth = 0
+        if depth >= 0:  # this object is closed
+            continue
+        inside = before[brace.end() : end]
+        key = re.search(rf"{KEY}\s*\Z", inside[-60:], re.I)
+        objects.append((brace.start(), key[1].lower() if key else ""))
+        if not key:
+            break
+        end = brace.start()
+        depth = 0
+    return objects
+
+
+def heading(before: str) -> str:
+    """The half sentence or short title that leads to the object after `before`, "" if none does."""
+    end = len(before)
+    for start, key in enclosing_objects(before):
+        end = start if key else end
     near = before[max(0, end - 200) : end]
     lead = re.sub(r"```\w*\s*\Z", "", near).rstrip(" \n[{#" + QUOTES)
     line = lead.rpartition("\n")[2]
     clause = re.split(r"[.,;!?{}。，；、]", line)[-1]
     leads_on = "\n" not in near[len(lead) :] or clause.endswith((":", "="))
     is_title = len(line) <= 30 and not NAME.search(line)
-    if (leads_on or is_title) and NO_SCORES.search(clause):
-        raise UnreadableReply("numbers that are no scores, or not the judge's")
+    return clause if leads_on or is_title else ""
+
+
+def check_draft(draft: re.Match, before: str, scores: dict[str, float]) -> None:
+    """Raises UnreadableReply if an earlier grading ranks the answers otherwise, and no word says
+    that it is a draft or a quotation. `before` ends where the scores that count start."""
+    try:
+        earlier = read_entries(split_entries(draft[1]), list(scores))
+    except UnreadableReply:  # incomplete, or with ids of the answer that it is quoted from
+        return
+    between = before[draft.end() :]
+    contradicts = earlier != scores and bool(re.match(r"[\s}]*,\s*\{", between))  # a list of two
+    for a, b in itertools.combinations(scores, 2):
+        if (earlier[a] - earlier[b]) * (scores[a] - scores[b]) < 0:
+            contradicts = True
+    introduction = before[: draft.start()]
+    names = [heading(introduction)]
+    names += [key for _, key in enclosing_objects(introduction)]
+    clauses = re.split(r"[.!?。！？\n]", between)
+    transition = " ".join(clauses[1:]) or clauses[0]  # the first clause is about the draft
+    is_replaced = LAST_WORD.search(transition) or any(NO_SCORES.search(name) for name in names)
+    if contradicts and not is_replaced:
+        raise UnreadableReply("two gradings that contradict each other")
 
 
 LABEL_DROPS = {
@@ -3385,6 +3458,7 @@ TAKEN_BACK = re.compile(
     r"|但|或|而|漏|再算|重算|有问题|干扰|都|均|也|应|改|等等|重新|[甲乙丙丁]",
     re.I,
 )
+NUMBER_AGAIN = re.compile(rf"\d|\b{NUMBER_WORD}\b|[零一二两三四五六七八九十]\s*(?:分|\W|\Z)", re.I)
 CHOICE = re.compile(
     r"(?:(?i:option|choice)|选项?)?\s*(?:\(([A-H])\)|([A-H]))(?:\s*\Z|(?:(?<=\))|[.):、,])\s*(.*))",
     re.S,
@@ -3437,8 +3511,9 @@ def final_answer(text: str) -> FinalAnswer | None:
     marked = marked_answers(text)
     if marked:
         tail = text[marked[-1][0] :]
-        if TAKEN_BACK.search(tail) or REVISION.search(tail) or re.search(r"\d", tail):
-            return None
+        for taken_back in (TAKEN_BACK, REVISION, NUMBER_AGAIN):
+            if taken_back.search(tail):
+                return None
         answers = [read_answer(raw) for _, raw in marked]
         values = {(answer.kind, answer.value) for answer in answers}
         known = {answer.detail for answer in answers} - {""}
