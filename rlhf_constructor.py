@@ -2659,15 +2659,20 @@ def fold_text(text: str, keep_case: bool = False) -> str:
 
 def similarity(a: str, b: str, threshold: float) -> float:
     """Jaccard similarity (0..1) of character 5-grams without white space; 0 below `threshold`."""
-    texts = ["".join(a.split()), "".join(b.split())]
-    shorter, longer = sorted(texts, key=len)
+    shorter = "".join(a.split())
+    longer = "".join(b.split())
+    if len(shorter) > len(longer):
+        shorter, longer = longer, shorter
     if len(shorter) < 5 or len(shorter) < threshold * len(longer):
         return 0.0
     # At a similarity of .8 it happens once in 1,000 that half of 16 samples are missing.
-    samples = character_runs(shorter, 5, max(1, len(shorter) // 16))
-    if sum(sample in longer for sample in samples) < len(samples) / 2:
+    step = max(1, len(shorter) // 16)
+    samples = character_runs(shorter, 5, step)
+    found = sum(sample in longer for sample in samples)
+    if found < len(samples) / 2:
         return 0.0
-    grams_a, grams_b = set(character_runs(shorter, 5)), set(character_runs(longer, 5))
+    grams_a = set(character_runs(shorter, 5))
+    grams_b = set(character_runs(longer, 5))
     return len(grams_a & grams_b) / len(grams_a | grams_b)
 
 
@@ -2750,28 +2755,42 @@ def repeated_share(text: str, least_share: float = REPEATS_ITSELF, in_a_row: boo
     A passage has 10 words (20 Chinese characters) at least. `in_a_row`: only those count that stand
     three times in a row: 2 x `distance` words that repeat what stood `distance` words before."""
     prose = MARKUP_TAG.sub(" ", CODE_BLOCK.sub(" ", text))  # in those, repetition is right
-    samples = character_runs(prose, 12, max(12, len(prose) // 8))
+    step = max(12, len(prose) // 8)
+    samples = character_runs(prose, 12, step)
     misses = sum(prose.count(sample) < 2 for sample in samples)
     if misses > len(samples) * (1 - least_share / 2):
         return 0.0
     words = split_words(prose)
+    inside = set()
+    for start, end, distance in repeated_spans(words):
+        if in_a_row and end - start < 2 * distance:
+            continue
+        inside.update(range(start, end))
+        inside.update(range(start - distance, end - distance))
+    counted = [place for place in inside if not words[place].isdigit()]
+    return len(counted) / max(1, len(words))
+
+
+def repeated_spans(words: list[str]) -> list[tuple[int, int, int]]:
+    """The passages that occur before: (first word, word after the last, distance in words)."""
     size = run_size(words)
     last_place = {}
-    spans = [[0, 0, 0]]  # first word, word after the last, distance
+    spans = []
+    start = 0
+    last_distance = 0  # 0 while the words are new
+    place = -1
     for place, run in enumerate(word_runs(words, size)):
         distance = place - last_place.get(run, place)
         last_place[run] = place
-        if distance == spans[-1][2]:
-            spans[-1][1] = place + size
-        else:
-            spans.append([place, place + size, distance])
-    inside = set()
-    for start, end, distance in spans:
-        if distance and (not in_a_row or end - start >= 2 * distance):
-            inside.update(range(start, end))
-            inside.update(range(start - distance, end - distance))
-    counted = [place for place in inside if not words[place].isdigit()]
-    return len(counted) / max(1, len(words))
+        if distance == last_distance:
+            continue
+        if last_distance:
+            spans.append((start, place - 1 + size, last_distance))
+        start = place
+        last_distance = distance
+    if last_distance:
+        spans.append((start, place + size, last_distance))
+    return spans
 
 
 def run_size(words: list[str]) -> int:
@@ -3051,36 +3070,53 @@ def plain_reply(reply: str) -> str:
     """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`.
 
     Raises UnreadableReply where thoughts do not end, or numbers are said to be no scores."""
-    text = THOUGHT_BLOCK.sub("", without_thinking(reply)).translate(FULL_WIDTH)
+    text = without_thinking(reply)
+    text = THOUGHT_BLOCK.sub("", text)
+    text = text.translate(FULL_WIDTH)
     if SMALL_IS_GOOD.search(text):
         raise UnreadableReply("numbers that are no scores, such as ranks or errors")
-    text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
-    text = THOUGHT_END.split(STRING.sub(': ""', text))[-1]
+    text = re.sub(r"[^\S\n]+", " ", text)
+    text = re.sub(r" ?\n\s*", "\n", text)
+    text = STRING.sub(': ""', text)
+    text = THOUGHT_END.split(text)[-1]
     if THOUGHT_START.search(text):
         raise UnreadableReply("the scores may stand in thoughts")
     if "{" not in text:
         return gather_lines(text)
-    return SCORE_LIST.sub(r"{\1}", ID_OBJECT.sub(flatten_object, text))
+    text = ID_OBJECT.sub(flatten_object, text)
+    return SCORE_LIST.sub(r"{\1}", text)
 
 
 def gather_lines(text: str) -> str:
-    """Lines such as `K3: 8` -> one `{K3: 8, Q7: 3}` after their heading, any other text around it.
+    """Lines that hold an id and its score -> one object, which stands where the first of them stood.
 
-    Raises UnreadableReply where another line holds an id and a number."""
+    Raises UnreadableReply where another line holds an id and a number.
+
+    >>> gather_lines("Scores:\\nK3: 8/10\\nClear.\\n**Q7**: 3\\nEnd.")
+    'Clear.\\nScores:\\n{K3: 8/10, Q7: 3}\\nEnd.'
+    """
     lines = list(SCORE_LINE.finditer(text))
     if not lines:
         return text
     for line in SCORE_LINE.sub("", text).splitlines():
-        if NAME.search(line) and re.search(r"\d", NAME.sub("", line)):
+        without_ids = NAME.sub("", line)
+        if without_ids != line and re.search(r"\d", without_ids):
             raise UnreadableReply("a number beside an id on a line of another form")
-    first, last = lines[0].start(), lines[-1].end()
-    reasons = SCORE_LINE.sub("", text[first:last])
+    first = lines[0].start()
+    last = lines[-1].end()
+    reasons = SCORE_LINE.sub("", text[first:last]).strip()
     scores = ", ".join(f"{line[1]}: {line[2]}" for line in lines)
-    return f"{reasons}\n{text[:first]}{{{scores}}}{text[last:]}"
+    if reasons:
+        reasons += "\n"
+    return reasons + text[:first] + f"{{{scores}}}" + text[last:]
 
 
 def flatten_object(match: re.Match) -> str:
-    """`K3: {score: 8, reason: ...}` or `{id: K3, score: 8}` -> `K3: 8`; any other stays."""
+    """An object for one id, as ID_OBJECT finds it -> its score; any other object stays.
+
+    >>> ID_OBJECT.sub(flatten_object, "{K3: {score: 8, reason: ''}}, [{id: Q7, score: 3}], {x: 1}")
+    '{K3: 8}, [Q7: 3], {x: 1}'
+    """
     entries = split_entries(match[2])
     names = [match[1]] if match[1] else []
     scores = []
@@ -3114,26 +3150,36 @@ def split_entries(inner: str) -> list[tuple[str, str]]:
 
 
 def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> dict[str, float]:
-    """(id, `8` or `3,5` or `8/10`) entries -> each id's score; raises UnreadableReply."""
-    low, high = JUDGE_SCALE
+    """The entries of an object -> each id's score.
+
+    Raises UnreadableReply unless each id has one score, and no other entry holds a number."""
     scores = {}
     for key, value in entries:
         if key in scores:
             raise UnreadableReply(f"two scores for {key}")
         if key in ids:
-            match = SCORE.fullmatch(value)
-            score = number(match[1].replace(",", ".")) if match else None
-            if score is None:
-                raise UnreadableReply(f"the score for {key} is no number")
-            if not low <= score <= high or (match[2] and int(match[2]) != high):
-                raise UnreadableReply(f"score {value[:20]} is outside {low}-{high}")
-            scores[key] = score
+            scores[key] = read_score(key, value)
         elif SCORE.match(value) or re.fullmatch("[A-Z][0-9]?", key):
             raise UnreadableReply(f"a score for {key[:20]}, which no answer is called")
     for name in ids:
         if name not in scores:
             raise UnreadableReply(f"no score for {name}")
     return scores
+
+
+def read_score(name: str, value: str) -> float:
+    """`8`, `3,5` or `8/10` -> a score within JUDGE_SCALE; raises UnreadableReply."""
+    match = SCORE.fullmatch(value)
+    score = None
+    if match:
+        score = number(match[1].replace(",", "."))
+    if score is None:
+        raise UnreadableReply(f"the score for {name} is no number")
+    low, high = JUDGE_SCALE
+    is_of_other_scale = match[2] and int(match[2]) != high
+    if is_of_other_scale or not low <= score <= high:
+        raise UnreadableReply(f"score {value[:20]} is outside {low}-{high}")
+    return score
 
 
 def check_place(before: str, scores: dict[str, float]) -> None:
@@ -3153,7 +3199,11 @@ def check_place(before: str, scores: dict[str, float]) -> None:
 def enclosing_objects(before: str) -> list[tuple[int, str]]:
     """(start, key that leads on) of the objects that are open after `before`, the innermost first.
 
-    The last one has no key if it is a brace in prose, or stands around prose."""
+    The last one has no key if it is a brace in prose, or stands around prose.
+
+    >>> enclosing_objects('Mine: {"result": {"reason": "", "scores": ')
+    [(17, 'scores'), (6, 'result')]
+    """
     objects = []
     end = len(before)
     depth = 0
@@ -3172,39 +3222,58 @@ def enclosing_objects(before: str) -> list[tuple[int, str]]:
 
 
 def heading(before: str) -> str:
-    """The half sentence or short title that leads to the object after `before`, "" if none does."""
+    """The half sentence or short title that leads to the object after `before`, "" if none does.
+
+    >>> heading('K3 errs. In all, Q7 says {"reason": "", "scores": ')
+    ' Q7 says'
+    """
     end = len(before)
     for start, key in enclosing_objects(before):
-        end = start if key else end
+        if key:
+            end = start
     near = before[max(0, end - 200) : end]
-    lead = re.sub(r"```\w*\s*\Z", "", near).rstrip(" \n[{#" + QUOTES)
+    lead = re.sub(r"```\w*\s*\Z", "", near)
+    lead = lead.rstrip(" \n[{#" + QUOTES)
     line = lead.rpartition("\n")[2]
     clause = re.split(r"[.,;!?{}。，；、]", line)[-1]
-    leads_on = "\n" not in near[len(lead) :] or clause.endswith((":", "="))
+    is_same_line = "\n" not in near[len(lead) :]
     is_title = len(line) <= 30 and not NAME.search(line)
-    return clause if leads_on or is_title else ""
+    if is_same_line or is_title or clause.endswith((":", "=")):
+        return clause
+    return ""
 
 
 def check_draft(draft: re.Match, before: str, scores: dict[str, float]) -> None:
-    """Raises UnreadableReply if an earlier grading ranks the answers otherwise, and no word says
-    that it is a draft or a quotation. `before` ends where the scores that count start."""
+    """Raises UnreadableReply if an earlier grading contradicts the scores that count, and no word
+    says that it is a draft or a quotation. `before` ends where those scores start."""
     try:
         earlier = read_entries(split_entries(draft[1]), list(scores))
-    except UnreadableReply:  # incomplete, or with ids of the answer that it is quoted from
+    except UnreadableReply:  # incomplete, or with other ids, as in a text that an answer brought
         return
     between = before[draft.end() :]
-    contradicts = earlier != scores and bool(re.match(r"[\s}]*,\s*\{", between))  # a list of two
-    for a, b in itertools.combinations(scores, 2):
-        if (earlier[a] - earlier[b]) * (scores[a] - scores[b]) < 0:
-            contradicts = True
+    is_in_a_list = re.match(r"[\s}]*,\s*\{", between)
+    if not ranks_otherwise(earlier, scores) and not (is_in_a_list and earlier != scores):
+        return
     introduction = before[: draft.start()]
     names = [heading(introduction)]
-    names += [key for _, key in enclosing_objects(introduction)]
+    for _, key in enclosing_objects(introduction):
+        names.append(key)
+    if any(NO_SCORES.search(name) for name in names):
+        return
     clauses = re.split(r"[.!?。！？\n]", between)
-    transition = " ".join(clauses[1:]) or clauses[0]  # the first clause is about the draft
-    is_replaced = LAST_WORD.search(transition) or any(NO_SCORES.search(name) for name in names)
-    if contradicts and not is_replaced:
+    transition = " ".join(clauses[1:])  # without the first, which is about the draft
+    if not LAST_WORD.search(transition or between):
         raise UnreadableReply("two gradings that contradict each other")
+
+
+def ranks_otherwise(earlier: dict[str, float], scores: dict[str, float]) -> bool:
+    """True if one of two gradings puts an answer above another that the other puts below it."""
+    for a, b in itertools.combinations(scores, 2):
+        earlier_lead = earlier[a] - earlier[b]
+        lead = scores[a] - scores[b]
+        if earlier_lead * lead < 0:
+            return True
+    return False
 
 
 LABEL_DROPS = {
@@ -3257,17 +3326,19 @@ class LabelCheck(NamedTuple):
 
 def check_label(pair: Pair, better: Answer, worse: Answer) -> LabelCheck:
     """What the judges say of a pair's label; `better`, `worse`: chosen, rejected as judged."""
-    leads = [b - w for b, w in zip(better.votes, worse.votes, strict=True)]
+    leads = []
+    for vote, other_vote in zip(better.votes, worse.votes, strict=True):
+        leads.append(vote - other_vote)
     result = "undecided"
     if min(leads) > 0:
         result = "agrees"
     elif max(leads) < 0:
         result = "disagrees"
-    shown_first = [b < w for b, w in zip(better.positions, worse.positions, strict=True)]
+    positions = zip(better.positions, worse.positions, strict=True)
     choices = []  # none if the judge sees one answer at a time
-    for lead, is_first in zip(leads, shown_first, strict=False):
+    for lead, (place, other_place) in zip(leads, positions, strict=False):
         if lead:
-            choices.append((lead > 0, is_first))
+            choices.append((lead > 0, place < other_place))
     is_choice = pair.record.signal == "choice" and pair.chosen.score is None
     return LabelCheck(result, None if is_choice else pair.gap, tuple(choices))
 
@@ -3286,8 +3357,9 @@ def fill(template: str, **values: object) -> str:
 def sanitize(text: str) -> str:
     """What the judge sees of a text: reserved marks made harmless, the middle of a long one cut."""
     head, tail = JUDGE_SHOWS
-    if len(text) > head + tail:
-        text = f"{text[:head]}\n[... {len(text) - head - tail} characters cut ...]\n{text[-tail:]}"
+    cut = len(text) - head - tail
+    if cut > 0:
+        text = f"{text[:head]}\n[... {cut} characters cut ...]\n{text[-tail:]}"
     return RESERVED.sub(lambda mark: {"<": "‹", "[": "⟦"}[mark[0]], text)
 
 
@@ -3330,7 +3402,8 @@ async def ask_judge(record: Record, judge: Model, prompt: str, attempt: int, run
 def draw_ids(texts: list[str], count: int, seed: tuple) -> tuple[list[str], str]:
     """The ids of `count` answers, and a nonce of 8 hex digits that occurs in none of the texts.
 
-    Ids are a letter and a digit, without A, B, 1 and 2 that judges favour."""
+    Ids are a letter and a digit such as K3, without A, B, 1 and 2 that judges favour. Both depend
+    on the seed and the texts alone, so that a rerun finds its prompts in the cache."""
     if count > 100:
         raise Failed("judge", f"too many answers for one prompt: {count}")
     for attempt in itertools.count():
@@ -3339,10 +3412,13 @@ def draw_ids(texts: list[str], count: int, seed: tuple) -> tuple[list[str], str]
         if not any(nonce in text for text in texts):
             break
     letters = "CDEFGHJKMNPQRTVWXYZ"
+    digits = "3456789"
     if count <= len(letters):
-        return [letter + draw.choice("3456789") for letter in draw.sample(letters, count)], nonce
+        ids = [letter + draw.choice(digits) for letter in draw.sample(letters, count)]
+        return ids, nonce
     # Many answers of the input: letters come twice, ids do not.
-    return draw.sample([a + b for a, b in itertools.product(letters, "3456789")], count), nonce
+    possible = [letter + digit for letter, digit in itertools.product(letters, digits)]
+    return draw.sample(possible, count), nonce
 
 
 async def reward_scores(
@@ -3373,12 +3449,18 @@ async def judge_in_order(
 
     A reply that cannot be read is asked for again, with other ids."""
     texts = [answers[i].text for i in order]
-    hidden = run.args.no_reference or record.reference in texts
-    reference = "" if hidden else record.reference
+    reference = record.reference
+    if run.args.no_reference or reference in texts:
+        reference = ""
     problem = ""
     for attempt in range(1 + JUDGE_RETRIES):
-        seed = (run.seed, record.messages, order, attempt)
-        prompt, ids = judge_prompt(record, texts, rubric=run.rubric, reference=reference, seed=seed)
+        prompt, ids = judge_prompt(
+            record,
+            texts,
+            rubric=run.rubric,
+            reference=reference,
+            seed=(run.seed, record.messages, order, attempt),
+        )
         reply = await ask_judge(record, judge, prompt, attempt, run)
         try:
             scores = parse_scores(reply, ids)
@@ -3405,9 +3487,16 @@ def judge_prompt(
     for name, text in zip(ids, texts, strict=True):
         data.append(fence("answer", text, nonce, f' id="{name}"'))
     low, high = JUDGE_SCALE
-    values = {"low": low, "high": high, "rubric": rubric, "nonce": nonce, "data": "\n".join(data)}
-    values["format"] = ", ".join(f'"{name}": ...' for name in ids)
-    return fill(JUDGE_PROMPT, **values), ids
+    prompt = fill(
+        JUDGE_PROMPT,
+        low=low,
+        high=high,
+        rubric=rubric,
+        nonce=nonce,
+        data="\n".join(data),
+        format=", ".join(f'"{name}": ...' for name in ids),
+    )
+    return prompt, ids
 
 
 # --------------------------------------------------------------------------------------------------
