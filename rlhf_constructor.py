@@ -3088,7 +3088,7 @@ def plain_reply(reply: str) -> str:
 
 
 def gather_lines(text: str) -> str:
-    """Lines that hold an id and its score -> one object, which stands where the first of them stood.
+    """Lines that hold an id and its score -> one object, where the first of them stood.
 
     Raises UnreadableReply where another line holds an id and a number.
 
@@ -3620,22 +3620,32 @@ def final_answer(text: str) -> FinalAnswer | None:
 
 
 def marked_answers(text: str) -> list[tuple[int, str]]:
-    """Where each marked answer ends, and its text ("?" if in doubt), in the order of the text."""
+    r"""Where each marked answer ends, and its text ("?" if in doubt), in the order of the text.
+
+    >>> marked_answers("So the answer is 42.")
+    [(20, '42.')]
+    >>> marked_answers(r"That makes \boxed{42} eggs. If x is 3, the answer is 5.")[1]
+    (55, '?')
+    """
     found = []
     for match in MARK.finditer(text):
         if r"\boxed" not in match[1]:  # else it is found below
             found.append((match.start(1), match.end(), match[1]))
     for box in BOX.finditer(text):
         rest = re.match(r"[^\n.,;:。，；：]*", text[box.end() :])[0]  # a unit, or more of it
-        raw = box[1] + re.sub(r"[${})\]]|\\[)\]]", " ", rest)
+        closing = r"[${})\]]|\\[)\]]"
+        raw = box[1] + re.sub(closing, " ", rest)
         before = text[max(0, box.start() - 40) : box.start()]
         if BEFORE_BOX.search(before):
             raw = "?"
-        found.append((box.start(), box.end() + len(rest), raw))
+        end = box.end() + len(rest)
+        found.append((box.start(), end, raw))
     answers = []
     for start, end, raw in sorted(found):
         sentence = re.split(r"[.!?。！？\n]", text[:start])[-1]
-        answers.append((end, "?" if DOUBT.search(sentence) else raw))
+        if DOUBT.search(sentence):
+            raw = "?"
+        answers.append((end, raw))
     return answers
 
 
@@ -3676,7 +3686,11 @@ def plain_math(raw: str) -> str:
 
 
 def read_number(text: str) -> FinalAnswer | None:
-    """`-3.5`, `1,200 eggs`, `50%`, `1/2`, `3万` -> a number with its unit, or None."""
+    """A text that is a number and perhaps its unit -> both, else None.
+
+    >>> [read_number(text).value for text in ("-3.5", "1,200 eggs", "50%", "1 1/2", "3万")]
+    [Fraction(-7, 2), Fraction(1200, 1), Fraction(1, 2), Fraction(3, 2), Fraction(30000, 1)]
+    """
     if len(text) > 60:
         return None
     text = re.sub(r"^(?:minus |negative |负)\s*(?=[\d.])", "-", text, flags=re.I)
@@ -3703,7 +3717,9 @@ def read_number(text: str) -> FinalAnswer | None:
         value = Fraction(match["number"].replace(",", ""))
         places = len(match["number"].partition(".")[2]) - power
     value *= Fraction(10) ** power
-    return FinalAnswer("number", -value if match["sign"] == "-" else value, unit, places)
+    if match["sign"] == "-":
+        value = -value
+    return FinalAnswer("number", value, unit, places)
 
 
 def is_unit(text: str, touching: bool) -> bool:
@@ -3743,18 +3759,22 @@ def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -
 def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> bool | None:
     """`same_answer` for numbers: None where rounding or another unit may explain the difference."""
     a, b = reference.value, answer.value
-    units = {reference.detail, answer.detail} - {""}
+    unit = reference.detail or answer.detail
     one_sided = reference.detail != answer.detail
-    if len(units) == 2 or (one_sided and not fits_prompt(*units, prompt)):
-        return None
+    if one_sided:
+        if reference.detail and answer.detail:
+            return None
+        if not fits_prompt(unit, prompt):
+            return None
     if a == b:
         return True
-    may_be_scaled = a * b > 0 and (one_sided or not units)  # cents, percent, thousands
-    if may_be_scaled and re.fullmatch("1000*", str(max(a / b, b / a))):
-        return None
-    places = min(reference.places, answer.places)
-    if places == max(reference.places, answer.places) == 0:
+    if a * b > 0 and (one_sided or not unit):
+        factor = str(max(a / b, b / a))
+        if re.fullmatch("1000*", factor):  # cents, percent, thousands
+            return None
+    if reference.places == answer.places == 0:
         return False
+    places = min(reference.places, answer.places)
     last_place = Fraction(10) ** -int(min(places, 9))
     tolerance = max(last_place / 2, abs(a) / 100, abs(b) / 100)
     return None if abs(a - b) <= tolerance else False
@@ -3775,14 +3795,23 @@ def fits_prompt(unit: str, prompt: str) -> bool:
 
 
 def exclude_each_other(one: str, other: str, prompt: str) -> bool:
-    """True if two labels are a choice that the prompt offers, or that everybody knows."""
+    """True if two labels are a choice that the prompt offers, or that everybody knows.
+
+    >>> exclude_each_other("positive", "neutral", "What does he feel?")
+    True
+    >>> exclude_each_other("cat", "dog", "Is it a cat or a dog?")
+    True
+    """
     if one in other or other in one:
         return False
-    if any({one, other} <= set(labels.split()) for labels in LABEL_SETS):
-        return True
+    for labels in LABEL_SETS:
+        if {one, other} <= set(labels.split()):
+            return True
     text = fold_text(prompt.translate(FULL_WIDTH))
-    pattern = r"(?<![a-z0-9]){}(?![a-z0-9])"
-    return all(re.search(pattern.format(re.escape(label)), text) for label in (one, other))
+    for label in (one, other):
+        if not re.search(rf"(?<![a-z0-9]){re.escape(label)}(?![a-z0-9])", text):
+            return False
+    return True
 
 
 def exact_scores(record: Record, answers: list[Answer]) -> list[Answer]:
@@ -3836,7 +3865,8 @@ async def score_answers(record: Record, answers: list[Answer], run: Run) -> list
 
 def one_line(text: object) -> str:
     """A text from a server as one safe line: no key, no control character, no lone surrogate."""
-    line = " ".join(redacted(scrub(str(text or ""))).split())
+    safe = redacted(scrub(str(text or "")))
+    line = " ".join(safe.split())
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", line)
 
 
@@ -3879,7 +3909,9 @@ def make_reply(content: Any, finish: Any, tokens_in: Any, tokens_out: Any, **mor
             raise ApiError(200, "no text", "the reply holds no text", billed=billed)
         text = f"<think>\n{thoughts}\n</think>"
     model = more.get("model")
-    return Reply(scrub(text), kind, *billed, model=model if isinstance(model, str) else "")
+    if not isinstance(model, str):
+        model = ""
+    return Reply(scrub(text), kind, *billed, model=model)
 
 
 def token_count(value: object) -> int:
@@ -3889,16 +3921,29 @@ def token_count(value: object) -> int:
 
 
 def join_parts(content: object) -> str:
-    """A message's content, a text or a list of parts -> its text; "" for anything else."""
+    """A message's content, a text or a list of parts -> its text; "" for anything else.
+
+    >>> join_parts([{"type": "text", "text": "4"}, "2", {"type": "image_url"}])
+    '42'
+    """
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else []
-    texts = [part if isinstance(part, str) else look_up(part, "text") for part in parts]
-    return "".join(text for text in texts if isinstance(text, str))
+    if not isinstance(content, list):
+        return ""
+    text = ""
+    for part in content:
+        part_text = part if isinstance(part, str) else look_up(part, "text")
+        if isinstance(part_text, str):
+            text += part_text
+    return text
 
 
 def look_up(value: Any, path: str) -> Any:
-    """What stands at a dotted path through objects and JSON (a list: its first item), or None."""
+    """What stands at a dotted path through objects and JSON (a list: its first item), or None.
+
+    >>> look_up({"choices": [{"message": {"content": "42"}}]}, "choices.message.content")
+    '42'
+    """
     for step in path.split("."):
         if isinstance(value, list):
             value = value[0] if value else None
@@ -3913,9 +3958,12 @@ class ReplyParts:
 
     def __init__(self, message_path: str, tokens_in: str, tokens_out: str) -> None:
         """The arguments are the paths of these things in a chunk."""
+        choice_path = message_path.rpartition(".")[0]
         self.paths = {name: f"{message_path}.{name}" for name in self.TEXTS}
-        self.paths |= {"tokens_in": tokens_in, "tokens_out": tokens_out, "model": "model"}
-        self.paths["finish"] = message_path.rpartition(".")[0] + ".finish_reason"
+        self.paths["finish"] = f"{choice_path}.finish_reason"
+        self.paths["tokens_in"] = tokens_in
+        self.paths["tokens_out"] = tokens_out
+        self.paths["model"] = "model"
         self.fields = dict.fromkeys(self.paths)
 
     def add(self, chunk: Any) -> None:
@@ -3950,31 +3998,45 @@ def body_error(error: Any) -> ApiError | None:
     """The error in a reply of status 200 -> ApiError: its own code counts as the status."""
     if not isinstance(error, dict | str) or not error:
         return None
-    status = number(look_up(error, "code")) or 200
-    status = int(status) if 400 <= status < 600 else 200
+    status = int(number(look_up(error, "code")) or 200)
+    if not 400 <= status < 600:
+        status = 200
     code, explanation = read_error_body(error)
     return ApiError(status, code or "error in the reply", explanation)
 
 
 def read_error_body(body: Any) -> tuple[str, str]:
-    """(code, explanation): the server's own words, whatever the shape of its error body."""
+    """(code, explanation): the server's own words, whatever the shape of its error body.
+
+    >>> read_error_body({"error": {"message": "no such model", "code": "404", "type": "lost"}})
+    ('lost', 'no such model')
+    >>> read_error_body({"detail": [{"loc": ["body", "seed"], "msg": "not an integer"}]})
+    ('', 'body.seed: not an integer')
+    """
     if isinstance(body, str):
         return read_error_text(body)
     if isinstance(body, list):
         problems = []  # FastAPI's: each names a place in the request
         for item in body:
             if isinstance(look_up(item, "loc"), list):
-                problems.append(f"{'.'.join(map(str, item['loc']))}: {item.get('msg')}")
+                place = ".".join(map(str, item["loc"]))
+                problems.append(f"{place}: {item.get('msg')}")
         if problems or not body:
             return "", "; ".join(problems)
         return read_error_body(body[0])
     if not isinstance(body, dict):
         return "", ""
-    codes = [body.get(name) for name in ("code", "type", "status")]
-    codes = [code for code in codes if isinstance(code, str) and not code.isdigit()]
-    code = codes[0] if codes else ""
-    inner = [body.get("error"), body.get("errors"), body.get("detail")]
-    inner.insert(0, look_up(body.get("metadata"), "raw"))  # OpenRouter: its provider's words
+    code = ""
+    for name in ("status", "type", "code"):
+        value = body.get(name)
+        if isinstance(value, str) and not value.isdigit():
+            code = value
+    inner = [
+        look_up(body.get("metadata"), "raw"),  # OpenRouter: its provider's words
+        body.get("error"),
+        body.get("errors"),
+        body.get("detail"),
+    ]
     for part in inner:
         inner_code, explanation = read_error_body(part)
         if explanation:
@@ -3986,7 +4048,11 @@ def read_error_body(body: Any) -> tuple[str, str]:
 
 
 def read_error_text(text: str) -> tuple[str, str]:
-    """(code, explanation) of an error body that is text: of a page its title, JSON is read."""
+    """(code, explanation) of an error body that is text: of a page its title, JSON is read.
+
+    >>> read_error_text("<html><head><title>502 Bad Gateway</title></head></html>")
+    ('web page', '502 Bad Gateway')
+    """
     text = text.strip()
     if re.match(r"(?i)<(!doctype|html|head|\?xml)", text):
         title = re.search(r"(?is)<title>(.*?)</title>", text)
@@ -4020,7 +4086,11 @@ def without_thinking(text: str) -> str:
     """The text without leading thoughts; a block that never closes leaves nothing.
 
     A closing mark whose block was opened in the prompt ends thoughts, too, if it stands on a line
-    of its own or at the start; an answer that speaks of `</think>` in a sentence stays as it is."""
+    of its own or at the start; an answer that speaks of `</think>` in a sentence stays as it is.
+
+    >>> without_thinking("<think>6 * 7</think> 42"), without_thinking("6 * 7\\n</think>\\n42")
+    ('42', '\\n42')
+    """
     rest = without_channels(text)
     while opening := OPENING.match(rest):
         mark = re.escape(THOUGHT_MARKS[opening[1].lower()])
@@ -4064,26 +4134,35 @@ def cut_at_end_mark(reply: Reply) -> Reply:
 
 def answer_text(text: str) -> str:
     """The answer in a model's reply: no thoughts, no blank lines around it, indentation kept."""
-    answer = re.sub(r"\A(?:[^\S\n]*\n)+", "", without_thinking(text)).rstrip()
+    answer = without_thinking(text).rstrip()
+    answer = re.sub(r"\A(?:[^\S\n]*\n)+", "", answer)
     # a lone space is a tokenizer's, two are indentation
     return answer[1:] if re.match(r" \S", answer) else answer
 
 
 def about_tokens(text: str) -> int:
-    """Tokens of a text, roughly: 0.7 for a CJK character, 0.25 for another in ASCII, else 1."""
-    chinese = len(re.findall(rf"[{CJK}]", text))
-    plain = len(text.encode("ascii", "ignore"))
-    return round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
+    """Tokens of a text, roughly: 0.7 for a CJK character, 0.25 for another in ASCII, else 1.
+
+    >>> about_tokens("Ship the boxes."), about_tokens("请把箱子寄出。")
+    (4, 5)
+    """
+    chinese = len(CHINESE_CHARACTER.findall(text))
+    ascii_characters = len(text.encode("ascii", "ignore"))
+    others = len(text) - chinese - ascii_characters
+    return round(0.7 * chinese + 0.25 * ascii_characters + others)
 
 
 def degrade(text: str, chinese: bool, draw: random.Random) -> str:
     """A worse version of a good answer: some of its sentences; an evasion for a short one."""
     sentences = re.findall(r".+?(?:[.!?](?=\s)|[。！？\n]|$)\s*", text, re.S)
     if len(sentences) < 3:
-        return "这个问题不太好说，要看具体情况。" if chinese else "That is hard to say; it depends."
-    count = max(1, len(sentences) * draw.choice((3, 4, 5, 6)) // 8)
-    keep = sorted(draw.sample(range(len(sentences)), count))
-    return "".join(sentences[i] for i in keep).strip()
+        if chinese:
+            return "这个问题不太好说，要看具体情况。"
+        return "That is hard to say; it depends."
+    eighths = draw.choice((3, 4, 5, 6))
+    count = max(1, len(sentences) * eighths // 8)
+    kept = draw.sample(range(len(sentences)), count)
+    return "".join(sentences[i] for i in sorted(kept)).strip()
 
 
 def reference_f1(text: str, reference: str) -> float:
@@ -4174,10 +4253,15 @@ class ask_dashscope(Provider):
         self.batch = None  # an ask_openai, once it is needed
         # trust_env reads the environment at each call, which costs 0.45 ms: only with a proxy
         proxies = urllib.request.getproxies().keys() - {"no"}
-        connector = aiohttp.TCPConnector(limit=0)
-        self.session = aiohttp.ClientSession(connector=connector, trust_env=bool(proxies))
-        self.common = {"api_key": key or "none", "session": self.session}
-        self.common["request_timeout"] = timeout
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            trust_env=bool(proxies),
+        )
+        self.common = {
+            "api_key": key or "none",
+            "session": self.session,
+            "request_timeout": timeout,
+        }
         if url:
             self.common["base_address"] = url
 
@@ -4187,12 +4271,21 @@ class ask_dashscope(Provider):
         api = self.sdk.AioGeneration
         if options.pop("multimodal", False):  # the current Qwen models have another address
             api = self.sdk.AioMultiModalConversation
-            messages = [{"role": m["role"], "content": [{"text": m["content"]}]} for m in messages]
+            turns = messages
+            messages = []
+            for turn in turns:
+                parts = [{"text": turn["content"]}]
+                messages.append({"role": turn["role"], "content": parts})
         else:
             options["result_format"] = "message"
         if options.pop("stream", False):
             options |= {"stream": True, "incremental_output": True}
-        reply = await api.call(model=name, messages=messages, **options, **self.common)
+        reply = await api.call(
+            model=name,
+            messages=messages,
+            **options,
+            **self.common,
+        )
         parts = ReplyParts("output.choices.message", "usage.input_tokens", "usage.output_tokens")
         if "stream" not in options:
             self.check_status(reply)
@@ -4247,19 +4340,25 @@ class ask_reward(ask_openai):
             reply = await self.client.post("/classify", cast_to=object, body=body)
         except Exception as error:
             _, explanation = read_error_body(getattr(error, "body", None))
-            if getattr(error, "status_code", 0) in (404, 405) and "model" not in explanation:
+            status = getattr(error, "status_code", 0)
+            if status in (404, 405) and "model" not in explanation:
                 raise ApiError(404, "no /classify", explanation) from None
             raise
         results = reply if isinstance(reply, list) else look_up(reply, "data")
         scores = look_up(results, "probs") or look_up(results, "embedding")
-        scores = scores or [look_up(results, "score")]
-        if not isinstance(scores, list) or len(scores) != 1 or number(scores[0]) is None:
-            count = len(scores) if isinstance(scores, list) else 0
-            hint = f"/classify gives {count} numbers; a reward model gives one"
+        if not scores:
+            scores = [look_up(results, "score")]
+        if not isinstance(scores, list):
+            scores = []
+        if len(scores) != 1 or number(scores[0]) is None:
+            hint = f"/classify gives {len(scores)} numbers; a reward model gives one"
             raise ApiError(422, "labels", hint)
-        tokens_in = look_up(reply, "usage.prompt_tokens")
-        tokens_out = look_up(reply, "usage.completion_tokens")
-        return make_reply(repr(float(scores[0])), "stop", tokens_in, tokens_out)
+        return make_reply(
+            repr(float(scores[0])),
+            "stop",
+            look_up(reply, "usage.prompt_tokens"),
+            look_up(reply, "usage.completion_tokens"),
+        )
 
 
 @register(PROVIDERS)
