@@ -3260,7 +3260,7 @@ def check_draft(draft: re.Match, before: str, scores: dict[str, float]) -> None:
         names.append(key)
     if any(NO_SCORES.search(name) for name in names):
         return
-    clauses = re.split(r"[.!?。！？\n]", between)
+    clauses = re.split(r"[.!?。！？]|(?<!:)\n", between)
     transition = " ".join(clauses[1:])  # without the first, which is about the draft
     if not LAST_WORD.search(transition or between):
         raise UnreadableReply("two gradings that contradict each other")
@@ -3932,9 +3932,9 @@ def join_parts(content: object) -> str:
         return ""
     text = ""
     for part in content:
-        part_text = part if isinstance(part, str) else look_up(part, "text")
-        if isinstance(part_text, str):
-            text += part_text
+        words = part if isinstance(part, str) else look_up(part, "text")
+        if isinstance(words, str):
+            text += words
     return text
 
 

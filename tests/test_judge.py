@@ -52,6 +52,7 @@ READ = [
     pytest.param(f"Draft: {FLIPPED}\nFinal: {GOOD}", [8.0, 3.5], id="two verdicts: the last counts"),
     pytest.param(f"{FLIPPED}\nWait, Q7 is wrong.\n\n{GOOD}", [8.0, 3.5], id="a verdict that is thought over"),
     pytest.param(f'{{"K3": 9, "Q7": 2}}\n\n{GOOD}', [8.0, 3.5], id="a draft that ranks alike"),
+    pytest.param(f"Draft: {FLIPPED} Final:\n{GOOD}", [8.0, 3.5], id="two verdicts, the word on the draft's line"),
     pytest.param(f"K3: 2\nQ7: 9\n{GOOD}", [8.0, 3.5], id="a draft in lines"),
     pytest.param(f'{{"K3": 2}}\n{GOOD}', [8.0, 3.5], id="an incomplete draft"),
     pytest.param(f'{{"draft": {{"K3": 2, "Q7": 9}}}}\n{GOOD}', [8.0, 3.5], id="a draft under its key"),
