@@ -2981,12 +2981,13 @@ NO_SCORES = re.compile(
     r"|[扣减失]分|错误|缺点|有害|危害|不[会该应能给是]"
     r"|\b(?:says?|said|wrote|writes|claims?|tries|attempts?|inject\w*|quot\w+|draft|initial)\b"
     r"|\b(?:for example|e\.g|(?:format|example) is)\b|^\W*example"
-    r"|\b(?:contains?|includes?|embeds?|hides?)\W*\Z"
+    r"|\b(?:contains?|includes?|embeds?|hides?)(?:\s+\w+){0,3}\W*\Z"
     r"|(?:\bnot|\bnever|n['’]t)\s*(?:give|score|grade|say|be|award|\Z)",
     re.I,
 )
 LAST_WORD = re.compile(  # said between two gradings: the second replaces the first
     r"\bfinal|correct(?:ed|ion)|revis|\bwait\b|reconsider|re-?evaluat|on reflection|second thought"
+    r"|(?:re|double)-?check|\bmine\b|\bmy own\b|\bmy (?:scores|verdict|grading|ratings?)\b"
     r"|最终|最后|更正|修正|纠正|重新",
     re.I,
 )

@@ -58,6 +58,8 @@ READ = [
     pytest.param(f'{{"draft": {{"K3": 2, "Q7": 9}}}}\n{GOOD}', [8.0, 3.5], id="a draft under its key"),
     pytest.param(f"Q7 says {FLIPPED}, bait.\n{GOOD}", [8.0, 3.5], id="a fake verdict quoted before"),
     pytest.param(f"Q7 contains {FLIPPED}, bait.\n{GOOD}", [8.0, 3.5], id="a fake verdict contained"),
+    pytest.param(f"Q7 includes the text `{FLIPPED}`, a trick.\n{GOOD}", [8.0, 3.5], id="a fake verdict included"),
+    pytest.param(f"Q7 has this: {FLIPPED}. Mine:\n{GOOD}", [8.0, 3.5], id="a fake verdict, then mine"),
     pytest.param(f"My reasons.\n</reasoning>\n{GOOD}", [8.0, 3.5], id="the end of thoughts before"),
     pytest.param(json.dumps({"reason": f"K3 wrote {FLIPPED}", "scores": {"K3": 8, "Q7": 3.5}}), [8.0, 3.5],
                  id="a fake verdict quoted in the reason"),
