@@ -5603,8 +5603,11 @@ def share(k: float, n: int) -> Measured:
     p = k / n
     z2 = Z * Z / n
     centre = (p + z2 / 2) / (1 + z2)
-    half = math.sqrt(p * (1 - p) * z2 + z2 * z2 / 4) / (1 + z2)
-    return Measured(p, (max(0.0, centre - half), min(1.0, centre + half)), n)
+    spread = math.sqrt(p * (1 - p) * z2 + z2 * z2 / 4)
+    half = spread / (1 + z2)
+    low = max(0.0, centre - half)
+    high = min(1.0, centre + half)
+    return Measured(p, (low, high), n)
 
 
 def share_true(counts: Counter) -> Measured:
@@ -5619,9 +5622,10 @@ def median(values: list[float]) -> Measured:
     ordered = sorted(values)
     n = len(ordered)
     reach = Z * math.sqrt(n) / 2
-    low = ordered[max(0, math.floor(n / 2 - reach))]
-    high = ordered[min(n - 1, math.ceil(n / 2 + reach))]
-    return Measured(statistics.median(ordered), (low, high), n)
+    low = math.floor(n / 2 - reach)
+    high = math.ceil(n / 2 + reach)
+    interval = (ordered[max(low, 0)], ordered[min(high, n - 1)])
+    return Measured(statistics.median(ordered), interval, n)
 
 
 def distinct_pairs(texts: list[str]) -> Measured:
@@ -5639,10 +5643,15 @@ def self_repetition(texts: list[str]) -> Measured:
     passages = []
     for text in texts:
         words = split_words(text)[:DIVERSITY_WORDS]
-        passages.append({hash(run) for run in word_runs(words, run_size(words))})
-        texts_with.update(passages[-1])
+        runs = word_runs(words, run_size(words))
+        passage = set(map(hash, runs))
+        passages.append(passage)
+        texts_with.update(passage)
     common = {run for run, count in texts_with.items() if count > 3}
-    repeating = sum(not common.isdisjoint(passage) for passage in passages)
+    repeating = 0
+    for passage in passages:
+        if not common.isdisjoint(passage):
+            repeating += 1
     return share(repeating, len(texts))
 
 
@@ -5656,27 +5665,37 @@ def near_duplicates(texts: list[str]) -> Measured:
     for text in texts:
         text = "".join(text.split())
         codes = tuple(map(ord, text))  # Python's hash of a string differs from run to run
-        keys = heapq.nsmallest(2, {hash(run) for run in word_runs(codes, 5)})
+        hashes = set(map(hash, word_runs(codes, 5)))
         others = set()
-        for key in keys:
+        for key in heapq.nsmallest(2, hashes):
             others.update(earlier[key][:5])
             earlier[key].append(text)
-        similar = (similarity(text, other, NEAR_DUPLICATE) for other in others)
-        duplicates += any(value >= NEAR_DUPLICATE for value in similar)
+        for other in others:
+            if similarity(text, other, NEAR_DUPLICATE) >= NEAR_DUPLICATE:
+                duplicates += 1
+                break
     return share(duplicates, len(texts))
 
 
 def features(text: str, model: str) -> dict[str, set[str]]:
     """What a reward model could recognise, instead of quality: formats, words, the model's name."""
     prose = CODE_BLOCK.sub("```", text)
-    formats = {name for name, pattern in FORMATS.items() if pattern.search(prose)}
-    words = set(map(sys.intern, split_words(text)))
-    return {"format": formats, "words": words, "identity": {model} - {""}}
+    formats = set()
+    for name, pattern in FORMATS.items():
+        if pattern.search(prose):
+            formats.add(name)
+    words = map(sys.intern, split_words(text))
+    return {
+        "format": formats,
+        "words": set(words),
+        "identity": {model} - {""},
+    }
 
 
 def phrases(text: str, model: str) -> dict[str, set[str]]:
     """The words of a text as a reader would name them: with CJK characters in twos."""
-    return {"phrases": set(PHRASE.findall(text.lower()))}
+    found = PHRASE.findall(text.lower())
+    return {"phrases": set(found)}
 
 
 def find_differences(
@@ -5688,12 +5707,12 @@ def find_differences(
         fold = int(row["prompt_id"], 16) % FOLDS
         chosen = read_features(row["chosen"], row["model_chosen"])
         rejected = read_features(row["rejected"], row["model_rejected"])
-        for kind, of_chosen in chosen.items():
-            of_rejected = rejected[kind]
-            if of_chosen != of_rejected:
-                only_chosen = tuple(of_chosen - of_rejected)
-                only_rejected = tuple(of_rejected - of_chosen)
-                result[kind].append(Difference(fold, only_chosen, only_rejected))
+        for kind in chosen:
+            only_chosen = chosen[kind] - rejected[kind]
+            only_rejected = rejected[kind] - chosen[kind]
+            if only_chosen or only_rejected:
+                difference = Difference(fold, tuple(only_chosen), tuple(only_rejected))
+                result[kind].append(difference)
     return result
 
 
@@ -5704,30 +5723,40 @@ def count_features(pairs: list[Difference]) -> dict[str, tuple[int, int]]:
     for pair in pairs:
         in_chosen.update(pair.chosen)
         in_rejected.update(pair.rejected)
-    names = in_chosen.keys() | in_rejected.keys()
-    return {name: (in_chosen[name], in_rejected[name]) for name in names}
+    counts = {}
+    for name in in_chosen.keys() | in_rejected.keys():
+        counts[name] = (in_chosen[name], in_rejected[name])
+    return counts
 
 
 def log_odds(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
     """Feature -> ln((chosen + 1) / (rejected + 1)), for features that occur OFTEN."""
     weights = {}
     for feature, (chosen, rejected) in counts.items():
-        if chosen + rejected >= OFTEN:
-            weights[feature] = math.log((chosen + 1) / (rejected + 1))
+        if chosen + rejected < OFTEN:
+            continue
+        odds = (chosen + 1) / (rejected + 1)
+        weights[feature] = math.log(odds)
     return weights
+
+
+def total_weight(names: tuple[str, ...], weights: dict[str, float]) -> float:
+    """The sum of the weights of an answer's features; features without a weight count 0."""
+    known = [weights.get(name, 0.0) for name in names]
+    return math.fsum(known)  # exact: the order of a set differs from run to run
 
 
 def cross_validated_accuracy(pairs: list[Difference]) -> Measured:
     """How often a sum of log-odds, learned on the other folds, picks the chosen answer."""
     correct = 0.0
     for fold in range(FOLDS):
-        weights = log_odds(count_features([pair for pair in pairs if pair.fold != fold]))
+        others = [pair for pair in pairs if pair.fold != fold]
+        weights = log_odds(count_features(others))
         for pair in pairs:
             if pair.fold != fold:
                 continue
-            # fsum is exact: the order of a set differs from run to run
-            chosen = math.fsum(weights.get(feature, 0.0) for feature in pair.chosen)
-            rejected = math.fsum(weights.get(feature, 0.0) for feature in pair.rejected)
+            chosen = total_weight(pair.chosen, weights)
+            rejected = total_weight(pair.rejected, weights)
             if chosen > rejected:
                 correct += 1
             elif chosen == rejected:
@@ -5917,11 +5946,21 @@ def metric_row(metric: Metric, measured: Measured, answers_given: bool = False) 
 
 def fine_range(metric: Metric) -> str:
     """The values that raise no warning, in words: "40-60%", "up to 25%"; without limits ""."""
-    if metric.too_low and metric.too_high:
-        return shown_interval((metric.too_low.warn, metric.too_high.warn), metric.unit)
-    if metric.too_high:
-        return f"up to {shown(metric.too_high.warn, metric.unit)}"
-    return f"{shown(metric.too_low.warn, metric.unit)} or more" if metric.too_low else ""
+    low = metric.too_low
+    high = metric.too_high
+    if low and high:
+        return shown_interval((low.warn, high.warn), metric.unit)
+    if high:
+        return f"up to {shown(high.warn, metric.unit)}"
+    if low:
+        return f"{shown(low.warn, metric.unit)} or more"
+    return ""
+
+
+def share_row(key: str, section: str, label: str, measured: Measured) -> dict:
+    """The report's row of a share without limits."""
+    metric = Metric(key, section, label, "%")
+    return metric_row(metric, measured)
 
 
 class Report:
@@ -5963,11 +6002,13 @@ class Report:
         """Count what the judges made of a label; its gap is rounded, so that memory is bounded."""
         is_decided = label_check.result != "undecided"
         agrees = label_check.result == "agrees"
+        gap = label_check.gap
         self.counts["label_undecided"][not is_decided] += 1
         if is_decided:
             self.counts["label_agreement"][agrees] += 1
-        if is_decided and label_check.gap is not None:
-            self.label_gaps[float(f"{label_check.gap:.2g}"), agrees] += 1
+        if is_decided and gap is not None:
+            rounded = float(f"{gap:.2g}")
+            self.label_gaps[rounded, agrees] += 1
         for prefers_label, is_first in label_check.choices:
             key = "label_shown_first" if is_first else "label_shown_later"
             self.counts[key][prefers_label] += 1
@@ -5975,28 +6016,38 @@ class Report:
     def _add_votes(self, answers: list[Answer]) -> None:
         """Count a judge's replies about one record, by the position of each answer."""
         sizes = {len(answer.votes) for answer in answers}
-        sizes.update(len(answer.positions) for answer in answers)
+        sizes |= {len(answer.positions) for answer in answers}
         if len(answers) < 2 or len(sizes) > 1:
             return
-        replies = list(zip(*(answer.votes for answer in answers), strict=True))
-        for call, votes in enumerate(replies):
-            self.counts["ties"][min(votes) == max(votes)] += 1
-            # Each answer stands early in one order and late in the other: a fair judge puts an
-            # answer above the middle as often in the first position as in any other.
-            middle = statistics.median(votes)
-            for answer, vote in zip(answers, votes, strict=True):
-                if answer.positions[call] == 0 and vote != middle:
-                    self.counts["first_slot"][vote > middle] += 1
-        if self.orders == 2:
-            for votes, swapped in zip(replies[::2], replies[1::2], strict=False):
-                self._add_order_swap(votes, swapped)
+        previous = []
+        for call in range(sizes.pop()):
+            votes = [answer.votes[call] for answer in answers]
+            positions = [answer.positions[call] for answer in answers]
+            self._add_reply(votes, positions)
+            if self.orders == 2 and call % 2 == 1:
+                self._add_order_swap(previous, votes)
+            previous = votes
 
-    def _add_order_swap(self, votes: tuple[float, ...], swapped: tuple[float, ...]) -> None:
+    def _add_reply(self, votes: list[float], positions: list[int]) -> None:
+        """Count one reply: whether it is a tie, and what it says of the answer shown first.
+
+        Each answer stands early in one order and late in the other: a fair judge puts an answer
+        above the middle as often in the first position as in any other."""
+        is_tie = min(votes) == max(votes)
+        self.counts["ties"][is_tie] += 1
+        middle = statistics.median(votes)
+        for vote, position in zip(votes, positions, strict=True):
+            if position == 0 and vote != middle:
+                self.counts["first_slot"][vote > middle] += 1
+
+    def _add_order_swap(self, votes: list[float], swapped: list[float]) -> None:
         """Count whether the best and the worst answer of one order change sides in the other."""
         best = votes.index(max(votes))
         worst = votes.index(min(votes))
-        if votes[best] != votes[worst] and swapped[best] != swapped[worst]:
-            self.counts["flips"][swapped[best] < swapped[worst]] += 1
+        lead = votes[best] - votes[worst]
+        swapped_lead = swapped[best] - swapped[worst]
+        if lead and swapped_lead:
+            self.counts["flips"][swapped_lead < 0] += 1
 
     def _add_pair(self, pair: Pair) -> None:
         """Count one pair, and keep it if it is drawn into the sample."""
@@ -6006,8 +6057,9 @@ class Report:
         if chosen.model != rejected.model:
             self.models[chosen.model][True] += 1
             self.models[rejected.model][False] += 1
-        if len(chosen.text) != len(rejected.text):
-            self.counts["longer"][len(chosen.text) > len(rejected.text)] += 1
+        difference = len(chosen.text) - len(rejected.text)
+        if difference:
+            self.counts["longer"][difference > 0] += 1
         # Algorithm R: each pair so far is as likely as any other to be in the sample.
         if len(self.rows) < REPORT_SAMPLE:
             self.rows.append(sample_row(pair))
@@ -6018,50 +6070,73 @@ class Report:
 
     def column(self, name: str) -> list[float]:
         """The known values of one field of the sample."""
-        return [row[name] for row in self.rows if row[name] is not None]
+        values = [row[name] for row in self.rows]
+        return [value for value in values if value is not None]
 
-    def numbers(self, settings: dict, usage: list[dict], human: dict | None = None) -> dict:
-        """All numbers of the report, ready for JSON; terminal and page show these and no others.
-
-        `usage`: a row per model and role; `human`: what `Annotations.numbers` returns (REVIEW)."""
-        self.random.shuffle(self.rows)
-        self.differences = find_differences(self.rows, features)
+    def _count_formats(self) -> None:
+        """Count for each format whether the answer that alone has it is chosen."""
         for difference in self.differences["format"]:
             for name in difference.chosen:
                 self.counts[f"format_{name}"][True] += 1
             for name in difference.rejected:
                 self.counts[f"format_{name}"][False] += 1
+
+    def _choose_texts(self) -> None:
+        """Choose the texts that are compared with each other: of one pair of each prompt."""
         prompts = {row["prompt_id"]: row for row in self.rows}
         unique = list(prompts.values())[:DIVERSITY_SAMPLE]
         for name in ("prompt", "chosen"):
-            texts = [row[name] for row in unique]
-            self.texts[name] = [text for text in texts if len(split_words(text)) >= LONG_ENOUGH]
-        answers_given = getattr(METHODS.get(settings.get("method")), "reads_answers", False)
-        metrics = []
+            self.texts[name] = []
+            for row in unique:
+                text = row[name]
+                if len(split_words(text)) >= LONG_ENOUGH:
+                    self.texts[name].append(text)
+
+    def metric_rows(self, answers_given: bool) -> list[dict]:
+        """The rows of METRICS, and those about labels of small and of large gaps."""
+        rows = []
         for metric in METRICS:
-            formula = metric.formula
-            measured = formula(self) if formula else share_true(self.counts[metric.key])
-            metrics.append(metric_row(metric, measured, answers_given))
-        metrics += label_gap_rows(self.label_gaps)
-        metrics += human["metrics"] if human else []
+            if metric.formula:
+                measured = metric.formula(self)
+            else:
+                measured = share_true(self.counts[metric.key])
+            rows.append(metric_row(metric, measured, answers_given))
+        return rows + label_gap_rows(self.label_gaps)
+
+    def numbers(self, settings: dict, usage: list[dict], human: dict | None = None) -> dict:
+        """All numbers of the report, ready for JSON; terminal and page show these and no others.
+
+        `usage`: a row per model and role; `human`: what `Annotations.numbers` returns (REVIEW)."""
+        human = human or {"metrics": [], "lines": []}
+        self.random.shuffle(self.rows)
+        self.differences = find_differences(self.rows, features)
+        self._count_formats()
+        self._choose_texts()
+        method = METHODS.get(settings.get("method"))
+        answers_given = getattr(method, "reads_answers", False)
+        metrics = self.metric_rows(answers_given) + human["metrics"]
         levels = Counter(row["level"] for row in metrics)
-        checks = {"passed": levels["ok"], "too_few": levels["too few"]}
-        checks["total"] = levels.total() - levels[""]
+        checks = {
+            "passed": levels["ok"],
+            "too_few": levels["too few"],
+            "total": levels.total() - levels[""],
+        }
         warnings = [row for row in metrics if row["level"] == "critical"]
         warnings += [row for row in metrics if row["level"] == "warn"]
+        kept = self.counts["kept"]
         return {
             "warnings": warnings,
             "checks": checks,
             "few": few_sentence(self.pairs, checks),
             "headline": headline(metrics),
-            "records": self.counts["kept"].total(),
-            "kept": self.counts["kept"][True],
+            "records": kept.total(),
+            "kept": kept[True],
             "pairs": self.pairs,
             "dropped": dropped_rows(self.dropped),
-            "metrics": metrics + self.plain_rows(),
+            "metrics": metrics + self.fact_rows() + self.model_rows() + self.word_rows(),
             "charts": self.charts(),
             "notes": judge_family_notes(settings, self.models),
-            "people": human["lines"] if human else [],
+            "people": human["lines"],
             "samples": examples(self.rows),
             "sampled_pairs": len(self.rows),
             "cost": cost(usage),
@@ -6069,51 +6144,79 @@ class Report:
             "settings": settings,
         }
 
-    def plain_rows(self) -> list[dict]:
-        """Rows without limits: what records note down, how often models win, telling words."""
+    def fact_rows(self) -> list[dict]:
+        """How many records have each fact that methods note down, most frequent first."""
+        records = self.counts["kept"].total()
         rows = []
         for fact, count in self.facts.most_common():
-            measured = share(count, self.counts["kept"].total())
-            rows.append(metric_row(Metric("records", "labels", f"records: {fact}", "%"), measured))
-        busiest = sorted(self.models, key=lambda name: -self.models[name].total())
-        for name in busiest[:SHOWN_ROWS]:
-            label = f"{name} chosen over other models"
-            measured = share_true(self.models[name])
-            rows.append(metric_row(Metric("model", "bias", label, "%"), measured))
-        pairs = find_differences(self.rows[:DIVERSITY_SAMPLE], phrases)["phrases"]
-        counts = count_features(pairs)
+            measured = share(count, records)
+            rows.append(share_row("records", "labels", f"records: {fact}", measured))
+        return rows
+
+    def model_rows(self) -> list[dict]:
+        """How often the models with most pairs win against other models."""
+        pairs = Counter()
+        for model, counts in self.models.items():
+            pairs[model] = counts.total()
+        rows = []
+        for model, _ in pairs.most_common(SHOWN_ROWS):
+            label = f"{model} chosen over other models"
+            measured = share_true(self.models[model])
+            rows.append(share_row("model", "bias", label, measured))
+        return rows
+
+    def word_rows(self) -> list[dict]:
+        """How often the words win that tell most: first those of chosen answers."""
+        sample = self.rows[:DIVERSITY_SAMPLE]
+        differences = find_differences(sample, phrases)
+        counts = count_features(differences["phrases"])
         weights = log_odds(counts)
-        words = sorted(weights, key=lambda word: (-weights[word], word))
-        ends = words[: SHOWN_ROWS // 2] + words[SHOWN_ROWS // 2 :][-SHOWN_ROWS // 2 :]
-        for word in ends:
+        words = sorted(weights)
+        words.sort(key=weights.get, reverse=True)
+        half = SHOWN_ROWS // 2
+        highest = words[:half]
+        lowest = words[half:][-half:]
+        rows = []
+        for word in highest + lowest:
             chosen, rejected = counts[word]
             measured = share(chosen, chosen + rejected)
-            rows.append(metric_row(Metric("word", "words", word[:40], "%"), measured))
+            rows.append(share_row("word", "words", word[:40], measured))
         return rows
 
     def charts(self) -> dict[str, dict]:
         """The data of the histograms, by name."""
-        scores = {side: self.column(f"score_{side}") for side in ("chosen", "rejected")}
-        lengths = {side: self.column(f"characters_{side}") for side in ("chosen", "rejected")}
+        scores = {}
+        lengths = {}
+        for side in ("chosen", "rejected"):
+            scores[side] = self.column(f"score_{side}")
+            lengths[side] = self.column(f"characters_{side}")
         gaps = self.column("gap")
         of_gaps = histogram({"pairs": gaps})
         of_gaps["columns"].append("this gap or more")
         for row in of_gaps["rows"]:
-            row.append(sum(value >= row[0] for value in gaps) / len(gaps))
-        return {"scores": histogram(scores), "gap": of_gaps, "lengths": histogram(lengths)}
+            start = row[0]
+            above = sum(value >= start for value in gaps)
+            row.append(above / len(gaps))
+        return {
+            "scores": histogram(scores),
+            "gap": of_gaps,
+            "lengths": histogram(lengths),
+        }
 
 
 def sample_row(pair: Pair) -> dict:
     """What the report keeps of a sampled pair."""
     chosen = pair.chosen
     rejected = pair.rejected
+    ratio = max(1, len(chosen.text)) / max(1, len(rejected.text))
     scored = chosen.score is not None and rejected.score is not None
+    # Ranks and choices are no points, people's choices are no gap.
+    gap = pair.gap if scored and not pair.human else None
     row = {
         "prompt_id": pair.record.prompt_id,
         "prompt": pair.record.prompt[:SAMPLE_TEXT],
-        "ratio": max(1, len(chosen.text)) / max(1, len(rejected.text)),
-        # Ranks and choices are no points, people's choices are no gap.
-        "gap": pair.gap if scored and not pair.human else None,
+        "ratio": ratio,
+        "gap": gap,
     }
     for side, answer in (("chosen", chosen), ("rejected", rejected)):
         row[side] = answer.text[:SAMPLE_TEXT]
@@ -6129,22 +6232,21 @@ def sample_row(pair: Pair) -> dict:
 def label_gap_rows(gaps: Counter) -> list[dict]:
     """How often judges agree with the labels of small and of large gaps, split at the median."""
     values = sorted(value for value, _ in gaps.elements())
-    if not values or values[0] == values[-1]:
+    smaller = [value for value in values if value < values[-1]]
+    if not smaller:
         return []
-    middle = values[(len(values) - 1) // 2]
-    if middle == values[-1]:  # most labels have the largest gap
-        middle = max(value for value in values if value < middle)
+    # If most labels have the largest gap, they are the large ones.
+    middle = min(statistics.median_low(values), smaller[-1])
     small = Counter()
     large = Counter()
     for (value, agrees), labels in gaps.items():
         half = small if value <= middle else large
         half[agrees] += labels
-    rows = []
-    for key, words, half in (("small", "up to", small), ("large", "above", large)):
-        label = f"judges agree with labels of a score gap {words} {middle:g}"
-        metric = Metric(f"label_gap_{key}", "labels", label, "%")
-        rows.append(metric_row(metric, share_true(half)))
-    return rows
+    label = "judges agree with labels of a score gap"
+    return [
+        share_row("label_gap_small", "labels", f"{label} up to {middle:g}", share_true(small)),
+        share_row("label_gap_large", "labels", f"{label} above {middle:g}", share_true(large)),
+    ]
 
 
 def few_sentence(pairs: int, checks: dict[str, int]) -> str:
@@ -6162,8 +6264,11 @@ def headline(metrics: list[dict]) -> list[str]:
     facts = []
     for key, text in HEADLINES.items():
         row = rows.get(key)
-        if row and row["n"] and row["level"] in ("ok", ""):
-            facts.append(text.format(shown(row["value"], row["unit"])))
+        if not row or not row["n"]:
+            continue
+        if row["level"] in ("ok", ""):
+            value = shown(row["value"], row["unit"])
+            facts.append(text.format(value))
     return facts
 
 
@@ -6201,29 +6306,44 @@ def histogram(series: dict[str, list[float]]) -> dict:
     The outermost 1% at either end count in the first and the last step: some are far away."""
     columns = []
     for name, values in series.items():
-        columns.append(f"{name}, median {shown(median(values).value)}")
+        middle = median(values).value
+        columns.append(f"{name}, median {shown(middle)}")
     together = sorted(itertools.chain.from_iterable(series.values()))
     if not together:
         return {"columns": columns, "rows": []}
     outside = len(together) // 100
     low = together[outside]
     high = together[-1 - outside]
-    width = (high - low) or 12.0
-    power = 10.0 ** math.floor(math.log10(width / 12))
-    step = power
-    for factor in (2, 5, 10):
-        if 12 * step < width:
-            step = factor * power
-    first = math.floor(low / step + 1e-9)  # 1e-9: 0.3 / 0.1 is a little less than 3
-    last = math.floor(high / step + 1e-9)
-    rows = [[float(f"{place * step:.12g}")] for place in range(first, last + 1)]
+    step = step_size(high - low or 12.0)
+    first = step_number(low, step)
+    last = step_number(high, step)
+    rows = []
+    for number in range(first, last + 1):
+        start = f"{number * step:.12g}"
+        rows.append([float(start)])
     for values in series.values():
-        places = Counter()
+        counts = Counter()
         for value in values:
-            places[min(max(math.floor(value / step + 1e-9), first), last)] += 1
-        for place, row in enumerate(rows, first):
-            row.append(places[place] / len(values))
+            number = step_number(value, step)
+            counts[min(max(number, first), last)] += 1
+        for number, row in enumerate(rows, first):
+            row.append(counts[number] / len(values))
     return {"columns": columns, "rows": rows}
+
+
+def step_size(width: float) -> float:
+    """1, 2, 5 or 10 times a power of ten; about ten of it make up the width."""
+    power = 10.0 ** math.floor(math.log10(width / 12))
+    for factor in (1, 2, 5):
+        step = factor * power
+        if 12 * step >= width:
+            return step
+    return 10 * power
+
+
+def step_number(value: float, step: float) -> int:
+    """In which step a value lies; 1e-9 because 0.3 / 0.1 is a little less than 3."""
+    return math.floor(value / step + 1e-9)
 
 
 def examples(rows: list[dict]) -> list[dict]:
@@ -6233,10 +6353,15 @@ def examples(rows: list[dict]) -> list[dict]:
     lowest = ordered[:SHOWN_PAIRS]
     highest = ordered[SHOWN_PAIRS:][-SHOWN_PAIRS:]
     others = [row for row in rows if row not in lowest + highest]
-    kinds = {"lowest gap": lowest, "highest gap": highest, "random": others[:SHOWN_PAIRS]}
+    kinds = {
+        "lowest gap": lowest,
+        "highest gap": highest,
+        "random": others[:SHOWN_PAIRS],
+    }
     samples = []
     for kind, group in kinds.items():
-        samples += [{"kind": kind, **row} for row in group]
+        for row in group:
+            samples.append({"kind": kind, **row})
     return samples
 
 
@@ -6268,16 +6393,18 @@ def shown_interval(interval: tuple[float, float] | None, unit: str = "") -> str:
     if not interval:
         return "–"
     low, high = interval
+    start = shown(low, unit)
+    end = shown(high, unit)
     if low < 0:
-        return f"{shown(low, unit)} to {shown(high, unit)}"
-    return f"{shown(low, unit).removesuffix(unit)}-{shown(high, unit)}"
+        return f"{start} to {end}"
+    return f"{start.removesuffix(unit)}-{end}"
 
 
 def with_interval(row: dict) -> str:
     """A row's value with its interval and cases: `62%, 95% CI 58-66%, n=400`."""
-    unit = row["unit"]
-    interval = shown_interval(row["interval"], unit)
-    return f"{shown(row['value'], unit)}, 95% CI {interval}, n={row['n']:,}"
+    value = shown(row["value"], row["unit"])
+    interval = shown_interval(row["interval"], row["unit"])
+    return f"{value}, 95% CI {interval}, n={row['n']:,}"
 
 
 # The page: numbers -> HTML. Every text in the numbers is escaped before any of this runs.
@@ -6307,17 +6434,22 @@ def report_html(numbers: dict) -> str:
     }
     body = ""
     for section, (title, sentence) in SECTIONS.items():
-        rows = [row for row in numbers["metrics"] if row["section"] == section and row["n"]]
-        body += section_html(title, sentence, metric_table(rows) + more.get(section, ""))
-    sentence = (
+        rows = [row for row in numbers["metrics"] if row["section"] == section]
+        content = metric_table(rows) + more.get(section, "")
+        body += section_html(title, sentence, content)
+    articles = "".join(map(pair_article, numbers["samples"]))
+    sample = (
         f"Medians, charts, words, formats come from {numbers['sampled_pairs']:,} sampled pairs, "
         f"diversity from up to {DIVERSITY_SAMPLE}; texts are cut at {SAMPLE_TEXT:,} characters."
     )
-    articles = "".join(pair_article(row) for row in numbers["samples"])
     body += section_html("Cost", "By model and task.", cost_table(numbers))
     body += section_html("Pairs to read", "No metric replaces reading some pairs.", articles)
-    body += section_html("Settings", sentence, settings_table(numbers["settings"]))
-    pieces = {"TILES": tiles(numbers), "WARNINGS": warning_list(numbers), "SECTIONS": body}
+    body += section_html("Settings", sample, settings_table(numbers["settings"]))
+    pieces = {
+        "TILES": tiles(numbers),
+        "WARNINGS": warning_list(numbers),
+        "SECTIONS": body,
+    }
     return filled_page(REPORT_PAGE, pieces)
 
 
@@ -6334,7 +6466,9 @@ def escaped(value: object) -> object:
 
 def section_html(title: str, sentence: str, content: str) -> str:
     """One section of the page; none without content."""
-    return f"<section><h2>{title}</h2><p>{sentence}</p>{content}</section>" if content else ""
+    if not content:
+        return ""
+    return f"<section><h2>{title}</h2><p>{sentence}</p>{content}</section>"
 
 
 def paragraphs(sentences: list[str]) -> str:
@@ -6349,49 +6483,63 @@ def mark_flags(text: str) -> str:
 
 def tiles(numbers: dict) -> str:
     """The figures that a reader looks for first."""
-    cells = [f"<div><b>{numbers['pairs']:,}</b>pairs of {numbers['records']:,} records</div>"]
+    pairs = f"{numbers['pairs']:,}"
+    figures = {f"pairs of {numbers['records']:,} records": pairs}
     for row in numbers["metrics"]:
         if row["metric"] in HEADLINES and row["n"]:
-            cells.append(f"<div><b>{shown(row['value'], row['unit'])}</b>{row['label']}</div>")
+            figures[row["label"]] = shown(row["value"], row["unit"])
+    cells = [f"<div><b>{figure}</b>{label}</div>" for label, figure in figures.items()]
     return "".join(cells)
 
 
 def warning_list(numbers: dict) -> str:
     """The warnings as cards, then what the other checks say."""
-    cards = []
+    cards = ""
     for row in numbers["warnings"]:
+        level = row["level"]
         text = mark_flags(f"{row['meaning']} {row['advice']}")
-        head = f'<b class="level">{row["level"]}</b> <strong>{row["finding"]}</strong>'
-        cards.append(f'<li class="{row["level"]}"><p>{head}</p><p>{text}</p></li>')
+        head = f'<b class="level">{level}</b> <strong>{row["finding"]}</strong>'
+        cards += f'<li class="{level}"><p>{head}</p><p>{text}</p></li>'
     checks = numbers["checks"]
     passed = f"{checks['passed']} of {checks['total']} checks passed"
-    text = f"{numbers['few']} {passed}, {checks['too_few']} had too few cases."
-    return f"<ul>{''.join(cards)}</ul><p>{text}</p>"
+    too_few = f"{checks['too_few']} had too few cases"
+    return f"<ul>{cards}</ul><p>{numbers['few']} {passed}, {too_few}.</p>"
 
 
 def metric_table(rows: list[dict]) -> str:
     """Metrics with a bar for shares, value, interval, cases, fine range and level."""
-    cells = []
+    lines = []
     for row in rows:
+        if not row["n"]:
+            continue
         unit = row["unit"]
-        drawing = bar(row["value"], interval=row["interval"]) if unit == "%" else ""
-        value = shown(row["value"], unit)
-        interval = shown_interval(row["interval"], unit)
-        level = f'<b class="level {row["level"]}">{row["level"]}</b>'
-        cells.append([row["label"], drawing, value, interval, f"{row['n']:,}", row["fine"], level])
-    return table(["Metric", "", "Value", "95% CI", "Cases", "Fine", "Level"], cells)
+        level = row["level"]
+        cells = [
+            row["label"],
+            bar(row["value"], interval=row["interval"]) if unit == "%" else "",
+            shown(row["value"], unit),
+            shown_interval(row["interval"], unit),
+            f"{row['n']:,}",
+            row["fine"],
+            f'<b class="level {level}">{level}</b>',
+        ]
+        lines.append(cells)
+    columns = ["Metric", "", "Value", "95% CI", "Cases", "Fine", "Level"]
+    return table(columns, lines)
 
 
 def histogram_table(title: str, data: dict) -> str:
     """The steps of a histogram, each with a bar for every series."""
+    sides = ("chosen", "rejected")  # colours of the first and the second series
+    columns = [f"{title}, from", ""]
+    for name, side in zip(data["columns"], sides, strict=False):
+        columns.append(f'<span class="key {side}">{name}</span>')
     rows = []
     for start, *shares in data["rows"]:
-        bars = "".join(map(bar, shares, ("chosen", "rejected")))
-        rows.append([f"{start:,g}", bars, *(shown(value, "%") for value in shares)])
-    keys = []
-    for name, side in zip(data["columns"], ("chosen", "rejected"), strict=False):
-        keys.append(f'<span class="key {side}">{name}</span>')
-    return table([f"{title}, from", "", *keys], rows)
+        bars = "".join(map(bar, shares, sides))
+        percentages = [shown(value, "%") for value in shares]
+        rows.append([f"{start:,g}", bars, *percentages])
+    return table(columns, rows)
 
 
 def bar(value: float, color: str = "chosen", interval: tuple[float, float] | None = None) -> str:
@@ -6421,23 +6569,32 @@ def dropped_table(numbers: dict) -> str:
     """What each drop reason takes away, and what to try about it."""
     rows = []
     for row in numbers["dropped"][:SHOWN_ROWS]:
+        records = row["records"]
         text = row["meaning"]
         if row["advice"]:
             text += f". Try: {mark_flags(row['advice'])}"
-        part = bar(row["records"] / numbers["records"], "rejected")
-        rows.append([f"{row['reason']}<small>{text}</small>", part, f"{row['records']:,}"])
+        reason = f"{row['reason']}<small>{text}</small>"
+        part = bar(records / numbers["records"], "rejected")
+        rows.append([reason, part, f"{records:,}"])
     return table(["Dropped because", "", "Records"], rows)
 
 
 def cost_table(numbers: dict) -> str:
     """API calls, tokens and money, by model and task."""
+    usage = numbers["usage"]
+    if not usage:
+        return ""
+    total = {"model": "total", "role": "", **numbers["cost"]}
     rows = []
-    for row in [*numbers["usage"], {"model": "total", "role": "", **numbers["cost"]}]:
-        counts = [f"{row[key]:,}" for key in ("calls", "cached", "tokens_in", "tokens_out")]
-        money = "–" if row["money"] is None else money_text(row["money"])
-        rows.append([row["model"], row["role"], *counts, money])
+    for row in [*usage, total]:
+        cells = [row["model"], row["role"]]
+        for key in ("calls", "cached", "tokens_in", "tokens_out"):
+            cells.append(f"{row[key]:,}")
+        money = row["money"]
+        cells.append("–" if money is None else money_text(money))
+        rows.append(cells)
     columns = ["Model", "Task", "API calls", "From cache", "Tokens in", "Tokens out", "Cost"]
-    return table(columns, rows if numbers["usage"] else [])
+    return table(columns, rows)
 
 
 def settings_table(settings: dict) -> str:
@@ -6446,20 +6603,24 @@ def settings_table(settings: dict) -> str:
     for name, value in settings.items():
         if isinstance(value, dict):
             value = [f"{key} {item}" for key, item in value.items()]
-        rows.append([name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)])
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
+        rows.append([name, str(value)])
     return table(["Setting", "Value"], rows)
 
 
 def pair_article(row: dict) -> str:
     """One pair to read: prompt, chosen, rejected."""
-    head = row["kind"]
+    facts = {
+        "prompt": row["kind"],
+        "chosen": row["model_chosen"],
+        "rejected": row["model_rejected"],
+    }
     if row["gap"] is not None:
-        head += f", score gap {shown(row['gap'])}"
-    facts = {"prompt": head}
-    for side in ("chosen", "rejected"):
-        facts[side] = row[f"model_{side}"]
-        if row[f"score_{side}"] is not None:
-            facts[side] += f" score {shown(row[f'score_{side}'])}"
+        facts["prompt"] += f", score gap {shown(row['gap'])}"
+    if row["score_chosen"] is not None:
+        facts["chosen"] += f" score {shown(row['score_chosen'])}"
+        facts["rejected"] += f" score {shown(row['score_rejected'])}"
     texts = ""
     for side, fact in facts.items():
         title = f"<h3>{side} <small>{fact}</small></h3>"
@@ -6473,7 +6634,8 @@ def filled_page(page: str, pieces: dict[str, str]) -> str:
     Its policy lets only the template's own script and style run, and requests nothing."""
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
     for tag, body in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
-        code = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        checksum = hashlib.sha256(body.encode()).digest()
+        code = base64.b64encode(checksum).decode()
         policy += f"; {tag}-src 'sha256-{code}'"
     pieces = pieces | {"POLICY": policy}
     # All pieces at once: a piece may itself contain such a mark.
