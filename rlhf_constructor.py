@@ -5822,6 +5822,9 @@ ADVICE = {
     "labels": Advice(
         "Part of the pairs teach the opposite of what people prefer.",
         "Try a higher --min-score-gap, a stronger --judge-model, or a second one."),
+    "people": Advice(
+        "The annotators do not share one idea of a better answer, so their choices check little.",
+        "Agree on examples of a better answer, then review again (--review-path)."),
 }
 # fmt: on
 
@@ -6721,8 +6724,10 @@ class ReviewQueue:
         """Consider the kept pairs of one record; each flag divides the lead of a pair by four."""
         for pair in outcome.pairs:
             name = pair_id_of(pair)
-            texts = (pair.chosen.text, pair.rejected.text)
-            flags = sum(1 for is_raised in FLAGS.values() if is_raised(*texts))
+            flags = 0
+            for is_raised in FLAGS.values():
+                if is_raised(pair.chosen.text, pair.rejected.text):
+                    flags += 1
             draw = digest(self.seed, name)
             doubt = (smallest_lead(pair) / 4**flags, -flags, draw)
             self.drawn[name] = (draw, pair)
@@ -6738,27 +6743,39 @@ class ReviewQueue:
         than the data."""
         drawn = with_smallest_keys(self.drawn)
         doubtful = with_smallest_keys(self.doubtful)
-        random_half = list(drawn)[: (len(drawn) + 1) // 2]
+        in_doubt = len(drawn) // 2
+        random_half = list(drawn)[: len(drawn) - in_doubt]
         doubtful_half = [name for name in doubtful if name not in random_half]
         rows = []
-        for name in doubtful_half[: len(drawn) // 2]:
-            rows.append((name, "in doubt", doubtful[name][1]))
+        for name in doubtful_half[:in_doubt]:
+            _, pair = doubtful[name]
+            rows.append((name, "in doubt", pair))
         for name in random_half:
-            rows.append((name, "random", drawn[name][1]))
+            _, pair = drawn[name]
+            rows.append((name, "random", pair))
         return rows
 
     def page(self) -> str:
         """The HTML page: answers A and B in a shuffled order, without model, score or reason."""
         rows = self.selected()
-        salt = digest("review", self.seed, [name for name, _, _ in rows])[:16]
+        names = [name for name, _, _ in rows]
+        salt = digest("review", self.seed, names)[:16]
         pairs = []
         for name, queue, pair in rows:
-            a, b = pair.chosen.text, pair.rejected.text
+            answers = [pair.chosen.text, pair.rejected.text]
             if not chosen_is_left(salt, name):
-                a, b = b, a
-            row = {"pair_id": name, "prompt_id": pair.record.prompt_id, "queue": queue}
-            pairs.append(row | {"messages": pair.record.messages, "a": a, "b": b})
-        return filled_page(REVIEW_PAGE, {"DATA": script_data({"salt": salt, "pairs": pairs})})
+                answers.reverse()
+            row = {
+                "pair_id": name,
+                "prompt_id": pair.record.prompt_id,
+                "queue": queue,
+                "messages": pair.record.messages,
+                "a": answers[0],
+                "b": answers[1],
+            }
+            pairs.append(row)
+        data = script_data({"salt": salt, "pairs": pairs})
+        return filled_page(REVIEW_PAGE, {"DATA": data})
 
 
 def with_smallest_keys(candidates: dict) -> dict:
@@ -6880,12 +6897,18 @@ class Annotations:
     def numbers(self) -> dict:
         """For the report: {"metrics": [rows of metrics], "lines": [sentences]}."""
         counts = Counter(pair.choice for pair in self.reviewed.values())
-        results = [f"{counts[name]} {CHOICES[name]}" for name in CHOICES if counts[name]]
-        reviewed = f"People reviewed {len(self.reviewed):,} of {plural(self.pairs, 'pair')}"
-        lines = [f"{reviewed}: {', '.join(results)}."]
+        results = []
+        for choice, result in CHOICES.items():
+            if counts[choice]:
+                results.append(f"{counts[choice]} {result}")
+        pairs = plural(self.pairs, "pair")
+        lines = [f"People reviewed {len(self.reviewed):,} of {pairs}: {', '.join(results)}."]
         if self.gaps:
             lines.append(gap_advice(self.random_sample(), self.gaps))
-        rows = [metric_row(metric, metric.formula(self)) for metric in HUMAN_METRICS]
+        rows = []
+        for metric in HUMAN_METRICS:
+            measured = metric.formula(self)
+            rows.append(metric_row(metric, measured))
         return {"metrics": rows, "lines": lines}
 
     def agreement(self) -> Measured:
@@ -6901,8 +6924,28 @@ class Annotations:
 
     def random_sample(self) -> list[ReviewedPair]:
         """The reviewed pairs from the random half of a page in which people prefer an answer."""
-        pairs = [pair for pair in self.reviewed.values() if pair.is_random]
-        return [pair for pair in pairs if pair.choice in ("chosen", "rejected")]
+        sample = []
+        for pair in self.reviewed.values():
+            if pair.is_random and pair.choice in ("chosen", "rejected"):
+                sample.append(pair)
+        return sample
+
+    def annotator_agreement(self) -> Measured:
+        """How often two annotators of one pair make the same choice.
+
+        The cases are pairs: three comparisons of one pair tell less than one each of three."""
+        pairs = 0
+        comparisons = Counter()  # whether the two choices are the same -> comparisons
+        for name in self.reviewed:
+            choices = self.choices(name)
+            if len(choices) > 1:
+                pairs += 1
+            for first, second in itertools.combinations(choices, 2):
+                comparisons[first == second] += 1
+        if not pairs:
+            return Measured()
+        agreement = comparisons[True] / comparisons.total()
+        return share(pairs * agreement, pairs)
 
 
 # People agree with each other in 66% (AlpacaEval) to 81% (MT-bench) of cases, and with a good judge
@@ -6911,6 +6954,9 @@ class Annotations:
 HUMAN_METRICS = [
     Metric("human_agreement", "people", "people agree with the label", "%", Annotations.agreement,
            too_low=Problem(0.8, 0.65, "People often disagree with the labels", "labels")),
+    Metric("annotator_agreement", "people", "annotators agree with each other", "%",
+           Annotations.annotator_agreement,
+           too_low=Problem(0.65, 0.5, "The annotators often disagree with each other", "people")),
     Metric("label_error", "people", "wrong labels, random half", "%", Annotations.label_error,
            too_high=Problem(0.05, 0.2, "People find many labels wrong", "labels")),
 ]
@@ -6923,16 +6969,20 @@ def gap_advice(sample: list[ReviewedPair], gaps: array) -> str:
     `sample`: reviewed random pairs; `gaps`: of all pairs of the input. Safe is the smallest gap
     from which SAFE_CASES or more reviewed pairs are correct in SAFE_SHARE of cases."""
     known = [pair for pair in sample if pair.gap is not None]
-    for smallest in sorted({float(f"{pair.gap:.3g}") for pair in known}):  # short enough to type
-        above = [pair for pair in known if pair.gap >= smallest]
-        correct = sum(1 for pair in above if pair.choice == "chosen")
-        if len(above) >= SAFE_CASES and correct >= SAFE_SHARE * len(above):
-            measured = with_interval({"unit": "%"} | share(correct, len(above))._asdict())
-            kept = sum(1 for value in gaps if value >= smallest) / len(gaps)
-            return (
-                f"--min-score-gap {smallest:g} is the smallest score gap with at least "
-                f"{SAFE_SHARE:.0%} correct labels ({measured}); it keeps {kept:.0%} of the pairs."
-            )
+    rounded = {float(f"{pair.gap:.3g}") for pair in known}  # short enough to type
+    for smallest in sorted(rounded):
+        choices = [pair.choice for pair in known if pair.gap >= smallest]
+        cases = len(choices)
+        correct = choices.count("chosen")
+        if cases < SAFE_CASES or correct < SAFE_SHARE * cases:
+            continue
+        row = {"unit": "%", **share(correct, cases)._asdict()}
+        kept = sum(1 for value in gaps if value >= smallest) / len(gaps)
+        return (
+            f"--min-score-gap {smallest:g} is the smallest score gap with at least "
+            f"{SAFE_SHARE:.0%} correct labels ({with_interval(row)}); "
+            f"it keeps {kept:.0%} of the pairs."
+        )
     return (
         f"No --min-score-gap has {SAFE_SHARE:.0%} correct labels among {SAFE_CASES} or more "
         f"reviewed pairs of the random half (n={len(known)})."
