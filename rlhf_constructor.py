@@ -5632,7 +5632,8 @@ def distinct_pairs(texts: list[str]) -> Measured:
     """Distinct-2: the share of different word pairs among the first DISTINCT_WORDS (1510.03055)."""
     pairs = []
     for text in texts:
-        pairs += itertools.pairwise(split_words(text))
+        words = split_words(text)
+        pairs += itertools.pairwise(words)
     pairs = pairs[:DISTINCT_WORDS]
     return share(len(set(pairs)), len(pairs))
 
@@ -5987,7 +5988,8 @@ class Report:
 
     def add(self, outcome: Outcome) -> None:
         """Count one record's outcome; a dropped one counts for what the judges said about it."""
-        self._add_votes([answer for answer in outcome.answers if answer.positions])
+        judged = [answer for answer in outcome.answers if answer.positions]
+        self._add_votes(judged)
         self.facts.update(outcome.record.facts)
         for label_check in outcome.record.label_checks:
             self._add_label_check(label_check)
@@ -6005,12 +6007,11 @@ class Report:
         """Count what the judges made of a label; its gap is rounded, so that memory is bounded."""
         is_decided = label_check.result != "undecided"
         agrees = label_check.result == "agrees"
-        gap = label_check.gap
         self.counts["label_undecided"][not is_decided] += 1
         if is_decided:
             self.counts["label_agreement"][agrees] += 1
-        if is_decided and gap is not None:
-            rounded = float(f"{gap:.2g}")
+        if is_decided and label_check.gap is not None:
+            rounded = float(f"{label_check.gap:.2g}")
             self.label_gaps[rounded, agrees] += 1
         for prefers_label, is_first in label_check.choices:
             key = "label_shown_first" if is_first else "label_shown_later"
@@ -6076,14 +6077,6 @@ class Report:
         values = [row[name] for row in self.rows]
         return [value for value in values if value is not None]
 
-    def _count_formats(self) -> None:
-        """Count for each format whether the answer that alone has it is chosen."""
-        for difference in self.differences["format"]:
-            for name in difference.chosen:
-                self.counts[f"format_{name}"][True] += 1
-            for name in difference.rejected:
-                self.counts[f"format_{name}"][False] += 1
-
     def _choose_texts(self) -> None:
         """Choose the texts that are compared with each other: of one pair of each prompt."""
         prompts = {row["prompt_id"]: row for row in self.rows}
@@ -6113,7 +6106,9 @@ class Report:
         human = human or {"metrics": [], "lines": []}
         self.random.shuffle(self.rows)
         self.differences = find_differences(self.rows, features)
-        self._count_formats()
+        formats = count_features(self.differences["format"])
+        for name, (chosen, rejected) in formats.items():
+            self.counts[f"format_{name}"] = Counter({True: chosen, False: rejected})
         self._choose_texts()
         method = METHODS.get(settings.get("method"))
         answers_given = getattr(method, "reads_answers", False)
@@ -6214,12 +6209,12 @@ def sample_row(pair: Pair) -> dict:
     ratio = max(1, len(chosen.text)) / max(1, len(rejected.text))
     scored = chosen.score is not None and rejected.score is not None
     # Ranks and choices are no points, people's choices are no gap.
-    gap = pair.gap if scored and not pair.human else None
+    points = pair.gap if scored and not pair.human else None
     row = {
         "prompt_id": pair.record.prompt_id,
         "prompt": pair.record.prompt[:SAMPLE_TEXT],
         "ratio": ratio,
-        "gap": gap,
+        "gap": points,
     }
     for side, answer in (("chosen", chosen), ("rejected", rejected)):
         row[side] = answer.text[:SAMPLE_TEXT]
@@ -6280,7 +6275,12 @@ def dropped_rows(dropped: Counter) -> list[dict]:
     rows = []
     for reason, records in dropped.most_common():
         meaning, advice = explain_reason(reason)
-        row = {"reason": reason, "records": records, "meaning": meaning, "advice": advice}
+        row = {
+            "reason": reason,
+            "records": records,
+            "meaning": meaning,
+            "advice": advice,
+        }
         rows.append(row)
     return rows
 
@@ -6321,16 +6321,16 @@ def histogram(series: dict[str, list[float]]) -> dict:
     first = step_number(low, step)
     last = step_number(high, step)
     rows = []
-    for number in range(first, last + 1):
-        start = f"{number * step:.12g}"
+    for place in range(first, last + 1):
+        start = f"{place * step:.12g}"
         rows.append([float(start)])
     for values in series.values():
         counts = Counter()
         for value in values:
-            number = step_number(value, step)
-            counts[min(max(number, first), last)] += 1
-        for number, row in enumerate(rows, first):
-            row.append(counts[number] / len(values))
+            place = step_number(value, step)
+            counts[min(max(place, first), last)] += 1
+        for place, row in enumerate(rows, first):
+            row.append(counts[place] / len(values))
     return {"columns": columns, "rows": rows}
 
 
@@ -6914,21 +6914,9 @@ class Annotations:
     def agreement(self) -> Measured:
         """How often people prefer the chosen answer; ties do not count."""
         choices = Counter(pair.choice for pair in self.reviewed.values())
-        return share(choices["chosen"], choices["chosen"] + choices["rejected"])
-
-    def label_error(self) -> Measured:
-        """How often people prefer the rejected answer, in the sample that represents the file."""
-        sample = self.random_sample()
-        wrong = sum(1 for pair in sample if pair.choice == "rejected")
-        return share(wrong, len(sample))
-
-    def random_sample(self) -> list[ReviewedPair]:
-        """The reviewed pairs from the random half of a page in which people prefer an answer."""
-        sample = []
-        for pair in self.reviewed.values():
-            if pair.is_random and pair.choice in ("chosen", "rejected"):
-                sample.append(pair)
-        return sample
+        right = choices["chosen"]
+        wrong = choices["rejected"]
+        return share(right, right + wrong)
 
     def annotator_agreement(self) -> Measured:
         """How often two annotators of one pair make the same choice.
@@ -6946,6 +6934,20 @@ class Annotations:
             return Measured()
         agreement = comparisons[True] / comparisons.total()
         return share(pairs * agreement, pairs)
+
+    def label_error(self) -> Measured:
+        """How often people prefer the rejected answer, in the sample that represents the file."""
+        sample = self.random_sample()
+        wrong = sum(1 for pair in sample if pair.choice == "rejected")
+        return share(wrong, len(sample))
+
+    def random_sample(self) -> list[ReviewedPair]:
+        """The reviewed pairs from the random half of a page in which people prefer an answer."""
+        sample = []
+        for pair in self.reviewed.values():
+            if pair.is_random and pair.choice in ("chosen", "rejected"):
+                sample.append(pair)
+        return sample
 
 
 # People agree with each other in 66% (AlpacaEval) to 81% (MT-bench) of cases, and with a good judge
