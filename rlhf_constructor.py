@@ -115,7 +115,7 @@ TEMPERATURES = (0.7, 0.9, 1.0, 1.0)  # of the 1st, 2nd, ... answer to a prompt (
 JUDGE_SCALE = (1, 10)  # lowest and highest score that a judge may give
 JUDGE_RETRIES = 2  # times a judge is asked again when its reply cannot be read
 JUDGE_SHOWS = (8000, 4000)  # characters of a long answer's head and tail that the judge sees
-# Default --min-score-gap for scores of a known scale, as a share of that scale.
+# Default --min-score-gap for the input's own scores, as a share of their scale (if it is known).
 # Argilla, COIG-P and HelpSteer2 keep gaps of about this size.
 SCORE_GAP_SHARE = 0.20
 # Gaps here and in METHODS are points of a scale 1-10; `on_judge_scale` fits them to JUDGE_SCALE.
@@ -123,7 +123,7 @@ FLIP_GAP = 3.0  # --when-low-wins flip: the low model's lead in every vote
 NEAR_DUPLICATE_GAP = 3.0  # near-duplicates are kept with this gap: one may be right, one wrong
 NEAR_DUPLICATE = 0.80  # Jaccard similarity (0 to 1) of the character 5-grams of two answers
 CONTAMINATION_RUN = 13  # words in a row shared with --exclude-prompts: GPT-3's decontamination
-# Seldom edited, at the end of §15 CALLS: GUESSED_TOKENS, WINDOW, PATIENCE, SAME_FAILURES ...
+# Seldom edited, at the head of §15 CALLS: GUESSED_TOKENS, WINDOW, PATIENCE, SAME_FAILURES ...
 
 
 @dataclass
@@ -159,8 +159,8 @@ class Record:
     facts: Counter = field(default_factory=Counter)  # for the report, e.g. "no correct answer"
     # What the judges say of each labelled pair: "agrees", "disagrees", "undecided".
     label_checks: list[LabelCheck] = field(default_factory=list)
-    # Who decided the label in an earlier run: "people", "scores", or "" if the row does not say.
-    # With "people" the votes are their choice alone; scores may say the opposite.
+    # The row's `decided_by`: "people", "scores", or "" if an earlier run has not written it.
+    # With "people" the votes are their choice (1 or 0), and scores may say the opposite.
     decided_by: str = ""
     # (text, finish) of the answers that the answer filters have passed.
     passed: set[tuple[str, str]] = field(default_factory=set, repr=False)
@@ -188,7 +188,7 @@ class Pair:
 
     @property
     def gap(self) -> float | None:
-        """Value of chosen minus value of rejected, in points; None if nothing measured them."""
+        """Chosen's value minus rejected's, in points or ranks; 1 for a choice; None if unknown."""
         if self.chosen.value is None or self.rejected.value is None:
             return None
         return self.chosen.value - self.rejected.value
@@ -202,8 +202,7 @@ class Failed(Exception):
     """Raise it to drop a record.
 
     `reason`: its text before the first ':' is what the summary counts. `stage` is one of STAGES.
-    `retryable`: the cause may be gone next time, so that the same command may still get a pair out
-    of the record. `record`: as far as it could be read."""
+    `retryable`: a rerun of the same command may succeed. `record`: what could be read of it."""
 
     STAGES = ("input", "model", "judge", "filter", "human")
 
@@ -228,6 +227,7 @@ class Stop(Exception):
 
 
 # The five tables that an edit extends. The name of an entry is its function's, less the prefix.
+# A helper function of your own needs a name that is new in this file.
 INPUTS = {}
 METHODS = {}
 FILTERS = {}
@@ -240,7 +240,7 @@ SETTINGS |= {id(FILTERS): ("on", "fixed", "opt_in"), id(OUTPUTS): ("once",)}
 
 
 def register(entries: dict, **settings: object) -> Callable:
-    """Return a decorator that enters a function or class in `entries` under its own name.
+    """Return a decorator that enters a function or class in `entries`, its prefix left out.
 
     `settings` become its attributes. Its docstring is required: --help shows the first line."""
     known = SETTINGS.get(id(entries), ())
@@ -284,9 +284,9 @@ def register(entries: dict, **settings: object) -> Callable:
 # What a row may hold beside a list of turns or a prompt, and what becomes of it:
 #   system, system_prompt, system_message    a system turn before all others
 #   history                                  the turns before the prompt (see read_history)
-#   input, context, passage, article         after the prompt, with a blank line between
+#   input, context, passage, article         after a prompt that is a text, and a blank line
 #   choices, options; columns A, B, C ...    after these, one a line: "A. text"
-#   output, completion, answer ...           the reference, if no label or score may call it bad
+#   output, completion, answer ...           the reference, unless a label may mean that it is bad
 TURN_FIELDS = ("messages", "conversations", "conversation", "conversation_input")
 PROMPT_FIELDS = ("prompt", "question", "query", "problem", "text", "input")
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
@@ -298,7 +298,7 @@ REFERENCE_FIELDS = (*GOLD_FIELDS, "output", "completion", "response", "answers")
 
 @register(INPUTS)
 def from_conversation(row: dict) -> list[Record] | None:
-    """`messages` (OpenAI), `conversations` (ShareGPT): all turns; a last answer is the reference"""
+    """`messages` (OpenAI), `conversations` (ShareGPT), `turns` with roles: all turns are kept"""
     turns = find_turns(row)
     return [conversation(turns, row)] if turns is not None else None
 
@@ -344,11 +344,12 @@ def from_prompt(row: dict) -> list[Record] | None:
 
 def prompt_record(prompt: str, row: dict) -> Record:
     """The record of a prompt that is a text: its history, then prompt and context as one turn."""
-    turns = template_turns(prompt) or human_turns(prompt)
+    turns = template_turns(prompt) or human_turns(prompt) or [{"role": "user", "content": prompt}]
     refuse_open_answer(turns, row)
-    if not turns:
-        parts = [prompt, *context_texts(row, prompt)]
-        turns = [{"role": "user", "content": "\n\n".join(map(strip_blank_lines, parts))}]
+    last = message(turns[-1])
+    if last["role"] == "user":
+        parts = [last["content"], *context_texts(row, prompt)]
+        turns[-1] = last | {"content": "\n\n".join(map(strip_blank_lines, parts))}
     return conversation(with_history(turns, row), row)
 
 
@@ -423,9 +424,10 @@ above, and end with one line of JSON, with a number from $low to $high for every
 async def judge_answers(record: Record, answers: list[Answer], run: Run) -> list[Answer]:
     """The answers in the same order, each with score, votes and positions.
 
-    A judge sees all answers in one prompt, and again in reversed order: the cheapest protocol that
-    measures its own position bias. Raises Failed if a judge gives no readable scores."""
-    order = sorted(
+    A judge sees all answers in one prompt, and (--judge-orders 2) again in reversed order: the
+    cheapest protocol that measures its own position bias. A reward model sees one at a time.
+    Raises Failed if a judge gives no readable scores."""
+    order = sorted(  # shuffled, but the same in every run
         range(len(answers)), key=lambda i: digest(run.seed, record.messages, answers[i].text)
     )
     orders = [order, order[::-1]] if run.args.judge_orders == 2 else [order]
@@ -446,10 +448,10 @@ async def judge_answers(record: Record, answers: list[Answer], run: Run) -> list
 
 
 def combine_scores(votes: tuple[float, ...], judges: int) -> float:
-    """Votes, judge by judge -> score: the mean of each judge's orders, then of two judges.
+    """Votes (all orders of the first judge, then of the next) -> score: means of orders and judges.
 
-    Of more judges it is the median, because one biased juror of three drags a mean without bound
-    (arXiv 2606.30931)."""
+    Of three judges and more it is the median, because one biased juror of three drags a mean
+    without bound (arXiv 2606.30931)."""
     orders = len(votes) // judges
     means = [statistics.fmean(votes[i : i + orders]) for i in range(0, len(votes), orders)]
     return statistics.median(means) if judges > 2 else statistics.fmean(means)
@@ -466,10 +468,12 @@ def combine_scores(votes: tuple[float, ...], judges: int) -> float:
 #   record.messages, record.prompt, record.reference   turns, these as text, its own answer or ""
 #   run.high, run.low, run.candidates, run.judges      the models (see Model) that the flags name
 #   run.args                                           all flags: run.args.seed is --seed
-#   await run.ask_all(record, [model, ...])            usable answers; Failed if fewer than two
+#   await run.ask_all(record, [model, ...])            usable answers, each text once (two at least)
 #   await run.ask_text(record, model, messages)        one text: a draft, a critique, a revision
 #      (the same request returns the same reply; sample=1, sample=2 ask for other ones)
 #   await run.judge(record, answers)                   the same answers with score and votes
+#      (--judge-model exact_match leaves out those that it cannot check)
+#   Answer(text, model=run.names[run.low])             an answer of your own making
 #   pair_up(record, answers, run)                      pairs by --strategy, from answers with votes
 #   Pair(record, chosen, rejected)                     a pair of your own choice, any two answers
 #   raise Failed("judge", "the draft won")             drops the record for that reason
@@ -480,7 +484,7 @@ def combine_scores(votes: tuple[float, ...], judges: int) -> float:
 # `register` may be told:
 #   gap            score gap that a pair needs (default 1), in points of a scale 1-10
 #   asks           which of run's models it calls: high, low, candidates (default high and low)
-#   needs_judge    --judge-model none is refused
+#   needs_judge    --judge-model none is refused: for a method that always calls run.judge
 #   reads_answers  record.answers are the input's own; record.signal names the kind of their votes
 
 
@@ -543,7 +547,7 @@ def pair_up(record: Record, answers: list[Answer], run: Run) -> list[Pair]:
     ranked = sorted(answers, key=rank_key)
     pairs = []
     for better, worse in choose(ranked, record, run):
-        # The means of unequal votes may be equal by rounding.
+        # A winner of every vote may still tie in the mean, by rounding.
         if wins_every_vote(better, worse) and strength(better) > strength(worse):
             pairs.append(Pair(record, better, worse))
     if not pairs:
@@ -557,7 +561,7 @@ AnswerPairs = list[tuple[Answer, Answer]]
 
 
 def best_worst(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
-    """best against worst (equals by --seed); with a length penalty, the largest gap less penalty"""
+    """best against worst (equals by --seed); with --length-penalty, the largest gap after it"""
     if not run.args.length_penalty:
         return [(ranked[0], ranked[-1])]
     pairs = [pair for pair in itertools.combinations(ranked, 2) if wins_every_vote(*pair)]
@@ -566,7 +570,7 @@ def best_worst(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
 
 
 def best_random(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
-    """best against one of the others that it beats; both are drawn by --seed (Zephyr, Tulu 3)"""
+    """best against a random one that it beats in every vote, by --seed (Zephyr, Tulu 3)"""
     best = ranked[0]
     beaten = [answer for answer in ranked[1:] if wins_every_vote(best, answer)]
     draw = random.Random(digest(run.seed, record.messages, "best_random"))
@@ -574,12 +578,12 @@ def best_random(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
 
 
 def all_pairs(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
-    """every two of unequal score (InstructGPT): keep a prompt_id in one batch, or it overfits"""
+    """every two where one wins every vote (InstructGPT): keep a prompt_id in one training batch"""
     return list(itertools.combinations(ranked, 2))
 
 
 def adjacent(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
-    """each answer against the next worse one"""
+    """each two neighbours in the ranking; a tie makes no pair"""
     return list(itertools.pairwise(ranked))
 
 
@@ -614,7 +618,7 @@ class Run:
         """Ask several models at once -> the usable answers; raises Failed if fewer than two are.
 
         A request is (model, sample), or a model alone for its first sample; another sample number
-        gives another answer of the same model."""
+        gives another answer of the same model. `drop_refusals`: refusals are not usable either."""
         calls = []
         for request in requests:
             model, sample = (request, 0) if isinstance(request, Model) else request
@@ -663,8 +667,8 @@ async def process_record(record: Record | Failed, run: Run) -> Outcome:
             failures.append(error)
     if kept:
         return Outcome(record, kept)
-    failures.append(Failed("filter", "the method made no pair"))
-    return dropped_outcome(record, failures[0])
+    no_pair = Failed("filter", "the method made no pair")
+    return dropped_outcome(record, failures[0] if failures else no_pair)
 
 
 def check_pair(pair: Pair, run: Run) -> Pair:
@@ -702,14 +706,14 @@ def check_pair(pair: Pair, run: Run) -> Pair:
 # The text before a ":" in a reason is its kind: the summary counts kinds. Filters run on every
 # text, so test what is cheap first. §11 TEXTS has measures: split_words, similarity, is_refusal ...
 # The first line of the docstring is its line in --help. Examples stand below it;
-# `python3 -m pytest tests/test_filters.py` runs them:
+# `python3 -m pytest tests/test_filters.py -k docstring` runs them (an answer beside "Blue."):
 #   Keep: "42" for "What is 6 times 7?"                   the answer, then the prompt
 #   Drop: "The cat sat. " * 60 for "Describe a cat."      a text and how often it is repeated
 #   Keep: "42" over "-42" for "What is 48 - 6?"           on="pair": chosen, then rejected
 # A long one goes on in the next line, indented. Settings stand in brackets, with commas between:
 #   finish F (the provider's finish_reason); scores A/B (what a judge gives chosen and rejected in
 #   both orders, default 9/3); signal S (the input decided: score, rank or choice); unjudged
-#   (--judge-model none); --min-score-gap 2 or another flag of the command line
+#   (--judge-model none); --min-score-gap 2 or another flag, such as --use-filter NAME
 # Texts are Python strings: in a docstring with a backslash, write r in front of the quotes.
 
 
@@ -803,8 +807,8 @@ def identical(pair: Pair, run: Run) -> str | None:
 def near_duplicate(pair: Pair, run: Run) -> str | None:
     """80 % of the two answers' character 5-grams are the same, and nothing tells them apart
 
-    A judge tells them apart by a gap of 3 points; a label of the input, where the answers differ in
-    a number, a negation or code; an exact match or a person always.
+    A person or an exact match always tells them apart; a judge (no reward model) by a gap of 3
+    points of the scale 1-10; a label of the input if they differ in a number, a negation or code.
 
     Drop: "They met in the old town hall." over "They met in the old town halls." for "Where?"
         (scores 7/6)
@@ -813,7 +817,8 @@ def near_duplicate(pair: Pair, run: Run) -> str | None:
     """
     if pair.human or pair.record.facts["checked by exact match"]:
         return None
-    if pair.chosen.positions and pair.gap >= on_judge_scale(NEAR_DUPLICATE_GAP):
+    seen_by_judge = bool(pair.chosen.positions)
+    if seen_by_judge and pair.gap >= on_judge_scale(NEAR_DUPLICATE_GAP):
         return None
     if similarity(pair.chosen.text, pair.rejected.text, NEAR_DUPLICATE) < NEAR_DUPLICATE:
         return None
@@ -839,7 +844,7 @@ def refusal(pair: Pair, run: Run) -> str | None:
 
 @register(FILTERS, on="pair")
 def wrong_language(pair: Pair, run: Run) -> str | None:
-    """a chosen answer that is not Chinese to a Chinese prompt, or Chinese to an English prompt
+    """chosen is not Chinese and the prompt is; or it is Chinese, and the prompt in Latin letters
 
     Drop: "Small molecules of the air scatter the blue light." over "散射。" for "天空为何是蓝的？"
     Drop: "空气中的微小分子对蓝光的散射最强。" over "Air." for "Why is the sky blue at noon?"
@@ -886,8 +891,8 @@ def floor(pair: Pair, run: Run) -> str | None:
 
 # EDIT HERE to add a format: `as_name(pair, run)` -> a list of rows (dicts), each with the same keys
 # in the same order, every time. Loaders fix a column's type by its first rows: no nulls (leave a
-# key out of every row instead), scores always floats, ids always strings. pair.gap and the
-# scores are None where nobody scored; see `as_standard`.
+# key out of every row instead), scores always floats, ids always strings. Scores are None where
+# nobody scored (see `as_standard`); pair.gap is then of ranks, 1 for a choice, or None.
 # `register` may be told `once`, a tuple of columns: a row that repeats an earlier row's values in
 # these columns is not written.
 
@@ -1276,6 +1281,8 @@ def human_turns(text: str) -> list[dict]:
     for mark in ("\n\n", "### "):
         if text.startswith(f"{mark}Human:"):
             parts = re.split(rf"{mark}(Human|Assistant): ?", text)[1:]
+            if parts[-2] == "Assistant" and not parts[-1].strip():
+                parts = parts[:-2]  # an open turn for the answer
             pairs = zip(parts[::2], parts[1::2], strict=True)
             return [{"from": speaker, "value": content} for speaker, content in pairs]
     return []
