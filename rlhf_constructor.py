@@ -3384,17 +3384,19 @@ def default_rubric() -> str:
       1-2: wrong, useless or harmful
     """
     low, high = JUDGE_SCALE
-    size = high - low + 1
+    size = round(high - low + 1)
+    count = min(size, len(RUBRIC_LEVELS))
     levels = []
-    for i, meaning in enumerate(RUBRIC_LEVELS):
-        best = high - round(i * size / 5)
-        worst = high - round((i + 1) * size / 5) + 1
-        if best > worst:
-            levels.append(f"  {worst}-{best}: {meaning}")
-        elif best == worst:
-            levels.append(f"  {best}: {meaning}")
+    for i in range(count):
+        best = high - round(i * size / count)
+        worst = high - round((i + 1) * size / count) + 1
+        scores = f"{worst}-{best}" if best > worst else f"{best}"
+        # On a short scale the best and the worst meaning stay.
+        meaning = RUBRIC_LEVELS[round(i * (len(RUBRIC_LEVELS) - 1) / (count - 1))]
+        levels.append(f"  {scores}: {meaning}")
     wrong = low - 1 + max(1, round(size / 5))  # the top of the lowest level
-    return fill(RUBRIC, wrong=wrong, refusal=min(high, wrong + 1), levels="\n".join(levels))
+    refused = max(wrong, min(high - 1, wrong + 1))
+    return fill(RUBRIC, wrong=wrong, refusal=refused, levels="\n".join(levels))
 
 
 async def ask_judge(record: Record, judge: Model, prompt: str, attempt: int, run: Run) -> str:

@@ -797,3 +797,12 @@ THOUGHTS = [
 @pytest.mark.parametrize("text, rest", THOUGHTS)
 def test_thinking_is_no_part_of_an_answer(text, rest):
     assert rc.without_thinking(text) == rest
+
+
+@pytest.mark.parametrize("scale, levels", [((1, 2), 2), ((0, 1), 2), ((1, 3), 3), ((1, 10), 5)])
+def test_the_best_and_the_worst_level_stand_on_every_scale(monkeypatch, scale, levels):
+    monkeypatch.setattr(rc, "JUDGE_SCALE", scale)
+    lines = [line for line in rc.default_rubric().splitlines() if line.startswith("  ")]
+    named = [line for line in lines if line.strip()[0].isdigit()]
+    assert len(named) == levels
+    assert rc.RUBRIC_LEVELS[0] in named[0] and rc.RUBRIC_LEVELS[-1] in named[-1]
