@@ -6953,10 +6953,9 @@ def tolerate_closed(stream: TextIO) -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Print a message to stderr, without keys, below a progress bar."""
+    """Print a message to stderr, without keys, on a line without a progress bar."""
     with tolerate_closed(sys.stderr):
-        if Progress.bar is not None:
-            print(file=sys.stderr)
+        Progress.make_room()
         print(visible(redacted(text)), file=sys.stderr, flush=True)
 
 
@@ -6978,22 +6977,39 @@ def show(text: str) -> None:
 
 
 def plan_line(records: int, models: Models) -> str:
-    """`Plan: 26 records, 104 API calls (26 qwen-max, ...); 31 from cache, 73 to pay; ...`"""
+    """`Plan: 26 records, 104 API calls (26 qwen-max, ...); 31 are cached, 73 to pay.`
+
+    Then the expected cost, if there is a --price. Two lines where one has too many columns."""
     rows = models.rows()
+    work = f"Plan: {plural(records, 'record')}"
     if not rows:
-        return f"Plan: {plural(records, 'record')}, no API call."
+        return f"{work}, no API call."
     parts = []
     for row in rows:
         judging = "judging by " if row["role"] == "judge" else ""
         parts.append(f"{row['calls'] + row['cached']:,} {judging}{row['model']}")
     sums = cost(rows)
     calls = plural(sums["calls"] + sums["cached"], "API call")
-    text = f"Plan: {plural(records, 'record')}, {calls} ({', '.join(parts)}); "
-    text += f"{sums['cached']:,} from cache, {sums['calls']:,} to pay; "
-    text += f"about {sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out."
-    if sums["money"] is not None:
-        text += f" Expected cost: {cost_text(models)}."
-    return "\n".join(wrapped(text, later="  "))
+    work += f", {calls} ({', '.join(parts)});"
+    verb = "is" if sums["cached"] == 1 else "are"
+    payment = f"{sums['cached']:,} {verb} cached, {sums['calls']:,} to pay."
+    if models.args.prices:
+        payment += f" {expected_cost(rows, models)}"
+    if len(f"{work} {payment}") <= WIDTH:
+        return f"{work} {payment}"
+    lines = wrapped(work, later="  ")
+    lines += wrapped(payment, first="  ", later="  ")
+    return "\n".join(lines)
+
+
+def expected_cost(rows: list[dict], models: Models) -> str:
+    """A sentence: the cost of the planned calls, or which models have no --price."""
+    unpriced = [row["model"] for row in rows if row["money"] is None]
+    if not unpriced:
+        return f"Expected cost: {cost_text(models)}."
+    names = list(dict.fromkeys(unpriced))
+    verb = "has" if len(names) == 1 else "have"
+    return f"Expected cost: unknown, because {', '.join(names)} {verb} no --price."
 
 
 def cost_text(models: Models) -> str:
@@ -7005,10 +7021,20 @@ def cost_text(models: Models) -> str:
 
 def show_plan(records: int, models: Models) -> None:
     """Print what --dry-run is for: the planned calls, tokens, cost and the first prompts."""
-    show(f"Dry run: no API call is made, nothing is written.\n{plan_line(records, models)}")
-    if models.rows() and not models.args.prices:
+    show("Dry run: no API call is made, nothing is written.")
+    show(plan_line(records, models))
+    rows = models.rows()
+    for model in dict.fromkeys(row["model"] for row in rows):
+        sums = cost([row for row in rows if row["model"] == model])
+        text = f"{model}: {plural(sums['calls'], 'call')} to pay, {sums['cached']:,} cached; "
+        text += f"about {sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out"
+        if sums["money"] is not None:
+            text += f"; {money_text(sums['money'])} (--price)"
+        show("\n".join(wrapped(text, first="  ", later="    ")))
+    if rows and not models.args.prices:
         show("For the cost add --price MODEL=IN/OUT.")
     for receiver, messages in models.first_prompts.items():
+        receiver = receiver.removesuffix(" as answer")
         show(f"\n--- First prompt to {receiver}:\n{flatten(messages)}")
 
 
@@ -7060,6 +7086,16 @@ class Progress:
             Progress.bar.total = models.total
             Progress.bar.n = self.finished
             Progress.bar.set_postfix(counts)
+
+    @classmethod
+    def make_room(cls) -> None:
+        """Free the last line of the terminal for a message; the bar is drawn again below it."""
+        if cls.bar is None:
+            return
+        if sys.stderr.isatty():
+            cls.bar.clear()
+        else:  # in a file, a line that was written cannot be cleared
+            print(file=sys.stderr)
 
     def close(self) -> None:
         """Draw the last counts, if a bar was drawn at all, and end its line."""
@@ -8188,11 +8224,23 @@ def settings_of(path: str, run: Run) -> dict:
     settings = {name: value for name, value in vars(run.args).items() if value}
     settings["models"] = [run.names[model] for model in writing_models(run)]
     settings["judges"] = [run.names[model] for model in run.judges]
+    settings["versions"] = installed_versions()
     settings["input_sha256"] = ""
     with contextlib.suppress(OSError), open(path, "rb") as file:  # it may have been moved by now
         settings["input_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     # A file's name need not be UTF-8.
     return json.loads(scrub(json.dumps(settings, ensure_ascii=False)))
+
+
+def installed_versions() -> dict[str, str]:
+    """{name: version} of Python and of the SDKs that are installed."""
+    import importlib.metadata
+
+    versions = {"python": sys.version.split()[0]}
+    for package in ("openai", "dashscope"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 FORWARDED_SECONDS = 1.0  # between a signal and the same one from a wrapper that forwards it
@@ -8307,7 +8355,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="field of the input and the known name to read it as, e.g. ask=prompt; repeatable")
     add("--output-format", choices=list(OUTPUTS), default="standard", metavar="NAME",
         help="shape of the output rows, see the list below (default standard)")
-    add("--max-samples", type=int, default=-1,
+    add("--max-samples", type=sample_count, default=-1,
         help="number of records to read, from the first on (default -1 = all)")
     add("--exclude-prompts", metavar="FILE",
         help="file of prompts to leave out, e.g. a benchmark, with all prompts that share "
@@ -8438,6 +8486,18 @@ def number_between(low: float, high: float) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def sample_count(text: str) -> int:
+    """The number of records to read: 1 or more, or -1 for all."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count == -1 or count >= 1:
+        return count
+    form = "a number of records: 1 or more, -1 for all"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
 
 
 def renaming(text: str) -> tuple[str, str]:
@@ -8614,36 +8674,55 @@ def written_paths(args: argparse.Namespace) -> list[str]:
 
 def check_input(path: str, run: Run) -> None:
     """Raise UserError if the first 20 records cannot be used; print a note of fields not used."""
-    name = run.args.input_file
-    rename = dict(run.args.rename)
+    args = run.args
+    name = args.input_file
+    rename = dict(args.rename)
     run.numbers = ChoiceNumbers(row for _, row in renamed_rows(path, rename))
     records = read_records(path, rename, run.reads_answers, run.numbers)
     first = list(itertools.islice(records, 20))
     refuse(not first, f"{name}: holds no record")
-    rows = [row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict)]
-    fields = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    known = set(map(plain_name, fields))
-    for old, new in run.args.rename:
-        if plain_name(old) not in known:
-            names = ", ".join(fields)
-            raise UserError(f"--rename {old}={new}: no {old!r} among the fields: {names:.200}")
+    check_renames(path, args.rename)
     good = [record for _, record in first if isinstance(record, Record)]
     if not good:
         line, failed = first[0]
         raise UserError(f"{name}:{line}: {failed.reason}{shapes_hint(failed.reason, run)}")
-    run.writes_decided_by |= any(record.decided_by for record in good)
-    offline = {model.name for model in asked_models(run) if model.provider == "offline"}
-    needy = offline - {"heuristic"}
-    if needy and not any(record.reference for record in good):
+    if any(record.decided_by for record in good):
+        run.writes_decided_by = True
+    if needs_reference(run) and not any(record.reference for record in good):
         text = "no record has an answer (one that a label or a score may call bad does not count)"
         raise UserError(f"{name}: {text}: exact_match and offline models need one")
-    rows = [row for _, row in itertools.islice(renamed_rows(path, rename), 20)]
-    unused = unused_fields([row for row in rows if isinstance(row, dict)], run.reads_answers)
+    unused = unused_fields(first_rows(renamed_rows(path, rename)), run.reads_answers)
     if unused:
-        names = f"{', '.join(unused):.200}"
-        note(f"fields not used: {names}; --rename OLD=NEW says what a field means")
-    if run.args.exclude_prompts:
-        run.excluded = excluded_prompts(run.args.exclude_prompts)
+        names = ", ".join(unused)
+        note(f"fields not used: {names:.200}; --rename OLD=NEW says what a field means")
+    if args.exclude_prompts:
+        run.excluded = excluded_prompts(args.exclude_prompts)
+
+
+def first_rows(rows: Iterable[tuple[int, object]]) -> list[dict]:
+    """The objects among the first 20 of (line, row)."""
+    return [row for _, row in itertools.islice(rows, 20) if isinstance(row, dict)]
+
+
+def check_renames(path: str, renames: list[tuple[str, str]]) -> None:
+    """Raise UserError if a field that --rename names is in none of the first 20 records."""
+    fields = {}  # an ordered set
+    for row in first_rows(read_rows(path)):
+        fields |= row
+    known = {plain_name(name) for name in fields}
+    for old, new in renames:
+        if plain_name(old) not in known:
+            problem = f"no record of the first 20 has a field {old!r}"
+            names = ", ".join(fields)
+            raise UserError(f"--rename {old}={new}: {problem}; their fields: {names:.200}")
+
+
+def needs_reference(run: Run) -> bool:
+    """Whether a model of this run works only with the record's own answer."""
+    for model in asked_models(run):
+        if model.provider == "offline" and model.name != "heuristic":
+            return True
+    return False
 
 
 def shapes_hint(reason: str, run: Run) -> str:
