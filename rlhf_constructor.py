@@ -6783,7 +6783,7 @@ def gap_advice(sample: list[ReviewedPair], gaps: array) -> str:
 # at most 100 columns wide. Called by RUN (plan, progress, summary) and CLI (messages).
 # --------------------------------------------------------------------------------------------------
 
-WIDTH = 100  # columns of every output, --help included
+WIDTH = 100  # columns of every output
 SUMMARY_LINES = 30  # most lines of a run's summary
 FEW_PAIRS = 0.30  # share of records with a pair below which the summary says what to try
 INDENT = " " * 12  # of the lines below a level word
@@ -7094,7 +7094,11 @@ class Progress:
             if Progress.bar is None:
                 tqdm.monitor_interval = 0  # no thread of its own
                 Progress.bar = tqdm(
-                    unit=" records", initial=self.finished, file=sys.stderr, dynamic_ncols=True
+                    total=models.total,
+                    initial=self.finished,
+                    unit=" records",
+                    file=sys.stderr,
+                    dynamic_ncols=True,
                 )
             Progress.bar.total = models.total
             Progress.bar.n = self.finished
@@ -7147,7 +7151,7 @@ def result_lines(files: OutputFiles, stopped: bool = False) -> list[str]:
     """Records read, pairs written, records dropped; the most frequent reasons in five lines."""
     dropped = files.dropped.total()
     paired = files.read - dropped
-    share = paired / max(1, files.read)
+    paired_share = paired / max(1, files.read)
     records = plural(files.read, "record")
     pairs = plural(files.pairs, "pair")
     if files.pairs != paired:  # some strategies make several pairs of a record
@@ -7155,7 +7159,7 @@ def result_lines(files: OutputFiles, stopped: bool = False) -> list[str]:
     if stopped:
         lines = [f"Stopped after {records}; {pairs} so far, in {files.output}.part."]
     else:
-        lines = [f"Read {records}, wrote {pairs} ({share:.0%}), dropped {dropped:,}."]
+        lines = [f"Read {records}, wrote {pairs} ({paired_share:.0%}), dropped {dropped:,}."]
     frequent = files.dropped.most_common(4)
     column = max((len(kind) for kind, _ in frequent), default=0)
     others = dropped
@@ -8418,15 +8422,29 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all flags; --help shows them, three examples and every entry of the tables."""
     title, _, example_commands, *_ = __doc__.split("\n\n")
-    highs = ", ".join(f"{name} {models[0]}" for name, models in DEFAULT_MODELS.items())
-    lows = ", ".join(f"{name} {models[1]}" for name, models in DEFAULT_MODELS.items())
+    highs = []
+    lows = []
+    for name, (high, low) in DEFAULT_MODELS.items():
+        highs.append(f"{name} {high}")
+        lows.append(f"{name} {low}")
     about = "@FILE reads flags from a file: a flag and its value on each line, # for comments."
+    tables = {
+        "methods": METHODS,
+        "strategies": STRATEGIES,
+        "input formats": INPUTS,
+        "output formats": OUTPUTS,
+        "filters": FILTERS,
+        "providers": PROVIDERS,
+    }
     parser = Parser(
-        prog=PROGRAM, usage=f"{PROGRAM} --input-file FILE [options]", allow_abbrev=False,
-        description=f"{title}\n\n{example_commands}\n\n{about}", fromfile_prefix_chars="@",
-        epilog=catalogue({"methods": METHODS, "strategies": STRATEGIES, "input formats": INPUTS,
-                          "output formats": OUTPUTS, "filters": FILTERS, "providers": PROVIDERS}),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog=PROGRAM,
+        usage=f"{PROGRAM} --input-file FILE [options]",
+        description=f"{title}\n\n{example_commands}\n\n{about}",
+        epilog=catalogue(tables),
+        allow_abbrev=False,
+        fromfile_prefix_chars="@",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
     add = parser.add_argument_group("main flags").add_argument
     add("--input-file", metavar="FILE",
@@ -8439,8 +8457,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="whose API serves the models, see the list below (default dashscope)")
     add("--high-model", metavar="MODEL",
         help='strong model, written [provider:]model[@URL], or "reference" for the record\'s own '
-             f"answer (default: {highs})")
-    add("--low-model", metavar="MODEL", help=f"weak model, written the same way (default: {lows})")
+             f"answer (default: {', '.join(highs)})")
+    add("--low-model", metavar="MODEL",
+        help=f"weak model, written the same way (default: {', '.join(lows)})")
     add("--output-path", default="data/rlhf_preference.jsonl", metavar="FILE",
         help="file for the pairs (default %(default)s)")
 
@@ -8449,16 +8468,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="field of the input and the known name to read it as, e.g. ask=prompt; repeatable")
     add("--output-format", choices=list(OUTPUTS), default="standard", metavar="NAME",
         help="shape of the output rows, see the list below (default standard)")
-    add("--max-samples", type=sample_count, default=-1,
+    add("--max-samples", type=sample_count, default=-1, metavar="N",
         help="number of records to read, from the first on (default -1 = all)")
     add("--exclude-prompts", metavar="FILE",
         help="file of prompts to leave out, e.g. a benchmark, with all prompts that share "
              f"{CONTAMINATION_RUN} words in a row with one of them (default: none)")
-    add("--test-fraction", type=number_between(0.0, 0.99), default=0.0,
+    add("--test-fraction", type=number_between(0.0, 0.99), default=0.0, metavar="SHARE",
         help="share of prompts written to <output>.test.jsonl instead, 0 to 0.99 (default 0)")
 
     add = parser.add_argument_group("method").add_argument
-    add("--num-candidates", type=number_between(2, 8), default=4,
+    add("--num-candidates", type=number_between(2, 8), default=4, metavar="N",
         help="number of answers per prompt for generate_pairs, 2 to 8 (default %(default)s)")
     add("--candidates-path", metavar="FILE",
         help="file for all answers with their scores, an input for rank_responses (default: none)")
@@ -8470,13 +8489,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="models that write the candidates (default: the high and the low model)")
     add("--base-url", metavar="URL",
         help="address of the provider's API (default: the provider's own)")
-    add("--system-prompt", type=utf8_text, default="",
+    add("--system-prompt", type=utf8_text, default="", metavar="TEXT",
         help="system prompt for all answers; not exported, not shown to the judge (default: none)")
-    add("--temperature", type=number_between(0.0, 2.0),
+    add("--temperature", type=number_between(0.0, 2.0), metavar="T",
         help="sampling temperature of answers, 0 to 2 (default of a model's first, second, ... "
              f"answer: {TEMPERATURES})")
-    add("--max-tokens", type=number_between(1, 10**7), default=4096,
-        help="maximum tokens per answer (default %(default)s); twice that if it is truncated")
+    add("--max-tokens", type=number_between(1, 10**7), default=4096, metavar="N",
+        help="maximum tokens per answer (default %(default)s); a truncated answer is requested "
+             "once more with twice the limit")
     add("--model-option", type=model_option, action="append", default=[],
         metavar="[MODEL:]KEY=JSON",
         help="extra field of the API request, for all models or one, e.g. top_p=0.9; repeatable")
@@ -8485,21 +8505,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--judge-model", action="append", default=[], metavar="MODEL",
         help="model that scores the answers; also reward:NAME@URL, exact_match (compares with the "
              "reference) or none; repeatable (default: the high model; rank_responses: none)")
-    add("--judge-orders", type=number_between(1, 2), default=2,
+    add("--judge-orders", type=number_between(1, 2), default=2, metavar="N",
         help="orders in which a judge sees the answers (default %(default)s); 1 hides its bias")
     add("--rubric", type=text_file, metavar="FILE",
         help="text file with grading rules for the judge (default: the built-in rules)")
     add("--no-reference", action="store_true",
         help="hide the record's own answer from the judge (default: the judge sees it)")
-    add("--min-score-gap", type=number_between(0.0, 1e6),
+    add("--min-score-gap", type=number_between(0.0, 1e6), metavar="POINTS",
         help="smallest score gap of a kept pair, in points (default 1, for generate_pairs 2, for "
              f"scores of the input 0 or {100 * SCORE_GAP_SHARE:.0f}%% of a known scale)")
-    add("--min-chosen-score", type=number_between(-1e6, 1e6),
+    add("--min-chosen-score", type=number_between(-1e6, 1e6), metavar="POINTS",
         help="lowest score of a chosen answer, in points (default: no limit)")
     add("--when-low-wins", choices=["drop", "flip"], default="drop",
         help="what happens if the weak model's answer wins: drop the record, or flip the pair if "
              f"it leads by {on_judge_scale(FLIP_GAP):g} points in every judge reply (default drop)")
-    add("--length-penalty", type=number_between(0.0, 100.0), default=0.0,
+    add("--length-penalty", type=number_between(0.0, 100.0), default=0.0, metavar="POINTS",
         help="points off the score gap for each factor 1.5 by which chosen is longer (default 0)")
     skippable = [name for name, rule in FILTERS.items() if not getattr(rule, "fixed", False)]
     optional = [name for name, rule in FILTERS.items() if getattr(rule, "opt_in", False)]
@@ -8509,24 +8529,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="optional filter to switch on, registered with opt_in=True; repeatable")
 
     add = parser.add_argument_group("running").add_argument
-    add("--concurrency", type=number_between(1, 4096), default=16,
+    add("--concurrency", type=number_between(1, 4096), default=16, metavar="N",
         help="number of records processed at the same time (default %(default)s)")
-    add("--timeout", type=number_between(0.01, 1e6), default=600.0,
+    add("--timeout", type=number_between(0.01, 1e6), default=600.0, metavar="SECONDS",
         help="seconds to wait for one API call (default 600)")
-    add("--max-retries", type=number_between(0, 100), default=6,
+    add("--max-retries", type=number_between(0, 100), default=6, metavar="N",
         help="retries after a connection error or a server error (default %(default)s)")
     add("--cache-path", metavar="FILE",
         help="SQLite file that stores every API reply, so that a rerun is free (default: "
              '.rlhf_cache.sqlite next to the output; "none" = no cache)')
     add("--batch", action="store_true",
         help="send all calls through the provider's batch API: half the price, done within a day")
-    add("--seed", type=int, default=0,
+    add("--seed", type=int, default=0, metavar="N",
         help="random seed for sampling and tie-breaking (default %(default)s)")
     add("--dry-run", action="store_true",
         help="make no API call, write nothing; print planned calls, tokens, cost, first prompts")
     add("--price", type=price, action="append", default=[], metavar="MODEL=IN/OUT",
         help="price per million input and output tokens, e.g. qwen3-max=1.2/6; repeatable")
-    add("--max-cost", type=number_between(0.0, 1e9),
+    add("--max-cost", type=number_between(0.0, 1e9), metavar="MONEY",
         help="limit on the cost of all runs for this output, by --price (default: no limit)")
 
     add = parser.add_argument_group("report and review").add_argument
@@ -8607,8 +8627,8 @@ def renaming(text: str) -> tuple[str, str]:
 
 def price(text: str) -> tuple[str, tuple[float, float]]:
     """MODEL=IN/OUT -> (model, (price in, price out)), each of a million tokens."""
-    number = r"(\d+\.?\d*|\.\d+)"
-    form = re.fullmatch(f"(.+)={number}/{number}", text)
+    amount = r"(\d+\.?\d*|\.\d+)"
+    form = re.fullmatch(f"(.+)={amount}/{amount}", text)
     if not form:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not MODEL=IN/OUT, e.g. qwen3-max=1.2/6 (per million tokens)"
