@@ -7037,18 +7037,28 @@ def show_plan(records: int, models: Models) -> None:
     show("Dry run: no API call is made, nothing is written.")
     show(plan_line(records, models))
     rows = models.rows()
-    for model in dict.fromkeys(row["model"] for row in rows):
-        sums = cost([row for row in rows if row["model"] == model])
-        text = f"{model}: {plural(sums['calls'], 'call')} to pay, {sums['cached']:,} cached; "
-        text += f"about {sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out"
-        if sums["money"] is not None:
-            text += f"; {money_text(sums['money'])} (--price)"
-        show("\n".join(wrapped(text, first="  ", later="    ")))
+    names = dict.fromkeys(row["model"] for row in rows)
+    for name in names:
+        show(model_line(name, rows))
     if rows and not models.args.prices:
         show("For the cost add --price MODEL=IN/OUT.")
     for receiver, messages in models.first_prompts.items():
         receiver = receiver.removesuffix(" as answer")
-        show(f"\n--- First prompt to {receiver}:\n{flatten(messages)}")
+        prompt = flatten(messages)
+        show(f"\n--- First prompt to {receiver}:\n{prompt}")
+
+
+def model_line(name: str, rows: list[dict]) -> str:
+    """Calls, expected tokens and, at a known price, cost of one model, of all that it does."""
+    own_rows = [row for row in rows if row["model"] == name]
+    sums = cost(own_rows)
+    calls = plural(sums["calls"], "call")
+    text = f"{name}: {calls} to pay, {sums['cached']:,} cached; "
+    text += f"about {sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out"
+    if sums["money"] is not None:
+        text += f"; {money_text(sums['money'])} (--price)"
+    lines = wrapped(text, first="  ", later="    ")
+    return "\n".join(lines)
 
 
 # --- While the run goes on: the progress bar
@@ -8834,18 +8844,25 @@ def check_input(path: str, run: Run) -> None:
     good = [record for _, record in first if isinstance(record, Record)]
     if not good:
         line, failed = first[0]
-        raise UserError(f"{name}:{line}: {failed.reason}{shapes_hint(failed.reason, run)}")
+        hint = shapes_hint(failed.reason, run)
+        raise UserError(f"{name}:{line}: {failed.reason}{hint}")
     if any(record.decided_by for record in good):
         run.writes_decided_by = True
     if needs_reference(run) and not any(record.reference for record in good):
         text = "no record has an answer (one that a label or a score may call bad does not count)"
         raise UserError(f"{name}: {text}: exact_match and offline models need one")
-    unused = unused_fields(first_rows(renamed_rows(path, rename)), run.reads_answers)
+    rows = first_rows(renamed_rows(path, rename))
+    note_unused(rows, run)
+    if args.exclude_prompts:
+        run.excluded = excluded_prompts(args.exclude_prompts)
+
+
+def note_unused(rows: list[dict], run: Run) -> None:
+    """Print which fields of the rows are not used."""
+    unused = unused_fields(rows, run.reads_answers)
     if unused:
         names = ", ".join(unused)
         note(f"fields not used: {names:.200}; --rename OLD=NEW says what a field means")
-    if args.exclude_prompts:
-        run.excluded = excluded_prompts(args.exclude_prompts)
 
 
 def first_rows(rows: Iterable[tuple[int, object]]) -> list[dict]:
