@@ -7270,7 +7270,7 @@ def gap_advice(sample: list[ReviewedPair], gaps: array) -> str:
 # at most 100 columns wide. Called by RUN (plan, progress, summary) and CLI (messages).
 # --------------------------------------------------------------------------------------------------
 
-WIDTH = 100  # columns of every output, --help included
+WIDTH = 100  # columns of every output
 SUMMARY_LINES = 30  # most lines of a run's summary
 FEW_PAIRS = 0.30  # share of records with a pair below which the summary says what to try
 INDENT = " " * 12  # of the lines below a level word
@@ -7440,10 +7440,9 @@ def tolerate_closed(stream: TextIO) -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Print a message to stderr, without keys, below a progress bar."""
+    """Print a message to stderr, without keys, on a line without a progress bar."""
     with tolerate_closed(sys.stderr):
-        if Progress.bar is not None:
-            print(file=sys.stderr)
+        Progress.make_room()
         print(visible(redacted(text)), file=sys.stderr, flush=True)
 
 
@@ -7453,50 +7452,100 @@ COLOURS = {"CRITICAL": "1;31", "WARNING": "1;33", "ok": "1;32", "info": "1;36"}
 def show(text: str) -> None:
     """Print results to stdout; on a terminal the words that start its lines have colours."""
     text = visible(text)
-    no_colour = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or os.name == "nt"
-    if sys.stdout and sys.stdout.isatty() and not no_colour:
+    if has_colour(sys.stdout):
         for level, code in COLOURS.items():
-            text = re.sub(f"(?m)^  {level}(?=  )", f"  \x1b[{code}m{level}\x1b[0m", text)
+            coloured = f"  \x1b[{code}m{level}\x1b[0m"
+            text = re.sub(f"(?m)^  {level}(?=  )", lambda _, word=coloured: word, text)
     with tolerate_closed(sys.stdout):
         print(text, flush=True)
+
+
+def has_colour(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal with colours, and the user has not switched them off."""
+    if stream is None or not stream.isatty():
+        return False
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    return os.name != "nt"
 
 
 # --- Before the first call: the plan
 
 
 def plan_line(records: int, models: Models) -> str:
-    """`Plan: 26 records, 104 API calls (26 qwen-max, ...); 31 from cache, 73 to pay; ...`"""
+    """`Plan: 26 records, 104 API calls (26 qwen-max, ...); 31 are cached, 73 to pay.`
+
+    Then the expected cost, if there is a --price. Two lines where one has too many columns."""
     rows = models.rows()
+    work = f"Plan: {plural(records, 'record')}"
     if not rows:
-        return f"Plan: {plural(records, 'record')}, no API call."
+        return f"{work}, no API call."
     parts = []
     for row in rows:
         judging = "judging by " if row["role"] == "judge" else ""
         parts.append(f"{row['calls'] + row['cached']:,} {judging}{row['model']}")
     sums = cost(rows)
     calls = plural(sums["calls"] + sums["cached"], "API call")
-    text = f"Plan: {plural(records, 'record')}, {calls} ({', '.join(parts)}); "
-    text += f"{sums['cached']:,} from cache, {sums['calls']:,} to pay; "
-    text += f"about {sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out."
-    if sums["money"] is not None:
-        text += f" Expected cost: {cost_text(models)}."
-    return "\n".join(wrapped(text, later="  "))
+    work += f", {calls} ({', '.join(parts)});"
+    verb = "is" if sums["cached"] == 1 else "are"
+    payment = f"{sums['cached']:,} {verb} cached, {sums['calls']:,} to pay."
+    if models.args.prices:
+        payment += f" {expected_cost(rows, models)}"
+    if len(f"{work} {payment}") <= WIDTH:
+        return f"{work} {payment}"
+    lines = wrapped(work, later="  ")
+    lines += wrapped(payment, first="  ", later="  ")
+    return "\n".join(lines)
+
+
+def expected_cost(rows: list[dict], models: Models) -> str:
+    """A sentence: the cost of the planned calls, or which models have no --price."""
+    unpriced = [row["model"] for row in rows if row["money"] is None]
+    if not unpriced:
+        return f"Expected cost: {cost_text(models)}."
+    names = list(dict.fromkeys(unpriced))
+    verb = "has" if len(names) == 1 else "have"
+    return f"Expected cost: unknown, because {', '.join(names)} {verb} no --price."
 
 
 def cost_text(models: Models) -> str:
     """The cost by --price, and how much of it earlier runs have paid."""
-    text = f"{money_text(sum(usage.money for usage in models.usage.values()))} (--price)"
-    paid = sum(usage.kept for usage in models.usage.values())
-    return f"{text}, {money_text(paid)} of it in earlier runs" if paid else text
+    usages = models.usage.values()
+    money = sum(usage.money for usage in usages)
+    paid = sum(usage.kept for usage in usages)
+    text = f"{money_text(money)} (--price)"
+    if paid:
+        text += f", {money_text(paid)} of it in earlier runs"
+    return text
 
 
 def show_plan(records: int, models: Models) -> None:
     """Print what --dry-run is for: the planned calls, tokens, cost and the first prompts."""
-    show(f"Dry run: no API call is made, nothing is written.\n{plan_line(records, models)}")
-    if models.rows() and not models.args.prices:
+    show("Dry run: no API call is made, nothing is written.")
+    show(plan_line(records, models))
+    rows = models.rows()
+    names = dict.fromkeys(row["model"] for row in rows)
+    for name in names:
+        show(model_line(name, rows))
+    if rows and not models.args.prices:
         show("For the cost add --price MODEL=IN/OUT.")
     for receiver, messages in models.first_prompts.items():
-        show(f"\n--- First prompt to {receiver}:\n{flatten(messages)}")
+        receiver = receiver.removesuffix(" as answer")
+        prompt = flatten(messages)
+        show(f"\n--- First prompt to {receiver}:\n{prompt}")
+
+
+def model_line(name: str, rows: list[dict]) -> str:
+    """Calls, expected tokens and, at a known price, cost of one model, of all that it does."""
+    own_rows = [row for row in rows if row["model"] == name]
+    sums = cost(own_rows)
+    calls = plural(sums["calls"], "call")
+    text = f"{name}: {calls} to pay, {sums['cached']:,} cached; "
+    text += f"about {sums['tokens_in']:,} tokens in, {sums['tokens_out']:,} out"
+    if sums["money"] is not None:
+        text += f"; {money_text(sums['money'])} (--price)"
+    lines = wrapped(text, first="  ", later="    ")
+    return "\n".join(lines)
 
 
 # --- While the run goes on: the progress bar
@@ -7542,11 +7591,25 @@ class Progress:
             if Progress.bar is None:
                 tqdm.monitor_interval = 0  # no thread of its own
                 Progress.bar = tqdm(
-                    unit=" records", initial=self.finished, file=sys.stderr, dynamic_ncols=True
+                    total=models.total,
+                    initial=self.finished,
+                    unit=" records",
+                    file=sys.stderr,
+                    dynamic_ncols=True,
                 )
             Progress.bar.total = models.total
             Progress.bar.n = self.finished
             Progress.bar.set_postfix(counts)
+
+    @classmethod
+    def make_room(cls) -> None:
+        """Free the last line of the terminal for a message; the bar is drawn again below it."""
+        if cls.bar is None:
+            return
+        if sys.stderr.isatty():
+            cls.bar.clear()
+        else:  # in a file, a line that was written cannot be cleared
+            print(file=sys.stderr)
 
     def close(self) -> None:
         """Draw the last counts, if a bar was drawn at all, and end its line."""
@@ -7563,38 +7626,45 @@ class Progress:
 
 def summary(files: OutputFiles, models: Models, numbers: dict | None = None) -> str:
     """What ends a run: result, quality (with a report's numbers), calls, files, advice."""
-    blocks = [result_lines(files, bool(models.stop)), call_lines(models)]
+    result = result_lines(files, bool(models.stop))
+    blocks = [call_lines(models)]
     if models.stop:
         again = "continue: replies are in the cache" if models.cache.db else "start over"
         blocks.append([f"Run the same command again to {again}."])
     else:
-        blocks += [file_lines(files), advice_lines(files)]
+        blocks.append(file_lines(files))
+        blocks.append(advice_lines(files))
     if numbers:
-        taken = sum(len(block) + 1 for block in blocks if block)
-        blocks.insert(1, report_lines(numbers, room=SUMMARY_LINES - taken))
-    return "\n\n".join("\n".join(block) for block in blocks if block)
+        taken = len(result) + 1
+        for block in blocks:
+            taken += len(block) + 1 if block else 0
+        quality = report_lines(numbers, room=SUMMARY_LINES - taken)
+        blocks.insert(0, quality)
+    texts = ["\n".join(block) for block in [result, *blocks]]
+    return "\n\n".join(filter(None, texts))
 
 
 def result_lines(files: OutputFiles, stopped: bool = False) -> list[str]:
     """Records read, pairs written, records dropped; the most frequent reasons in five lines."""
     dropped = files.dropped.total()
     paired = files.read - dropped
+    paired_share = paired / max(1, files.read)
+    records = plural(files.read, "record")
     pairs = plural(files.pairs, "pair")
     if files.pairs != paired:  # some strategies make several pairs of a record
         pairs += f" from {plural(paired, 'record')}"
-    lines = [
-        f"Read {plural(files.read, 'record')}, wrote {pairs} ({paired / max(1, files.read):.0%}), "
-        f"dropped {dropped:,}."
-    ]
     if stopped:
-        place = f"{files.output}.part"
-        lines = [f"Stopped after {plural(files.read, 'record')}; {pairs} so far, in {place}."]
+        lines = [f"Stopped after {records}; {pairs} so far, in {files.output}.part."]
+    else:
+        lines = [f"Read {records}, wrote {pairs} ({paired_share:.0%}), dropped {dropped:,}."]
     frequent = files.dropped.most_common(4)
-    others = dropped - sum(count for _, count in frequent)
     column = max((len(kind) for kind, _ in frequent), default=0)
+    others = dropped
     for kind, count in frequent:
         start = f"{count:6,}  {kind:{column}}  "
-        lines += wrapped(f"{start}{explain_reason(kind)[0]}", later=" " * len(start))
+        meaning, _ = explain_reason(kind)
+        lines += wrapped(start + meaning, later=" " * len(start))
+        others -= count
     if others:
         lines.append(f"{others:6,}  other reasons")
     return lines
@@ -7714,18 +7784,21 @@ def unique_names(models: list[Model | None]) -> dict[Model, str]:
     counts = Counter(model.name for model in known)
     names = {}
     for model in known:
-        names[model] = model.name
-        if counts[model.name] > 1:
-            names[model] += f"@{model.url or model.provider}"
+        name = model.name
+        if counts[name] > 1:
+            name += f"@{model.url or model.provider}"
+        names[model] = name
     return names
 
 
 def with_system_prompt(messages: list[dict], text: str) -> list[dict]:
     """The messages after a system turn of this text; a system turn of their own is joined to it."""
-    if messages[0]["role"] == "system":
-        text = f"{text}\n\n{messages[0]['content']}"
+    first = messages[0]
+    if first["role"] == "system":
+        text += f"\n\n{first['content']}"
         messages = messages[1:]
-    return [{"role": "system", "content": text}, *messages]
+    system_turn = {"role": "system", "content": text}
+    return [system_turn, *messages]
 
 
 def remember_judged(record: Record, answers: list[Answer], judged: list[Answer]) -> None:
@@ -7735,7 +7808,10 @@ def remember_judged(record: Record, answers: list[Answer], judged: list[Answer])
     judged_answers = {}
     for answer, with_votes in zip(answers, judged, strict=True):
         judged_answers[id(answer)] = with_votes
-    known = [judged_answers.pop(id(answer), answer) for answer in record.answers]
+    known = []
+    for answer in record.answers:
+        current = judged_answers.pop(id(answer), answer)
+        known.append(current)
     record.answers = known + list(judged_answers.values())
 
 
@@ -7751,15 +7827,23 @@ def wrong_pairs(pairs: object) -> str:
     for pair in pairs:
         if not isinstance(pair, Pair):
             return f"a list with {pair!r:.80}, which is not a Pair"
-        for answer in (pair.chosen, pair.rejected):
-            if not isinstance(answer, Answer) or not isinstance(answer.text, str):
-                return f"a pair with {answer!r:.80}, which is not an Answer with a text"
-            if not isinstance(answer.score, int | float | None):
-                return f"an answer with the score {answer.score!r:.80}, which is not a number"
-        chosen, rejected = len(pair.chosen.votes), len(pair.rejected.votes)
+        problem = wrong_answer(pair.chosen) or wrong_answer(pair.rejected)
+        if problem:
+            return problem
+        chosen = len(pair.chosen.votes)
+        rejected = len(pair.rejected.votes)
         if chosen != rejected:
             counts = f"{chosen} votes for chosen and {rejected} for rejected"
             return f"a pair with {counts}: judge both answers together"
+    return ""
+
+
+def wrong_answer(answer: object) -> str:
+    """What is wrong with an answer of a pair, "" if it has a text and a score or None."""
+    if not isinstance(answer, Answer) or not isinstance(answer.text, str):
+        return f"a pair with {answer!r:.80}, which is not an Answer with a text"
+    if not isinstance(answer.score, int | float | None):
+        return f"an answer with the score {answer.score!r:.80}, which is not a number"
     return ""
 
 
@@ -7777,11 +7861,22 @@ BUGS = (Exception, asyncio.CancelledError, GeneratorExit, SystemExit)
 
 def halt_at(place: str, error: BaseException, models: Models) -> Stop:
     """Stop the run because of a bug -> the Stop to raise; its traceback is shown, once."""
-    cause = error.__cause__ if isinstance(error, PartError) else error
-    if cause and not models.stop:  # records in work may all meet the same bug
-        note("".join(traceback.format_exception(cause)).rstrip())
-    description = str(error) if isinstance(error, PartError) else f"a bug: {error!r}"
+    if isinstance(error, PartError):
+        cause = error.__cause__
+        description = str(error)
+    else:
+        cause = error
+        description = f"a bug: {error!r}"
+    if not models.stop:  # records in work may all meet the same bug
+        note_traceback(cause)
     return models.halt(f"{place}: {description}")
+
+
+def note_traceback(error: BaseException | None) -> None:
+    """Print where an exception comes from; nothing for None."""
+    if error:
+        lines = traceback.format_exception(error)
+        note("".join(lines).rstrip())
 
 
 @dataclass
@@ -7886,13 +7981,13 @@ def rejection_reason(on: str, run: Run, *subject: object) -> str:
 
     The subject is (record, answer) or (pair, run). Raises PartError for a broken filter."""
     for name, rule in run.rules[on].items():
+        part = f"the filter `{name}`"
         try:
             reason = rule(*subject)
         except Exception as error:
-            raise broken(f"the filter `{name}`", error) from error
+            raise broken(part, error) from error
         if not isinstance(reason, str | None):
-            problem = f"returned {reason!r:.80}, not a reason (text) or None"
-            raise PartError(f"the filter `{name}` {problem}")
+            raise PartError(f"{part} returned {reason!r:.80}, not a reason (text) or None")
         if reason:
             return reason
     return ""
@@ -7977,11 +8072,13 @@ async def generate(
         messages = with_system_prompt(messages, args.system_prompt)
     temperature = args.temperature
     if temperature is None:
-        temperature = TEMPERATURES[sample % len(TEMPERATURES)]
+        position = sample % len(TEMPERATURES)
+        temperature = TEMPERATURES[position]
     options = request_options(model, temperature, args)
     reply = await run.models.ask(model, messages, options, sample, "answer", record.reference)
+    text = answer_text(reply.text)
     name = run.names.get(model, model.name)
-    return Answer(answer_text(reply.text), name, finish=reply.finish)
+    return Answer(text, name, finish=reply.finish)
 
 
 def request_options(model: Model, temperature: float, args: argparse.Namespace) -> dict:
@@ -7997,23 +8094,28 @@ def choose_high_and_low(
     args: argparse.Namespace, reads_answers: bool
 ) -> tuple[Model | None, Model | None]:
     """The models of --high-model and --low-model, or the provider's default ones."""
-    high, low = DEFAULT_MODELS.get(args.provider, ("", ""))
-    high = args.high_model or high
-    low = args.low_model or low
+    default_high, default_low = DEFAULT_MODELS.get(args.provider, ("", ""))
+    high = args.high_model or default_high
+    low = args.low_model or default_low
     if not (high and low) and not reads_answers:
         problem = "has no default models: name --high-model and --low-model"
         raise UserError(f"--provider {args.provider} {problem}")
-    return (parse_model(high, args) if high else None, parse_model(low, args) if low else None)
+    high_model = parse_model(high, args) if high else None
+    low_model = parse_model(low, args) if low else None
+    return high_model, low_model
 
 
 def choose_candidates(
     args: argparse.Namespace, high_and_low: list[Model | None]
 ) -> list[tuple[Model | None, int]]:
     """(model, sample) of each candidate: --candidate-models in turn, or high and low."""
-    pool = [parse_model(spec, args) for spec in args.candidate_models or []]
+    pool = high_and_low
+    if args.candidate_models:
+        pool = [parse_model(spec, args) for spec in args.candidate_models]
+    in_turn = itertools.cycle(pool)
     samples = Counter()
     candidates = []
-    for model in itertools.islice(itertools.cycle(pool or high_and_low), args.num_candidates):
+    for model in itertools.islice(in_turn, args.num_candidates):
         candidates.append((model, samples[model]))
         samples[model] += 1
     return candidates
@@ -8040,11 +8142,14 @@ def choose_filters(args: argparse.Namespace) -> dict[str, dict[str, Callable]]:
     """All filters less --skip-filter; opt-in ones only with --use-filter."""
     rules = {"answer": {}, "pair": {}}
     for name, rule in FILTERS.items():
-        if getattr(rule, "on", None) not in rules:
+        on = getattr(rule, "on", None)
+        if on not in rules:
             raise ValueError(f'{name}: a filter says what it looks at: on="answer" or on="pair"')
-        wanted = name in args.use_filter or not getattr(rule, "opt_in", False)
-        if wanted and name not in args.skip_filter:
-            rules[rule.on][name] = rule
+        is_optional = getattr(rule, "opt_in", False)
+        if is_optional and name not in args.use_filter:
+            continue
+        if name not in args.skip_filter:
+            rules[on][name] = rule
     return rules
 
 
@@ -8105,10 +8210,13 @@ def on_judge_scale(points: float) -> float:
 
 def records_of(path: str, run: Run) -> Iterator[tuple[int, Record | Failed]]:
     """Yields (line, Record, or Failed): the input; repeated and excluded prompts are Failed."""
-    limit = run.args.max_samples if run.args.max_samples >= 0 else None
-    records = read_records(path, dict(run.args.rename), run.reads_answers, run.numbers)
+    args = run.args
+    rename = dict(args.rename)
+    records = read_records(path, rename, run.reads_answers, run.numbers)
+    if args.max_samples >= 0:
+        records = itertools.islice(records, args.max_samples)
     seen = set()  # hashes: all that is kept of a record
-    for line, record in itertools.islice(records, limit):
+    for line, record in records:
         if isinstance(record, Record):
             reason = repeated_or_excluded(record, seen, run)
             if reason:
@@ -8135,7 +8243,11 @@ def repeated_or_excluded(record: Record, seen: set[int], run: Run) -> str:
 
 def turn_words(record: Record) -> list[tuple[str, ...]]:
     """Role and words of each turn: what two records have in common if their prompt is the same."""
-    return [(turn["role"], *turn["content"].split()) for turn in record.messages]
+    turns = []
+    for turn in record.messages:
+        words = turn["content"].split()
+        turns.append((turn["role"], *words))
+    return turns
 
 
 def prompt_passages(record: Record) -> list[str]:
@@ -8145,10 +8257,13 @@ def prompt_passages(record: Record) -> list[str]:
     turns = [turn["content"] for turn in record.messages if turn["role"] == "user"]
     text = "\n".join(turns).lower()
     words = split_words(text)
-    starts = range(len(words) - CONTAMINATION_RUN + 1)
-    passages = [" ".join(words[start : start + CONTAMINATION_RUN]) for start in starts]
+    passages = []
+    for start in range(len(words) - CONTAMINATION_RUN + 1):
+        end = start + CONTAMINATION_RUN
+        passages.append(" ".join(words[start:end]))
     all_words = re.findall(r"\w+", text)  # of any script; a text of emojis has none
-    return [*passages, " ".join(all_words) or text]
+    passages.append(" ".join(all_words) or text)
+    return passages
 
 
 async def plan(path: str, run: Run, cache: Cache) -> tuple[int, Models]:
@@ -8243,7 +8358,9 @@ class OutputFiles:
         # Report page, its numbers, review page; "" if not asked for.
         self.pages = paths[4:]
         # path -> its .part
-        self.open = {path: opened(path + ".part") for path in paths[:4] if path}
+        self.open = {}
+        for path in filter(None, paths[:4]):
+            self.open[path] = opened(path + ".part")
         self.restart()
 
     def restart(self) -> None:
@@ -8277,19 +8394,10 @@ class OutputFiles:
         record = outcome.record
         answers = [vars(answer) for answer in outcome.answers]
         if self.candidates and answers:
-            row = {"prompt": record.messages, "prompt_id": record.prompt_id}
-            self.write(self.candidates, row | {"completions": answers})
+            row = {"prompt": record.messages, "prompt_id": record.prompt_id, "completions": answers}
+            self.write(self.candidates, row)
         if not outcome.pairs:
-            row = {
-                "line": record.line,
-                "stage": outcome.stage,
-                "reason": outcome.reason,
-                "prompt_id": record.prompt_id if record.messages else "",
-                "prompt": record.prompt,
-                "answers": answers,
-            }
-            self.write(self.drops, row)
-            self.dropped[reason_kind(outcome.reason)] += 1
+            self.write_drop(outcome, answers)
         draw = int(record.prompt_id, 16) / 16**16  # of the test split: by prompt, for good
         path = self.test if draw < self.run.args.test_fraction else self.output
         for row in rows:
@@ -8299,6 +8407,21 @@ class OutputFiles:
         self.read += 1
         self.retryable += outcome.retryable
         return outcome
+
+    def write_drop(self, outcome: Outcome, answers: list[dict]) -> None:
+        """Write and count a record without a pair."""
+        record = outcome.record
+        row = {
+            "line": record.line,
+            "stage": outcome.stage,
+            "reason": outcome.reason,
+            "prompt_id": record.prompt_id if record.messages else "",
+            "prompt": record.prompt,
+            "answers": answers,
+        }
+        self.write(self.drops, row)
+        kind = reason_kind(outcome.reason)
+        self.dropped[kind] += 1
 
     def checked_rows(self, pair: Pair) -> list[dict]:
         """The rows of a pair; raises PartError if the pair or its rows are not as they must be."""
@@ -8323,11 +8446,13 @@ class OutputFiles:
     def check_columns(self, name: str, row: dict) -> None:
         """Raise PartError if a row has other keys than the first row, scores aside."""
         columns = [key for key in row if key not in ("score_chosen", "score_rejected")]
-        self.columns = self.columns or columns
+        if not self.columns:
+            self.columns = columns
         if columns != self.columns:
-            first = f"the first row has {', '.join(self.columns)}"
-            text = f"the output format `{name}` wrote a row with {', '.join(columns) or 'no key'}"
-            raise PartError(f"{text}; {first}: every row needs the same keys in the same order")
+            keys = ", ".join(columns) or "no key"
+            first = ", ".join(self.columns)
+            text = f"the output format `{name}` wrote a row with {keys}; the first row has {first}"
+            raise PartError(f"{text}: every row needs the same keys in the same order")
 
     def is_repeated(self, row: dict) -> bool:
         """Whether a row's format writes such a row only `once`, and has written it."""
@@ -8373,25 +8498,33 @@ class OutputFiles:
 def format_rows(name: str, pair: Pair, run: Run) -> list[dict]:
     """The rows that an output format makes of a pair; raises PartError for wrong ones."""
     part = f"the output format `{name}`"
+    output_format = OUTPUTS[name]
     try:
-        rows = OUTPUTS[name](pair, run)
+        rows = output_format(pair, run)
     except Exception as error:
         raise broken(part, error) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise PartError(f"{part} returned {rows!r:.80}, not a list of rows (dicts)")
     for row in rows:
-        for column in getattr(OUTPUTS[name], "once", ()):
+        for column in getattr(output_format, "once", ()):
             if column not in row:
                 raise PartError(f"{part} is registered with once={column!r}, which a row lacks")
-        try:
-            text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-            text.encode("utf-8")
-        except (TypeError, ValueError, RecursionError) as error:
-            raise PartError(f"{part} returned a row that is not JSON: {error}") from None
-        for key, value in row.items():
-            if "null" in text and holds_null(value):
-                raise PartError(f"{part} wrote null in `{key}`: leave the key out of every row")
+        check_row(part, row)
     return rows
+
+
+def check_row(part: str, row: dict) -> None:
+    """Raise PartError if the row that `part` made is not JSON in UTF-8, or holds null."""
+    try:
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PartError(f"{part} returned a row that is not JSON: {error}") from None
+    if "null" not in text:
+        return
+    for key, value in row.items():
+        if holds_null(value):
+            raise PartError(f"{part} wrote null in `{key}`: leave the key out of every row")
 
 
 def holds_null(value: object) -> bool:
@@ -8454,8 +8587,7 @@ async def construct(args: argparse.Namespace) -> int:
         with contextlib.closing(open_cache(run)) as cache:
             return await construct_with(cache, path, run)
     except PartError as error:  # in an input adapter
-        if error.__cause__:
-            note("".join(traceback.format_exception(error.__cause__)).rstrip())
+        note_traceback(error.__cause__)
         place = error.place.replace(path, args.input_file) or args.input_file
         raise Stop(f"{place}: {error}") from None
 
@@ -8472,7 +8604,8 @@ def open_cache(run: Run) -> Cache:
         folder = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         path = os.path.join(folder, "replies.sqlite")
-    output_id = digest(os.path.realpath(args.output_path))[:16]
+    output = os.path.realpath(args.output_path)
+    output_id = digest(output)[:16]
     return Cache(path, output_id, read_only=args.dry_run)
 
 
@@ -8672,14 +8805,37 @@ def report_out(path: str, run: Run, files: OutputFiles, job: Job) -> dict | None
 
 def settings_of(path: str, run: Run) -> dict:
     """How the data was made, for the report: no key and no date, so a rerun gives equal bytes."""
-    settings = {name: value for name, value in vars(run.args).items() if value}
+    settings = {}
+    for name, value in vars(run.args).items():
+        if value:
+            settings[name] = value
     settings["models"] = [run.names[model] for model in writing_models(run)]
     settings["judges"] = [run.names[model] for model in run.judges]
-    settings["input_sha256"] = ""
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # it may have been moved by now
-        settings["input_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    settings["versions"] = installed_versions()
+    settings["input_sha256"] = file_sha256(path)
     # A file's name need not be UTF-8.
-    return json.loads(scrub(json.dumps(settings, ensure_ascii=False)))
+    text = json.dumps(settings, ensure_ascii=False)
+    return json.loads(scrub(text))
+
+
+def file_sha256(path: str) -> str:
+    """sha256 (64 hex digits) of a file; "" if it has been moved by now."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def installed_versions() -> dict[str, str]:
+    """{name: version} of Python and of the SDKs that are installed."""
+    import importlib.metadata
+
+    versions = {"python": sys.version.split()[0]}
+    for package in ("openai", "dashscope"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 FORWARDED_SECONDS = 1.0  # between a signal and the same one from a wrapper that forwards it
@@ -8763,15 +8919,29 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all flags; --help shows them, three examples and every entry of the tables."""
     title, _, example_commands, *_ = __doc__.split("\n\n")
-    highs = ", ".join(f"{name} {models[0]}" for name, models in DEFAULT_MODELS.items())
-    lows = ", ".join(f"{name} {models[1]}" for name, models in DEFAULT_MODELS.items())
+    highs = []
+    lows = []
+    for name, (high, low) in DEFAULT_MODELS.items():
+        highs.append(f"{name} {high}")
+        lows.append(f"{name} {low}")
     about = "@FILE reads flags from a file: a flag and its value on each line, # for comments."
+    tables = {
+        "methods": METHODS,
+        "strategies": STRATEGIES,
+        "input formats": INPUTS,
+        "output formats": OUTPUTS,
+        "filters": FILTERS,
+        "providers": PROVIDERS,
+    }
     parser = Parser(
-        prog=PROGRAM, usage=f"{PROGRAM} --input-file FILE [options]", allow_abbrev=False,
-        description=f"{title}\n\n{example_commands}\n\n{about}", fromfile_prefix_chars="@",
-        epilog=catalogue({"methods": METHODS, "strategies": STRATEGIES, "input formats": INPUTS,
-                          "output formats": OUTPUTS, "filters": FILTERS, "providers": PROVIDERS}),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog=PROGRAM,
+        usage=f"{PROGRAM} --input-file FILE [options]",
+        description=f"{title}\n\n{example_commands}\n\n{about}",
+        epilog=catalogue(tables),
+        allow_abbrev=False,
+        fromfile_prefix_chars="@",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
     add = parser.add_argument_group("main flags").add_argument
     add("--input-file", metavar="FILE",
@@ -8784,8 +8954,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="whose API serves the models, see the list below (default dashscope)")
     add("--high-model", metavar="MODEL",
         help='strong model, written [provider:]model[@URL], or "reference" for the record\'s own '
-             f"answer (default: {highs})")
-    add("--low-model", metavar="MODEL", help=f"weak model, written the same way (default: {lows})")
+             f"answer (default: {', '.join(highs)})")
+    add("--low-model", metavar="MODEL",
+        help=f"weak model, written the same way (default: {', '.join(lows)})")
     add("--output-path", default="data/rlhf_preference.jsonl", metavar="FILE",
         help="file for the pairs (default %(default)s)")
 
@@ -8794,16 +8965,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="field of the input and the known name to read it as, e.g. ask=prompt; repeatable")
     add("--output-format", choices=list(OUTPUTS), default="standard", metavar="NAME",
         help="shape of the output rows, see the list below (default standard)")
-    add("--max-samples", type=int, default=-1,
+    add("--max-samples", type=sample_count, default=-1, metavar="N",
         help="number of records to read, from the first on (default -1 = all)")
     add("--exclude-prompts", metavar="FILE",
         help="file of prompts to leave out, e.g. a benchmark, with all prompts that share "
              f"{CONTAMINATION_RUN} words in a row with one of them (default: none)")
-    add("--test-fraction", type=number_between(0.0, 0.99), default=0.0,
+    add("--test-fraction", type=number_between(0.0, 0.99), default=0.0, metavar="SHARE",
         help="share of prompts written to <output>.test.jsonl instead, 0 to 0.99 (default 0)")
 
     add = parser.add_argument_group("method").add_argument
-    add("--num-candidates", type=number_between(2, 8), default=4,
+    add("--num-candidates", type=number_between(2, 8), default=4, metavar="N",
         help="number of answers per prompt for generate_pairs, 2 to 8 (default %(default)s)")
     add("--candidates-path", metavar="FILE",
         help="file for all answers with their scores, an input for rank_responses (default: none)")
@@ -8815,13 +8986,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="models that write the candidates (default: the high and the low model)")
     add("--base-url", metavar="URL",
         help="address of the provider's API (default: the provider's own)")
-    add("--system-prompt", type=utf8_text, default="",
+    add("--system-prompt", type=utf8_text, default="", metavar="TEXT",
         help="system prompt for all answers; not exported, not shown to the judge (default: none)")
-    add("--temperature", type=number_between(0.0, 2.0),
+    add("--temperature", type=number_between(0.0, 2.0), metavar="T",
         help="sampling temperature of answers, 0 to 2 (default of a model's first, second, ... "
              f"answer: {TEMPERATURES})")
-    add("--max-tokens", type=number_between(1, 10**7), default=4096,
-        help="maximum tokens per answer (default %(default)s); twice that if it is truncated")
+    add("--max-tokens", type=number_between(1, 10**7), default=4096, metavar="N",
+        help="maximum tokens per answer (default %(default)s); a truncated answer is requested "
+             "once more with twice the limit")
     add("--model-option", type=model_option, action="append", default=[],
         metavar="[MODEL:]KEY=JSON",
         help="extra field of the API request, for all models or one, e.g. top_p=0.9; repeatable")
@@ -8830,21 +9002,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--judge-model", action="append", default=[], metavar="MODEL",
         help="model that scores the answers; also reward:NAME@URL, exact_match (compares with the "
              "reference) or none; repeatable (default: the high model; rank_responses: none)")
-    add("--judge-orders", type=number_between(1, 2), default=2,
+    add("--judge-orders", type=number_between(1, 2), default=2, metavar="N",
         help="orders in which a judge sees the answers (default %(default)s); 1 hides its bias")
     add("--rubric", type=text_file, metavar="FILE",
         help="text file with grading rules for the judge (default: the built-in rules)")
     add("--no-reference", action="store_true",
         help="hide the record's own answer from the judge (default: the judge sees it)")
-    add("--min-score-gap", type=number_between(0.0, 1e6),
+    add("--min-score-gap", type=number_between(0.0, 1e6), metavar="POINTS",
         help="smallest score gap of a kept pair, in points (default 1, for generate_pairs 2, for "
              f"scores of the input 0 or {100 * SCORE_GAP_SHARE:.0f}%% of a known scale)")
-    add("--min-chosen-score", type=number_between(-1e6, 1e6),
+    add("--min-chosen-score", type=number_between(-1e6, 1e6), metavar="POINTS",
         help="lowest score of a chosen answer, in points (default: no limit)")
     add("--when-low-wins", choices=["drop", "flip"], default="drop",
         help="what happens if the weak model's answer wins: drop the record, or flip the pair if "
              f"it leads by {on_judge_scale(FLIP_GAP):g} points in every judge reply (default drop)")
-    add("--length-penalty", type=number_between(0.0, 100.0), default=0.0,
+    add("--length-penalty", type=number_between(0.0, 100.0), default=0.0, metavar="POINTS",
         help="points off the score gap for each factor 1.5 by which chosen is longer (default 0)")
     skippable = [name for name, rule in FILTERS.items() if not getattr(rule, "fixed", False)]
     optional = [name for name, rule in FILTERS.items() if getattr(rule, "opt_in", False)]
@@ -8854,24 +9026,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="optional filter to switch on, registered with opt_in=True; repeatable")
 
     add = parser.add_argument_group("running").add_argument
-    add("--concurrency", type=number_between(1, 4096), default=16,
+    add("--concurrency", type=number_between(1, 4096), default=16, metavar="N",
         help="number of records processed at the same time (default %(default)s)")
-    add("--timeout", type=number_between(0.01, 1e6), default=600.0,
+    add("--timeout", type=number_between(0.01, 1e6), default=600.0, metavar="SECONDS",
         help="seconds to wait for one API call (default 600)")
-    add("--max-retries", type=number_between(0, 100), default=6,
+    add("--max-retries", type=number_between(0, 100), default=6, metavar="N",
         help="retries after a connection error or a server error (default %(default)s)")
     add("--cache-path", metavar="FILE",
         help="SQLite file that stores every API reply, so that a rerun is free (default: "
              '.rlhf_cache.sqlite next to the output; "none" = no cache)')
     add("--batch", action="store_true",
         help="send all calls through the provider's batch API: half the price, done within a day")
-    add("--seed", type=int, default=0,
+    add("--seed", type=int, default=0, metavar="N",
         help="random seed for sampling and tie-breaking (default %(default)s)")
     add("--dry-run", action="store_true",
         help="make no API call, write nothing; print planned calls, tokens, cost, first prompts")
     add("--price", type=price, action="append", default=[], metavar="MODEL=IN/OUT",
         help="price per million input and output tokens, e.g. qwen3-max=1.2/6; repeatable")
-    add("--max-cost", type=number_between(0.0, 1e9),
+    add("--max-cost", type=number_between(0.0, 1e9), metavar="MONEY",
         help="limit on the cost of all runs for this output, by --price (default: no limit)")
 
     add = parser.add_argument_group("report and review").add_argument
@@ -8888,10 +9060,13 @@ def build_parser() -> argparse.ArgumentParser:
 def catalogue(tables: dict[str, dict]) -> str:
     """{heading: table} -> every entry with the first line of its docstring."""
     lines = []
+    indent = " " * 21
     for title, entries in tables.items():
-        lines += ["", f"{title}:"]
+        lines.append("")
+        lines.append(f"{title}:")
         for name, entry in entries.items():
-            lines += wrapped(f"  {name:18} {first_line(entry)}", later=" " * 21)
+            text = f"  {name:18} {first_line(entry)}"
+            lines += wrapped(text, later=indent)
     return "\n".join(lines)
 
 
@@ -8927,6 +9102,18 @@ def number_between(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def sample_count(text: str) -> int:
+    """The number of records to read: 1 or more, or -1 for all."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count == -1 or count >= 1:
+        return count
+    form = "a number of records: 1 or more, -1 for all"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+
+
 def renaming(text: str) -> tuple[str, str]:
     """OLD=NEW -> (old, new)."""
     old, _, new = utf8_text(text).partition("=")
@@ -8937,12 +9124,15 @@ def renaming(text: str) -> tuple[str, str]:
 
 def price(text: str) -> tuple[str, tuple[float, float]]:
     """MODEL=IN/OUT -> (model, (price in, price out)), each of a million tokens."""
-    form = re.fullmatch(r"(.+)=(\d+\.?\d*|\.\d+)/(\d+\.?\d*|\.\d+)", text)
+    amount = r"(\d+\.?\d*|\.\d+)"
+    form = re.fullmatch(f"(.+)={amount}/{amount}", text)
     if not form:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not MODEL=IN/OUT, e.g. qwen3-max=1.2/6 (per million tokens)"
         )
-    return form[1], (float(form[2]), float(form[3]))
+    price_in = float(form[2])
+    price_out = float(form[3])
+    return form[1], (price_in, price_out)
 
 
 def model_option(text: str) -> tuple[str, str, object]:
@@ -8955,9 +9145,11 @@ def model_option(text: str) -> tuple[str, str, object]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not [MODEL:]KEY=JSON, e.g. {example}"
         ) from None
-    if form[2] == "max_tokens" and (type(value) is not int or value < 1):
+    model = form[1] or ""
+    key = form[2]
+    if key == "max_tokens" and (type(value) is not int or value < 1):
         raise argparse.ArgumentTypeError(f"{text!r}: max_tokens is a whole number from 1 on")
-    return form[1] or "", form[2], value
+    return model, key, value
 
 
 def text_file(path: str) -> tuple[str, str]:
@@ -8991,7 +9183,8 @@ def check_flags(run: Run) -> None:
     args = run.args
     unread = args.annotations and not run.reads_answers
     refuse(unread, "--annotations works with --method rank_responses: it reads the pairs again")
-    if "high" in getattr(run.method, "asks", ("high", "low")) and run.high == run.low:
+    asks = getattr(run.method, "asks", ("high", "low"))
+    if "high" in asks and run.high == run.low:
         name = run.high.name
         raise UserError(f"--high-model and --low-model are both {name}: name two different models")
     several_pairs = args.strategy in ("all_pairs", "adjacent") and args.min_chosen_score is None
@@ -9003,31 +9196,43 @@ def check_flags(run: Run) -> None:
     )
     uncached = args.batch and args.cache_path == "none"
     refuse(uncached, "--batch stores its replies in the cache: leave out --cache-path none")
-    judges = run.judges
     needs_judge = getattr(run.method, "needs_judge", False)
-    method = args.method
-    refuse(needs_judge and not judges, f"--method {method} needs a judge: name a --judge-model")
+    refuse(
+        needs_judge and not run.judges,
+        f"--method {args.method} needs a judge: name a --judge-model",
+    )
+    check_judges(run)
+
+
+def check_judges(run: Run) -> None:
+    """Raise UserError if a judge is named twice, or cannot work with the others or with --batch."""
+    judges = run.judges
     refuse(len(set(judges)) < len(judges), "--judge-model: one judge is named twice")
     rewards = [judge for judge in judges if judge.is_reward]
     mixed = rewards and len(rewards) < len(judges)
     refuse(mixed, "--judge-model: a reward model has its own scale: use no other judge beside it")
+    refuse(rewards and run.args.batch, "--batch does not work with a reward model: leave it out")
     several = EXACT_MATCH in judges and len(judges) > 1
     refuse(several, "--judge-model: exact_match knows only right and wrong: use no other beside it")
     writes = EXACT_MATCH in writing_models(run)
     refuse(writes, "exact_match writes no answers: use it as --judge-model")
-    refuse(rewards and args.batch, "--batch does not work with a reward model: leave it out")
 
 
 def check_model(model: Model, args: argparse.Namespace) -> None:
     """Raise UserError if a package, key or price that calls to `model` need is missing."""
     provider = PROVIDERS[model.provider]
+    unpriced = args.max_cost is not None and model.name not in args.prices
     refuse(
-        provider.key and args.max_cost is not None and model.name not in args.prices,
+        provider.key and unpriced,
         f"--max-cost needs the price of every model: --price {model.name}=IN/OUT",
     )
-    packages = [getattr(provider, "package", None), "openai" if args.batch else None]
+    packages = [getattr(provider, "package", None)]
+    if args.batch:
+        packages.append("openai")
     for package in filter(None, packages):
-        source = "-r requirements.txt" if package in ("openai", "dashscope") else package
+        source = package
+        if package in ("openai", "dashscope"):
+            source = "-r requirements.txt"
         refuse(
             not args.dry_run and not importlib.util.find_spec(package),
             f"the package {package} is missing: pip install {source} (or --provider offline)",
@@ -9037,8 +9242,9 @@ def check_model(model: Model, args: argparse.Namespace) -> None:
         re.search(r"[^!-~]", key),
         f"{provider.key} holds a character that no key has (a curly quote? a space?): set it again",
     )
+    needs_key = provider.key and not model.url and not args.dry_run
     refuse(
-        provider.key and not args.dry_run and not model.url and not key,
+        needs_key and not key,
         f"{provider.key} is not set: export {provider.key}=sk-..., or try --provider offline",
     )
 
@@ -9062,85 +9268,127 @@ def check_paths(args: argparse.Namespace) -> None:
     inputs = [path for path in inputs if path not in (None, "-")]
     for path in inputs:
         refuse(not os.path.isfile(path), f"{path}: no such file")
-    if args.rubric:
+    if args.rubric:  # it has been read and may be a pipe
         inputs.append(args.rubric[0])
     target = args.output_path
-    refuse(
-        not re.search(r"[^/\\]\.jsonl?$", target),
-        f"--output-path {target}: name a .jsonl file, e.g. data/pairs.jsonl",
-    )
-    default_cache = os.path.join(os.path.dirname(target), ".rlhf_cache.sqlite")
-    args.cache_path = args.cache_path or default_cache
-    written = [path for path in [*written_paths(args), args.cache_path] if path not in ("", "none")]
+    is_jsonl = re.search(r"[^/\\]\.jsonl?$", target)
+    refuse(not is_jsonl, f"--output-path {target}: name a .jsonl file, e.g. data/pairs.jsonl")
+    if not args.cache_path:
+        folder = os.path.dirname(target)
+        args.cache_path = os.path.join(folder, ".rlhf_cache.sqlite")
+    written = [*written_paths(args), args.cache_path]
+    written = [path for path in written if path not in ("", "none")]
     inputs = {os.path.realpath(path) for path in inputs}
     taken = []
     for path in written:
-        real = os.path.realpath(path)
-        taken += [real, real + ".part", real + ".bak"]
+        taken += taken_names(path)
         is_input = inputs.intersection(taken)
         refuse(is_input, f"{path}: an input would be overwritten: choose another name")
-        refuse(os.path.exists(path) and not os.path.isfile(path), f"{path}: not a file")
-        folder = next(filter(os.path.exists, Path(real).parents))
-        refuse(not os.access(folder, os.W_OK), f"{path}: {folder} cannot be written to")
     names = ", ".join(written)
     refuse(len(set(taken)) < len(taken), f"two of the files to write are the same: {names}")
+
+
+def taken_names(path: str) -> list[str]:
+    """The names that a file to write takes; raises UserError if it cannot be written."""
+    is_other = os.path.exists(path) and not os.path.isfile(path)
+    refuse(is_other, f"{path}: not a file")
+    real = os.path.realpath(path)
+    folder = next(filter(os.path.exists, Path(real).parents))
+    refuse(not os.access(folder, os.W_OK), f"{path}: {folder} cannot be written to")
+    return [real, real + ".part", real + ".bak"]
 
 
 def written_paths(args: argparse.Namespace) -> list[str]:
     """[output, drops, test split, candidates, report, its numbers, review]; "" if unwanted."""
     stem = re.sub(r"\.jsonl?$", "", args.output_path)
-    test = f"{stem}.test.jsonl" if args.test_fraction else ""
-    paths = [args.output_path, f"{stem}.dropped.jsonl", test, args.candidates_path or "", "", ""]
-    if args.report_path != "none":
-        report = re.sub(r"\.(html|json)$", "", args.report_path or f"{stem}.report")
-        paths[4:] = [f"{report}.html", f"{report}.json"]
-    paths.append(args.review_path or "")
+    report = args.report_path or f"{stem}.report"
+    report = re.sub(r"\.(html|json)$", "", report)
+    paths = [
+        args.output_path,
+        f"{stem}.dropped.jsonl",
+        f"{stem}.test.jsonl" if args.test_fraction else "",
+        args.candidates_path or "",
+        f"{report}.html",
+        f"{report}.json",
+        args.review_path or "",
+    ]
+    if args.report_path == "none":
+        paths[4:6] = ["", ""]
     # A link stays: what it points to is written.
     return [os.path.realpath(path) if os.path.islink(path) else path for path in paths]
 
 
 def check_input(path: str, run: Run) -> None:
     """Raise UserError if the first 20 records cannot be used; print a note of fields not used."""
-    name = run.args.input_file
-    rename = dict(run.args.rename)
+    args = run.args
+    name = args.input_file
+    rename = dict(args.rename)
     run.numbers = ChoiceNumbers(row for _, row in renamed_rows(path, rename))
     records = read_records(path, rename, run.reads_answers, run.numbers)
     first = list(itertools.islice(records, 20))
     refuse(not first, f"{name}: holds no record")
-    rows = [row for _, row in itertools.islice(read_rows(path), 20) if isinstance(row, dict)]
-    fields = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-    known = set(map(plain_name, fields))
-    for old, new in run.args.rename:
-        if plain_name(old) not in known:
-            names = ", ".join(fields)
-            raise UserError(f"--rename {old}={new}: no {old!r} among the fields: {names:.200}")
+    check_renames(path, args.rename)
     good = [record for _, record in first if isinstance(record, Record)]
     if not good:
         line, failed = first[0]
-        raise UserError(f"{name}:{line}: {failed.reason}{shapes_hint(failed.reason, run)}")
-    run.writes_decided_by |= any(record.decided_by for record in good)
-    offline = {model.name for model in asked_models(run) if model.provider == "offline"}
-    needy = offline - {"heuristic"}
-    if needy and not any(record.reference for record in good):
+        hint = shapes_hint(failed.reason, run)
+        raise UserError(f"{name}:{line}: {failed.reason}{hint}")
+    if any(record.decided_by for record in good):
+        run.writes_decided_by = True
+    if needs_reference(run) and not any(record.reference for record in good):
         text = "no record has an answer (one that a label or a score may call bad does not count)"
         raise UserError(f"{name}: {text}: exact_match and offline models need one")
-    rows = [row for _, row in itertools.islice(renamed_rows(path, rename), 20)]
-    unused = unused_fields([row for row in rows if isinstance(row, dict)], run.reads_answers)
+    rows = first_rows(renamed_rows(path, rename))
+    note_unused(rows, run)
+    if args.exclude_prompts:
+        run.excluded = excluded_prompts(args.exclude_prompts)
+
+
+def note_unused(rows: list[dict], run: Run) -> None:
+    """Print which fields of the rows are not used."""
+    unused = unused_fields(rows, run.reads_answers)
     if unused:
-        names = f"{', '.join(unused):.200}"
-        note(f"fields not used: {names}; --rename OLD=NEW says what a field means")
-    if run.args.exclude_prompts:
-        run.excluded = excluded_prompts(run.args.exclude_prompts)
+        names = ", ".join(unused)
+        note(f"fields not used: {names:.200}; --rename OLD=NEW says what a field means")
+
+
+def first_rows(rows: Iterable[tuple[int, object]]) -> list[dict]:
+    """The objects among the first 20 of (line, row)."""
+    first = itertools.islice(rows, 20)
+    return [row for _, row in first if isinstance(row, dict)]
+
+
+def check_renames(path: str, renames: list[tuple[str, str]]) -> None:
+    """Raise UserError if a field that --rename names is in none of the first 20 records."""
+    fields = {}  # an ordered set
+    for row in first_rows(read_rows(path)):
+        fields |= row
+    names = ", ".join(fields)
+    known = {plain_name(name) for name in fields}
+    for old, new in renames:
+        is_known = plain_name(old) in known
+        problem = f"no record of the first 20 has a field {old!r}; their fields: {names:.200}"
+        refuse(not is_known, f"--rename {old}={new}: {problem}")
+
+
+def needs_reference(run: Run) -> bool:
+    """Whether a model of this run works only with the record's own answer."""
+    for model in asked_models(run):
+        if model.provider == "offline" and model.name != "heuristic":
+            return True
+    return False
 
 
 def shapes_hint(reason: str, run: Run) -> str:
     """The shapes of records that this run reads, where `reason` says that a row has another one."""
-    if not re.match("no known|no answers|not a record|not JSON|not a history", reason):
+    is_of_shape = re.match("no known|no answers|not a record|not JSON|not a history", reason)
+    if not is_of_shape:
         return ""
     shapes = [first_line(adapter) for adapter in INPUTS.values()]
     if run.reads_answers:
         shapes.append("answers with `scores`, `ranks`, `order` or `winner`; `chosen`, `rejected`")
-    return f". Accepted: {'; '.join(shapes)}. Other fields: --rename OLD=NEW"
+    accepted = "; ".join(shapes)
+    return f". Accepted: {accepted}. Other fields: --rename OLD=NEW"
 
 
 def excluded_prompts(path: str) -> set[int]:
@@ -9148,7 +9396,8 @@ def excluded_prompts(path: str) -> set[int]:
     hashes = set()
     for _, record in read_records(path):
         if isinstance(record, Record):
-            hashes |= {hash(passage) for passage in prompt_passages(record)}
+            passages = prompt_passages(record)
+            hashes.update(map(hash, passages))
     refuse(not hashes, f"--exclude-prompts {path}: no record in it is recognised")
     return hashes
 
@@ -9182,7 +9431,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def complain(kind: str, reason: object, status: int) -> int:
     """Print on one line why the program ends -> its exit status."""
-    note(f"{PROGRAM}: {kind}: {' '.join(str(reason).split())}")
+    words = str(reason).split()
+    text = " ".join(words)
+    note(f"{PROGRAM}: {kind}: {text}")
     return status
 
 
@@ -9190,12 +9441,14 @@ def disk_message(error: OSError | sqlite3.Error) -> str:
     """What went wrong with a file, and what to do."""
     again = "run the same command again"
     number_of_error = getattr(error, "errno", None)
-    full = number_of_error in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or "full" in str(error):
+    is_full = number_of_error in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if is_full or "full" in str(error):
         return f"the disk is full. Nothing is lost: free some space and {again}."
     if number_of_error in (errno.EMFILE, errno.ENFILE):
         return f"too many open files. Nothing is lost: lower --concurrency and {again}."
-    cause = getattr(error, "strerror", None) or error
+    cause = getattr(error, "strerror", None)
+    if not cause:
+        cause = str(error)
     return f"{cause}. Nothing is lost: {again} once this is corrected."
 
 

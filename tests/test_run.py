@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import gzip
+import importlib.metadata
 import json
 import os
 import signal
@@ -498,7 +499,7 @@ def test_a_dry_run_reads_a_cache_and_writes_nothing_into_it(rlhf, tmp_path):
         rlhf(PROMPTS[:2], *MODELS, api=api)
         before = cache.read_bytes()
         result = rlhf(PROMPTS[:2], *MODELS, "--dry-run", api=api)
-    assert result.status == 0 and "8 from cache, 0 to pay" in result.out
+    assert result.status == 0 and "8 are cached, 0 to pay." in result.out
     assert cache.read_bytes() == before
 
 
@@ -678,6 +679,19 @@ def test_the_bar_counts_records_as_they_finish_not_in_the_order_of_the_input(rlh
     with Api(answer) as api:
         result = rlhf(PROMPTS, *MODELS, "--judge-model", "none", api=api)
     assert result.status == 0 and max(finished_before) == 11 and bars[0].finished == 12
+
+
+def test_the_report_names_the_versions_of_python_and_of_the_installed_sdks(rlhf, monkeypatch):
+    def version(package):
+        if package == "dashscope":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "9.8"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    records = [{"prompt": "Why?", "output": "So. It is. Very."}]
+    output = rlhf(records, "--provider", "offline").output
+    settings = json.loads(output.with_name("out.report.json").read_text("utf-8"))["settings"]
+    assert settings["versions"] == {"python": sys.version.split()[0], "openai": "9.8"}
 
 
 def test_ctrl_c_stops_the_plan_at_once(tmp_path):

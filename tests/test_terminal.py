@@ -116,7 +116,7 @@ def called(stop=None, cache=True, money=1.02, kept=0.0) -> SimpleNamespace:
         usage={"qwen-max": SimpleNamespace(kept=kept, money=money)},
         stop=stop,
         cache=SimpleNamespace(db=cache),
-        args=SimpleNamespace(batch=False),
+        args=SimpleNamespace(batch=False, prices={}),
     )
 
 
@@ -281,24 +281,54 @@ def test_too_few_pairs_reviews_and_notes_are_sentences():
 # --- the plan
 
 
-def test_a_plan_names_calls_and_tokens():
-    assert rc.plan_line(10_000, called(money=None)).splitlines() == [
-        "Plan: 10,000 records, 1,200 API calls (600 qwen-max, 600 judging by qwen-max); 0 from cache, 1,200",
-        "  to pay; about 412,000 tokens in, 98,000 out.",
-    ]
+def test_a_plan_of_100_columns_is_one_line_and_a_longer_one_two():
+    models = called(money=None)
+    assert rc.plan_line(10_000, models) == (
+        "Plan: 10,000 records, 1,200 API calls (600 qwen-max, 600 judging by qwen-max);\n"
+        "  0 are cached, 1,200 to pay."
+    )
+    models.rows = lambda: called(money=None).rows()[:1]
+    assert rc.plan_line(600, models) == (
+        "Plan: 600 records, 600 API calls (600 qwen-max); 0 are cached, 600 to pay."
+    )
 
 
 def test_a_plan_with_prices_names_the_expected_cost_and_what_is_paid():
-    text = " ".join(rc.plan_line(600, called(kept=0.25)).split())
+    models = called(kept=0.25)
+    models.args.prices = {"qwen-max": (1, 1)}
+    text = " ".join(rc.plan_line(600, models).split())
     assert text.endswith("Expected cost: 1.02 (--price), 0.2500 of it in earlier runs.")
 
 
-def test_a_plan_without_the_cost_says_which_price_is_missing(capsys):
-    models = called(money=None)
-    models.first_prompts = {}
-    models.args.prices = {}
+def test_a_plan_with_a_price_too_few_says_which_model_has_none():
+    models = called()
+    models.args.prices = {"qwen-max": (1, 1)}
+    rows = models.rows()
+    rows[0] |= {"model": "gpt-5-nano", "money": None}
+    models.rows = lambda: rows
+    text = " ".join(rc.plan_line(600, models).split())
+    assert text.endswith("Expected cost: unknown, because gpt-5-nano has no --price.")
+
+
+def dry_run(models, capsys) -> str:
+    """What --dry-run prints of these models."""
+    models.first_prompts = {"qwen-max as answer": [{"role": "user", "content": "Why?"}]}
     rc.show_plan(600, models)
-    assert "For the cost add --price MODEL=IN/OUT.\n" in capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_prints_a_line_for_each_model_and_the_first_prompts(capsys):
+    models = called()
+    models.args.prices = {"qwen-max": (1, 1)}
+    text = dry_run(models, capsys)
+    line = "  qwen-max: 1,200 calls to pay, 0 cached; about 412,000 tokens in, 98,000 out; 1.02 (--price)"
+    assert line in text.splitlines()
+    assert text.endswith("\n--- First prompt to qwen-max:\nWhy?\n")
+
+
+def test_a_dry_run_without_prices_says_how_to_get_the_cost(capsys):
+    text = dry_run(called(money=None), capsys)
+    assert "98,000 out\nFor the cost add --price MODEL=IN/OUT.\n" in text
 
 
 # --- colour, control characters, the progress bar
@@ -377,6 +407,44 @@ def test_a_note_stands_on_a_line_of_its_own_below_the_bar(no_bar, capsys):
     draw_bar()
     rc.note("a note")
     assert re.search(r"1/2 .*replies=3.*tokens=59234\]\na note\n", capsys.readouterr().err)
+
+
+def test_a_note_leaves_no_piece_of_the_bar_on_a_terminal(no_bar, monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    draw_bar()
+    before = sys.stderr.getvalue()
+    rc.note("a note")
+    written = sys.stderr.getvalue().removeprefix(before)
+    bar = before.rpartition("\r")[2]
+    assert "1/2" in bar
+    cleared, _, last = written.rpartition("\r")
+    assert last == "a note\n" and cleared.strip("\r") == " " * len(bar)
+
+
+def test_nothing_is_drawn_in_the_first_two_seconds(no_bar, capsys):
+    async def short_run():
+        progress_bar = rc.Progress(None, None)
+        await asyncio.sleep(0)
+        rc.note("Plan: ...")
+        progress_bar.close()
+
+    asyncio.run(short_run())
+    assert capsys.readouterr().err == "Plan: ...\n"
+
+
+def test_the_bar_ends_its_line_in_a_file(no_bar, capsys):
+    pytest.importorskip("tqdm")
+
+    async def run():
+        models = SimpleNamespace(replies=3, tokens=lambda: 59234, total=2, spent=0)
+        models.args = SimpleNamespace(prices={})
+        progress_bar = rc.Progress(SimpleNamespace(pairs=4, dropped=Counter({"tie": 5})), models)
+        progress_bar.draw()
+        progress_bar.close()
+
+    asyncio.run(run())
+    assert capsys.readouterr().err.endswith("replies=3, pairs=4, drops=5, tokens=59234]\n")
 
 
 def test_without_tqdm_the_bar_is_silent(no_bar, monkeypatch, capsys):
