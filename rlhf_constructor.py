@@ -7284,7 +7284,7 @@ low model won | the weak model's answer was better | a weaker --low-model, or --
 rejected answer won | the judge preferred the rejected answer in every vote
 tie | both answers were rated equal | a stronger --judge-model
 score gap too small | the score gap was below the least gap (--min-score-gap)
-    | --min-score-gap 0.5, a weaker --low-model, or --method generate_pairs
+    | a smaller --min-score-gap, a weaker --low-model, or --method generate_pairs
 chosen score too low | the chosen answer's score was below --min-chosen-score
     | a lower --min-chosen-score, or a stronger --high-model
 unreadable judge reply | no reply of the judge held a score for each answer
@@ -9008,14 +9008,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="text file with grading rules for the judge (default: the built-in rules)")
     add("--no-reference", action="store_true",
         help="hide the record's own answer from the judge (default: the judge sees it)")
+    low, high = JUDGE_SCALE
+    gaps = []
+    for name, method in METHODS.items():
+        if not getattr(method, "reads_answers", False):
+            gaps.append(f"{name} {on_judge_scale(getattr(method, 'gap', 1.0)):.3g}")
     add("--min-score-gap", type=number_between(0.0, 1e6), metavar="POINTS",
-        help="smallest score gap of a kept pair, in points (default 1, for generate_pairs 2, for "
-             f"scores of the input 0 or {100 * SCORE_GAP_SHARE:.0f}%% of a known scale)")
+        help=f"smallest score gap of a kept pair, in points of the scale {low}-{high} (default: "
+             f"{', '.join(gaps)}; for scores of the input {100 * SCORE_GAP_SHARE:.0f}%% of their "
+             "scale, 0 if it is unknown)")
     add("--min-chosen-score", type=number_between(-1e6, 1e6), metavar="POINTS",
-        help="lowest score of a chosen answer, in points (default: no limit)")
+        help="lowest score of a chosen answer, in points of its scale (default: no limit)")
     add("--when-low-wins", choices=["drop", "flip"], default="drop",
         help="what happens if the weak model's answer wins: drop the record, or flip the pair if "
-             f"it leads by {on_judge_scale(FLIP_GAP):g} points in every judge reply (default drop)")
+             f"it leads by {on_judge_scale(FLIP_GAP):.3g} points in every judge reply "
+             "(default drop)")
     add("--length-penalty", type=number_between(0.0, 100.0), default=0.0, metavar="POINTS",
         help="points off the score gap for each factor 1.5 by which chosen is longer (default 0)")
     skippable = [name for name, rule in FILTERS.items() if not getattr(rule, "fixed", False)]
