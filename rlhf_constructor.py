@@ -1102,9 +1102,11 @@ class ask_openai(Provider):
 
 def part_text(part: object, role: str) -> str:
     """The text of one part of a turn's content: `{"type": "text", "text": ...}` or a string."""
-    kind, text = "text", part
+    kind = "text"
+    text = part
     if isinstance(part, dict):
-        kind, text = part.get("type"), first_value(part, ("text", "value"))
+        kind = part.get("type")
+        text = first_value(part, ("text", "value"))
     if "image" in str(kind):
         raise Failed("input", "not a text: images")
     if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
@@ -1170,6 +1172,9 @@ def first_text(row: dict, names: tuple) -> str:
     return ""
 
 
+CHOICE_LETTERS = string.ascii_uppercase
+
+
 def context_texts(row: dict, prompt: str) -> list[str]:
     """The texts beside a prompt: CONTEXT_FIELDS, then a question's choices as lines "A. text"."""
     texts = []
@@ -1177,34 +1182,54 @@ def context_texts(row: dict, prompt: str) -> list[str]:
         value = row.get(name)
         if value == prompt or is_missing(value):
             continue
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
-            value = "\n\n".join(value)
+        value = joined_texts(value)
         if name == "input" or isinstance(value, str):
-            texts.append(text_of({name: value}, name))
+            text = text_of({name: value}, name)
+            texts.append(text)
     choices = choices_of(row)
     if not all(text in prompt for text in choices.values()):
-        texts.append("\n".join(f"{label}. {text}" for label, text in choices.items()))
+        lines = [f"{label}. {text}" for label, text in choices.items()]
+        texts.append("\n".join(lines))
     return texts
+
+
+def joined_texts(value: Any) -> Any:
+    """A list of texts as one text with blank lines between them; any other value as it is."""
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(part, str) for part in value):
+        return value
+    return "\n\n".join(value)
 
 
 def choices_of(row: dict) -> dict[str, str]:
     """A question's choices, label -> text: a list, {"A": text}, two lists (ARC), columns (MMLU)."""
-    choices = first_value(row, CHOICE_FIELDS)
-    letters = string.ascii_uppercase
-    if isinstance(choices, str):  # of a CSV cell
-        choices = parsed_text(choices)
-    if choices is None and "A" in row and "B" in row:
-        choices = {letter: row[letter] for letter in letters if row.get(letter)}
+    choices = choices_field(row)
     if isinstance(choices, dict) and isinstance(choices.get("text"), list):
-        choices = dict(zip(choices["label"], choices["text"], strict=True))
-    if isinstance(choices, list) and len(choices) <= len(letters):
-        choices = dict(zip(letters, choices, strict=False))
+        labels = choices["label"]
+        texts = choices["text"]
+        choices = dict(zip(labels, texts, strict=True))
+    if isinstance(choices, list) and len(choices) <= len(CHOICE_LETTERS):
+        choices = dict(zip(CHOICE_LETTERS, choices, strict=False))
     if not isinstance(choices, dict) or len(choices) < 2:
         return {}
-    for label, text in choices.items():
-        if len(str(label)) != 1 or not isinstance(text, str | int | float):
+    texts_by_label = {}
+    for key, text in choices.items():
+        label = str(key)
+        if len(label) != 1 or not isinstance(text, str | int | float):
             return {}  # keys that are no letters, values that are no texts
-    return {str(label): str(text) for label, text in choices.items()}
+        texts_by_label[label] = str(text)
+    return texts_by_label
+
+
+def choices_field(row: dict) -> Any:
+    """A question's choices as the row holds them: a field, a CSV cell, or columns A, B, C ..."""
+    choices = first_value(row, CHOICE_FIELDS)
+    if isinstance(choices, str):
+        choices = parsed_text(choices)
+    if choices is None and "A" in row and "B" in row:
+        choices = {letter: row[letter] for letter in CHOICE_LETTERS if row.get(letter)}
+    return choices
 
 
 HISTORY_SHAPE = 'write [["question", "answer"], ...] or [{"role": "user", "content": "..."}, ...]'
@@ -1224,21 +1249,30 @@ def read_history(row: dict) -> list[dict]:
     if not isinstance(history, list):
         raise Failed("input", f"not a history: {HISTORY_SHAPE}")
     if all(isinstance(item, str) for item in history):
-        history = [history[start : start + 2] for start in range(0, len(history), 2)]
+        starts = range(0, len(history), 2)
+        history = [history[start : start + 2] for start in starts]
     turns = []
     for item in history:
-        texts = item
-        if is_turns([item]):
-            turns.append(item)
-            continue
-        if isinstance(item, dict):
-            texts = [first_value(item, USER_NAMES), first_value(item, ASSISTANT_NAMES)]
-        is_pair = isinstance(texts, list) and len(texts) == 2 and isinstance(texts[1], str)
-        if not is_pair or not isinstance(texts[0], str | None):
-            raise Failed("input", f"not a history: {HISTORY_SHAPE}")
-        exchange = chat([texts])
-        turns += exchange if texts[0] else exchange[1:]  # a greeting that nobody asked for
+        turns += history_turns(item)
     return turns
+
+
+def history_turns(item: Any) -> list[dict]:
+    """The turns of one item of a history: a turn, or a question and its answer; raises Failed."""
+    if is_turns([item]):
+        return [item]
+    texts = item
+    if isinstance(item, dict):
+        question = first_value(item, USER_NAMES)
+        answer = first_value(item, ASSISTANT_NAMES)
+        texts = [question, answer]
+    if not isinstance(texts, list) or len(texts) != 2:
+        raise Failed("input", f"not a history: {HISTORY_SHAPE}")
+    question, answer = texts
+    if not isinstance(question, str | None) or not isinstance(answer, str):
+        raise Failed("input", f"not a history: {HISTORY_SHAPE}")
+    exchange = chat([texts])
+    return exchange if question else exchange[1:]  # a greeting that nobody asked for
 
 
 def with_history(turns: list, row: dict) -> list:
@@ -1246,11 +1280,13 @@ def with_history(turns: list, row: dict) -> list:
     history = read_history(row)
     if not history or not turns:
         return turns
-    is_system = message(turns[0])["role"] == "system"
-    start = turns[1:] if is_system else turns
-    if [message(turn) for turn in start[: len(history)]] == [message(turn) for turn in history]:
+    first = message(turns[0])
+    system = turns[:1] if first["role"] == "system" else []
+    rest = turns[len(system) :]
+    repeated = [message(turn) for turn in rest[: len(history)]]
+    if repeated == [message(turn) for turn in history]:
         return turns
-    return [turns[0], *history, *start] if is_system else [*history, *turns]
+    return [*system, *history, *rest]
 
 
 def refuse_open_answer(turns: list, row: dict) -> None:
@@ -1275,8 +1311,10 @@ def human_turns(text: str) -> list[dict]:
     """The turns of a text that begins with `\\n\\nHuman:` (HH-RLHF) or `### Human:` (Guanaco)."""
     for mark in ("\n\n", "### "):
         if text.startswith(f"{mark}Human:"):
-            parts = re.split(rf"{mark}(Human|Assistant): ?", text)[1:]
-            pairs = zip(parts[::2], parts[1::2], strict=True)
+            _, *parts = re.split(rf"{mark}(Human|Assistant): ?", text)
+            speakers = parts[::2]
+            contents = parts[1::2]
+            pairs = zip(speakers, contents, strict=True)
             return [{"from": speaker, "value": content} for speaker, content in pairs]
     return []
 
@@ -1311,16 +1349,26 @@ def template_turns(text: str) -> list[dict]:
     heads = list(TEMPLATE_HEAD.finditer(text))
     if not heads or text[: heads[0].start()].strip() not in TEMPLATE_STARTS:
         raise Failed("input", "prompt holds chat-template tokens")
-    ends = [head.start() for head in heads[1:]] + [len(text)]
     turns = []
-    for head, end in zip(heads, ends, strict=True):
-        content = text[head.end() : end].rstrip()
-        for mark in TEMPLATE_ENDS:
-            content = content.removesuffix(mark).rstrip()
+    for head, next_head in itertools.zip_longest(heads, heads[1:]):
+        start = head.end()
+        end = next_head.start() if next_head else len(text)
+        content = without_template_ends(text[start:end])
         role = head[head.lastindex]  # the one group of the pattern that took part
         turns.append({"role": role, "content": content})
-    is_open = turns[-1]["role"].lower() in ASSISTANTS and not turns[-1]["content"]
-    return turns[:-1] if is_open else turns  # a template leaves an open turn for the answer
+    last = turns[-1]
+    if last["role"].lower() in ASSISTANTS and not last["content"]:
+        turns.pop()  # a template leaves an open turn for the answer
+    return turns
+
+
+def without_template_ends(content: str) -> str:
+    """The content of a template's turn without the marks that close the turn and the text."""
+    content = content.rstrip()
+    for mark in TEMPLATE_ENDS:
+        content = content.removesuffix(mark)
+        content = content.rstrip()
+    return content
 
 
 IMAGE_PLACE = "<(?:image|video|audio)>"
@@ -1338,14 +1386,16 @@ def check_text_only(text: str) -> None:
 
 def check_fields_only_text(row: dict) -> None:
     """Raise Failed for a row with pictures, sound or tools beside its texts."""
-    for name in row:
-        if name in NOT_TEXT_FIELDS and not is_missing(row[name]):
+    for name, value in row.items():
+        if name in NOT_TEXT_FIELDS and not is_missing(value):
             raise Failed("input", f"not a text: {NOT_TEXT_FIELDS[name]}")
-    if isinstance(row.get("input"), dict) and row["input"].get("tools"):
+    request = row.get("input")
+    if isinstance(request, dict) and request.get("tools"):
         raise Failed("input", "not a text: tools")
 
 
-THUMB_FIELDS = ("label", "kto_tag", "is_safe", "is_correct", "correct", "desirable", "accepted")
+LABEL_FIELDS = ("label", "kto_tag")  # KTO's own names for `desirable`
+THUMB_FIELDS = (*LABEL_FIELDS, "is_safe", "is_correct", "correct", "desirable", "accepted")
 GOOD_LABELS = """
     true yes 1 1.0 +1 good desirable chosen accepted positive safe correct like up thumbs_up
     好 是 正确
@@ -1354,11 +1404,19 @@ BAD_LABELS = """
     false no 0 0.0 -1 -1.0 bad undesirable rejected negative unsafe incorrect wrong dislike down
     thumbs_down 坏 差 否 错误
 """
-LABELS = dict.fromkeys(GOOD_LABELS.split(), 1.0) | dict.fromkeys(BAD_LABELS.split(), 0.0)
-# A score of a single answer -> the lowest and highest of a good one; none is where it has no scale.
-GRADE_FIELDS = {"rating": (4, 5), "helpfulness": (3, 4), "correctness": (3, 4)}
-GRADE_FIELDS |= {"fine-grained_score": (4, 5), "overall_score": (8, 10)}
-GRADE_FIELDS |= dict.fromkeys(("score", "reward", "rm_score"), (math.inf, math.inf))
+LABELS = dict.fromkeys(GOOD_LABELS.split(), 1.0)
+LABELS |= dict.fromkeys(BAD_LABELS.split(), 0.0)
+NO_SCALE = (math.inf, math.inf)  # no score is known to be a good one
+GRADE_FIELDS = {  # a score of a single answer -> the lowest and highest of a good one
+    "rating": (4, 5),
+    "helpfulness": (3, 4),
+    "correctness": (3, 4),
+    "fine-grained_score": (4, 5),
+    "overall_score": (8, 10),
+    "score": NO_SCALE,
+    "reward": NO_SCALE,
+    "rm_score": NO_SCALE,
+}
 
 
 def flag(value: object) -> float | None:
@@ -1372,8 +1430,11 @@ def reference_of(row: dict, answer: str) -> str:
     for name in REFERENCE_FIELDS:
         if not reference and name in row:
             reference = reference_text(row, name)
-    if not reference or any(label_may_be_bad(row, name) for name in THUMB_FIELDS if name in row):
+    if not reference:
         return ""
+    for name in THUMB_FIELDS:
+        if name in row and label_may_be_bad(row, name):
+            return ""
     for name, (lowest, highest) in GRADE_FIELDS.items():
         score = number(row[name]) if name in row else None
         if score is not None and not lowest <= score <= highest:
@@ -1403,22 +1464,28 @@ def reference_text(row: dict, name: str) -> str:
 def label_may_be_bad(row: dict, name: str) -> bool:
     """Whether a label calls the row's answer bad; a `label` or `kto_tag` that is unknown may."""
     value = row.get(name)
-    # Without a `completion`, a `label` beside `text` is a class (sentiment), a word is a topic.
-    is_class = name == "label" and "text" in row and not isinstance(value, bool)
-    if is_missing(value) or (is_class and not row.get("completion")):
+    if is_missing(value):
         return False
-    if flag(value) is not None:
-        return flag(value) == 0
-    is_topic = not row.get("completion") and number(value) is None
-    return name in ("label", "kto_tag") and not is_topic
+    # Without a `completion`, a `label` beside `text` is a class (sentiment), a word is a topic.
+    has_completion = bool(row.get("completion"))
+    is_class = name == "label" and "text" in row and not isinstance(value, bool)
+    if is_class and not has_completion:
+        return False
+    label = flag(value)
+    if label is not None:
+        return label == 0
+    is_topic = not has_completion and number(value) is None
+    return name in LABEL_FIELDS and not is_topic
 
 
 @functools.lru_cache(maxsize=10_000)
 def plain_name(name: str) -> str:
     """A field's name in lower case, but for a last letter that tells answers apart: `score_A`."""
     name = name.strip()
-    keeps_last = re.search(r"(?:\A|_|[a-z])[A-Z]\Z", name)
-    return name[:-1].lower() + name[-1] if keeps_last else name.lower()
+    last = re.search(r"(?:\A|_|[a-z])([A-Z])\Z", name)
+    if last is None:
+        return name.lower()
+    return name[:-1].lower() + last[1]
 
 
 def with_plain_names(row: dict) -> dict:
@@ -1466,24 +1533,38 @@ def parsed_text(text: str) -> object:
 
 def is_bug_of(adapter: Callable, error: Exception) -> bool:
     """Whether an adapter's own lines raised the error; else junk in the row did, further down."""
-    frames = traceback.walk_tb(error.__traceback__)
-    names = [frame.f_code.co_name for frame, _ in frames][1:]  # the first is `adapt`
-    own_lines = all(name == adapter.__name__ or name.startswith("<") for name in names)
-    return own_lines or isinstance(error, NameError)
+    if isinstance(error, NameError):
+        return True
+    names = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_name
+        names.append(name)
+    own = adapter.__name__
+    return all(name == own or name.startswith("<") for name in names[1:])  # the first is `adapt`
 
 
 def why_unknown(row: dict, original_names: list) -> str:
     """Why no function of INPUTS knows the row; its names are as the input writes them."""
     for name in ("instruction", *PROMPT_FIELDS):
-        if name in row and is_missing(row[name]):
+        value = row.get(name)
+        if name in row and is_missing(value):
             return "empty prompt"
-        if isinstance(row.get(name), dict | int | float):
-            return f"not a text: `{name}` holds a {type(row[name]).__name__}"
-    return f"no known fields: {', '.join(map(str, original_names))[:80] or 'empty object'}"
+        if isinstance(value, dict | int | float):
+            kind = type(value).__name__
+            return f"not a text: `{name}` holds a {kind}"
+    names = ", ".join(map(str, original_names))
+    return f"no known fields: {names[:80] or 'empty object'}"
 
 
 # What reading raises where junk is nested in place of a text or a number.
-JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
+JUNK = (
+    RecursionError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ValueError,
+    ArithmeticError,
+)
 
 
 def add_row_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None) -> None:
@@ -1499,13 +1580,24 @@ def add_row_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = N
 
 def renamed_rows(path: str, rename: dict) -> Iterator[tuple[int, Any]]:
     """Yield (line, row or Failed) for each row of a file, with --rename applied in any case."""
-    new_names = {plain_name(old): new for old, new in rename.items()}
+    new_names = {}
+    for old, new in rename.items():
+        new_names[plain_name(old)] = new
     for line, row in read_rows(path):
         if new_names and isinstance(row, dict):
-            renamed = {new_names.get(plain_name(name), name): row[name] for name in row}
-            is_whole = len(renamed) == len(row)
-            row = renamed if is_whole else Failed("input", "--rename: two fields of one name")
+            row = renamed_row(row, new_names)
         yield line, row
+
+
+def renamed_row(row: dict, new_names: dict[str, str]) -> dict | Failed:
+    """The row with new names (by plain name); Failed if two fields get one name."""
+    renamed = {}
+    for name, value in row.items():
+        new_name = new_names.get(plain_name(name), name)
+        if new_name in renamed:
+            return Failed("input", "--rename: two fields of one name")
+        renamed[new_name] = value
+    return renamed
 
 
 NO_ID = "(?!.*(?:best|better|prefer|choi|chos|winn|select|pick))"  # preferred_index
@@ -1518,7 +1610,10 @@ def unused_fields(rows: list[dict], with_answers: bool) -> list[str]:
     unused: dict[str, None] = {}  # in the order of the file
     for row in rows:
         records = reading_of(row, with_answers)
-        for name in [name for name in row if not is_missing(row[name]) and records]:
+        if not records:
+            continue
+        filled = [name for name in row if not is_missing(row[name])]
+        for name in filled:
             rest = {key: row[key] for key in row if key != name}
             if reading_of(rest, with_answers) == records:
                 row = rest
@@ -1527,7 +1622,8 @@ def unused_fields(rows: list[dict], with_answers: bool) -> list[str]:
                 used.add(name)
     names = []
     for name in unused:
-        if not ID_NAME.fullmatch(name) and used.isdisjoint((name, plain_name(name))):
+        spellings = {name, plain_name(name)}
+        if used.isdisjoint(spellings) and not ID_NAME.fullmatch(name):
             names.append(name)
     return names
 
@@ -1554,20 +1650,30 @@ MISSING |= {"<noinput>", "<nooutput>"}
 
 def message(turn: object) -> dict:
     """An OpenAI or ShareGPT turn as {"role", "content"}; raises Failed for what is no text."""
-    name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
-    role = ROLES.get(str(name).strip().lower())
-    if role is None:
-        if str(name).lower() in TOOL_ROLES:
-            raise Failed("input", f"not a text: tools (a turn of the role {name!r})")
-        raise Failed("input", f"unknown role: {name!r:.80} (known: {', '.join(ROLES)})")
+    role = role_of(turn)
     if turn.get("tool_calls") or turn.get("function_call"):
         raise Failed("input", "not a text: tools (a turn calls one)")
     content = first_value(turn, ("content", "value", "text"))
     if isinstance(content, list):
         content = "\n".join(part_text(part, role) for part in content)
     if not isinstance(content, str):
-        raise Failed("input", f"not a text: the {role} turn holds a {type(content).__name__}")
+        kind = type(content).__name__
+        raise Failed("input", f"not a text: the {role} turn holds a {kind}")
     return {"role": role, "content": strip_blank_lines(content)}
+
+
+def role_of(turn: object) -> str:
+    """The role of a turn, "system", "user" or "assistant"; raises Failed for others."""
+    name = None
+    if isinstance(turn, dict):
+        name = turn.get("role") or turn.get("from")
+    role = ROLES.get(str(name).strip().lower())
+    if role is not None:
+        return role
+    if str(name).lower() in TOOL_ROLES:
+        raise Failed("input", f"not a text: tools (a turn of the role {name!r})")
+    known = ", ".join(ROLES)
+    raise Failed("input", f"unknown role: {name!r:.80} (known: {known})")
 
 
 def find_turns(row: dict) -> list | None:
@@ -1640,14 +1746,20 @@ def adapt(row: dict) -> list[Record] | None:
             raise Failed("input", reason) from None
         if records is None or records == []:
             continue
-        if not isinstance(records, list) or not all(isinstance(item, Record) for item in records):
-            raise PartError(f"{part} returned {records!r:.80}, not a list of records or None")
-        for record in records:
-            if not are_messages(record.messages):
-                shape = '[{"role": "user", "content": "..."}, ...]'
-                raise PartError(f"{part} made a Record of {record.messages!r:.80}, not of {shape}")
+        check_records(records, part)
         return records
     return None
+
+
+def check_records(records: object, part: str) -> None:
+    """Raise PartError unless a function of INPUTS has returned a list of whole records."""
+    is_list = isinstance(records, list)
+    if not is_list or not all(isinstance(item, Record) for item in records):
+        raise PartError(f"{part} returned {records!r:.80}, not a list of records or None")
+    for record in records:
+        if not are_messages(record.messages):
+            shape = '[{"role": "user", "content": "..."}, ...]'
+            raise PartError(f"{part} made a Record of {record.messages!r:.80}, not of {shape}")
 
 
 def are_messages(value: object) -> bool:
@@ -1692,7 +1804,11 @@ def flatten(messages: list[dict]) -> str:
     r"""Messages as one text: a lone user turn as it is, else `System: ...\n\nUser: ...`."""
     if len(messages) == 1:
         return messages[0]["content"]
-    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages)
+    texts = []
+    for turn in messages:
+        role = turn["role"].capitalize()
+        texts.append(f"{role}: {turn['content']}")
+    return "\n\n".join(texts)
 
 
 def number(value: object) -> float | None:
@@ -1716,7 +1832,11 @@ BLANK = b"\xef\xbb\xbf \t\r\n"  # no part of a line: a byte order mark (three by
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 HEAD_SIZE = 512  # bytes of a file's start that tell its kind
 # First bytes of a compressed file -> what opens it.
-COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+COMPRESSED = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
 UNREADABLE = {  # first bytes of a file that is not read -> what it is, and what to do
     b"PK\x03\x04": "an Excel, Word or zip file: save the sheet as CSV UTF-8, or unpack it",
     b"\xff\xff\xff\xff": "an Arrow file: save it as JSONL, e.g. dataset.to_json('NEW.jsonl')",
@@ -1729,7 +1849,8 @@ UNREADABLE = {  # first bytes of a file that is not read -> what it is, and what
 def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     """Yield (line, row or Failed) of a table, JSON lines, a JSON value or a Parquet file."""
     name = re.sub(r"\.(gz|bz2|xz|zst)\Z", "", path.lower())
-    delimiter = TABLE_DELIMITERS.get(os.path.splitext(name)[1])
+    _, ending = os.path.splitext(name)
+    delimiter = TABLE_DELIMITERS.get(ending)
     try:
         with open(path, "rb") as file:
             for mark, unpack in COMPRESSED.items():
@@ -1760,16 +1881,17 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
 def json_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yield (line, row or Failed) of JSON lines, or (item, row) of one JSON value."""
     lines = filled_lines(file)
-    first = list(itertools.islice(lines, 2))
-    if not first:
+    first_two = list(itertools.islice(lines, 2))
+    if not first_two:
         return
-    rows = itertools.chain(first, lines)
-    line, start = first[0]
-    is_whole = len(first) == 1 or start == b"{"
+    rows = itertools.chain(first_two, lines)
+    line, start = first_two[0]
+    is_whole = len(first_two) == 1 or start == b"{"
     if start.startswith(b"["):  # a line that is an array by itself is a row
         is_whole = is_whole or not isinstance(parse_json(start), list)
     if is_whole:
-        whole = parse_json(b"\n".join(text for _, text in rows))
+        texts = [text for _, text in rows]
+        whole = parse_json(b"\n".join(texts))
         yield from whole_rows(whole, line)
         return
     for number_of_line, text in rows:
@@ -1788,13 +1910,15 @@ def whole_rows(whole: object, line: int) -> Iterator[tuple[int, Any]]:
     """Yield (item or line, row) of a file's one value: an array, `{"data": array}` or a row."""
     rows = whole
     if isinstance(whole, dict):
-        rows = next(iter(whole.values())) if len(whole) == 1 else whole.get("data")
+        rows = whole.get("data")
+        if len(whole) == 1:
+            [rows] = whole.values()
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             rows = None
     if isinstance(rows, list) and not is_turns(rows):
         yield from enumerate(rows, 1)
-    else:
-        yield line, whole
+        return
+    yield line, whole
 
 
 def not_utf_8(error: UnicodeDecodeError) -> str:
@@ -1856,15 +1980,17 @@ def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Fai
     lines = itertools.chain([header], text)
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     names = next(reader, [])
-    if max(Counter(filter(None, names)).values(), default=1) > 1:
+    filled = [name for name in names if name]
+    if len(set(filled)) < len(filled):
         raise csv.Error("a name stands twice in its header")
     while True:
         start = reader.line_num + skipped + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            reason = f"not a table row: {error}; check the quotes of lines {start} to "
-            yield start, Failed("input", f"{reason}{reader.line_num + skipped}")
+            end = reader.line_num + skipped
+            place = f"check the quotes of lines {start} to {end}"
+            yield start, Failed("input", f"not a table row: {error}; {place}")
             continue
         if cells is None:
             return
@@ -1872,7 +1998,8 @@ def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Fai
         if len(cells) > len(names):
             row = Failed("input", "more cells than the header has")
         if any(cell.strip() for cell in cells):
-            yield reader.line_num + skipped, row
+            end = reader.line_num + skipped
+            yield end, row
 
 
 QUOTED_CELL = re.compile(r'(?:\A|\t)"(?:[^"\t]|"")*"\s*(?:\t|\Z)')
@@ -1911,8 +2038,9 @@ def parquet_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
             columns = [column_values(column) for column in batch.columns]
             for values in zip(*columns, strict=True):
                 count += 1
-                row = json.dumps(dict(zip(names, values, strict=True)), default=plain_text)
-                yield count, json.loads(row)
+                row = dict(zip(names, values, strict=True))
+                text = json.dumps(row, default=plain_text)
+                yield count, json.loads(text)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot be read ({cause[0]})") from None
@@ -1928,7 +2056,9 @@ def column_values(column: Any) -> list:
 
 def plain_text(value: object) -> str:
     """A value of a Parquet file that JSON does not hold, as text: bytes, a date, a decimal."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return str(value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2897,7 +3027,6 @@ def direction(signal: Signal, one: str, other: str) -> int | None:
 # --- rows of one answer each (KTO, scores of a reward model): those of one prompt are grouped
 
 ONE_ANSWER = ("completion", "response", "output", "generation")
-LABEL_FIELDS = ("label", "kto_tag")  # KTO's own names for `desirable`
 ONE_SIGNALS = {*ANSWER_FIELDS, *LABEL_FIELDS} - {"model", "votes"}
 GROUP_SIZE = 1000  # rows of one prompt at most, so that memory stays bounded
 
