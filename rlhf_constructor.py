@@ -3013,10 +3013,10 @@ def check_directions(keys: list[str], signals: list[Signal], main_signals: list[
         raise Failed("input", "tie")
 
 
-def direction(signal: Signal, one: str, other: str) -> int | None:
+def direction(entry: Signal, one: str, other: str) -> int | None:
     """1: the first is better in every vote, -1: the other is, 0: all are equal; None: they vary."""
-    first = signal.votes.get(one, ())
-    second = signal.votes.get(other, ())
+    first = entry.votes.get(one, ())
+    second = entry.votes.get(other, ())
     signs = set()
     for a, b in zip(first, second, strict=False):
         sign = (a > b) - (a < b)
