@@ -115,7 +115,7 @@ TEMPERATURES = (0.7, 0.9, 1.0, 1.0)  # of the 1st, 2nd, ... answer to a prompt (
 JUDGE_SCALE = (1, 10)  # lowest and highest score that a judge may give
 JUDGE_RETRIES = 2  # times a judge is asked again when its reply cannot be read
 JUDGE_SHOWS = (8000, 4000)  # characters of a long answer's head and tail that the judge sees
-# Default --min-score-gap for scores of a known scale, as a share of that scale.
+# Default --min-score-gap for the input's own scores, as a share of their scale (if it is known).
 # Argilla, COIG-P and HelpSteer2 keep gaps of about this size.
 SCORE_GAP_SHARE = 0.20
 # Gaps here and in METHODS are points of a scale 1-10; `on_judge_scale` fits them to JUDGE_SCALE.
@@ -123,7 +123,7 @@ FLIP_GAP = 3.0  # --when-low-wins flip: the low model's lead in every vote
 NEAR_DUPLICATE_GAP = 3.0  # near-duplicates are kept with this gap: one may be right, one wrong
 NEAR_DUPLICATE = 0.80  # Jaccard similarity (0 to 1) of the character 5-grams of two answers
 CONTAMINATION_RUN = 13  # words in a row shared with --exclude-prompts: GPT-3's decontamination
-# Seldom edited, at the end of §15 CALLS: GUESSED_TOKENS, WINDOW, PATIENCE, SAME_FAILURES ...
+# Seldom edited, at the head of §15 CALLS: GUESSED_TOKENS, WINDOW, PATIENCE, SAME_FAILURES ...
 
 
 @dataclass
@@ -159,8 +159,8 @@ class Record:
     facts: Counter = field(default_factory=Counter)  # for the report, e.g. "no correct answer"
     # What the judges say of each labelled pair: "agrees", "disagrees", "undecided".
     label_checks: list[LabelCheck] = field(default_factory=list)
-    # Who decided the label in an earlier run: "people", "scores", or "" if the row does not say.
-    # With "people" the votes are their choice alone; scores may say the opposite.
+    # The row's `decided_by`: "people", "scores", or "" if an earlier run has not written it.
+    # With "people" the votes are their choice (1 or 0), and scores may say the opposite.
     decided_by: str = ""
     # (text, finish) of the answers that the answer filters have passed.
     passed: set[tuple[str, str]] = field(default_factory=set, repr=False)
@@ -188,7 +188,7 @@ class Pair:
 
     @property
     def gap(self) -> float | None:
-        """Value of chosen minus value of rejected, in points; None if nothing measured them."""
+        """Chosen's value minus rejected's, in points or ranks; 1 for a choice; None if unknown."""
         if self.chosen.value is None or self.rejected.value is None:
             return None
         return self.chosen.value - self.rejected.value
@@ -202,8 +202,7 @@ class Failed(Exception):
     """Raise it to drop a record.
 
     `reason`: its text before the first ':' is what the summary counts. `stage` is one of STAGES.
-    `retryable`: the cause may be gone next time, so that the same command may still get a pair out
-    of the record. `record`: as far as it could be read."""
+    `retryable`: a rerun of the same command may succeed. `record`: what could be read of it."""
 
     STAGES = ("input", "model", "judge", "filter", "human")
 
@@ -228,6 +227,7 @@ class Stop(Exception):
 
 
 # The five tables that an edit extends. The name of an entry is its function's, less the prefix.
+# A helper function of your own needs a name that is new in this file.
 INPUTS = {}
 METHODS = {}
 FILTERS = {}
@@ -240,7 +240,7 @@ SETTINGS |= {id(FILTERS): ("on", "fixed", "opt_in"), id(OUTPUTS): ("once",)}
 
 
 def register(entries: dict, **settings: object) -> Callable:
-    """Return a decorator that enters a function or class in `entries` under its own name.
+    """Return a decorator that enters a function or class in `entries`, its prefix left out.
 
     `settings` become its attributes. Its docstring is required: --help shows the first line."""
     known = SETTINGS.get(id(entries), ())
@@ -284,9 +284,9 @@ def register(entries: dict, **settings: object) -> Callable:
 # What a row may hold beside a list of turns or a prompt, and what becomes of it:
 #   system, system_prompt, system_message    a system turn before all others
 #   history                                  the turns before the prompt (see read_history)
-#   input, context, passage, article         after the prompt, with a blank line between
+#   input, context, passage, article         after a prompt that is a text, and a blank line
 #   choices, options; columns A, B, C ...    after these, one a line: "A. text"
-#   output, completion, answer ...           the reference, if no label or score may call it bad
+#   output, completion, answer ...           the reference, unless a label may mean that it is bad
 TURN_FIELDS = ("messages", "conversations", "conversation", "conversation_input")
 PROMPT_FIELDS = ("prompt", "question", "query", "problem", "text", "input")
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
@@ -298,7 +298,7 @@ REFERENCE_FIELDS = (*GOLD_FIELDS, "output", "completion", "response", "answers")
 
 @register(INPUTS)
 def from_conversation(row: dict) -> list[Record] | None:
-    """`messages` (OpenAI), `conversations` (ShareGPT): all turns; a last answer is the reference"""
+    """`messages` (OpenAI), `conversations` (ShareGPT), `turns` with roles: all turns are kept"""
     turns = find_turns(row)
     return [conversation(turns, row)] if turns is not None else None
 
@@ -344,11 +344,12 @@ def from_prompt(row: dict) -> list[Record] | None:
 
 def prompt_record(prompt: str, row: dict) -> Record:
     """The record of a prompt that is a text: its history, then prompt and context as one turn."""
-    turns = template_turns(prompt) or human_turns(prompt)
+    turns = template_turns(prompt) or human_turns(prompt) or [{"role": "user", "content": prompt}]
     refuse_open_answer(turns, row)
-    if not turns:
-        parts = [prompt, *context_texts(row, prompt)]
-        turns = [{"role": "user", "content": "\n\n".join(map(strip_blank_lines, parts))}]
+    last = message(turns[-1])
+    if last["role"] == "user":
+        parts = [last["content"], *context_texts(row, prompt)]
+        turns[-1] = last | {"content": "\n\n".join(map(strip_blank_lines, parts))}
     return conversation(with_history(turns, row), row)
 
 
@@ -423,9 +424,10 @@ above, and end with one line of JSON, with a number from $low to $high for every
 async def judge_answers(record: Record, answers: list[Answer], run: Run) -> list[Answer]:
     """The answers in the same order, each with score, votes and positions.
 
-    A judge sees all answers in one prompt, and again in reversed order: the cheapest protocol that
-    measures its own position bias. Raises Failed if a judge gives no readable scores."""
-    order = sorted(
+    A judge sees all answers in one prompt, and (--judge-orders 2) again in reversed order: the
+    cheapest protocol that measures its own position bias. A reward model sees one at a time.
+    Raises Failed if a judge gives no readable scores."""
+    order = sorted(  # shuffled, but the same in every run
         range(len(answers)), key=lambda i: digest(run.seed, record.messages, answers[i].text)
     )
     orders = [order, order[::-1]] if run.args.judge_orders == 2 else [order]
@@ -446,10 +448,10 @@ async def judge_answers(record: Record, answers: list[Answer], run: Run) -> list
 
 
 def combine_scores(votes: tuple[float, ...], judges: int) -> float:
-    """Votes, judge by judge -> score: the mean of each judge's orders, then of two judges.
+    """Votes (all orders of the first judge, then of the next) -> score: means of orders and judges.
 
-    Of more judges it is the median, because one biased juror of three drags a mean without bound
-    (arXiv 2606.30931)."""
+    Of three judges and more it is the median, because one biased juror of three drags a mean
+    without bound (arXiv 2606.30931)."""
     orders = len(votes) // judges
     means = [statistics.fmean(votes[i : i + orders]) for i in range(0, len(votes), orders)]
     return statistics.median(means) if judges > 2 else statistics.fmean(means)
@@ -466,10 +468,12 @@ def combine_scores(votes: tuple[float, ...], judges: int) -> float:
 #   record.messages, record.prompt, record.reference   turns, these as text, its own answer or ""
 #   run.high, run.low, run.candidates, run.judges      the models (see Model) that the flags name
 #   run.args                                           all flags: run.args.seed is --seed
-#   await run.ask_all(record, [model, ...])            usable answers; Failed if fewer than two
+#   await run.ask_all(record, [model, ...])            usable answers, each text once (two at least)
 #   await run.ask_text(record, model, messages)        one text: a draft, a critique, a revision
 #      (the same request returns the same reply; sample=1, sample=2 ask for other ones)
 #   await run.judge(record, answers)                   the same answers with score and votes
+#      (--judge-model exact_match leaves out those that it cannot check)
+#   Answer(text, model=run.names[run.low])             an answer of your own making
 #   pair_up(record, answers, run)                      pairs by --strategy, from answers with votes
 #   Pair(record, chosen, rejected)                     a pair of your own choice, any two answers
 #   raise Failed("judge", "the draft won")             drops the record for that reason
@@ -480,7 +484,7 @@ def combine_scores(votes: tuple[float, ...], judges: int) -> float:
 # `register` may be told:
 #   gap            score gap that a pair needs (default 1), in points of a scale 1-10
 #   asks           which of run's models it calls: high, low, candidates (default high and low)
-#   needs_judge    --judge-model none is refused
+#   needs_judge    --judge-model none is refused: for a method that always calls run.judge
 #   reads_answers  record.answers are the input's own; record.signal names the kind of their votes
 
 
@@ -543,7 +547,7 @@ def pair_up(record: Record, answers: list[Answer], run: Run) -> list[Pair]:
     ranked = sorted(answers, key=rank_key)
     pairs = []
     for better, worse in choose(ranked, record, run):
-        # The means of unequal votes may be equal by rounding.
+        # A winner of every vote may still tie in the mean, by rounding.
         if wins_every_vote(better, worse) and strength(better) > strength(worse):
             pairs.append(Pair(record, better, worse))
     if not pairs:
@@ -557,7 +561,7 @@ AnswerPairs = list[tuple[Answer, Answer]]
 
 
 def best_worst(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
-    """best against worst (equals by --seed); with a length penalty, the largest gap less penalty"""
+    """best against worst (equals by --seed); with --length-penalty, the largest gap after it"""
     if not run.args.length_penalty:
         return [(ranked[0], ranked[-1])]
     pairs = [pair for pair in itertools.combinations(ranked, 2) if wins_every_vote(*pair)]
@@ -566,7 +570,7 @@ def best_worst(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
 
 
 def best_random(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
-    """best against one of the others that it beats; both are drawn by --seed (Zephyr, Tulu 3)"""
+    """best against a random one that it beats in every vote, by --seed (Zephyr, Tulu 3)"""
     best = ranked[0]
     beaten = [answer for answer in ranked[1:] if wins_every_vote(best, answer)]
     draw = random.Random(digest(run.seed, record.messages, "best_random"))
@@ -574,12 +578,12 @@ def best_random(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
 
 
 def all_pairs(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
-    """every two of unequal score (InstructGPT): keep a prompt_id in one batch, or it overfits"""
+    """every two where one wins every vote (InstructGPT): keep a prompt_id in one training batch"""
     return list(itertools.combinations(ranked, 2))
 
 
 def adjacent(ranked: list[Answer], record: Record, run: Run) -> AnswerPairs:
-    """each answer against the next worse one"""
+    """each two neighbours in the ranking; a tie makes no pair"""
     return list(itertools.pairwise(ranked))
 
 
@@ -614,7 +618,7 @@ class Run:
         """Ask several models at once -> the usable answers; raises Failed if fewer than two are.
 
         A request is (model, sample), or a model alone for its first sample; another sample number
-        gives another answer of the same model."""
+        gives another answer of the same model. `drop_refusals`: refusals are not usable either."""
         calls = []
         for request in requests:
             model, sample = (request, 0) if isinstance(request, Model) else request
@@ -663,8 +667,8 @@ async def process_record(record: Record | Failed, run: Run) -> Outcome:
             failures.append(error)
     if kept:
         return Outcome(record, kept)
-    failures.append(Failed("filter", "the method made no pair"))
-    return dropped_outcome(record, failures[0])
+    no_pair = Failed("filter", "the method made no pair")
+    return dropped_outcome(record, failures[0] if failures else no_pair)
 
 
 def check_pair(pair: Pair, run: Run) -> Pair:
@@ -702,14 +706,14 @@ def check_pair(pair: Pair, run: Run) -> Pair:
 # The text before a ":" in a reason is its kind: the summary counts kinds. Filters run on every
 # text, so test what is cheap first. §11 TEXTS has measures: split_words, similarity, is_refusal ...
 # The first line of the docstring is its line in --help. Examples stand below it;
-# `python3 -m pytest tests/test_filters.py` runs them:
+# `python3 -m pytest tests/test_filters.py -k docstring` runs them (an answer beside "Blue."):
 #   Keep: "42" for "What is 6 times 7?"                   the answer, then the prompt
 #   Drop: "The cat sat. " * 60 for "Describe a cat."      a text and how often it is repeated
 #   Keep: "42" over "-42" for "What is 48 - 6?"           on="pair": chosen, then rejected
 # A long one goes on in the next line, indented. Settings stand in brackets, with commas between:
 #   finish F (the provider's finish_reason); scores A/B (what a judge gives chosen and rejected in
 #   both orders, default 9/3); signal S (the input decided: score, rank or choice); unjudged
-#   (--judge-model none); --min-score-gap 2 or another flag of the command line
+#   (--judge-model none); --min-score-gap 2 or another flag, such as --use-filter NAME
 # Texts are Python strings: in a docstring with a backslash, write r in front of the quotes.
 
 
@@ -803,8 +807,8 @@ def identical(pair: Pair, run: Run) -> str | None:
 def near_duplicate(pair: Pair, run: Run) -> str | None:
     """80 % of the two answers' character 5-grams are the same, and nothing tells them apart
 
-    A judge tells them apart by a gap of 3 points; a label of the input, where the answers differ in
-    a number, a negation or code; an exact match or a person always.
+    A person or an exact match always tells them apart; a judge (no reward model) by a gap of 3
+    points of the scale 1-10; a label of the input if they differ in a number, a negation or code.
 
     Drop: "They met in the old town hall." over "They met in the old town halls." for "Where?"
         (scores 7/6)
@@ -813,7 +817,8 @@ def near_duplicate(pair: Pair, run: Run) -> str | None:
     """
     if pair.human or pair.record.facts["checked by exact match"]:
         return None
-    if pair.chosen.positions and pair.gap >= on_judge_scale(NEAR_DUPLICATE_GAP):
+    seen_by_judge = bool(pair.chosen.positions)
+    if seen_by_judge and pair.gap >= on_judge_scale(NEAR_DUPLICATE_GAP):
         return None
     if similarity(pair.chosen.text, pair.rejected.text, NEAR_DUPLICATE) < NEAR_DUPLICATE:
         return None
@@ -839,7 +844,7 @@ def refusal(pair: Pair, run: Run) -> str | None:
 
 @register(FILTERS, on="pair")
 def wrong_language(pair: Pair, run: Run) -> str | None:
-    """a chosen answer that is not Chinese to a Chinese prompt, or Chinese to an English prompt
+    """chosen is not Chinese and the prompt is; or it is Chinese, and the prompt in Latin letters
 
     Drop: "Small molecules of the air scatter the blue light." over "散射。" for "天空为何是蓝的？"
     Drop: "空气中的微小分子对蓝光的散射最强。" over "Air." for "Why is the sky blue at noon?"
@@ -886,8 +891,8 @@ def floor(pair: Pair, run: Run) -> str | None:
 
 # EDIT HERE to add a format: `as_name(pair, run)` -> a list of rows (dicts), each with the same keys
 # in the same order, every time. Loaders fix a column's type by its first rows: no nulls (leave a
-# key out of every row instead), scores always floats, ids always strings. pair.gap and the
-# scores are None where nobody scored; see `as_standard`.
+# key out of every row instead), scores always floats, ids always strings. Scores are None where
+# nobody scored (see `as_standard`); pair.gap is then of ranks, 1 for a choice, or None.
 # `register` may be told `once`, a tuple of columns: a row that repeats an earlier row's values in
 # these columns is not written.
 
@@ -1312,6 +1317,8 @@ def human_turns(text: str) -> list[dict]:
     for mark in ("\n\n", "### "):
         if text.startswith(f"{mark}Human:"):
             _, *parts = re.split(rf"{mark}(Human|Assistant): ?", text)
+            if parts[-2] == "Assistant" and not parts[-1].strip():
+                parts = parts[:-2]  # an open turn for the answer
             speakers = parts[::2]
             contents = parts[1::2]
             pairs = zip(speakers, contents, strict=True)
@@ -6116,8 +6123,11 @@ def share(k: float, n: int) -> Measured:
     p = k / n
     z2 = Z * Z / n
     centre = (p + z2 / 2) / (1 + z2)
-    half = math.sqrt(p * (1 - p) * z2 + z2 * z2 / 4) / (1 + z2)
-    return Measured(p, (max(0.0, centre - half), min(1.0, centre + half)), n)
+    spread = math.sqrt(p * (1 - p) * z2 + z2 * z2 / 4)
+    half = spread / (1 + z2)
+    low = max(0.0, centre - half)
+    high = min(1.0, centre + half)
+    return Measured(p, (low, high), n)
 
 
 def share_true(counts: Counter) -> Measured:
@@ -6132,16 +6142,18 @@ def median(values: list[float]) -> Measured:
     ordered = sorted(values)
     n = len(ordered)
     reach = Z * math.sqrt(n) / 2
-    low = ordered[max(0, math.floor(n / 2 - reach))]
-    high = ordered[min(n - 1, math.ceil(n / 2 + reach))]
-    return Measured(statistics.median(ordered), (low, high), n)
+    low = math.floor(n / 2 - reach)
+    high = math.ceil(n / 2 + reach)
+    interval = (ordered[max(low, 0)], ordered[min(high, n - 1)])
+    return Measured(statistics.median(ordered), interval, n)
 
 
 def distinct_pairs(texts: list[str]) -> Measured:
     """Distinct-2: the share of different word pairs among the first DISTINCT_WORDS (1510.03055)."""
     pairs = []
     for text in texts:
-        pairs += itertools.pairwise(split_words(text))
+        words = split_words(text)
+        pairs += itertools.pairwise(words)
     pairs = pairs[:DISTINCT_WORDS]
     return share(len(set(pairs)), len(pairs))
 
@@ -6152,10 +6164,15 @@ def self_repetition(texts: list[str]) -> Measured:
     passages = []
     for text in texts:
         words = split_words(text)[:DIVERSITY_WORDS]
-        passages.append({hash(run) for run in word_runs(words, run_size(words))})
-        texts_with.update(passages[-1])
+        runs = word_runs(words, run_size(words))
+        passage = set(map(hash, runs))
+        passages.append(passage)
+        texts_with.update(passage)
     common = {run for run, count in texts_with.items() if count > 3}
-    repeating = sum(not common.isdisjoint(passage) for passage in passages)
+    repeating = 0
+    for passage in passages:
+        if not common.isdisjoint(passage):
+            repeating += 1
     return share(repeating, len(texts))
 
 
@@ -6169,27 +6186,37 @@ def near_duplicates(texts: list[str]) -> Measured:
     for text in texts:
         text = "".join(text.split())
         codes = tuple(map(ord, text))  # Python's hash of a string differs from run to run
-        keys = heapq.nsmallest(2, {hash(run) for run in word_runs(codes, 5)})
+        hashes = set(map(hash, word_runs(codes, 5)))
         others = set()
-        for key in keys:
+        for key in heapq.nsmallest(2, hashes):
             others.update(earlier[key][:5])
             earlier[key].append(text)
-        similar = (similarity(text, other, NEAR_DUPLICATE) for other in others)
-        duplicates += any(value >= NEAR_DUPLICATE for value in similar)
+        for other in others:
+            if similarity(text, other, NEAR_DUPLICATE) >= NEAR_DUPLICATE:
+                duplicates += 1
+                break
     return share(duplicates, len(texts))
 
 
 def features(text: str, model: str) -> dict[str, set[str]]:
     """What a reward model could recognise, instead of quality: formats, words, the model's name."""
     prose = CODE_BLOCK.sub("```", text)
-    formats = {name for name, pattern in FORMATS.items() if pattern.search(prose)}
-    words = set(map(sys.intern, split_words(text)))
-    return {"format": formats, "words": words, "identity": {model} - {""}}
+    formats = set()
+    for name, pattern in FORMATS.items():
+        if pattern.search(prose):
+            formats.add(name)
+    words = map(sys.intern, split_words(text))
+    return {
+        "format": formats,
+        "words": set(words),
+        "identity": {model} - {""},
+    }
 
 
 def phrases(text: str, model: str) -> dict[str, set[str]]:
     """The words of a text as a reader would name them: with CJK characters in twos."""
-    return {"phrases": set(PHRASE.findall(text.lower()))}
+    found = PHRASE.findall(text.lower())
+    return {"phrases": set(found)}
 
 
 def find_differences(
@@ -6201,12 +6228,12 @@ def find_differences(
         fold = int(row["prompt_id"], 16) % FOLDS
         chosen = read_features(row["chosen"], row["model_chosen"])
         rejected = read_features(row["rejected"], row["model_rejected"])
-        for kind, of_chosen in chosen.items():
-            of_rejected = rejected[kind]
-            if of_chosen != of_rejected:
-                only_chosen = tuple(of_chosen - of_rejected)
-                only_rejected = tuple(of_rejected - of_chosen)
-                result[kind].append(Difference(fold, only_chosen, only_rejected))
+        for kind in chosen:
+            only_chosen = chosen[kind] - rejected[kind]
+            only_rejected = rejected[kind] - chosen[kind]
+            if only_chosen or only_rejected:
+                difference = Difference(fold, tuple(only_chosen), tuple(only_rejected))
+                result[kind].append(difference)
     return result
 
 
@@ -6217,30 +6244,40 @@ def count_features(pairs: list[Difference]) -> dict[str, tuple[int, int]]:
     for pair in pairs:
         in_chosen.update(pair.chosen)
         in_rejected.update(pair.rejected)
-    names = in_chosen.keys() | in_rejected.keys()
-    return {name: (in_chosen[name], in_rejected[name]) for name in names}
+    counts = {}
+    for name in in_chosen.keys() | in_rejected.keys():
+        counts[name] = (in_chosen[name], in_rejected[name])
+    return counts
 
 
 def log_odds(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
     """Feature -> ln((chosen + 1) / (rejected + 1)), for features that occur OFTEN."""
     weights = {}
     for feature, (chosen, rejected) in counts.items():
-        if chosen + rejected >= OFTEN:
-            weights[feature] = math.log((chosen + 1) / (rejected + 1))
+        if chosen + rejected < OFTEN:
+            continue
+        odds = (chosen + 1) / (rejected + 1)
+        weights[feature] = math.log(odds)
     return weights
+
+
+def total_weight(names: tuple[str, ...], weights: dict[str, float]) -> float:
+    """The sum of the weights of an answer's features; features without a weight count 0."""
+    known = [weights.get(name, 0.0) for name in names]
+    return math.fsum(known)  # exact: the order of a set differs from run to run
 
 
 def cross_validated_accuracy(pairs: list[Difference]) -> Measured:
     """How often a sum of log-odds, learned on the other folds, picks the chosen answer."""
     correct = 0.0
     for fold in range(FOLDS):
-        weights = log_odds(count_features([pair for pair in pairs if pair.fold != fold]))
+        others = [pair for pair in pairs if pair.fold != fold]
+        weights = log_odds(count_features(others))
         for pair in pairs:
             if pair.fold != fold:
                 continue
-            # fsum is exact: the order of a set differs from run to run
-            chosen = math.fsum(weights.get(feature, 0.0) for feature in pair.chosen)
-            rejected = math.fsum(weights.get(feature, 0.0) for feature in pair.rejected)
+            chosen = total_weight(pair.chosen, weights)
+            rejected = total_weight(pair.rejected, weights)
             if chosen > rejected:
                 correct += 1
             elif chosen == rejected:
@@ -6306,6 +6343,9 @@ ADVICE = {
     "labels": Advice(
         "Part of the pairs teach the opposite of what people prefer.",
         "Try a higher --min-score-gap, a stronger --judge-model, or a second one."),
+    "people": Advice(
+        "The annotators do not share one idea of a better answer, so their choices check little.",
+        "Agree on examples of a better answer, then review again (--review-path)."),
 }
 # fmt: on
 
@@ -6430,11 +6470,21 @@ def metric_row(metric: Metric, measured: Measured, answers_given: bool = False) 
 
 def fine_range(metric: Metric) -> str:
     """The values that raise no warning, in words: "40-60%", "up to 25%"; without limits ""."""
-    if metric.too_low and metric.too_high:
-        return shown_interval((metric.too_low.warn, metric.too_high.warn), metric.unit)
-    if metric.too_high:
-        return f"up to {shown(metric.too_high.warn, metric.unit)}"
-    return f"{shown(metric.too_low.warn, metric.unit)} or more" if metric.too_low else ""
+    low = metric.too_low
+    high = metric.too_high
+    if low and high:
+        return shown_interval((low.warn, high.warn), metric.unit)
+    if high:
+        return f"up to {shown(high.warn, metric.unit)}"
+    if low:
+        return f"{shown(low.warn, metric.unit)} or more"
+    return ""
+
+
+def share_row(key: str, section: str, label: str, measured: Measured) -> dict:
+    """The report's row of a share without limits."""
+    metric = Metric(key, section, label, "%")
+    return metric_row(metric, measured)
 
 
 class Report:
@@ -6458,7 +6508,8 @@ class Report:
 
     def add(self, outcome: Outcome) -> None:
         """Count one record's outcome; a dropped one counts for what the judges said about it."""
-        self._add_votes([answer for answer in outcome.answers if answer.positions])
+        judged = [answer for answer in outcome.answers if answer.positions]
+        self._add_votes(judged)
         self.facts.update(outcome.record.facts)
         for label_check in outcome.record.label_checks:
             self._add_label_check(label_check)
@@ -6480,7 +6531,8 @@ class Report:
         if is_decided:
             self.counts["label_agreement"][agrees] += 1
         if is_decided and label_check.gap is not None:
-            self.label_gaps[float(f"{label_check.gap:.2g}"), agrees] += 1
+            rounded = float(f"{label_check.gap:.2g}")
+            self.label_gaps[rounded, agrees] += 1
         for prefers_label, is_first in label_check.choices:
             key = "label_shown_first" if is_first else "label_shown_later"
             self.counts[key][prefers_label] += 1
@@ -6488,28 +6540,38 @@ class Report:
     def _add_votes(self, answers: list[Answer]) -> None:
         """Count a judge's replies about one record, by the position of each answer."""
         sizes = {len(answer.votes) for answer in answers}
-        sizes.update(len(answer.positions) for answer in answers)
+        sizes |= {len(answer.positions) for answer in answers}
         if len(answers) < 2 or len(sizes) > 1:
             return
-        replies = list(zip(*(answer.votes for answer in answers), strict=True))
-        for call, votes in enumerate(replies):
-            self.counts["ties"][min(votes) == max(votes)] += 1
-            # Each answer stands early in one order and late in the other: a fair judge puts an
-            # answer above the middle as often in the first position as in any other.
-            middle = statistics.median(votes)
-            for answer, vote in zip(answers, votes, strict=True):
-                if answer.positions[call] == 0 and vote != middle:
-                    self.counts["first_slot"][vote > middle] += 1
-        if self.orders == 2:
-            for votes, swapped in zip(replies[::2], replies[1::2], strict=False):
-                self._add_order_swap(votes, swapped)
+        previous = []
+        for call in range(sizes.pop()):
+            votes = [answer.votes[call] for answer in answers]
+            positions = [answer.positions[call] for answer in answers]
+            self._add_reply(votes, positions)
+            if self.orders == 2 and call % 2 == 1:
+                self._add_order_swap(previous, votes)
+            previous = votes
 
-    def _add_order_swap(self, votes: tuple[float, ...], swapped: tuple[float, ...]) -> None:
+    def _add_reply(self, votes: list[float], positions: list[int]) -> None:
+        """Count one reply: whether it is a tie, and what it says of the answer shown first.
+
+        Each answer stands early in one order and late in the other: a fair judge puts an answer
+        above the middle as often in the first position as in any other."""
+        is_tie = min(votes) == max(votes)
+        self.counts["ties"][is_tie] += 1
+        middle = statistics.median(votes)
+        for vote, position in zip(votes, positions, strict=True):
+            if position == 0 and vote != middle:
+                self.counts["first_slot"][vote > middle] += 1
+
+    def _add_order_swap(self, votes: list[float], swapped: list[float]) -> None:
         """Count whether the best and the worst answer of one order change sides in the other."""
         best = votes.index(max(votes))
         worst = votes.index(min(votes))
-        if votes[best] != votes[worst] and swapped[best] != swapped[worst]:
-            self.counts["flips"][swapped[best] < swapped[worst]] += 1
+        lead = votes[best] - votes[worst]
+        swapped_lead = swapped[best] - swapped[worst]
+        if lead and swapped_lead:
+            self.counts["flips"][swapped_lead < 0] += 1
 
     def _add_pair(self, pair: Pair) -> None:
         """Count one pair, and keep it if it is drawn into the sample."""
@@ -6519,8 +6581,9 @@ class Report:
         if chosen.model != rejected.model:
             self.models[chosen.model][True] += 1
             self.models[rejected.model][False] += 1
-        if len(chosen.text) != len(rejected.text):
-            self.counts["longer"][len(chosen.text) > len(rejected.text)] += 1
+        difference = len(chosen.text) - len(rejected.text)
+        if difference:
+            self.counts["longer"][difference > 0] += 1
         # Algorithm R: each pair so far is as likely as any other to be in the sample.
         if len(self.rows) < REPORT_SAMPLE:
             self.rows.append(sample_row(pair))
@@ -6531,50 +6594,67 @@ class Report:
 
     def column(self, name: str) -> list[float]:
         """The known values of one field of the sample."""
-        return [row[name] for row in self.rows if row[name] is not None]
+        values = [row[name] for row in self.rows]
+        return [value for value in values if value is not None]
+
+    def _choose_texts(self) -> None:
+        """Choose the texts that are compared with each other: of one pair of each prompt."""
+        prompts = {row["prompt_id"]: row for row in self.rows}
+        unique = list(prompts.values())[:DIVERSITY_SAMPLE]
+        for name in ("prompt", "chosen"):
+            self.texts[name] = []
+            for row in unique:
+                text = row[name]
+                if len(split_words(text)) >= LONG_ENOUGH:
+                    self.texts[name].append(text)
+
+    def metric_rows(self, answers_given: bool) -> list[dict]:
+        """The rows of METRICS, and those about labels of small and of large gaps."""
+        rows = []
+        for metric in METRICS:
+            if metric.formula:
+                measured = metric.formula(self)
+            else:
+                measured = share_true(self.counts[metric.key])
+            rows.append(metric_row(metric, measured, answers_given))
+        return rows + label_gap_rows(self.label_gaps)
 
     def numbers(self, settings: dict, usage: list[dict], human: dict | None = None) -> dict:
         """All numbers of the report, ready for JSON; terminal and page show these and no others.
 
         `usage`: a row per model and role; `human`: what `Annotations.numbers` returns (REVIEW)."""
+        human = human or {"metrics": [], "lines": []}
         self.random.shuffle(self.rows)
         self.differences = find_differences(self.rows, features)
-        for difference in self.differences["format"]:
-            for name in difference.chosen:
-                self.counts[f"format_{name}"][True] += 1
-            for name in difference.rejected:
-                self.counts[f"format_{name}"][False] += 1
-        prompts = {row["prompt_id"]: row for row in self.rows}
-        unique = list(prompts.values())[:DIVERSITY_SAMPLE]
-        for name in ("prompt", "chosen"):
-            texts = [row[name] for row in unique]
-            self.texts[name] = [text for text in texts if len(split_words(text)) >= LONG_ENOUGH]
-        answers_given = getattr(METHODS.get(settings.get("method")), "reads_answers", False)
-        metrics = []
-        for metric in METRICS:
-            formula = metric.formula
-            measured = formula(self) if formula else share_true(self.counts[metric.key])
-            metrics.append(metric_row(metric, measured, answers_given))
-        metrics += label_gap_rows(self.label_gaps)
-        metrics += human["metrics"] if human else []
+        formats = count_features(self.differences["format"])
+        for name, (chosen, rejected) in formats.items():
+            self.counts[f"format_{name}"] = Counter({True: chosen, False: rejected})
+        self._choose_texts()
+        method = METHODS.get(settings.get("method"))
+        answers_given = getattr(method, "reads_answers", False)
+        metrics = self.metric_rows(answers_given) + human["metrics"]
         levels = Counter(row["level"] for row in metrics)
-        checks = {"passed": levels["ok"], "too_few": levels["too few"]}
-        checks["total"] = levels.total() - levels[""]
+        checks = {
+            "passed": levels["ok"],
+            "too_few": levels["too few"],
+            "total": levels.total() - levels[""],
+        }
         warnings = [row for row in metrics if row["level"] == "critical"]
         warnings += [row for row in metrics if row["level"] == "warn"]
+        kept = self.counts["kept"]
         return {
             "warnings": warnings,
             "checks": checks,
             "few": few_sentence(self.pairs, checks),
             "headline": headline(metrics),
-            "records": self.counts["kept"].total(),
-            "kept": self.counts["kept"][True],
+            "records": kept.total(),
+            "kept": kept[True],
             "pairs": self.pairs,
             "dropped": dropped_rows(self.dropped),
-            "metrics": metrics + self.plain_rows(),
+            "metrics": metrics + self.fact_rows() + self.model_rows() + self.word_rows(),
             "charts": self.charts(),
             "notes": judge_family_notes(settings, self.models),
-            "people": human["lines"] if human else [],
+            "people": human["lines"],
             "samples": examples(self.rows),
             "sampled_pairs": len(self.rows),
             "cost": cost(usage),
@@ -6582,51 +6662,79 @@ class Report:
             "settings": settings,
         }
 
-    def plain_rows(self) -> list[dict]:
-        """Rows without limits: what records note down, how often models win, telling words."""
+    def fact_rows(self) -> list[dict]:
+        """How many records have each fact that methods note down, most frequent first."""
+        records = self.counts["kept"].total()
         rows = []
         for fact, count in self.facts.most_common():
-            measured = share(count, self.counts["kept"].total())
-            rows.append(metric_row(Metric("records", "labels", f"records: {fact}", "%"), measured))
-        busiest = sorted(self.models, key=lambda name: -self.models[name].total())
-        for name in busiest[:SHOWN_ROWS]:
-            label = f"{name} chosen over other models"
-            measured = share_true(self.models[name])
-            rows.append(metric_row(Metric("model", "bias", label, "%"), measured))
-        pairs = find_differences(self.rows[:DIVERSITY_SAMPLE], phrases)["phrases"]
-        counts = count_features(pairs)
+            measured = share(count, records)
+            rows.append(share_row("records", "labels", f"records: {fact}", measured))
+        return rows
+
+    def model_rows(self) -> list[dict]:
+        """How often the models with most pairs win against other models."""
+        pairs = Counter()
+        for model, counts in self.models.items():
+            pairs[model] = counts.total()
+        rows = []
+        for model, _ in pairs.most_common(SHOWN_ROWS):
+            label = f"{model} chosen over other models"
+            measured = share_true(self.models[model])
+            rows.append(share_row("model", "bias", label, measured))
+        return rows
+
+    def word_rows(self) -> list[dict]:
+        """How often the words win that tell most: first those of chosen answers."""
+        sample = self.rows[:DIVERSITY_SAMPLE]
+        differences = find_differences(sample, phrases)
+        counts = count_features(differences["phrases"])
         weights = log_odds(counts)
-        words = sorted(weights, key=lambda word: (-weights[word], word))
-        ends = words[: SHOWN_ROWS // 2] + words[SHOWN_ROWS // 2 :][-SHOWN_ROWS // 2 :]
-        for word in ends:
+        words = sorted(weights)
+        words.sort(key=weights.get, reverse=True)
+        half = SHOWN_ROWS // 2
+        highest = words[:half]
+        lowest = words[half:][-half:]
+        rows = []
+        for word in highest + lowest:
             chosen, rejected = counts[word]
             measured = share(chosen, chosen + rejected)
-            rows.append(metric_row(Metric("word", "words", word[:40], "%"), measured))
+            rows.append(share_row("word", "words", word[:40], measured))
         return rows
 
     def charts(self) -> dict[str, dict]:
         """The data of the histograms, by name."""
-        scores = {side: self.column(f"score_{side}") for side in ("chosen", "rejected")}
-        lengths = {side: self.column(f"characters_{side}") for side in ("chosen", "rejected")}
+        scores = {}
+        lengths = {}
+        for side in ("chosen", "rejected"):
+            scores[side] = self.column(f"score_{side}")
+            lengths[side] = self.column(f"characters_{side}")
         gaps = self.column("gap")
         of_gaps = histogram({"pairs": gaps})
         of_gaps["columns"].append("this gap or more")
         for row in of_gaps["rows"]:
-            row.append(sum(value >= row[0] for value in gaps) / len(gaps))
-        return {"scores": histogram(scores), "gap": of_gaps, "lengths": histogram(lengths)}
+            start = row[0]
+            above = sum(value >= start for value in gaps)
+            row.append(above / len(gaps))
+        return {
+            "scores": histogram(scores),
+            "gap": of_gaps,
+            "lengths": histogram(lengths),
+        }
 
 
 def sample_row(pair: Pair) -> dict:
     """What the report keeps of a sampled pair."""
     chosen = pair.chosen
     rejected = pair.rejected
+    ratio = max(1, len(chosen.text)) / max(1, len(rejected.text))
     scored = chosen.score is not None and rejected.score is not None
+    # Ranks and choices are no points, people's choices are no gap.
+    points = pair.gap if scored and not pair.human else None
     row = {
         "prompt_id": pair.record.prompt_id,
         "prompt": pair.record.prompt[:SAMPLE_TEXT],
-        "ratio": max(1, len(chosen.text)) / max(1, len(rejected.text)),
-        # Ranks and choices are no points, people's choices are no gap.
-        "gap": pair.gap if scored and not pair.human else None,
+        "ratio": ratio,
+        "gap": points,
     }
     for side, answer in (("chosen", chosen), ("rejected", rejected)):
         row[side] = answer.text[:SAMPLE_TEXT]
@@ -6642,22 +6750,21 @@ def sample_row(pair: Pair) -> dict:
 def label_gap_rows(gaps: Counter) -> list[dict]:
     """How often judges agree with the labels of small and of large gaps, split at the median."""
     values = sorted(value for value, _ in gaps.elements())
-    if not values or values[0] == values[-1]:
+    smaller = [value for value in values if value < values[-1]]
+    if not smaller:
         return []
-    middle = values[(len(values) - 1) // 2]
-    if middle == values[-1]:  # most labels have the largest gap
-        middle = max(value for value in values if value < middle)
+    # If most labels have the largest gap, they are the large ones.
+    middle = min(statistics.median_low(values), smaller[-1])
     small = Counter()
     large = Counter()
     for (value, agrees), labels in gaps.items():
         half = small if value <= middle else large
         half[agrees] += labels
-    rows = []
-    for key, words, half in (("small", "up to", small), ("large", "above", large)):
-        label = f"judges agree with labels of a score gap {words} {middle:g}"
-        metric = Metric(f"label_gap_{key}", "labels", label, "%")
-        rows.append(metric_row(metric, share_true(half)))
-    return rows
+    label = "judges agree with labels of a score gap"
+    return [
+        share_row("label_gap_small", "labels", f"{label} up to {middle:g}", share_true(small)),
+        share_row("label_gap_large", "labels", f"{label} above {middle:g}", share_true(large)),
+    ]
 
 
 def few_sentence(pairs: int, checks: dict[str, int]) -> str:
@@ -6675,8 +6782,11 @@ def headline(metrics: list[dict]) -> list[str]:
     facts = []
     for key, text in HEADLINES.items():
         row = rows.get(key)
-        if row and row["n"] and row["level"] in ("ok", ""):
-            facts.append(text.format(shown(row["value"], row["unit"])))
+        if not row or not row["n"]:
+            continue
+        if row["level"] in ("ok", ""):
+            value = shown(row["value"], row["unit"])
+            facts.append(text.format(value))
     return facts
 
 
@@ -6685,7 +6795,12 @@ def dropped_rows(dropped: Counter) -> list[dict]:
     rows = []
     for reason, records in dropped.most_common():
         meaning, advice = explain_reason(reason)
-        row = {"reason": reason, "records": records, "meaning": meaning, "advice": advice}
+        row = {
+            "reason": reason,
+            "records": records,
+            "meaning": meaning,
+            "advice": advice,
+        }
         rows.append(row)
     return rows
 
@@ -6714,29 +6829,44 @@ def histogram(series: dict[str, list[float]]) -> dict:
     The outermost 1% at either end count in the first and the last step: some are far away."""
     columns = []
     for name, values in series.items():
-        columns.append(f"{name}, median {shown(median(values).value)}")
+        middle = median(values).value
+        columns.append(f"{name}, median {shown(middle)}")
     together = sorted(itertools.chain.from_iterable(series.values()))
     if not together:
         return {"columns": columns, "rows": []}
     outside = len(together) // 100
     low = together[outside]
     high = together[-1 - outside]
-    width = (high - low) or 12.0
-    power = 10.0 ** math.floor(math.log10(width / 12))
-    step = power
-    for factor in (2, 5, 10):
-        if 12 * step < width:
-            step = factor * power
-    first = math.floor(low / step + 1e-9)  # 1e-9: 0.3 / 0.1 is a little less than 3
-    last = math.floor(high / step + 1e-9)
-    rows = [[float(f"{place * step:.12g}")] for place in range(first, last + 1)]
+    step = step_size(high - low or 12.0)
+    first = step_number(low, step)
+    last = step_number(high, step)
+    rows = []
+    for place in range(first, last + 1):
+        start = f"{place * step:.12g}"
+        rows.append([float(start)])
     for values in series.values():
-        places = Counter()
+        counts = Counter()
         for value in values:
-            places[min(max(math.floor(value / step + 1e-9), first), last)] += 1
+            place = step_number(value, step)
+            counts[min(max(place, first), last)] += 1
         for place, row in enumerate(rows, first):
-            row.append(places[place] / len(values))
+            row.append(counts[place] / len(values))
     return {"columns": columns, "rows": rows}
+
+
+def step_size(width: float) -> float:
+    """1, 2, 5 or 10 times a power of ten; about ten of it make up the width."""
+    power = 10.0 ** math.floor(math.log10(width / 12))
+    for factor in (1, 2, 5):
+        step = factor * power
+        if 12 * step >= width:
+            return step
+    return 10 * power
+
+
+def step_number(value: float, step: float) -> int:
+    """In which step a value lies; 1e-9 because 0.3 / 0.1 is a little less than 3."""
+    return math.floor(value / step + 1e-9)
 
 
 def examples(rows: list[dict]) -> list[dict]:
@@ -6746,10 +6876,15 @@ def examples(rows: list[dict]) -> list[dict]:
     lowest = ordered[:SHOWN_PAIRS]
     highest = ordered[SHOWN_PAIRS:][-SHOWN_PAIRS:]
     others = [row for row in rows if row not in lowest + highest]
-    kinds = {"lowest gap": lowest, "highest gap": highest, "random": others[:SHOWN_PAIRS]}
+    kinds = {
+        "lowest gap": lowest,
+        "highest gap": highest,
+        "random": others[:SHOWN_PAIRS],
+    }
     samples = []
     for kind, group in kinds.items():
-        samples += [{"kind": kind, **row} for row in group]
+        for row in group:
+            samples.append({"kind": kind, **row})
     return samples
 
 
@@ -6781,16 +6916,18 @@ def shown_interval(interval: tuple[float, float] | None, unit: str = "") -> str:
     if not interval:
         return "–"
     low, high = interval
+    start = shown(low, unit)
+    end = shown(high, unit)
     if low < 0:
-        return f"{shown(low, unit)} to {shown(high, unit)}"
-    return f"{shown(low, unit).removesuffix(unit)}-{shown(high, unit)}"
+        return f"{start} to {end}"
+    return f"{start.removesuffix(unit)}-{end}"
 
 
 def with_interval(row: dict) -> str:
     """A row's value with its interval and cases: `62%, 95% CI 58-66%, n=400`."""
-    unit = row["unit"]
-    interval = shown_interval(row["interval"], unit)
-    return f"{shown(row['value'], unit)}, 95% CI {interval}, n={row['n']:,}"
+    value = shown(row["value"], row["unit"])
+    interval = shown_interval(row["interval"], row["unit"])
+    return f"{value}, 95% CI {interval}, n={row['n']:,}"
 
 
 # The page: numbers -> HTML. Every text in the numbers is escaped before any of this runs.
@@ -6820,17 +6957,22 @@ def report_html(numbers: dict) -> str:
     }
     body = ""
     for section, (title, sentence) in SECTIONS.items():
-        rows = [row for row in numbers["metrics"] if row["section"] == section and row["n"]]
-        body += section_html(title, sentence, metric_table(rows) + more.get(section, ""))
-    sentence = (
+        rows = [row for row in numbers["metrics"] if row["section"] == section]
+        content = metric_table(rows) + more.get(section, "")
+        body += section_html(title, sentence, content)
+    articles = "".join(map(pair_article, numbers["samples"]))
+    sample = (
         f"Medians, charts, words, formats come from {numbers['sampled_pairs']:,} sampled pairs, "
         f"diversity from up to {DIVERSITY_SAMPLE}; texts are cut at {SAMPLE_TEXT:,} characters."
     )
-    articles = "".join(pair_article(row) for row in numbers["samples"])
     body += section_html("Cost", "By model and task.", cost_table(numbers))
     body += section_html("Pairs to read", "No metric replaces reading some pairs.", articles)
-    body += section_html("Settings", sentence, settings_table(numbers["settings"]))
-    pieces = {"TILES": tiles(numbers), "WARNINGS": warning_list(numbers), "SECTIONS": body}
+    body += section_html("Settings", sample, settings_table(numbers["settings"]))
+    pieces = {
+        "TILES": tiles(numbers),
+        "WARNINGS": warning_list(numbers),
+        "SECTIONS": body,
+    }
     return filled_page(REPORT_PAGE, pieces)
 
 
@@ -6847,7 +6989,9 @@ def escaped(value: object) -> object:
 
 def section_html(title: str, sentence: str, content: str) -> str:
     """One section of the page; none without content."""
-    return f"<section><h2>{title}</h2><p>{sentence}</p>{content}</section>" if content else ""
+    if not content:
+        return ""
+    return f"<section><h2>{title}</h2><p>{sentence}</p>{content}</section>"
 
 
 def paragraphs(sentences: list[str]) -> str:
@@ -6862,49 +7006,63 @@ def mark_flags(text: str) -> str:
 
 def tiles(numbers: dict) -> str:
     """The figures that a reader looks for first."""
-    cells = [f"<div><b>{numbers['pairs']:,}</b>pairs of {numbers['records']:,} records</div>"]
+    pairs = f"{numbers['pairs']:,}"
+    figures = {f"pairs of {numbers['records']:,} records": pairs}
     for row in numbers["metrics"]:
         if row["metric"] in HEADLINES and row["n"]:
-            cells.append(f"<div><b>{shown(row['value'], row['unit'])}</b>{row['label']}</div>")
+            figures[row["label"]] = shown(row["value"], row["unit"])
+    cells = [f"<div><b>{figure}</b>{label}</div>" for label, figure in figures.items()]
     return "".join(cells)
 
 
 def warning_list(numbers: dict) -> str:
     """The warnings as cards, then what the other checks say."""
-    cards = []
+    cards = ""
     for row in numbers["warnings"]:
+        level = row["level"]
         text = mark_flags(f"{row['meaning']} {row['advice']}")
-        head = f'<b class="level">{row["level"]}</b> <strong>{row["finding"]}</strong>'
-        cards.append(f'<li class="{row["level"]}"><p>{head}</p><p>{text}</p></li>')
+        head = f'<b class="level">{level}</b> <strong>{row["finding"]}</strong>'
+        cards += f'<li class="{level}"><p>{head}</p><p>{text}</p></li>'
     checks = numbers["checks"]
     passed = f"{checks['passed']} of {checks['total']} checks passed"
-    text = f"{numbers['few']} {passed}, {checks['too_few']} had too few cases."
-    return f"<ul>{''.join(cards)}</ul><p>{text}</p>"
+    too_few = f"{checks['too_few']} had too few cases"
+    return f"<ul>{cards}</ul><p>{numbers['few']} {passed}, {too_few}.</p>"
 
 
 def metric_table(rows: list[dict]) -> str:
     """Metrics with a bar for shares, value, interval, cases, fine range and level."""
-    cells = []
+    lines = []
     for row in rows:
+        if not row["n"]:
+            continue
         unit = row["unit"]
-        drawing = bar(row["value"], interval=row["interval"]) if unit == "%" else ""
-        value = shown(row["value"], unit)
-        interval = shown_interval(row["interval"], unit)
-        level = f'<b class="level {row["level"]}">{row["level"]}</b>'
-        cells.append([row["label"], drawing, value, interval, f"{row['n']:,}", row["fine"], level])
-    return table(["Metric", "", "Value", "95% CI", "Cases", "Fine", "Level"], cells)
+        level = row["level"]
+        cells = [
+            row["label"],
+            bar(row["value"], interval=row["interval"]) if unit == "%" else "",
+            shown(row["value"], unit),
+            shown_interval(row["interval"], unit),
+            f"{row['n']:,}",
+            row["fine"],
+            f'<b class="level {level}">{level}</b>',
+        ]
+        lines.append(cells)
+    columns = ["Metric", "", "Value", "95% CI", "Cases", "Fine", "Level"]
+    return table(columns, lines)
 
 
 def histogram_table(title: str, data: dict) -> str:
     """The steps of a histogram, each with a bar for every series."""
+    sides = ("chosen", "rejected")  # colours of the first and the second series
+    columns = [f"{title}, from", ""]
+    for name, side in zip(data["columns"], sides, strict=False):
+        columns.append(f'<span class="key {side}">{name}</span>')
     rows = []
     for start, *shares in data["rows"]:
-        bars = "".join(map(bar, shares, ("chosen", "rejected")))
-        rows.append([f"{start:,g}", bars, *(shown(value, "%") for value in shares)])
-    keys = []
-    for name, side in zip(data["columns"], ("chosen", "rejected"), strict=False):
-        keys.append(f'<span class="key {side}">{name}</span>')
-    return table([f"{title}, from", "", *keys], rows)
+        bars = "".join(map(bar, shares, sides))
+        percentages = [shown(value, "%") for value in shares]
+        rows.append([f"{start:,g}", bars, *percentages])
+    return table(columns, rows)
 
 
 def bar(value: float, color: str = "chosen", interval: tuple[float, float] | None = None) -> str:
@@ -6934,23 +7092,32 @@ def dropped_table(numbers: dict) -> str:
     """What each drop reason takes away, and what to try about it."""
     rows = []
     for row in numbers["dropped"][:SHOWN_ROWS]:
+        records = row["records"]
         text = row["meaning"]
         if row["advice"]:
             text += f". Try: {mark_flags(row['advice'])}"
-        part = bar(row["records"] / numbers["records"], "rejected")
-        rows.append([f"{row['reason']}<small>{text}</small>", part, f"{row['records']:,}"])
+        reason = f"{row['reason']}<small>{text}</small>"
+        part = bar(records / numbers["records"], "rejected")
+        rows.append([reason, part, f"{records:,}"])
     return table(["Dropped because", "", "Records"], rows)
 
 
 def cost_table(numbers: dict) -> str:
     """API calls, tokens and money, by model and task."""
+    usage = numbers["usage"]
+    if not usage:
+        return ""
+    total = {"model": "total", "role": "", **numbers["cost"]}
     rows = []
-    for row in [*numbers["usage"], {"model": "total", "role": "", **numbers["cost"]}]:
-        counts = [f"{row[key]:,}" for key in ("calls", "cached", "tokens_in", "tokens_out")]
-        money = "–" if row["money"] is None else money_text(row["money"])
-        rows.append([row["model"], row["role"], *counts, money])
+    for row in [*usage, total]:
+        cells = [row["model"], row["role"]]
+        for key in ("calls", "cached", "tokens_in", "tokens_out"):
+            cells.append(f"{row[key]:,}")
+        money = row["money"]
+        cells.append("–" if money is None else money_text(money))
+        rows.append(cells)
     columns = ["Model", "Task", "API calls", "From cache", "Tokens in", "Tokens out", "Cost"]
-    return table(columns, rows if numbers["usage"] else [])
+    return table(columns, rows)
 
 
 def settings_table(settings: dict) -> str:
@@ -6959,20 +7126,24 @@ def settings_table(settings: dict) -> str:
     for name, value in settings.items():
         if isinstance(value, dict):
             value = [f"{key} {item}" for key, item in value.items()]
-        rows.append([name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)])
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
+        rows.append([name, str(value)])
     return table(["Setting", "Value"], rows)
 
 
 def pair_article(row: dict) -> str:
     """One pair to read: prompt, chosen, rejected."""
-    head = row["kind"]
+    facts = {
+        "prompt": row["kind"],
+        "chosen": row["model_chosen"],
+        "rejected": row["model_rejected"],
+    }
     if row["gap"] is not None:
-        head += f", score gap {shown(row['gap'])}"
-    facts = {"prompt": head}
-    for side in ("chosen", "rejected"):
-        facts[side] = row[f"model_{side}"]
-        if row[f"score_{side}"] is not None:
-            facts[side] += f" score {shown(row[f'score_{side}'])}"
+        facts["prompt"] += f", score gap {shown(row['gap'])}"
+    if row["score_chosen"] is not None:
+        facts["chosen"] += f" score {shown(row['score_chosen'])}"
+        facts["rejected"] += f" score {shown(row['score_rejected'])}"
     texts = ""
     for side, fact in facts.items():
         title = f"<h3>{side} <small>{fact}</small></h3>"
@@ -6986,7 +7157,8 @@ def filled_page(page: str, pieces: dict[str, str]) -> str:
     Its policy lets only the template's own script and style run, and requests nothing."""
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
     for tag, body in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
-        code = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        checksum = hashlib.sha256(body.encode()).digest()
+        code = base64.b64encode(checksum).decode()
         policy += f"; {tag}-src 'sha256-{code}'"
     pieces = pieces | {"POLICY": policy}
     # All pieces at once: a piece may itself contain such a mark.
@@ -7072,8 +7244,10 @@ class ReviewQueue:
         """Consider the kept pairs of one record; each flag divides the lead of a pair by four."""
         for pair in outcome.pairs:
             name = pair_id_of(pair)
-            texts = (pair.chosen.text, pair.rejected.text)
-            flags = sum(1 for is_raised in FLAGS.values() if is_raised(*texts))
+            flags = 0
+            for is_raised in FLAGS.values():
+                if is_raised(pair.chosen.text, pair.rejected.text):
+                    flags += 1
             draw = digest(self.seed, name)
             doubt = (smallest_lead(pair) / 4**flags, -flags, draw)
             self.drawn[name] = (draw, pair)
@@ -7089,27 +7263,39 @@ class ReviewQueue:
         than the data."""
         drawn = with_smallest_keys(self.drawn)
         doubtful = with_smallest_keys(self.doubtful)
-        random_half = list(drawn)[: (len(drawn) + 1) // 2]
+        in_doubt = len(drawn) // 2
+        random_half = list(drawn)[: len(drawn) - in_doubt]
         doubtful_half = [name for name in doubtful if name not in random_half]
         rows = []
-        for name in doubtful_half[: len(drawn) // 2]:
-            rows.append((name, "in doubt", doubtful[name][1]))
+        for name in doubtful_half[:in_doubt]:
+            _, pair = doubtful[name]
+            rows.append((name, "in doubt", pair))
         for name in random_half:
-            rows.append((name, "random", drawn[name][1]))
+            _, pair = drawn[name]
+            rows.append((name, "random", pair))
         return rows
 
     def page(self) -> str:
         """The HTML page: answers A and B in a shuffled order, without model, score or reason."""
         rows = self.selected()
-        salt = digest("review", self.seed, [name for name, _, _ in rows])[:16]
+        names = [name for name, _, _ in rows]
+        salt = digest("review", self.seed, names)[:16]
         pairs = []
         for name, queue, pair in rows:
-            a, b = pair.chosen.text, pair.rejected.text
+            answers = [pair.chosen.text, pair.rejected.text]
             if not chosen_is_left(salt, name):
-                a, b = b, a
-            row = {"pair_id": name, "prompt_id": pair.record.prompt_id, "queue": queue}
-            pairs.append(row | {"messages": pair.record.messages, "a": a, "b": b})
-        return filled_page(REVIEW_PAGE, {"DATA": script_data({"salt": salt, "pairs": pairs})})
+                answers.reverse()
+            row = {
+                "pair_id": name,
+                "prompt_id": pair.record.prompt_id,
+                "queue": queue,
+                "messages": pair.record.messages,
+                "a": answers[0],
+                "b": answers[1],
+            }
+            pairs.append(row)
+        data = script_data({"salt": salt, "pairs": pairs})
+        return filled_page(REVIEW_PAGE, {"DATA": data})
 
 
 def with_smallest_keys(candidates: dict) -> dict:
@@ -7231,18 +7417,43 @@ class Annotations:
     def numbers(self) -> dict:
         """For the report: {"metrics": [rows of metrics], "lines": [sentences]}."""
         counts = Counter(pair.choice for pair in self.reviewed.values())
-        results = [f"{counts[name]} {CHOICES[name]}" for name in CHOICES if counts[name]]
-        reviewed = f"People reviewed {len(self.reviewed):,} of {plural(self.pairs, 'pair')}"
-        lines = [f"{reviewed}: {', '.join(results)}."]
+        results = []
+        for choice, result in CHOICES.items():
+            if counts[choice]:
+                results.append(f"{counts[choice]} {result}")
+        pairs = plural(self.pairs, "pair")
+        lines = [f"People reviewed {len(self.reviewed):,} of {pairs}: {', '.join(results)}."]
         if self.gaps:
             lines.append(gap_advice(self.random_sample(), self.gaps))
-        rows = [metric_row(metric, metric.formula(self)) for metric in HUMAN_METRICS]
+        rows = []
+        for metric in HUMAN_METRICS:
+            measured = metric.formula(self)
+            rows.append(metric_row(metric, measured))
         return {"metrics": rows, "lines": lines}
 
     def agreement(self) -> Measured:
         """How often people prefer the chosen answer; ties do not count."""
         choices = Counter(pair.choice for pair in self.reviewed.values())
-        return share(choices["chosen"], choices["chosen"] + choices["rejected"])
+        right = choices["chosen"]
+        wrong = choices["rejected"]
+        return share(right, right + wrong)
+
+    def annotator_agreement(self) -> Measured:
+        """How often two annotators of one pair make the same choice.
+
+        The cases are pairs: three comparisons of one pair tell less than one each of three."""
+        pairs = 0
+        comparisons = Counter()  # whether the two choices are the same -> comparisons
+        for name in self.reviewed:
+            choices = self.choices(name)
+            if len(choices) > 1:
+                pairs += 1
+            for first, second in itertools.combinations(choices, 2):
+                comparisons[first == second] += 1
+        if not pairs:
+            return Measured()
+        agreement = comparisons[True] / comparisons.total()
+        return share(pairs * agreement, pairs)
 
     def label_error(self) -> Measured:
         """How often people prefer the rejected answer, in the sample that represents the file."""
@@ -7252,8 +7463,11 @@ class Annotations:
 
     def random_sample(self) -> list[ReviewedPair]:
         """The reviewed pairs from the random half of a page in which people prefer an answer."""
-        pairs = [pair for pair in self.reviewed.values() if pair.is_random]
-        return [pair for pair in pairs if pair.choice in ("chosen", "rejected")]
+        sample = []
+        for pair in self.reviewed.values():
+            if pair.is_random and pair.choice in ("chosen", "rejected"):
+                sample.append(pair)
+        return sample
 
 
 # People agree with each other in 66% (AlpacaEval) to 81% (MT-bench) of cases, and with a good judge
@@ -7262,6 +7476,9 @@ class Annotations:
 HUMAN_METRICS = [
     Metric("human_agreement", "people", "people agree with the label", "%", Annotations.agreement,
            too_low=Problem(0.8, 0.65, "People often disagree with the labels", "labels")),
+    Metric("annotator_agreement", "people", "annotators agree with each other", "%",
+           Annotations.annotator_agreement,
+           too_low=Problem(0.65, 0.5, "The annotators often disagree with each other", "people")),
     Metric("label_error", "people", "wrong labels, random half", "%", Annotations.label_error,
            too_high=Problem(0.05, 0.2, "People find many labels wrong", "labels")),
 ]
@@ -7274,16 +7491,20 @@ def gap_advice(sample: list[ReviewedPair], gaps: array) -> str:
     `sample`: reviewed random pairs; `gaps`: of all pairs of the input. Safe is the smallest gap
     from which SAFE_CASES or more reviewed pairs are correct in SAFE_SHARE of cases."""
     known = [pair for pair in sample if pair.gap is not None]
-    for smallest in sorted({float(f"{pair.gap:.3g}") for pair in known}):  # short enough to type
-        above = [pair for pair in known if pair.gap >= smallest]
-        correct = sum(1 for pair in above if pair.choice == "chosen")
-        if len(above) >= SAFE_CASES and correct >= SAFE_SHARE * len(above):
-            measured = with_interval({"unit": "%"} | share(correct, len(above))._asdict())
-            kept = sum(1 for value in gaps if value >= smallest) / len(gaps)
-            return (
-                f"--min-score-gap {smallest:g} is the smallest score gap with at least "
-                f"{SAFE_SHARE:.0%} correct labels ({measured}); it keeps {kept:.0%} of the pairs."
-            )
+    rounded = {float(f"{pair.gap:.3g}") for pair in known}  # short enough to type
+    for smallest in sorted(rounded):
+        choices = [pair.choice for pair in known if pair.gap >= smallest]
+        cases = len(choices)
+        correct = choices.count("chosen")
+        if cases < SAFE_CASES or correct < SAFE_SHARE * cases:
+            continue
+        row = {"unit": "%", **share(correct, cases)._asdict()}
+        kept = sum(1 for value in gaps if value >= smallest) / len(gaps)
+        return (
+            f"--min-score-gap {smallest:g} is the smallest score gap with at least "
+            f"{SAFE_SHARE:.0%} correct labels ({with_interval(row)}); "
+            f"it keeps {kept:.0%} of the pairs."
+        )
     return (
         f"No --min-score-gap has {SAFE_SHARE:.0%} correct labels among {SAFE_CASES} or more "
         f"reviewed pairs of the random half (n={len(known)})."

@@ -816,3 +816,17 @@ def test_a_prompt_that_ends_inside_an_answer_takes_no_other_answers(prompt):
 
 def test_an_unread_field_that_may_name_the_better_answer_is_no_id():
     assert unused({"prompt": "Q", "preferred_index": 1, "row_index": 1}) == ["preferred_index"]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Sum this up.",
+        "\n\nHuman: Sum this up.\n\nAssistant:",
+        "<|im_start|>user\nSum this up.<|im_end|>\n<|im_start|>assistant\n",
+    ],
+    ids=["plain", "human", "template"],
+)
+def test_context_stands_after_a_prompt_of_any_text_form(prompt):
+    [record] = rc.parse_row({"prompt": prompt, "context": "A long text."})
+    assert record.prompt == "Sum this up.\n\nA long text."

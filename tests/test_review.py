@@ -364,9 +364,32 @@ def test_hand_worked_rates(tmp_path):
     )
 
 
+def test_annotators_are_compared_where_they_judged_the_same_pair(tmp_path):
+    reviews = [(2.0, ("chosen", "chosen"))] * 30
+    reviews += [(2.0, ("chosen", "rejected"))] * 10
+    reviews += [(2.0, "chosen")] * 9
+    rows, lines = reviewed(tmp_path, reviews)
+    row = rows["annotator_agreement"]
+    assert (row["value"], row["n"], row["level"]) == (0.75, 40, "ok")
+    assert row["interval"] == pytest.approx((0.598, 0.858), abs=0.001)  # Wilson, 30 of 40
+    assert "10 annotators disagree" in lines[0]
+
+
+def test_three_annotators_of_a_pair_are_three_comparisons_and_one_case(tmp_path):
+    rows, _ = reviewed(tmp_path, [(2.0, ("chosen", "chosen", "rejected"))])
+    row = rows["annotator_agreement"]
+    assert (row["value"], row["n"]) == (pytest.approx(1 / 3), 1)
+
+
+def test_annotators_who_often_disagree_are_a_warning(tmp_path):
+    rows, _ = reviewed(tmp_path, [(2.0, ("chosen", "tie"))] * 40)
+    row = rows["annotator_agreement"]
+    assert row["level"] == "critical" and "examples of a better answer" in row["advice"]
+
+
 def test_under_thirty_choices_there_is_no_warning_and_no_advice(tmp_path):
     rows, lines = reviewed(tmp_path, [(2.0, "rejected")] * 29)
-    assert {row["level"] for row in rows.values()} == {"too few"}
+    assert {row["level"] for row in rows.values() if row["n"]} == {"too few"}
     assert lines[1].startswith("No --min-score-gap has 95% correct labels among 30 or more")
     assert lines[1].endswith("(n=29).")
 
