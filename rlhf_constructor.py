@@ -1299,7 +1299,8 @@ def refuse_open_answer(turns: list, row: dict) -> None:
     if not is_turns(turns):
         return
     last = message(turns[-1])
-    if last["role"] == "assistant" and last["content"] and answer_sets(unpacked_lists(row)):
+    is_answer = last["role"] == "assistant" and last["content"] != ""
+    if is_answer and answer_sets(unpacked_lists(row)):
         raise Failed("input", "the prompt ends inside an answer")
 
 
@@ -1315,14 +1316,17 @@ def chat(exchanges: Iterable) -> list[dict]:
 def human_turns(text: str) -> list[dict]:
     """The turns of a text that begins with `\\n\\nHuman:` (HH-RLHF) or `### Human:` (Guanaco)."""
     for mark in ("\n\n", "### "):
-        if text.startswith(f"{mark}Human:"):
-            _, *parts = re.split(rf"{mark}(Human|Assistant): ?", text)
-            if parts[-2] == "Assistant" and not parts[-1].strip():
-                parts = parts[:-2]  # an open turn for the answer
-            speakers = parts[::2]
-            contents = parts[1::2]
-            pairs = zip(speakers, contents, strict=True)
-            return [{"from": speaker, "value": content} for speaker, content in pairs]
+        if not text.startswith(f"{mark}Human:"):
+            continue
+        _, *parts = re.split(rf"{mark}(Human|Assistant): ?", text)
+        speakers = parts[::2]
+        contents = parts[1::2]
+        turns = []
+        for speaker, content in zip(speakers, contents, strict=True):
+            turns.append({"from": speaker, "value": content})
+        if speakers[-1] == "Assistant" and not contents[-1].strip():
+            turns.pop()  # an open turn for the answer
+        return turns
     return []
 
 
@@ -2607,18 +2611,20 @@ def add_texts(record: Record, answers: AnswerSet) -> None:
 def answer_sets(row: dict) -> list[AnswerSet]:
     """The ready pair of a row and its other answers, at most one set of each; raises Failed."""
     pair = [ready_set(row)] if has_pair(row, SIDES) else []
-    lists = [item_set(row[name]) for name in LISTS if is_filled_list(row.get(name))]
+    lists = []
+    for name in LISTS:
+        if is_filled_list(row.get(name)):
+            lists.append(item_set(row[name]))
     others = [answers for answers in lists if any(answers.keys)]
     others += suffixed_sets(row)
     if len(others) > 1:
         raise Failed("input", "ambiguous: two sets of answers: --rename the wrong one")
-    if others:
-        add_lists(row, others[0])
-    elif pair and not lists:
-        add_lists(row, pair[0])
     if not others:
+        if pair and not lists:
+            add_lists(row, pair[0])
         return pair
     other = others[0]
+    add_lists(row, other)
     if pair and set(pair[0].keys) <= set(other.keys):
         return [pair[0], other]
     check_chosen(row, other, has_ready_pair=bool(pair))
@@ -2630,7 +2636,7 @@ def check_chosen(row: dict, others: AnswerSet, has_ready_pair: bool) -> None:
     chosen = row.get("chosen")
     is_name = isinstance(chosen, str | int) and not isinstance(chosen, bool)
     if chosen == "" or (has_ready_pair and len(str(chosen)) > 40):
-        is_name = False  # a text as long as an answer
+        is_name = False  # nothing, or an answer's text
     has_signal = others.fields or others.columns or winners_of(row)
     if is_name or (has_ready_pair and has_signal):
         raise Failed(
@@ -2665,8 +2671,8 @@ def ready_set(row: dict) -> AnswerSet:
     answers.add_fields(row, column_names(tuple(row), sides, FORMS))
     answers.add_choice("chosen", range(len(better)))
     margin = quantity(row.get("margin")) or 0
-    if row.get("decided_by") == "people":  # scores of the judge whom people overruled
-        answers.columns = answers.columns[-1:]
+    if row.get("decided_by") == "people":
+        del answers.columns[:-1]  # only the choice counts: people may have overruled the scores
     elif margin < 0:
         raise Failed("input", "contradictory signals: chosen, margin")
     return answers
@@ -2718,8 +2724,9 @@ def suffixed_fields(names: tuple) -> list[tuple]:
 def consecutive_fields(start: str, first: str, names: tuple) -> tuple[str, ...]:
     """The fields that a row has from the first letter or digit on: response_a, response_b ..."""
     fields = []
-    for code in range(ord(first), ord(first) + 8):
-        name = start + chr(code)
+    code = ord(first)
+    for next_code in range(code, code + 8):
+        name = start + chr(next_code)
         if name not in names:
             break
         fields.append(name)
@@ -2743,15 +2750,29 @@ def column_names(names: tuple, ends: tuple, forms: tuple) -> list[tuple]:
 
 def winners_of(row: dict) -> dict:
     """The fields of a row that name its winner, with their values; empty ones if all are empty."""
-    winners = {name: row[name] for name in WINNERS if name in row}
-    filled = {name: value for name, value in winners.items() if value not in EMPTY}
+    unfilled = {}
+    filled = {}
+    for name in WINNERS:
+        if name not in row:
+            continue
+        if row[name] in EMPTY:
+            unfilled[name] = row[name]
+        else:
+            filled[name] = row[name]
     for name in LOOSE_WINNERS:
         value = row.get(name)
         if isinstance(value, dict):  # Label Studio
             value = value.get("selected")
-        if isinstance(value, str) and value.strip() and number(value) is None:
+        if is_word(value):
             filled[name] = value
-    return filled or winners
+    return filled or unfilled
+
+
+def is_word(value: object) -> bool:
+    """Whether the value is a text with something in it that is no number."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return number(value) is None
 
 
 def winner_text(value: object) -> str:
