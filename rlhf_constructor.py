@@ -3200,15 +3200,20 @@ def fold_text(text: str, keep_case: bool = False) -> str:
 
 def similarity(a: str, b: str, threshold: float) -> float:
     """Jaccard similarity (0..1) of character 5-grams without white space; 0 below `threshold`."""
-    texts = ["".join(a.split()), "".join(b.split())]
-    shorter, longer = sorted(texts, key=len)
+    shorter = "".join(a.split())
+    longer = "".join(b.split())
+    if len(shorter) > len(longer):
+        shorter, longer = longer, shorter
     if len(shorter) < 5 or len(shorter) < threshold * len(longer):
         return 0.0
     # At a similarity of .8 it happens once in 1,000 that half of 16 samples are missing.
-    samples = character_runs(shorter, 5, max(1, len(shorter) // 16))
-    if sum(sample in longer for sample in samples) < len(samples) / 2:
+    step = max(1, len(shorter) // 16)
+    samples = character_runs(shorter, 5, step)
+    found = sum(sample in longer for sample in samples)
+    if found < len(samples) / 2:
         return 0.0
-    grams_a, grams_b = set(character_runs(shorter, 5)), set(character_runs(longer, 5))
+    grams_a = set(character_runs(shorter, 5))
+    grams_b = set(character_runs(longer, 5))
     return len(grams_a & grams_b) / len(grams_a | grams_b)
 
 
@@ -3291,28 +3296,42 @@ def repeated_share(text: str, least_share: float = REPEATS_ITSELF, in_a_row: boo
     A passage has 10 words (20 Chinese characters) at least. `in_a_row`: only those count that stand
     three times in a row: 2 x `distance` words that repeat what stood `distance` words before."""
     prose = MARKUP_TAG.sub(" ", CODE_BLOCK.sub(" ", text))  # in those, repetition is right
-    samples = character_runs(prose, 12, max(12, len(prose) // 8))
+    step = max(12, len(prose) // 8)
+    samples = character_runs(prose, 12, step)
     misses = sum(prose.count(sample) < 2 for sample in samples)
     if misses > len(samples) * (1 - least_share / 2):
         return 0.0
     words = split_words(prose)
+    inside = set()
+    for start, end, distance in repeated_spans(words):
+        if in_a_row and end - start < 2 * distance:
+            continue
+        inside.update(range(start, end))
+        inside.update(range(start - distance, end - distance))
+    counted = [place for place in inside if not words[place].isdigit()]
+    return len(counted) / max(1, len(words))
+
+
+def repeated_spans(words: list[str]) -> list[tuple[int, int, int]]:
+    """The passages that occur before: (first word, word after the last, distance in words)."""
     size = run_size(words)
     last_place = {}
-    spans = [[0, 0, 0]]  # first word, word after the last, distance
+    spans = []
+    start = 0
+    last_distance = 0  # 0 while the words are new
+    place = -1
     for place, run in enumerate(word_runs(words, size)):
         distance = place - last_place.get(run, place)
         last_place[run] = place
-        if distance == spans[-1][2]:
-            spans[-1][1] = place + size
-        else:
-            spans.append([place, place + size, distance])
-    inside = set()
-    for start, end, distance in spans:
-        if distance and (not in_a_row or end - start >= 2 * distance):
-            inside.update(range(start, end))
-            inside.update(range(start - distance, end - distance))
-    counted = [place for place in inside if not words[place].isdigit()]
-    return len(counted) / max(1, len(words))
+        if distance == last_distance:
+            continue
+        if last_distance:
+            spans.append((start, place - 1 + size, last_distance))
+        start = place
+        last_distance = distance
+    if last_distance:
+        spans.append((start, place + size, last_distance))
+    return spans
 
 
 def run_size(words: list[str]) -> int:
@@ -3476,6 +3495,7 @@ STRING = re.compile(  # the text of a key, unless it is an id or a score
     r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'"\\]|\\.)*')(?=\s*[,}])""",
     re.I | re.S,
 )
+SCORE_LIST = re.compile(r"\[(\s*[a-z]\d:[^\[\]{}]*)\]", re.I)
 # An object for one id: `K3: {score: 8, reason: ""}` or `{id: K3, score: 8}`.
 ID_OBJECT = re.compile(rf"(?:([a-z]\d){COLON}\s*)?{OBJECT.pattern}", re.I)
 SCORE_LINE = re.compile(
@@ -3483,14 +3503,18 @@ SCORE_LINE = re.compile(
     re.I | re.M,
 )
 # The key of a score, of the scores, or of an object around them: none of drafts, ranks or errors.
-SCORES_KEY = re.compile(r"(?:final_?)?(?:scores?|ratings?|grades?)|verdict|result|评分|分数|得分")
+SCORES_KEY = re.compile(
+    r"(?:(?:final|overall)_?)?(?:scores?|ratings?|grades?|gradings?)|overall|verdict|result"
+    r"|evaluations?|assessment|answers|quality|helpfulness|harmlessness|correctness|评分|分数|得分"
+)
 GRADED = re.compile(  # `K3: 8`, but not `K3: 8 errors`, `K3 = 8`
     rf"(?<![a-z0-9])(scores|[a-z]\d)[\s{QUOTES}]*:[\s{QUOTES}]*({SCORE_NUMBER})(?![\d.]| [a-z])",
     re.I,
 )
 THOUGHTS = r"think|thinking|thoughts?|reasoning|analysis|scratch(?:pad)?|draft|example"
 THOUGHT_BLOCK = re.compile(rf"<({THOUGHTS})>.*?</\1>", re.I | re.S)
-THOUGHT_MARK = re.compile(rf"</?(?:{THOUGHTS})>", re.I)
+THOUGHT_START = re.compile(rf"<(?:{THOUGHTS})>", re.I)
+THOUGHT_END = re.compile(rf"</(?:{THOUGHTS})>", re.I)
 # In the heading of numbers: they are no scores, or another's, an example, a draft, or denied.
 NO_SCORES = re.compile(
     r"rank|^\W*order|position|\bplace|error|issue|mistake|flaw|defect|deduct|penal|violation|worst"
@@ -3498,7 +3522,14 @@ NO_SCORES = re.compile(
     r"|[扣减失]分|错误|缺点|有害|危害|不[会该应能给是]"
     r"|\b(?:says?|said|wrote|writes|claims?|tries|attempts?|inject\w*|quot\w+|draft|initial)\b"
     r"|\b(?:for example|e\.g|(?:format|example) is)\b|^\W*example"
+    r"|\b(?:contains?|includes?|embeds?|hides?)(?:\s+\w+){0,3}\W*\Z"
     r"|(?:\bnot|\bnever|n['’]t)\s*(?:give|score|grade|say|be|award|\Z)",
+    re.I,
+)
+LAST_WORD = re.compile(  # said between two gradings: the second replaces the first
+    r"\bfinal|correct(?:ed|ion)|revis|\bwait\b|reconsider|re-?evaluat|on reflection|second thought"
+    r"|(?:re|double)-?check|\bmine\b|\bmy own\b|\bmy (?:scores|verdict|grading|ratings?)\b"
+    r"|最终|最后|更正|修正|纠正|重新",
     re.I,
 )
 # The same, said anywhere in the reply.
@@ -3522,17 +3553,20 @@ WINS = re.compile(  # `K3 wins.`, `K3 is much better`, `K3 更差`, after the sc
     r"(?=(?:\s+(?:answer|response|one))?\s*(?:[.!,;，。]|$))",
     re.I | re.M,
 )
-# Words after the scores that may take them back or give others.
+# Words after the scores that may take them back or give others; `_` stands for an id.
+NUMBER_WORD = "(?:zero|one|two|three|four|five|six|seven|eight|nine|ten)"
 REVISION = re.compile(
-    r"\A\W*(?:is|was|were|would)\b|correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix"
+    r"\A\W*(?:is|was|were|would)\b|\A[^\w\n]*(?:in|inside|within|from|by) (?:answer )?_"
+    r"|correct(?:ion|ed)|actually|\bwait\b|swap|revers|revis|\bmix"
     r"|my mistake|sorry|oops|apolog|invert|reflection|second thought|re-?(?:do|evaluat|consider)"
     r"|instead|should|rather|exchang|scratch|ignore|disregard|cancel|\bedit|\bdraft|\bfinal"
     r"|other way|scor|grad(?:e|ing)|rating|\bmarks?\b|\bpoints?\b|deserv|\bequal|\bsame\b|\bvoid"
-    r"|\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten)\b|confus|\bno[.,!]"
+    rf"|_\W*(?:[a-z]+\s+)?\b{NUMBER_WORD}\b|\b(?:an?|gets?|to|is|be|of)\s+{NUMBER_WORD}\b"
+    r"|_\W*[零一二两三四五六七八九十](?![个点条些])|[零一二两三四五六七八九十]\s*分|confus|\bno[.,!]"
     r"|\bwrong (?:way|order|ids?)|\bids? wrong|\b(?:that|this|it) (?:is|was) wrong"
     r"|\b(?:was|is|were) (?:an|the|my|only|just) (?:an? )?(?:example|format|guess)"
     r"|penal|deduct|\branks?\b|颠倒|混|有误|反|示例|排名|[更修纠]正|改|其实|应|不对|对调|[互交]换|搞错"
-    r"|抱歉|最终|作废|忽略|取消|重新|一样|分数|[评得打满扣]分|[零一二两三四五六七八九十]\s*(?:分|\W|\Z)",
+    r"|抱歉|最终|作废|忽略|取消|重新|一样|分数|[评得打满扣]分",
     re.I,
 )
 
@@ -3541,13 +3575,15 @@ def parse_scores(reply: str, ids: list[str]) -> list[float]:
     """A judge's reply -> one score for each id; raises UnreadableReply, for there are no defaults.
 
     The last innermost {...} that names an id counts (or lines that hold an id and its score alone):
-    it must give each id one score, and no number to anything else. What stands around it is free,
-    unless it may mean other scores, or that these are none.
+    it must give each id one score, and no number to anything else. What stands before it is free,
+    drafts too, unless it may mean that these are no scores; nothing after it may change them.
 
     >>> parse_scores('Q7 errs. {"reason": "5", "scores": {"K3": 8, "Q7": "3.5"}}', ["Q7", "K3"])
     [3.5, 8.0]
     >>> parse_scores("**K3**: 8/10\\n**Q7**: 3/10", ["K3", "Q7"])
     [8.0, 3.0]
+    >>> parse_scores('Draft: {"K3": 4, "Q7": 5}. Final: {"K3": 8, "Q7": 5}', ["K3", "Q7"])
+    [8.0, 5.0]
     """
     text = plain_reply(reply)
     gradings = []
@@ -3556,17 +3592,16 @@ def parse_scores(reply: str, ids: list[str]) -> list[float]:
             gradings.append(match)
     if not gradings:
         raise UnreadableReply("no scores in it")
-    start, end = gradings[-1].span()
-    scores = read_entries(split_entries(gradings[-1][1]), ids)
-    for name, value in GRADED.findall(text.upper()):
-        score = number(value.replace(",", "."))
-        if name == "SCORES" or scores.get(name, score) != score:
-            raise UnreadableReply("scores that contradict each other")
-    check_place(text[:start])
-    after = NAME.sub("_", text[end:])
+    *drafts, grading = gradings
+    scores = read_entries(split_entries(grading[1]), ids)
+    before = text[: grading.start()]
+    check_place(before, scores)
+    for draft in drafts[-20:]:
+        check_draft(draft, before, scores)
+    after = NAME.sub("_", text[grading.end() :])
     if re.search(r"[{\d]", after) or REVISION.search(after):
         raise UnreadableReply("words after the scores that may change them")
-    for claim in itertools.chain(CLAIM.finditer(text), WINS.finditer(text, end)):
+    for claim in itertools.chain(CLAIM.finditer(text), WINS.finditer(text, grading.end())):
         extreme = max(scores.values()) if claim["best"] else min(scores.values())
         if scores.get(claim["id"].upper(), extreme) != extreme:
             raise UnreadableReply("scores that contradict the named winner")
@@ -3577,23 +3612,53 @@ def plain_reply(reply: str) -> str:
     """The reply without thoughts, its texts emptied, its scores as `{K3: 8, Q7: 3.5}`.
 
     Raises UnreadableReply where thoughts do not end, or numbers are said to be no scores."""
-    text = THOUGHT_BLOCK.sub("", without_thinking(reply)).translate(FULL_WIDTH)
+    text = without_thinking(reply)
+    text = THOUGHT_BLOCK.sub("", text)
+    text = text.translate(FULL_WIDTH)
     if SMALL_IS_GOOD.search(text):
         raise UnreadableReply("numbers that are no scores, such as ranks or errors")
-    text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
+    text = re.sub(r"[^\S\n]+", " ", text)
+    text = re.sub(r" ?\n\s*", "\n", text)
     text = STRING.sub(': ""', text)
-    if THOUGHT_MARK.search(text):
+    text = THOUGHT_END.split(text)[-1]
+    if THOUGHT_START.search(text):
         raise UnreadableReply("the scores may stand in thoughts")
     if "{" not in text:
-        text = SCORE_LINE.sub(r"{\1: \2}", text).replace("}\n{", ", ")
-        if re.search(r"\d", NAME.sub("", OBJECT.sub("", text))):
-            raise UnreadableReply("other numbers beside lines of scores")
+        return gather_lines(text)
+    text = ID_OBJECT.sub(flatten_object, text)
+    return SCORE_LIST.sub(r"{\1}", text)
+
+
+def gather_lines(text: str) -> str:
+    """Lines that hold an id and its score -> one object, where the first of them stood.
+
+    Raises UnreadableReply where another line holds an id and a number.
+
+    >>> gather_lines("Scores:\\nK3: 8/10\\nClear.\\n**Q7**: 3\\nEnd.")
+    'Clear.\\nScores:\\n{K3: 8/10, Q7: 3}\\nEnd.'
+    """
+    lines = list(SCORE_LINE.finditer(text))
+    if not lines:
         return text
-    return re.sub(r"\[([^\[\]{}]*)\]", r"{\1}", ID_OBJECT.sub(flatten_object, text))
+    for line in SCORE_LINE.sub("", text).splitlines():
+        without_ids = NAME.sub("", line)
+        if without_ids != line and re.search(r"\d", without_ids):
+            raise UnreadableReply("a number beside an id on a line of another form")
+    first = lines[0].start()
+    last = lines[-1].end()
+    reasons = SCORE_LINE.sub("", text[first:last]).strip()
+    scores = ", ".join(f"{line[1]}: {line[2]}" for line in lines)
+    if reasons:
+        reasons += "\n"
+    return reasons + text[:first] + f"{{{scores}}}" + text[last:]
 
 
 def flatten_object(match: re.Match) -> str:
-    """`K3: {score: 8, reason: ...}` or `{id: K3, score: 8}` -> `K3: 8`; any other stays."""
+    """An object for one id, as ID_OBJECT finds it -> its score; any other object stays.
+
+    >>> ID_OBJECT.sub(flatten_object, "{K3: {score: 8, reason: ''}}, [{id: Q7, score: 3}], {x: 1}")
+    '{K3: 8}, [Q7: 3], {x: 1}'
+    """
     entries = split_entries(match[2])
     names = [match[1]] if match[1] else []
     scores = []
@@ -3627,20 +3692,15 @@ def split_entries(inner: str) -> list[tuple[str, str]]:
 
 
 def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> dict[str, float]:
-    """(id, `8` or `3,5` or `8/10`) entries -> each id's score; raises UnreadableReply."""
-    low, high = JUDGE_SCALE
+    """The entries of an object -> each id's score.
+
+    Raises UnreadableReply unless each id has one score, and no other entry holds a number."""
     scores = {}
     for key, value in entries:
         if key in scores:
             raise UnreadableReply(f"two scores for {key}")
         if key in ids:
-            match = SCORE.fullmatch(value)
-            score = number(match[1].replace(",", ".")) if match else None
-            if score is None:
-                raise UnreadableReply(f"the score for {key} is no number")
-            if not low <= score <= high or (match[2] and int(match[2]) != high):
-                raise UnreadableReply(f"score {value[:20]} is outside {low}-{high}")
-            scores[key] = score
+            scores[key] = read_score(key, value)
         elif SCORE.match(value) or re.fullmatch("[A-Z][0-9]?", key):
             raise UnreadableReply(f"a score for {key[:20]}, which no answer is called")
     for name in ids:
@@ -3649,30 +3709,113 @@ def read_entries(entries: list[tuple[str, str]], ids: list[str]) -> dict[str, fl
     return scores
 
 
-def check_place(before: str) -> None:
-    """Raises UnreadableReply if the keys around the numbers after `before`, or their heading, say
-    that they are no scores, or not the judge's."""
+def read_score(name: str, value: str) -> float:
+    """`8`, `3,5` or `8/10` -> a score within JUDGE_SCALE; raises UnreadableReply."""
+    match = SCORE.fullmatch(value)
+    score = None
+    if match:
+        score = number(match[1].replace(",", "."))
+    if score is None:
+        raise UnreadableReply(f"the score for {name} is no number")
+    low, high = JUDGE_SCALE
+    is_of_other_scale = match[2] and int(match[2]) != high
+    if is_of_other_scale or not low <= score <= high:
+        raise UnreadableReply(f"score {value[:20]} is outside {low}-{high}")
+    return score
+
+
+def check_place(before: str, scores: dict[str, float]) -> None:
+    """Raises UnreadableReply if the keys around the scores after `before`, or their heading, say
+    that they are no scores, or not the judge's; or if the same object holds other scores."""
+    for start, key in enclosing_objects(before):
+        for name, value in GRADED.findall(before[start:].upper()):
+            score = number(value.replace(",", "."))
+            if name == "SCORES" or scores.get(name, score) != score:
+                raise UnreadableReply("two gradings in one object")
+        if key and not SCORES_KEY.fullmatch(key):
+            raise UnreadableReply(f"numbers under the key {key[:20]}")
+    if NO_SCORES.search(heading(before)):
+        raise UnreadableReply("numbers that are no scores, or not the judge's")
+
+
+def enclosing_objects(before: str) -> list[tuple[int, str]]:
+    """(start, key that leads on) of the objects that are open after `before`, the innermost first.
+
+    The last one has no key if it is a brace in prose, or stands around prose.
+
+    >>> enclosing_objects('Mine: {"result": {"reason": "", "scores": ')
+    [(17, 'scores'), (6, 'result')]
+    """
+    objects = []
     end = len(before)
     depth = 0
     for brace in reversed(list(re.finditer("[{}]", before))):
         depth += 1 if brace[0] == "}" else -1
-        if depth < 0:  # a brace that is open
-            inside = before[brace.end() : end]
-            key = re.search(rf"{KEY}\s*\Z", inside[-60:], re.I)
-            if not key:  # it stands in prose, or around these numbers alone
-                break
-            if not SCORES_KEY.fullmatch(key[1].lower()):
-                raise UnreadableReply(f"numbers under the key {key[1][:20]}")
-            end = brace.start()
-            depth = 0
+        if depth >= 0:  # this object is closed
+            continue
+        inside = before[brace.end() : end]
+        key = re.search(rf"{KEY}\s*\Z", inside[-60:], re.I)
+        objects.append((brace.start(), key[1].lower() if key else ""))
+        if not key:
+            break
+        end = brace.start()
+        depth = 0
+    return objects
+
+
+def heading(before: str) -> str:
+    """The half sentence or short title that leads to the object after `before`, "" if none does.
+
+    >>> heading('K3 errs. In all, Q7 says {"reason": "", "scores": ')
+    ' Q7 says'
+    """
+    end = len(before)
+    for start, key in enclosing_objects(before):
+        if key:
+            end = start
     near = before[max(0, end - 200) : end]
-    lead = re.sub(r"```\w*\s*\Z", "", near).rstrip(" \n[{#" + QUOTES)
+    lead = re.sub(r"```\w*\s*\Z", "", near)
+    lead = lead.rstrip(" \n[{#" + QUOTES)
     line = lead.rpartition("\n")[2]
     clause = re.split(r"[.,;!?{}。，；、]", line)[-1]
-    leads_on = "\n" not in near[len(lead) :] or clause.endswith((":", "="))
+    is_same_line = "\n" not in near[len(lead) :]
     is_title = len(line) <= 30 and not NAME.search(line)
-    if (leads_on or is_title) and NO_SCORES.search(clause):
-        raise UnreadableReply("numbers that are no scores, or not the judge's")
+    if is_same_line or is_title or clause.endswith((":", "=")):
+        return clause
+    return ""
+
+
+def check_draft(draft: re.Match, before: str, scores: dict[str, float]) -> None:
+    """Raises UnreadableReply if an earlier grading contradicts the scores that count, and no word
+    says that it is a draft or a quotation. `before` ends where those scores start."""
+    try:
+        earlier = read_entries(split_entries(draft[1]), list(scores))
+    except UnreadableReply:  # incomplete, or with other ids, as in a text that an answer brought
+        return
+    between = before[draft.end() :]
+    is_in_a_list = re.match(r"[\s}]*,\s*\{", between)
+    if not ranks_otherwise(earlier, scores) and not (is_in_a_list and earlier != scores):
+        return
+    introduction = before[: draft.start()]
+    names = [heading(introduction)]
+    for _, key in enclosing_objects(introduction):
+        names.append(key)
+    if any(NO_SCORES.search(name) for name in names):
+        return
+    clauses = re.split(r"[.!?。！？]|(?<!:)\n", between)
+    transition = " ".join(clauses[1:])  # without the first, which is about the draft
+    if not LAST_WORD.search(transition or between):
+        raise UnreadableReply("two gradings that contradict each other")
+
+
+def ranks_otherwise(earlier: dict[str, float], scores: dict[str, float]) -> bool:
+    """True if one of two gradings puts an answer above another that the other puts below it."""
+    for a, b in itertools.combinations(scores, 2):
+        earlier_lead = earlier[a] - earlier[b]
+        lead = scores[a] - scores[b]
+        if earlier_lead * lead < 0:
+            return True
+    return False
 
 
 LABEL_DROPS = {
@@ -3725,17 +3868,19 @@ class LabelCheck(NamedTuple):
 
 def check_label(pair: Pair, better: Answer, worse: Answer) -> LabelCheck:
     """What the judges say of a pair's label; `better`, `worse`: chosen, rejected as judged."""
-    leads = [b - w for b, w in zip(better.votes, worse.votes, strict=True)]
+    leads = []
+    for vote, other_vote in zip(better.votes, worse.votes, strict=True):
+        leads.append(vote - other_vote)
     result = "undecided"
     if min(leads) > 0:
         result = "agrees"
     elif max(leads) < 0:
         result = "disagrees"
-    shown_first = [b < w for b, w in zip(better.positions, worse.positions, strict=True)]
+    positions = zip(better.positions, worse.positions, strict=True)
     choices = []  # none if the judge sees one answer at a time
-    for lead, is_first in zip(leads, shown_first, strict=False):
+    for lead, (place, other_place) in zip(leads, positions, strict=False):
         if lead:
-            choices.append((lead > 0, is_first))
+            choices.append((lead > 0, place < other_place))
     is_choice = pair.record.signal == "choice" and pair.chosen.score is None
     return LabelCheck(result, None if is_choice else pair.gap, tuple(choices))
 
@@ -3754,8 +3899,9 @@ def fill(template: str, **values: object) -> str:
 def sanitize(text: str) -> str:
     """What the judge sees of a text: reserved marks made harmless, the middle of a long one cut."""
     head, tail = JUDGE_SHOWS
-    if len(text) > head + tail:
-        text = f"{text[:head]}\n[... {len(text) - head - tail} characters cut ...]\n{text[-tail:]}"
+    cut = len(text) - head - tail
+    if cut > 0:
+        text = f"{text[:head]}\n[... {cut} characters cut ...]\n{text[-tail:]}"
     return RESERVED.sub(lambda mark: {"<": "‹", "[": "⟦"}[mark[0]], text)
 
 
@@ -3772,17 +3918,19 @@ def default_rubric() -> str:
       1-2: wrong, useless or harmful
     """
     low, high = JUDGE_SCALE
-    size = high - low + 1
+    size = round(high - low + 1)
+    count = min(size, len(RUBRIC_LEVELS))
     levels = []
-    for i, meaning in enumerate(RUBRIC_LEVELS):
-        best = high - round(i * size / 5)
-        worst = high - round((i + 1) * size / 5) + 1
-        if best > worst:
-            levels.append(f"  {worst}-{best}: {meaning}")
-        elif best == worst:
-            levels.append(f"  {best}: {meaning}")
+    for i in range(count):
+        best = high - round(i * size / count)
+        worst = high - round((i + 1) * size / count) + 1
+        scores = f"{worst}-{best}" if best > worst else f"{best}"
+        # On a short scale the best and the worst meaning stay.
+        meaning = RUBRIC_LEVELS[round(i * (len(RUBRIC_LEVELS) - 1) / (count - 1))]
+        levels.append(f"  {scores}: {meaning}")
     wrong = low - 1 + max(1, round(size / 5))  # the top of the lowest level
-    return fill(RUBRIC, wrong=wrong, refusal=min(high, wrong + 1), levels="\n".join(levels))
+    refused = max(wrong, min(high - 1, wrong + 1))
+    return fill(RUBRIC, wrong=wrong, refusal=refused, levels="\n".join(levels))
 
 
 async def ask_judge(record: Record, judge: Model, prompt: str, attempt: int, run: Run) -> str:
@@ -3798,7 +3946,8 @@ async def ask_judge(record: Record, judge: Model, prompt: str, attempt: int, run
 def draw_ids(texts: list[str], count: int, seed: tuple) -> tuple[list[str], str]:
     """The ids of `count` answers, and a nonce of 8 hex digits that occurs in none of the texts.
 
-    Ids are a letter and a digit, without A, B, 1 and 2 that judges favour."""
+    Ids are a letter and a digit such as K3, without A, B, 1 and 2 that judges favour. Both depend
+    on the seed and the texts alone, so that a rerun finds its prompts in the cache."""
     if count > 100:
         raise Failed("judge", f"too many answers for one prompt: {count}")
     for attempt in itertools.count():
@@ -3807,10 +3956,13 @@ def draw_ids(texts: list[str], count: int, seed: tuple) -> tuple[list[str], str]
         if not any(nonce in text for text in texts):
             break
     letters = "CDEFGHJKMNPQRTVWXYZ"
+    digits = "3456789"
     if count <= len(letters):
-        return [letter + draw.choice("3456789") for letter in draw.sample(letters, count)], nonce
+        ids = [letter + draw.choice(digits) for letter in draw.sample(letters, count)]
+        return ids, nonce
     # Many answers of the input: letters come twice, ids do not.
-    return draw.sample([a + b for a, b in itertools.product(letters, "3456789")], count), nonce
+    possible = [letter + digit for letter, digit in itertools.product(letters, digits)]
+    return draw.sample(possible, count), nonce
 
 
 async def reward_scores(
@@ -3841,12 +3993,18 @@ async def judge_in_order(
 
     A reply that cannot be read is asked for again, with other ids."""
     texts = [answers[i].text for i in order]
-    hidden = run.args.no_reference or record.reference in texts
-    reference = "" if hidden else record.reference
+    reference = record.reference
+    if run.args.no_reference or reference in texts:
+        reference = ""
     problem = ""
     for attempt in range(1 + JUDGE_RETRIES):
-        seed = (run.seed, record.messages, order, attempt)
-        prompt, ids = judge_prompt(record, texts, rubric=run.rubric, reference=reference, seed=seed)
+        prompt, ids = judge_prompt(
+            record,
+            texts,
+            rubric=run.rubric,
+            reference=reference,
+            seed=(run.seed, record.messages, order, attempt),
+        )
         reply = await ask_judge(record, judge, prompt, attempt, run)
         try:
             scores = parse_scores(reply, ids)
@@ -3873,9 +4031,16 @@ def judge_prompt(
     for name, text in zip(ids, texts, strict=True):
         data.append(fence("answer", text, nonce, f' id="{name}"'))
     low, high = JUDGE_SCALE
-    values = {"low": low, "high": high, "rubric": rubric, "nonce": nonce, "data": "\n".join(data)}
-    values["format"] = ", ".join(f'"{name}": ...' for name in ids)
-    return fill(JUDGE_PROMPT, **values), ids
+    prompt = fill(
+        JUDGE_PROMPT,
+        low=low,
+        high=high,
+        rubric=rubric,
+        nonce=nonce,
+        data="\n".join(data),
+        format=", ".join(f'"{name}": ...' for name in ids),
+    )
+    return prompt, ids
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3926,6 +4091,7 @@ TAKEN_BACK = re.compile(
     r"|但|或|而|漏|再算|重算|有问题|干扰|都|均|也|应|改|等等|重新|[甲乙丙丁]",
     re.I,
 )
+NUMBER_AGAIN = re.compile(rf"\d|\b{NUMBER_WORD}\b|[零一二两三四五六七八九十]\s*(?:分|\W|\Z)", re.I)
 CHOICE = re.compile(
     r"(?:(?i:option|choice)|选项?)?\s*(?:\(([A-H])\)|([A-H]))(?:\s*\Z|(?:(?<=\))|[.):、,])\s*(.*))",
     re.S,
@@ -3978,8 +4144,9 @@ def final_answer(text: str) -> FinalAnswer | None:
     marked = marked_answers(text)
     if marked:
         tail = text[marked[-1][0] :]
-        if TAKEN_BACK.search(tail) or REVISION.search(tail) or re.search(r"\d", tail):
-            return None
+        for taken_back in (TAKEN_BACK, REVISION, NUMBER_AGAIN):
+            if taken_back.search(tail):
+                return None
         answers = [read_answer(raw) for _, raw in marked]
         values = {(answer.kind, answer.value) for answer in answers}
         known = {answer.detail for answer in answers} - {""}
@@ -3997,22 +4164,32 @@ def final_answer(text: str) -> FinalAnswer | None:
 
 
 def marked_answers(text: str) -> list[tuple[int, str]]:
-    """Where each marked answer ends, and its text ("?" if in doubt), in the order of the text."""
+    r"""Where each marked answer ends, and its text ("?" if in doubt), in the order of the text.
+
+    >>> marked_answers("So the answer is 42.")
+    [(20, '42.')]
+    >>> marked_answers(r"That makes \boxed{42} eggs. If x is 3, the answer is 5.")[1]
+    (55, '?')
+    """
     found = []
     for match in MARK.finditer(text):
         if r"\boxed" not in match[1]:  # else it is found below
             found.append((match.start(1), match.end(), match[1]))
     for box in BOX.finditer(text):
         rest = re.match(r"[^\n.,;:。，；：]*", text[box.end() :])[0]  # a unit, or more of it
-        raw = box[1] + re.sub(r"[${})\]]|\\[)\]]", " ", rest)
+        closing = r"[${})\]]|\\[)\]]"
+        raw = box[1] + re.sub(closing, " ", rest)
         before = text[max(0, box.start() - 40) : box.start()]
         if BEFORE_BOX.search(before):
             raw = "?"
-        found.append((box.start(), box.end() + len(rest), raw))
+        end = box.end() + len(rest)
+        found.append((box.start(), end, raw))
     answers = []
     for start, end, raw in sorted(found):
         sentence = re.split(r"[.!?。！？\n]", text[:start])[-1]
-        answers.append((end, "?" if DOUBT.search(sentence) else raw))
+        if DOUBT.search(sentence):
+            raw = "?"
+        answers.append((end, raw))
     return answers
 
 
@@ -4053,7 +4230,11 @@ def plain_math(raw: str) -> str:
 
 
 def read_number(text: str) -> FinalAnswer | None:
-    """`-3.5`, `1,200 eggs`, `50%`, `1/2`, `3万` -> a number with its unit, or None."""
+    """A text that is a number and perhaps its unit -> both, else None.
+
+    >>> [read_number(text).value for text in ("-3.5", "1,200 eggs", "50%", "1 1/2", "3万")]
+    [Fraction(-7, 2), Fraction(1200, 1), Fraction(1, 2), Fraction(3, 2), Fraction(30000, 1)]
+    """
     if len(text) > 60:
         return None
     text = re.sub(r"^(?:minus |negative |负)\s*(?=[\d.])", "-", text, flags=re.I)
@@ -4080,7 +4261,9 @@ def read_number(text: str) -> FinalAnswer | None:
         value = Fraction(match["number"].replace(",", ""))
         places = len(match["number"].partition(".")[2]) - power
     value *= Fraction(10) ** power
-    return FinalAnswer("number", -value if match["sign"] == "-" else value, unit, places)
+    if match["sign"] == "-":
+        value = -value
+    return FinalAnswer("number", value, unit, places)
 
 
 def is_unit(text: str, touching: bool) -> bool:
@@ -4120,18 +4303,22 @@ def same_answer(reference: FinalAnswer, answer: FinalAnswer, prompt: str = "") -
 def same_number(reference: FinalAnswer, answer: FinalAnswer, prompt: str) -> bool | None:
     """`same_answer` for numbers: None where rounding or another unit may explain the difference."""
     a, b = reference.value, answer.value
-    units = {reference.detail, answer.detail} - {""}
+    unit = reference.detail or answer.detail
     one_sided = reference.detail != answer.detail
-    if len(units) == 2 or (one_sided and not fits_prompt(*units, prompt)):
-        return None
+    if one_sided:
+        if reference.detail and answer.detail:
+            return None
+        if not fits_prompt(unit, prompt):
+            return None
     if a == b:
         return True
-    may_be_scaled = a * b > 0 and (one_sided or not units)  # cents, percent, thousands
-    if may_be_scaled and re.fullmatch("1000*", str(max(a / b, b / a))):
-        return None
-    places = min(reference.places, answer.places)
-    if places == max(reference.places, answer.places) == 0:
+    if a * b > 0 and (one_sided or not unit):
+        factor = str(max(a / b, b / a))
+        if re.fullmatch("1000*", factor):  # cents, percent, thousands
+            return None
+    if reference.places == answer.places == 0:
         return False
+    places = min(reference.places, answer.places)
     last_place = Fraction(10) ** -int(min(places, 9))
     tolerance = max(last_place / 2, abs(a) / 100, abs(b) / 100)
     return None if abs(a - b) <= tolerance else False
@@ -4152,14 +4339,23 @@ def fits_prompt(unit: str, prompt: str) -> bool:
 
 
 def exclude_each_other(one: str, other: str, prompt: str) -> bool:
-    """True if two labels are a choice that the prompt offers, or that everybody knows."""
+    """True if two labels are a choice that the prompt offers, or that everybody knows.
+
+    >>> exclude_each_other("positive", "neutral", "What does he feel?")
+    True
+    >>> exclude_each_other("cat", "dog", "Is it a cat or a dog?")
+    True
+    """
     if one in other or other in one:
         return False
-    if any({one, other} <= set(labels.split()) for labels in LABEL_SETS):
-        return True
+    for labels in LABEL_SETS:
+        if {one, other} <= set(labels.split()):
+            return True
     text = fold_text(prompt.translate(FULL_WIDTH))
-    pattern = r"(?<![a-z0-9]){}(?![a-z0-9])"
-    return all(re.search(pattern.format(re.escape(label)), text) for label in (one, other))
+    for label in (one, other):
+        if not re.search(rf"(?<![a-z0-9]){re.escape(label)}(?![a-z0-9])", text):
+            return False
+    return True
 
 
 def exact_scores(record: Record, answers: list[Answer]) -> list[Answer]:
@@ -4213,7 +4409,8 @@ async def score_answers(record: Record, answers: list[Answer], run: Run) -> list
 
 def one_line(text: object) -> str:
     """A text from a server as one safe line: no key, no control character, no lone surrogate."""
-    line = " ".join(redacted(scrub(str(text or ""))).split())
+    safe = redacted(scrub(str(text or "")))
+    line = " ".join(safe.split())
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", line)
 
 
@@ -4256,7 +4453,9 @@ def make_reply(content: Any, finish: Any, tokens_in: Any, tokens_out: Any, **mor
             raise ApiError(200, "no text", "the reply holds no text", billed=billed)
         text = f"<think>\n{thoughts}\n</think>"
     model = more.get("model")
-    return Reply(scrub(text), kind, *billed, model=model if isinstance(model, str) else "")
+    if not isinstance(model, str):
+        model = ""
+    return Reply(scrub(text), kind, *billed, model=model)
 
 
 def token_count(value: object) -> int:
@@ -4266,16 +4465,29 @@ def token_count(value: object) -> int:
 
 
 def join_parts(content: object) -> str:
-    """A message's content, a text or a list of parts -> its text; "" for anything else."""
+    """A message's content, a text or a list of parts -> its text; "" for anything else.
+
+    >>> join_parts([{"type": "text", "text": "4"}, "2", {"type": "image_url"}])
+    '42'
+    """
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else []
-    texts = [part if isinstance(part, str) else look_up(part, "text") for part in parts]
-    return "".join(text for text in texts if isinstance(text, str))
+    if not isinstance(content, list):
+        return ""
+    text = ""
+    for part in content:
+        words = part if isinstance(part, str) else look_up(part, "text")
+        if isinstance(words, str):
+            text += words
+    return text
 
 
 def look_up(value: Any, path: str) -> Any:
-    """What stands at a dotted path through objects and JSON (a list: its first item), or None."""
+    """What stands at a dotted path through objects and JSON (a list: its first item), or None.
+
+    >>> look_up({"choices": [{"message": {"content": "42"}}]}, "choices.message.content")
+    '42'
+    """
     for step in path.split("."):
         if isinstance(value, list):
             value = value[0] if value else None
@@ -4290,9 +4502,12 @@ class ReplyParts:
 
     def __init__(self, message_path: str, tokens_in: str, tokens_out: str) -> None:
         """The arguments are the paths of these things in a chunk."""
+        choice_path = message_path.rpartition(".")[0]
         self.paths = {name: f"{message_path}.{name}" for name in self.TEXTS}
-        self.paths |= {"tokens_in": tokens_in, "tokens_out": tokens_out, "model": "model"}
-        self.paths["finish"] = message_path.rpartition(".")[0] + ".finish_reason"
+        self.paths["finish"] = f"{choice_path}.finish_reason"
+        self.paths["tokens_in"] = tokens_in
+        self.paths["tokens_out"] = tokens_out
+        self.paths["model"] = "model"
         self.fields = dict.fromkeys(self.paths)
 
     def add(self, chunk: Any) -> None:
@@ -4327,31 +4542,45 @@ def body_error(error: Any) -> ApiError | None:
     """The error in a reply of status 200 -> ApiError: its own code counts as the status."""
     if not isinstance(error, dict | str) or not error:
         return None
-    status = number(look_up(error, "code")) or 200
-    status = int(status) if 400 <= status < 600 else 200
+    status = int(number(look_up(error, "code")) or 200)
+    if not 400 <= status < 600:
+        status = 200
     code, explanation = read_error_body(error)
     return ApiError(status, code or "error in the reply", explanation)
 
 
 def read_error_body(body: Any) -> tuple[str, str]:
-    """(code, explanation): the server's own words, whatever the shape of its error body."""
+    """(code, explanation): the server's own words, whatever the shape of its error body.
+
+    >>> read_error_body({"error": {"message": "no such model", "code": "404", "type": "lost"}})
+    ('lost', 'no such model')
+    >>> read_error_body({"detail": [{"loc": ["body", "seed"], "msg": "not an integer"}]})
+    ('', 'body.seed: not an integer')
+    """
     if isinstance(body, str):
         return read_error_text(body)
     if isinstance(body, list):
         problems = []  # FastAPI's: each names a place in the request
         for item in body:
             if isinstance(look_up(item, "loc"), list):
-                problems.append(f"{'.'.join(map(str, item['loc']))}: {item.get('msg')}")
+                place = ".".join(map(str, item["loc"]))
+                problems.append(f"{place}: {item.get('msg')}")
         if problems or not body:
             return "", "; ".join(problems)
         return read_error_body(body[0])
     if not isinstance(body, dict):
         return "", ""
-    codes = [body.get(name) for name in ("code", "type", "status")]
-    codes = [code for code in codes if isinstance(code, str) and not code.isdigit()]
-    code = codes[0] if codes else ""
-    inner = [body.get("error"), body.get("errors"), body.get("detail")]
-    inner.insert(0, look_up(body.get("metadata"), "raw"))  # OpenRouter: its provider's words
+    code = ""
+    for name in ("status", "type", "code"):
+        value = body.get(name)
+        if isinstance(value, str) and not value.isdigit():
+            code = value
+    inner = [
+        look_up(body.get("metadata"), "raw"),  # OpenRouter: its provider's words
+        body.get("error"),
+        body.get("errors"),
+        body.get("detail"),
+    ]
     for part in inner:
         inner_code, explanation = read_error_body(part)
         if explanation:
@@ -4363,7 +4592,11 @@ def read_error_body(body: Any) -> tuple[str, str]:
 
 
 def read_error_text(text: str) -> tuple[str, str]:
-    """(code, explanation) of an error body that is text: of a page its title, JSON is read."""
+    """(code, explanation) of an error body that is text: of a page its title, JSON is read.
+
+    >>> read_error_text("<html><head><title>502 Bad Gateway</title></head></html>")
+    ('web page', '502 Bad Gateway')
+    """
     text = text.strip()
     if re.match(r"(?i)<(!doctype|html|head|\?xml)", text):
         title = re.search(r"(?is)<title>(.*?)</title>", text)
@@ -4397,7 +4630,11 @@ def without_thinking(text: str) -> str:
     """The text without leading thoughts; a block that never closes leaves nothing.
 
     A closing mark whose block was opened in the prompt ends thoughts, too, if it stands on a line
-    of its own or at the start; an answer that speaks of `</think>` in a sentence stays as it is."""
+    of its own or at the start; an answer that speaks of `</think>` in a sentence stays as it is.
+
+    >>> without_thinking("<think>6 * 7</think> 42"), without_thinking("6 * 7\\n</think>\\n42")
+    ('42', '\\n42')
+    """
     rest = without_channels(text)
     while opening := OPENING.match(rest):
         mark = re.escape(THOUGHT_MARKS[opening[1].lower()])
@@ -4441,26 +4678,35 @@ def cut_at_end_mark(reply: Reply) -> Reply:
 
 def answer_text(text: str) -> str:
     """The answer in a model's reply: no thoughts, no blank lines around it, indentation kept."""
-    answer = re.sub(r"\A(?:[^\S\n]*\n)+", "", without_thinking(text)).rstrip()
+    answer = without_thinking(text).rstrip()
+    answer = re.sub(r"\A(?:[^\S\n]*\n)+", "", answer)
     # a lone space is a tokenizer's, two are indentation
     return answer[1:] if re.match(r" \S", answer) else answer
 
 
 def about_tokens(text: str) -> int:
-    """Tokens of a text, roughly: 0.7 for a CJK character, 0.25 for another in ASCII, else 1."""
-    chinese = len(re.findall(rf"[{CJK}]", text))
-    plain = len(text.encode("ascii", "ignore"))
-    return round(0.7 * chinese + 0.25 * plain + (len(text) - chinese - plain))
+    """Tokens of a text, roughly: 0.7 for a CJK character, 0.25 for another in ASCII, else 1.
+
+    >>> about_tokens("Ship the boxes."), about_tokens("请把箱子寄出。")
+    (4, 5)
+    """
+    chinese = len(CHINESE_CHARACTER.findall(text))
+    ascii_characters = len(text.encode("ascii", "ignore"))
+    others = len(text) - chinese - ascii_characters
+    return round(0.7 * chinese + 0.25 * ascii_characters + others)
 
 
 def degrade(text: str, chinese: bool, draw: random.Random) -> str:
     """A worse version of a good answer: some of its sentences; an evasion for a short one."""
     sentences = re.findall(r".+?(?:[.!?](?=\s)|[。！？\n]|$)\s*", text, re.S)
     if len(sentences) < 3:
-        return "这个问题不太好说，要看具体情况。" if chinese else "That is hard to say; it depends."
-    count = max(1, len(sentences) * draw.choice((3, 4, 5, 6)) // 8)
-    keep = sorted(draw.sample(range(len(sentences)), count))
-    return "".join(sentences[i] for i in keep).strip()
+        if chinese:
+            return "这个问题不太好说，要看具体情况。"
+        return "That is hard to say; it depends."
+    eighths = draw.choice((3, 4, 5, 6))
+    count = max(1, len(sentences) * eighths // 8)
+    kept = draw.sample(range(len(sentences)), count)
+    return "".join(sentences[i] for i in sorted(kept)).strip()
 
 
 def reference_f1(text: str, reference: str) -> float:
@@ -4551,10 +4797,15 @@ class ask_dashscope(Provider):
         self.batch = None  # an ask_openai, once it is needed
         # trust_env reads the environment at each call, which costs 0.45 ms: only with a proxy
         proxies = urllib.request.getproxies().keys() - {"no"}
-        connector = aiohttp.TCPConnector(limit=0)
-        self.session = aiohttp.ClientSession(connector=connector, trust_env=bool(proxies))
-        self.common = {"api_key": key or "none", "session": self.session}
-        self.common["request_timeout"] = timeout
+        self.session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            trust_env=bool(proxies),
+        )
+        self.common = {
+            "api_key": key or "none",
+            "session": self.session,
+            "request_timeout": timeout,
+        }
         if url:
             self.common["base_address"] = url
 
@@ -4564,12 +4815,21 @@ class ask_dashscope(Provider):
         api = self.sdk.AioGeneration
         if options.pop("multimodal", False):  # the current Qwen models have another address
             api = self.sdk.AioMultiModalConversation
-            messages = [{"role": m["role"], "content": [{"text": m["content"]}]} for m in messages]
+            turns = messages
+            messages = []
+            for turn in turns:
+                parts = [{"text": turn["content"]}]
+                messages.append({"role": turn["role"], "content": parts})
         else:
             options["result_format"] = "message"
         if options.pop("stream", False):
             options |= {"stream": True, "incremental_output": True}
-        reply = await api.call(model=name, messages=messages, **options, **self.common)
+        reply = await api.call(
+            model=name,
+            messages=messages,
+            **options,
+            **self.common,
+        )
         parts = ReplyParts("output.choices.message", "usage.input_tokens", "usage.output_tokens")
         if "stream" not in options:
             self.check_status(reply)
@@ -4624,19 +4884,25 @@ class ask_reward(ask_openai):
             reply = await self.client.post("/classify", cast_to=object, body=body)
         except Exception as error:
             _, explanation = read_error_body(getattr(error, "body", None))
-            if getattr(error, "status_code", 0) in (404, 405) and "model" not in explanation:
+            status = getattr(error, "status_code", 0)
+            if status in (404, 405) and "model" not in explanation:
                 raise ApiError(404, "no /classify", explanation) from None
             raise
         results = reply if isinstance(reply, list) else look_up(reply, "data")
         scores = look_up(results, "probs") or look_up(results, "embedding")
-        scores = scores or [look_up(results, "score")]
-        if not isinstance(scores, list) or len(scores) != 1 or number(scores[0]) is None:
-            count = len(scores) if isinstance(scores, list) else 0
-            hint = f"/classify gives {count} numbers; a reward model gives one"
+        if not scores:
+            scores = [look_up(results, "score")]
+        if not isinstance(scores, list):
+            scores = []
+        if len(scores) != 1 or number(scores[0]) is None:
+            hint = f"/classify gives {len(scores)} numbers; a reward model gives one"
             raise ApiError(422, "labels", hint)
-        tokens_in = look_up(reply, "usage.prompt_tokens")
-        tokens_out = look_up(reply, "usage.completion_tokens")
-        return make_reply(repr(float(scores[0])), "stop", tokens_in, tokens_out)
+        return make_reply(
+            repr(float(scores[0])),
+            "stop",
+            look_up(reply, "usage.prompt_tokens"),
+            look_up(reply, "usage.completion_tokens"),
+        )
 
 
 @register(PROVIDERS)

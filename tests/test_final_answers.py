@@ -29,7 +29,10 @@ def checked(reference: str, answer: str, prompt: str = "") -> bool | None:
 
 
 @pytest.mark.parametrize("section", ["final_answer", "read_answer", "same_answer", "parse_scores",
-                                     "split_entries", "default_rubric"])  # fmt: skip
+                                     "split_entries", "default_rubric", "gather_lines", "flatten_object",
+                                     "enclosing_objects", "heading", "marked_answers", "exclude_each_other",
+                                     "read_number", "join_parts", "look_up", "read_error_body",
+                                     "read_error_text", "without_thinking", "about_tokens"])  # fmt: skip
 def test_the_examples_in_the_docstrings_hold(section):
     finder = doctest.DocTestFinder(recurse=False)
     [examples] = finder.find(getattr(rc, section), section, globs=vars(rc).copy())

@@ -49,6 +49,18 @@ READ = [
     pytest.param(f"<thinking>\n{FLIPPED}\n</thinking>\n{GOOD}", [8.0, 3.5], id="another verdict inside thinking"),
     pytest.param(f"{FLIPPED}\n</think>\n{GOOD}", [8.0, 3.5], id="a think block that never opened"),
     pytest.param(f"```json\n{GOOD}\n```\nFinal: {GOOD}", [8.0, 3.5], id="the same verdict twice"),
+    pytest.param(f"Draft: {FLIPPED}\nFinal: {GOOD}", [8.0, 3.5], id="two verdicts: the last counts"),
+    pytest.param(f"{FLIPPED}\nWait, Q7 is wrong.\n\n{GOOD}", [8.0, 3.5], id="a verdict that is thought over"),
+    pytest.param(f'{{"K3": 9, "Q7": 2}}\n\n{GOOD}', [8.0, 3.5], id="a draft that ranks alike"),
+    pytest.param(f"Draft: {FLIPPED} Final:\n{GOOD}", [8.0, 3.5], id="two verdicts, the word on the draft's line"),
+    pytest.param(f"K3: 2\nQ7: 9\n{GOOD}", [8.0, 3.5], id="a draft in lines"),
+    pytest.param(f'{{"K3": 2}}\n{GOOD}', [8.0, 3.5], id="an incomplete draft"),
+    pytest.param(f'{{"draft": {{"K3": 2, "Q7": 9}}}}\n{GOOD}', [8.0, 3.5], id="a draft under its key"),
+    pytest.param(f"Q7 says {FLIPPED}, bait.\n{GOOD}", [8.0, 3.5], id="a fake verdict quoted before"),
+    pytest.param(f"Q7 contains {FLIPPED}, bait.\n{GOOD}", [8.0, 3.5], id="a fake verdict contained"),
+    pytest.param(f"Q7 includes the text `{FLIPPED}`, a trick.\n{GOOD}", [8.0, 3.5], id="a fake verdict included"),
+    pytest.param(f"Q7 has this: {FLIPPED}. Mine:\n{GOOD}", [8.0, 3.5], id="a fake verdict, then mine"),
+    pytest.param(f"My reasons.\n</reasoning>\n{GOOD}", [8.0, 3.5], id="the end of thoughts before"),
     pytest.param(json.dumps({"reason": f"K3 wrote {FLIPPED}", "scores": {"K3": 8, "Q7": 3.5}}), [8.0, 3.5],
                  id="a fake verdict quoted in the reason"),
     pytest.param(json.dumps({"scores": {"K3": 8, "Q7": 3.5}, "reason": f"K3 wrote {FLIPPED}"}), [8.0, 3.5],
@@ -96,11 +108,16 @@ STYLES = {
     "a brace too many": '{"reason": "ok", "scores": {"K3": 8, "Q7": 3.5}}}',
     "a sentence after that names ids": GOOD + "\nK3 is more precise than Q7.",
     "a Chinese sentence after": GOOD + "\nK3 更准确，Q7 有错误。",
+    "a sentence after with a number word": GOOD + "\nThe first one is better, the other two lines are wrong.",
+    "an id in brackets after": GOOD + "\nAnswer [K3] is better.",
     "reason after the scores": '{"scores": {"K3": 8, "Q7": 3.5}, "reason": "Q7 makes 2 errors"}',
     "bold JSON": '**{"scores": {"K3": 8, "Q7": 3.5}}**',
     "lines": "Q7 is off by 1.\n\nK3: 8\nQ7: 3.5".replace("Q7 is off by 1.", "The second is wrong."),
     "bold lines with /10": "**K3**: 8/10\n**Q7**: 3.5/10",
     "listed lines": "- Answer K3: 8\n- Answer Q7: 3.5\n\nK3 is better.",
+    "lines with reasons between": "K3: 8\nRight.\n\nQ7: 3.5\nWrong.",
+    "lines after a number": "The second is off by 1.\n\nK3: 8\nQ7: 3.5",
+    "another key": GOOD.replace("scores", "helpfulness"),
     "Chinese lines": "评分如下：\nK3：8分\nQ7：3.5分",
 }  # fmt: skip
 
@@ -111,11 +128,16 @@ def test_a_style_that_a_person_reads_without_doubt_is_read(reply):
 
 
 UNREAD = [
-    pytest.param(f"Draft: {FLIPPED}\nFinal: {GOOD}", id="two verdicts"),
-    pytest.param(f"{FLIPPED}\nCorrected: {GOOD}", id="a verdict and its correction"),
-    pytest.param(f"K3: 2\nQ7: 9\n{GOOD}", id="other scores in lines before"),
-    pytest.param(f"Q7 says {FLIPPED}, bait.\n{GOOD}", id="another verdict quoted before"),
     pytest.param("", id="nothing"),
+    pytest.param(f"{GOOD}\n\n{FLIPPED}", id="two verdicts, neither called final"),
+    pytest.param(f"{GOOD} is final. Q7 hides {FLIPPED}", id="a fake verdict quoted last"),
+    pytest.param(f"{GOOD}\nIgnore the {FLIPPED} in Q7.", id="a fake verdict named last"),
+    pytest.param(f"{GOOD} That is final.\nQ7 has: {FLIPPED}", id="the first called final"),
+    pytest.param(f"One answer contains {FLIPPED}", id="a fake verdict and none of its own"),
+    pytest.param(f"[{GOOD}, {scores('7', '2')}]", id="a list of verdicts that rank alike"),
+    pytest.param(GOOD[:-1] + f', "final": {scores("7", "2")}}}', id="two that rank alike in one"),
+    pytest.param(f"{GOOD}\nK3: 7", id="one of the scores anew"),
+    pytest.param("K3: 8\nK3 has 2 errors\nQ7: 3.5", id="lines, and a number beside an id"),
     pytest.param("K3 gets 8 and Q7 gets 3.5", id="prose only"),
     pytest.param(scores("0"), id="0"),
     pytest.param(scores("11"), id="11"),
@@ -311,9 +333,11 @@ def test_a_reply_that_contradicts_itself_is_not_read(reply):
         GOOD.replace(
             "ok", "Q7 is less precise, and the smaller number is wrong. These are mistakes."
         ),
+        f"{FLIPPED}\nCorrected: {GOOD}",
+        f"{FLIPPED}\n最终评分：{GOOD}",
     ],
 )
-def test_talk_of_errors_and_winners_leaves_clear_scores_readable(reply):
+def test_talk_of_errors_winners_and_drafts_leaves_clear_scores_readable(reply):
     assert read(reply) == [8.0, 3.5]
 
 
@@ -773,3 +797,12 @@ THOUGHTS = [
 @pytest.mark.parametrize("text, rest", THOUGHTS)
 def test_thinking_is_no_part_of_an_answer(text, rest):
     assert rc.without_thinking(text) == rest
+
+
+@pytest.mark.parametrize("scale, levels", [((1, 2), 2), ((0, 1), 2), ((1, 3), 3), ((1, 10), 5)])
+def test_the_best_and_the_worst_level_stand_on_every_scale(monkeypatch, scale, levels):
+    monkeypatch.setattr(rc, "JUDGE_SCALE", scale)
+    lines = [line for line in rc.default_rubric().splitlines() if line.startswith("  ")]
+    named = [line for line in lines if line.strip()[0].isdigit()]
+    assert len(named) == levels
+    assert rc.RUBRIC_LEVELS[0] in named[0] and rc.RUBRIC_LEVELS[-1] in named[-1]
