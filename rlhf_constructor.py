@@ -1107,9 +1107,11 @@ class ask_openai(Provider):
 
 def part_text(part: object, role: str) -> str:
     """The text of one part of a turn's content: `{"type": "text", "text": ...}` or a string."""
-    kind, text = "text", part
+    kind = "text"
+    text = part
     if isinstance(part, dict):
-        kind, text = part.get("type"), first_value(part, ("text", "value"))
+        kind = part.get("type")
+        text = first_value(part, ("text", "value"))
     if "image" in str(kind):
         raise Failed("input", "not a text: images")
     if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
@@ -1175,6 +1177,9 @@ def first_text(row: dict, names: tuple) -> str:
     return ""
 
 
+CHOICE_LETTERS = string.ascii_uppercase
+
+
 def context_texts(row: dict, prompt: str) -> list[str]:
     """The texts beside a prompt: CONTEXT_FIELDS, then a question's choices as lines "A. text"."""
     texts = []
@@ -1182,34 +1187,54 @@ def context_texts(row: dict, prompt: str) -> list[str]:
         value = row.get(name)
         if value == prompt or is_missing(value):
             continue
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
-            value = "\n\n".join(value)
+        value = joined_texts(value)
         if name == "input" or isinstance(value, str):
-            texts.append(text_of({name: value}, name))
+            text = text_of({name: value}, name)
+            texts.append(text)
     choices = choices_of(row)
     if not all(text in prompt for text in choices.values()):
-        texts.append("\n".join(f"{label}. {text}" for label, text in choices.items()))
+        lines = [f"{label}. {text}" for label, text in choices.items()]
+        texts.append("\n".join(lines))
     return texts
+
+
+def joined_texts(value: Any) -> Any:
+    """A list of texts as one text with blank lines between them; any other value as it is."""
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(part, str) for part in value):
+        return value
+    return "\n\n".join(value)
 
 
 def choices_of(row: dict) -> dict[str, str]:
     """A question's choices, label -> text: a list, {"A": text}, two lists (ARC), columns (MMLU)."""
-    choices = first_value(row, CHOICE_FIELDS)
-    letters = string.ascii_uppercase
-    if isinstance(choices, str):  # of a CSV cell
-        choices = parsed_text(choices)
-    if choices is None and "A" in row and "B" in row:
-        choices = {letter: row[letter] for letter in letters if row.get(letter)}
+    choices = choices_field(row)
     if isinstance(choices, dict) and isinstance(choices.get("text"), list):
-        choices = dict(zip(choices["label"], choices["text"], strict=True))
-    if isinstance(choices, list) and len(choices) <= len(letters):
-        choices = dict(zip(letters, choices, strict=False))
+        labels = choices["label"]
+        texts = choices["text"]
+        choices = dict(zip(labels, texts, strict=True))
+    if isinstance(choices, list) and len(choices) <= len(CHOICE_LETTERS):
+        choices = dict(zip(CHOICE_LETTERS, choices, strict=False))
     if not isinstance(choices, dict) or len(choices) < 2:
         return {}
-    for label, text in choices.items():
-        if len(str(label)) != 1 or not isinstance(text, str | int | float):
+    texts_by_label = {}
+    for key, text in choices.items():
+        label = str(key)
+        if len(label) != 1 or not isinstance(text, str | int | float):
             return {}  # keys that are no letters, values that are no texts
-    return {str(label): str(text) for label, text in choices.items()}
+        texts_by_label[label] = str(text)
+    return texts_by_label
+
+
+def choices_field(row: dict) -> Any:
+    """A question's choices as the row holds them: a field, a CSV cell, or columns A, B, C ..."""
+    choices = first_value(row, CHOICE_FIELDS)
+    if isinstance(choices, str):
+        choices = parsed_text(choices)
+    if choices is None and "A" in row and "B" in row:
+        choices = {letter: row[letter] for letter in CHOICE_LETTERS if row.get(letter)}
+    return choices
 
 
 HISTORY_SHAPE = 'write [["question", "answer"], ...] or [{"role": "user", "content": "..."}, ...]'
@@ -1229,21 +1254,30 @@ def read_history(row: dict) -> list[dict]:
     if not isinstance(history, list):
         raise Failed("input", f"not a history: {HISTORY_SHAPE}")
     if all(isinstance(item, str) for item in history):
-        history = [history[start : start + 2] for start in range(0, len(history), 2)]
+        starts = range(0, len(history), 2)
+        history = [history[start : start + 2] for start in starts]
     turns = []
     for item in history:
-        texts = item
-        if is_turns([item]):
-            turns.append(item)
-            continue
-        if isinstance(item, dict):
-            texts = [first_value(item, USER_NAMES), first_value(item, ASSISTANT_NAMES)]
-        is_pair = isinstance(texts, list) and len(texts) == 2 and isinstance(texts[1], str)
-        if not is_pair or not isinstance(texts[0], str | None):
-            raise Failed("input", f"not a history: {HISTORY_SHAPE}")
-        exchange = chat([texts])
-        turns += exchange if texts[0] else exchange[1:]  # a greeting that nobody asked for
+        turns += history_turns(item)
     return turns
+
+
+def history_turns(item: Any) -> list[dict]:
+    """The turns of one item of a history: a turn, or a question and its answer; raises Failed."""
+    if is_turns([item]):
+        return [item]
+    texts = item
+    if isinstance(item, dict):
+        question = first_value(item, USER_NAMES)
+        answer = first_value(item, ASSISTANT_NAMES)
+        texts = [question, answer]
+    if not isinstance(texts, list) or len(texts) != 2:
+        raise Failed("input", f"not a history: {HISTORY_SHAPE}")
+    question, answer = texts
+    if not isinstance(question, str | None) or not isinstance(answer, str):
+        raise Failed("input", f"not a history: {HISTORY_SHAPE}")
+    exchange = chat([texts])
+    return exchange if question else exchange[1:]  # a greeting that nobody asked for
 
 
 def with_history(turns: list, row: dict) -> list:
@@ -1251,11 +1285,13 @@ def with_history(turns: list, row: dict) -> list:
     history = read_history(row)
     if not history or not turns:
         return turns
-    is_system = message(turns[0])["role"] == "system"
-    start = turns[1:] if is_system else turns
-    if [message(turn) for turn in start[: len(history)]] == [message(turn) for turn in history]:
+    first = message(turns[0])
+    system = turns[:1] if first["role"] == "system" else []
+    rest = turns[len(system) :]
+    repeated = [message(turn) for turn in rest[: len(history)]]
+    if repeated == [message(turn) for turn in history]:
         return turns
-    return [turns[0], *history, *start] if is_system else [*history, *turns]
+    return [*system, *history, *rest]
 
 
 def refuse_open_answer(turns: list, row: dict) -> None:
@@ -1263,7 +1299,8 @@ def refuse_open_answer(turns: list, row: dict) -> None:
     if not is_turns(turns):
         return
     last = message(turns[-1])
-    if last["role"] == "assistant" and last["content"] and answer_sets(unpacked_lists(row)):
+    is_answer = last["role"] == "assistant" and last["content"] != ""
+    if is_answer and answer_sets(unpacked_lists(row)):
         raise Failed("input", "the prompt ends inside an answer")
 
 
@@ -1279,12 +1316,17 @@ def chat(exchanges: Iterable) -> list[dict]:
 def human_turns(text: str) -> list[dict]:
     """The turns of a text that begins with `\\n\\nHuman:` (HH-RLHF) or `### Human:` (Guanaco)."""
     for mark in ("\n\n", "### "):
-        if text.startswith(f"{mark}Human:"):
-            parts = re.split(rf"{mark}(Human|Assistant): ?", text)[1:]
-            if parts[-2] == "Assistant" and not parts[-1].strip():
-                parts = parts[:-2]  # an open turn for the answer
-            pairs = zip(parts[::2], parts[1::2], strict=True)
-            return [{"from": speaker, "value": content} for speaker, content in pairs]
+        if not text.startswith(f"{mark}Human:"):
+            continue
+        _, *parts = re.split(rf"{mark}(Human|Assistant): ?", text)
+        speakers = parts[::2]
+        contents = parts[1::2]
+        turns = []
+        for speaker, content in zip(speakers, contents, strict=True):
+            turns.append({"from": speaker, "value": content})
+        if speakers[-1] == "Assistant" and not contents[-1].strip():
+            turns.pop()  # an open turn for the answer
+        return turns
     return []
 
 
@@ -1318,16 +1360,26 @@ def template_turns(text: str) -> list[dict]:
     heads = list(TEMPLATE_HEAD.finditer(text))
     if not heads or text[: heads[0].start()].strip() not in TEMPLATE_STARTS:
         raise Failed("input", "prompt holds chat-template tokens")
-    ends = [head.start() for head in heads[1:]] + [len(text)]
     turns = []
-    for head, end in zip(heads, ends, strict=True):
-        content = text[head.end() : end].rstrip()
-        for mark in TEMPLATE_ENDS:
-            content = content.removesuffix(mark).rstrip()
+    for head, next_head in itertools.zip_longest(heads, heads[1:]):
+        start = head.end()
+        end = next_head.start() if next_head else len(text)
+        content = without_template_ends(text[start:end])
         role = head[head.lastindex]  # the one group of the pattern that took part
         turns.append({"role": role, "content": content})
-    is_open = turns[-1]["role"].lower() in ASSISTANTS and not turns[-1]["content"]
-    return turns[:-1] if is_open else turns  # a template leaves an open turn for the answer
+    last = turns[-1]
+    if last["role"].lower() in ASSISTANTS and not last["content"]:
+        turns.pop()  # a template leaves an open turn for the answer
+    return turns
+
+
+def without_template_ends(content: str) -> str:
+    """The content of a template's turn without the marks that close the turn and the text."""
+    content = content.rstrip()
+    for mark in TEMPLATE_ENDS:
+        content = content.removesuffix(mark)
+        content = content.rstrip()
+    return content
 
 
 IMAGE_PLACE = "<(?:image|video|audio)>"
@@ -1345,14 +1397,16 @@ def check_text_only(text: str) -> None:
 
 def check_fields_only_text(row: dict) -> None:
     """Raise Failed for a row with pictures, sound or tools beside its texts."""
-    for name in row:
-        if name in NOT_TEXT_FIELDS and not is_missing(row[name]):
+    for name, value in row.items():
+        if name in NOT_TEXT_FIELDS and not is_missing(value):
             raise Failed("input", f"not a text: {NOT_TEXT_FIELDS[name]}")
-    if isinstance(row.get("input"), dict) and row["input"].get("tools"):
+    request = row.get("input")
+    if isinstance(request, dict) and request.get("tools"):
         raise Failed("input", "not a text: tools")
 
 
-THUMB_FIELDS = ("label", "kto_tag", "is_safe", "is_correct", "correct", "desirable", "accepted")
+LABEL_FIELDS = ("label", "kto_tag")  # KTO's own names for `desirable`
+THUMB_FIELDS = (*LABEL_FIELDS, "is_safe", "is_correct", "correct", "desirable", "accepted")
 GOOD_LABELS = """
     true yes 1 1.0 +1 good desirable chosen accepted positive safe correct like up thumbs_up
     好 是 正确
@@ -1361,11 +1415,19 @@ BAD_LABELS = """
     false no 0 0.0 -1 -1.0 bad undesirable rejected negative unsafe incorrect wrong dislike down
     thumbs_down 坏 差 否 错误
 """
-LABELS = dict.fromkeys(GOOD_LABELS.split(), 1.0) | dict.fromkeys(BAD_LABELS.split(), 0.0)
-# A score of a single answer -> the lowest and highest of a good one; none is where it has no scale.
-GRADE_FIELDS = {"rating": (4, 5), "helpfulness": (3, 4), "correctness": (3, 4)}
-GRADE_FIELDS |= {"fine-grained_score": (4, 5), "overall_score": (8, 10)}
-GRADE_FIELDS |= dict.fromkeys(("score", "reward", "rm_score"), (math.inf, math.inf))
+LABELS = dict.fromkeys(GOOD_LABELS.split(), 1.0)
+LABELS |= dict.fromkeys(BAD_LABELS.split(), 0.0)
+NO_SCALE = (math.inf, math.inf)  # no score is known to be a good one
+GRADE_FIELDS = {  # a score of a single answer -> the lowest and highest of a good one
+    "rating": (4, 5),
+    "helpfulness": (3, 4),
+    "correctness": (3, 4),
+    "fine-grained_score": (4, 5),
+    "overall_score": (8, 10),
+    "score": NO_SCALE,
+    "reward": NO_SCALE,
+    "rm_score": NO_SCALE,
+}
 
 
 def flag(value: object) -> float | None:
@@ -1379,8 +1441,11 @@ def reference_of(row: dict, answer: str) -> str:
     for name in REFERENCE_FIELDS:
         if not reference and name in row:
             reference = reference_text(row, name)
-    if not reference or any(label_may_be_bad(row, name) for name in THUMB_FIELDS if name in row):
+    if not reference:
         return ""
+    for name in THUMB_FIELDS:
+        if name in row and label_may_be_bad(row, name):
+            return ""
     for name, (lowest, highest) in GRADE_FIELDS.items():
         score = number(row[name]) if name in row else None
         if score is not None and not lowest <= score <= highest:
@@ -1410,22 +1475,28 @@ def reference_text(row: dict, name: str) -> str:
 def label_may_be_bad(row: dict, name: str) -> bool:
     """Whether a label calls the row's answer bad; a `label` or `kto_tag` that is unknown may."""
     value = row.get(name)
-    # Without a `completion`, a `label` beside `text` is a class (sentiment), a word is a topic.
-    is_class = name == "label" and "text" in row and not isinstance(value, bool)
-    if is_missing(value) or (is_class and not row.get("completion")):
+    if is_missing(value):
         return False
-    if flag(value) is not None:
-        return flag(value) == 0
-    is_topic = not row.get("completion") and number(value) is None
-    return name in ("label", "kto_tag") and not is_topic
+    # Without a `completion`, a `label` beside `text` is a class (sentiment), a word is a topic.
+    has_completion = bool(row.get("completion"))
+    is_class = name == "label" and "text" in row and not isinstance(value, bool)
+    if is_class and not has_completion:
+        return False
+    label = flag(value)
+    if label is not None:
+        return label == 0
+    is_topic = not has_completion and number(value) is None
+    return name in LABEL_FIELDS and not is_topic
 
 
 @functools.lru_cache(maxsize=10_000)
 def plain_name(name: str) -> str:
     """A field's name in lower case, but for a last letter that tells answers apart: `score_A`."""
     name = name.strip()
-    keeps_last = re.search(r"(?:\A|_|[a-z])[A-Z]\Z", name)
-    return name[:-1].lower() + name[-1] if keeps_last else name.lower()
+    last = re.search(r"(?:\A|_|[a-z])([A-Z])\Z", name)
+    if last is None:
+        return name.lower()
+    return name[:-1].lower() + last[1]
 
 
 def with_plain_names(row: dict) -> dict:
@@ -1473,24 +1544,38 @@ def parsed_text(text: str) -> object:
 
 def is_bug_of(adapter: Callable, error: Exception) -> bool:
     """Whether an adapter's own lines raised the error; else junk in the row did, further down."""
-    frames = traceback.walk_tb(error.__traceback__)
-    names = [frame.f_code.co_name for frame, _ in frames][1:]  # the first is `adapt`
-    own_lines = all(name == adapter.__name__ or name.startswith("<") for name in names)
-    return own_lines or isinstance(error, NameError)
+    if isinstance(error, NameError):
+        return True
+    names = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_name
+        names.append(name)
+    own = adapter.__name__
+    return all(name == own or name.startswith("<") for name in names[1:])  # the first is `adapt`
 
 
 def why_unknown(row: dict, original_names: list) -> str:
     """Why no function of INPUTS knows the row; its names are as the input writes them."""
     for name in ("instruction", *PROMPT_FIELDS):
-        if name in row and is_missing(row[name]):
+        value = row.get(name)
+        if name in row and is_missing(value):
             return "empty prompt"
-        if isinstance(row.get(name), dict | int | float):
-            return f"not a text: `{name}` holds a {type(row[name]).__name__}"
-    return f"no known fields: {', '.join(map(str, original_names))[:80] or 'empty object'}"
+        if isinstance(value, dict | int | float):
+            kind = type(value).__name__
+            return f"not a text: `{name}` holds a {kind}"
+    names = ", ".join(map(str, original_names))
+    return f"no known fields: {names[:80] or 'empty object'}"
 
 
 # What reading raises where junk is nested in place of a text or a number.
-JUNK = (RecursionError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError)
+JUNK = (
+    RecursionError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ValueError,
+    ArithmeticError,
+)
 
 
 def add_row_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None) -> None:
@@ -1506,13 +1591,24 @@ def add_row_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = N
 
 def renamed_rows(path: str, rename: dict) -> Iterator[tuple[int, Any]]:
     """Yield (line, row or Failed) for each row of a file, with --rename applied in any case."""
-    new_names = {plain_name(old): new for old, new in rename.items()}
+    new_names = {}
+    for old, new in rename.items():
+        new_names[plain_name(old)] = new
     for line, row in read_rows(path):
         if new_names and isinstance(row, dict):
-            renamed = {new_names.get(plain_name(name), name): row[name] for name in row}
-            is_whole = len(renamed) == len(row)
-            row = renamed if is_whole else Failed("input", "--rename: two fields of one name")
+            row = renamed_row(row, new_names)
         yield line, row
+
+
+def renamed_row(row: dict, new_names: dict[str, str]) -> dict | Failed:
+    """The row with new names (by plain name); Failed if two fields get one name."""
+    renamed = {}
+    for name, value in row.items():
+        new_name = new_names.get(plain_name(name), name)
+        if new_name in renamed:
+            return Failed("input", "--rename: two fields of one name")
+        renamed[new_name] = value
+    return renamed
 
 
 NO_ID = "(?!.*(?:best|better|prefer|choi|chos|winn|select|pick))"  # preferred_index
@@ -1525,7 +1621,10 @@ def unused_fields(rows: list[dict], with_answers: bool) -> list[str]:
     unused: dict[str, None] = {}  # in the order of the file
     for row in rows:
         records = reading_of(row, with_answers)
-        for name in [name for name in row if not is_missing(row[name]) and records]:
+        if not records:
+            continue
+        filled = [name for name in row if not is_missing(row[name])]
+        for name in filled:
             rest = {key: row[key] for key in row if key != name}
             if reading_of(rest, with_answers) == records:
                 row = rest
@@ -1534,7 +1633,8 @@ def unused_fields(rows: list[dict], with_answers: bool) -> list[str]:
                 used.add(name)
     names = []
     for name in unused:
-        if not ID_NAME.fullmatch(name) and used.isdisjoint((name, plain_name(name))):
+        spellings = {name, plain_name(name)}
+        if used.isdisjoint(spellings) and not ID_NAME.fullmatch(name):
             names.append(name)
     return names
 
@@ -1561,20 +1661,30 @@ MISSING |= {"<noinput>", "<nooutput>"}
 
 def message(turn: object) -> dict:
     """An OpenAI or ShareGPT turn as {"role", "content"}; raises Failed for what is no text."""
-    name = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
-    role = ROLES.get(str(name).strip().lower())
-    if role is None:
-        if str(name).lower() in TOOL_ROLES:
-            raise Failed("input", f"not a text: tools (a turn of the role {name!r})")
-        raise Failed("input", f"unknown role: {name!r:.80} (known: {', '.join(ROLES)})")
+    role = role_of(turn)
     if turn.get("tool_calls") or turn.get("function_call"):
         raise Failed("input", "not a text: tools (a turn calls one)")
     content = first_value(turn, ("content", "value", "text"))
     if isinstance(content, list):
         content = "\n".join(part_text(part, role) for part in content)
     if not isinstance(content, str):
-        raise Failed("input", f"not a text: the {role} turn holds a {type(content).__name__}")
+        kind = type(content).__name__
+        raise Failed("input", f"not a text: the {role} turn holds a {kind}")
     return {"role": role, "content": strip_blank_lines(content)}
+
+
+def role_of(turn: object) -> str:
+    """The role of a turn, "system", "user" or "assistant"; raises Failed for others."""
+    name = None
+    if isinstance(turn, dict):
+        name = turn.get("role") or turn.get("from")
+    role = ROLES.get(str(name).strip().lower())
+    if role is not None:
+        return role
+    if str(name).lower() in TOOL_ROLES:
+        raise Failed("input", f"not a text: tools (a turn of the role {name!r})")
+    known = ", ".join(ROLES)
+    raise Failed("input", f"unknown role: {name!r:.80} (known: {known})")
 
 
 def find_turns(row: dict) -> list | None:
@@ -1647,14 +1757,20 @@ def adapt(row: dict) -> list[Record] | None:
             raise Failed("input", reason) from None
         if records is None or records == []:
             continue
-        if not isinstance(records, list) or not all(isinstance(item, Record) for item in records):
-            raise PartError(f"{part} returned {records!r:.80}, not a list of records or None")
-        for record in records:
-            if not are_messages(record.messages):
-                shape = '[{"role": "user", "content": "..."}, ...]'
-                raise PartError(f"{part} made a Record of {record.messages!r:.80}, not of {shape}")
+        check_records(records, part)
         return records
     return None
+
+
+def check_records(records: object, part: str) -> None:
+    """Raise PartError unless a function of INPUTS has returned a list of whole records."""
+    is_list = isinstance(records, list)
+    if not is_list or not all(isinstance(item, Record) for item in records):
+        raise PartError(f"{part} returned {records!r:.80}, not a list of records or None")
+    for record in records:
+        if not are_messages(record.messages):
+            shape = '[{"role": "user", "content": "..."}, ...]'
+            raise PartError(f"{part} made a Record of {record.messages!r:.80}, not of {shape}")
 
 
 def are_messages(value: object) -> bool:
@@ -1699,7 +1815,11 @@ def flatten(messages: list[dict]) -> str:
     r"""Messages as one text: a lone user turn as it is, else `System: ...\n\nUser: ...`."""
     if len(messages) == 1:
         return messages[0]["content"]
-    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages)
+    texts = []
+    for turn in messages:
+        role = turn["role"].capitalize()
+        texts.append(f"{role}: {turn['content']}")
+    return "\n\n".join(texts)
 
 
 def number(value: object) -> float | None:
@@ -1723,7 +1843,11 @@ BLANK = b"\xef\xbb\xbf \t\r\n"  # no part of a line: a byte order mark (three by
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 HEAD_SIZE = 512  # bytes of a file's start that tell its kind
 # First bytes of a compressed file -> what opens it.
-COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+COMPRESSED = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
 UNREADABLE = {  # first bytes of a file that is not read -> what it is, and what to do
     b"PK\x03\x04": "an Excel, Word or zip file: save the sheet as CSV UTF-8, or unpack it",
     b"\xff\xff\xff\xff": "an Arrow file: save it as JSONL, e.g. dataset.to_json('NEW.jsonl')",
@@ -1736,7 +1860,8 @@ UNREADABLE = {  # first bytes of a file that is not read -> what it is, and what
 def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     """Yield (line, row or Failed) of a table, JSON lines, a JSON value or a Parquet file."""
     name = re.sub(r"\.(gz|bz2|xz|zst)\Z", "", path.lower())
-    delimiter = TABLE_DELIMITERS.get(os.path.splitext(name)[1])
+    _, ending = os.path.splitext(name)
+    delimiter = TABLE_DELIMITERS.get(ending)
     try:
         with open(path, "rb") as file:
             for mark, unpack in COMPRESSED.items():
@@ -1767,16 +1892,17 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
 def json_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """Yield (line, row or Failed) of JSON lines, or (item, row) of one JSON value."""
     lines = filled_lines(file)
-    first = list(itertools.islice(lines, 2))
-    if not first:
+    first_two = list(itertools.islice(lines, 2))
+    if not first_two:
         return
-    rows = itertools.chain(first, lines)
-    line, start = first[0]
-    is_whole = len(first) == 1 or start == b"{"
+    rows = itertools.chain(first_two, lines)
+    line, start = first_two[0]
+    is_whole = len(first_two) == 1 or start == b"{"
     if start.startswith(b"["):  # a line that is an array by itself is a row
         is_whole = is_whole or not isinstance(parse_json(start), list)
     if is_whole:
-        whole = parse_json(b"\n".join(text for _, text in rows))
+        texts = [text for _, text in rows]
+        whole = parse_json(b"\n".join(texts))
         yield from whole_rows(whole, line)
         return
     for number_of_line, text in rows:
@@ -1795,13 +1921,15 @@ def whole_rows(whole: object, line: int) -> Iterator[tuple[int, Any]]:
     """Yield (item or line, row) of a file's one value: an array, `{"data": array}` or a row."""
     rows = whole
     if isinstance(whole, dict):
-        rows = next(iter(whole.values())) if len(whole) == 1 else whole.get("data")
+        rows = whole.get("data")
+        if len(whole) == 1:
+            [rows] = whole.values()
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             rows = None
     if isinstance(rows, list) and not is_turns(rows):
         yield from enumerate(rows, 1)
-    else:
-        yield line, whole
+        return
+    yield line, whole
 
 
 def not_utf_8(error: UnicodeDecodeError) -> str:
@@ -1863,15 +1991,17 @@ def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Fai
     lines = itertools.chain([header], text)
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     names = next(reader, [])
-    if max(Counter(filter(None, names)).values(), default=1) > 1:
+    filled = [name for name in names if name]
+    if len(set(filled)) < len(filled):
         raise csv.Error("a name stands twice in its header")
     while True:
         start = reader.line_num + skipped + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            reason = f"not a table row: {error}; check the quotes of lines {start} to "
-            yield start, Failed("input", f"{reason}{reader.line_num + skipped}")
+            end = reader.line_num + skipped
+            place = f"check the quotes of lines {start} to {end}"
+            yield start, Failed("input", f"not a table row: {error}; {place}")
             continue
         if cells is None:
             return
@@ -1879,7 +2009,8 @@ def table_rows(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, dict | Fai
         if len(cells) > len(names):
             row = Failed("input", "more cells than the header has")
         if any(cell.strip() for cell in cells):
-            yield reader.line_num + skipped, row
+            end = reader.line_num + skipped
+            yield end, row
 
 
 QUOTED_CELL = re.compile(r'(?:\A|\t)"(?:[^"\t]|"")*"\s*(?:\t|\Z)')
@@ -1918,8 +2049,9 @@ def parquet_rows(file: BinaryIO) -> Iterator[tuple[int, Any]]:
             columns = [column_values(column) for column in batch.columns]
             for values in zip(*columns, strict=True):
                 count += 1
-                row = json.dumps(dict(zip(names, values, strict=True)), default=plain_text)
-                yield count, json.loads(row)
+                row = dict(zip(names, values, strict=True))
+                text = json.dumps(row, default=plain_text)
+                yield count, json.loads(text)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"cannot be read ({cause[0]})") from None
@@ -1935,7 +2067,9 @@ def column_values(column: Any) -> list:
 
 def plain_text(value: object) -> str:
     """A value of a Parquet file that JSON does not hold, as text: bytes, a date, a decimal."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return str(value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1964,10 +2098,12 @@ SIGNALS = {  # a value for each answer: name -> (kind, width of the scale in poi
 }
 KINDS = ("choice", "score", "rank", "flag")  # the first kind that a row has is the record's
 ANSWER_FIELDS = ("model", *(name for name in SIGNALS if name != "order"))  # one value per answer
-# The lists that stand beside answers: score, scores, all_scores -> score.
+# Lists that stand beside answers -> the field that they fill: scores, all_scores -> score.
 LIST_FIELDS = {"models": "model", "generation_models": "model"}
 for _name in SIGNALS:
-    LIST_FIELDS |= dict.fromkeys((_name, f"{_name}s", f"all_{_name}s"), _name)
+    LIST_FIELDS[_name] = _name
+    LIST_FIELDS[f"{_name}s"] = _name
+    LIST_FIELDS[f"all_{_name}s"] = _name
 LEADS = {  # by how much the second is better: name -> (the answers' fields, a tie, scale's width)
     "preference": (("output_1", "output_2"), 1.5, 0.5),  # AlpacaEval
     "preference_strength": (("response_1", "response_2"), 0.0, 3.0),  # HelpSteer2
@@ -1975,16 +2111,50 @@ LEADS = {  # by how much the second is better: name -> (the answers' fields, a t
 }
 # Fields that name the better answer: a, response_1, left, A>B, its model, its own text, its number.
 # A value that is not understood costs the row.
-WINNERS = ("winner", "choice", "better_response_id", "safer_response_id", "winner flags")
+WINNERS = (
+    "winner",
+    "choice",
+    "better_response_id",
+    "safer_response_id",
+    "winner flags",
+    "winner_from_0",
+    "winner_from_1",
+    "first_is_better",
+)
 FIRST_NUMBERS = {"winner_from_0": 0, "winner_from_1": 1}  # the numbers of the first answer
-FIRST_IS_BETTER = {"1": 0, "1.0": 0, "true": 0, "0": 1, "0.0": 1, "false": 1}  # -> its index
-WINNERS += (*FIRST_NUMBERS, "first_is_better")
+FIRST_IS_BETTER = {  # the value of such a flag -> the index of the better answer
+    "1": 0,
+    "1.0": 0,
+    "true": 0,
+    "0": 1,
+    "0.0": 1,
+    "false": 1,
+}
 # Fields that name the better answer, or hold something else: read only where they name an answer.
-LOOSE_WINNERS = ("comparison", "preference", "preferred", "better", "best", "preferred_response")
-LOOSE_WINNERS += ("better_response", "best_response", "human_preference", "label")
-LISTS = ("responses", "generations", "all_generated_responses", "completions", "answers")
-LISTS += ("summaries", "replies", "output")
+LOOSE_WINNERS = (
+    "comparison",
+    "preference",
+    "preferred",
+    "better",
+    "best",
+    "preferred_response",
+    "better_response",
+    "best_response",
+    "human_preference",
+    "label",
+)
+LISTS = (  # fields that may hold the answers
+    "responses",
+    "generations",
+    "all_generated_responses",
+    "completions",
+    "answers",
+    "summaries",
+    "replies",
+    "output",
+)
 LIST_NAMES = {*LISTS, *LIST_FIELDS} - {"output"}
+# The field of an answer object that holds its text: the first one that is filled.
 TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
 SUFFIXED = re.compile(
     "(response|answer|output|completion|generation|human_ref|summary|text|candidate|回答|答案|回复)"
@@ -2002,19 +2172,26 @@ READY = (  # the better answer and the worse one
     ("messages", "rejected_response"),  # ms-swift: the last turn is the better answer
     ("messages", "rejected_messages"),  # ms-swift
 )
-SIDES = READY[0]  # the names that the others get
+SIDES = ("chosen", "rejected")  # the names that every ready pair gets
 RESPONSES = ("response_a", "response_b")  # the names that other sets of two get
 FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
 EMPTY = (None, "", [])
 TIE = re.compile(
     "tie|draw|both|neither|equal|same|no difference|平局|平手|持平|打平|都|两者|一样|相同|不分"
 )
+BOTH_BAD = re.compile("^neither|bad|不好|差")
 NOTHING = ("", "none", "n/a", "na", "nan", "null", "unknown", "-", "no preference", "无")
-STEM = "(?:model|response|answer|output|assistant|option|choice|completion|summary|candidate|text"
-STEM += "|generation|human_ref|system|模型|助手|回答|答案|回复|选项)"
+STEM = (
+    "(?:model|response|answer|output|assistant|option|choice|completion|summary|candidate|text"
+    "|generation|human_ref|system|模型|助手|回答|答案|回复|选项)"
+)
+STEM_BEFORE = re.compile(rf"^{STEM}[ _-]*(?=\w+$)")  # model_a, response a -> a
+STEM_AFTER = re.compile(rf"(?<=\w)[ _-]*{STEM}$")  # left answer -> left
+STEM_NUMBER = re.compile(rf"(?:{STEM}[ _-]*)?(\d)")  # response_1, Model 1, 1 -> 1
 PLACES = {letter: index for index, letter in enumerate("abcdefgh")}
-PLACES |= {"first": 0, "第一": 0, "第一个": 0, "second": 1, "第二": 1, "第二个": 1}
-PLACES_OF_TWO = dict.fromkeys("left former 左 左边 左侧 前者".split(), 0)
+PLACES |= dict.fromkeys("first 第一 第一个".split(), 0)
+PLACES |= dict.fromkeys("second 第二 第二个".split(), 1)
+PLACES_OF_TWO = PLACES | dict.fromkeys("left former 左 左边 左侧 前者".split(), 0)
 PLACES_OF_TWO |= dict.fromkeys("right latter 右 右边 右侧 后者".split(), 1)
 RELATION = re.compile(r"([^<>=]+?)\s*(>{1,2}|<{1,2}|={1,2})\s*([^<>=]+)")  # A>B, B >> A, A=B
 
@@ -2025,33 +2202,83 @@ RELATION = re.compile(r"([^<>=]+?)\s*(>{1,2}|<{1,2}|={1,2})\s*([^<>=]+)")  # A>B
 def known_data_set(row: dict) -> dict:
     """The row with the usual names in place of those of public data sets; raises Failed."""
     try:
-        if row.get("message_tree_id") and isinstance(row.get("prompt"), dict):  # OASST, trees
-            row = row | {"prompt": row["prompt"]["text"], "replies": row["prompt"]["replies"]}
-        if isinstance(row.get("question"), dict):  # WebGPT
-            row = row | {"prompt": row["question"]["full_text"]}
-        if row.get("human_ref_A") is not None:  # SHP: `labels` is 1 if the first is better
-            row = row | {"prompt": row["history"], "first_is_better": row["labels"]}
-            row["history"] = None
-        if row.get("summaries") and "info" in row:  # OpenAI's comparisons: `choice` counts from 0
-            prompt = row["info"].get("post") or row["info"]["article"]
-            row = row | {"prompt": prompt, "choice": None, "winner_from_0": row.get("choice")}
-        if row.get("conversation_a") is not None:  # Chatbot Arena 33k and 140k, MT-Bench
-            row = row | turns_of_two(row["conversation_a"], row["conversation_b"], RESPONSES)
-        if row.get("winner_model_a") is not None:
-            row = row | arena_55k(row)
+        for usual_names in DATA_SETS:
+            row = row | usual_names(row)
         return row | ready_pair(row | best_and_worst(row))
     except JUNK as error:
         raise Failed("input", f"malformed record: {error}") from None
 
 
+def oasst_tree(row: dict) -> dict:
+    """OASST's message trees: `prompt` is an object that holds the replies to it."""
+    prompt = row.get("prompt")
+    if not row.get("message_tree_id") or not isinstance(prompt, dict):
+        return {}
+    return {"prompt": prompt["text"], "replies": prompt["replies"]}
+
+
+def webgpt(row: dict) -> dict:
+    """WebGPT: `question` is an object that holds the text."""
+    question = row.get("question")
+    if not isinstance(question, dict):
+        return {}
+    return {"prompt": question["full_text"]}
+
+
+def shp(row: dict) -> dict:
+    """SHP: `history` is the prompt, and `labels` is 1 if the first answer is better."""
+    if row.get("human_ref_A") is None:
+        return {}
+    return {
+        "prompt": row["history"],
+        "history": None,
+        "first_is_better": row["labels"],
+    }
+
+
+def openai_summaries(row: dict) -> dict:
+    """OpenAI's comparisons of summaries: `choice` counts from 0."""
+    if not row.get("summaries") or "info" not in row:
+        return {}
+    info = row["info"]
+    return {
+        "prompt": info.get("post") or info["article"],
+        "choice": None,
+        "winner_from_0": row.get("choice"),
+    }
+
+
+def two_conversations(row: dict) -> dict:
+    """Chatbot Arena 33k and 140k, MT-Bench: two whole conversations."""
+    if row.get("conversation_a") is None:
+        return {}
+    return turns_of_two(row["conversation_a"], row["conversation_b"], RESPONSES)
+
+
 def arena_55k(row: dict) -> dict:
     """Chatbot Arena 55k: turns are JSON lists in a string, and one of three flags says who won."""
-    winners = [end for end in ("model_a", "model_b", "tie") if flag(row.get(f"winner_{end}"))]
-    texts = []
-    for value in map(row.get, ("prompt", *RESPONSES)):
-        texts.append(json.loads(value) if value[:1] == "[" else [value])
-    a, b = (chat(zip(texts[0], answers, strict=True)) for answers in texts[1:])
-    return turns_of_two(a, b, RESPONSES) | {"winner flags": " and ".join(winners)}
+    if row.get("winner_model_a") is None:
+        return {}
+    questions = json_texts(row.get("prompt"))
+    conversations = []
+    for name in RESPONSES:
+        answers = json_texts(row.get(name))
+        conversations.append(chat(zip(questions, answers, strict=True)))
+    winners = []
+    for end in ("model_a", "model_b", "tie"):
+        if flag(row.get(f"winner_{end}")):
+            winners.append(end)
+    fields = turns_of_two(*conversations, RESPONSES)
+    fields["winner flags"] = " and ".join(winners)
+    return fields
+
+
+def json_texts(cell: str) -> list:
+    """The texts of a JSON list in a string; another string is the one text."""
+    return json.loads(cell) if cell[:1] == "[" else [cell]
+
+
+DATA_SETS = (oasst_tree, webgpt, shp, openai_summaries, two_conversations, arena_55k)
 
 
 def best_and_worst(row: dict) -> dict:
@@ -2060,66 +2287,116 @@ def best_and_worst(row: dict) -> dict:
     if not isinstance(texts, list) or len(texts) != 2 or "instruction" not in row:
         return {}
     filled = {name for name in row if not is_missing(row[name])}
-    has_others = filled - {"instruction", "input", "output", "system", "history"}
-    return {} if has_others else dict(zip(SIDES, texts, strict=True))
+    if filled - {"instruction", "input", "output", "system", "history"}:
+        return {}
+    return {"chosen": texts[0], "rejected": texts[1]}
 
 
 def turns_of_two(a: Any, b: Any, names: tuple) -> dict:
     """Two conversations -> `messages`, their common history, and the two answers by `names`."""
-    first, second = conversation(a, {}), conversation(b, {})
+    first = conversation(a, {})
+    second = conversation(b, {})
     if first.messages != second.messages:
         raise Failed("input", "histories differ: not two answers to one prompt")
-    return {"messages": first.messages, names[0]: first.reference, names[1]: second.reference}
+    return {
+        "messages": first.messages,
+        names[0]: first.reference,
+        names[1]: second.reference,
+    }
 
 
 def ready_pair(row: dict) -> dict:
     """A ready pair as `chosen` and `rejected`, with the turns that it repeats; {} without one."""
-    pairs = [names for names in READY if names[1] in row and None not in map(row.get, names)]
+    pairs = [names for names in READY if has_pair(row, names)]
     if not pairs:
         return {}
-    for name in (*SIDES, *[names[1] for names in pairs]):
-        if name not in pairs[0] and row.get(name) is not None:
-            raise Failed("input", f"ambiguous: two ready pairs, `{pairs[0][1]}` and `{name}`")
-    sides = []
-    for side in map(row.get, pairs[0]):
-        if isinstance(side, str):
-            side = human_turns(side) or side
-        sides.append([side] if isinstance(side, dict) else side)
-    if is_turns(sides[0]) and isinstance(sides[1], str) and pairs[0][1] == "rejected_response":
-        sides = [sides[0][-1:], chat([("", sides[1])])[1:]]
-    if is_turns(sides[0]) != is_turns(sides[1]):
+    check_one_pair(row, pairs)
+    better_name, worse_name = pairs[0]
+    better = parsed_side(row[better_name])
+    worse = parsed_side(row[worse_name])
+    if is_turns(better) and isinstance(worse, str) and worse_name == "rejected_response":
+        better = better[-1:]
+        worse = [{"role": "assistant", "content": worse}]
+    if is_turns(better) != is_turns(worse):
         raise Failed("input", "not one answer on each side: turns and a text")
-    if not is_turns(sides[0]):
-        return dict(zip(SIDES, sides, strict=True))
-    turns = [message(turn) for turn in sides[0] + sides[1]]
-    if turns[0]["role"] != "assistant":
-        pair = turns_of_two(*sides, SIDES)
+    if is_turns(better):
+        return pair_of_turns(better, worse, row)
+    return {"chosen": better, "rejected": worse}
+
+
+def has_pair(row: dict, names: tuple[str, str]) -> bool:
+    """Whether the row holds something in both of these fields."""
+    better, worse = names
+    return row.get(better) is not None and row.get(worse) is not None
+
+
+def check_one_pair(row: dict, pairs: list[tuple[str, str]]) -> None:
+    """Raise Failed if fields of another ready pair stand beside the first one."""
+    better, worse = pairs[0]
+    others = [other_worse for _, other_worse in pairs]
+    for name in (*SIDES, *others):
+        if name in (better, worse):
+            continue
+        if row.get(name) is not None:
+            raise Failed("input", f"ambiguous: two ready pairs, `{worse}` and `{name}`")
+
+
+def parsed_side(side: Any) -> Any:
+    """One side of a ready pair: its turns as a list, or what the row holds."""
+    if isinstance(side, dict):
+        return [side]
+    if isinstance(side, str):
+        return human_turns(side) or side
+    return side
+
+
+def pair_of_turns(better: list, worse: list, row: dict) -> dict:
+    """`chosen` and `rejected` of two lists of turns: one answer each, or whole conversations."""
+    turns = [message(turn) for turn in better + worse]
+    roles = [turn["role"] for turn in turns]
+    if roles[0] != "assistant":
+        pair = turns_of_two(better, worse, SIDES)
         check_same_prompt(row.get("prompt"), pair["messages"])
         return pair
-    if [turn["role"] for turn in turns] != ["assistant", "assistant"]:
+    if roles != ["assistant", "assistant"]:
         raise Failed("input", f"not one answer on each side: {len(turns)} turns")
-    return {SIDES[0]: turns[0]["content"], SIDES[1]: turns[1]["content"]}
+    return {
+        "chosen": turns[0]["content"],
+        "rejected": turns[1]["content"],
+    }
 
 
 def check_same_prompt(prompt: object, turns: list[dict]) -> None:
     """Raise Failed if a prompt is not among the turns of the answers that stand beside it."""
-    asked = [message(turn)["content"] for turn in prompt] if is_turns(prompt) else [prompt]
+    contents = [prompt]
+    if is_turns(prompt):
+        contents = [message(turn)["content"] for turn in prompt]
     text = fold_spaces(" ".join(turn["content"] for turn in turns))
     last = fold_spaces(turns[-1]["content"])
-    for content in map(fold_spaces, asked):
-        if content not in text and last not in content:
+    for content in contents:
+        asked = fold_spaces(content)
+        if asked not in text and last not in asked:
             raise Failed("input", "histories differ: `prompt` is not among the answers' turns")
 
 
 # --- what is known of a row's answers
 
 
-class Signal(NamedTuple):
-    """What one field (or one set of fields) says of a set of answers."""
+class Column(NamedTuple):
+    """What a field (or one field per answer) holds for each answer of a set."""
 
     name: str
     kind: str  # see KINDS
     scale: float  # width of its range in points; 0 = unknown
+    values: list  # one per answer, as the row holds them
+
+
+class Signal(NamedTuple):
+    """What a column says of a set of answers, as numbers."""
+
+    name: str
+    kind: str
+    scale: float
     votes: dict[str, tuple[float, ...]]  # an answer's key -> its numbers; higher is better
 
 
@@ -2131,7 +2408,7 @@ class AnswerSet:
     fields: tuple[str, ...] = ()  # that hold the texts; () for a list and for a ready pair
     chosen: int = 0  # a ready pair: how many of the texts, from the first on, are chosen
     models: list = field(default_factory=list)  # one per answer, or none
-    columns: list[tuple] = field(default_factory=list)  # (name, kind, scale, a value per answer)
+    columns: list[Column] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # The texts with white space folded: equal keys are the same answer.
@@ -2141,34 +2418,67 @@ class AnswerSet:
         """Enter what a field holds for each answer, unless it is empty."""
         if name == "model":
             self.models = self.models if any(self.models) else values
-        elif any(value not in EMPTY for value in values):
-            self.columns.append((name, *SIGNALS[name], values))
+            return
+        if any(value not in EMPTY for value in values):
+            kind, scale = SIGNALS[name]
+            self.columns.append(Column(name, kind, scale, values))
+
+    def add_fields(self, row: dict, columns: list[tuple]) -> None:
+        """Enter the fields of a row that `column_names` found, one field per answer."""
+        for name, fields in columns:
+            self.add(name, [row.get(field_name) for field_name in fields])
 
     def add_choice(self, name: str, best: Iterable[int]) -> None:
         """Enter which answers a field calls the better ones."""
-        values = [float(index in best) for index in range(len(self.texts))]
-        self.columns.append((name, "choice", 0.0, values))
+        count = len(self.texts)
+        values = [float(index in best) for index in range(count)]
+        self.columns.append(Column(name, "choice", 0.0, values))
 
     def signals(self) -> Iterator[Signal]:
         """Yield what the columns say, as votes; raises Failed."""
-        most = math.inf if self.chosen else len(self.texts)  # the highest rank there can be
-        for name, kind, scale, values in self.columns:
-            read = flag if kind == "flag" else quantity
-            votes = {}
-            ranks = ranks_of_order(values) if name == "order" else values
-            for key, value in zip(self.keys, ranks, strict=True):
-                vote = [read(item) for item in (value if isinstance(value, list) else [value])]
-                if not vote or None in vote:
-                    continue
-                if kind == "rank" and not all(0 <= rank <= most for rank in vote):
-                    raise Failed("input", "ranks out of range")
-                vote = tuple(-item if kind == "rank" else item for item in vote)
-                if votes.setdefault(key, vote) != vote and key:
-                    raise Failed("input", "contradictory signals: one answer, two ranks")
-            if len(set(map(len, votes.values()))) > 1:
+        for column in self.columns:
+            votes = self.votes(column)
+            lengths = {len(vote) for vote in votes.values()}
+            if len(lengths) > 1:
                 raise Failed("input", "votes of unequal length")
-            if votes or kind != "flag":  # a flag that cannot be read is none
-                yield Signal(name, kind, scale, votes)
+            if votes or column.kind != "flag":  # a flag that cannot be read is none
+                yield Signal(column.name, column.kind, column.scale, votes)
+
+    def votes(self, column: Column) -> dict[str, tuple[float, ...]]:
+        """The numbers of each answer in a column; answers without a readable one are left out."""
+        values = column.values
+        if column.name == "order":
+            values = ranks_of_order(values)
+        votes: dict[str, tuple[float, ...]] = {}
+        for key, value in zip(self.keys, values, strict=True):
+            vote = read_vote(value, column.kind)
+            if not vote:
+                continue
+            if column.kind == "rank":
+                self.check_ranks(vote)
+                vote = tuple(-rank for rank in vote)
+            votes.setdefault(key, vote)
+            if key and votes[key] != vote:
+                raise Failed("input", "contradictory signals: one answer, two ranks")
+        return votes
+
+    def check_ranks(self, ranks: tuple[float, ...]) -> None:
+        """Raise Failed for a rank that these answers cannot have."""
+        highest = math.inf if self.chosen else len(self.texts)
+        if min(ranks) < 0 or max(ranks) > highest:
+            raise Failed("input", "ranks out of range")
+
+
+def read_vote(value: object, kind: str) -> tuple[float, ...]:
+    """The numbers of a value or of a list of values; () if one of them cannot be read."""
+    read = flag if kind == "flag" else quantity
+    vote = tuple(read(item) for item in as_list(value))
+    return () if None in vote else vote
+
+
+def as_list(value: Any) -> list:
+    """The value itself if it is a list, else a list of it."""
+    return value if isinstance(value, list) else [value]
 
 
 def ranks_of_order(order: list) -> list:
@@ -2176,9 +2486,10 @@ def ranks_of_order(order: list) -> list:
     places = [number(value) for value in order]
     if None in places:
         return [None] * len(order)
-    if sorted(places) != list(range(len(places))):
+    indices = list(range(len(places)))
+    if sorted(places) != indices:
         raise Failed("input", "order is not a list of all indices from 0")
-    return [places.index(index) for index in range(len(places))]
+    return [places.index(index) for index in indices]
 
 
 class ChoiceNumbers:
@@ -2191,20 +2502,31 @@ class ChoiceNumbers:
     def values(self, name: str) -> set[float]:
         """The numbers that a field holds anywhere in the file."""
         for row in self.rows:
-            plain = with_plain_names(row) if isinstance(row, dict) else {}
-            values = winners_of(plain) | {"a lead": quantity(plain.get("preference"))}
-            for winner, value in values.items():
-                place = choice_number(value)
-                if place is not None and len(self.seen[winner]) < 100:
-                    self.seen[winner].add(place)
+            if isinstance(row, dict):
+                self.enter(with_plain_names(row))
         self.rows = ()
         return self.seen[name]
 
+    def enter(self, row: dict) -> None:
+        """Note the numbers of a row's winners, and of a `preference` under the name `a lead`."""
+        values = winners_of(row)
+        values["a lead"] = quantity(row.get("preference"))
+        for name, value in values.items():
+            place = choice_number(value)
+            if place is not None and len(self.seen[name]) < 100:
+                self.seen[name].add(place)
+
     def first_number(self, name: str, answers: AnswerSet) -> int:
         """The number of the first answer, 0 or 1; raises Failed if the file does not tell."""
-        values, count = self.values(name), len(answers.texts)
-        starts = [int(name[-1]) for name in answers.fields[:1] if name[-1] in "01"] or [0, 1]
-        fitting = [start for start in starts if values <= set(range(start, start + count))]
+        values = self.values(name)
+        count = len(answers.texts)
+        starts = [0, 1]
+        if answers.fields and answers.fields[0][-1] in "01":  # answer_0, response_1
+            starts = [int(answers.fields[0][-1])]
+        fitting = []
+        for start in starts:
+            if values <= set(range(start, start + count)):
+                fitting.append(start)
         if len(fitting) != 1:
             raise unclear_numbers(name, values)
         return fitting[0]
@@ -2257,12 +2579,7 @@ def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None)
         advice = "rows of one answer each need its score: --rename NAME=score"
         raise Failed("input", f"no answers: {fields}; {advice}")
     first = sets[0]
-    for text, model in zip(first.texts, first.models or [""] * len(first.texts), strict=True):
-        text = strip_blank_lines(text_of({"answer": text}, "answer"))
-        check_text_only(text)
-        record.answers.append(Answer(text, str(model or "")))
-    if len(first.keys) > 1 and len(set(first.keys)) == 1 and first.keys[0]:
-        raise Failed("filter", "identical answers")
+    add_texts(record, first)
     for name, value in winners_of(row).items():
         read_winner(name, value, sets, numbers)
     signals = []
@@ -2273,62 +2590,90 @@ def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None)
         apply_signals(record, first, signals)
 
 
+def add_texts(record: Record, answers: AnswerSet) -> None:
+    """Give the record the texts and models of a set; Failed if all texts are one answer."""
+    models = answers.models or [""] * len(answers.texts)
+    for value, model in zip(answers.texts, models, strict=True):
+        text = text_of({"answer": value}, "answer")
+        text = strip_blank_lines(text)
+        check_text_only(text)
+        answer = Answer(text, str(model or ""))
+        record.answers.append(answer)
+    different = set(answers.keys)
+    is_one = len(different) == 1 and "" not in different
+    if is_one and len(answers.keys) > 1:
+        raise Failed("filter", "identical answers")
+
+
 # --- sets of answers
 
 
 def answer_sets(row: dict) -> list[AnswerSet]:
     """The ready pair of a row and its other answers, at most one set of each; raises Failed."""
-    pair = [ready_set(row)] if None not in map(row.get, SIDES) else []
-    lists = [item_set(row[name]) for name in LISTS if is_filled_list(row.get(name))]
+    pair = [ready_set(row)] if has_pair(row, SIDES) else []
+    lists = []
+    for name in LISTS:
+        if is_filled_list(row.get(name)):
+            lists.append(item_set(row[name]))
     others = [answers for answers in lists if any(answers.keys)]
-    for fields, columns in suffixed_fields(tuple(row)):
-        others.append(AnswerSet([row[name] for name in fields], fields))
-        for name, column in columns:
-            others[-1].add(name, list(map(row.get, column)))
+    others += suffixed_sets(row)
     if len(others) > 1:
         raise Failed("input", "ambiguous: two sets of answers: --rename the wrong one")
-    for answers in others or pair:
-        if others or not lists:
-            add_lists(row, answers)
-    if not others or (pair and set(pair[0].keys) <= set(others[0].keys)):
-        return pair + others
+    if not others:
+        if pair and not lists:
+            add_lists(row, pair[0])
+        return pair
+    other = others[0]
+    add_lists(row, other)
+    if pair and set(pair[0].keys) <= set(other.keys):
+        return [pair[0], other]
+    check_chosen(row, other, has_ready_pair=bool(pair))
+    return pair or others
+
+
+def check_chosen(row: dict, others: AnswerSet, has_ready_pair: bool) -> None:
+    """Raise Failed if `chosen`, which is none of these answers, may name one of them."""
     chosen = row.get("chosen")
-    is_name = isinstance(chosen, str | int) and not isinstance(chosen, bool) and chosen != ""
-    if pair and len(str(chosen)) > 40:
-        is_name = False
-    if is_name or (pair and (others[0].fields or others[0].columns or winners_of(row))):
+    is_name = isinstance(chosen, str | int) and not isinstance(chosen, bool)
+    if chosen == "" or (has_ready_pair and len(str(chosen)) > 40):
+        is_name = False  # nothing, or an answer's text
+    has_signal = others.fields or others.columns or winners_of(row)
+    if is_name or (has_ready_pair and has_signal):
         raise Failed(
             "input", "ambiguous: `chosen` is none of the other answers: --rename chosen=winner?"
         )
-    return pair or others
 
 
 def item_set(items: list) -> AnswerSet:
     """The answers in a list of texts or objects, with what the objects say of them."""
     objects = [item if isinstance(item, dict) else {"text": item} for item in items]
-    texts = []
-    for item in objects:
-        texts.append(next((item[name] for name in TEXTS if item.get(name) not in EMPTY), ""))
-    answers = AnswerSet(texts)
-    names = set().union(*objects)
+    answers = AnswerSet([item_text(item) for item in objects])
     for name in ANSWER_FIELDS:
-        if name in names:
-            answers.add(name, [item.get(name) for item in objects])
+        answers.add(name, [item.get(name) for item in objects])
     return answers
+
+
+def item_text(item: dict) -> Any:
+    """The first filled field of TEXTS, which holds the text of an answer; "" without one."""
+    for name in TEXTS:
+        if item.get(name) not in EMPTY:
+            return item[name]
+    return ""
 
 
 def ready_set(row: dict) -> AnswerSet:
     """A ready pair, or lists of better and of worse answers."""
-    better, worse = (row[name] if isinstance(row[name], list) else [row[name]] for name in SIDES)
-    answers = item_set([*better, *worse])
+    better = as_list(row["chosen"])
+    worse = as_list(row["rejected"])
+    answers = item_set(better + worse)
     answers.chosen = len(better)
-    sides = (SIDES[0],) * len(better) + (SIDES[1],) * len(worse)
-    for name, column in column_names(tuple(row), sides, FORMS):
-        answers.add(name, list(map(row.get, column)))
+    sides = ("chosen",) * len(better) + ("rejected",) * len(worse)
+    answers.add_fields(row, column_names(tuple(row), sides, FORMS))
     answers.add_choice("chosen", range(len(better)))
-    if row.get("decided_by") == "people":  # scores of the judge whom people overruled
-        answers.columns = answers.columns[-1:]
-    elif (quantity(row.get("margin")) or 0) < 0:
+    margin = quantity(row.get("margin")) or 0
+    if row.get("decided_by") == "people":
+        del answers.columns[:-1]  # only the choice counts: people may have overruled the scores
+    elif margin < 0:
         raise Failed("input", "contradictory signals: chosen, margin")
     return answers
 
@@ -2337,13 +2682,25 @@ def add_lists(row: dict, answers: AnswerSet) -> None:
     """Give the answers the lists that stand beside them; Failed if they are of another length."""
     for name, plain in LIST_FIELDS.items():
         values = row.get(name)
-        is_strange = plain == "model" and (answers.chosen or answers.fields)
-        if not is_filled_list(values) or is_strange:
+        if not is_filled_list(values):
             continue
+        is_model = plain == "model"
+        if is_model and (answers.chosen or answers.fields):
+            continue  # the models of other answers
         if len(values) == len(answers.texts):
             answers.add(plain, values)
-        elif plain != "model" and not answers.chosen:
+        elif not is_model and not answers.chosen:
             raise Failed("input", f"lists of unequal length: {len(answers.texts)} answers")
+
+
+def suffixed_sets(row: dict) -> list[AnswerSet]:
+    """The answers in fields like response_a and response_b, one set for each stem."""
+    sets = []
+    for fields, columns in suffixed_fields(tuple(row)):
+        answers = AnswerSet([row[name] for name in fields], fields)
+        answers.add_fields(row, columns)
+        sets.append(answers)
+    return sets
 
 
 @functools.lru_cache(maxsize=256)
@@ -2352,15 +2709,28 @@ def suffixed_fields(names: tuple) -> list[tuple]:
     groups = []
     for name in names:
         match = SUFFIXED.fullmatch(name) if isinstance(name, str) else None
-        if not match:
+        if match is None:
             continue
         stem, mark, first = match.groups()
-        possible = [stem + mark + chr(ord(first) + i) for i in range(8)]
-        fields = tuple(itertools.takewhile(names.__contains__, possible))
-        if len(fields) > 1 and not (first == "1" and f"{stem}{mark}0" in names):
-            ends = tuple(mark + field_name[-1] for field_name in fields)
+        if first == "1" and f"{stem}{mark}0" in names:
+            continue  # the second field of another group
+        fields = consecutive_fields(stem + mark, first, names)
+        if len(fields) > 1:
+            ends = tuple(name.removeprefix(stem) for name in fields)
             groups.append((fields, column_names(names, ends, ("{0}{1}",))))
     return groups
+
+
+def consecutive_fields(start: str, first: str, names: tuple) -> tuple[str, ...]:
+    """The fields that a row has from the first letter or digit on: response_a, response_b ..."""
+    fields = []
+    code = ord(first)
+    for next_code in range(code, code + 8):
+        name = start + chr(next_code)
+        if name not in names:
+            break
+        fields.append(name)
+    return tuple(fields)
 
 
 @functools.lru_cache(maxsize=256)
@@ -2380,104 +2750,170 @@ def column_names(names: tuple, ends: tuple, forms: tuple) -> list[tuple]:
 
 def winners_of(row: dict) -> dict:
     """The fields of a row that name its winner, with their values; empty ones if all are empty."""
-    winners = {name: row[name] for name in WINNERS if name in row}
-    filled = {name: value for name, value in winners.items() if value not in EMPTY}
+    unfilled = {}
+    filled = {}
+    for name in WINNERS:
+        if name not in row:
+            continue
+        if row[name] in EMPTY:
+            unfilled[name] = row[name]
+        else:
+            filled[name] = row[name]
     for name in LOOSE_WINNERS:
         value = row.get(name)
         if isinstance(value, dict):  # Label Studio
             value = value.get("selected")
-        if isinstance(value, str) and number(value) is None and value.strip():
+        if is_word(value):
             filled[name] = value
-    return filled or winners
+    return filled or unfilled
+
+
+def is_word(value: object) -> bool:
+    """Whether the value is a text with something in it that is no number."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return number(value) is None
+
+
+def winner_text(value: object) -> str:
+    """What a field that names the winner says, as a bare name."""
+    return "" if value is None else bare(fold_spaces(str(value)))
+
+
+def bare(text: str) -> str:
+    """A name in lower case, without brackets, quotes and a final stop: `[[A]]`, `b.` -> a, b."""
+    text = text.lower()
+    text = text.lstrip(" .,。\"'`*()[]【】“”")
+    return text.rstrip(" .,。!\"'`*()[]【】“”")
 
 
 def read_winner(name: str, value: Any, sets: list[AnswerSet], numbers: ChoiceNumbers) -> None:
     """Enter the answer that a field names in each set; Failed for a tie or a strange name."""
-    text = bare("" if value is None else fold_spaces(str(value)))
+    text = winner_text(value)
     if name == "label" and not RELATION.fullmatch(text):
         return  # a label "a" may name the worse one
     places = [winner_places(name, value, answers, numbers) for answers in sets]
-    if TIE.match(text) and (not any(places) or TIE.fullmatch(text)):
-        raise Failed("input", "both bad" if re.search("^neither|bad|不好|差", text) else "tie")
+    names_answer = any(places)
+    if not names_answer or TIE.fullmatch(text):
+        check_tie(text)
     for answers, found in zip(sets, places, strict=True):
         if len(found) > 1:
             raise Failed("input", f"ambiguous winner: {text[:40]!r} could be either answer")
         if found:
             answers.add_choice(name, found)
-    if any(places) or name in LOOSE_WINNERS:
+    if not names_answer and name not in LOOSE_WINNERS:
+        raise unknown_winner(name, value)
+
+
+def check_tie(text: str) -> None:
+    """Raise Failed for words that say that no answer is better: tie, both bad, 平局 (a remark)."""
+    if not TIE.match(text):
         return
-    if text in NOTHING:
-        raise Failed("input", f"no preference: `{name}` is empty or none")
+    reason = "both bad" if BOTH_BAD.search(text) else "tie"
+    raise Failed("input", reason)
+
+
+def unknown_winner(name: str, value: object) -> Failed:
+    """The reason to drop a row whose winner is none of its answers."""
+    if winner_text(value) in NOTHING:
+        return Failed("input", f"no preference: `{name}` is empty or none")
     excerpt = fold_spaces(str(value))[:40]
-    raise Failed("input", f"winner not understood: `{name}` is {excerpt!r}, which names no answer")
+    reason = f"winner not understood: `{name}` is {excerpt!r}, which names no answer"
+    return Failed("input", reason)
 
 
 def winner_places(name: str, value: Any, answers: AnswerSet, numbers: ChoiceNumbers) -> set[int]:
     """Indices of the answers of a set that a value may name; Failed for a tie (A=B)."""
-    text = bare(fold_spaces(str(value)))
     if value in EMPTY or isinstance(value, list | dict):
         return set()
+    text = winner_text(value)
     if name == "first_is_better":
-        is_two = len(answers.texts) == 2 and not answers.chosen
-        return {FIRST_IS_BETTER[text]} if is_two and text in FIRST_IS_BETTER else set()
+        return flagged_places(text, answers)
     if isinstance(value, bool):
         return set()
     named = named_places(text, answers)
-    relation = RELATION.fullmatch(text)
-    if relation and not named:
-        left, sign, right = relation.groups()
-        first, second = named_places(left, answers), named_places(right, answers)
-        if len(first) == 1 and len(second) == 1 and first != second:
-            if "=" in sign:
-                raise Failed("input", "tie")
-            named = first if ">" in sign else second
-    places = {index for index, key in enumerate(answers.keys) if text and bare(key) == text}
+    if not named:
+        named = related_places(text, answers)
+    places = named | matching_places(text, answers.keys)
     if not named or number(value) is not None:
         places |= numbered_places(name, value, answers, numbers)
-    return named | places
+    return places
 
 
-def bare(text: str) -> str:
-    """A name in lower case, without brackets, quotes and a final stop: `[[A]]`, `b.` -> a, b."""
-    return text.lower().lstrip(" .,。\"'`*()[]【】“”").rstrip(" .,。!\"'`*()[]【】“”")
+def flagged_places(text: str, answers: AnswerSet) -> set[int]:
+    """The index of the better of two answers, when a flag says whether it is the first."""
+    if len(answers.texts) != 2 or answers.chosen or text not in FIRST_IS_BETTER:
+        return set()
+    return {FIRST_IS_BETTER[text]}
 
 
 def named_places(text: str, answers: AnswerSet) -> set[int]:
     """Indices of the answers that a text names by their field, model, letter or place."""
-    text, count = bare(text), len(answers.texts)
-    places = {index for index, name in enumerate(answers.fields) if bare(name) == text}
-    models = [bare(fold_spaces(model)) for model in answers.models]
-    places |= {index for index, name in enumerate(models) if text and name == text}
-    end = re.sub(rf"^{STEM}[ _-]*(?=\w+$)", "", text)  # model_a, response a -> a
-    end = re.sub(rf"(?<=\w)[ _-]*{STEM}$", "", end)
+    text = bare(text)
+    places = matching_places(text, answers.fields)
+    places |= matching_places(text, answers.models)
     if answers.chosen:
         return places
-    words = PLACES | PLACES_OF_TWO if count == 2 else PLACES
-    return places | ({words.get(end)} & set(range(count)))
+    count = len(answers.texts)
+    words = PLACES_OF_TWO if count == 2 else PLACES
+    end = STEM_BEFORE.sub("", text)
+    end = STEM_AFTER.sub("", end)
+    place = words.get(end, count)
+    if place < count:
+        places.add(place)
+    return places
+
+
+def matching_places(text: str, names: Iterable) -> set[int]:
+    """Indices of the names that are the text, however they are written."""
+    places = set()
+    for index, name in enumerate(names):
+        if text and bare(fold_spaces(name)) == text:
+            places.add(index)
+    return places
+
+
+def related_places(text: str, answers: AnswerSet) -> set[int]:
+    """The index of the better answer of A>B, as a set; Failed for A=B."""
+    relation = RELATION.fullmatch(text)
+    if relation is None:
+        return set()
+    left, sign, right = relation.groups()
+    first = named_places(left, answers)
+    second = named_places(right, answers)
+    if len(first) != 1 or len(second) != 1 or first == second:
+        return set()
+    if "=" in sign:
+        raise Failed("input", "tie")
+    return first if ">" in sign else second
 
 
 def choice_number(value: object) -> float | None:
     """The number of an answer: 1, "1", "response_1", "Model 1" -> 1.0; None for the rest."""
     place = number(value)
-    if place is None and isinstance(value, str):
-        match = re.fullmatch(rf"(?:{STEM}[ _-]*)?(\d)", bare(value))
-        place = number(match[1]) if match else None
-    return place
+    if place is not None or not isinstance(value, str):
+        return place
+    match = STEM_NUMBER.fullmatch(bare(value))
+    return number(match[1]) if match else None
 
 
 def numbered_places(name: str, value: Any, answers: AnswerSet, numbers: ChoiceNumbers) -> set[int]:
     """The index that a number stands for, as a set; Failed for a tie, or if the file is unclear."""
-    place, count = choice_number(value), len(answers.texts)
+    place = choice_number(value)
+    count = len(answers.texts)
     if place is None or answers.chosen:
         return set()
-    first = FIRST_NUMBERS.get(name)
-    if first is None and place in range(count + 1):
+    if name in FIRST_NUMBERS:
+        first = FIRST_NUMBERS[name]
+        tie = count if first == 0 else 0
+        if place == tie:
+            raise Failed("input", "tie")
+    elif place in range(count + 1):
         first = numbers.first_number(name, answers)
-    if first is None:
+    else:
         return set()
-    if name in FIRST_NUMBERS and place == (count if first == 0 else 0):
-        raise Failed("input", "tie")
-    return {int(place - first)} if place - first in range(count) else set()
+    index = place - first
+    return {int(index)} if index in range(count) else set()
 
 
 # --- signals
@@ -2485,135 +2921,233 @@ def numbered_places(name: str, value: Any, answers: AnswerSet, numbers: ChoiceNu
 
 def add_leads(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> None:
     """Give two answers what says by how much the second is better; raises Failed for a tie."""
-    for name, (fields, tie, scale) in LEADS.items():
-        value = quantity(row.get(name))
-        is_winner = any(column[0] == name for column in answers.columns)  # "response_1"
-        # Beside other signals of answers with other names, it can only contradict them.
-        is_check = name != "preference" and answers.columns and not answers.chosen
-        if answers.fields != fields and not (is_check and len(answers.texts) == 2):
+    for name in LEADS:
+        value = row.get(name)
+        if value is None or not takes_lead(answers, name):
             continue
-        if row.get(name) is None or (value is None and is_winner):
+        is_winner = any(column.name == name for column in answers.columns)
+        if is_winner and quantity(value) is None:  # "response_1"
             continue
-        seen = numbers.values("a lead") if name == "preference" else set()
-        if seen and not 1 <= min(seen) <= max(seen) <= 2:  # another coding than AlpacaEval's
-            raise unclear_numbers(name, seen)
-        if value == tie:
-            raise Failed("input", "tie")
-        if value is None or abs(value - tie) > scale:  # -100: neither
-            raise Failed("input", f"no preference: `{name}` is {str(row[name])[:40]}")
-        answers.columns.append((name, "score", scale, [0.0, value - tie]))
+        if name == "preference":
+            check_coding(name, numbers)
+        lead = read_lead(name, value)
+        scale = LEADS[name][2]
+        answers.columns.append(Column(name, "score", scale, [0.0, lead]))
+
+
+def takes_lead(answers: AnswerSet, name: str) -> bool:
+    """Whether a lead is one of these answers: by their fields, or only to check other signals."""
+    fields = LEADS[name][0]
+    if answers.fields == fields:
+        return True
+    if name == "preference" or answers.chosen:
+        return False
+    # Beside other signals of answers with other names, it can only contradict them.
+    return len(answers.texts) == 2 and len(answers.columns) > 0
+
+
+def check_coding(name: str, numbers: ChoiceNumbers) -> None:
+    """Raise Failed if a `preference` of the file is beyond 1 to 2, AlpacaEval's coding."""
+    seen = numbers.values("a lead")
+    if seen and not 1 <= min(seen) <= max(seen) <= 2:
+        raise unclear_numbers(name, seen)
+
+
+def read_lead(name: str, value: object) -> float:
+    """By how many points the second answer is better; Failed for a tie or for no number."""
+    _, tie, scale = LEADS[name]
+    points = quantity(value)
+    if points == tie:
+        raise Failed("input", "tie")
+    if points is None or abs(points - tie) > scale:  # -100: neither
+        raise Failed("input", f"no preference: `{name}` is {str(value)[:40]}")
+    return points - tie
 
 
 def apply_signals(record: Record, answers: AnswerSet, signals: list[Signal]) -> None:
     """Give the record the answers that every signal rates, with their votes; raises Failed."""
-    signals = [entry for entry in signals if len(set(entry.votes) & set(answers.keys)) > 1]
-    if any(entry.name == "fine-grained_score" for entry in signals):
-        signals = [entry for entry in signals if entry.name != "overall_score"]
-    signals.sort(key=lambda entry: KINDS.index(entry.kind))
+    signals = comparing_signals(signals, answers)
     # Flags beside other signals can only contradict them: they rate many answers alike.
     main_signals = [entry for entry in signals if entry.kind != "flag"] or signals
-    rated = []
-    for answer, key in zip(record.answers, answers.keys, strict=True):
-        if all(key in entry.votes for entry in main_signals):
-            rated.append((answer, key))
+    rated = [key for key in answers.keys if is_rated(key, main_signals)]
     if not main_signals or len(rated) < 2:
         raise Failed("input", "no preference: fewer than two answers are rated")
-    check_directions([key for _, key in rated], signals, main_signals)
-    # A lead is no score of one answer.
-    scores = [entry for entry in main_signals if entry.kind == "score" and entry.name not in LEADS]
-    scores.sort(key=lambda entry: entry.name == "votes")  # their own mean or median is better
-    for answer, key in rated:
-        for entry in main_signals:
-            answer.votes += entry.votes[key]
-        answer.score = statistics.fmean(scores[0].votes[key]) if scores else None
-    record.answers = [answer for answer, _ in rated]
-    record.signal = "choice" if main_signals[0].kind == "flag" else main_signals[0].kind
+    check_directions(rated, signals, main_signals)
+    set_votes(record, answers.keys, main_signals)
+    kind = main_signals[0].kind
+    record.signal = "choice" if kind == "flag" else kind
     record.scale = main_signals[0].scale
+
+
+def comparing_signals(signals: list[Signal], answers: AnswerSet) -> list[Signal]:
+    """The signals that rate two of the answers or more, in the order of KINDS."""
+    keys = set(answers.keys)
+    comparing = []
+    for entry in signals:
+        rated = keys.intersection(entry.votes)
+        if len(rated) > 1:
+            comparing.append(entry)
+    names = {entry.name for entry in comparing}
+    if "fine-grained_score" in names:
+        comparing = [entry for entry in comparing if entry.name != "overall_score"]
+    comparing.sort(key=lambda entry: KINDS.index(entry.kind))
+    return comparing
+
+
+def is_rated(key: str, signals: list[Signal]) -> bool:
+    """Whether every signal has votes for this answer."""
+    return all(key in entry.votes for entry in signals)
+
+
+def set_votes(record: Record, keys: list[str], signals: list[Signal]) -> None:
+    """Keep the answers that every signal rates, with the votes of all signals and a score."""
+    scores = score_signal(signals)
+    rated = []
+    for answer, key in zip(record.answers, keys, strict=True):
+        if not is_rated(key, signals):
+            continue
+        for entry in signals:
+            answer.votes += entry.votes[key]
+        if scores:
+            answer.score = statistics.fmean(scores.votes[key])
+        rated.append(answer)
+    record.answers = rated
+
+
+def score_signal(signals: list[Signal]) -> Signal | None:
+    """The signal that gives answers their score: no lead, and `votes` only without another one."""
+    votes = None
+    for entry in signals:
+        if entry.name == "votes":
+            votes = votes or entry  # a score beside them is their own mean or median
+        elif entry.kind == "score" and entry.name not in LEADS:
+            return entry
+    return votes
 
 
 def check_directions(keys: list[str], signals: list[Signal], main_signals: list[Signal]) -> None:
     """Raise Failed if two signals contradict each other, or if no two answers differ in all."""
-    differ = False
+    is_tie = True
     for one, other in itertools.combinations(keys, 2):
-        leads = []  # 1: the first is better in every vote, -1: the other is, 0: all are equal
-        for entry in signals:
-            votes = zip(entry.votes.get(one, ()), entry.votes.get(other, ()), strict=False)
-            signs = {(a > b) - (a < b) for a, b in votes}
-            leads.append(signs.pop() if len(signs) == 1 else None)
-        if 1 in leads and -1 in leads and one and other:
+        directions = [direction(entry, one, other) for entry in signals]
+        is_contradiction = 1 in directions and -1 in directions
+        if is_contradiction and one and other:
             names = ", ".join(dict.fromkeys(entry.name for entry in signals))
             raise Failed("input", f"contradictory signals: {names}")
-        differ = differ or 0 not in leads[: len(main_signals)]  # flags come last
-    if not differ:
+        main_directions = directions[: len(main_signals)]  # flags come last
+        if 0 not in main_directions:
+            is_tie = False
+    if is_tie:
         raise Failed("input", "tie")
+
+
+def direction(entry: Signal, one: str, other: str) -> int | None:
+    """1: the first is better in every vote, -1: the other is, 0: all are equal; None: they vary."""
+    first = entry.votes.get(one, ())
+    second = entry.votes.get(other, ())
+    signs = set()
+    for a, b in zip(first, second, strict=False):
+        sign = (a > b) - (a < b)
+        signs.add(sign)
+    return signs.pop() if len(signs) == 1 else None
 
 
 # --- rows of one answer each (KTO, scores of a reward model): those of one prompt are grouped
 
 ONE_ANSWER = ("completion", "response", "output", "generation")
-ONE_SIGNALS = {*ANSWER_FIELDS, "label", "kto_tag"} - {"model", "votes"}
+ONE_SIGNALS = {*ANSWER_FIELDS, *LABEL_FIELDS} - {"model", "votes"}
 GROUP_SIZE = 1000  # rows of one prompt at most, so that memory stays bounded
 
 
 def group_rows(rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
     """Yields (line, row): rows of one answer and one prompt that stand together become one row."""
     group: list[dict] = []
-    start, asked = 0, []
-    for line, row in itertools.chain(rows, [(0, None)]):  # None ends the last group
+    group_line = 0
+    group_prompt: list[dict] = []
+    for line, row in rows:
         prompt, answer = single_answer(row)
-        if group and (prompt != asked or len(group) == GROUP_SIZE):
-            yield start, grouped(asked, group)
+        if group and (prompt != group_prompt or len(group) == GROUP_SIZE):
+            yield group_line, grouped(group_prompt, group)
             group = []
-        if prompt:
-            start = start if group else line
-            asked = prompt
-            group.append(answer)
-        elif line:
+        if not prompt:
             yield line, row
+            continue
+        if not group:
+            group_line = line
+            group_prompt = prompt
+        group.append(answer)
+    if group:
+        yield group_line, grouped(group_prompt, group)
 
 
 def grouped(prompt: list[dict], answers: list[dict]) -> dict | Failed:
     """The row of all answers to one prompt, and of a reference on which they agree; or Failed."""
     if len(answers) == 1:
+        record = Record(prompt, answers=[Answer(answers[0]["text"])])
         why = "one answer alone: rows of one prompt must stand together (sort the file by prompt)"
-        return Failed("input", why, record=Record(prompt, answers=[Answer(answers[0]["text"])]))
+        return Failed("input", why, record=record)
     references = {answer["reference"] for answer in answers}
     reference = references.pop() if len(references) == 1 else ""
-    return {"messages": prompt, "responses": answers, "reference": reference}
+    return {
+        "messages": prompt,
+        "responses": answers,
+        "reference": reference,
+    }
 
 
 def single_answer(row: object) -> tuple[list[dict], dict]:
     """The prompt's messages and the answer of a row of one answer; ([], {}) for other rows."""
-    if not isinstance(row, dict) or ONE_SIGNALS.isdisjoint(row):
+    if not isinstance(row, dict):
         return [], {}
-    answer = {}
-    for name in ONE_SIGNALS & row.keys():
-        value = row[name]
-        if name in ("label", "kto_tag"):
-            name, value = "desirable", flag(value)
-        if quantity(value) is not None or flag(value) is not None:
-            answer[name] = value
+    answer = single_signals(row)
     if not answer:
         return [], {}
     with contextlib.suppress(Failed, *JUNK):
-        row = unpacked_lists(known_data_set(with_parsed_turns(with_plain_names(row))))
+        row = with_parsed_turns(with_plain_names(row))
+        row = unpacked_lists(known_data_set(row))
         text = single_text(row)
         records = [] if answer_sets(row) or not text else parse_row(row)
         if len(records) == 1:
-            golds = [reference_text(row, name) for name in GOLD_FIELDS if row.get(name) != text]
-            reference = next(filter(None, golds), "")
-            answer |= {"text": text, "model": row.get("model"), "reference": reference}
+            answer["text"] = text
+            answer["model"] = row.get("model")
+            answer["reference"] = single_reference(row, text)
             return records[0].messages, answer
     return [], {}
+
+
+def single_signals(row: dict) -> dict:
+    """What the row says of its one answer, by the names of SIGNALS; {} if it says nothing."""
+    signals = {}
+    for name in sorted(ONE_SIGNALS & row.keys()):  # sorted: with two labels the same one counts
+        value = row[name]
+        if name in LABEL_FIELDS:
+            name = "desirable"
+            value = flag(value)
+        if quantity(value) is not None or flag(value) is not None:
+            signals[name] = value
+    return signals
+
+
+def single_reference(row: dict, text: str) -> str:
+    """The first reference of a row that is not its own answer; "" without one."""
+    for name in GOLD_FIELDS:
+        reference = "" if row.get(name) == text else reference_text(row, name)
+        if reference:
+            return reference
+    return ""
 
 
 def single_text(row: dict) -> str:
     """The one answer of a row, a field or the last turn of its messages; "" if there is not one."""
     turns = row.get("messages") or row.get("conversations")
-    if is_turns(turns) and message(turns[-1])["role"] == "assistant":
-        return message(turns[-1])["content"]
-    texts = [row[name] for name in ONE_ANSWER if row.get(name)] or [row.get("answer")]
-    text = texts[0] if len(texts) == 1 else ""
+    if is_turns(turns):
+        last = message(turns[-1])
+        if last["role"] == "assistant":
+            return last["content"]
+    texts = [row[name] for name in ONE_ANSWER if row.get(name)]
+    if len(texts) > 1:
+        return ""
+    text = texts[0] if texts else row.get("answer")
     if is_turns(text) and len(text) == 1:
         text = message(text[0])["content"]
     return text if isinstance(text, str) else ""
