@@ -3116,13 +3116,15 @@ def single_answer(row: object) -> tuple[list[dict], dict]:
 
 
 def single_signals(row: dict) -> dict:
-    """What the row says of its one answer, by the names of SIGNALS; {} if it says nothing."""
+    """What the row says of its one answer, by the names of SIGNALS; {} if nothing clear."""
     signals = {}
     for name in sorted(ONE_SIGNALS & row.keys()):  # sorted: with two labels the same one counts
         value = row[name]
         if name in LABEL_FIELDS:
             name = "desirable"
             value = flag(value)
+            if signals.get(name, value) != value:
+                return {}  # they contradict each other
         if quantity(value) is not None or flag(value) is not None:
             signals[name] = value
     return signals

@@ -1189,3 +1189,12 @@ def test_grouped_rows_keep_the_reference_on_which_they_agree(tmp_path, second, r
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     [(_, record)] = rc.read_records(str(tmp_path / "in.jsonl"), with_answers=True)
     assert (record.reference, len(record.answers)) == (reference, 2)
+
+
+def test_two_labels_of_one_answer_that_contradict_each_other_are_no_label(rlhf):
+    rows = [
+        {"prompt": "Why?", "completion": "good", "label": True, "kto_tag": False},
+        {"prompt": "Why?", "completion": "bad", "label": False, "kto_tag": False},
+    ]
+    result = rlhf(rows, "--method", "rank_responses")
+    assert result.status == 2 and not result.pairs
