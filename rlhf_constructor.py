@@ -8934,7 +8934,7 @@ class OutputFiles:
             self.write(self.candidates, row)
         if not outcome.pairs:
             self.write_drop(outcome, answers)
-        draw = int(record.prompt_id, 16) / 16**16  # of the test split: by prompt, for good
+        draw = int(digest(self.run.seed, record.messages)[:8], 16) / 16**8  # same for equal prompts
         path = self.test if draw < self.run.args.test_fraction else self.output
         for row in rows:
             self.has_scores.add("score_chosen" in row)
