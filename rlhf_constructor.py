@@ -4130,6 +4130,8 @@ PRICE_UNIT = 1_000_000
 GUESSED_TOKENS = {"answer": 400, "judge": 120}
 # Rows keep the input's order: finished records per worker that may wait for a slower one.
 WINDOW = 32
+# Seconds until a model's first reply is said to be waited for.
+SLOW_SECONDS = 5
 # Seconds of nothing but 429 until the run stops.
 PATIENCE = 600
 # Seconds to wait for a cache that another process is writing.
@@ -4194,7 +4196,7 @@ ERROR_RULES = [
     ErrorRule(r"^(200|404|405) web page", "", "stop if new", "server error",
               "a web page came, not JSON: is /v1 missing in the address?"),
     ErrorRule(r"^0 certificate", "", "stop", "server unreachable",
-              "the server's certificate is not trusted: name its CA's file in SSL_CERT_FILE"),
+              "the server's certificate is not trusted: $certificates"),
     ErrorRule(r"^429|\bThrottling", "", "wait", "rate limit",
               f"nothing but 429 for {PATIENCE // 60} minutes; run the same command later"),
     ErrorRule(r"context_length_exceeded|exceed_context_size|^413", "", "record", TOO_LONG),
@@ -4203,7 +4205,7 @@ ERROR_RULES = [
               "the server refuses this temperature: choose another --temperature"),
     ErrorRule(r"^0 timeout", "", "retry once", "timeout"),
     ErrorRule(r"^0 unreachable", "", "retry", "server unreachable",
-              "the server cannot be reached: does it run, and the proxy in HTTP_PROXY, if set?"),
+              "the server cannot be reached: $way"),
     ErrorRule(r"^0", "", "retry", "connection lost"),
     ErrorRule(r"^200 no text", "", "retry once", "no text in the reply"),
     ErrorRule(r"^200 tool call", "", "record", "tool call instead of an answer"),
@@ -4516,6 +4518,13 @@ class Endpoint:
             self.causes_said.add(cause)
             note(text)
 
+    def say_waiting(self, cause: str, reason: str) -> None:
+        """`waiting for qwen-max at URL: reason`, once for each cause."""
+        place = self.name
+        if self.model.url:
+            place += f" at {self.model.url}"
+        self.say(cause, f"waiting for {place}: {reason}")
+
     def check_reply(self, messages: list[dict], reply: Reply) -> Reply:
         """The reply with tokens, estimated where the server counts none.
 
@@ -4563,6 +4572,8 @@ class Cache:
     budget counts them over all its runs. `read_only`: nothing is written into the file."""
 
     FIELDS = "key, text, finish, tokens_in, tokens_out, rate, model, payer, served"
+    # Columns that the tables of older versions lack.
+    LATER_COLUMNS: ClassVar[dict] = {"replies": ("payer", "served"), "batches": ("money", "payer")}
 
     def __init__(self, path: str | None, output_id: str = "", read_only: bool = False) -> None:
         self.path = path
@@ -4582,7 +4593,9 @@ class Cache:
             self.db = sqlite3.connect(
                 address, timeout=CACHE_PATIENCE, isolation_level=None, uri=read_only
             )
-            if not read_only:
+            if read_only and self.missing_columns():
+                self.use_copy()
+            if self.missing_columns() or not read_only:
                 self.make_tables()
             query = f"SELECT {self.FIELDS} FROM replies LIMIT 1"
             self.empty = not self.db.execute(query).fetchall()
@@ -4593,8 +4606,23 @@ class Cache:
             text = f"{path}: is no cache to use ({cause}); name another --cache-path"
             raise UserError(text) from None
 
+    def missing_columns(self) -> list[tuple[str, str]]:
+        """[(table, column), ...] of what a file of an older version lacks."""
+        missing = []
+        for table, names in self.LATER_COLUMNS.items():
+            present = [column[1] for column in self.db.execute(f"PRAGMA table_info({table})")]
+            missing += [(table, name) for name in names if name not in present]
+        return missing
+
+    def use_copy(self) -> None:
+        """Go on with a copy in memory, which can be changed."""
+        copy = sqlite3.connect(":memory:", isolation_level=None)
+        self.db.backup(copy)
+        self.db.close()
+        self.db = copy
+
     def make_tables(self) -> None:
-        """Make the tables that are missing."""
+        """Make the tables and columns that are missing: paid replies outlive a version."""
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL"):
             with contextlib.suppress(sqlite3.OperationalError):  # some file systems have no WAL
                 self.db.execute(f"PRAGMA {pragma}")
@@ -4602,6 +4630,9 @@ class Cache:
         self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
         columns = "file PRIMARY KEY, model, id, money, payer"
         self.db.execute(f"CREATE TABLE IF NOT EXISTS batches ({columns})")
+        for table, column in self.missing_columns():
+            with contextlib.suppress(sqlite3.OperationalError):  # another process did it just now
+                self.db.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
 
     def do(self, sql: str, *values: object) -> list[tuple]:
         """One statement, committed -> its rows; raises Stop where the file cannot be used."""
@@ -4853,8 +4884,8 @@ class Models:
             if is_own_bug(error):
                 raise broken(f"the provider `{model.provider}`", error) from error
             hint = "pip install -r requirements.txt; is HTTP_PROXY or HTTPS_PROXY no address?"
-            if isinstance(error, FileNotFoundError):
-                hint = "SSL_CERT_FILE or SSL_CERT_DIR names what does not exist"
+            if isinstance(error, OSError):
+                hint = stale_certificates() or hint
             text = f"{model.name}: no client ({type(error).__name__}): {hint}"
             raise self.halt(text) from None
         # an SDK's objects stay, and looking for garbage among them took 15% of the time
@@ -4870,9 +4901,16 @@ class Models:
             await endpoint.first_call.wait()
             return await self.call_until_done(endpoint, messages, options, hints)
         endpoint.first_call = asyncio.Event()
+        timer = asyncio.get_running_loop().call_later(
+            SLOW_SECONDS,
+            endpoint.say_waiting,
+            "first reply",
+            "no reply to the first call yet",
+        )
         try:
             return await self.call_until_done(endpoint, messages, options, hints)
         finally:
+            timer.cancel()
             endpoint.first_call.set()
             endpoint.since = time.monotonic()
             endpoint.starts = 0
@@ -4968,7 +5006,12 @@ class Models:
 
     def halt_by_rule(self, endpoint: Endpoint, rule: ErrorRule, error: ApiError) -> Stop:
         """Stop the run with the advice of a rule -> the Stop to raise."""
-        values = {"key": endpoint.provider.key or "the key", "served": served_advice(endpoint)}
+        values = {
+            "key": endpoint.provider.key or "the key",
+            "served": served_advice(endpoint),
+            "way": proxy_advice(endpoint.model.url) or "does it run at that address?",
+            "certificates": stale_certificates() or "name its CA's file in SSL_CERT_FILE",
+        }
         return self.halt_for(endpoint, f"{fill(rule.advice, **values)} ({error})")
 
     def retries_after(self, rule: ErrorRule) -> int:
@@ -4977,9 +5020,7 @@ class Models:
 
     async def wait_to_retry(self, endpoint: Endpoint, error: ApiError, tries: int) -> None:
         """Say what is waited for, and wait: longer after each try."""
-        model = endpoint.model
-        place = f"{model.name} at {model.url}" if model.url else model.name
-        endpoint.say(str(error.status), f"waiting for {place}: {error}; trying again")
+        endpoint.say_waiting(str(error.status), f"{error}; trying again")
         backoff = min(30, 2**tries / 4) * random.uniform(0.5, 1)
         await self.pause(max(error.retry_after, backoff))
 
@@ -5065,6 +5106,32 @@ def served_advice(endpoint: Endpoint) -> str:
     nearest_names = difflib.get_close_matches(endpoint.name, served, 5, 0.0)
     more = f" and {len(served) - 5} more" if len(served) > 5 else ""
     return f"the server serves {', '.join(map(one_line, nearest_names))}{more}"
+
+
+def stale_certificates() -> str:
+    """Advice about SSL_CERT_FILE or SSL_CERT_DIR if it names nothing that exists, else ""."""
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        path = os.environ.get(name)
+        if path and not os.path.exists(path):
+            return f"{name} names {path}, which does not exist: correct it, or unset {name}"
+    return ""
+
+
+def proxy_advice(url: str) -> str:
+    """A question about the proxy that calls to this address go through, "" if there is none."""
+    import urllib.request
+
+    address = urllib.parse.urlsplit(url or "https://default.invalid")
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(address.scheme) or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(address.hostname or ""):
+        return ""
+    name = "the system's settings"
+    for variable, value in os.environ.items():
+        if variable.lower().endswith("_proxy") and value == proxy:
+            name = variable
+    host = re.split("@|//", proxy.rstrip("/"))[-1]  # a password may stand before it
+    return f"calls go through the proxy {host} in {name}: does it run?"
 
 
 @functools.cache

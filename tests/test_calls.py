@@ -831,24 +831,25 @@ def test_404s_in_mid_run_are_worth_another_run(rlhf):
 
 def test_a_dead_proxy_is_named(rlhf):
     for sdk in (OPENAI, DASHSCOPE):
-        dead = "http://127.0.0.1:9"
+        dead = "http://me:secret@127.0.0.1:9"
         env = {"HTTP_PROXY": dead, "http_proxy": dead, "NO_PROXY": "", "no_proxy": ""}
         flags = ("--base-url", "http://models.invalid/api/v1", "--max-retries", 0)
         result = rlhf(PROMPTS, *sdk, *flags, **env)
-        assert result.status == 3 and "the proxy in HTTP_PROXY" in result.err
+        assert result.status == 3 and "secret" not in result.err
+        assert re.search("the proxy 127.0.0.1:9 in http_proxy: does it run", result.err, re.I)
 
 
 def test_a_stale_certificate_file_is_named(rlhf):
     env = {"SSL_CERT_FILE": "/nowhere/ca.pem", "OPENAI_API_KEY": "k" * 9}
     result = rlhf(PROMPTS, *OPENAI, "--base-url", "https://models.invalid/v1", **env)
-    assert result.status == 3 and "SSL_CERT_FILE or SSL_CERT_DIR names" in result.err
+    assert result.status == 3 and "SSL_CERT_FILE names /nowhere/ca.pem" in result.err
 
 
 def test_a_certificate_that_is_not_trusted_has_its_own_advice():
     failure = type("SSLCertVerificationError", (OSError,), {})("self-signed certificate")
     error = rc.read_error(failure)
     rule = rc.find_rule(error, rc.Model("openai", "m"), False)
-    assert rule.action == "stop" and "name its CA's file in SSL_CERT_FILE" in rule.advice
+    assert rule.action == "stop" and "certificate is not trusted" in rule.advice
 
 
 # --- requests that are refused
@@ -1010,6 +1011,22 @@ def test_a_rerun_on_the_cached_replies_of_one_model_stops_again_without_a_call(r
         assert api.count() == 2
 
 
+def test_a_cache_of_an_older_version_is_used(rlhf, tmp_path):
+    path = tmp_path / ".rlhf_cache.sqlite"
+    with Api(world) as api:
+        rlhf(PROMPTS[:1], *OPENAI, api=api)
+        calls = api.count()
+        with contextlib.closing(rc.sqlite3.connect(path)) as db:
+            db.execute("ALTER TABLE replies DROP COLUMN served")
+            db.execute("ALTER TABLE replies DROP COLUMN payer")
+            db.execute("DROP TABLE batches")
+        as_it_was = path.read_bytes()
+        dry = rlhf(PROMPTS[:1], *OPENAI, "--dry-run", api=api)
+        assert dry.status == 0 and f"{calls} from cache, 0 to pay" in dry.out
+        assert path.read_bytes() == as_it_was
+        assert rlhf(PROMPTS[:1], *OPENAI, api=api).status == 0 and api.count() == calls
+
+
 @pytest.mark.parametrize(
     "asked, served, same",
     [
@@ -1039,6 +1056,18 @@ def test_the_first_retry_says_what_is_waited_for(rlhf):
         assert re.search(
             rf"waiting for \w+ at {api.url}/v1: 503 .*loading; trying again", result.err
         )
+
+
+def test_a_slow_first_reply_is_said_to_be_waited_for(rlhf, monkeypatch):
+    monkeypatch.setattr(rc, "SLOW_SECONDS", 0.05)
+
+    async def answer(call):
+        await asyncio.sleep(0.3 if call.model == "weak" and api.count("weak") == 1 else 0)
+        return world(call)
+
+    with Api(answer) as api:
+        result = rlhf(PROMPTS, *OPENAI, api=api)
+        assert result.err.count(f"waiting for weak at {api.url}/v1: no reply to the first") == 1
 
 
 def test_a_server_that_goes_away_in_mid_run_stops_it(rlhf):
