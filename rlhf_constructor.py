@@ -4380,8 +4380,7 @@ LOWER_LIMITS = [
     r"context length is (\d+) tokens.*?\b(\d+) (?:in the messages|in your prompt|input tokens)",
     r"must be <= (\d+)\. Given: (\d+) `?inputs`? tokens",
     r"\[\s*\d+\s*,\s*(\d+)\s*\]",
-    r"at most (\d+) (?:completion |output )?tokens",
-    r"less than or equal to\D{0,3}(\d+)",
+    r"(?:at most|less than or equal to|<=)\D{0,3}(\d+)",
     r"\d+ > (\d+)\b",
     r"to (\d+) \(inclusive\)",
     r"(?:maximum|limit|exceed|up to)\b\D{0,60}(\d+)",
@@ -4678,6 +4677,38 @@ class Cache:
 
 
 @dataclass
+class Request:
+    """What is asked of a model, before any fix. `hints`: see Provider."""
+
+    model: Model
+    messages: list[dict]
+    options: dict
+    hints: dict
+    is_longer: bool = False  # asked for before, with half the tokens
+
+    @property
+    def role(self) -> str:
+        """`answer` or `judge`."""
+        return self.hints["role"]
+
+    def key(self) -> str:
+        """Its key in the cache."""
+        return digest(
+            self.model.provider,
+            self.model.url,
+            self.model.name,
+            self.messages,
+            self.options,
+            self.hints["sample"],
+        )
+
+    def longer(self) -> Request:
+        """The same with twice the tokens, for a reply that was cut."""
+        doubled = {"max_tokens": 2 * self.options["max_tokens"]}
+        return replace(self, options=self.options | doubled, is_longer=True)
+
+
+@dataclass
 class Usage:
     """What one model did in one role."""
 
@@ -4736,13 +4767,17 @@ class Models:
         seed = self.args.seed if role == "answer" else 0  # a judge's prompt depends on it anyway
         if seed:
             options = {"seed": int(digest(seed, sample)[:7], 16)} | options
-        hints = {"sample": sample, "reference": reference, "role": role, "seed": seed}
-        reply = cut_at_end_mark(await self.ask_once(model, messages, options, hints))
-        if reply.finish == "length" and self.may_ask_longer(model, reply, options):
-            longer = options | {"max_tokens": 2 * options["max_tokens"]}
-            hints["again"] = True
+        hints = {
+            "sample": sample,
+            "reference": reference,
+            "role": role,
+            "seed": seed,
+        }
+        request = Request(model, messages, options, hints)
+        reply = cut_at_end_mark(await self.ask_once(request))
+        if reply.finish == "length" and self.may_ask_longer(request, reply):
             try:
-                reply = cut_at_end_mark(await self.ask_once(model, messages, longer, hints))
+                reply = cut_at_end_mark(await self.ask_once(request.longer()))
             except Failed as failed:
                 if failed.retryable:  # the next run may get it whole
                     raise
@@ -4753,38 +4788,45 @@ class Models:
             raise Failed("model", f"only thoughts came: {model.name}: raise --max-tokens")
         return reply
 
-    def may_ask_longer(self, model: Model, reply: Reply, options: dict) -> bool:
+    def may_ask_longer(self, request: Request, reply: Reply) -> bool:
         """True if a cut reply may come whole with twice the tokens."""
-        if "max_tokens" not in options or is_repetition_loop(reply.text):
+        if "max_tokens" not in request.options or is_repetition_loop(reply.text):
             return False
-        endpoint = self.endpoints.get(model)
+        endpoint = self.endpoints.get(request.model)
         if not endpoint:
             return True
-        longer = options | {"max_tokens": 2 * options["max_tokens"]}
-        fixes = endpoint.fixes  # one may have lowered both to the model's limit
-        differs = endpoint.wire_options(options, fixes) != endpoint.wire_options(longer, fixes)
-        return differs and not endpoint.no_longer_replies
+        if endpoint.no_longer_replies:
+            return False
+        # a fix may have lowered both to the model's limit
+        sent = endpoint.wire_options(request.options, endpoint.fixes)
+        longer = endpoint.wire_options(request.longer().options, endpoint.fixes)
+        return sent != longer
 
-    async def ask_once(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
-        """One request through the cache; its key is what was asked for, before any fix."""
-        role = hints["role"]
-        if not model.is_online:
-            return self.count(model, role, await self.fetch(model, messages, options, hints))
+    async def ask_once(self, request: Request) -> Reply:
+        """The reply to one request, counted; a model on the network is asked through the cache."""
+        cached = False
+        if request.model.is_online:
+            reply, cached = await self.look_up_or_fetch(request)
+        else:
+            reply = await self.fetch(request)
+        return self.count(request.model, request.role, reply, cached)
+
+    async def look_up_or_fetch(self, request: Request) -> tuple[Reply, bool]:
+        """-> the reply, and whether it was there already; a dry run guesses what is not there."""
         if self.dry and self.cache.empty:  # no need to look
-            return self.count(model, role, self.guess(model, messages, hints))
-        key = digest(model.provider, model.url, model.name, messages, options, hints["sample"])
+            return self.guess(request), False
+        key = request.key()
         reply = self.cache.get(key)
-        cached = not self.batches or hash(key) not in self.batches.fresh
-        if not reply and self.dry:
-            return self.count(model, role, self.guess(model, messages, hints))
-        if not reply:
-            reply, cached = await self.fetch_once(key, model, messages, options, hints)
-        self.check_served(model, reply, role)
-        return self.count(model, role, reply, cached)
+        if reply:
+            cached = not self.batches or hash(key) not in self.batches.fresh
+        elif self.dry:
+            return self.guess(request), False
+        else:
+            reply, cached = await self.fetch_once(key, request)
+        self.check_served(request.model, reply, request.role)
+        return reply, cached
 
-    async def fetch_once(
-        self, key: str, model: Model, messages: list, options: dict, hints: dict
-    ) -> tuple[Reply, bool]:
+    async def fetch_once(self, key: str, request: Request) -> tuple[Reply, bool]:
         """-> a reply that is in the cache from now on, and whether another call has paid for it."""
         if self.announce_plan:
             async with self.plan_lock:
@@ -4792,7 +4834,7 @@ class Models:
                     await self.announce_plan()
                     self.announce_plan = None
         if self.batches:
-            self.batches.want(key, model, messages, options, hints)
+            self.batches.want(key, request)
         while waiting := self.asking.get(key):  # the same is asked now: one call serves all
             await asyncio.wait([waiting])
             if not waiting.cancelled():
@@ -4800,9 +4842,9 @@ class Models:
         waiting = asyncio.get_running_loop().create_future()
         self.asking[key] = waiting
         try:
-            reply = await self.fetch(model, messages, options, hints)
-            self.pay(model, reply)
-            if not self.cache.put(key, reply, model.name):
+            reply = await self.fetch(request)
+            self.pay(request.model, reply)
+            if not self.cache.put(key, reply, request.model.name):
                 reply = self.cache.get(key)  # another process was first: its reply counts
             waiting.set_result(reply)
         finally:
@@ -4861,15 +4903,19 @@ class Models:
             reason += f", about {self.cost_in_flight:.4g} is under way"
         return f"{reason}. Raise it and run the same command again."
 
-    def guess(self, model: Model, messages: list, hints: dict) -> Reply:
+    def guess(self, request: Request) -> Reply:
         """A pending reply, with the tokens to expect, also of answers that are not there yet."""
-        role = hints["role"]
-        self.first_prompts.setdefault(f"{model.name} as {role}", messages)
-        models = {model, *(other for other, _ in self.usage)}
+        model = request.model
+        role = request.role
+        self.first_prompts.setdefault(f"{model.name} as {role}", request.messages)
+        models = {other for other, _ in self.usage}
+        models.add(model)
         name = unique_names(list(models))[model]  # alike texts would be dropped as identical
-        text = f"<answer {hints['sample'] + 1} of {name}>"
-        tokens_in, tokens_out = self.expected_tokens(model, messages, role)
-        missing = re.findall(r"^[<‹]answer \d+ of .*>$", flatten(messages), re.M)
+        place = request.hints["sample"] + 1
+        text = f"<answer {place} of {name}>"
+        tokens_in, tokens_out = self.expected_tokens(model, request.messages, role)
+        prompt = flatten(request.messages)
+        missing = re.findall(r"^[<‹]answer \d+ of .*>$", prompt, re.M)
         tokens_in += GUESSED_TOKENS["answer"] * len(missing)
         rate = BATCH_RATE if self.args.batch else 1.0
         return Reply(text, "stop", tokens_in, tokens_out, rate, pending=True)
@@ -4894,12 +4940,12 @@ class Models:
         self.endpoints[model] = Endpoint(model, provider)
         return self.endpoints[model]
 
-    async def fetch(self, model: Model, messages: list, options: dict, hints: dict) -> Reply:
+    async def fetch(self, request: Request) -> Reply:
         """Call the provider; a model's first call goes alone: a wrong key costs one call."""
-        endpoint = self.endpoint(model)
+        endpoint = self.endpoint(request.model)
         if endpoint.first_call:
             await endpoint.first_call.wait()
-            return await self.call_until_done(endpoint, messages, options, hints)
+            return await self.call_until_done(endpoint, request)
         endpoint.first_call = asyncio.Event()
         timer = asyncio.get_running_loop().call_later(
             SLOW_SECONDS,
@@ -4908,41 +4954,40 @@ class Models:
             "no reply to the first call yet",
         )
         try:
-            return await self.call_until_done(endpoint, messages, options, hints)
+            return await self.call_until_done(endpoint, request)
         finally:
             timer.cancel()
             endpoint.first_call.set()
             endpoint.since = time.monotonic()
             endpoint.starts = 0
 
-    async def call_until_done(
-        self, endpoint: Endpoint, messages: list, options: dict, hints: dict
-    ) -> Reply:
+    async def call_until_done(self, endpoint: Endpoint, request: Request) -> Reply:
         """Call until there is a reply, or the rule for the failure says otherwise."""
         fixes = list(endpoint.fixes)
         tries = 0  # that count for --max-retries
         while True:
             start = await endpoint.wait_for_turn(self.pause)
-            sent = endpoint.wire_options(options, fixes)
+            sent = endpoint.wire_options(request.options, fixes)
             try:
-                reply = await self.call(endpoint, messages, sent, hints)
+                reply = await self.call(endpoint, request, sent)
                 endpoint.on_success(fixes)
                 return reply
             except ApiError as error:
-                fix = find_fix(error, sent, fixes, longer="again" in hints)
+                fix = find_fix(error, sent, fixes, request.is_longer)
                 if fix:
                     fixes.append(fix)
                     continue
                 rule = await self.rule_for(endpoint, error, start)
                 if rule.action != "wait":
                     if tries >= self.retries_after(rule):
-                        raise self.fail(endpoint, rule, error, hints) from None
+                        raise self.fail(endpoint, rule, error, request) from None
                     tries += 1
                 await self.wait_to_retry(endpoint, error, tries)
 
-    async def call(self, endpoint: Endpoint, messages: list, options: dict, hints: dict) -> Reply:
-        """One call as it goes over the wire; whatever goes wrong comes out as ApiError."""
-        model = endpoint.model
+    async def call(self, endpoint: Endpoint, request: Request, options: dict) -> Reply:
+        """One call with options as they are sent; whatever goes wrong comes out as ApiError."""
+        model = request.model
+        messages = request.messages
         if self.open_calls.locked():
             limit = f"at most {most_calls():,} calls at once: ulimit -n allows few open files"
             endpoint.say("open files", limit)
@@ -4952,7 +4997,7 @@ class Models:
             over_budget = self.over_budget()
             if over_budget:
                 raise self.halt(over_budget)
-            expected = self.expected_cost(model, messages, hints["role"])
+            expected = self.expected_cost(model, messages, request.role)
             if options.pop("fold_system", False):
                 messages = fold_system_turn(messages)
             self.in_flight += 1
@@ -4960,12 +5005,13 @@ class Models:
             try:
                 # openai alone never times out on a slow drip
                 async with asyncio.timeout(self.args.timeout):
-                    reply = await endpoint.provider.call(model.name, messages, options, hints)
+                    provider = endpoint.provider
+                    reply = await provider.call(model.name, messages, options, request.hints)
             except Exception as failure:  # SDKs let anything through: TypeError, IndexError, ...
                 if is_own_bug(failure):
                     raise broken(f"the provider `{model.provider}`", failure) from failure
                 error = read_error(failure)
-                self.write_off(model, error, hints["role"])
+                self.write_off(model, error, request.role)
                 raise error from None
             finally:
                 self.in_flight -= 1
@@ -5024,10 +5070,12 @@ class Models:
         backoff = min(30, 2**tries / 4) * random.uniform(0.5, 1)
         await self.pause(max(error.retry_after, backoff))
 
-    def fail(self, endpoint: Endpoint, rule: ErrorRule, error: ApiError, hints: dict) -> Exception:
+    def fail(
+        self, endpoint: Endpoint, rule: ErrorRule, error: ApiError, request: Request
+    ) -> Exception:
         """What to raise for a call that failed for good: Failed for the record, or Stop."""
         failed = failed_call(endpoint, rule, error)
-        if "again" in hints and not failed.retryable:
+        if request.is_longer and not failed.retryable:
             endpoint.no_longer_replies = True
             return failed
         if rule.advice:
@@ -5277,17 +5325,18 @@ class Batches:
         self.cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
         self.cache.do("DELETE FROM wanted WHERE file NOT IN (SELECT file FROM batches)")
 
-    def want(self, key: str, model: Model, messages: list, options: dict, hints: dict) -> Never:
+    def want(self, key: str, request: Request) -> Never:
         """Note a request; raises Pending, or Failed if it is not sent again in this run."""
         if key in self.final:
             raise self.final[key]
-        self.models.endpoint(model)  # to submit it to
-        if "again" in hints:
+        self.models.endpoint(request.model)  # to submit it to
+        if request.is_longer:
             self.longer.add(key)
-        request = json.dumps([messages, options], ensure_ascii=False)
+        name = name_of(request.model)
+        content = [request.messages, request.options]
+        body = json.dumps(content, ensure_ascii=False)
         insert = "INSERT OR IGNORE INTO wanted (key, model, role, request, file)"
-        values = (key, name_of(model), hints["role"], request)
-        self.cache.do(f"{insert} VALUES (?, ?, ?, ?, '')", *values)
+        self.cache.do(f"{insert} VALUES (?, ?, ?, ?, '')", key, name, request.role, body)
         raise Pending
 
     async def submit_and_wait(self) -> None:

@@ -869,6 +869,7 @@ LIMITS = {
     "DashScope": "Range of max_tokens should be [1, 2048]",
     "OpenAI": "max_tokens is too large: 4096. This model supports at most 2048 completion tokens",
     "Groq": "`max_tokens` must be less than or equal to `2048`",
+    "TGI": "`max_new_tokens` must be <= 2048. Given: 4096",
     "Anthropic": "max_tokens: 4096 > 2048, which is the maximum allowed number of output tokens",
 }
 
