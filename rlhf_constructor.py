@@ -5312,14 +5312,12 @@ class Batches:
     def __init__(self, models: Models) -> None:
         self.models = models
         self.cache = models.cache
-        # By key of a request: its failed tries, the fixes its refusals taught, and why it is not
-        # sent again in this run.
-        self.tries: Counter = Counter()
-        self.fixes: dict[str, list[RequestFix]] = {}
-        self.final: dict[str, Failed] = {}
-        self.fresh: set[int] = set()  # hashes of the keys whose replies came in this run
-        self.longer: set[str] = set()  # keys of requests with twice the tokens
-        self.new_files: set[str] = set()  # uploaded by this run
+        self.tries = Counter()  # key of a request -> its failed tries
+        self.fixes = defaultdict(list)  # key -> what its refusals taught: [RequestFix, ...]
+        self.final = {}  # key -> the Failed that says why it is not sent again in this run
+        self.fresh = set()  # hashes of the keys whose replies came in this run
+        self.longer = set()  # keys of requests with twice the tokens
+        self.new_files = set()  # uploaded by this run
         self.over_budget = ""  # what to say if --max-cost has no room for a request
         columns = "key TEXT UNIQUE, model, role, request, file"
         self.cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
@@ -5341,7 +5339,9 @@ class Batches:
 
     async def submit_and_wait(self) -> None:
         """Submit what is wanted, and wait until every batch has ended and is in the cache."""
-        endpoints = {name_of(model): endpoint for model, endpoint in self.models.endpoints.items()}
+        endpoints = {}
+        for model, endpoint in self.models.endpoints.items():
+            endpoints[name_of(model)] = endpoint
         while True:
             self.over_budget = ""
             for endpoint in endpoints.values():
@@ -5349,9 +5349,11 @@ class Batches:
                 while uploaded:
                     uploaded = await self.upload_file(endpoint)
             tasks = []
-            for name, file, batch_id in self.cache.do("SELECT model, file, id FROM batches"):
-                if name in endpoints:
-                    tasks.append(self.collect(endpoints[name], file, batch_id))
+            batches = self.cache.do("SELECT model, file, id FROM batches")
+            for name, file, batch_id in batches:
+                endpoint = endpoints.get(name)
+                if endpoint:
+                    tasks.append(self.collect(endpoint, file, batch_id))
             if not tasks:
                 break
             await gather_all(tasks)
@@ -5365,8 +5367,9 @@ class Batches:
         if self.models.stop:
             raise self.models.stop
         name = name_of(endpoint.model)
-        in_turn = endpoint.largest_batch < BATCH_REQUESTS
-        if in_turn and self.cache.do("SELECT file FROM batches WHERE model = ?", name):
+        one_at_a_time = endpoint.largest_batch < BATCH_REQUESTS
+        under_way = self.cache.do("SELECT file FROM batches WHERE model = ?", name)
+        if one_at_a_time and under_way:
             return False
         with tempfile.TemporaryFile() as requests:
             last_row, money = self.write_requests(endpoint, requests)
@@ -5376,11 +5379,17 @@ class Batches:
             if client is None:
                 raise self.models.halt_for(endpoint, NO_ENGINE)
             requests.seek(0)
-            body = {"file": ("batch.jsonl", requests), "purpose": "batch"}
+            content = ("batch.jsonl", requests)
+
+            def create(tries: int) -> Awaitable:
+                return client.files.create(file=content, purpose="batch")
+
             try:
-                stored = await self.with_retries(endpoint, lambda _: client.files.create(**body))
+                stored = await self.with_retries(endpoint, create)
             except ApiError as error:
-                cause = NO_ENGINE if lacks_engine(error) else "the batch engine refused the file"
+                cause = "the batch engine refused the file"
+                if lacks_engine(error):
+                    cause = NO_ENGINE
                 raise self.models.halt_for(endpoint, f"{cause} ({error})") from None
         # A batch is made of the file only after this: a killed run can then look for it.
         update = "UPDATE wanted SET file = ? WHERE model = ? AND file = '' AND rowid <= ?"
@@ -5393,21 +5402,24 @@ class Batches:
     def write_requests(self, endpoint: Endpoint, requests: BinaryIO) -> tuple[int, float]:
         """Write waiting requests up to the limits -> (rowid of the last, 0 if none; their cost)."""
         models = self.models
+        model = endpoint.model
         last_row = 0
         total = 0.0
         query = "SELECT rowid, key, role, request FROM wanted WHERE model = ? AND file = ''"
-        values = (name_of(endpoint.model), endpoint.largest_batch)
+        values = (name_of(model), endpoint.largest_batch)
         waiting = self.cache.db.execute(f"{query} ORDER BY rowid LIMIT ?", values)
         for row, key, role, request in waiting:
             messages, options = json.loads(request)
-            money = models.expected_cost(endpoint.model, messages, role) * BATCH_RATE
+            money = BATCH_RATE * models.expected_cost(model, messages, role)
             self.over_budget = self.over_budget or models.over_budget(money)
             if self.over_budget:
                 break  # until the batches under way have come in, and may have cost less
-            own_fixes = [fix for fix in self.fixes.get(key, []) if fix not in endpoint.fixes]
-            options = endpoint.wire_options(options, endpoint.fixes + own_fixes)
-            data = request_line(key, endpoint.model, messages, options)
-            if last_row and requests.tell() + len(data) > BATCH_BYTES:
+            fixes = list(endpoint.fixes)
+            fixes += [fix for fix in self.fixes[key] if fix not in fixes]
+            options = endpoint.wire_options(options, fixes)
+            data = request_line(key, model, messages, options)
+            size = requests.tell() + len(data)
+            if last_row and size > BATCH_BYTES:
                 break
             requests.write(data)
             models.cost_in_flight += money
@@ -5435,7 +5447,8 @@ class Batches:
             if rule.action in ("record", "later"):
                 raise error
             tries += 1
-            if tries > self.models.args.max_retries and rule.action != "wait":
+            was_last = tries > self.models.args.max_retries
+            if was_last and rule.action != "wait":
                 hint = "run the same command later, or leave out --batch"
                 cause = f"the batch engine is out of reach ({error}): {hint}"
                 raise self.models.halt_for(endpoint, cause)
@@ -5474,8 +5487,11 @@ class Batches:
                 async for batch in batches.list(limit=100):
                     if batch.input_file_id == file:
                         return batch
-            settings = {"endpoint": LINE_URL, "completion_window": "24h"}
-            return await batches.create(input_file_id=file, **settings)
+            return await batches.create(
+                input_file_id=file,
+                endpoint=LINE_URL,
+                completion_window="24h",
+            )
 
         batch = await self.with_retries(endpoint, find_or_create)
         self.cache.do("UPDATE batches SET id = ? WHERE file = ?", batch.id, file)
@@ -5484,40 +5500,42 @@ class Batches:
     async def wait_for_end(self, endpoint: Endpoint, batch_id: str) -> Any:
         """The batch, once it has ended; raises ApiError if it cannot be looked at."""
         batches = endpoint.provider.batch_client().batches
-        seconds = BATCH_POLL[0]
+        seconds, longest = BATCH_POLL
         while True:
             batch = await self.with_retries(endpoint, lambda tries: batches.retrieve(batch_id))
-            status = one_line(batch.status).replace("_", " ")
-            line = f"batch {one_line(batch.id)} ({endpoint.name}): {status}"
-            counts = batch.request_counts
-            if counts:
-                line += f", {counts.completed:,} of {counts.total:,} done, {counts.failed:,} failed"
+            line = progress_line(endpoint, batch)
             endpoint.say(line, line)
             if batch.status in ("completed", "failed", "expired", "cancelled"):
                 return batch
             await self.models.pause(seconds)
-            seconds = min(BATCH_POLL[1], 1.5 * seconds)
+            seconds = min(longest, 1.5 * seconds)
 
     async def on_refusal(self, endpoint: Endpoint, file: str, error: ApiError) -> None:
         """Put the requests of a refused batch back, in smaller parts if it was too big; or stop."""
-        count = len(self.put_back(file))
-        if error.code == TOO_BIG and count > 1:
-            endpoint.largest_batch = min(endpoint.largest_batch, (count + 1) // 2)
+        keys = self.put_back(file)
+        if error.code == TOO_BIG and len(keys) > 1:
+            half = (len(keys) + 1) // 2
+            endpoint.largest_batch = min(endpoint.largest_batch, half)
             note(f"{endpoint.name}: too big a batch for this account; going on in parts")
-        elif not lacks_engine(error):
-            if (await self.models.rule_for(endpoint, error)).action != "wait":
-                raise self.models.halt_for(endpoint, f"the batch was refused ({error})")
-            note(f"{endpoint.name}: the batch was refused ({error}); trying again")
-            await self.models.pause(BATCH_POLL[1])
-        elif file in self.new_files:  # else the file may be gone
-            raise self.models.halt_for(endpoint, f"{NO_ENGINE} ({error})")
+            return
+        if lacks_engine(error):
+            if file in self.new_files:  # else the file may be gone
+                raise self.models.halt_for(endpoint, f"{NO_ENGINE} ({error})")
+            return
+        problem = f"the batch was refused ({error})"
+        rule = await self.models.rule_for(endpoint, error)
+        if rule.action != "wait":
+            raise self.models.halt_for(endpoint, problem)
+        note(f"{endpoint.name}: {problem}; trying again")
+        await self.models.pause(BATCH_POLL[1])
 
     def put_back(self, file: str) -> list[str]:
         """Forget a batch; its requests without a reply wait again -> their keys."""
         delete = "DELETE FROM batches WHERE file = ? RETURNING money, payer"
         for money, payer in self.cache.do(delete, file):
             if payer == self.cache.output_id:  # it is no longer under way
-                self.models.cost_in_flight = round(self.models.cost_in_flight - money, 12)
+                left = self.models.cost_in_flight - money
+                self.models.cost_in_flight = round(left, 12)
         update = "UPDATE wanted SET file = '' WHERE file = ? RETURNING key"
         return [key for (key,) in self.cache.do(update, file)]
 
@@ -5539,15 +5557,19 @@ class Batches:
 
     async def store_results(self, endpoint: Endpoint, file: str, batch: Any) -> None:
         """Put the replies of an ended batch into the cache and forget the batch, in one step."""
-        errors = {}
+        errors = {}  # key -> ApiError
+        completed = 0
+        if batch.request_counts:
+            completed = batch.request_counts.completed
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as failures:
             await self.download(endpoint, batch.output_file_id, output)
             await self.download(endpoint, batch.error_file_id, failures)
             with self.cache.db:  # one transaction
                 self.cache.do("BEGIN IMMEDIATE")
-                known = [self.store_result(endpoint, file, line, errors) for line in output]
-                completed = batch.request_counts.completed if batch.request_counts else 0
-                if completed and not any(known):  # kept, for its replies are paid
+                results = 0
+                for line in output:
+                    results += self.store_result(endpoint, file, line, errors)
+                if completed and not results:  # kept, for its replies are paid
                     hint = "its results cannot be read yet; run the same command later"
                     raise self.models.halt(f"batch {batch.id}: {hint}")
                 for line in failures:
@@ -5556,9 +5578,11 @@ class Batches:
         if batch.status == "cancelled":  # by a person, who meant it
             hint = "the same command submits its rest again"
             raise self.models.halt(f"batch {batch.id} was cancelled; {hint}")
-        missing = ApiError(200, "unfinished", f"batch {batch.id} {batch.status} without a result")
+        missing = f"batch {batch.id} {batch.status} without a result"
+        unfinished = ApiError(200, "unfinished", missing)
         for key in left:
-            await self.count_failure(endpoint, key, errors.get(key, missing))
+            error = errors.get(key, unfinished)
+            await self.count_failure(endpoint, key, error)
 
     def store_result(self, endpoint: Endpoint, file: str, line: bytes, errors: dict) -> bool:
         """Store one line by its custom_id, never by its place -> False: no result of this batch.
@@ -5570,9 +5594,9 @@ class Batches:
             result = json.loads(line)
         except (ValueError, RecursionError):
             return False
-        key = look_up(result, "custom_id")
+        key = str(look_up(result, "custom_id"))
         query = "SELECT role, request FROM wanted WHERE key = ? AND file = ?"
-        rows = self.cache.do(query, key, file) if isinstance(key, str) else []
+        rows = self.cache.do(query, key, file)
         if not rows:
             return False
         [(role, request)] = rows
@@ -5582,22 +5606,27 @@ class Batches:
             self.models.write_off(model, error, role, BATCH_RATE)
             errors[key] = error
             return True
-        reply = endpoint.check_reply(json.loads(request)[0], reply)
+        messages, _ = json.loads(request)
+        reply = endpoint.check_reply(messages, reply)
         self.cache.put(key, reply, model.name)
         self.cache.do("DELETE FROM wanted WHERE key = ?", key)
-        self.models.pay(model, self.models.count(model, role, reply))
-        endpoint.on_success(self.fixes.get(key, []))
+        self.models.count(model, role, reply)
+        self.models.pay(model, reply)
+        endpoint.on_success(self.fixes[key])
         self.fresh.add(hash(key))
         return True
 
     async def count_failure(self, endpoint: Endpoint, key: str, error: ApiError) -> None:
         """Note a failed request: whether it is sent again in this run, and with which fix."""
-        fixes = self.fixes.setdefault(key, [])
+        fixes = self.fixes[key]
         [(request,)] = self.cache.do("SELECT request FROM wanted WHERE key = ?", key)
-        options = json.loads(request)[1]
+        _, options = json.loads(request)
         sent = endpoint.wire_options(options, fixes)
         fix = find_fix(error, sent, fixes, longer=key in self.longer)
-        if fix and "stream" not in endpoint.wire_options(options, [*fixes, fix]):
+        if fix:
+            fix.change(sent)
+        must_stream = "stream" in sent
+        if fix and not must_stream:
             fixes.append(fix)
             return
         if fix and not endpoint.has_succeeded:
@@ -5605,7 +5634,8 @@ class Batches:
             raise self.models.halt_for(endpoint, f"{cause} ({error})")
         rule = await self.models.rule_for(endpoint, error)
         self.tries[key] += 1
-        if self.tries[key] > self.models.retries_after(rule):
+        allowed = self.models.retries_after(rule)
+        if self.tries[key] > allowed:
             self.final[key] = failed_call(endpoint, rule, error)
             self.cache.do("DELETE FROM wanted WHERE key = ?", key)
 
@@ -5613,6 +5643,17 @@ class Batches:
 def name_of(model: Model) -> str:
     """provider:name@URL, for the tables."""
     return f"{model.provider}:{model.name}@{model.url}"
+
+
+def progress_line(endpoint: Endpoint, batch: Any) -> str:
+    """`batch B1 (qwen-max): in progress, 5 of 20 done, 0 failed`."""
+    status = one_line(batch.status).replace("_", " ")
+    line = f"batch {one_line(batch.id)} ({endpoint.name}): {status}"
+    counts = batch.request_counts
+    if counts:
+        done = f"{counts.completed:,} of {counts.total:,} done"
+        line += f", {done}, {counts.failed:,} failed"
+    return line
 
 
 def request_line(key: str, model: Model, messages: list[dict], options: dict) -> bytes:
@@ -5623,8 +5664,14 @@ def request_line(key: str, model: Model, messages: list[dict], options: dict) ->
     for name, value in options.items():
         if name not in ("fold_system", "multimodal", "stream"):  # no batch can stream
             body[name] = value
-    line = {"custom_id": key, "method": "POST", "url": LINE_URL, "body": body}
-    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+    line = {
+        "custom_id": key,
+        "method": "POST",
+        "url": LINE_URL,
+        "body": body,
+    }
+    text = json.dumps(line, ensure_ascii=False)
+    return f"{text}\n".encode()
 
 
 def read_result(result: dict) -> Reply:
@@ -5632,7 +5679,9 @@ def read_result(result: dict) -> Reply:
     status = number(look_up(result, "response.status_code"))
     body = look_up(result, "response.body")
     if status == 200:
-        return replace(read_completion(body), rate=BATCH_RATE)
+        reply = read_completion(body)
+        reply.rate = BATCH_RATE
+        return reply
     code, words = read_error_body(body)
     if not words:
         code, words = read_error_body(look_up(result, "error"))
@@ -5648,11 +5697,16 @@ def lacks_engine(error: ApiError) -> bool:
 
 def read_batch_error(batch: Any) -> ApiError:
     """Why a batch has failed; a limit of the account counts as 429."""
-    errors = batch.errors.data if batch.errors else None
-    code = errors[0].code if errors else ""
-    words = errors[0].message if errors else ""
-    is_limit = re.search(r"quota|throttling|rate_limit", code or "", re.I)
-    return ApiError(429 if is_limit else 400, code, words)
+    code = ""
+    words = ""
+    if batch.errors and batch.errors.data:
+        first = batch.errors.data[0]
+        code = first.code or ""
+        words = first.message
+    status = 400
+    if re.search(r"quota|throttling|rate_limit", code, re.I):
+        status = 429
+    return ApiError(status, code, words)
 
 
 # --------------------------------------------------------------------------------------------------
