@@ -4433,7 +4433,8 @@ def fold_system_turn(messages: list[dict]) -> list[dict]:
     if len(messages) < 2 or messages[0]["role"] != "system":
         return messages
     system, first, *rest = messages
-    return [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
+    content = f"{system['content']}\n\n{first['content']}"
+    return [{**first, "content": content}, *rest]
 
 
 # --- one model at one address
@@ -4531,7 +4532,8 @@ class Endpoint:
         if not self.model.is_online:
             return reply
         counted = reply.tokens_in and (reply.tokens_out or self.model.is_reward)
-        fills_context = reply.tokens_in >= 1000 and abs((reply.tokens_in + 64) % 1024 - 64) <= 32
+        excess = (reply.tokens_in + 32) % 1024  # contexts are multiples of 1024, give or take 32
+        fills_context = reply.tokens_in >= 1000 and excess <= 64
         if counted and not fills_context:
             return reply
         expected = about_tokens(flatten(messages))
@@ -4561,7 +4563,10 @@ def same_model(asked: str, served: str) -> bool:
         name = re.sub(r"\.(gguf|bin|safetensors)$", "", name.strip().lower())
         names.append(re.split(r"[/\\]", name)[-1])
     short, long = sorted(names, key=len)
-    return long.startswith(short) and long[len(short) :][:1] in ("", *"-@:._ ")
+    if not long.startswith(short):
+        return False
+    suffix = long.removeprefix(short)
+    return not suffix or suffix[0] in "-@:._ "
 
 
 class Cache:
@@ -4592,9 +4597,10 @@ class Cache:
             self.db = sqlite3.connect(
                 address, timeout=CACHE_PATIENCE, isolation_level=None, uri=read_only
             )
-            if read_only and self.missing_columns():
+            if not read_only:
+                self.make_tables()
+            elif self.missing_columns():
                 self.use_copy()
-            if self.missing_columns() or not read_only:
                 self.make_tables()
             query = f"SELECT {self.FIELDS} FROM replies LIMIT 1"
             self.empty = not self.db.execute(query).fetchall()
@@ -4608,17 +4614,18 @@ class Cache:
     def missing_columns(self) -> list[tuple[str, str]]:
         """[(table, column), ...] of what a file of an older version lacks."""
         missing = []
-        for table, names in self.LATER_COLUMNS.items():
-            present = [column[1] for column in self.db.execute(f"PRAGMA table_info({table})")]
-            missing += [(table, name) for name in names if name not in present]
+        for name, later_columns in self.LATER_COLUMNS.items():
+            rows = self.db.execute(f"PRAGMA table_info({name})")
+            present = [row[1] for row in rows]
+            missing += [(name, column) for column in later_columns if column not in present]
         return missing
 
     def use_copy(self) -> None:
         """Go on with a copy in memory, which can be changed."""
-        copy = sqlite3.connect(":memory:", isolation_level=None)
-        self.db.backup(copy)
+        in_memory = sqlite3.connect(":memory:", isolation_level=None)
+        self.db.backup(in_memory)
         self.db.close()
-        self.db = copy
+        self.db = in_memory
 
     def make_tables(self) -> None:
         """Make the tables and columns that are missing: paid replies outlive a version."""
@@ -4629,9 +4636,9 @@ class Cache:
         self.db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns}) WITHOUT ROWID")
         columns = "file PRIMARY KEY, model, id, money, payer"
         self.db.execute(f"CREATE TABLE IF NOT EXISTS batches ({columns})")
-        for table, column in self.missing_columns():
+        for name, column in self.missing_columns():
             with contextlib.suppress(sqlite3.OperationalError):  # another process did it just now
-                self.db.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+                self.db.execute(f"ALTER TABLE {name} ADD COLUMN {column}")
 
     def do(self, sql: str, *values: object) -> list[tuple]:
         """One statement, committed -> its rows; raises Stop where the file cannot be used."""
@@ -4870,10 +4877,13 @@ class Models:
 
     def write_off(self, model: Model, error: ApiError, role: str, rate: float = 1.0) -> None:
         """Bill a reply without text: it is stored under a key that no request has."""
-        if any(error.billed):
-            nothing = Reply("", "no text", *error.billed, rate)
-            self.cache.put(f"no text: {os.urandom(16).hex()}", nothing, model.name)
-            self.pay(model, self.count(model, role, nothing))
+        if not any(error.billed):
+            return
+        nothing = Reply("", "no text", *error.billed, rate)
+        key = f"no text: {os.urandom(16).hex()}"
+        self.cache.put(key, nothing, model.name)
+        self.count(model, role, nothing)
+        self.pay(model, nothing)
 
     def price(self, name: str, tokens_in: float, tokens_out: float) -> float:
         """Money for tokens of a model at --price, 0 without one."""
@@ -4884,7 +4894,9 @@ class Models:
         """Tokens to expect of a call, in and out: as many as its replies had so far."""
         usage = self.usage[model, role]
         replies = usage.calls + usage.cached
-        tokens_out = round(usage.tokens_out / replies) if replies else GUESSED_TOKENS[role]
+        tokens_out = GUESSED_TOKENS[role]
+        if replies:
+            tokens_out = round(usage.tokens_out / replies)
         return about_tokens(flatten(messages)), tokens_out
 
     def expected_cost(self, model: Model, messages: list, role: str) -> float:
@@ -5028,12 +5040,14 @@ class Models:
         if same_model(model.name, reply.model):
             return
         note(f"asked for {model.name}, the server answers as {one_line(reply.model)}")
-        compares = "high" in getattr(METHODS[self.args.method], "asks", ("high", "low"))
-        if role != "answer" or not compares:
+        method = METHODS[self.args.method]
+        asks = getattr(method, "asks", ("high", "low"))
+        if role != "answer" or "high" not in asks:
             return
         for other, served in self.served.items():
-            twin = other.url == model.url and served == reply.model and other.name != model.name
-            if twin and (other, "answer") in self.usage:
+            is_same = served == reply.model and other.url == model.url
+            has_answered = (other, "answer") in self.usage
+            if is_same and has_answered and other.name != model.name:
                 both = f"{other.name} and {model.name} are both answered by {one_line(served)}"
                 hint = "load both, or give each its own MODEL@URL, and name another --cache-path"
                 raise self.halt(f"{both}, so it would be compared with itself: {hint}")
@@ -5042,11 +5056,14 @@ class Models:
         """The rule for an error of a call that began at `start`; raises Stop if it says so."""
         rule = find_rule(error, endpoint.model, endpoint.has_succeeded)
         if rule.kind == "model" and not endpoint.served_models:
+            seconds = min(10, self.args.timeout)
             with contextlib.suppress(Exception):  # no list of models is no error
-                async with asyncio.timeout(min(10, self.args.timeout)):
+                async with asyncio.timeout(seconds):
                     endpoint.served_models = await endpoint.provider.list_models()
-        throttled = rule.action == "wait" and endpoint.on_rate_limit(start) > PATIENCE
-        if throttled or rule.action in ("stop", "stop if new"):
+        must_stop = rule.action in ("stop", "stop if new")
+        if rule.action == "wait":
+            must_stop = endpoint.on_rate_limit(start) > PATIENCE
+        if must_stop:
             raise self.halt_by_rule(endpoint, rule, error)
         return rule
 
@@ -5067,8 +5084,9 @@ class Models:
     async def wait_to_retry(self, endpoint: Endpoint, error: ApiError, tries: int) -> None:
         """Say what is waited for, and wait: longer after each try."""
         endpoint.say_waiting(str(error.status), f"{error}; trying again")
-        backoff = min(30, 2**tries / 4) * random.uniform(0.5, 1)
-        await self.pause(max(error.retry_after, backoff))
+        backoff = min(30, 2**tries / 4)
+        seconds = backoff * random.uniform(0.5, 1)
+        await self.pause(max(error.retry_after, seconds))
 
     def fail(
         self, endpoint: Endpoint, rule: ErrorRule, error: ApiError, request: Request
@@ -5176,7 +5194,8 @@ def proxy_advice(url: str) -> str:
         return ""
     name = "the system's settings"
     for variable, value in os.environ.items():
-        if variable.lower().endswith("_proxy") and value == proxy:
+        is_its_name = variable.lower() in (f"{address.scheme}_proxy", "all_proxy")
+        if is_its_name and value == proxy:
             name = variable
     host = re.split("@|//", proxy.rstrip("/"))[-1]  # a password may stand before it
     return f"calls go through the proxy {host} in {name}: does it run?"
@@ -5231,30 +5250,38 @@ def parse_model(spec: str, args: argparse.Namespace) -> Model:
     if head in PROVIDERS and rest:
         provider, name = head, rest
     name, *own_url = re.split("@(?=http)", name, maxsplit=1, flags=re.I)
-    url = own_url[0] if own_url else ""
     variable = PROVIDERS[provider].url_variable
-    if not url and variable:
-        url = args.base_url if provider == args.provider else ""
+    url = ""
+    if own_url:
+        url = own_url[0]
+    elif variable:
+        if provider == args.provider:
+            url = args.base_url
         url = url or os.environ.get(variable, "")
     check_address(spec, provider, name, url)
-    if provider == "offline" and name not in ("weakened", "heuristic", "exact_match"):
+    known = ("weakened", "heuristic", "exact_match")
+    if provider == "offline" and name not in known:
         names = "reference, weakened, heuristic, exact_match"
         raise UserError(f"offline has no model {name!r}; its models: {names}")
-    return Model(provider, name, url.rstrip("/"), keyless=bool(own_url) and is_private(url))
+    keyless = bool(own_url) and is_private(url)
+    return Model(provider, name, url.rstrip("/"), keyless)
 
 
 def check_address(spec: str, provider: str, name: str, url: str) -> None:
     """Raise UserError for a model's name or address that cannot work."""
-    if re.search(r"[?#]", url) and "@" not in url:
+    bare_url, *query = re.split("[?#]", url, maxsplit=1)
+    if query and "@" not in url:
         azure = "Azure's is https://NAME.openai.azure.com/openai/v1"
-        raise UserError(f"{re.split('[?#]', url)[0]}: a base URL takes no query; {azure}")
+        raise UserError(f"{bare_url}: a base URL takes no query; {azure}")
     if not name or "@" in url or name.count("@") > 1:
-        form = f"{name.partition('@')[0]!r} is not [provider:]model[@URL]"
-        raise UserError(f"{form}; a key belongs into the environment, not the URL")
-    bare_address = re.search(r"@(localhost|[\w.-]+:\d)", name)
-    if bare_address or (url and not ADDRESS.match(url)):
-        form = "an address is written http://HOST:PORT/v1 or https://HOST/v1"
-        raise UserError(f"{name if bare_address else url}: {form}")
+        bare_name = name.partition("@")[0]
+        hint = "a key belongs into the environment, not the URL"
+        raise UserError(f"{bare_name!r} is not [provider:]model[@URL]; {hint}")
+    form = "an address is written http://HOST:PORT/v1 or https://HOST/v1"
+    if re.search(r"@(localhost|[\w.-]+:\d)", name):
+        raise UserError(f"{name}: {form}")
+    if url and not ADDRESS.match(url):
+        raise UserError(f"{url}: {form}")
     if provider == "reward" and not url:
         form = "a reward model needs its address: reward:NAME@http://localhost:8000"
         raise UserError(f"{spec}: {form}")
@@ -5313,7 +5340,7 @@ class Batches:
         self.models = models
         self.cache = models.cache
         self.tries = Counter()  # key of a request -> its failed tries
-        self.fixes = defaultdict(list)  # key -> what its refusals taught: [RequestFix, ...]
+        self.fixes = {}  # key -> what its refusals taught: [RequestFix, ...]
         self.final = {}  # key -> the Failed that says why it is not sent again in this run
         self.fresh = set()  # hashes of the keys whose replies came in this run
         self.longer = set()  # keys of requests with twice the tokens
@@ -5378,10 +5405,10 @@ class Batches:
             client = endpoint.provider.batch_client()
             if client is None:
                 raise self.models.halt_for(endpoint, NO_ENGINE)
-            requests.seek(0)
             content = ("batch.jsonl", requests)
 
             def create(tries: int) -> Awaitable:
+                requests.seek(0)
                 return client.files.create(file=content, purpose="batch")
 
             try:
@@ -5415,7 +5442,7 @@ class Batches:
             if self.over_budget:
                 break  # until the batches under way have come in, and may have cost less
             fixes = list(endpoint.fixes)
-            fixes += [fix for fix in self.fixes[key] if fix not in fixes]
+            fixes += [fix for fix in self.fixes.get(key, []) if fix not in fixes]
             options = endpoint.wire_options(options, fixes)
             data = request_line(key, model, messages, options)
             size = requests.tell() + len(data)
@@ -5612,26 +5639,25 @@ class Batches:
         self.cache.do("DELETE FROM wanted WHERE key = ?", key)
         self.models.count(model, role, reply)
         self.models.pay(model, reply)
-        endpoint.on_success(self.fixes[key])
+        endpoint.on_success(self.fixes.get(key, []))
         self.fresh.add(hash(key))
         return True
 
     async def count_failure(self, endpoint: Endpoint, key: str, error: ApiError) -> None:
         """Note a failed request: whether it is sent again in this run, and with which fix."""
-        fixes = self.fixes[key]
+        fixes = self.fixes.setdefault(key, [])
         [(request,)] = self.cache.do("SELECT request FROM wanted WHERE key = ?", key)
         _, options = json.loads(request)
         sent = endpoint.wire_options(options, fixes)
         fix = find_fix(error, sent, fixes, longer=key in self.longer)
         if fix:
             fix.change(sent)
-        must_stream = "stream" in sent
-        if fix and not must_stream:
-            fixes.append(fix)
-            return
-        if fix and not endpoint.has_succeeded:
-            cause = "the model only streams its replies, which a batch cannot: leave out --batch"
-            raise self.models.halt_for(endpoint, f"{cause} ({error})")
+            if "stream" not in sent:
+                fixes.append(fix)
+                return
+            if not endpoint.has_succeeded:
+                cause = "the model only streams its replies, which a batch cannot"
+                raise self.models.halt_for(endpoint, f"{cause}: leave out --batch ({error})")
         rule = await self.models.rule_for(endpoint, error)
         self.tries[key] += 1
         allowed = self.models.retries_after(rule)
