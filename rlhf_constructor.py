@@ -4457,49 +4457,72 @@ class Endpoint:
         self.throttled_since = 0.0  # the first 429 after the last success
         self.causes_said: set[str] = set()  # of notes
         self.pacing_lock = asyncio.Lock()
-        self.since = time.monotonic()  # when the first burst of calls began
-        self.starts = 0  # of calls in it
+        self.next_start = 0.0  # of a call
         self.burst_end = 0.0  # time of the first 429
+        self.burst_passed = 0  # calls of the first burst that were not refused
         self.burst_seconds = 1.0
         self.rate = 0.0  # calls a second; 0: no limit is known
-        self.rate_changed = 0.0  # when
-        self.next_start = 0.0  # of a call
+        self.growth = 1.05  # of the rate after a second without refusals
+        self.count_from(time.monotonic())
+
+    def count_from(self, now: float) -> None:
+        """Count starts and refusals anew."""
+        self.since = now
+        self.starts = 0
+        self.refusals = 0
 
     async def wait_for_turn(self, pause: Callable[[float], Awaitable]) -> float:
-        """Wait for this call's turn, first come first served -> the time at which it starts.
-
-        A rate that calls have to wait for grows by 10% after each second without a refusal."""
+        """Wait for this call's turn, first come first served -> the time at which it starts."""
         if self.rate:
             async with self.pacing_lock:
-                wait = self.next_start - time.monotonic()
-                await pause(wait)
-                now = time.monotonic()
-                self.next_start = max(self.next_start, now - 0.05) + 1 / self.rate
-                if wait > 0 and now > self.rate_changed + 1:
-                    self.rate *= 1.1
-                    self.rate_changed = now
+                await pause(self.next_start - time.monotonic())
+                turn = max(self.next_start, time.monotonic() - 0.05)
+                self.next_start = turn + 1 / self.rate
+        now = time.monotonic()
         self.starts += 1
-        return time.monotonic()
+        if self.rate:
+            self.adjust_rate(now)
+        return now
 
     def on_rate_limit(self, start: float) -> float:
         """Count a 429 for the call that began at `start` -> seconds since the last success.
 
         The first one ends the burst with which a run begins: the calls of it that were not refused
-        are the first guess of the rate. Later ones lower it by 10%, once for the calls that began
-        before. Simulated with 64 in flight: 97% of a limit of 50/s, 93% of 10/s at 2 s latency."""
+        are the first guess of the rate, and its second is over before the next call."""
         now = time.monotonic()
         if not self.rate:
             self.burst_end = now
+            self.burst_passed = self.starts
             self.burst_seconds = max(1.0, now - self.since)
-            self.rate = self.starts / self.burst_seconds
-            self.next_start = self.rate_changed = now + 1
+            self.count_from(max(now, self.since + 1))
+            self.next_start = self.since
         if start <= self.burst_end:
-            self.rate = max(0.5, self.rate - 1 / self.burst_seconds)
-        elif start > self.rate_changed:
-            self.rate = max(0.1, 0.9 * self.rate)
-            self.rate_changed = now
+            self.burst_passed -= 1
+            self.rate = max(0.5, self.burst_passed / self.burst_seconds)
+        else:
+            self.refusals += 1
         self.throttled_since = self.throttled_since or now
         return now - self.throttled_since
+
+    def adjust_rate(self, now: float) -> None:
+        """Each second: a little above what was accepted if calls were refused, else 5-20% faster.
+
+        Measured with 64 in flight: 97% of a limit of 50/s, 92% of 10/s at 2 s latency."""
+        seconds = now - self.since
+        too_few = self.refusals and self.starts < 20 and seconds < 3
+        if seconds < 1 or too_few:
+            return
+        accepted = (self.starts - self.refusals) / seconds
+        refused_share = self.refusals / self.starts
+        if refused_share > 0.03:
+            slowest = 0.95 if refused_share < 0.3 else 0.8
+            target = min(self.rate, 1.03 * accepted)
+            self.rate = max(slowest * self.rate, target)
+            self.growth = 1.05
+        elif accepted > 0.7 * self.rate:  # no faster than it is used
+            self.rate *= self.growth
+            self.growth = min(1.2, 2 * self.growth - 1)
+        self.count_from(now)
 
     def on_success(self, fixes: list[RequestFix]) -> None:
         """A reply came, to a request with these fixes: they are kept, failures are forgotten."""
@@ -4970,8 +4993,7 @@ class Models:
         finally:
             timer.cancel()
             endpoint.first_call.set()
-            endpoint.since = time.monotonic()
-            endpoint.starts = 0
+            endpoint.count_from(time.monotonic())
 
     async def call_until_done(self, endpoint: Endpoint, request: Request) -> Reply:
         """Call until there is a reply, or the rule for the failure says otherwise."""
@@ -5082,9 +5104,11 @@ class Models:
         return min(self.args.max_retries, MOST_RETRIES.get(rule.action, 0))
 
     async def wait_to_retry(self, endpoint: Endpoint, error: ApiError, tries: int) -> None:
-        """Say what is waited for, and wait: longer after each try."""
+        """Say what is waited for, and wait: longer after each try that counts."""
         endpoint.say_waiting(str(error.status), f"{error}; trying again")
-        backoff = min(30, 2**tries / 4)
+        backoff = 0.0  # after a 429 the pacing decides
+        if tries:
+            backoff = min(30, 2**tries / 4)
         seconds = backoff * random.uniform(0.5, 1)
         await self.pause(max(error.retry_after, seconds))
 

@@ -616,17 +616,15 @@ def test_a_throttle_on_the_very_first_call_does_not_put_the_run_to_sleep():
     assert endpoint.rate == 0.5
 
 
-def test_a_rate_falls_once_for_calls_of_one_time_and_rises_again():
+@pytest.mark.parametrize(
+    "starts, refusals, rate",
+    [(50, 0, 52.5), (50, 5, 47.5), (50, 40, 40), (20, 0, 50), (50, 1, 52.5)],
+)
+def test_a_rate_follows_what_came_through_in_small_steps(starts, refusals, rate):
     endpoint = rc.Endpoint(rc.Model("openai", "m"), None)
-    endpoint.rate = 50.0
-    starts = asyncio.run(turns(endpoint, 3))
-    for start in starts:
-        endpoint.on_rate_limit(start)
-    assert endpoint.rate == pytest.approx(45)
-    endpoint.rate_changed -= 2
-    endpoint.next_start = rc.time.monotonic() + 1
-    asyncio.run(turns(endpoint, 2))
-    assert endpoint.rate == pytest.approx(49.5)
+    endpoint.rate, endpoint.starts, endpoint.refusals = 50.0, starts, refusals
+    endpoint.adjust_rate(endpoint.since + 1)
+    assert endpoint.rate == pytest.approx(rate) and endpoint.starts == 0
 
 
 def test_an_answer_all_spent_on_thinking_is_called_truncated(rlhf):
