@@ -5097,11 +5097,14 @@ def check_is_reply(provider: str, reply: object) -> None:
         raise PartError(f"{part} returned a Reply with the finish {reply.finish!r}, not {known}")
 
 
+BUG_KINDS = (TypeError, AttributeError, NotImplementedError, ArithmeticError, AssertionError)
+
+
 def is_own_bug(error: Exception) -> bool:
     """Whether an error of a call is a bug of the provider, and no failure of the server.
 
-    A name that does not exist always is; a TypeError or AttributeError is if a line of this file
-    raised it; a LookupError or ValueError if that line stands in a provider's class."""
+    A name that does not exist always is; errors of BUG_KINDS are if a line of this file raised
+    them; a LookupError or ValueError if that line stands in a provider's class."""
     if isinstance(error, NameError):
         return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -5111,7 +5114,7 @@ def is_own_bug(error: Exception) -> bool:
     if isinstance(error, LookupError | ValueError):
         class_name = code.co_qualname.partition(".")[0]
         return class_name in {provider.__name__ for provider in PROVIDERS.values()}
-    return isinstance(error, TypeError | AttributeError)
+    return isinstance(error, BUG_KINDS)
 
 
 # --- requests that a server refuses, and how to change them
