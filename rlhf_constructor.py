@@ -8482,10 +8482,15 @@ def file_lines(files: OutputFiles) -> list[str]:
     """The files that were written, each with what it holds."""
     page, _, review_page = files.pages
     rows = files.rows
+    written = rows[files.output]
+    if files.test:
+        written += rows[files.test]
+    reasons = "its reason" if rows[files.drops] == 1 else "their reasons"
+    unit = "pair" if written == files.pairs else "row"  # formats may write two rows of a pair
     contents = {
-        files.output: plural(rows[files.output], "row"),
-        files.test: f"{plural(rows[files.test], 'row')} held out for testing (--test-fraction)",
-        files.drops: f"{plural(rows[files.drops], 'dropped record')} and why",
+        files.output: plural(rows[files.output], unit),
+        files.test: f"{plural(rows[files.test], unit)} held out for testing (--test-fraction)",
+        files.drops: f"{plural(rows[files.drops], 'record')} with {reasons}",
         files.candidates: "all answers of the records, an input for rank_responses",
         page: "quality report, open it in a browser",
         review_page: "pairs to review by hand, open it in a browser",

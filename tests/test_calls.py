@@ -1021,7 +1021,7 @@ def test_a_cache_of_an_older_version_is_used(rlhf, tmp_path):
             db.execute("DROP TABLE batches")
         as_it_was = path.read_bytes()
         dry = rlhf(PROMPTS[:1], *OPENAI, "--dry-run", api=api)
-        assert dry.status == 0 and f"{calls} from cache, 0 to pay" in dry.out
+        assert dry.status == 0 and f"{calls} are cached, 0 to pay" in dry.out
         assert path.read_bytes() == as_it_was
         assert rlhf(PROMPTS[:1], *OPENAI, api=api).status == 0 and api.count() == calls
 
