@@ -7285,7 +7285,8 @@ def few_sentence(pairs: int, checks: dict[str, int]) -> str:
         return "There are no pairs, so their quality cannot be checked."
     if pairs >= 100 or 2 * checks["too_few"] < checks["total"]:
         return ""
-    return f"Too few pairs ({pairs}) for most quality checks: they need 30 to 100 cases."
+    subject = "1 pair is" if pairs == 1 else f"{pairs} pairs are"
+    return f"{subject} too few for most quality checks (they need 30 to 100 cases)."
 
 
 def headline(metrics: list[dict]) -> list[str]:
