@@ -542,7 +542,7 @@ def test_ranks_and_choices_are_no_scores():
     "n, few",
     [
         (0, "There are no pairs, so their quality cannot be checked."),
-        (20, ") for most quality checks: they need 30 to 100 cases."),
+        (20, "are too few for most quality checks (they need 30 to 100 cases)."),
         (400, ""),
     ],
 )
