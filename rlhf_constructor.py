@@ -4089,7 +4089,7 @@ DOUBT = re.compile(
 # After the answer, or behind the letter of a choice: it is taken back, or not the only one.
 TAKEN_BACK = re.compile(
     rf"{DOUBT.pattern}|[?？]|\b(?:but|however|no|or|impossible|intermediate|candidate|plus|wait"
-    r"|actually|both|all|none|sorry|correction|rather|instead|because)\b"
+    r"|actually|also|both|all|none|nope|my bad|sorry|correction|rather|instead|because)\b"
     r"|但|或|而|漏|再算|重算|有问题|干扰|都|均|也|应|改|等等|重新|[甲乙丙丁]",
     re.I,
 )
@@ -4157,6 +4157,10 @@ def final_answer(text: str) -> FinalAnswer | None:
     if not lines or len(lines[-1]) > 80:
         return None
     last = read_answer(lines[-1])
+    if len(lines) > 1:
+        unfinished_sentence = re.split(r"[.!?。！？]", lines[-2])[-1]
+        if DOUBT.search(unfinished_sentence):  # "You might think", and the answer below it
+            return None
     for line in lines[:-1]:  # a list of numbers or choices ends with no final answer
         if len(line) <= 80 and read_answer(line).kind == last.kind:
             return None
@@ -4180,10 +4184,13 @@ def marked_answers(text: str) -> list[tuple[int, str]]:
     for box in BOX.finditer(text):
         rest = re.match(r"[^\n.,;:。，；：]*", text[box.end() :])[0]  # a unit, or more of it
         closing = r"[${})\]]|\\[)\]]"
-        raw = box[1] + re.sub(closing, " ", rest)
+        following = re.sub(closing, " ", rest)
+        raw = box[1] + following
         before = text[max(0, box.start() - 40) : box.start()]
         if BEFORE_BOX.search(before):
             raw = "?"
+        if following.strip() and CHOICE.fullmatch(plain_math(box[1])):
+            raw = "?"  # only a number has a unit
         end = box.end() + len(rest)
         found.append((box.start(), end, raw))
     answers = []
@@ -4273,7 +4280,7 @@ def is_unit(text: str, touching: bool) -> bool:
     if text in UNIT_OF:
         return True
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
-        return not re.search("[左右余多几约上下半之]", text)
+        return not re.search("[左右余多几约上下半之不没非错误对是吧怪改正]", text)
     counted = r"[a-z]{2,}[a-rt-z]s|people|children|men|women|[ckm]m|kg|ml|ft|mph"
     return bool(re.fullmatch(counted, text)) and not touching and not text.endswith("ths")
 
