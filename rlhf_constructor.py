@@ -3235,9 +3235,15 @@ ERROR_TEXT = re.compile(
 )
 MARK_NAMES = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
 CHAT_TAG = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
-# Marks at the start or end of a line or sentence: those inside of one are spoken of.
+# What follows a mark that a Chinese sentence speaks of: <|im_end|>等标记, 用</think>结束.
+ZH_AFTER_MARK = "(?:[、，,;；:：。)）和与或之的来标符等后]|结尾|结束|开头|表示|分隔)"
+# Marks at the start or end of a line or sentence, or right behind a word. Others are spoken of.
 CONTROL = re.compile(
-    rf"(?m)(?:^|[.!?。！？]) *{CHAT_TAG}|{CHAT_TAG}(?= *(?:[A-Z]|$))|^(?:Human|Assistant): "
+    rf"(?m)(?:^|[.!?。！？]) *{CHAT_TAG}|{CHAT_TAG}(?= *(?:[A-Z]|$))"
+    rf"|{CHAT_TAG}(?:user|assistant|system)\s*\Z"
+    rf"|(?<=[^\s{CJK}\"'“‘「『(（\[{{/|,，、:：;；<>*_=+-]){CHAT_TAG}"
+    rf"|(?<=[{CJK}]){CHAT_TAG}(?! ?{ZH_AFTER_MARK})"
+    r"|^(?:Human|Assistant): "
 )
 ZH_COUNT = "二三四五六七八九十百千两几"
 # "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not.
