@@ -3258,8 +3258,9 @@ LOOP_UNIT = 1000  # characters of the longest unit that is looked for at the end
 LOOP_SHARE = 0.75  # of the words in consecutive repeats, from which a text is a loop
 REPEATS_ITSELF = 0.30  # of the words in repeated runs, from which a kept text is worth a review
 RULED_LINE = re.compile(r"[-_=*~#|:+\\\[\]—–─━═\s]*")  # also the empty cells of a table
-# `1.`, `Week 2:` at the start of a line or sentence; the end of the text may cut it.
-NUMBERING = re.compile(r"(?m)((?:^|[.!?。！？]) *(?:[^\W\d]{1,20} )?)\d+(?=[.):、：]|\Z)")
+COUNTED_REPEATS = 11  # of a sentence with a number that counts: a program may count to 10
+NUMBER = re.compile(r"\d+")
+TABLE_OR_CODE = re.compile(r"[|<>{}=\t]|\w\(|\d,[^\W\d]|;$", re.M)
 
 
 def is_repetition_loop(text: str) -> bool:
@@ -3272,13 +3273,51 @@ def is_repetition_loop(text: str) -> bool:
 def ends_in_repeats(text: str) -> bool:
     """Whether the text ends in a unit repeated 4 times (from 200 characters: 3 times) or more.
 
-    Numbered ones ("1. Wait. 2. Wait.") are alike, too, from 11 on: a program may count to 10."""
+    From 11 times on, a number in it may count ("(1) Check it again. (2) Check it again.")."""
     end = text[-5 * LOOP_UNIT :].rstrip()
     if unit := repeated_end(end, 3):
         return not RULED_LINE.fullmatch(unit)
-    if not NUMBERING.search(end[-200:]):
+    if not NUMBER.search(end[-200:]):
         return False
-    return len(split_words(repeated_end(NUMBERING.sub(r"\1", end), 11))) > 1
+    unit = repeated_end(NUMBER.sub("0", end), COUNTED_REPEATS)
+    if not is_numbered_sentence(unit):
+        return False
+    columns = unit.count("0")
+    numbers = NUMBER.findall(end)[-COUNTED_REPEATS * columns :]
+    return counts_on(numbers, columns)
+
+
+def is_numbered_sentence(unit: str) -> bool:
+    """Whether words follow a 0 in its line, or the unit is long: not so where a program counts.
+
+    The unit is repeated, so it may begin in the middle of its line."""
+    if TABLE_OR_CODE.search(unit):
+        return False
+    if len(split_words(unit.replace("0", " "))) >= 10:
+        return True
+    for rest in re.findall("0([^\n]*)", unit * 2):
+        least = 3 if rest.startswith(" ") else 2  # programs print "Thread 1 is running"
+        if len(split_words(rest.replace("0", " "))) >= least:
+            return True
+    return False
+
+
+def counts_on(numbers: list[str], columns: int) -> bool:
+    """Whether one column of the numbers at most counts up by 1, and the others stay the same.
+
+    >>> counts_on(["1", "7", "2", "7", "3", "7", "4", "7", "5", "7"], columns=2)
+    True
+    """
+    counting = 0
+    for column in range(columns):
+        values = [int(digits[-9:]) for digits in numbers[column::columns]]
+        inner_values = values[1:-1]  # the text may begin or end in the middle of a number
+        steps = {after - before for before, after in itertools.pairwise(inner_values)}
+        if steps == {1}:
+            counting += 1
+        elif steps != {0}:
+            return False
+    return counting <= 1
 
 
 def repeated_end(text: str, least: int) -> str:
