@@ -3235,9 +3235,15 @@ ERROR_TEXT = re.compile(
 )
 MARK_NAMES = ("<|", "INST]", "think>", "SYS>", "Human: ", "Assistant: ")
 CHAT_TAG = r"(?:<\|\w[^|\n<>]*\|>|\[/?INST\]|</?think>|<</?SYS>>)"
-# Marks at the start or end of a line or sentence: those inside of one are spoken of.
+# What follows a mark that a Chinese sentence speaks of: <|im_end|>等标记, 用</think>结束.
+ZH_AFTER_MARK = "(?:[、，,;；:：。)）和与或之的来标符等后]|结尾|结束|开头|表示|分隔)"
+# Marks at the start or end of a line or sentence, or right behind a word. Others are spoken of.
 CONTROL = re.compile(
-    rf"(?m)(?:^|[.!?。！？]) *{CHAT_TAG}|{CHAT_TAG}(?= *(?:[A-Z]|$))|^(?:Human|Assistant): "
+    rf"(?m)(?:^|[.!?。！？]) *{CHAT_TAG}|{CHAT_TAG}(?= *(?:[A-Z]|$))"
+    rf"|{CHAT_TAG}(?:user|assistant|system)\s*\Z"
+    rf"|(?<=[^\s{CJK}\"'“‘「『(（\[{{/|,，、:：;；<>*_=+-]){CHAT_TAG}"
+    rf"|(?<=[{CJK}]){CHAT_TAG}(?! ?{ZH_AFTER_MARK})"
+    r"|^(?:Human|Assistant): "
 )
 ZH_COUNT = "二三四五六七八九十百千两几"
 # "20 times" and "写20遍" ask for it; "6 times 7", "modern times" and 银行 do not.
@@ -3252,8 +3258,9 @@ LOOP_UNIT = 1000  # characters of the longest unit that is looked for at the end
 LOOP_SHARE = 0.75  # of the words in consecutive repeats, from which a text is a loop
 REPEATS_ITSELF = 0.30  # of the words in repeated runs, from which a kept text is worth a review
 RULED_LINE = re.compile(r"[-_=*~#|:+\\\[\]—–─━═\s]*")  # also the empty cells of a table
-# `1.`, `Week 2:` at the start of a line or sentence; the end of the text may cut it.
-NUMBERING = re.compile(r"(?m)((?:^|[.!?。！？]) *(?:[^\W\d]{1,20} )?)\d+(?=[.):、：]|\Z)")
+COUNTED_REPEATS = 11  # of a sentence with a number that counts: a program may count to 10
+NUMBER = re.compile(r"\d+")
+TABLE_OR_CODE = re.compile(r"[|<>{}=\t]|\w\(|\d,[^\W\d]|;$", re.M)
 
 
 def is_repetition_loop(text: str) -> bool:
@@ -3266,13 +3273,51 @@ def is_repetition_loop(text: str) -> bool:
 def ends_in_repeats(text: str) -> bool:
     """Whether the text ends in a unit repeated 4 times (from 200 characters: 3 times) or more.
 
-    Numbered ones ("1. Wait. 2. Wait.") are alike, too, from 11 on: a program may count to 10."""
+    From 11 times on, a number in it may count ("(1) Check it again. (2) Check it again.")."""
     end = text[-5 * LOOP_UNIT :].rstrip()
     if unit := repeated_end(end, 3):
         return not RULED_LINE.fullmatch(unit)
-    if not NUMBERING.search(end[-200:]):
+    if not NUMBER.search(end[-200:]):
         return False
-    return len(split_words(repeated_end(NUMBERING.sub(r"\1", end), 11))) > 1
+    unit = repeated_end(NUMBER.sub("0", end), COUNTED_REPEATS)
+    if not is_numbered_sentence(unit):
+        return False
+    columns = unit.count("0")
+    numbers = NUMBER.findall(end)[-COUNTED_REPEATS * columns :]
+    return counts_on(numbers, columns)
+
+
+def is_numbered_sentence(unit: str) -> bool:
+    """Whether words follow a 0 in its line, or the unit is long: not so where a program counts.
+
+    The unit is repeated, so it may begin in the middle of its line."""
+    if TABLE_OR_CODE.search(unit):
+        return False
+    if len(split_words(unit.replace("0", " "))) >= 10:
+        return True
+    for rest in re.findall("0([^\n]*)", unit * 2):
+        least = 3 if rest.startswith(" ") else 2  # programs print "Thread 1 is running"
+        if len(split_words(rest.replace("0", " "))) >= least:
+            return True
+    return False
+
+
+def counts_on(numbers: list[str], columns: int) -> bool:
+    """Whether one column of the numbers at most counts up by 1, and the others stay the same.
+
+    >>> counts_on(["1", "7", "2", "7", "3", "7", "4", "7", "5", "7"], columns=2)
+    True
+    """
+    counting = 0
+    for column in range(columns):
+        values = [int(digits[-9:]) for digits in numbers[column::columns]]
+        inner_values = values[1:-1]  # the text may begin or end in the middle of a number
+        steps = {after - before for before, after in itertools.pairwise(inner_values)}
+        if steps == {1}:
+            counting += 1
+        elif steps != {0}:
+            return False
+    return counting <= 1
 
 
 def repeated_end(text: str, least: int) -> str:
@@ -4089,7 +4134,7 @@ DOUBT = re.compile(
 # After the answer, or behind the letter of a choice: it is taken back, or not the only one.
 TAKEN_BACK = re.compile(
     rf"{DOUBT.pattern}|[?？]|\b(?:but|however|no|or|impossible|intermediate|candidate|plus|wait"
-    r"|actually|both|all|none|sorry|correction|rather|instead|because)\b"
+    r"|actually|also|both|all|none|nope|my bad|sorry|correction|rather|instead|because)\b"
     r"|但|或|而|漏|再算|重算|有问题|干扰|都|均|也|应|改|等等|重新|[甲乙丙丁]",
     re.I,
 )
@@ -4157,6 +4202,10 @@ def final_answer(text: str) -> FinalAnswer | None:
     if not lines or len(lines[-1]) > 80:
         return None
     last = read_answer(lines[-1])
+    if len(lines) > 1:
+        unfinished_sentence = re.split(r"[.!?。！？]", lines[-2])[-1]
+        if DOUBT.search(unfinished_sentence):  # "You might think", and the answer below it
+            return None
     for line in lines[:-1]:  # a list of numbers or choices ends with no final answer
         if len(line) <= 80 and read_answer(line).kind == last.kind:
             return None
@@ -4180,10 +4229,13 @@ def marked_answers(text: str) -> list[tuple[int, str]]:
     for box in BOX.finditer(text):
         rest = re.match(r"[^\n.,;:。，；：]*", text[box.end() :])[0]  # a unit, or more of it
         closing = r"[${})\]]|\\[)\]]"
-        raw = box[1] + re.sub(closing, " ", rest)
+        following = re.sub(closing, " ", rest)
+        raw = box[1] + following
         before = text[max(0, box.start() - 40) : box.start()]
         if BEFORE_BOX.search(before):
             raw = "?"
+        if following.strip() and CHOICE.fullmatch(plain_math(box[1])):
+            raw = "?"  # only a number has a unit
         end = box.end() + len(rest)
         found.append((box.start(), end, raw))
     answers = []
@@ -4273,7 +4325,7 @@ def is_unit(text: str, touching: bool) -> bool:
     if text in UNIT_OF:
         return True
     if re.fullmatch(rf"[{CJK}]{{1,4}}", text):
-        return not re.search("[左右余多几约上下半之]", text)
+        return not re.search("[左右余多几约上下半之不没非错误对是吧怪改正]", text)
     counted = r"[a-z]{2,}[a-rt-z]s|people|children|men|women|[ckm]m|kg|ml|ft|mph"
     return bool(re.fullmatch(counted, text)) and not touching and not text.endswith("ths")
 

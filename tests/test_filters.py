@@ -54,6 +54,31 @@ TALL = "Mountains rise where plates of the crust press against each other, and r
 ZH_LONG = "阳光是由各种颜色混合而成的。空气中的微小分子对蓝光的散射比对红光强得多。正午时蓝光来自四面八方，" \
           "而日落时光线要穿过更厚的空气，大部分蓝光被散射掉了。"  # fmt: skip
 
+MARKS = (
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|eot_id|>",
+    "<|endoftext|>",
+    "<|user|>",
+    "[INST]",
+    "</think>",
+)
+COUNTING = (
+    "({}) ",
+    "**{}.** ",
+    "- Item {}: ",
+    "Day {} - ",
+    "[{}] ",
+    "#{} ",
+    "Iteration {}, ",
+    "{}. ",
+    "{}) ",
+    "Step {}: ",
+)
+ZH_COUNTING = ("第{}步，", "第{}步：", "第{}次检查：", "（{}）")
+PRINTED = ("print(N)", "console.log(N);", "The value is N", "Thread N is running", "Processing file N of 40",
+           "当前的值是N", "<li>Item number N here</li>", "INSERT INTO t VALUES (N, 'a', 'b');", "N,yes,open")  # fmt: skip
+
 DROPPED = {
     "empty": [
         case("English", rejected=" \n\t", why="empty answer"),
@@ -79,6 +104,16 @@ DROPPED = {
         case("Llama", rejected="[/INST] It is 41.", why="control tokens"),
         case("next turn", chosen="It is 42.\n\nHuman: And 6 times 8?\n\nAssistant: 48.", why="control tokens"),
         case("think", chosen="Let me see.</think> It is 42.", why="control tokens"),
+        *(case(f"{mark} behind a word", chosen=f"The air scatters more blue light{mark}what of the sea?",
+               why="control tokens") for mark in MARKS),
+        *(case(f"{mark} behind a Chinese character", prompt="天空为什么是蓝色的？", chosen=f"散射蓝光更多{mark}下一题是什么",
+               why="control tokens") for mark in MARKS),
+        case("a mark behind a bracket", chosen="It is blue (mostly)<|im_end|>next one", why="control tokens"),
+        case("a mark behind an emoji", chosen="It is 42 😊<|im_end|>next one", why="control tokens"),
+        case("a user's turn opens", chosen="The air scatters blue light<|im_start|>user\nAnd the sea?",
+             why="control tokens"),
+        case("a user's turn opens at the end", chosen="The air scatters blue light <|im_start|>user",
+             why="control tokens"),
     ],
     "loop": [
         case("English", rejected=SENTENCE * 6, why="repetition loop"),
@@ -94,6 +129,18 @@ DROPPED = {
         case("cut in the middle of a number", prompt="List ten chores.",
              chosen=LONG + "\n".join(f"Chore {n}: clean the windows." for n in range(1, 61))[:-20],
              why="repetition loop"),
+        *(case(f"counted: {head}", prompt="List the checks.",
+               chosen="\n".join(head.format(n) + "Check the value and go on with the next one." for n in range(1, 41)),
+               why="repetition loop") for head in COUNTING),
+        *(case(f"counted: {head}", prompt="列出检查步骤。", rejected="检查。", why="repetition loop",
+               chosen="\n".join(head.format(n) + "检查数值，然后继续下一步的检查工作。" for n in range(1, 41)))
+          for head in ZH_COUNTING),
+        case("a number inside of the sentence", prompt="List the checks.", why="repetition loop",
+             chosen="\n".join(f"In round {n} I check the value again." for n in range(1, 41))),
+        case("a number at the end of a long sentence", prompt="List the checks.", why="repetition loop",
+             chosen="\n".join(f"Then I check the value once more and go on to number {n}." for n in range(1, 41))),
+        case("a number that stays", prompt="List the checks.", why="repetition loop",
+             chosen=" ".join(f"({n}) Take 2 of the 5 eggs out." for n in range(1, 41))),
         case("one full-width sign", prompt="你好吗？", chosen="我很好" + "！" * 300, rejected="好。", why="repetition loop"),
         case("one emoji", chosen="It is 42 " + "🎉" * 400, why="repetition loop"),
         case("two emojis", prompt="用表情回答：今天怎么样？", chosen="😀🎉" * 100, rejected="好。", why="repetition loop"),
@@ -243,6 +290,15 @@ KEPT = {
              chosen='They write "</think>" when they are done.', rejected="By magic."),
         case("a sentence about a mark in Chinese", prompt="推理模型怎样结束思考？",
              chosen="模型用</think>标签结束思考，然后给出答案。", rejected="不知道。"),
+        case("a sentence that ends with a mark", prompt="How do models stop?",
+             chosen="They stop as soon as they write <|im_end|>.", rejected="By magic."),
+        case("a list of marks", prompt="Which marks does a template have?",
+             chosen="Tokens such as <|bos|>, <|eos|> and <|pad|> (or </think>) frame each turn.", rejected="Many."),
+        case("a turn that a sentence describes", prompt="How does a turn begin?",
+             chosen="Each turn begins with <|im_start|>user or <|im_start|>assistant.", rejected="By magic."),
+        *(case(f"a Chinese sentence about a mark: {words}", prompt="模型怎样结束一轮对话？", rejected="不知道。",
+               chosen=f"模型用<|im_end|>{words}") for words in
+          ("标签结束一轮。", "来结束一轮。", "和</think>来分段。", "、</think>等标记。", "结尾。", "之后就停止。")),
         case("tokens in code", prompt="How does a Llama 2 prompt look?",
              chosen="Wrap it:\n```\n<s>[INST] <<SYS>>...<</SYS>> hi [/INST]\n```", rejected="No idea."),
         case("think explained in code", prompt="怎么去掉模型的思考过程？",
@@ -265,6 +321,15 @@ KEPT = {
              chosen="我以后上课再也不迟到了。\n" * 20, rejected="好。"),
         case("asked to repeat", prompt="请重复我的话十次：今天也要加油", chosen="今天也要加油，" * 40, rejected="好。"),
         case("a long good answer", prompt="Why is the sky blue?", chosen=LONG),
+        *(case(f"a program prints {line}", prompt="Print the numbers from 1 to 40.",
+               chosen="Here it is:\n" + "\n".join(line.replace("N", str(n)) for n in range(1, 41))) for line in PRINTED),
+        case("a table with a number in each row", prompt="Make a check list.",
+             chosen="\n".join(f"| {n} | check | and then check again |" for n in range(1, 41))),
+        case("a form", prompt="Make an empty quiz.", chosen="\n".join(f"Question {n}: ______" for n in range(1, 41))),
+        case("sentences with two numbers", prompt="Where are the rooms?",
+             chosen="\n".join(f"{n}. Room {100 + n} is on the first floor." for n in range(1, 41))),
+        case("sentences with years", prompt="When were the games held?",
+             chosen="\n".join(f"In {1900 + 4 * n} the games were held in summer." for n in range(1, 31))),
         case("a ruled line at the end", prompt="Make a form for a signature.", chosen="Sign here: " + "_" * 300),
     ],
     "echo": [

@@ -32,7 +32,7 @@ def checked(reference: str, answer: str, prompt: str = "") -> bool | None:
                                      "split_entries", "default_rubric", "gather_lines", "flatten_object",
                                      "enclosing_objects", "heading", "marked_answers", "exclude_each_other",
                                      "read_number", "join_parts", "look_up", "read_error_body",
-                                     "read_error_text", "without_thinking", "about_tokens"])  # fmt: skip
+                                     "read_error_text", "without_thinking", "about_tokens", "counts_on"])  # fmt: skip
 def test_the_examples_in_the_docstrings_hold(section):
     finder = doctest.DocTestFinder(recurse=False)
     [examples] = finder.find(getattr(rc, section), section, globs=vars(rc).copy())
@@ -53,6 +53,8 @@ def test_no_real_answer_is_taken_for_the_opposite():
 OPTIONS = "Which city? A. Paris B. London C. Rome"
 SENTIMENT = "Say whether the review is positive, negative or neutral."
 RIGHT = [
+    ("C", r"So $\boxed{(C)}$.", ""),
+    ("negative", "The food was not good.\nnegative", SENTIMENT),
     ("A: 18", "6 + 12 = 18\nA: 18", ""),
     ("#### 18", "She has 18 eggs.\n#### 18", ""),
     ("18", r"So \boxed{18}", ""),
@@ -124,6 +126,13 @@ WRONG = [
     ("苹果", "答案：香蕉", "选一个：苹果、香蕉、梨。"),
 ]
 UNCHECKED = [
+    ("C", r"\boxed{(C)}. Nope.", OPTIONS),
+    ("C", "The answer is (C), my bad.", OPTIONS),
+    ("12", "\\boxed{12} 不对，应该是43。\n情感：12", ""),
+    ("12", r"\boxed{12} 错误", ""),
+    ("12", "\\boxed{12} 更正：43\n情感：12", ""),
+    ("negative", "You might think 答案\nnegative", SENTIMENT),
+    ("12", "Many would say:\n12", ""),
     ("42", "The answer is not 42 but 43.", ""),
     ("43", "The answer is not 42 but 43.", ""),
     ("42", "The answer is not 42.", ""),
@@ -273,6 +282,12 @@ def test_a_box_in_a_sentence_is_the_answer(answer):
 @pytest.mark.parametrize("answer", SECOND_CHOICES)
 def test_a_choice_taken_back_or_doubled_is_not_checkable(answer):
     assert checked("B", answer) is None and checked("C", answer) is None
+
+
+@pytest.mark.parametrize("words", ["Nope.", "My bad.", "in base 7", "and also 7"])
+def test_a_choice_in_a_box_with_words_behind_it_is_not_checkable(words):
+    answer = rf"\boxed{{(C)}} {words}"
+    assert checked("(C)", answer) is None and checked("(A)", answer) is None
 
 
 @pytest.mark.parametrize("answer", DOUBTED)
