@@ -384,6 +384,12 @@ BROKEN_PROVIDERS = [
     pytest.param('return Reply(options["sample"])', "raised KeyError: 'sample'", id="key"),
     pytest.param("return Reply(str(int(name)))", "raised ValueError: ", id="value"),
     pytest.param("return Reply(messages.content)", "raised AttributeError: ", id="attribute"),
+    pytest.param(
+        "return await super().call(name, messages, options, hints)",
+        "raised NotImplementedError",
+        id="no call",
+    ),
+    pytest.param("return Reply(str(1 / 0))", "raised ZeroDivisionError: ", id="division"),
     pytest.param('return messages[-1]["content"]', "not a Reply with a text", id="a text"),
     pytest.param('return Reply("a", "done")', "with the finish 'done', not stop", id="finish"),
 ]

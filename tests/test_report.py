@@ -542,7 +542,7 @@ def test_ranks_and_choices_are_no_scores():
     "n, few",
     [
         (0, "There are no pairs, so their quality cannot be checked."),
-        (20, ") for most quality checks: they need 30 to 100 cases."),
+        (20, "are too few for most quality checks (they need 30 to 100 cases)."),
         (400, ""),
     ],
 )
@@ -563,7 +563,7 @@ def test_a_pair_stands_under_one_heading_only(write):
 
 def test_few_pairs_are_named_only_while_they_are_few():
     checks = {"passed": 1, "too_few": 9, "total": 10}
-    assert rc.few_sentence(1, checks).startswith("Too few pairs (1) for")
+    assert rc.few_sentence(1, checks).startswith("1 pair is too few for")
     assert rc.few_sentence(100, checks) == rc.few_sentence(50, checks | {"too_few": 3}) == ""
 
 

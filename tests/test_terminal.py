@@ -160,8 +160,8 @@ Quality of the 171 pairs
 API calls: 1,200 made, 0 from cache; 412,000 tokens in, 98,000 out; cost 1.02 (--price)
 
 Wrote
-  data/o.jsonl          171 rows
-  data/o.dropped.jsonl  129 dropped records and why
+  data/o.jsonl          171 pairs
+  data/o.dropped.jsonl  129 records with their reasons
   data/o.report.html    quality report, open it in a browser"""
     )
 
@@ -175,7 +175,7 @@ def test_a_summary_without_report_prices_and_drops_leaves_these_lines_out():
         "API calls: 1,200 made, 0 from cache; 412,000 tokens in, 98,000 out",
         "",
         "Wrote",
-        "  data/o.jsonl  5 rows",
+        "  data/o.jsonl  5 pairs",
     ]
 
 
@@ -191,7 +191,7 @@ def test_one_of_a_thing_is_singular():
     files = finished(read=1, pairs=0, dropped=dropped, rows=rows)
     lines = rc.summary(files, called()).splitlines()
     assert lines[0] == "Read 1 record, wrote 0 pairs (0%), dropped 1."
-    assert "  data/o.dropped.jsonl  1 dropped record and why" in lines
+    assert "  data/o.dropped.jsonl  1 record with its reason" in lines
 
 
 def test_the_rare_reasons_are_counted_at_the_end():
