@@ -338,7 +338,7 @@ def from_prompt(row: dict) -> list[Record] | None:
         return [prompt_record(prompt, row)]
     if isinstance(prompt, list):
         refuse_open_answer(prompt, row)
-        return [conversation(with_history(prompt, row), row)]
+        return [conversation(all_turns(prompt, row), row)]
     return None
 
 
@@ -350,7 +350,7 @@ def prompt_record(prompt: str, row: dict) -> Record:
     if last["role"] == "user":
         parts = [last["content"], *context_texts(row, prompt)]
         turns[-1] = last | {"content": "\n\n".join(map(strip_blank_lines, parts))}
-    return conversation(with_history(turns, row), row)
+    return conversation(all_turns(turns, row), row)
 
 
 def conversation(turns: list, row: dict) -> Record:
@@ -1294,6 +1294,37 @@ def with_history(turns: list, row: dict) -> list:
     return [*system, *history, *rest]
 
 
+def all_turns(turns: list, row: dict) -> list:
+    """The turns after the row's history; Failed for a context or choices that no turn holds."""
+    turns = with_history(turns, row)
+    texts = texts_beside(row)
+    if not texts:
+        return turns
+    contents = [message(turn)["content"] for turn in turns]
+    text = "\n".join(contents)
+    for name, part in texts:
+        if part.strip() not in text:
+            advice = "put it into a turn, or --rename it if it is no part of the prompt"
+            raise Failed("input", f"text beside the turns: `{name}`; {advice}")
+    return turns
+
+
+def texts_beside(row: dict) -> list[tuple[str, str]]:
+    """[(field, text)] of a row's context and choices; not of `input`, which may be a copy."""
+    texts = []
+    for name in CONTEXT_FIELDS:
+        value = row.get(name)
+        if name == "input" or is_missing(value):
+            continue
+        for part in as_list(value):
+            text = message(part)["content"] if is_turns([part]) else part
+            if isinstance(text, str):
+                texts.append((name, text))
+    for text in choices_of(row).values():
+        texts.append(("choices", text))
+    return texts
+
+
 def refuse_open_answer(turns: list, row: dict) -> None:
     """Raise Failed if a prompt ends with an answer's text and the row brings other answers."""
     if not is_turns(turns):
@@ -1691,15 +1722,15 @@ def find_turns(row: dict) -> list | None:
     """The turns of a row that holds a whole conversation, or None."""
     for name in TURN_FIELDS:
         if is_filled_list(row.get(name)):
-            return with_history(row[name], row)
+            return all_turns(row[name], row)
     if is_turns(row.get("turns")):
-        return with_history(row["turns"], row)
+        return all_turns(row["turns"], row)
     nested = row.get("input")
     if isinstance(nested, dict) and is_filled_list(nested.get("messages")):
-        return nested["messages"]
+        return all_turns(nested["messages"], row)
     for name in ("input", "context"):
         if is_turns(row.get(name)) and not row.get("prompt"):
-            return row[name]
+            return all_turns(row[name], row)
     return None
 
 
@@ -2120,8 +2151,15 @@ WINNERS = (
     "winner_from_0",
     "winner_from_1",
     "first_is_better",
+    "labels of SHP",  # these two: see DATA_SETS
+    "choice of summaries",
 )
-FIRST_NUMBERS = {"winner_from_0": 0, "winner_from_1": 1}  # the numbers of the first answer
+FIRST_NUMBERS = {  # a field of WINNERS -> the number of the first answer
+    "winner_from_0": 0,
+    "winner_from_1": 1,
+    "choice of summaries": 0,
+}
+FIRST_FLAGS = ("first_is_better", "labels of SHP")
 FIRST_IS_BETTER = {  # the value of such a flag -> the index of the better answer
     "1": 0,
     "1.0": 0,
@@ -2172,6 +2210,7 @@ READY = (  # the better answer and the worse one
     ("messages", "rejected_response"),  # ms-swift: the last turn is the better answer
     ("messages", "rejected_messages"),  # ms-swift
 )
+READY_NAMES = {*itertools.chain(*READY)}
 SIDES = ("chosen", "rejected")  # the names that every ready pair gets
 RESPONSES = ("response_a", "response_b")  # the names that other sets of two get
 FORMS = ("{0}_{1}", "{1}_{0}", "{1}-{0}", "{0}-{1}")  # score_chosen, chosen_score, chosen-rating
@@ -2232,7 +2271,7 @@ def shp(row: dict) -> dict:
     return {
         "prompt": row["history"],
         "history": None,
-        "first_is_better": row["labels"],
+        "labels of SHP": row["labels"],
     }
 
 
@@ -2244,8 +2283,15 @@ def openai_summaries(row: dict) -> dict:
     return {
         "prompt": info.get("post") or info["article"],
         "choice": None,
-        "winner_from_0": row.get("choice"),
+        "choice of summaries": row.get("choice"),
     }
+
+
+def help_steer_3(row: dict) -> dict:
+    """HelpSteer3: the prompt is `context`, a list of turns."""
+    if "overall_preference" not in row or not is_turns(row.get("context")):
+        return {}
+    return {"prompt": row["context"], "context": None}
 
 
 def two_conversations(row: dict) -> dict:
@@ -2278,7 +2324,15 @@ def json_texts(cell: str) -> list:
     return json.loads(cell) if cell[:1] == "[" else [cell]
 
 
-DATA_SETS = (oasst_tree, webgpt, shp, openai_summaries, two_conversations, arena_55k)
+DATA_SETS = (
+    oasst_tree,
+    webgpt,
+    shp,
+    openai_summaries,
+    help_steer_3,
+    two_conversations,
+    arena_55k,
+)
 
 
 def best_and_worst(row: dict) -> dict:
@@ -2405,7 +2459,8 @@ class AnswerSet:
     """Answers of one row that belong together: a ready pair, a list, or fields with suffixes."""
 
     texts: list  # as the row holds them; broken rows hold other things than texts
-    fields: tuple[str, ...] = ()  # that hold the texts; () for a list and for a ready pair
+    source: str = ""  # the field that holds the texts, or the first of several
+    fields: tuple[str, ...] = ()  # that hold the texts; () for a list
     chosen: int = 0  # a ready pair: how many of the texts, from the first on, are chosen
     models: list = field(default_factory=list)  # one per answer, or none
     columns: list[Column] = field(default_factory=list)
@@ -2413,6 +2468,16 @@ class AnswerSet:
     def __post_init__(self) -> None:
         # The texts with white space folded: equal keys are the same answer.
         self.keys = [fold_spaces(text) for text in self.texts]
+
+    def end(self) -> str:
+        """The letter or digit of the first answer: response_1, response_2 -> 1; "" for a list."""
+        return self.source[-1] if self.fields else ""
+
+    def sides(self) -> tuple[str, ...]:
+        """The side of each answer of a ready pair: chosen or rejected."""
+        better, worse = SIDES
+        count = len(self.texts) - self.chosen
+        return (better,) * self.chosen + (worse,) * count
 
     def add(self, name: str, values: list) -> None:
         """Enter what a field holds for each answer, unless it is empty."""
@@ -2493,43 +2558,75 @@ def ranks_of_order(order: list) -> list:
 
 
 class ChoiceNumbers:
-    """Whether numbers that name a winner count from 0 or from 1: all values of the file decide."""
+    """Whether numbers that name a winner count from 0 or from 1: the rows of one shape decide.
+
+    Rows have one shape if the same field names the winner and the same field holds the answers.
+    Rows whose answers are in another field, with the same end, may only contradict them."""
 
     def __init__(self, rows: Iterable) -> None:
         self.rows = rows  # the rows of the file, read when the first such number is met
-        self.seen = defaultdict(set)  # field -> numbers that it holds
+        # (winner's field, answers' source or its end) -> {(number, count of answers)}
+        self.seen = defaultdict(set)
+        self.leads: set[float] = set()  # numbers that `preference` holds in any row
 
-    def values(self, name: str) -> set[float]:
-        """The numbers that a field holds anywhere in the file."""
-        for row in self.rows:
-            if isinstance(row, dict):
-                self.enter(with_plain_names(row))
+    def read(self) -> None:
+        """Note the numbers of all rows of the file."""
+        rows = self.rows
         self.rows = ()
-        return self.seen[name]
+        for row in rows:
+            if not isinstance(row, dict):
+                continue
+            row = with_plain_names(row)
+            self.note_lead(row)
+            values = winners_of(row).values()
+            if any(choice_number(value) is not None for value in values):
+                with contextlib.suppress(Failed, *JUNK):
+                    row = known_data_set(with_parsed_turns(row))
+                    self.note_winners(unpacked_lists(row))
 
-    def enter(self, row: dict) -> None:
-        """Note the numbers of a row's winners, and of a `preference` under the name `a lead`."""
-        values = winners_of(row)
-        values["a lead"] = quantity(row.get("preference"))
-        for name, value in values.items():
+    def note_lead(self, row: dict) -> None:
+        """Note the number in a row's `preference`."""
+        lead = quantity(row.get("preference"))
+        if lead is not None:
+            self.add(self.leads, lead)
+
+    def note_winners(self, row: dict) -> None:
+        """Note the numbers that name the winner of a row with usual names."""
+        sets = [answers for answers in answer_sets(row) if not answers.chosen]
+        for name, value in winners_of(row).items():
             place = choice_number(value)
-            if place is not None and len(self.seen[name]) < 100:
-                self.seen[name].add(place)
+            if place is None:
+                continue
+            for answers in sets:
+                entry = (place, len(answers.texts))
+                self.add(self.seen[name, answers.source], entry)
+                self.add(self.seen[name, answers.end()], entry)
+
+    def add(self, entries: set, entry: Any) -> None:
+        """Add an entry, up to 100 of them."""
+        if len(entries) < 100:
+            entries.add(entry)
 
     def first_number(self, name: str, answers: AnswerSet) -> int:
         """The number of the first answer, 0 or 1; raises Failed if the file does not tell."""
-        values = self.values(name)
-        count = len(answers.texts)
-        starts = [0, 1]
-        if answers.fields and answers.fields[0][-1] in "01":  # answer_0, response_1
-            starts = [int(answers.fields[0][-1])]
-        fitting = []
-        for start in starts:
-            if values <= set(range(start, start + count)):
-                fitting.append(start)
-        if len(fitting) != 1:
+        self.read()
+        end = answers.end()
+        starts = [int(end)] if end in ("0", "1") else [0, 1]
+        fitting = fitting_starts(starts, self.seen[name, answers.source])
+        entries = self.seen[name, end]
+        if len(fitting) != 1 or not fitting_starts(fitting, entries):
+            values = {place for place, _ in entries}
             raise unclear_numbers(name, values)
         return fitting[0]
+
+
+def fitting_starts(starts: list[int], entries: set) -> list[int]:
+    """The numbers that the first answer may have if each entry (number, count) names an answer."""
+    fitting = []
+    for start in starts:
+        if all(place in range(start, start + count) for place, count in entries):
+            fitting.append(start)
+    return fitting
 
 
 def unclear_numbers(name: str, values: set[float]) -> Failed:
@@ -2567,7 +2664,6 @@ def quantity(value: object) -> float | None:
 
 def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None) -> None:
     """Give the record the row's own answers, their votes, the kind of signal and its scale."""
-    numbers = numbers or ChoiceNumbers([row])
     if isinstance(row.get("ranking"), list):
         raise Failed(
             "input", "ambiguous `ranking`: --rename ranking=order (best first) or ranking=ranks"
@@ -2578,13 +2674,18 @@ def add_answers(record: Record, row: dict, numbers: ChoiceNumbers | None = None)
         fields = ", ".join(map(str, row))[:80]
         advice = "rows of one answer each need its score: --rename NAME=score"
         raise Failed("input", f"no answers: {fields}; {advice}")
+    if numbers is None:
+        numbers = ChoiceNumbers(())
+        numbers.note_lead(row)
+        numbers.note_winners(row)
     first = sets[0]
     add_texts(record, first)
     for name, value in winners_of(row).items():
         read_winner(name, value, sets, numbers)
     signals = []
+    has_signals = any(answers.columns for answers in sets)
     for answers in sets:
-        add_leads(answers, row, numbers)
+        add_leads(answers, row, numbers, has_signals)
         signals += answers.signals()
     if signals:
         apply_signals(record, first, signals)
@@ -2614,7 +2715,9 @@ def answer_sets(row: dict) -> list[AnswerSet]:
     lists = []
     for name in LISTS:
         if is_filled_list(row.get(name)):
-            lists.append(item_set(row[name]))
+            answers = item_set(row[name])
+            answers.source = name
+            lists.append(answers)
     others = [answers for answers in lists if any(answers.keys)]
     others += suffixed_sets(row)
     if len(others) > 1:
@@ -2667,8 +2770,10 @@ def ready_set(row: dict) -> AnswerSet:
     worse = as_list(row["rejected"])
     answers = item_set(better + worse)
     answers.chosen = len(better)
-    sides = ("chosen",) * len(better) + ("rejected",) * len(worse)
-    answers.add_fields(row, column_names(tuple(row), sides, FORMS))
+    pairs = [names for names in READY if has_pair(row, names)]
+    better_name, worse_name = pairs[-1]  # as the input calls them; the first are SIDES
+    answers.fields = (better_name,) * len(better) + (worse_name,) * len(worse)
+    answers.add_fields(row, column_names(tuple(row), answers.sides(), FORMS))
     answers.add_choice("chosen", range(len(better)))
     margin = quantity(row.get("margin")) or 0
     if row.get("decided_by") == "people":
@@ -2697,7 +2802,7 @@ def suffixed_sets(row: dict) -> list[AnswerSet]:
     """The answers in fields like response_a and response_b, one set for each stem."""
     sets = []
     for fields, columns in suffixed_fields(tuple(row)):
-        answers = AnswerSet([row[name] for name in fields], fields)
+        answers = AnswerSet([row[name] for name in fields], fields[0], fields)
         answers.add_fields(row, columns)
         sets.append(answers)
     return sets
@@ -2790,14 +2895,16 @@ def bare(text: str) -> str:
 def read_winner(name: str, value: Any, sets: list[AnswerSet], numbers: ChoiceNumbers) -> None:
     """Enter the answer that a field names in each set; Failed for a tie or a strange name."""
     text = winner_text(value)
-    if name == "label" and not RELATION.fullmatch(text):
+    is_clear = text in READY_NAMES or RELATION.fullmatch(text)
+    if name == "label" and not is_clear:
         return  # a label "a" may name the worse one
     places = [winner_places(name, value, answers, numbers) for answers in sets]
     names_answer = any(places)
     if not names_answer or TIE.fullmatch(text):
         check_tie(text)
     for answers, found in zip(sets, places, strict=True):
-        if len(found) > 1:
+        all_chosen = set(range(answers.chosen))
+        if len(found) > 1 and found != all_chosen:
             raise Failed("input", f"ambiguous winner: {text[:40]!r} could be either answer")
         if found:
             answers.add_choice(name, found)
@@ -2827,7 +2934,7 @@ def winner_places(name: str, value: Any, answers: AnswerSet, numbers: ChoiceNumb
     if value in EMPTY or isinstance(value, list | dict):
         return set()
     text = winner_text(value)
-    if name == "first_is_better":
+    if name in FIRST_FLAGS:
         return flagged_places(text, answers)
     if isinstance(value, bool):
         return set()
@@ -2852,16 +2959,23 @@ def named_places(text: str, answers: AnswerSet) -> set[int]:
     text = bare(text)
     places = matching_places(text, answers.fields)
     places |= matching_places(text, answers.models)
+    end = without_stem(text)
     if answers.chosen:
-        return places
+        ends = [without_stem(name) for name in answers.fields]
+        places |= matching_places(end, ends)
+        return places | matching_places(end, answers.sides())
     count = len(answers.texts)
     words = PLACES_OF_TWO if count == 2 else PLACES
-    end = STEM_BEFORE.sub("", text)
-    end = STEM_AFTER.sub("", end)
     place = words.get(end, count)
     if place < count:
         places.add(place)
     return places
+
+
+def without_stem(text: str) -> str:
+    """A name without the word for an answer in it: `model_a`, `left answer` -> a, left."""
+    end = STEM_BEFORE.sub("", text)
+    return STEM_AFTER.sub("", end)
 
 
 def matching_places(text: str, names: Iterable) -> set[int]:
@@ -2919,11 +3033,11 @@ def numbered_places(name: str, value: Any, answers: AnswerSet, numbers: ChoiceNu
 # --- signals
 
 
-def add_leads(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> None:
+def add_leads(answers: AnswerSet, row: dict, numbers: ChoiceNumbers, has_signals: bool) -> None:
     """Give two answers what says by how much the second is better; raises Failed for a tie."""
     for name in LEADS:
         value = row.get(name)
-        if value is None or not takes_lead(answers, name):
+        if value is None or not takes_lead(answers, name, has_signals):
             continue
         is_winner = any(column.name == name for column in answers.columns)
         if is_winner and quantity(value) is None:  # "response_1"
@@ -2935,20 +3049,21 @@ def add_leads(answers: AnswerSet, row: dict, numbers: ChoiceNumbers) -> None:
         answers.columns.append(Column(name, "score", scale, [0.0, lead]))
 
 
-def takes_lead(answers: AnswerSet, name: str) -> bool:
+def takes_lead(answers: AnswerSet, name: str, has_signals: bool) -> bool:
     """Whether a lead is one of these answers: by their fields, or only to check other signals."""
     fields = LEADS[name][0]
     if answers.fields == fields:
         return True
     if name == "preference" or answers.chosen:
         return False
-    # Beside other signals of answers with other names, it can only contradict them.
-    return len(answers.texts) == 2 and len(answers.columns) > 0
+    # Beside other signals of the row, it can only contradict them.
+    return len(answers.texts) == 2 and has_signals
 
 
 def check_coding(name: str, numbers: ChoiceNumbers) -> None:
     """Raise Failed if a `preference` of the file is beyond 1 to 2, AlpacaEval's coding."""
-    seen = numbers.values("a lead")
+    numbers.read()
+    seen = numbers.leads
     if seen and not 1 <= min(seen) <= max(seen) <= 2:
         raise unclear_numbers(name, seen)
 
@@ -8155,6 +8270,8 @@ empty prompt | the prompt is missing or blank
 unknown role | a turn of the conversation has an unknown role
 the conversation has no user turn to answer | all turns are the model's or system's
 not a text | a part of the record is no text, such as an image or a tool call
+text beside the turns | a field beside the conversation holds text that no turn has
+    | put it into a turn, or --rename it if it is no part of the prompt
 the prompt ends inside an answer | the last turn is an answer that has begun
 prompt holds chat-template tokens | the prompt holds marks of a chat template
 repeated prompt | an earlier record has the same prompt

@@ -347,6 +347,8 @@ DROPS = {
     "a ready pair against the list it came from": (PAIR | {"generations": [B, A], "ratings": [5, 1]}, CONTRADICTION),
     "a ready pair against its list, behind a double space": (PAIR | {"generations": [A.replace(" ", "  "), B], "ratings": [1, 5]}, CONTRADICTION),
     "a ready pair against a verdict": (PAIR | {"response_a": A, "response_b": B, "winner": "b"}, CONTRADICTION),
+    "a ready pair against a strength": (PAIR | {"response_a": A, "response_b": B, "preference_strength": 2}, CONTRADICTION),
+    "a ready pair against a strength of its list": (PAIR | {"responses": [B, A], "overall_preference": -1}, CONTRADICTION),
     "a ready pair and a verdict on something else": (PAIR | {"winner": "b"}, UNCLEAR),
     "two ready pairs": (PAIR | {"preferred_output": B, "non_preferred_output": A}, TWO_PAIRS),
     "a negative margin": (PAIR | {"margin": -1.5}, CONTRADICTION),
@@ -898,6 +900,95 @@ def test_preference_of_another_coding_is_refused_in_the_whole_file():
     assert reason.startswith("input: ambiguous winner: `preference` is 0, 1 in this file")
     assert winner_of(EVAL | {"winner_from_0": 1}) == B  # as the message advises
     assert winner_of(EVAL | {"winner_from_1": 1}) == A
+
+
+# A winner that is named as a side of the ready pair: it agrees with the pair or contradicts it.
+READY_ROWS = {
+    "chosen, rejected": ("chosen", "rejected"),
+    "OpenAI": ("preferred_output", "non_preferred_output"),
+    "NeMo": ("chosen_response", "rejected_response"),
+    "stack-exchange-paired": ("response_j", "response_k"),
+    "RMB": ("chosen", "reject"),
+    "ms-swift": ("response", "rejected_response"),
+}
+
+
+@pytest.mark.parametrize("better, worse", READY_ROWS.values(), ids=READY_ROWS)
+@pytest.mark.parametrize("name", [*rc.LOOSE_WINNERS, "winner", "choice"])
+@pytest.mark.parametrize("form", [str, str.title, lambda side: {"selected": side}])
+def test_a_winner_that_names_a_side_of_the_ready_pair_is_read(better, worse, name, form):
+    row = {"prompt": Q, better: A, worse: B}
+    if name not in rc.LOOSE_WINNERS and form("x") != "x":
+        form = str.upper  # {"selected": ...} is only read where it names an answer
+    for side in {worse, "rejected"}:
+        assert winner_of(row | {name: form(side)}).startswith(CONTRADICTION)
+    for side in {better, "chosen"}:
+        assert winner_of(row | {name: form(side)}) == A
+
+
+def test_a_winner_that_names_a_side_of_several_answers_is_read():
+    row = {"prompt": Q, "chosen": [A, f"{A} Often."], "rejected": [B]}
+    assert winner_of(row | {"preference": "chosen"}) in row["chosen"]
+    assert winner_of(row | {"preference": "rejected"}).startswith(CONTRADICTION)
+
+
+SUMMARIES = {"info": {"post": Q}, "summaries": two("text")}
+LIST = {"prompt": Q, "responses": [A, B]}
+BOTH_NUMBERED = {"prompt": Q, "response_0": A, "response_1": B}
+
+
+@pytest.mark.parametrize(
+    "row, other",
+    [
+        (LIST | {"choice": 1}, SUMMARIES | {"choice": 0}),
+        (LIST | {"winner": 1}, BOTH_NUMBERED | {"winner": 2}),
+        (LIST | {"winner": 1}, {"prompt": Q, "generations": [A, B], "winner": 0}),
+        (LIST | {"winner": 1}, SUFFIXED | {"winner": 0}),
+        (LIST | {"winner": 1}, {"prompt": Q, "winner": 0}),
+    ],
+)
+def test_rows_of_another_shape_do_not_settle_a_number(row, other):
+    assert winner_of(row, other).startswith(FROM)
+
+
+def test_rows_of_another_shape_may_contradict_a_number():
+    other = {"prompt": Q, "generations": [A, B], "winner": 2}
+    assert winner_of(LIST | {"winner": 0}, other).startswith(FROM)
+
+
+def test_two_shapes_may_number_their_answers_in_two_ways():
+    rows = [NUMBERED | {"choice": 1}, BOTH_NUMBERED | {"choice": 0}]
+    assert winner_of(*rows) == A
+    assert winner_of(*reversed(rows)) == A
+
+
+def test_numbers_of_a_list_fit_the_answers_of_each_row():
+    three = {"prompt": Q, "responses": [A, B, "Because."]}
+    assert winner_of(LIST | {"winner": 1}, three | {"winner": 3}) == A
+
+
+@pytest.mark.parametrize(
+    "row, winner, loser",
+    [
+        (SHP | {"labels": 0}, {"first_is_better": 0}, {"first_is_better": 1}),
+        (SUMMARIES | {"choice": 1}, {"winner_from_0": 1}, {"winner_from_0": 0}),
+    ],
+)
+def test_a_field_with_the_name_of_a_derived_one_is_read_too(row, winner, loser):
+    assert winner_of(row) == winner_of(row | winner) == B
+    assert winner_of(row | loser).startswith(CONTRADICTION)
+
+
+STRENGTH = {"response1": A, "response2": B, "overall_preference": -1}
+
+
+def test_the_prompt_of_helpsteer3_is_its_context():
+    row = STRENGTH | {"domain": "stem", "context": chat("q0", "a0", Q)}
+    for beside in ({}, {"prompt": Q}, {"prompt": "another"}):
+        [record] = rc.parse_row(row | beside, True)
+        assert [turn["content"] for turn in record.messages] == ["q0", "a0", Q]
+    [record] = rc.parse_row(row | {"history": [["h0", "h1"]]}, True)
+    assert [turn["content"] for turn in record.messages] == ["h0", "h1", "q0", "a0", Q]
 
 
 TREE = {"role": "prompter", "text": Q, "replies": two("text", role=["assistant"] * 2)}

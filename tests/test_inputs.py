@@ -830,3 +830,48 @@ def test_an_unread_field_that_may_name_the_better_answer_is_no_id():
 def test_context_stands_after_a_prompt_of_any_text_form(prompt):
     [record] = rc.parse_row({"prompt": prompt, "context": "A long text."})
     assert record.prompt == "Sum this up.\n\nA long text."
+
+
+ONE_TURN = [{"role": "user", "content": "Sum this up."}]
+BESIDE_TURNS = {
+    "context": {"context": "A long text."},
+    "a list of contexts": {"context": ["Sum this up.", "A long text."]},
+    "passage": {"passage": "A long text."},
+    "article": {"article": "A long text."},
+    "choices": {"choices": ["x1", "y1"]},
+    "options": {"options": {"A": "x1", "B": "y1"}},
+    "columns": {"A": "x1", "B": "y1"},
+    "turns that a history replaces": {"context": turns("q0", "a0"), "history": [["q1", "a1"]]},
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE_TURNS.values(), ids=BESIDE_TURNS)
+@pytest.mark.parametrize("name", ["messages", "conversations", "prompt", "turns", "input"])
+@pytest.mark.parametrize("answers", [{}, {"chosen": "good", "rejected": "bad"}])
+def test_a_text_beside_turns_that_they_do_not_hold_costs_the_row(name, beside, answers):
+    row = {name: ONE_TURN} | beside | answers
+    with pytest.raises(rc.Failed, match="text beside the turns: `.*`; put it into a turn"):
+        rc.parse_row(row, with_answers=bool(answers))
+
+
+def test_a_text_beside_a_prompt_that_ends_with_an_answer_costs_the_row():
+    row = {"prompt": "\n\nHuman: Sum this up.\n\nAssistant: No.", "context": "A long text."}
+    with pytest.raises(rc.Failed, match="text beside the turns: `context`"):
+        rc.parse_row(row)
+
+
+@pytest.mark.parametrize("context", ["Passage.", " Passage.\n", "NaN", None, ["Passage.", "Q?"], 7])
+def test_a_text_beside_turns_that_they_hold_is_no_loss(context):
+    [record] = rc.parse_row({"messages": turns("Passage.\n\nQ?"), "context": context})
+    assert record.prompt == "Passage.\n\nQ?"
+
+
+def test_an_input_beside_turns_is_no_part_of_the_prompt():
+    [record] = rc.parse_row({"messages": ONE_TURN, "input": "a copy"})
+    assert record.prompt == "Sum this up."
+
+
+def test_a_history_stands_before_turns_in_context_or_input():
+    for name in ("context", "input"):
+        [record] = rc.parse_row({name: ONE_TURN, "history": [["q0", "a0"]]})
+        assert [turn["content"] for turn in record.messages] == ["q0", "a0", "Sum this up."]
