@@ -1008,7 +1008,7 @@ class Provider:
     >>> @register(PROVIDERS)
     ... class ask_deepseek(ask_openai):
     ...     "DeepSeek, at its own address"
-    ...     key = "DEEPSEEK_API_KEY"
+    ...     key_variable = "DEEPSEEK_API_KEY"
     ...     url_variable = "DEEPSEEK_BASE_URL"
     ...     address = "https://api.deepseek.com"
 
@@ -1025,7 +1025,7 @@ class Provider:
     this record (see ERROR_RULES). SDK exceptions may pass: `read_error` knows them. A bug of a
     provider stops the run with its traceback."""
 
-    key = ""  # environment variable that holds the key; "": needs none
+    key_variable = ""  # environment variable that holds the key; "": needs none
     url_variable = ""  # environment variable that holds another address
     address = ""  # the server's, where neither --base-url nor the variable gives one
     defaults: ClassVar[dict] = {}  # options that are sent unless the user sets them
@@ -1056,7 +1056,7 @@ class Provider:
 class ask_openai(Provider):
     """OpenAI and servers of its protocol (--base-url): Ollama, vLLM, llama.cpp, LM Studio"""
 
-    key = "OPENAI_API_KEY"
+    key_variable = "OPENAI_API_KEY"
     url_variable = "OPENAI_BASE_URL"
     package = "openai"
     takes_seed = True
@@ -4945,7 +4945,7 @@ async def streamed_completion(
 class ask_dashscope(Provider):
     """Alibaba Cloud Model Studio (Qwen), through the dashscope SDK"""
 
-    key = "DASHSCOPE_API_KEY"
+    key_variable = "DASHSCOPE_API_KEY"
     url_variable = "DASHSCOPE_HTTP_BASE_URL"
     defaults: ClassVar[dict] = {"enable_thinking": False}
     package = "dashscope"
@@ -6071,7 +6071,7 @@ class Models:
     def halt_by_rule(self, endpoint: Endpoint, rule: ErrorRule, error: ApiError) -> Stop:
         """Stop the run with the advice of a rule -> the Stop to raise."""
         values = {
-            "key": endpoint.provider.key or "the key",
+            "key": endpoint.provider.key_variable or "the key",
             "served": served_advice(endpoint),
             "way": proxy_advice(endpoint.model.url) or "does it run at that address?",
             "certificates": stale_certificates() or "name its CA's file in SSL_CERT_FILE",
@@ -6217,7 +6217,8 @@ def most_calls() -> int:
 
 def key_of(model: Model) -> str:
     """The key from the environment, "" if there is none or the model has a private @URL."""
-    return "" if model.keyless else os.environ.get(PROVIDERS[model.provider].key, "").strip()
+    variable = PROVIDERS[model.provider].key_variable
+    return "" if model.keyless else os.environ.get(variable, "").strip()
 
 
 PRIVATE_ENDS = (".local", ".internal", ".lan", ".localhost", ".localdomain", ".home.arpa")
@@ -6233,7 +6234,7 @@ def is_private(url: str) -> bool:
 
 def redacted(text: str) -> str:
     """A message without the keys of the environment."""
-    names = {provider.key for provider in PROVIDERS.values()} - {""}
+    names = {provider.key_variable for provider in PROVIDERS.values()} - {""}
     keys = [os.environ.get(name, "").strip() for name in names]
     for key in sorted(keys, key=len, reverse=True):  # one key may be the start of another
         if len(key) >= 8:
@@ -10164,7 +10165,7 @@ def check_model(model: Model, args: argparse.Namespace) -> None:
     provider = PROVIDERS[model.provider]
     unpriced = args.max_cost is not None and model.name not in args.prices
     refuse(
-        provider.key and unpriced,
+        provider.key_variable and unpriced,
         f"--max-cost needs the price of every model: --price {model.name}=IN/OUT",
     )
     packages = [getattr(provider, "package", None)]
@@ -10179,14 +10180,15 @@ def check_model(model: Model, args: argparse.Namespace) -> None:
             f"the package {package} is missing: pip install {source} (or --provider offline)",
         )
     key = key_of(model)
+    variable = provider.key_variable
     refuse(
         re.search(r"[^!-~]", key),
-        f"{provider.key} holds a character that no key has (a curly quote? a space?): set it again",
+        f"{variable} holds a character that no key has (a curly quote? a space?): set it again",
     )
-    needs_key = provider.key and not model.url and not args.dry_run
+    needs_key = variable and not model.url and not args.dry_run
     refuse(
         needs_key and not key,
-        f"{provider.key} is not set: export {provider.key}=sk-..., or try --provider offline",
+        f"{variable} is not set: export {variable}=sk-..., or try --provider offline",
     )
 
 

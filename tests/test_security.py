@@ -172,7 +172,7 @@ def test_the_code_runs_no_text_and_loads_no_objects():
 
 
 def test_a_key_that_begins_another_key_leaves_nothing_of_it(monkeypatch):
-    names = sorted({provider.key for provider in rc.PROVIDERS.values()} - {""})
+    names = sorted({provider.key_variable for provider in rc.PROVIDERS.values()} - {""})
     for name, key in zip(names, ["sk-12345678", "sk-12345678-secret"] * len(names)):
         monkeypatch.setenv(name, key)
     assert rc.redacted("key sk-12345678-secret!") == "key [key]!"
