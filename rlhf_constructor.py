@@ -1649,6 +1649,8 @@ ID_NAME = re.compile(rf"{NO_ID}(.*_)?(id|ids|idx|index|uid|uuid)_*|unnamed: \d+|
 def unused_fields(rows: list[dict], with_answers: bool) -> list[str]:
     """Names of the fields without which no row reads otherwise; no ids, no labels or scores."""
     used = set() if with_answers else {*THUMB_FIELDS, *GRADE_FIELDS}
+    if any("decided_by" in row for row in rows):  # where people decided, scores change nothing
+        used |= {"decided_by", "score_chosen", "score_rejected"}
     unused: dict[str, None] = {}  # in the order of the file
     for row in rows:
         records = reading_of(row, with_answers)
@@ -7451,7 +7453,7 @@ def few_sentence(pairs: int, checks: dict[str, int]) -> str:
     """A sentence if there are too few pairs for most checks, else ""."""
     if not pairs:
         return "There are no pairs, so their quality cannot be checked."
-    if pairs >= 100 or 2 * checks["too_few"] < checks["total"]:
+    if pairs >= 100 or 2 * checks["too_few"] <= checks["total"]:
         return ""
     subject = "1 pair is" if pairs == 1 else f"{pairs} pairs are"
     return f"{subject} too few for most quality checks (they need 30 to 100 cases)."
@@ -8211,7 +8213,7 @@ orders disagree | the judge preferred a different answer when the order was swap
 low model won | the weak model's answer was better | a weaker --low-model, or --when-low-wins flip
 rejected answer won | the judge preferred the rejected answer in every vote
 tie | both answers were rated equal | a stronger --judge-model
-score gap too small | the score gap was below the least gap (--min-score-gap)
+score gap too small | the score gap (less --length-penalty) was below --min-score-gap
     | a smaller --min-score-gap, a weaker --low-model, or --method generate_pairs
 chosen score too low | the chosen answer's score was below --min-chosen-score
     | a lower --min-chosen-score, or a stronger --high-model
@@ -8560,7 +8562,7 @@ def summary(files: OutputFiles, models: Models, numbers: dict | None = None) -> 
     blocks = [call_lines(models)]
     if models.stop:
         again = "continue: replies are in the cache" if models.cache.db else "start over"
-        blocks.append([f"Run the same command again to {again}."])
+        blocks.append([f"Run the same command again to {again}; first see to the cause below."])
     else:
         blocks.append(file_lines(files))
         blocks.append(advice_lines(files))
@@ -8657,7 +8659,9 @@ def file_lines(files: OutputFiles) -> list[str]:
     if files.test:
         written += rows[files.test]
     reasons = "its reason" if rows[files.drops] == 1 else "their reasons"
-    unit = "pair" if written == files.pairs else "row"  # formats may write two rows of a pair
+    output_format = OUTPUTS[files.run.args.output_format]
+    is_pair = written == files.pairs and not getattr(output_format, "once", ())
+    unit = "pair" if is_pair else "row"
     contents = {
         files.output: plural(rows[files.output], unit),
         files.test: f"{plural(rows[files.test], unit)} held out for testing (--test-fraction)",
@@ -9713,7 +9717,8 @@ def note_annotations(people: Annotations, models: Models) -> None:
     if unused:
         note(f"--annotations: {plural(unused, 'choice')} not used: no such pair in the input")
     if not people.reviewed:
-        models.halt("none of the choices is about a pair of this input: give the page's own", 2)
+        hint = "--input-file must be the pairs file that was written together with the review page"
+        models.halt(f"--annotations: no choice is about a pair of this input: {hint}", 2)
 
 
 def report_out(path: str, run: Run, files: OutputFiles, job: Job) -> dict | None:
@@ -10129,6 +10134,11 @@ def check_flags(run: Run) -> None:
     if "high" in asks and run.high == run.low:
         name = run.high.name
         raise UserError(f"--high-model and --low-model are both {name}: name two different models")
+    refuse(
+        args.candidate_models and "candidates" not in asks,
+        f"--candidate-models: --method {args.method} asks no candidates; use --method "
+        "generate_pairs",
+    )
     several_pairs = args.strategy in ("all_pairs", "adjacent") and args.min_chosen_score is None
     may_flip = args.annotations and args.strategy != "best_worst"
     refuse(
@@ -10188,12 +10198,18 @@ def check_model(model: Model, args: argparse.Namespace) -> None:
     needs_key = variable and not model.url and not args.dry_run
     refuse(
         needs_key and not key,
-        f"{variable} is not set: export {variable}=sk-..., or try --provider offline",
+        f"{variable} is not set: {model.name} needs it: export {variable}=sk-..., or name another "
+        f"provider, e.g. openai:{model.name} or --provider offline",
     )
 
 
 def check_prices(run: Run) -> None:
-    """Raise UserError unless --max-cost comes with the price of every model that was paid."""
+    """Raise UserError unless --max-cost comes with the price of every model that was paid.
+
+    A --price for a model that the run does not use, perhaps a typo, is noted."""
+    used = {model.name for model in asked_models(run)} | {name for name, *_ in run.models.bill}
+    for name in sorted(run.args.prices.keys() - used):
+        note(f"--price {name}: this run uses no model of that name")
     if run.args.max_cost is None:
         return
     for name, *_ in run.models.bill:
@@ -10210,6 +10226,7 @@ def check_paths(args: argparse.Namespace) -> None:
     inputs = [args.input_file, args.exclude_prompts, *args.annotations]
     inputs = [path for path in inputs if path not in (None, "-")]
     for path in inputs:
+        refuse(os.path.isdir(path), f"{path} is a folder: name a file in it")
         refuse(not os.path.isfile(path), f"{path}: no such file")
     if args.rubric:  # it has been read and may be a pipe
         inputs.append(args.rubric[0])

@@ -26,7 +26,7 @@ PROMPTS = [{"prompt": f"Question {n}?"} for n in range(12)]
 REFUSED = {
     "no input": ([], ["--provider", "offline"], "--input-file FILE is missing"),
     "no such input": (["--input-file", "none.jsonl"], [], "none.jsonl: no such file"),
-    "a folder": (["--input-file", "."], [], ".: no such file"),
+    "a folder": (["--input-file", "."], [], ". is a folder: name a file in it"),
     "no key": (["--input-file", DEMO], [], "DASHSCOPE_API_KEY is not set"),
     "unknown method": (["--input-file", DEMO, "--method", "rank_response"], [], "--method: invalid choice: 'rank_response'"),
     "no value": (["--input-file", DEMO, "--seed"], [], "--seed: expected one argument"),
@@ -514,3 +514,20 @@ def shell(folder, api, reader):
     line = f"{shlex.join(map(str, command))} {reader}; exit ${{PIPESTATUS[0]}}"
     write_jsonl(folder / "in.jsonl", PROMPTS)
     return subprocess.run(["bash", "-c", line], cwd=folder, env=api.env(), timeout=60).returncode
+
+
+def test_a_price_for_nobody_is_noted(rlhf):
+    prices = ("--price", "gpt-4o=0/1000", "--price", "gpt-4o-mini=0/1000", "--price", "gpt5=1/1")
+    with Api(demo_world) as api:
+        result = rlhf(PROMPTS, *MODELS, *prices, api=api)
+    assert "--price gpt5: this run uses no model of that name" in result.err
+    assert result.err.count("this run uses no model") == 1
+
+
+def test_candidates_of_a_method_that_asks_none_are_refused(rlhf):
+    result = rlhf(PROMPTS, "--provider", "offline", "--candidate-models", "reference", "weakened")
+    assert result.status == 2 and "use --method generate_pairs" in result.err
+
+
+def test_a_folder_as_input_is_named(rlhf, tmp_path):
+    assert f"{tmp_path} is a folder: name a file in it" in rlhf(str(tmp_path)).err

@@ -416,7 +416,7 @@ def test_a_stop_without_any_call_does_not_speak_of_paying_again(edited):
         'if "5 plus" in record.prompt:\n    raise KeyError(1)\nraise Failed("judge", "no")'
     )
     result = edited("methods", code, *MINE, "--concurrency", "1")
-    assert result.status == 3 and "Run the same command again to start over." in result.out
+    assert result.status == 3 and "Run the same command again to start over;" in result.out
     assert "pays for all calls again" not in result.out
 
 

@@ -446,7 +446,11 @@ def test_annotations_of_another_file_are_refused(rlhf, tmp_path):
     result = rlhf(
         DATA / "preference_pairs.jsonl", "--method", "rank_responses", "--annotations", "a.jsonl"
     )
-    assert result.status == 2 and "none of the choices" in result.err and not result.output.exists()
+    assert (
+        result.status == 2
+        and "no choice is about a pair of this input" in result.err
+        and not result.output.exists()
+    )
 
 
 def test_pairs_are_kept_if_their_input_is_gone_by_then(rlhf, monkeypatch, tmp_path):

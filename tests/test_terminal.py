@@ -148,7 +148,7 @@ def test_the_summary_shows_result_quality_calls_and_files_in_this_order():
 Read 300 records, wrote 171 pairs (57%), dropped 129.
     62  orders disagree      the judge preferred a different answer when the order was swapped
     41  low model won        the weak model's answer was better
-    26  score gap too small  the score gap was below the least gap (--min-score-gap)
+    26  score gap too small  the score gap (less --length-penalty) was below --min-score-gap
 
 Quality of the 171 pairs
   CRITICAL  The model name alone predicts the label (100%, 95% CI 98-100%, n=171)
