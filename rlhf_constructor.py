@@ -5829,7 +5829,7 @@ class Models:
         key = request.key()
         reply = self.cache.get(key)
         if reply:
-            cached = not self.batches or hash(key) not in self.batches.fresh
+            cached = not self.batches or not self.batches.is_fresh(key)
         elif self.dry:
             return self.guess(request), False
         else:
@@ -6348,10 +6348,11 @@ class Batches:
         self.tries = Counter()  # key of a request -> its failed tries
         self.fixes = {}  # key -> what its refusals taught: [RequestFix, ...]
         self.final = {}  # key -> the Failed that says why it is not sent again in this run
-        self.fresh = set()  # hashes of the keys whose replies came in this run
         self.longer = set()  # keys of requests with twice the tokens
         self.new_files = set()  # uploaded by this run
         self.over_budget = ""  # what to say if --max-cost has no room for a request
+        # Keys whose replies came in this run: on the disk, because they may be millions.
+        self.cache.do("CREATE TEMP TABLE IF NOT EXISTS fresh (key PRIMARY KEY) WITHOUT ROWID")
         columns = "key TEXT UNIQUE, model, role, request, file"
         self.cache.do(f"CREATE TABLE IF NOT EXISTS wanted ({columns})")
         self.cache.do("DELETE FROM wanted WHERE file NOT IN (SELECT file FROM batches)")
@@ -6369,6 +6370,10 @@ class Batches:
         insert = "INSERT OR IGNORE INTO wanted (key, model, role, request, file)"
         self.cache.do(f"{insert} VALUES (?, ?, ?, ?, '')", key, name, request.role, body)
         raise Pending
+
+    def is_fresh(self, key: str) -> bool:
+        """Whether the reply to this request came in this run."""
+        return bool(self.cache.do("SELECT 1 FROM fresh WHERE key = ?", key))
 
     async def submit_and_wait(self) -> None:
         """Submit what is wanted, and wait until every batch has ended and is in the cache."""
@@ -6646,7 +6651,7 @@ class Batches:
         self.models.count(model, role, reply)
         self.models.pay(model, reply)
         endpoint.on_success(self.fixes.get(key, []))
-        self.fresh.add(hash(key))
+        self.cache.do("INSERT OR IGNORE INTO fresh VALUES (?)", key)
         return True
 
     async def count_failure(self, endpoint: Endpoint, key: str, error: ApiError) -> None:
