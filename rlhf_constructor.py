@@ -252,6 +252,7 @@ def register(entries: dict, **settings: object) -> Callable:
             raise ValueError(f"{key} is a tuple, e.g. {key}=({value!r},), not {value!r}")
 
     def enter(entry: Callable) -> Callable:
+        """Enter it; raises ValueError if its name is taken or it has no docstring."""
         name = entry.__name__.removeprefix(PREFIXES.get(id(entries), ""))
         if name in entries or entry.__name__ in globals():
             raise ValueError(f"{entry.__name__}: the name is taken in this file; choose another")
@@ -6521,6 +6522,7 @@ class Batches:
         batches = endpoint.provider.batch_client().batches
 
         async def find_or_create(tries: int) -> Any:
+            """The batch of this file: found in the list after a lost reply, else created."""
             if tries or file not in self.new_files:
                 async for batch in batches.list(limit=100):
                     if batch.input_file_id == file:
@@ -8633,7 +8635,8 @@ def quality_lines(numbers: dict) -> list[str]:
     checks = numbers["checks"]
     text = f"{checks['passed']} of {checks['total']} checks passed"
     if checks["too_few"]:
-        text += f", {checks['too_few']} need more data"
+        verb = "needs" if checks["too_few"] == 1 else "need"
+        text += f", {checks['too_few']} {verb} more data"
     if numbers["headline"]:
         text = f"{', '.join(numbers['headline'])}; {text}"
     level = "ok" if checks["passed"] else "info"
@@ -9795,6 +9798,7 @@ def interruptible(models: Models) -> Iterator[None]:
     pressed = []  # the time of the first
 
     def stop(*_: object) -> None:
+        """The first signal stops the run, a later one leaves at once."""
         if pressed and time.monotonic() - pressed[0] < FORWARDED_SECONDS:
             return
         if pressed:  # every paid reply is committed, so there is nothing to tidy up
@@ -9935,7 +9939,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="system prompt for all answers; not exported, not shown to the judge (default: none)")
     add("--temperature", type=number_between(0.0, 2.0), metavar="T",
         help="sampling temperature of answers, 0 to 2 (default of a model's first, second, ... "
-             f"answer: {TEMPERATURES})")
+             f"answer: {', '.join(map(str, TEMPERATURES))})")
     add("--max-tokens", type=number_between(1, 10**7), default=4096, metavar="N",
         help="maximum tokens per answer (default %(default)s); a truncated answer is requested "
              "once more with twice the limit")
@@ -10042,6 +10046,7 @@ def number_between(low: float, high: float) -> Callable[[str], float]:
     """A type for argparse: a number of low's type, both ends included."""
 
     def parse(text: str) -> float:
+        """The number in a flag's text; raises ArgumentTypeError."""
         try:
             value = type(low)(text)
         except ValueError:

@@ -64,6 +64,14 @@ def test_a_reply_of_a_batch_is_one_to_the_same_command_without_it(rlhf):
         assert online.output.read_bytes() == batched and api.count() == 0
 
 
+def test_replies_of_this_runs_batches_are_calls_and_those_of_earlier_runs_are_cached(rlhf):
+    with Api(world) as api:
+        first = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
+        again = rlhf(PROMPTS, *OPENAI, "--batch", api=api)
+    assert "API calls: 48 made, 0 from cache" in first.out
+    assert "API calls: 0 made, 48 from cache" in again.out
+
+
 def test_a_judge_that_is_never_readable_stops_after_its_first_batch(rlhf):
     def answer(call):
         return "I like both." if is_judge(call) else world(call)
